@@ -1,0 +1,427 @@
+"""The contract every stage keeps: verified inputs, resumable state, atomic publishing, a record.
+
+A stage is a module with `run(stage) -> metrics`, called as
+
+    python -m tunetrail.stages.<stage> --config C.json --input role=…/manifest.json … \
+        --output OUT/manifest.json --state STATE
+
+and `main(run)` does the rest:
+
+1. every input folder is checked against its manifest; a byte that differs stops the stage;
+2. the state folder is `STATE/<fingerprint>`, the digest of the config and the input manifests, so a
+   changed hyperparameter never meets an old optimizer state; a lock keeps a second writer out;
+3. `run` fills `stage.work`, a sibling of the output folder, with files;
+4. `metrics.json`, `provenance.json` and, last, `manifest.json` are added, everything is fsynced and
+   renamed into place: a killed stage leaves nothing that looks finished.
+
+`metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times,
+hosts and attempts are in `provenance.json`, which the manifest does not list.
+
+Exit codes: 0 done; 75 interrupted with progress saved; 65 bad data; 78 bad config; else a fault.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tunetrail.config import canonical_json
+from tunetrail.errors import ConfigError, DataError, Interrupted, TunetrailError
+
+MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
+PACKAGES = ("accelerate", "datasets", "numpy", "pandas", "peft", "sacrebleu", "snakemake", "tokenizers", "torch", "transformers", "trl")  # fmt: skip
+
+log = logging.getLogger("tunetrail")
+
+
+# ----------------------------------------------------------------------------- manifests
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def list_files(folder: Path) -> list[dict]:
+    """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [
+        {"path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "sha256": sha256_file(p)}
+        for p in paths
+        if p.relative_to(folder).as_posix() not in (MANIFEST, PROVENANCE)
+    ]
+
+
+def read_manifest(path: Path) -> dict:
+    """Raises DataError when there is none or it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no manifest; run the stage that makes this folder first") from None
+    except ValueError as e:
+        raise DataError(f"{path}: not valid JSON ({e}); delete the folder and run its stage again") from None
+
+
+def verify(manifest_path: Path) -> dict:
+    """Checks a folder against its manifest and returns the manifest. Raises DataError naming what differs."""
+    manifest, folder = read_manifest(manifest_path), manifest_path.parent
+    mend = "delete the folder and run its stage again, or restore the file"
+    for entry in manifest["files"]:
+        path = folder / entry["path"]
+        if not path.is_file():
+            raise DataError(f"{path}: listed in the manifest but missing; {mend}")
+        if path.stat().st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
+            raise DataError(f"{path}: differs from its manifest; {mend}")
+    return manifest
+
+
+# ----------------------------------------------------------------------------- time and signals
+
+
+def _minutes_left() -> float | None:
+    """Minutes the allocation has left: $TUNETRAIL_TIME_LIMIT (minutes from now), or what Slurm says; None: no limit."""
+    if limit := os.environ.get("TUNETRAIL_TIME_LIMIT"):
+        try:
+            return float(limit)
+        except ValueError:
+            raise ConfigError(f"TUNETRAIL_TIME_LIMIT: must be a number of minutes, got {limit!r}") from None
+    if job := os.environ.get("SLURM_JOB_ID"):
+        reply = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, check=False)
+        return parse_time_left(reply.stdout.strip()) if reply.returncode == 0 else None
+    return None
+
+
+def parse_time_left(text: str) -> float | None:
+    """Slurm's time left (`D-HH:MM:SS`, `HH:MM:SS`, `MM:SS`) in minutes; None where there is no limit.
+
+    >>> parse_time_left("1-02:00:30")
+    1560.5
+    """
+    if not text or not text[0].isdigit():
+        return None
+    days, _, clock = text.rpartition("-")
+    seconds = 0
+    for part in clock.split(":"):
+        seconds = seconds * 60 + int(part)
+    return int(days or 0) * 1440 + seconds / 60
+
+
+class Stop:
+    """Says when to save and when to leave: on SIGTERM, or before the allocation's time is over.
+
+    `save_due()` is asked after each step; `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every
+    step) spaces the saves. Saving never changes a result, so neither does the spacing.
+    """
+
+    def __init__(self) -> None:
+        left = _minutes_left()
+        self.deadline = None if left is None else time.monotonic() + 60 * max(left * 0.9, left - 5)
+        self.interval = 60 * float(os.environ.get("TUNETRAIL_CHECKPOINT_MINUTES", "10"))
+        self.last_save = time.monotonic()
+        self.reason: str | None = None
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.reason = signal.Signals(signum).name
+
+    def requested(self) -> bool:
+        if self.reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.reason = "time limit"
+        return self.reason is not None
+
+    def save_due(self) -> bool:
+        return self.requested() or time.monotonic() - self.last_save >= self.interval
+
+    def saved(self) -> None:
+        self.last_save = time.monotonic()
+
+    def leave_if_requested(self, progress: str) -> None:
+        """Raises Interrupted. Call it where all progress is on disk."""
+        if self.requested():
+            raise Interrupted(f"stopped by {self.reason} {progress}; progress is saved, run the same command again")
+
+
+# ----------------------------------------------------------------------------- the stage
+
+
+@dataclass
+class Stage:
+    """What a stage's `run` gets."""
+
+    name: str
+    config: dict[str, Any]
+    """The stage's own block."""
+    shared: dict[str, Any]
+    """The other keys of its config file: seed, precision, …"""
+    inputs: dict[str, Path]
+    """Role -> input folder, verified."""
+    output: Path
+    """Where the artifact will be. Write nothing there: fill `work`."""
+    work: Path
+    """An empty folder that becomes the artifact."""
+    state: Path
+    """Survives failure; the place for checkpoints and finished parts."""
+    stop: Stop
+    parents: dict[str, dict] = field(default_factory=dict)
+    """Role -> the input's manifest."""
+    extra_provenance: dict[str, Any] = field(default_factory=dict)
+    """What only the stage knows of its origins (data sources, package digests)."""
+    tokenizer_digest: str | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.shared["seed"]
+
+    def rows(self, role: str, name: str) -> list[dict]:
+        """The rows of a JSONL file in an input folder."""
+        return read_jsonl(self.inputs[role] / name)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    with path.open("w", encoding="utf-8") as f:
+        f.writelines(canonical_json(row) + "\n" for row in rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(
+        json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+
+
+def is_main_process() -> bool:
+    """True in the one process that writes (rank 0 of a distributed stage)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_state() -> dict:
+    """Commit of the code and whether the tree differs from it; null where this is no git checkout."""
+
+    def git(*args: str) -> str | None:
+        reply = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
+        return reply.stdout.strip() if reply.returncode == 0 else None
+
+    try:
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:
+        commit = status = None
+    if commit is None:
+        return {"commit": None, "dirty": None, "reason": "not a git checkout, or git is not installed"}
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def _packages() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Holds the state folder's lock. Raises Interrupted when another process has it."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("a+") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise Interrupted(f"{state}: in use by {handle.read().strip() or 'another process'}; wait for it to end, then run again") from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
+
+
+def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
+    """Turns `stage.work` into the artifact at `stage.output`, whole or not at all."""
+    write_json(stage.work / METRICS, metrics)
+    manifest = {
+        "schema": 1,
+        "stage": stage.name,
+        "tokenizer": stage.tokenizer_digest,
+        "files": list_files(stage.work),
+    }
+    provenance = {
+        "schema": 1,
+        "stage": stage.name,
+        "subject": {"manifest": sha256_json(manifest)},
+        "parents": {
+            role: {"path": os.path.relpath(path), "manifest": sha256_json(stage.parents[role])}
+            for role, path in sorted(stage.inputs.items())
+        },
+        "config": {"digest": sha256_json(stage.shared | {"config": stage.config}), "resolved": stage.shared | {"config": stage.config}},
+        "seed": str(stage.seed),
+        "code": _git_state(),
+        "packages": _packages(),
+        "python": platform.python_version(),
+        "attempts": attempts,
+        "start": attempts[0]["start"],
+        "end": attempts[-1]["end"],
+        "host": attempts[-1]["host"],
+        "job_id": attempts[-1]["job_id"],
+    } | stage.extra_provenance
+    write_json(stage.work / PROVENANCE, provenance)
+    _fsync_tree(stage.work)
+    old = stage.output.with_name(f".{stage.output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if stage.output.exists():
+        stage.output.rename(old)
+    stage.work.rename(stage.output)
+    # The manifest is what says "finished": it comes last, by a rename of its own.
+    pending = stage.output / f".{MANIFEST}"
+    write_json(pending, manifest)
+    with pending.open("rb") as f:
+        os.fsync(f.fileno())
+    pending.rename(stage.output / MANIFEST)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tunetrail.stages.<stage>")
+    parser.add_argument("--config", type=Path, required=True, help="the stage's resolved config, JSON")
+    parser.add_argument("--input", action="append", default=[], metavar="ROLE=MANIFEST", help="a parent's manifest.json")
+    parser.add_argument("--output", type=Path, required=True, help="manifest.json of the artifact to make")
+    parser.add_argument("--state", type=Path, required=True, help="folder for what must survive a failure")
+    return parser.parse_args(argv)
+
+
+def _read_stage_config(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except ValueError as e:
+        raise ConfigError(f"{path}: not valid JSON: {e}") from None
+
+
+def _tokenizer_of(parents: dict[str, dict]) -> str | None:
+    """The one tokenizer digest all parents share. Raises DataError when they differ."""
+    digests = {role: m["tokenizer"] for role, m in parents.items() if m.get("tokenizer")}
+    if len(set(digests.values())) > 1:
+        listed = ", ".join(f"{role}: {digest[:12]}" for role, digest in sorted(digests.items()))
+        raise DataError(f"the inputs were made with different tokenizers or chat templates ({listed}); rebuild them from one base model")
+    return next(iter(digests.values()), None)
+
+
+def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
+    attempts_file = stage.state / "attempts.jsonl"
+    attempts = read_jsonl(attempts_file) if attempts_file.exists() else []
+    for attempt in attempts:  # a killed attempt could not write its own end
+        attempt.setdefault("ended", "killed")
+        attempt.setdefault("end", None)
+    attempts.append({"start": _now(), "host": socket.gethostname(), "job_id": os.environ.get("SLURM_JOB_ID"), "pid": os.getpid()})
+    write_jsonl(attempts_file, attempts)
+
+    started = time.monotonic()
+    try:
+        metrics = run(stage)
+        attempts[-1]["ended"] = "done"
+    except Interrupted as e:
+        attempts[-1]["ended"] = str(e)
+        raise
+    except BaseException as e:
+        attempts[-1]["ended"] = f"failed: {type(e).__name__}"
+        raise
+    finally:
+        attempts[-1] |= {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
+        write_jsonl(attempts_file, attempts)
+    publish(stage, metrics, attempts)
+    for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
+    content = _read_stage_config(args.config)
+    name = content["stage"]
+    inputs = dict(item.split("=", 1) for item in args.input)
+    parents = {role: verify(Path(path)) for role, path in inputs.items()}
+    fingerprint = sha256_json({"config": content, "inputs": parents})[:16]
+    state, output = args.state / fingerprint, args.output.parent
+    stage = Stage(
+        name=name,
+        config=content["config"],
+        shared={k: v for k, v in content.items() if k != "config"},
+        inputs={role: Path(path).parent for role, path in inputs.items()},
+        output=output,
+        work=output.with_name(f".{output.name}.work"),
+        state=state,
+        stop=Stop(),
+        parents=parents,
+        tokenizer_digest=_tokenizer_of(parents),
+    )
+    if not is_main_process():  # the main process locks, records and publishes for all
+        state.mkdir(parents=True, exist_ok=True)
+        run(stage)
+        return name
+    with _locked(state):
+        handler = logging.FileHandler(state / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        shutil.rmtree(stage.work, ignore_errors=True)
+        stage.work.mkdir(parents=True)
+        try:
+            _attempt(stage, run)
+        finally:
+            shutil.rmtree(stage.work, ignore_errors=True)
+    return name
+
+
+def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
+    """Runs a stage under the contract and returns its exit code."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    name = args.config.stem
+    try:
+        _execute(run, args)
+    except TunetrailError as e:
+        for line in str(e).split("\n"):
+            print(f"{name}: {'interrupted' if isinstance(e, Interrupted) else 'error'}: {line}", file=sys.stderr)
+        return e.exit_code
+    except OSError as e:
+        if e.errno is None:
+            raise
+        print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
+        return 74  # EX_IOERR: a full disk, a missing right
+    return 0

@@ -1,0 +1,30 @@
+"""Errors a user can mend, and the exit codes that go with them.
+
+Every error a stage raises on purpose is a `TunetrailError`: its message is one line that names the
+file, line or key, what is wrong and how to mend it. Anything else is a fault of ours and keeps its
+traceback.
+"""
+
+
+class TunetrailError(Exception):
+    """A mistake the user can mend. `exit_code` follows sysexits.h."""
+
+    exit_code = 1
+
+
+class DataError(TunetrailError):
+    """The data is bad (EX_DATAERR)."""
+
+    exit_code = 65
+
+
+class ConfigError(TunetrailError):
+    """The configuration is bad (EX_CONFIG)."""
+
+    exit_code = 78
+
+
+class Interrupted(TunetrailError):
+    """Stopped before the end with progress saved (EX_TEMPFAIL): run the same command again."""
+
+    exit_code = 75
