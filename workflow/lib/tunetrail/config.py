@@ -663,20 +663,24 @@ def load(path: Path) -> Config:
 _ALSO_READS = {
     "evaluation": ("data.chat", "data.system"),
 }
-_RUNS_MODEL = ("sft", "completions", "comparisons", "reward", "policy", "retention", "evaluation")
+_RUNS_MODEL = ("sft", "completions", "comparisons", "reward", "policies", "retention", "evaluation")
 
 
 def stage_config(config: Config, stage: str) -> dict:
     """What one stage may see, as JSON-able values: its own block and the few shared keys it reads.
 
     Args:
-        stage: `base`, `data`, `sft`, …, or `policies.<name>` for one policy.
+        stage: `base`, `data`, `sft`, …; `policies.<name>` for one policy; `evaluation.<name>` for the
+            evaluation of `base`, `sft` or a policy.
     """
-    stage, _, policy = stage.partition(".")
-    block = config.policies[policy] if policy else getattr(config, stage)
-    resolved = {"stage": block.method if policy else stage, "seed": config.seed, "config": block.model_dump(mode="json")}
-    if policy or stage in _RUNS_MODEL:
+    stage, _, name = stage.partition(".")
+    block = config.policies[name] if stage == "policies" else getattr(config, stage)
+    resolved = {"stage": block.method if stage == "policies" else stage, "seed": config.seed, "config": block.model_dump(mode="json")}
+    if stage in _RUNS_MODEL:
         resolved["precision"] = config.precision
+    if stage == "evaluation":
+        method = config.policies[name].method if name in config.policies else name
+        resolved["subject"] = {"name": name, "method": method}
     for key in _ALSO_READS.get(stage, ()):
         value = config
         for part in key.split("."):

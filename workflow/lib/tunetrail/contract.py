@@ -187,6 +187,8 @@ class Stage:
     extra_provenance: dict[str, Any] = field(default_factory=dict)
     """What only the stage knows of its origins (data sources, package digests)."""
     tokenizer_digest: str | None = None
+    part: tuple[int, int] = (0, 1)
+    """(i, n): this is the i-th of n shards."""
 
     @property
     def seed(self) -> int:
@@ -200,6 +202,17 @@ class Stage:
 def read_jsonl(path: Path) -> list[dict]:
     with path.open(encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+def read_finished_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -248,8 +261,12 @@ def _packages() -> dict[str, str | None]:
     return found
 
 
-def _fsync_tree(folder: Path) -> None:
+def _settle(folder: Path) -> None:
+    """Readable by whom the umask allows (safetensors writes 0600, which shuts a group out), and on disk."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -302,7 +319,7 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
         "job_id": attempts[-1]["job_id"],
     } | stage.extra_provenance
     write_json(stage.work / PROVENANCE, provenance)
-    _fsync_tree(stage.work)
+    _settle(stage.work)
     old = stage.output.with_name(f".{stage.output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if stage.output.exists():
@@ -322,6 +339,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="the stage's resolved config, JSON")
     parser.add_argument("--input", action="append", default=[], metavar="ROLE=MANIFEST", help="a parent's manifest.json")
     parser.add_argument("--output", type=Path, required=True, help="manifest.json of the artifact to make")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="make the I-th of N shards")
     parser.add_argument("--state", type=Path, required=True, help="folder for what must survive a failure")
     return parser.parse_args(argv)
 
@@ -376,7 +394,8 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
     name = content["stage"]
     inputs = dict(item.split("=", 1) for item in args.input)
     parents = {role: verify(Path(path)) for role, path in inputs.items()}
-    fingerprint = sha256_json({"config": content, "inputs": parents})[:16]
+    part = tuple(int(n) for n in args.part.split("/"))
+    fingerprint = sha256_json({"config": content, "inputs": parents, "part": part})[:16]
     state, output = args.state / fingerprint, args.output.parent
     stage = Stage(
         name=name,
@@ -389,6 +408,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
         stop=Stop(),
         parents=parents,
         tokenizer_digest=_tokenizer_of(parents),
+        part=(part[0], part[1]),
     )
     if not is_main_process():  # the main process locks, records and publishes for all
         state.mkdir(parents=True, exist_ok=True)

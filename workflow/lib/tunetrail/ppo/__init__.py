@@ -1,0 +1,17 @@
+"""PPO for language models: pure estimators and losses over [batch, time] tensors, and a trainer that wires them."""
+
+from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
+from tunetrail.ppo.estimators import gae, kl_penalty, masked_mean, masked_whiten, token_rewards
+from tunetrail.ppo.losses import policy_loss, value_loss
+
+__all__ = [
+    "AdaptiveKLController",
+    "FixedKLController",
+    "gae",
+    "kl_penalty",
+    "masked_mean",
+    "masked_whiten",
+    "policy_loss",
+    "token_rewards",
+    "value_loss",
+]

@@ -1,0 +1,36 @@
+# tunetrail: post-training of a language model as one DAG.
+#
+#   snakemake --profile profiles/local                                  the config/config.yaml run
+#   snakemake --profile profiles/local --configfile config/examples/tiny.yaml
+#
+# Naming: a stage <s> is workflow/lib/tunetrail/stages/<s>.py, the block <s> of the config, and the rule <s>.
+# Paths: results/<run>/<s>/manifest.json, logs/<run>/<s>.log, benchmarks/<run>/<s>.tsv, state/<run>/<s>/.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+if (
+    "base" not in config
+):  # no --configfile given: a second file would be merged into this one, key by key
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/base.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/sft.smk"
+include: "workflow/rules/comparisons.smk"
+include: "workflow/rules/reward.smk"
+include: "workflow/rules/policies.smk"
+include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/report.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/report/manifest.json",

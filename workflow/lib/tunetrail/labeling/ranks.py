@@ -1,0 +1,91 @@
+"""Ranks as small pure functions. 1 is best, ranks are dense (1, 2, 2, 3), equal ranks are ties."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+
+
+def ranks_from_scores(scores: Sequence[float], tie: float = 0.0) -> list[int]:
+    """Dense ranks of scores, the highest score first.
+
+    Scores are gone through from high to low; a new rank begins where the gap to the *first* member of
+    the current group exceeds `tie`. So all members of a tie lie within `tie` of each other, and a
+    chain of small gaps cannot tie the best with the worst.
+
+    >>> ranks_from_scores([10, 40, 38, 36], tie=3)
+    [3, 1, 1, 2]
+    """
+    ranks = [0] * len(scores)
+    rank, first = 0, float("inf")
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        if rank == 0 or first - scores[i] > tie:
+            rank, first = rank + 1, scores[i]
+        ranks[i] = rank
+    return ranks
+
+
+def dense(ranks: Sequence[float]) -> list[int]:
+    """The same order and ties in ranks without gaps.
+
+    >>> dense([5, 2, 2])
+    [2, 1, 1]
+    """
+    return ranks_from_scores([-r for r in ranks])
+
+
+def pair_outcomes(ranks: Sequence[int]) -> np.ndarray:
+    """Outcomes of all pairs i < j, [K(K-1)/2]: 1 where i is better, -1 where j is, 0 for a tie."""
+    r = np.asarray(ranks)
+    i, j = np.triu_indices(len(r), k=1)
+    return np.sign(r[j] - r[i])
+
+
+def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | None:
+    """How often two labelers agree on a pair of completions.
+
+    Args:
+        rankings: for each row the ranks that its labelers gave, [rows][labelers][K].
+
+    Returns:
+        The mean over all pairs of completions and of labelers: 1 for the same outcome (two ties too),
+        0 for the opposite, one half where only one of them saw a tie. None where no row has two labelers.
+    """
+    agreements = [
+        1 - np.abs(pair_outcomes(a) - pair_outcomes(b)) / 2
+        for labelers in rankings
+        for a, b in combinations(labelers, 2)
+    ]
+    return float(np.concatenate(agreements).mean()) if agreements else None
+
+
+def generator(*key: object) -> np.random.Generator:
+    """Random numbers that depend on the key alone: not on the order of rows, nor on sharding."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def simulated_rankings(
+    scores: Sequence[float], row_id: str, kind: str, *, labelers: int, noise: float, tie: float, seed: int
+) -> list[dict]:
+    """Rankings of one row by labelers that see the true scores [K] through noise of their own.
+
+    Each labeler adds Gaussian noise of standard deviation `noise` to each score, so it errs less the
+    wider the gap. Its random numbers depend on (seed, its name, row_id) only.
+    """
+    rankings = []
+    for n in range(labelers):
+        name = f"{kind}-{n}"
+        random = generator(seed, name, row_id)
+        seen = [float(s) for s in np.asarray(scores) + noise * random.standard_normal(len(scores))]
+        rankings.append(
+            {
+                "labeler": name,
+                "ranks": ranks_from_scores(seen, tie),
+                "order": random.permutation(len(scores)).tolist(),
+                "time": None,
+                "scores": seen,
+            }
+        )
+    return rankings

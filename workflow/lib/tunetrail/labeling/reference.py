@@ -1,0 +1,27 @@
+"""Simulated labelers that rank by chrF against the author's own text."""
+
+from tunetrail.config import ReferenceLabeler
+from tunetrail.contract import Stage
+from tunetrail.errors import DataError
+from tunetrail.labeling.chrf import chrf
+from tunetrail.labeling.labels import Labels
+from tunetrail.labeling.ranks import simulated_rankings
+
+
+def rank(rows: list[dict], config: ReferenceLabeler, stage: Stage) -> Labels:
+    """Raises DataError for a row without a reference."""
+    rankings = []
+    for row in rows:
+        if row["reference"] is None:
+            raise DataError(
+                f"completions: row {row['id']} has no reference text, which the labeler 'reference' compares with; "
+                "give demonstrations with completions, or choose another comparisons.labeler"
+            )
+        scores = [chrf(completion, row["reference"]) for completion in row["completions"]]
+        rankings.append(
+            simulated_rankings(
+                scores, row["id"], "reference",
+                labelers=config.labelers, noise=config.noise, tie=config.tie, seed=stage.seed,
+            )
+        )  # fmt: skip
+    return Labels(rankings)

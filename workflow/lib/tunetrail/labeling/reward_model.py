@@ -1,0 +1,131 @@
+"""Simulated labelers that rank by the score of any sequence-classification model.
+
+The model is read as it was published: by its own `forward`, in float32 (bf16 would tie scores that
+differ in the fourth digit), with the tokenizer from its own folder and, where its config says so, its
+own padding token. One label: the score is its logit, less `reward_bias` of the model's config if it has
+one. Two labels: the second logit less the first.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tunetrail.config import RewardModelLabeler
+from tunetrail.contract import Stage, list_files, sha256_json
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.labeling.labels import Labels
+from tunetrail.labeling.ranks import simulated_rankings
+from tunetrail.progress import ProgressBar
+
+BATCH_TOKENS = 8192
+
+
+def load(source: str | Path, revision: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer). Raises ConfigError where that is no sequence classifier of one or two labels."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from tunetrail.runtime import quiet_libraries
+
+    quiet_libraries()
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, revision=revision or "main", dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise ConfigError(
+            f"comparisons: {source}: cannot be loaded as a sequence-classification model: {reason}"
+        ) from None
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills what a checkpoint lacks with random weights: a language model would "score" too
+        raise ConfigError(
+            f"comparisons: {source}: holds no trained {missing[0]}; give a reward model, not a language model"
+        )
+    if model.config.num_labels not in (1, 2):
+        raise ConfigError(f"comparisons: {source}: has {model.config.num_labels} labels; a reward model has 1 or 2")
+    return model.eval(), tokenizer
+
+
+def encode(tokenizer: Any, prompt: str, completion: str, finished: bool) -> list[int]:
+    """Token ids of rendered prompt, completion and, if finished, EOS.
+
+    The tokenizer adds the special tokens it is used to, unless the prompt was rendered with BOS already.
+    """
+    text = prompt + completion + ((tokenizer.eos_token or "") if finished else "")
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
+
+
+def _batches(lengths: list[int], padded: bool) -> list[list[int]]:
+    """Indices in order of length, cut into batches of at most BATCH_TOKENS; one by one where nothing can pad."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or not padded or (len(batches[-1]) + 1) * lengths[i] > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def score(model: Any, sequences: list[list[int]]) -> list[float]:
+    """The model's score of each token list."""
+    import torch
+
+    pad_id = getattr(model.config, "pad_token_id", None)
+    bias = getattr(model.config, "reward_bias", 0.0)
+    scores = [0.0] * len(sequences)
+    with torch.inference_mode(), ProgressBar("comparisons", len(sequences), "completions") as bar:
+        for rows in _batches([len(s) for s in sequences], pad_id is not None):
+            width = max(len(sequences[i]) for i in rows)
+            padding = [width - len(sequences[i]) for i in rows]
+            ids = torch.tensor([sequences[i] + [pad_id] * p for i, p in zip(rows, padding, strict=True)])
+            mask = torch.tensor([[1] * (width - p) + [0] * p for p in padding])
+            logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits.float()
+            values = logits[:, 0] - bias if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+            for i, value in zip(rows, values.tolist(), strict=True):
+                scores[i] = value
+            bar.advance(len(rows))
+    return scores
+
+
+def rank(rows: list[dict], config: RewardModelLabeler, stage: Stage) -> Labels:
+    """Raises ConfigError for an unfit model, DataError for a completion that is too long for it or has no finite score."""
+    from tunetrail.runtime import device
+
+    source = config.path or str(config.repo)
+    model, tokenizer = load(source, config.revision)
+    model.to(device())
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+
+    sequences, owners = [], []
+    for row in rows:
+        for k, (completion, finished) in enumerate(zip(row["completions"], row["finished"], strict=True)):
+            sequences.append(encode(tokenizer, row["prompt"], completion, finished))
+            owners.append(f"completions: row {row['id']}: completion {k}")
+            if len(sequences[-1]) > limit:
+                raise DataError(
+                    f"{owners[-1]} is {len(sequences[-1])} tokens long with its prompt, but {source} reads {limit}; "
+                    "lower data.max_prompt_tokens or completions.max_new_tokens"
+                )
+    scores = score(model, sequences)
+    for owner, value in zip(owners, scores, strict=True):
+        if not math.isfinite(value):
+            raise DataError(f"{owner}: {source} scores it {value}; the model is broken")
+
+    rankings = []
+    remaining = iter(scores)
+    for row in rows:
+        own = [next(remaining) for _ in row["completions"]]
+        rankings.append(
+            simulated_rankings(
+                own, row["id"], "reward_model",
+                labelers=config.labelers, noise=config.noise, tie=config.tie, seed=stage.seed,
+            )
+        )  # fmt: skip
+    origin = (
+        {"path": str(config.path), "digest": sha256_json(list_files(config.path))}
+        if config.path
+        else {"repo": config.repo, "revision": config.revision}
+    )
+    return Labels(rankings, source=origin)

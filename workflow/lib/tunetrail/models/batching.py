@@ -1,0 +1,76 @@
+"""Batches of prompt and response: prompts padded on the left, responses on the right.
+
+So every response starts in the same column, the last `R + 1` positions are all that need logits, and
+nothing is ever read off `ids != pad`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Batch:
+    """B sequences of P prompt columns and R response columns."""
+
+    input_ids: torch.Tensor
+    """[B, P+R] int64"""
+    attention_mask: torch.Tensor
+    """[B, P+R] int64, 1 on real tokens"""
+    response_mask: torch.Tensor
+    """[B, R] bool, True on real response tokens"""
+
+    @property
+    def responses(self) -> torch.Tensor:
+        """[B, R] int64"""
+        return self.input_ids[:, -self.response_mask.shape[1] :]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """[B, P+R] int64: the place among the real tokens, so that padding does not shift anything."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def select(self, rows: torch.Tensor | slice) -> "Batch":
+        return Batch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt (its special tokens are already in the text)."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
+    """Token ids of a response, closed by EOS unless it was cut off.
+
+    Prompt and response are always tokenized apart, so that the border between them is the same in
+    training, sampling and scoring.
+    """
+    return encode(tokenizer, text) + ([tokenizer.eos_token_id] if finished else [])
+
+
+def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int) -> Batch:
+    """Pads B prompts (left) and responses (right)."""
+    p, r = max(map(len, prompts)), max(map(len, responses))
+    input_ids = torch.full((len(prompts), p + r), pad_id)
+    attention_mask = torch.zeros((len(prompts), p + r), dtype=torch.long)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[i, p - len(prompt) : p + len(response)] = torch.tensor(prompt + response)
+        attention_mask[i, p - len(prompt) : p + len(response)] = 1
+    return Batch(input_ids, attention_mask, attention_mask[:, p:].bool())
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each at most `max_tokens` after padding (at least one sequence)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[i] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,33 @@
+"""From rankings to what is learnt: soft targets for the K-wise reward model, pairs for DPO."""
+
+from itertools import combinations
+
+import numpy as np
+
+
+def preference_targets(rankings: list[dict]) -> np.ndarray:
+    """[K, K] float64: share of labelers that put i above j, a tie counting one half to each.
+
+    The diagonal is 0.5. Ranks: 1 is best, equal is a tie.
+    """
+    ranks = np.array([ranking["ranks"] for ranking in rankings])  # [labelers, K]
+    ours, theirs = ranks[:, :, None], ranks[:, None, :]
+    return ((ours < theirs) + 0.5 * (ours == theirs)).mean(0)
+
+
+def decided_pairs(targets: np.ndarray) -> list[tuple[int, int]]:
+    """(winner, loser) of every pair that the majority of labelers decides, widest majority first.
+
+    Args:
+        targets: [K, K] from `preference_targets`.
+    """
+    pairs = [(i, j) if targets[i, j] > 0.5 else (j, i) for i, j in combinations(range(len(targets)), 2) if targets[i, j] != 0.5]
+    return sorted(pairs, key=lambda p: (-targets[p], p))
+
+
+def widest_pairs(rankings: list[dict], limit: int | None) -> list[tuple[int, int]]:
+    """(chosen, rejected) pairs of one prompt, those furthest apart in mean rank first, at most `limit`."""
+    targets = preference_targets(rankings)
+    mean_ranks = np.array([ranking["ranks"] for ranking in rankings]).mean(0)
+    pairs = sorted(decided_pairs(targets), key=lambda p: (-(mean_ranks[p[1]] - mean_ranks[p[0]]), p))
+    return pairs[:limit]

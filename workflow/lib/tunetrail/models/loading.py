@@ -1,0 +1,141 @@
+"""Loading and saving the models of a run: plain weights or a LoRA adapter, always with their tokenizer.
+
+A `model/` folder holds either full weights or a LoRA adapter with `parent.json`, which names the
+model the adapter sits on and its manifest's digest. `load_causal_lm` follows that chain and checks it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tunetrail.config import Lora
+from tunetrail.contract import MANIFEST, sha256_json, write_json
+from tunetrail.errors import ConfigError, DataError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises DataError where pad and eos are one token: then the end of a response could not be learnt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer lacks a pad or an eos token; name one in base.pad_token")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise DataError(f"{folder}: pad and eos are both {tokenizer.eos_token!r}; name another token in base.pad_token")
+    return tokenizer
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 over the tokenizer's files and its chat template."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The very same bytes, so that the digest stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns dropout off: log-probs of policy, reference, reward and value must be functions of the text alone."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name, value in vars(model.config).items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(model.config, name, 0.0)
+    return model
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model in `folder` as plain weights; a LoRA adapter is merged into the model it sits on.
+
+    Raises DataError when that model is no longer the one the adapter was trained on.
+    """
+    if not is_adapter(folder):
+        return without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    from peft import PeftModel
+
+    parent = json.loads((folder / "parent.json").read_text())
+    parent_folder = Path(parent["model"])
+    manifest = parent_folder.parent / MANIFEST
+    if not manifest.exists() or sha256_json(json.loads(manifest.read_text())) != parent["manifest"]:
+        raise DataError(f"{folder}: its adapter sits on {parent_folder}, which is gone or has changed since; run the stages between again")
+    merged = PeftModel.from_pretrained(load_causal_lm(parent_folder, dtype), folder).merge_and_unload()
+    return without_dropout(merged)
+
+
+def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
+    """A sequence-classification model with one score. See `models.scoring` for how it is read."""
+    return without_dropout(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub))
+
+
+def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_modules: list[str] | None = None) -> Any:
+    """The model with a fresh LoRA adapter (Hu et al. 2021), or as it is. Raises ConfigError for unknown modules."""
+    if lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    task = "SEQ_CLS" if extra_modules else "CAUSAL_LM"
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+                modules_to_save=extra_modules, task_type=task,
+            ),  # fmt: skip
+        )
+    except ValueError as e:
+        raise ConfigError(f"lora.target_modules: {lora.target_modules}: {e}") from None
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def save_causal_lm(model: Any, tokenizer_from: Path, work: Path, lora: Lora | None, parent: Path, parent_manifest: dict) -> None:
+    """Writes `work/model` (weights, or adapter with parent.json) and, on request, `work/merged`.
+
+    Args:
+        parent: the `model/` folder that was trained on; an adapter refers to it, relative to the
+            folder the pipeline runs in, so that `from_pretrained` finds it from there.
+    """
+    folder = work / "model"
+    parent = Path(os.path.relpath(parent))
+    if lora is not None:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = str(parent)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+    copy_tokenizer(tokenizer_from, folder)
+    if lora is not None:
+        write_json(folder / "parent.json", {"model": str(parent), "manifest": sha256_json(parent_manifest)})
+        if lora.export_merged:
+            model.merge_and_unload().save_pretrained(work / "merged")
+            copy_tokenizer(tokenizer_from, work / "merged")

@@ -1,0 +1,121 @@
+"""Sampling completions: one prefill a prompt shared by its K completions, finished rows leave the batch.
+
+Every completion draws from a random stream of its own, seeded by (seed, prompt's key, completion), so
+that what a prompt gets does not depend on the shard or batch it is in (up to floating-point
+differences between batch shapes).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from tunetrail.models.batching import collate
+from tunetrail.runtime import derive_seed
+
+
+def inference_weights(model: Any, bf16: bool) -> Any:
+    """The model for decoding: bf16 weights where autocast would be bf16, since without gradients
+    autocast casts every weight again for each token."""
+    return model.to(torch.bfloat16) if bf16 else model
+
+
+class _Noise:
+    """Exponential noise for the rows still running: argmax(logits/T - log noise) samples the softmax (Gumbel-max)."""
+
+    def __init__(self, seeds: Sequence[int], vocab_size: int):
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.vocab_size = vocab_size
+
+    def draw(self, rows: list[int]) -> torch.Tensor:
+        noise = torch.empty(len(rows), self.vocab_size)
+        for i, row in enumerate(rows):
+            noise[i].exponential_(generator=self.generators[row])
+        return noise
+
+
+@torch.inference_mode()
+def _sample_batch(
+    model: Any, prompts: list[list[int]], seeds: list[int], k: int, max_new_tokens: int, temperature: float, eos_id: int, pad_id: int
+) -> list[list[int]]:
+    """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished."""
+    device = model.device
+    batch = collate(prompts, [[]] * len(prompts), pad_id).to(device)
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
+        past_key_values=cache, use_cache=True, logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
+    if k > 1:
+        cache.batch_repeat_interleave(k)
+    logits = logits.repeat_interleave(k, 0)
+    mask = batch.attention_mask.repeat_interleave(k, 0)
+    positions = batch.attention_mask.sum(-1).repeat_interleave(k, 0)
+    noise = _Noise(seeds, logits.shape[-1]) if temperature > 0 else None
+    outputs: list[list[int]] = [[] for _ in seeds]
+    running = list(range(len(seeds)))
+    for step in range(max_new_tokens):
+        scores = logits.float()
+        if noise is not None:
+            scores = scores / temperature - noise.draw(running).log().to(device)
+        tokens = scores.argmax(-1)
+        for row, token in zip(running, tokens.tolist(), strict=True):
+            outputs[row].append(token)
+        keep = tokens != eos_id
+        if step == max_new_tokens - 1 or not keep.any():
+            break
+        if not keep.all():
+            indices = keep.nonzero()[:, 0]
+            cache.batch_select_indices(indices)
+            running = [running[i] for i in indices.tolist()]
+            tokens, mask, positions = tokens[indices], mask[indices], positions[indices]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+        positions = positions + 1
+    return outputs
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[list[int]],
+    keys: Sequence[str],
+    *,
+    k: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    eos_id: int,
+    pad_id: int,
+    on_batch: Callable[[int], None] = lambda prompts_done: None,
+) -> list[list[list[int]]]:
+    """K completions of each prompt.
+
+    Args:
+        prompts: token ids of each prompt.
+        keys: a stable name of each prompt; with `seed` it fixes the random stream.
+        temperature: 0 decodes greedily.
+        batch_size: sequences decoded at once.
+        on_batch: told how many prompts each batch finished.
+
+    Returns:
+        For each prompt K token lists of at most `max_new_tokens`; the last token is EOS unless cut off.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    size = max(1, batch_size // k)
+    results: list[list[list[int]]] = [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        seeds = [derive_seed(seed, "sample", keys[i], j) for i in rows for j in range(k)]
+        flat = _sample_batch(model, [prompts[i] for i in rows], seeds, k, max_new_tokens, temperature, eos_id, pad_id)
+        for n, i in enumerate(rows):
+            results[i] = flat[n * k : (n + 1) * k]
+        on_batch(len(rows))
+    model.train(was_training)
+    return results

@@ -1,0 +1,86 @@
+"""Log-probabilities, values and scores of responses, with logits only where responses are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tunetrail.models.batching import Batch, collate, token_batches
+
+
+def response_logits(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """[B, R, V] float32: the logits that predict each response token, divided by the sampling temperature."""
+    r = batch.response_mask.shape[1]
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=r + 1,
+        use_cache=False,
+    )
+    return output.logits[:, :-1].float() / temperature
+
+
+def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[tokens]: [B, R, V] and [B, R] -> [B, R], without keeping a second [B, R, V]."""
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """[B, R] float32: log-prob of each response token, 0 on padding."""
+    logprobs = gather_logprobs(response_logits(model, batch, temperature), batch.responses)
+    return logprobs.masked_fill(~batch.response_mask, 0.0)
+
+
+def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
+    """(score head, trunk) of a sequence-classification model, adapter or not."""
+    model = classifier.get_base_model() if hasattr(classifier, "peft_config") else classifier
+    return model.score, model.base_model
+
+
+def response_values(critic: Any, batch: Batch) -> torch.Tensor:
+    """[B, R] float32: value of the state before each response token, from a sequence-classification model."""
+    head, trunk = head_and_trunk(critic)
+    hidden = trunk(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    r = batch.response_mask.shape[1]
+    bias = getattr(critic.config, "reward_bias", 0.0)
+    return head(hidden[:, -r - 1 : -1])[..., 0].float() - bias
+
+
+def sequence_scores(reward_model: Any, batch: Batch) -> torch.Tensor:
+    """[B] float32: the reward model's score at the last token of each sequence, less its bias.
+
+    The last token is EOS where the response is finished (Stiennon et al. 2020).
+    """
+    head, trunk = head_and_trunk(reward_model)
+    hidden = trunk(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    last = batch.attention_mask.shape[1] - 1 - batch.attention_mask.flip(-1).argmax(-1)
+    scores = head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+    return scores - getattr(reward_model.config, "reward_bias", 0.0)
+
+
+@torch.no_grad()
+def map_batches(
+    function: Callable[[Batch], torch.Tensor],
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    pad_id: int,
+    max_tokens: int,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Applies `function` to batches of similar length; gives one row of its result a sequence, in order.
+
+    Args:
+        function: Batch -> [B] or [B, R]; of the latter each row is cut to its response's length.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+    for rows in token_batches(lengths, max_tokens):
+        batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id).to(device)
+        for i, row in zip(rows, function(batch).cpu(), strict=True):
+            results[i] = row[: len(responses[i])] if row.dim() else row
+    return results

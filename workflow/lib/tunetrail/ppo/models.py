@@ -1,0 +1,78 @@
+"""Policy and critic as one module, so that accelerate wraps, saves and steps them together."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from tunetrail.models.batching import Batch
+from tunetrail.models.scoring import gather_logprobs, head_and_trunk, response_logprobs, response_values
+
+
+class ActorCritic(torch.nn.Module):
+    """A causal language model and its value function.
+
+    Args:
+        policy: causal language model, with a LoRA adapter or plain.
+        reward_model: where the value function comes from. `shared=False`: a copy of it is the critic.
+            `shared=True`: only its head is taken, and reads the policy's last hidden state.
+    """
+
+    def __init__(self, policy: Any, reward_model: Any, shared: bool):
+        super().__init__()
+        self.policy = policy
+        self.bias = getattr(reward_model.config, "reward_bias", 0.0)
+        self.critic = None if shared else copy.deepcopy(reward_model).requires_grad_(True)
+        self.value_head = copy.deepcopy(head_and_trunk(reward_model)[0]).requires_grad_(True) if shared else None
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy carries no gradient."""
+        r = batch.response_mask.shape[1]
+        output = self.policy(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            logits_to_keep=r + 1,
+            use_cache=False,
+            output_hidden_states=self.value_head is not None,
+        )
+        logits = output.logits[:, :-1].float() / temperature
+        logprobs = gather_logprobs(logits, batch.responses)
+        if self.value_head is not None:
+            values = self.value_head(output.hidden_states[-1][:, -r - 1 : -1])[..., 0].float() - self.bias
+        else:
+            values = response_values(self.critic, batch)
+        with torch.no_grad():
+            log_p = logits.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        empty = ~batch.response_mask
+        return logprobs.masked_fill(empty, 0.0), values.masked_fill(empty, 0.0), entropy.masked_fill(empty, 0.0)
+
+
+class Reference:
+    """The policy as it was: the adapter switched off, or a frozen copy."""
+
+    def __init__(self, policy: Any):
+        self.has_adapter = hasattr(policy, "peft_config")
+        self.model = policy if self.has_adapter else copy.deepcopy(policy).requires_grad_(False).eval()
+
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """[B, R] float32."""
+        without_adapter: AbstractContextManager = self.model.disable_adapter() if self.has_adapter else nullcontext()
+        with without_adapter:
+            return response_logprobs(self.model, batch, temperature)
+
+
+@contextmanager
+def decoding_weights(policy: Any, bf16: bool) -> Iterator[Any]:
+    """The policy for sampling: adapter merged, in bf16 where autocast would be bf16; a copy where it must be one."""
+    has_adapter = hasattr(policy, "peft_config")
+    if not has_adapter and not bf16:
+        yield policy
+        return
+    model = copy.deepcopy(policy)
+    if has_adapter:
+        model = model.merge_and_unload()
+    yield model.to(torch.bfloat16) if bf16 else model

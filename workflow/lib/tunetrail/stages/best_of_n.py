@@ -1,0 +1,25 @@
+"""The policy that samples n responses from the SFT model and keeps the one the reward model scores highest.
+
+    python -m tunetrail.stages.best_of_n --config C.json --input policy=… --input reward=… --output … --state …
+
+Nothing is trained: `policy.json` says what to sample from and what to choose by. Its KL to the SFT
+model is at most log n - (n-1)/n (Stiennon et al. 2020, appendix G.3), exact where no two samples tie.
+"""
+
+import os
+import sys
+
+from tunetrail.config import BestOfNConfig
+from tunetrail.contract import Stage, main, sha256_json, write_json
+from tunetrail.evaluation.stats import best_of_n_kl
+
+
+def run(stage: Stage) -> dict:
+    config = BestOfNConfig(**stage.config)
+    members = {role: {"path": os.path.relpath(stage.inputs[role]), "manifest": sha256_json(stage.parents[role])} for role in ("policy", "reward")}
+    write_json(stage.work / "policy.json", {"n": config.n} | members)
+    return {"n": config.n, "kl_bound": best_of_n_kl(config.n)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,84 @@
+"""Comparison collection, first half: K completions of each prompt, sampled from the SFT model in shards.
+
+    python -m tunetrail.stages.completions --part 0/2 --config C.json --input sft=… --input data=… --output … --state …
+
+Writes `completions.jsonl`, one row a prompt of this shard. Duplicates of a prompt's completions are
+dropped. Every finished batch is kept in the state folder, so a killed shard loses one batch.
+"""
+
+import sys
+
+from tunetrail.config import CompletionsConfig
+from tunetrail.contract import Stage, canonical_json, main, read_finished_rows, write_jsonl
+from tunetrail.models.batching import encode
+from tunetrail.models.loading import load_causal_lm, load_tokenizer
+from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.progress import ProgressBar
+from tunetrail.runtime import device, prepare, use_bf16
+
+
+def shard_rows(rows: list[dict], part: tuple[int, int]) -> list[dict]:
+    """Every n-th row, so that shards are of equal size."""
+    return rows[part[0] :: part[1]]
+
+
+def unique_completions(texts: list[str], finished: list[bool]) -> tuple[list[str], list[bool]]:
+    """Drops empty texts and repeats (the first of them stays)."""
+    first: dict[str, bool] = {}
+    for text, ended in zip(texts, finished, strict=True):
+        if text.strip():
+            first.setdefault(text.strip(), ended)
+    return list(first), list(first.values())
+
+
+def run(stage: Stage) -> dict:
+    config = CompletionsConfig(**stage.config)
+    prepare(stage.seed, "completions")
+    folder = stage.inputs["model"] / "model"
+    tokenizer = load_tokenizer(folder)
+    prompts = [
+        row | {"split": split}
+        for split in ("reward", "heldout")
+        for row in stage.rows("data", f"{split}.jsonl")
+        if "prompt" in row
+    ]
+    mine = shard_rows(prompts, stage.part)
+    done_file = stage.state / "completions.jsonl"
+    done = {row["id"]: row for row in read_finished_rows(done_file)}
+    todo = [row for row in mine if row["id"] not in done]
+    model = None
+    if todo:
+        model = inference_weights(load_causal_lm(folder), use_bf16(stage.shared["precision"])).to(device())
+    per_batch = max(1, config.batch_size // config.per_prompt)
+    with ProgressBar("completions", len(mine), "prompts", done=len(done)) as bar, done_file.open("a") as out:
+        for start in range(0, len(todo), per_batch):
+            rows = todo[start : start + per_batch]
+            sampled = sample(
+                model, [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
+                k=config.per_prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                seed=stage.seed, batch_size=config.batch_size, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            for row, completions in zip(rows, sampled, strict=True):
+                ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
+                texts, finished = unique_completions(tokenizer.batch_decode(completions, skip_special_tokens=True), ended)
+                done[row["id"]] = {
+                    "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
+                    "reference": row["completion"], "completions": texts, "finished": finished,
+                }  # fmt: skip
+                out.write(canonical_json(done[row["id"]]) + "\n")
+            out.flush()
+            bar.advance(len(rows))
+            stage.stop.leave_if_requested(f"after {len(done)} of {len(mine)} prompts")
+    rows = [done[row["id"]] for row in mine]
+    write_jsonl(stage.work / "completions.jsonl", rows)
+    kept = sum(len(row["completions"]) for row in rows)
+    return {
+        "prompts": len(rows),
+        "completions": kept,
+        "duplicates_removed": len(rows) * config.per_prompt - kept,
+        "finished": sum(sum(row["finished"]) for row in rows) / max(kept, 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,88 @@
+"""A policy by direct preference optimisation (Rafailov et al. 2023), with TRL's DPOTrainer.
+
+    python -m tunetrail.stages.dpo --config C.json --input policy=… --input comparisons=… --output … --state …
+
+The reference log-probs are computed once, before training. Log-probs are summed over the response.
+Writes `model/` and `history.jsonl` (chosen and rejected log-probs apart).
+"""
+
+import sys
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig as TrlDpoConfig
+from trl import DPOTrainer
+
+from tunetrail.config import DpoConfig
+from tunetrail.contract import Stage, is_main_process, main
+from tunetrail.errors import DataError
+from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.comparisons import widest_pairs
+from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
+from tunetrail.runtime import derive_seed, prepare
+from tunetrail.training import epoch_order, train, trainer_arguments
+
+
+class PretokenizedDpoTrainer(DPOTrainer):
+    """DPOTrainer on rows of token ids: prompt and responses are tokenized apart here as everywhere."""
+
+    def _prepare_dataset(self, dataset, *args):
+        return dataset
+
+
+def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoConfig) -> list[dict]:
+    """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}. Raises DataError for one that is too long."""
+    examples = []
+    for row in rows:
+        prompt = encode(tokenizer, row["prompt"])
+        responses = [encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)]
+        for chosen, rejected in widest_pairs(row["rankings"], config.pairs_per_prompt):
+            longest = len(prompt) + max(len(responses[chosen]), len(responses[rejected]))
+            if longest > config.max_length:
+                raise DataError(f"dpo: comparison {row['id']} has {longest} tokens; raise max_length ({config.max_length}) or drop the row")
+            examples.append({"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]})
+    return examples
+
+
+def run(stage: Stage) -> dict:
+    config = DpoConfig(**stage.config)
+    prepare(stage.seed, "dpo")
+    parent = stage.inputs["policy"] / "model"
+    tokenizer = load_tokenizer(parent)
+    rows = [row for row in stage.rows("comparisons", "comparisons.jsonl") if row["split"] == "reward"]
+    examples = tokenize(rows, tokenizer, config)
+    if len(examples) < config.batch_size:
+        raise DataError(f"dpo: {len(examples)} pairs are fewer than one batch (batch_size: {config.batch_size}); collect more comparisons")
+    lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
+    order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
+    model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
+    counts = trained_parameters(model)
+    trainer = PretokenizedDpoTrainer(
+        model=model,
+        args=TrlDpoConfig(
+            **trainer_arguments(stage, config),
+            max_length=None,
+            beta=config.beta,
+            loss_type=config.loss,
+            label_smoothing=config.label_smoothing,
+            precompute_ref_log_probs=True,
+        ),
+        train_dataset=Dataset.from_list([examples[i] for i in order]),
+        processing_class=tokenizer,
+    )
+    history = train(stage, trainer)
+    if not is_main_process():
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_causal_lm(model, parent, stage.work, config.lora, parent, stage.parents["policy"])
+    return {
+        "train_loss": history[-1]["loss"],
+        "accuracy": history[-1]["rewards/accuracies"],
+        "margin": history[-1]["rewards/margins"],
+        "steps": len(history),
+        "pairs": len(examples),
+    } | counts
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

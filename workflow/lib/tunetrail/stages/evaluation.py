@@ -1,0 +1,213 @@
+"""Evaluation of one model (base, sft or a policy) on prompts no stage has seen.
+
+    python -m tunetrail.stages.evaluation --config C.json --input model=… --input data=… \
+        [--input sft=… --input sft_evaluation=… --input reward=… --input retention=… --input comparisons=…] …
+
+Samples at the configured temperature and measures: gold score (the labeler's scorer, never the reward
+model), reward-model score, win rate against the SFT model on the same prompts, KL to it, length,
+distinct-n, likelihood of unrelated text, log-probs of preferred and dispreferred responses, and the
+probes. Where no SFT model was trained, the base model stands in its place.
+
+Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
+"""
+
+import copy
+import json
+import math
+import sys
+from typing import Any
+
+from tunetrail.config import EvaluationConfig
+from tunetrail.contract import Stage, main, write_json, write_jsonl
+from tunetrail.errors import DataError
+from tunetrail.evaluation.models import logprobs_of, mean_nlls, sentence_probe
+from tunetrail.evaluation.stats import best_of_n_kl, bootstrap, distinct_n, win_rate
+from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.comparisons import decided_pairs, preference_targets
+from tunetrail.models.loading import is_adapter, load_causal_lm, load_reward_model, load_tokenizer
+from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.models.scoring import map_batches, sequence_scores
+from tunetrail.progress import ProgressBar
+from tunetrail.runtime import autocast, device, prepare, use_bf16
+
+Example = tuple[list[int], list[int]]
+
+
+class Evaluator:
+    """One model under evaluation, with what it is compared to."""
+
+    def __init__(self, stage: Stage):
+        self.stage, self.config = stage, EvaluationConfig(**stage.config)
+        self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
+        policy = stage.inputs["model"] / "policy.json"
+        self.n = json.loads(policy.read_text())["n"] if policy.exists() else 1
+        """Samples a prompt; above 1 the reward model keeps the best (best-of-n)."""
+        self.folder = stage.inputs["sft" if self.n > 1 else "model"] / "model"
+        self.tokenizer = load_tokenizer(self.folder)
+        self.pad_id = self.tokenizer.pad_token_id
+        self.model = load_causal_lm(self.folder).to(device()).eval()
+        self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
+
+    def interval(self, values: list[float], groups: list[str] | None = None) -> dict | None:
+        return bootstrap(values, self.config.bootstrap, self.stage.seed, groups=groups)
+
+    def reward_scores(self, examples: list[Example]) -> list[float] | None:
+        if "reward" not in self.stage.inputs:
+            return None
+        reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
+
+        def scores(batch):
+            with autocast(self.precision):
+                return sequence_scores(reward_model, batch)
+
+        prompts, responses = [p for p, _ in examples], [r for _, r in examples]
+        return [float(s) for s in map_batches(scores, prompts, responses, self.pad_id, self.config.batch_tokens, device())]
+
+    def samples(self, rows: list[dict]) -> tuple[list[Example], list[float] | None]:
+        """A response to each prompt and its reward-model score; of best-of-n, the best by that score."""
+        config, prompts = self.config, [encode(self.tokenizer, row["prompt"]) for row in rows]
+        decoder = inference_weights(copy.deepcopy(self.model), use_bf16(self.precision))
+        sampled = sample(
+            decoder, prompts, [row["id"] for row in rows], k=self.n, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, seed=self.stage.seed, batch_size=config.batch_size,
+            eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
+        )  # fmt: skip
+        del decoder
+        self.bar.advance(1, "sampled")
+        examples = [(p, r) for p, responses in zip(prompts, sampled, strict=True) for r in responses]
+        scores = self.reward_scores(examples)
+        if scores is None:
+            return examples, None
+        best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(examples), self.n)]
+        return [examples[i] for i in best], [scores[i] for i in best]
+
+    def kl(self, examples: list[Example]) -> list[float] | None:
+        """KL to the SFT model of each response in nats, the k3 estimate summed over its tokens; None for itself."""
+        if "sft" not in self.stage.inputs or self.n > 1:
+            return None
+        reference = load_causal_lm(self.stage.inputs["sft"] / "model").to(device()).eval()
+        temperature = self.config.temperature
+        ours = logprobs_of(self.model, examples, self.pad_id, self.precision, temperature)
+        theirs = logprobs_of(reference, examples, self.pad_id, self.precision, temperature)
+        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        return [float(((-d).expm1() + d).sum()) for d in gaps]
+
+    def retention(self) -> dict | None:
+        """Loss on unrelated text, and its change since the base model, row by row."""
+        if "retention" not in self.stage.inputs:
+            return None
+        rows = self.stage.rows("retention", "retention.jsonl")
+        nlls = mean_nlls(self.model, [(row["prompt_ids"], row["response_ids"]) for row in rows], self.pad_id, self.precision)
+        changes = [nll - row["base_nll"] for nll, row in zip(nlls, rows, strict=True)]
+        write_jsonl(self.stage.work / "retention.jsonl", [{"id": r["id"], "nll": n, "base_nll": r["base_nll"]} for r, n in zip(rows, nlls, strict=True)])
+        is_base = self.subject["name"] == "base"
+        return {"nll": self.interval(nlls), "change_vs_base": None if is_base else self.interval(changes)}
+
+    def comparisons(self) -> dict | None:
+        """Log-probs of chosen and rejected responses on held-out pairs, and how often chosen is the likelier."""
+        if "comparisons" not in self.stage.inputs:
+            return None
+        chosen, rejected, ids = [], [], []
+        for row in self.stage.rows("comparisons", "comparisons.jsonl"):
+            pairs = decided_pairs(preference_targets(row["rankings"]))
+            if row["split"] != "heldout" or not pairs:
+                continue
+            prompt = encode(self.tokenizer, row["prompt"])
+            winner, loser = ((prompt, encode_response(self.tokenizer, row["completions"][i], row["finished"][i])) for i in pairs[0])
+            chosen.append(winner)
+            rejected.append(loser)
+            ids.append(row["id"])
+        logps = [float(row.sum()) for row in logprobs_of(self.model, chosen + rejected, self.pad_id, self.precision)]
+        chosen_logps, rejected_logps = logps[: len(ids)], logps[len(ids) :]
+        return {
+            "chosen_logps": self.interval(chosen_logps),
+            "rejected_logps": self.interval(rejected_logps),
+            "accuracy": self.interval([float(c > r) for c, r in zip(chosen_logps, rejected_logps, strict=True)]),
+        }
+
+    def probes(self) -> dict:
+        """Next-token probabilities of the sentence, and log-probs of the two responses of each preference probe."""
+
+        def render(prompt: str) -> str:
+            if not self.stage.shared["data.chat"] or not self.tokenizer.chat_template:
+                return prompt
+            system = self.stage.shared["data.system"]
+            messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+        preferences = []
+        for probe in self.config.preferences:
+            prompt = encode(self.tokenizer, render(probe.prompt))
+            examples = [(prompt, encode_response(self.tokenizer, text)) for text in (probe.preferred, probe.dispreferred)]
+            preferred, dispreferred = (float(row.sum()) for row in logprobs_of(self.model, examples, self.pad_id, "fp32"))
+            preferences.append(probe.model_dump() | {"preferred_logp": preferred, "dispreferred_logp": dispreferred})
+        return {"sentence": sentence_probe(self.model, self.tokenizer, self.config.sentence), "preferences": preferences}
+
+
+def gold_scores(config: EvaluationConfig, completions: list[str], references: list[str]) -> list[float] | None:
+    if config.gold is None:
+        return None
+    from tunetrail.labeling.chrf import chrf
+
+    return [chrf(c, r) for c, r in zip(completions, references, strict=True)]
+
+
+def run(stage: Stage) -> dict:
+    prepare(stage.seed, "evaluation")
+    rows = [row for row in stage.rows("data", "evaluation.jsonl") if "prompt" in row]
+    if not rows:
+        raise DataError("evaluation: the evaluation split has no prompts; raise data.shares.evaluation or data.limits.evaluation")
+    evaluator = Evaluator(stage)
+    config, subject, interval = evaluator.config, evaluator.subject, evaluator.interval
+    with evaluator.bar as bar:
+        examples, reward = evaluator.samples(rows)
+        bar.advance(1, "scored")
+        kl = evaluator.kl(examples)
+        bar.advance(1, "compared")
+        retention = evaluator.retention()
+        comparisons = evaluator.comparisons()
+        bar.advance(2, "remembered")
+        write_json(stage.work / "probes.json", evaluator.probes())
+        bar.advance(1, "probed")
+
+    responses = [response for _, response in examples]
+    completions = [text.strip() for text in evaluator.tokenizer.batch_decode(responses, skip_special_tokens=True)]
+    finished = [response[-1] == evaluator.tokenizer.eos_token_id for response in responses]
+    gold = gold_scores(config, completions, [row["completion"] for row in rows])
+    nothing = [None] * len(rows)
+    samples: list[dict[str, Any]] = [
+        {"id": row["id"], "prompt": row["prompt"], "reference": row["completion"], "completion": text, "gold": g, "reward": s, "kl": k, "length": len(r), "finished": f}
+        for row, text, g, s, k, r, f in zip(rows, completions, gold or nothing, reward or nothing, kl or nothing, responses, finished, strict=True)
+    ]
+    write_jsonl(stage.work / "samples.jsonl", samples)
+
+    wins = None
+    if gold is not None and "sft_evaluation" in stage.inputs:
+        theirs = {row["id"]: row["gold"] for row in stage.rows("sft_evaluation", "samples.jsonl")}
+        wins = win_rate(gold, [theirs[row["id"]] for row in rows], config.tie, config.bootstrap, stage.seed)
+    divergence: dict | None = None
+    if evaluator.n > 1:
+        bound = best_of_n_kl(evaluator.n)
+        divergence = {"mean": bound, "low": bound, "high": bound, "n": len(rows), "estimator": "analytic bound"}
+    elif kl is not None:
+        divergence = (interval(kl) or {}) | {"estimator": "k3"}
+    return {
+        "policy": subject["name"],
+        "method": subject["method"],
+        "adapter": "lora" if is_adapter(evaluator.folder) else None if subject["name"] == "base" or evaluator.n > 1 else "full",
+        "n_prompts": len(rows),
+        "gold": interval(gold) if gold else None,
+        "reward": interval(reward) if reward else None,
+        "win_rate_vs_sft": wins,
+        "kl_to_sft": divergence,
+        "length": interval([float(len(r)) for r in responses]),
+        "distinct_1": distinct_n(responses, 1),
+        "distinct_2": distinct_n(responses, 2),
+        "finished": math.fsum(finished) / len(finished),
+        "retention": retention,
+        "comparisons": comparisons,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,80 @@
+"""A policy by PPO against the reward model. The algorithm is in `tunetrail.ppo`.
+
+    python -m tunetrail.stages.ppo --config C.json --input policy=… --input data=… --input reward=… --output … --state …
+
+Writes `model/` and `history.jsonl`.
+"""
+
+import sys
+
+from accelerate import Accelerator
+from torch.utils.tensorboard import SummaryWriter
+
+from tunetrail.config import PpoConfig
+from tunetrail.contract import Stage, is_main_process, main, write_jsonl
+from tunetrail.errors import DataError
+from tunetrail.models.batching import encode
+from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer, save_causal_lm, trained_parameters, with_lora
+from tunetrail.ppo.trainer import PPOTrainer, log
+from tunetrail.progress import ProgressBar
+from tunetrail.runtime import derive_seed, device, prepare, use_bf16
+from tunetrail.training import keep_newest, latest_checkpoint, mark_complete
+
+
+def save(stage: Stage, trainer: PPOTrainer) -> None:
+    checkpoint = stage.state / f"checkpoint-{trainer.step}"
+    trainer.save(checkpoint)
+    if is_main_process():
+        mark_complete(checkpoint)
+        keep_newest(stage.state)
+    stage.stop.saved()
+
+
+def run(stage: Stage) -> dict:
+    config = PpoConfig(**stage.config)
+    prepare(stage.seed, "ppo")
+    parent = stage.inputs["policy"] / "model"
+    tokenizer = load_tokenizer(parent)
+    rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
+    if len(rows) < config.batch_size:
+        raise DataError(f"ppo: {len(rows)} prompts are fewer than one batch (batch_size: {config.batch_size}); raise data.shares.rl")
+    policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
+    counts = trained_parameters(policy)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no", cpu=device().type == "cpu"
+    )
+    trainer = PPOTrainer(
+        config, policy, load_reward_model(stage.inputs["reward"] / "model"),
+        [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
+        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
+    )  # fmt: skip
+    if checkpoint := latest_checkpoint(stage.state):
+        log.info("ppo: resuming from %s", checkpoint.name)
+        trainer.load(checkpoint)
+    board = SummaryWriter(str(stage.state / "tensorboard")) if is_main_process() else None
+    with ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1) as bar:
+        while trainer.step < config.steps:
+            row = trainer.iterate()
+            if board:
+                for key, value in row.items():
+                    board.add_scalar(f"ppo/{key}", value, trainer.step)
+                bar.advance(1, f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}")
+            if trainer.step < config.steps and stage.stop.save_due():
+                save(stage, trainer)
+                stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
+    if not is_main_process():
+        return {}
+    write_jsonl(stage.work / "history.jsonl", trainer.history)
+    save_causal_lm(trainer.actor_critic.policy, parent, stage.work, config.lora, parent, stage.parents["policy"])
+    last = trainer.history[-1]
+    return {
+        "steps": trainer.step,
+        "episodes": last["episodes"],
+        "score": last["score"],
+        "kl": last["kl"],
+        "first_score": trainer.history[0]["score"],
+    } | counts
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

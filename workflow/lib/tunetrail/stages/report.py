@@ -1,0 +1,32 @@
+"""The report: one self-contained HTML page, and its figures as SVG files.
+
+    python -m tunetrail.stages.report --config C.json --input base=…/manifest.json --input data=… [--input sft=…]
+        [--input comparisons=…] [--input reward=…] [--input retention=…] --input policy.NAME=… --input evaluation.NAME=…
+        --output results/RUN/report/manifest.json --state state/RUN/report
+
+Writes `report.html`, which loads nothing and opens from disk, and `figures/<name>.svg`, one for each
+name in `tunetrail.reporting.charts.FIGURES`, always.
+"""
+
+import sys
+
+from tunetrail.config import ReportConfig
+from tunetrail.contract import Stage, main
+from tunetrail.reporting.charts import FIGURES, svg
+from tunetrail.reporting.collect import collect
+from tunetrail.reporting.page import render
+
+
+def run(stage: Stage) -> dict:
+    config = ReportConfig(**stage.config)
+    found = collect(stage)
+    figures = {name: (svg(draw(found, False)), svg(draw(found, True))) for name, draw in FIGURES.items()}
+    (stage.work / "figures").mkdir()
+    for name, (wide, _) in figures.items():
+        (stage.work / "figures" / f"{name}.svg").write_text(wide, encoding="utf-8")
+    (stage.work / "report.html").write_text(render(found, figures, config.title, config.samples), encoding="utf-8")
+    return {m.name: {key: m.interval(key) for key in ("win_rate_vs_sft", "gold")} for m in found.models}
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,88 @@
+"""Text unrelated to the task, to see what training makes the model forget.
+
+    python -m tunetrail.stages.retention --config C.json --input base=… --output … --state …
+
+`source: chatterbot`: general questions (chatterbot-corpus, BSD) with the base model's own greedy answers;
+`source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss
+on it (`base_nll`, nats a token), so that every later model is compared row by row.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import yaml
+
+from tunetrail.config import RetentionConfig
+from tunetrail.contract import Stage, main, write_jsonl
+from tunetrail.errors import DataError
+from tunetrail.evaluation.models import mean_nlls
+from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.loading import load_causal_lm, load_tokenizer
+from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.progress import ProgressBar
+from tunetrail.runtime import derive_seed, device, prepare, use_bf16
+
+
+def general_questions() -> list[str]:
+    """Every question of chatterbot-corpus in English that is not about programming, sorted."""
+    import chatterbot_corpus
+
+    questions = set()
+    for path in (Path(chatterbot_corpus.__file__).parent / "data" / "english").glob("*.yml"):
+        if path.stem in ("coding", "computers", "ai"):
+            continue
+        for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            first = str(conversation[0]).strip()
+            if first.endswith("?"):
+                questions.add(first)
+    return sorted(questions)
+
+
+def run(stage: Stage) -> dict:
+    config, precision = RetentionConfig(**stage.config), stage.shared["precision"]
+    prepare(stage.seed, "retention")
+    folder = stage.inputs["base"] / "model"
+    tokenizer = load_tokenizer(folder)
+    model = load_causal_lm(folder).to(device())
+    rng = random.Random(derive_seed(stage.seed, "retention"))
+    if config.source == "file":
+        ids = encode(tokenizer, config.path.read_text(encoding="utf-8"))  # type: ignore[union-attr]
+        blocks = [ids[i : i + config.max_new_tokens] for i in range(0, len(ids), config.max_new_tokens)]
+        blocks = [block for block in blocks if len(block) > 1]
+        if not blocks:
+            raise DataError(f"retention.path: {config.path} holds no text")
+        examples = [(block[:1], block[1:]) for block in rng.sample(blocks, min(config.prompts, len(blocks)))]
+        texts = [{"text": tokenizer.decode(p + r)} for p, r in examples]
+    else:
+        questions = general_questions()
+        questions = rng.sample(questions, min(config.prompts, len(questions)))
+        rendered = questions
+        if tokenizer.chat_template:
+            rendered = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False) for q in questions]
+        prompts = [encode(tokenizer, text) for text in rendered]
+        with ProgressBar("retention", len(prompts), "questions") as bar:
+            answers = sample(
+                inference_weights(load_causal_lm(folder), use_bf16(precision)).to(device()), prompts, questions,
+                k=1, max_new_tokens=config.max_new_tokens, temperature=0, seed=stage.seed, batch_size=config.batch_size,
+                eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, on_batch=bar.advance,
+            )  # fmt: skip
+        texts = []
+        for question, prompt, (answer,) in zip(questions, rendered, answers, strict=True):
+            finished = answer[-1] == tokenizer.eos_token_id
+            texts.append({"question": question, "prompt": prompt, "completion": tokenizer.decode(answer, skip_special_tokens=True), "finished": finished})
+        examples = [
+            (prompt, encode_response(tokenizer, text["completion"], text["finished"])) for prompt, text in zip(prompts, texts, strict=True)
+        ]
+    nlls = mean_nlls(model, examples, tokenizer.pad_token_id, precision)
+    rows = [
+        text | {"id": str(i), "prompt_ids": prompt, "response_ids": response, "base_nll": nll}
+        for i, (text, (prompt, response), nll) in enumerate(zip(texts, examples, nlls, strict=True))
+        if response
+    ]
+    write_jsonl(stage.work / "retention.jsonl", rows)
+    return {"source": config.source, "rows": len(rows), "base_nll": sum(row["base_nll"] for row in rows) / len(rows)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

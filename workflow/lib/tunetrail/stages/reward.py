@@ -1,0 +1,216 @@
+"""The reward model: K-wise loss over all pairs of a prompt, one forward pass of K sequences.
+
+    python -m tunetrail.stages.reward --config C.json --input policy=… --input data=… --input comparisons=… --output … --state …
+
+Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al. 2020); scored at the
+last token; the mean score of demonstrations is subtracted (`reward_bias` in the model's config).
+Evaluated on held-out prompts, beside "the longer wins".
+
+Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind every number).
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from tunetrail.config import RewardConfig
+from tunetrail.contract import Stage, is_main_process, main, write_jsonl
+from tunetrail.errors import DataError
+from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
+from tunetrail.models.batching import collate, encode, encode_response
+from tunetrail.models.comparisons import decided_pairs, preference_targets
+from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokenizer, trained_parameters, with_lora, without_dropout
+from tunetrail.models.scoring import map_batches, sequence_scores
+from tunetrail.runtime import autocast, derive_seed, device, prepare
+from tunetrail.training import epoch_order, train, trainer_arguments
+
+
+def kwise_loss(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of all C(K,2) pairs of each prompt, divided by C(K,2) (Ouyang et al. 2022, eq. 1).
+
+    With a target of 1 for the preferred one this is -log sigmoid(r_w - r_l); a tie is a target of one
+    half, and several labelers' verdicts are averaged.
+
+    Args:
+        scores: [B, K].
+        targets: [B, K, K], the share of labelers that put i above j.
+        mask: [B, K] bool, False where a prompt has fewer than K completions.
+
+    Returns:
+        scalar, the mean over prompts.
+    """
+    margins = scores[:, :, None] - scores[:, None, :]
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(margins, targets.to(margins), reduction="none")
+    k = scores.shape[1]
+    pairs = torch.ones(k, k, dtype=torch.bool, device=scores.device).triu(1) & mask[:, :, None] & mask[:, None, :]
+    return ((losses * pairs).sum((1, 2)) / pairs.sum((1, 2))).mean()
+
+
+def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
+    """Comparison rows -> {prompt, responses, targets}. Raises DataError for one longer than `max_length`."""
+    examples = []
+    for row in rows:
+        prompt = encode(tokenizer, row["prompt"])
+        responses = [encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)]
+        if (longest := len(prompt) + max(map(len, responses))) > max_length:
+            raise DataError(f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or drop the row")
+        examples.append({"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()})
+    return examples
+
+
+class KWiseCollator:
+    """B prompts -> one batch of all their sequences, with [B, K, K] targets and a [B, K] mask."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
+        batch = collate(
+            [e["prompt"] for e in examples for _ in e["responses"]], [r for e in examples for r in e["responses"]], self.pad_id
+        )
+        k = max(len(e["responses"]) for e in examples)
+        targets = torch.full((len(examples), k, k), 0.5)
+        mask = torch.zeros(len(examples), k, dtype=torch.bool)
+        for i, example in enumerate(examples):
+            n = len(example["responses"])
+            targets[i, :n, :n] = torch.tensor(example["targets"])
+            mask[i, :n] = True
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "targets": targets, "mask": mask}
+
+
+class KWiseTrainer(Trainer):
+    """transformers' Trainer with the K-wise loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mask = inputs["mask"]
+        position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        flat = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position_ids).logits[:, 0].float()
+        scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+        loss = kwise_loss(scores, inputs["targets"], mask)
+        return (loss, scores) if return_outputs else loss
+
+
+def initialise(causal_lm: Any, seed: int) -> Any:
+    """A sequence-classification model on the language model's trunk; head N(0, 1/sqrt(d+1)) as standard deviation."""
+    config = causal_lm.config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(causal_lm.base_model.state_dict())
+    torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+    return without_dropout(model)
+
+
+def score_rows(model: Any, prompts: list[list[int]], responses: list[list[int]], pad_id: int, precision: str) -> np.ndarray:
+    """[N] scores."""
+
+    def scores(batch):
+        with autocast(precision):
+            return sequence_scores(model, batch)
+
+    return np.array([float(s) for s in map_batches(scores, prompts, responses, pad_id, 4096, device())])
+
+
+def heldout_pairs(rows: list[dict], scores: list[np.ndarray]) -> list[dict]:
+    """One row for each pair each labeler decided: who won, by how much the model agrees, who is longer."""
+    pairs = []
+    for row, score in zip(rows, scores, strict=True):
+        for ranking in row["rankings"]:
+            for winner, loser in decided_pairs(preference_targets([ranking])):
+                margin = float(score[winner] - score[loser])
+                longer = len(row["completions"][winner]) - len(row["completions"][loser])
+                pairs.append({"id": row["id"], "group": row["group"], "labeler": ranking["labeler"], "margin": margin, "longer": longer})
+    return pairs
+
+
+def accuracy(pairs: list[dict], key: str, seed: int) -> dict | None:
+    """Share of pairs where `key` is positive (zero counts one half), resampling whole prompts."""
+    values = np.array([0.5 if pair[key] == 0 else float(pair[key] > 0) for pair in pairs])
+    return bootstrap(values, 2000, seed, groups=[pair["id"] for pair in pairs])
+
+
+def evaluate(pairs: list[dict], seed: int) -> dict:
+    """Accuracy with intervals, by labeler and by confidence, calibration, and the length baseline."""
+    margins = np.array([pair["margin"] for pair in pairs])
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    ece, by_confidence = expected_calibration_error(confidence, (margins > 0).astype(float), bins=20)
+    labelers = sorted({pair["labeler"] for pair in pairs})
+    return {
+        "pairs": len(pairs),
+        "accuracy": accuracy(pairs, "margin", seed),
+        "accuracy_longer_wins": accuracy(pairs, "longer", seed),
+        "accuracy_by_labeler": {name: accuracy([p for p in pairs if p["labeler"] == name], "margin", seed) for name in labelers},
+        "accuracy_by_confidence": by_confidence,
+        "ece": ece,
+        "length_correlation_of_margins": spearman(margins, np.array([pair["longer"] for pair in pairs])),
+    }
+
+
+def run(stage: Stage) -> dict:
+    config, precision = RewardConfig(**stage.config), stage.shared["precision"]
+    prepare(stage.seed, "reward")
+    parent = stage.inputs["policy"] / "model"
+    tokenizer = load_tokenizer(parent)
+    pad_id = tokenizer.pad_token_id
+    rows = stage.rows("comparisons", "comparisons.jsonl")
+    examples = tokenize([row for row in rows if row["split"] == "reward"], tokenizer, config.max_length)
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    if len(examples) < config.batch_size:
+        raise DataError(f"reward: {len(examples)} prompts with comparisons are fewer than one batch (reward.batch_size: {config.batch_size})")
+    if not heldout:
+        raise DataError("reward: no comparisons on held-out prompts, so its accuracy could not be told; raise data.shares.heldout")
+    lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
+    order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
+
+    model = initialise(load_causal_lm(parent), derive_seed(stage.seed, "head"))
+    model.config.pad_token_id = pad_id
+    model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
+    counts = trained_parameters(model)
+    trainer = KWiseTrainer(
+        model=model,
+        args=TrainingArguments(**trainer_arguments(stage, config), remove_unused_columns=False),
+        train_dataset=Dataset.from_list([examples[i] for i in order]),
+        data_collator=KWiseCollator(pad_id),
+        processing_class=tokenizer,
+    )
+    history = train(stage, trainer)
+    if not is_main_process():
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    if config.lora is not None:
+        model = model.merge_and_unload()  # scores are read by stages that know nothing of adapters
+
+    demonstrations = [row for split in ("reward", "sft") for row in stage.rows("data", f"{split}.jsonl") if "prompt" in row][:256]
+    prompts = [encode(tokenizer, row["prompt"]) for row in demonstrations]
+    responses = [encode_response(tokenizer, row["completion"]) for row in demonstrations]
+    model.config.reward_bias = float(score_rows(model, prompts, responses, pad_id, precision).mean()) if prompts else 0.0
+    model.save_pretrained(stage.work / "model")
+    copy_tokenizer(parent, stage.work / "model")
+
+    tokens = tokenize(heldout, tokenizer, config.max_length)
+    flat_prompts = [e["prompt"] for e in tokens for _ in e["responses"]]
+    flat_responses = [r for e in tokens for r in e["responses"]]
+    flat_scores = score_rows(model, flat_prompts, flat_responses, pad_id, precision)
+    splits = np.cumsum([len(e["responses"]) for e in tokens])[:-1]
+    pairs = heldout_pairs(heldout, np.split(flat_scores, splits))
+    write_jsonl(stage.work / "pairs.jsonl", pairs)
+    return (
+        evaluate(pairs, stage.seed)
+        | {
+            "train_loss": history[-1]["loss"],
+            "steps": len(history),
+            "prompts": len(examples),
+            "bias": model.config.reward_bias,
+            "score_mean_demonstrations": float(score_rows(model, prompts, responses, pad_id, precision).mean()) if prompts else None,
+            "length_correlation": spearman(flat_scores, np.array([len(r) for r in flat_responses])),
+        }
+        | counts
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,192 @@
+"""What the stages on Hugging Face trainers (sft, reward, dpo) share: order of the data, saving, resuming, leaving.
+
+A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order
+of the data is a fixed list made beforehand, and a checkpoint holds weights, optimizer, schedule and
+random states. A checkpoint counts only once its `complete.json` lists every file with its digest, so
+an interrupted save is skipped and the one before it is used.
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from tunetrail.config import Epochs
+from tunetrail.contract import Stage, is_main_process, list_files, write_json, write_jsonl
+from tunetrail.errors import DataError, Interrupted
+from tunetrail.progress import ProgressBar
+from tunetrail.runtime import derive_seed, use_bf16
+
+log = logging.getLogger("tunetrail")
+
+COMPLETE = "complete.json"
+_CLOCK_KEYS = ("total_flos", "train_loss")
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[int]:
+    """Row indices for all epochs in training order: batches of similar length, in random order.
+
+    Every epoch shuffles anew; the remainder that does not fill a batch is left out, another one each
+    time, so that every optimizer step sees `batch_size` rows.
+    """
+    order: list[int] = []
+    for epoch in range(epochs):
+        rng = random.Random(derive_seed(seed, "order", epoch))
+        rows = list(range(len(lengths)))
+        rng.shuffle(rows)
+        rows = rows[: len(rows) - len(rows) % batch_size]
+        rows.sort(key=lambda i: lengths[i])  # stable: equal lengths keep their random order
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(batches)
+        order += [i for batch in batches for i in batch]
+    return order
+
+
+def trainer_arguments(stage: Stage, config: Epochs, per_row: int = 1) -> dict[str, Any]:
+    """Keyword arguments of transformers.TrainingArguments and its TRL children.
+
+    Args:
+        per_row: how many sequences a row of the data set stands for (K for the reward model), for
+            `micro_batch_size`, which counts sequences.
+    """
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    if config.batch_size % (micro * world):
+        micro = max(1, config.batch_size // world)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.state / "tensorboard")
+    return {
+        "output_dir": str(stage.state),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": max(1, config.batch_size // (micro * world)),
+        "num_train_epochs": 1,  # epochs are laid out in the data set itself, see epoch_order
+        "train_sampling_strategy": "sequential",
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,  # below 1 it is a share of the steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "bf16": use_bf16(stage.shared["precision"]),
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",  # StageCallback decides
+        "report_to": ["tensorboard"],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": derive_seed(stage.seed, stage.name) % 2**32,
+    }
+
+
+class StageCallback(TrainerCallback):
+    """Shows progress, saves when due, leaves when told to."""
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+        self.bar: ProgressBar | None = None
+        self.stopping = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if is_main_process():
+            self.bar = ProgressBar(self.stage.name, state.max_steps, "steps", done=state.global_step)
+            self.bar.__enter__()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar and logs and "loss" in logs:
+            self.bar.advance(state.global_step - self.bar.done, f"loss {float(logs['loss']):.4f}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < state.max_steps and self.stage.stop.save_due():
+            control.should_save = True
+            if self.stage.stop.requested():
+                self.stopping = control.should_training_stop = True
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        if is_main_process():
+            mark_complete(self.stage.state / f"checkpoint-{state.global_step}")
+            keep_newest(self.stage.state)
+        self.stage.stop.saved()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.__exit__(None, None, None)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Declares a checkpoint whole: the last file to be written lists the others, and all are on disk."""
+    write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
+    for path in checkpoint.iterdir():
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+    (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of the checkpoint is as it was when its save ended."""
+    try:
+        listed = json.loads((checkpoint / COMPLETE).read_text())
+    except (OSError, ValueError):
+        return False
+    return [f for f in list_files(checkpoint) if f["path"] != COMPLETE] == listed
+
+
+def _by_step(state: Path) -> list[Path]:
+    found = [p for p in state.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def keep_newest(state: Path) -> None:
+    for old in _by_step(state)[:-1]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(state: Path) -> Path | None:
+    """The newest whole checkpoint; broken ones are removed."""
+    for checkpoint in reversed(_by_step(state)):
+        if is_complete(checkpoint):
+            return checkpoint
+        log.info("%s: the save was interrupted; using the one before it", checkpoint)
+        if is_main_process():
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def history(log_history: list[dict]) -> list[dict]:
+    """One row a step of what the trainer logged, without anything that a clock decides."""
+    return [
+        {k: v for k, v in row.items() if k not in _CLOCK_KEYS and "runtime" not in k and "per_second" not in k}
+        for row in log_history
+        if "loss" in row
+    ]
+
+
+def train(stage: Stage, trainer: Any) -> list[dict]:
+    """Trains to the end, resuming where an earlier attempt was; writes and returns `history.jsonl`.
+
+    Raises Interrupted when told to stop, after saving; DataError when the loss is no longer finite.
+    """
+    callback = StageCallback(stage)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+    checkpoint = latest_checkpoint(stage.state)
+    if checkpoint:
+        log.info("%s: resuming from %s", stage.name, checkpoint.name)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if callback.stopping:
+        step, total = trainer.state.global_step, trainer.state.max_steps
+        raise Interrupted(f"stopped by {stage.stop.reason} at step {step} of {total}; progress is saved, run the same command again")
+    rows = history(trainer.state.log_history)
+    if not all(abs(row["loss"]) < float("inf") for row in rows):
+        raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")
+    if is_main_process():
+        write_jsonl(stage.work / "history.jsonl", rows)
+    return rows

@@ -1,0 +1,141 @@
+# What every rule shares: the validated config, the paths, and who feeds whom.
+import re
+import sys
+from pathlib import Path
+
+from tunetrail.config import canonical_json, check_files, parse, read_yaml, stage_config
+from tunetrail.errors import TunetrailError
+
+
+def validated(raw):
+    """The typed config; on a mistake one clear line each, and exit code 78 before any job starts."""
+    source = ", ".join(str(path) for path in workflow.configfiles) or "config"
+    try:
+        for path in workflow.configfiles:
+            read_yaml(
+                Path(path)
+            )  # finds what a loaded mapping no longer shows: keys given twice
+        parsed = parse(dict(raw), source)
+        if workflow.is_main_process:
+            from tunetrail.data.readers import check_sources
+
+            check_files(parsed, source)
+            check_sources(parsed.data)
+        return parsed
+    except TunetrailError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+CONFIG = validated(config)
+RESULTS = f"results/{CONFIG.run}"
+LOGS = f"logs/{CONFIG.run}"
+BENCHMARKS = f"benchmarks/{CONFIG.run}"
+STATE = f"state/{CONFIG.run}"
+ENVIRONMENT = "../../envs/tunetrail.yaml"
+
+BEFORE = (
+    "sft" if CONFIG.sft else "base"
+)  # the model every policy starts from and is compared to
+SHARDS = (
+    [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)]
+    if CONFIG.completions
+    else []
+)
+SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
+
+# The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
+shell.prefix(f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib; ")
+
+
+wildcard_constraints:
+    stage=r"[a-z_]+(\.[a-z0-9._-]+)?",
+    policy=r"[a-z0-9][a-z0-9._-]*",
+    subject=r"[a-z0-9][a-z0-9._-]*",
+    shard=r"\d+-of-\d+",
+
+
+def manifest(artifact):
+    return f"{RESULTS}/{artifact}/manifest.json"
+
+
+def resolved(stage):
+    return f"{RESULTS}/config/{stage}.json"
+
+
+def comparisons_manifest():
+    """Comparisons were collected, or came with the data."""
+    return manifest("comparisons" if CONFIG.completions else "data")
+
+
+def model_manifest(subject):
+    return manifest(subject if subject in ("base", "sft") else f"policies/{subject}")
+
+
+def policies_by(method):
+    """A regular expression of the names of the policies with this method; it matches nothing where there are none."""
+    names = [
+        re.escape(name)
+        for name, policy in CONFIG.policies.items()
+        if policy.method == method
+    ]
+    return "|".join(names) or "(?!)"
+
+
+def evaluation_inputs(subject):
+    """Role -> manifest of everything the evaluation of one model reads. The roles a run lacks are left out."""
+    inputs = {"model": model_manifest(subject), "data": manifest("data")}
+    if subject != BEFORE:
+        inputs |= {
+            "sft": manifest(BEFORE),
+            "sft_evaluation": manifest(f"evaluation/{BEFORE}"),
+        }
+    if CONFIG.reward:
+        inputs["reward"] = manifest("reward")
+    if CONFIG.retention:
+        inputs["retention"] = manifest("retention")
+    if CONFIG.completions or CONFIG.data.preferences:
+        inputs["comparisons"] = comparisons_manifest()
+    return inputs
+
+
+def report_inputs():
+    """Role -> manifest of every artifact of the run."""
+    inputs = {"base": manifest("base"), "data": manifest("data")}
+    blocks = {
+        "sft": CONFIG.sft,
+        "comparisons": CONFIG.completions,
+        "reward": CONFIG.reward,
+        "retention": CONFIG.retention,
+    }
+    inputs |= {stage: manifest(stage) for stage, block in blocks.items() if block}
+    inputs |= {
+        f"policy.{name}": manifest(f"policies/{name}") for name in CONFIG.policies
+    }
+    return inputs | {
+        f"evaluation.{subject}": manifest(f"evaluation/{subject}")
+        for subject in SUBJECTS
+    }
+
+
+def input_options(inputs):
+    """The `--input role=manifest` options of a stage."""
+    return " ".join(f"--input {role}={path}" for role, path in inputs.items())
+
+
+localrules:
+    stage_config,
+    all,
+
+
+rule stage_config:
+    output:
+        f"{RESULTS}/config/{{stage}}.json",
+    log:
+        f"{LOGS}/config/{{stage}}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        json=lambda wildcards: canonical_json(stage_config(CONFIG, wildcards.stage)),
+    shell:
+        "printf '%s\\n' {params.json:q} > {output} 2> {log}"

@@ -1,0 +1,20 @@
+rule reward:
+    input:
+        config=resolved("reward"),
+        policy=manifest(BEFORE),
+        data=manifest("data"),
+        comparisons=comparisons_manifest(),
+    output:
+        manifest=manifest("reward"),
+    log:
+        f"{LOGS}/reward.log",
+    benchmark:
+        f"{BENCHMARKS}/reward.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        state=f"{STATE}/reward",
+    shell:
+        "python -m tunetrail.stages.reward --config {input.config} --input policy={input.policy}"
+        " --input data={input.data} --input comparisons={input.comparisons}"
+        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
