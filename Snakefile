@@ -9,9 +9,7 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-if (
-    "base" not in config
-):  # no --configfile given: a second file would be merged into this one, key by key
+if "base" not in config:  # no --configfile given: a second file would be merged into this one, key by key
 
     configfile: "config/config.yaml"
 

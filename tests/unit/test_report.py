@@ -229,6 +229,17 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def draw_only(monkeypatch):
+    """Leaves the other figures empty: drawing takes most of a report's time."""
+
+    def keep(*names):
+        some = {name: draw if name in names else lambda run, narrow: None for name, draw in FIGURES.items()}
+        monkeypatch.setattr("tunetrail.stages.report.FIGURES", some)
+
+    return keep
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     fixture = Fixture(tmp_path_factory.mktemp("demo")).whole()
@@ -277,7 +288,7 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
 
 def test_verdict_follows_from_the_intervals(text):
     seen = words(text)
-    assert "sft beats base: base has a win rate 19% [13, 25] on 96 prompts." in seen
+    assert "sft beats base, which has a win rate 19% [13, 25] on 96 prompts." in seen
     assert "dpo beats sft: win rate 58% [51, 65] on 96 prompts." in seen
     assert "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts." in seen
     assert "Labels are simulated" in seen
@@ -320,7 +331,7 @@ def test_the_page_loads_nothing(made, text):
     assert len(text.encode()) < 5_000_000
 
 
-def test_equal_inputs_give_equal_bytes(made, tmp_path):
+def test_equal_inputs_give_equal_bytes(made):
     fixture, folder = made
     assert sorted(p.stem for p in (folder / "figures").iterdir()) == sorted(FIGURES)
     before = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()} | {
@@ -333,7 +344,8 @@ def test_equal_inputs_give_equal_bytes(made, tmp_path):
     assert before == after
 
 
-def test_what_models_write_is_escaped(tmp_path):
+def test_what_models_write_is_escaped(tmp_path, draw_only):
+    draw_only()
     attack = "<script>alert('x')</script><img src=https://example.org/a.png>"
     code, folder = Fixture(tmp_path).whole(completion=attack).report(title="A <b>title</b>")
     page = (folder / "report.html").read_text()
@@ -344,7 +356,8 @@ def test_what_models_write_is_escaped(tmp_path):
     assert page.count("<script>") == 1
 
 
-def test_missing_measurements_say_so(tmp_path):
+def test_missing_measurements_say_so(tmp_path, draw_only):
+    draw_only("gold", "win_rates")
     code, folder = Fixture(tmp_path).whole(gold=False, labeler="recorded").report()
     page = words((folder / "report.html").read_text())
     assert code == 0
@@ -352,8 +365,9 @@ def test_missing_measurements_say_so(tmp_path):
     assert "Labels are simulated" not in page
     assert numbers.NOT_MEASURED in (folder / "figures" / "gold.svg").read_text()
     assert numbers.NOT_MEASURED in (folder / "figures" / "win_rates.svg").read_text()
-    row = re.search(r"Prompts base(.*?)sft", page)
-    assert row is None or "0%" not in row[1]
+    row = page[page.index("All models in numbers") :]
+    assert re.search(r"dpo\s*not measured\s*not measured\s*not measured", row)  # win rate, wins and gold score
+    assert "0 / 0 / 0" not in page
 
 
 def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
@@ -370,7 +384,8 @@ def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
         assert numbers.NOT_MEASURED in (folder / "figures" / f"{name}.svg").read_text()
 
 
-def test_a_changed_parent_makes_its_children_stale(tmp_path):
+def test_a_changed_parent_makes_its_children_stale(tmp_path, draw_only):
+    draw_only()
     fixture = Fixture(tmp_path).whole()
     data = fixture.roles["data"]
     write_json(data / "metrics.json", {"splits": {}})

@@ -3,7 +3,8 @@ import re
 import sys
 from pathlib import Path
 
-from tunetrail.config import canonical_json, check_files, parse, read_yaml, stage_config
+# As a module: Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
+import tunetrail.config as tunetrail_config
 from tunetrail.errors import TunetrailError
 
 
@@ -12,14 +13,13 @@ def validated(raw):
     source = ", ".join(str(path) for path in workflow.configfiles) or "config"
     try:
         for path in workflow.configfiles:
-            read_yaml(
-                Path(path)
-            )  # finds what a loaded mapping no longer shows: keys given twice
-        parsed = parse(dict(raw), source)
+            # Finds what a loaded mapping no longer shows: keys given twice.
+            tunetrail_config.read_yaml(Path(path))
+        parsed = tunetrail_config.parse(dict(raw), source)
         if workflow.is_main_process:
             from tunetrail.data.readers import check_sources
 
-            check_files(parsed, source)
+            tunetrail_config.check_files(parsed, source)
             check_sources(parsed.data)
         return parsed
     except TunetrailError as error:
@@ -34,14 +34,8 @@ BENCHMARKS = f"benchmarks/{CONFIG.run}"
 STATE = f"state/{CONFIG.run}"
 ENVIRONMENT = "../../envs/tunetrail.yaml"
 
-BEFORE = (
-    "sft" if CONFIG.sft else "base"
-)  # the model every policy starts from and is compared to
-SHARDS = (
-    [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)]
-    if CONFIG.completions
-    else []
-)
+BEFORE = "sft" if CONFIG.sft else "base"  # the model every policy starts from and is compared to
+SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)] if CONFIG.completions else []
 SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
@@ -74,11 +68,7 @@ def model_manifest(subject):
 
 def policies_by(method):
     """A regular expression of the names of the policies with this method; it matches nothing where there are none."""
-    names = [
-        re.escape(name)
-        for name, policy in CONFIG.policies.items()
-        if policy.method == method
-    ]
+    names = [re.escape(name) for name, policy in CONFIG.policies.items() if policy.method == method]
     return "|".join(names) or "(?!)"
 
 
@@ -109,13 +99,8 @@ def report_inputs():
         "retention": CONFIG.retention,
     }
     inputs |= {stage: manifest(stage) for stage, block in blocks.items() if block}
-    inputs |= {
-        f"policy.{name}": manifest(f"policies/{name}") for name in CONFIG.policies
-    }
-    return inputs | {
-        f"evaluation.{subject}": manifest(f"evaluation/{subject}")
-        for subject in SUBJECTS
-    }
+    inputs |= {f"policy.{name}": manifest(f"policies/{name}") for name in CONFIG.policies}
+    return inputs | {f"evaluation.{subject}": manifest(f"evaluation/{subject}") for subject in SUBJECTS}
 
 
 def input_options(inputs):
@@ -136,6 +121,6 @@ rule stage_config:
     conda:
         ENVIRONMENT
     params:
-        json=lambda wildcards: canonical_json(stage_config(CONFIG, wildcards.stage)),
+        json=lambda wildcards: tunetrail_config.canonical_json(tunetrail_config.stage_config(CONFIG, wildcards.stage)),
     shell:
         "printf '%s\\n' {params.json:q} > {output} 2> {log}"

@@ -28,11 +28,7 @@ rule comparisons:
         base=manifest("base"),
         data=manifest("data"),
         shards=[manifest(f"completions/{shard}") for shard in SHARDS],
-        labels=[
-            str(path)
-            for key, path in CONFIG.files().items()
-            if key == "comparisons.path" and path.is_file()
-        ],
+        labels=[str(path) for key, path in CONFIG.files().items() if key == "comparisons.path" and path.is_file()],
     output:
         manifest=manifest("comparisons"),
     log:
@@ -43,9 +39,7 @@ rule comparisons:
         ENVIRONMENT
     params:
         state=f"{STATE}/comparisons",
-        shards=lambda wildcards, input: " ".join(
-            f"--input shard{i}={path}" for i, path in enumerate(input.shards)
-        ),
+        shards=lambda wildcards, input: " ".join(f"--input shard{i}={path}" for i, path in enumerate(input.shards)),
     shell:
         "python -m tunetrail.stages.comparisons --config {input.config}"
         " --input base={input.base} --input data={input.data} {params.shards}"

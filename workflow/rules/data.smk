@@ -3,11 +3,7 @@ rule data:
         config=resolved("data"),
         base=manifest("base"),
         # A changed data file makes new splits; files over a megabyte are compared by time.
-        sources=[
-            str(path)
-            for key, path in CONFIG.files().items()
-            if key.startswith("data.")
-        ],
+        sources=[str(path) for key, path in CONFIG.files().items() if key.startswith("data.")],
     output:
         manifest=manifest("data"),
     log:

@@ -1,7 +1,6 @@
 """The numerical environment of a stage that runs a model: seeds, determinism, precision, quiet libraries."""
 
 import ctypes
-import hashlib
 import os
 import random
 import sys
@@ -19,6 +18,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is determi
 import numpy as np
 import torch
 
+from tunetrail.seeds import derive_seed
+
 
 def keep_freed_memory() -> None:
     """Tells glibc to reuse large freed blocks rather than give them back to the kernel.
@@ -32,12 +33,6 @@ def keep_freed_memory() -> None:
             m_trim_threshold, m_mmap_threshold = -1, -3
             libc.mallopt(m_mmap_threshold, 2**30)
             libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any values, the same on every machine and independent of the order of calls."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_everything(*parts: object) -> None:

@@ -21,12 +21,14 @@ from tunetrail.config import Epochs
 from tunetrail.contract import Stage, is_main_process, list_files, write_json, write_jsonl
 from tunetrail.errors import DataError, Interrupted
 from tunetrail.progress import ProgressBar
-from tunetrail.runtime import derive_seed, use_bf16
+from tunetrail.runtime import use_bf16
+from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
 
 COMPLETE = "complete.json"
-_CLOCK_KEYS = ("total_flos", "train_loss")
+# What depends on the clock, or counts from the last resumption.
+_NOT_RESULTS = ("total_flos", "train_loss", "num_tokens")
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[int]:
@@ -161,9 +163,9 @@ def latest_checkpoint(state: Path) -> Path | None:
 
 
 def history(log_history: list[dict]) -> list[dict]:
-    """One row a step of what the trainer logged, without anything that a clock decides."""
+    """One row a step of what the trainer logged, without anything that the clock or an interruption decides."""
     return [
-        {k: v for k, v in row.items() if k not in _CLOCK_KEYS and "runtime" not in k and "per_second" not in k}
+        {k: v for k, v in row.items() if k not in _NOT_RESULTS and "runtime" not in k and "per_second" not in k}
         for row in log_history
         if "loss" in row
     ]

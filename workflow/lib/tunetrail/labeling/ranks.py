@@ -1,10 +1,11 @@
 """Ranks as small pure functions. 1 is best, ranks are dense (1, 2, 2, 3), equal ranks are ties."""
 
-import hashlib
 from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
+
+from tunetrail.seeds import derive_seed
 
 
 def ranks_from_scores(scores: Sequence[float], tie: float = 0.0) -> list[int]:
@@ -62,8 +63,7 @@ def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | N
 
 def generator(*key: object) -> np.random.Generator:
     """Random numbers that depend on the key alone: not on the order of rows, nor on sharding."""
-    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+    return np.random.default_rng(derive_seed(*key))
 
 
 def simulated_rankings(

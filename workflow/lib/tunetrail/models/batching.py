@@ -25,7 +25,7 @@ class Batch:
     @property
     def responses(self) -> torch.Tensor:
         """[B, R] int64"""
-        return self.input_ids[:, -self.response_mask.shape[1] :]
+        return self.input_ids[:, self.input_ids.shape[1] - self.response_mask.shape[1] :]
 
     @property
     def position_ids(self) -> torch.Tensor:

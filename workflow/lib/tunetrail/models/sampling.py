@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from tunetrail.models.batching import collate
-from tunetrail.runtime import derive_seed
+from tunetrail.seeds import derive_seed
 
 
 def inference_weights(model: Any, bf16: bool) -> Any:

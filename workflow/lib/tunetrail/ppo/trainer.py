@@ -27,7 +27,7 @@ from tunetrail.ppo.estimators import gae, kl_penalty, masked_mean, masked_whiten
 from tunetrail.ppo.losses import policy_loss, value_loss
 from tunetrail.ppo.models import ActorCritic, Reference, decoding_weights
 from tunetrail.ppo.rollout import Rollout, concatenate, pad_rows
-from tunetrail.runtime import derive_seed
+from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
 

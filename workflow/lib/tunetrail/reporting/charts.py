@@ -1,9 +1,10 @@
 """The figures, as Altair charts turned into SVG without a browser.
 
-Each `FIGURES[name](run, narrow)` gives a chart or None (nothing was measured). Colours are written
+Each `FIGURES[name](run, narrow)` gives a Vega-Lite spec, or None where nothing was measured. Colours are written
 literally, so that the page can turn them with CSS in dark mode; the bytes depend on the numbers only.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from tunetrail.reporting.collect import Artifact, Run
+from tunetrail.reporting.collect import Artifact, Model, Run
 from tunetrail.reporting.numbers import NOT_MEASURED, interval, percent_interval
 
+Spec = dict[str, Any]
 Chart = Any  # Altair's kinds of charts share no base class with what is used here
 
 # Okabe and Ito's palette, told apart with any colour vision; page.css has the same with lighter twins for dark mode.
@@ -24,37 +26,84 @@ COLOURS = {
 }  # fmt: skip
 INK, MUTED, LINE, PAPER = "#22272b", "#66707a", "#dfe3e7", "#ffffff"
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
-PLOT = {False: 480, True: 130}
+PLOT = {False: 500, True: 140}
 """Width of a plot in pixels, by `narrow` (a phone)."""
 
 
-def svg(chart: Chart | None) -> str:
-    """SVG of a chart, on white; for None one that says 'not measured'."""
-    if chart is None:
-        words = alt.Chart(_data([{"text": NOT_MEASURED}])).mark_text(color=MUTED, fontSize=13, fontStyle="italic")
-        chart = words.encode(text="text:N").properties(width=240, height=40)
-    chart = chart.configure(background=PAPER, font=FONT, padding=4)
-    chart = chart.configure_view(stroke=None)
-    chart = chart.configure_axis(
-        domain=False, ticks=False, gridColor=LINE, labelColor=MUTED, titleColor=MUTED, labelFontSize=11, titleFontSize=11,
-        titleFontWeight="normal", labelPadding=6, titlePadding=8,
-    )  # fmt: skip
-    chart = chart.configure_title(color=INK, fontSize=12, fontWeight="bold", anchor="start", offset=8)
-    return vl_convert.vegalite_to_svg(chart.to_dict())
+CONFIG = {
+    "background": PAPER,
+    "font": FONT,
+    "padding": 4,
+    "view": {"stroke": None},
+    "axis": {
+        "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11,
+        "titleFontSize": 11, "titleFontWeight": "normal", "labelPadding": 6, "labelFlush": False, "titlePadding": 8,
+    },
+    "title": {"color": INK, "fontSize": 11, "fontWeight": "bold", "anchor": "start", "offset": 8},
+}  # fmt: skip
+
+
+def svg(spec: Spec | None) -> str:
+    """SVG of a Vega-Lite spec, on white; for None one that says 'not measured'."""
+    if spec is None:
+        words = alt.Chart(_data([{}])).mark_text(text=NOT_MEASURED, color=MUTED, fontSize=13, fontStyle="italic")
+        spec = grid([[words.properties(width=240, height=40)]])
+    return vl_convert.vegalite_to_svg(spec | {"config": CONFIG})
+
+
+def grid(rows: list[list[Chart]], across: int = 0, down: int = 0) -> Spec:
+    """Charts in rows, so many pixels apart. Altair's own concat does the same but copies every chart many times."""
+    read = {"validate": False, "context": {"top_level": False}}
+    return {
+        "vconcat": [{"hconcat": [chart.to_dict(**read) for chart in row], "spacing": across} for row in rows],
+        "spacing": down,
+    }
+
+
+def _beside(panels: list[Chart], narrow: bool) -> Spec:
+    return grid([[panel] for panel in panels] if narrow else [panels], across=30, down=30)
 
 
 def _data(rows: list[dict]) -> alt.Data:
-    return alt.Data(values=rows)
+    """Rows as one string of JSON: Altair copies its charts again and again, and a string is copied for free."""
+    return alt.Data(values=json.dumps(rows), format={"type": "json"})
+
+
+def wrap(name: str) -> str:
+    """A long name on two lines, broken after the hyphen nearest to its middle.
+
+    >>> wrap("dpo-beta-0.05-learning-rate-1e-05")
+    'dpo-beta-0.05-\\nlearning-rate-1e-05'
+    """
+    breaks = [i + 1 for i, letter in enumerate(name[:-1]) if letter == "-"]
+    if len(name) <= 18 or not breaks:
+        return name
+    middle = min(breaks, key=lambda i: abs(i - len(name) / 2))
+    return f"{name[:middle]}\n{name[middle:]}"
+
+
+def _title(text: str, size: float = 12) -> Chart:
+    """A panel's title as a mark: real titles shift with the labels of the axis, and would not stand in line."""
+    mark = alt.Chart(_data([{}])).mark_text(
+        text=text, align="left", baseline="bottom", fontWeight="bold", fontSize=size, color=INK
+    )
+    return mark.encode(x=alt.value(0), y=alt.value(-10))
 
 
 def _colour() -> alt.Color:
     return alt.Color("colour:N", scale=None)
 
 
+def _names() -> alt.Y:
+    """One row a model, in the order given."""
+    axis = alt.Axis(labelFontSize=12, labelColor=INK, labelLimit=170, grid=False, labelExpr="split(datum.label, '\\n')")
+    return alt.Y("label:N", sort=None, title=None, axis=axis)
+
+
 def _row(label: str, value: dict | None, text: str, series: str, hollow: bool = False) -> dict:
     place = {key: value[key] for key in ("mean", "low", "high")} if value else {}
     return {
-        "label": label,
+        "label": wrap(label),
         "text": text,
         "colour": COLOURS[series],
         "fill": PAPER if hollow else COLOURS[series],
@@ -69,17 +118,13 @@ def dots(rows: list[dict], width: int, title: str, reference: float | None = Non
     ends = [row[key] for row in measured for key in ("low", "high")] + ([] if reference is None else [reference])
     margin = 0.06 * (max(ends) - min(ends)) or 0.5
     domain = axis.pop("domain", None) or [min(ends) - margin, max(ends) + margin]
-    y = alt.Y(
-        "label:N", sort=None, title=None, axis=alt.Axis(labelFontSize=12, labelColor=INK, labelLimit=150, grid=False)
-    )
-    x = alt.X(
-        "mean:Q",
-        scale=alt.Scale(domain=domain, nice=False),
-        axis=alt.Axis(title=title, tickCount=5 if width > 200 else 3, **axis),
-    )
+    y, scale = _names(), alt.Scale(domain=domain, nice=False, zero=False)
+    x = alt.X("mean:Q", scale=scale, axis=alt.Axis(title=title, tickCount=6 if width > 200 else 3, **axis))
     base = alt.Chart(_data(rows))
     layers = [
-        base.mark_rule(strokeWidth=2.5, strokeCap="round").encode(y=y, x=alt.X("low:Q"), x2="high:Q", color=_colour()),
+        base.mark_rule(strokeWidth=2.5, strokeCap="round").encode(
+            y=y, x=alt.X("low:Q", scale=scale), x2="high:Q", color=_colour()
+        ),
         base.mark_point(size=85, filled=True, opacity=1, strokeWidth=2).encode(
             y=y, x=x, fill=alt.Fill("fill:N", scale=None), stroke=alt.Stroke("colour:N", scale=None)
         ),
@@ -87,29 +132,31 @@ def dots(rows: list[dict], width: int, title: str, reference: float | None = Non
     ]
     if reference is not None:
         rule = alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
-        layers.insert(0, rule.encode(x=alt.X("at:Q")))
+        layers.insert(0, rule.encode(x=alt.X("at:Q", scale=scale)))
     return alt.layer(*layers).properties(width=width, height=alt.Step(34))
 
 
 # ----------------------------------------------------------------------------- results
 
 
-def win_rates(run: Run, narrow: bool) -> Chart | None:
+def win_rates(run: Run, narrow: bool) -> Spec | None:
     rows = [
         _row(m.name, m.interval("win_rate_vs_sft"), percent_interval(m.interval("win_rate_vs_sft")), m.series)
         for m in run.models
         if m.name != "sft"
     ]
     axis = {"format": "%", "domain": [0, 1]}
-    return dots(rows, PLOT[narrow], "win rate against sft, ties count half", reference=0.5, **axis)
+    chart = dots(rows, PLOT[narrow], "win rate against sft, ties count half", reference=0.5, **axis)
+    return chart and grid([[chart]])
 
 
-def gold(run: Run, narrow: bool) -> Chart | None:
+def gold(run: Run, narrow: bool) -> Spec | None:
     rows = [_row(m.name, m.interval("gold"), interval(m.interval("gold"), 1), m.series) for m in run.models]
-    return dots(rows, PLOT[narrow], "gold score")
+    chart = dots(rows, PLOT[narrow], "gold score")
+    return chart and grid([[chart]])
 
 
-def forgetting(run: Run, narrow: bool) -> Chart | None:
+def forgetting(run: Run, narrow: bool) -> Spec | None:
     rows = []
     for model in run.models:
         if model.name == "base":
@@ -118,10 +165,11 @@ def forgetting(run: Run, narrow: bool) -> Chart | None:
         adapter = model.metrics.get("adapter")
         label = f"{model.name} ({'LoRA' if adapter == 'lora' else adapter})" if adapter else model.name
         rows.append(_row(label, change, interval(change, 3, sign=True), model.series, hollow=adapter == "lora"))
-    return dots(rows, PLOT[narrow], "change of NLL, nats a token (right: forgotten)", reference=0)
+    chart = dots(rows, PLOT[narrow], "change of NLL, nats a token (right: forgotten)", reference=0)
+    return chart and grid([[chart]])
 
 
-def reward_kl(run: Run, narrow: bool) -> Chart | None:
+def reward_kl(run: Run, narrow: bool) -> Spec | None:
     """Two panels, reward-model score and gold score, over the KL to SFT on a square-root scale."""
     panels = []
     for key, title in (("reward", "Reward-model score"), ("gold", "Gold score")):
@@ -134,7 +182,7 @@ def reward_kl(run: Run, narrow: bool) -> Chart | None:
                 continue
             shape = "diamond" if model.metrics.get("method") == "best_of_n" else "circle"
             rows.append(
-                {"label": model.name, "colour": COLOURS[model.series], "shape": shape}
+                {"label": wrap(model.name), "colour": COLOURS[model.series], "shape": shape}
                 | {f"kl_{end}": max(0, kl[end]) for end in ("mean", "low", "high")}
                 | {end: score[end] for end in ("mean", "low", "high")}
             )
@@ -152,10 +200,10 @@ def reward_kl(run: Run, narrow: bool) -> Chart | None:
             base.mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=_colour()),
             base.mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"), x2="kl_high:Q", y=y, color=_colour()),
             base.mark_point(size=95, filled=True, opacity=1).encode(x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None)),
-            base.mark_text(align="left", dx=8, dy=-9, fontSize=12, fontWeight="bold").encode(x=x, y=y, text="label:N", color=_colour()),
+            base.mark_text(align="left", dx=8, dy=-9, fontSize=12, fontWeight="bold", lineBreak="\n").encode(x=x, y=y, text="label:N", color=_colour()),
         ]  # fmt: skip
-        panels.append(alt.layer(*layers).properties(width=270 if narrow else 315, height=230, title=title))
-    return alt.concat(*panels, columns=1 if narrow else 2, spacing=34) if panels else None
+        panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))
+    return _beside(panels, narrow) if panels else None
 
 
 # ----------------------------------------------------------------------------- learning curves
@@ -179,9 +227,14 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
 }
 
 
+MOST_POINTS = 300
+"""Of a curve; of more steps every second, third, … is drawn, so that a long run's page stays small."""
+
+
 def smooth(values: list[float], window: int) -> list[float]:
     """Mean of each value and up to `window` - 1 before it."""
-    return [sum(part := values[max(0, i - window + 1) : i + 1]) / len(part) for i in range(len(values))]
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 
 def _curve_rows(artifact: Artifact, colour: str, keys: tuple[str, ...]) -> list[dict]:
@@ -189,22 +242,14 @@ def _curve_rows(artifact: Artifact, colour: str, keys: tuple[str, ...]) -> list[
     for key in keys:
         points = [(row["step"], row[key]) for row in artifact.history if row.get(key) is not None]
         window = max(1, len(points) // 10)
-        for (step, value), mean in zip(points, smooth([v for _, v in points], window), strict=True):
-            dashed = key == "logps/rejected"
-            rows.append(
-                {
-                    "step": step,
-                    "value": value,
-                    "mean": mean,
-                    "colour": colour,
-                    "line": f"{artifact.role} {key}",
-                    "dashed": dashed,
-                }
-            )
+        means, dashed = smooth([value for _, value in points], window), key == "logps/rejected"
+        stride = math.ceil(len(points) / MOST_POINTS)
+        for (step, value), mean in list(zip(points, means, strict=True))[:: stride or 1]:
+            rows.append({"step": step, "value": value, "mean": mean, "colour": colour, "line": f"{artifact.role} {key}", "dashed": dashed})  # fmt: skip
     return rows
 
 
-def learning(run: Run, narrow: bool) -> Chart | None:
+def learning(run: Run, narrow: bool) -> Spec | None:
     """Small multiples; policies of one method share their panels."""
     by_stage: dict[str, list[tuple[Artifact, str]]] = {}
     series = {f"policy.{m.name}": m.series for m in run.policies} | {"sft": "sft", "reward": "base"}
@@ -221,12 +266,12 @@ def learning(run: Run, narrow: bool) -> Chart | None:
                     row for artifact, colour in by_stage.get(stage, []) for row in _curve_rows(artifact, colour, keys)
                 ]
                 if rows:
-                    panels.append(_curve(f"{stage}: {title}", rows, reference, 125 if narrow else 152))
+                    panels.append(_curve(f"{stage}: {title}", rows, reference, 125 if narrow else 142))
         rows_of_panels += [panels[i : i + 2] for i in range(0, len(panels), 2)] if narrow else [panels]
     rows_of_panels = [panels for panels in rows_of_panels if panels]
     if not rows_of_panels:
         return None
-    return alt.vconcat(*(alt.hconcat(*panels, spacing=14) for panels in rows_of_panels), spacing=18)
+    return grid(rows_of_panels, across=10, down=14)
 
 
 def _curve(title: str, rows: list[dict], reference: float | None, width: int) -> Chart:
@@ -246,7 +291,7 @@ def _curve(title: str, rows: list[dict], reference: float | None, width: int) ->
         layers.insert(
             0, alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y=alt.Y("at:Q"))
         )
-    return alt.layer(*layers).properties(width=width, height=95, title=alt.Title(title, fontSize=11))
+    return alt.layer(*layers, _title(title, 11)).properties(width=width, height=95)
 
 
 # ----------------------------------------------------------------------------- probes
@@ -257,20 +302,14 @@ def visible(token: str) -> str:
     return token.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
 
 
-def probes(run: Run, narrow: bool) -> Chart | None:
+def probes(run: Run, narrow: bool) -> Spec | None:
     """A row of bars a model: the probability of each token of the sentence, in reading order."""
     rows = [
-        {
-            "model": m.name,
-            "place": i,
-            "token": visible(position["token"]),
-            "prob": position["prob"],
-            "colour": COLOURS[m.series],
-        }
+        {"model": m.name, "place": i, "token": visible(position["token"]), "prob": position["prob"], "colour": COLOURS[m.series]}
         for m in run.models
         for i, position in enumerate(m.sentence)
         if position.get("prob") is not None
-    ]
+    ]  # fmt: skip
     if not rows:
         return None
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -281,14 +320,7 @@ def probes(run: Run, narrow: bool) -> Chart | None:
     for name in names:
         last = name == names[-1]
         axis = alt.Axis(
-            title=None,
-            labels=last,
-            labelExpr=label,
-            labelAngle=-60,
-            labelFontSize=10,
-            labelColor=INK,
-            grid=False,
-            labelLimit=110,
+            title=None, labels=last, labelExpr=label, labelAngle=-60, labelFontSize=10, labelColor=INK, grid=False
         )
         panels.append(
             alt.Chart(_data([row for row in rows if row["model"] == name]), title=alt.Title(name, fontSize=11))
@@ -300,49 +332,34 @@ def probes(run: Run, narrow: bool) -> Chart | None:
             )
             .properties(width=alt.Step(step), height=50)
         )
-    return alt.vconcat(*panels, spacing=6)
+    return grid([[panel] for panel in panels], down=6)
 
 
-def preferences(run: Run, narrow: bool) -> Chart | None:
+def preferences(run: Run, narrow: bool) -> Spec | None:
     """A panel a probe and one for the held-out pairs: log-probability of the preferred (full dot) and the other response."""
-    panels = []
-    prompts = list(dict.fromkeys(p["prompt"] for m in run.models for p in m.preferences))
-    for prompt in prompts:
-        rows = [
-            {
-                "label": m.name,
-                "colour": COLOURS[m.series],
-                "preferred": p["preferred_logp"],
-                "dispreferred": p["dispreferred_logp"],
+    panels: dict[str, list[dict]] = {}
+
+    def add(panel: str, model: Model, preferred: float | None, dispreferred: float | None) -> None:
+        if preferred is not None and dispreferred is not None:
+            row = {
+                "label": wrap(model.name),
+                "colour": COLOURS[model.series],
+                "preferred": preferred,
+                "dispreferred": dispreferred,
             }
-            for m in run.models
-            for p in m.preferences
-            if p["prompt"] == prompt and p["preferred_logp"] is not None and p["dispreferred_logp"] is not None
-        ]
-        panels.append((prompt, rows))
-    pairs = [(m, m.metrics.get("comparisons")) for m in run.models]
-    rows = [
-        {
-            "label": m.name,
-            "colour": COLOURS[m.series],
-            "preferred": c["chosen_logps"]["mean"],
-            "dispreferred": c["rejected_logps"]["mean"],
-        }
-        for m, c in pairs
-        if c and c.get("chosen_logps") and c.get("rejected_logps")
-    ]
-    panels.append(("Held-out pairs, mean", rows))
-    drawn = []
-    for title, rows in panels:
-        if not rows:
-            continue
-        base = alt.Chart(_data(rows))
-        y = alt.Y(
-            "label:N",
-            sort=None,
-            title=None,
-            axis=alt.Axis(labelFontSize=12, labelColor=INK, grid=False, labelLimit=150),
-        )
+            panels.setdefault(panel, []).append(row)
+
+    for model in run.models:
+        for probe in model.preferences:
+            add(probe["prompt"], model, probe["preferred_logp"], probe["dispreferred_logp"])
+    for model in run.models:
+        pairs = model.metrics.get("comparisons") or {}
+        chosen, rejected = pairs.get("chosen_logps") or {}, pairs.get("rejected_logps") or {}
+        add("Held-out pairs, mean", model, chosen.get("mean"), rejected.get("mean"))
+
+    limit, drawn = (36 if narrow else 80), []
+    for title, rows in panels.items():
+        base, y = alt.Chart(_data(rows)), _names()
         x = alt.X("preferred:Q", scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(title=None, tickCount=5))
         layers = [
             base.mark_rule(strokeWidth=2, opacity=0.5).encode(y=y, x=x, x2="dispreferred:Q", color=_colour()),
@@ -350,17 +367,16 @@ def preferences(run: Run, narrow: bool) -> Chart | None:
             base.mark_point(size=70, filled=True, opacity=1, fill=PAPER, strokeWidth=2).encode(
                 y=y, x=alt.X("dispreferred:Q"), stroke=alt.Stroke("colour:N", scale=None)
             ),
+            _title(title if len(title) <= limit else title[: limit - 1] + "…"),
         ]
-        limit = 44 if narrow else 90
-        short = title if len(title) <= limit else title[: limit - 1] + "…"
-        drawn.append(alt.layer(*layers).properties(width=230 if narrow else 560, height=alt.Step(24), title=short))
-    return alt.vconcat(*drawn, spacing=16) if drawn else None
+        drawn.append(alt.layer(*layers).properties(width=230 if narrow else 560, height=alt.Step(28)))
+    return grid([[chart] for chart in drawn], down=14) if drawn else None
 
 
 # ----------------------------------------------------------------------------- reward model
 
 
-def reward_model(run: Run, narrow: bool) -> Chart | None:
+def reward_model(run: Run, narrow: bool) -> Spec | None:
     """Accuracies with intervals beside their baselines, and the reliability diagram."""
     metrics = run.metrics("reward")
     if not metrics:
@@ -376,35 +392,34 @@ def reward_model(run: Run, narrow: bool) -> Chart | None:
         for i, (label, value, series) in enumerate(measured)
     ]
     panels = []
-    if accuracies := dots(rows, 130 if narrow else 250, "accuracy on unseen prompts", reference=0.5, format="%"):
-        panels.append(accuracies.properties(title="Accuracy"))
+    if accuracies := dots(rows, 120 if narrow else 225, "accuracy on unseen prompts", reference=0.5, format="%"):
+        panels.append(alt.layer(accuracies, _title("Accuracy")))
     if bins := metrics.get("accuracy_by_confidence"):
         panels.append(_reliability(bins))
-    return alt.concat(*panels, columns=1 if narrow else 2, spacing=44) if panels else None
+    return _beside(panels, narrow) if panels else None
 
 
 def _reliability(bins: list[dict]) -> Chart:
     low = min(0.5, min(row["accuracy"] for row in bins), min(row["confidence"] for row in bins))
-    scale = alt.Scale(domain=[math.floor(10 * low) / 10, 1], nice=False)
+    low = max(0.0, math.floor(10 * low - 0.5) / 10)  # room for the labels below the dots
+    scale = alt.Scale(domain=[low, 1], nice=False, zero=False)
+    axis: dict[str, Any] = {"format": "%", "values": [i / 20 for i in range(0, 21, 2 if low >= 0.4 else 5)]}
     base = alt.Chart(
         _data([{key: row[key] for key in ("confidence", "accuracy", "n")} | {"label": f"n={row['n']}"} for row in bins])
     )
-    x = alt.X(
-        "confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the reward model", format="%", tickCount=5)
-    )
-    y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, format="%", tickCount=5))
-    diagonal = alt.Chart(_data([{"at": scale.domain[0]}, {"at": 1}])).mark_line(
-        color=MUTED, strokeDash=[4, 3], strokeWidth=1
-    )
+    x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the reward model", **axis))
+    y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, **axis))
+    diagonal = alt.Chart(_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
     return alt.layer(
-        diagonal.encode(x=alt.X("at:Q"), y=alt.Y("at:Q")),
+        diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
         base.mark_line(color=COLOURS["p0"], strokeWidth=1.5, opacity=0.6).encode(x=x, y=y),
         base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=alt.Size("n:Q", scale=alt.Scale(range=[30, 240]), legend=None)),
         base.mark_text(dy=18, fontSize=10, color=MUTED).encode(x=x, y=y, text="label:N"),
-    ).properties(width=210, height=180, title="How often it is right, by confidence")  # fmt: skip
+        _title("How often it is right, by confidence"),
+    ).properties(width=205, height=180)  # fmt: skip
 
 
-FIGURES: dict[str, Callable[[Run, bool], Chart | None]] = {
+FIGURES: dict[str, Callable[[Run, bool], Spec | None]] = {
     "win_rates": win_rates,
     "gold": gold,
     "reward_kl": reward_kl,

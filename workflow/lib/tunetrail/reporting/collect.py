@@ -10,6 +10,8 @@ from typing import Any
 
 from tunetrail.contract import MANIFEST, METRICS, PROVENANCE, Stage, read_jsonl, read_manifest, sha256_json
 
+ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation")
+"""The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("reference", "reward_model", "llm")
 POLICY_COLOURS = 6
 """Distinct colours for policies in the palette; a seventh policy takes the first one again."""
@@ -99,7 +101,7 @@ class Run:
 
     name: str
     artifacts: dict[str, Artifact]
-    """By role, the inputs first; folders found only through a record (completions shards) after them."""
+    """By role, upstream first: the inputs, and what was found only through a record (completions shards)."""
     parents: dict[str, dict[str, str]]
     """Role -> the roles it was made from -> what they were to it."""
     models: list[Model]
@@ -182,6 +184,12 @@ def link(artifacts: dict[str, Artifact], page: Path) -> dict[str, dict[str, str]
     return parents
 
 
+def kind(role: str) -> str:
+    """The one of ORDER that a role belongs to."""
+    start = role.partition(".")[0]
+    return "data" if start == "retention" else start if start in ORDER else "policy"
+
+
 def collect(stage: Stage) -> Run:
     """Reads the inputs of the report stage."""
     artifacts = {role: load(role, folder, stage.output) for role, folder in stage.inputs.items()}
@@ -205,4 +213,5 @@ def collect(stage: Stage) -> Run:
                 best_of=trained.config.get("n") if trained else None,
             )
         )
+    artifacts = dict(sorted(artifacts.items(), key=lambda item: ORDER.index(kind(item[0]))))
     return Run(stage.output.parent.name, artifacts, parents, models)

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from tunetrail.reporting.collect import Artifact, Run
+from tunetrail.reporting.collect import ORDER, Artifact, Run, kind
 
-ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation")
-WIDTH, HEIGHT, ACROSS, DOWN, LANE = 104, 46, 132, 62, 9
+WIDTH, HEIGHT, ACROSS, DOWN, LANE = 118, 46, 144, 62, 9
 """Pixels: a node, the pitch of columns and rows, the pitch of lanes."""
 
 
@@ -18,6 +17,11 @@ class Node:
     layer: int
     row: int
     parents: list["Node"] = field(default_factory=list)
+
+    @property
+    def short(self) -> str:
+        """The label with its middle left out where it is too long for the box."""
+        return self.label if len(self.label) <= 15 else f"{self.label[:6]}…{self.label[-8:]}"
 
     @property
     def x(self) -> int:
@@ -54,6 +58,8 @@ class Dag:
     nodes: list[Node]
     edges: list[tuple[str, bool]]
     """SVG path and whether it is a long one, drawn fainter."""
+    headings: list[tuple[int, str]]
+    """x and name of the columns that hold policies and their evaluations, which bear the same names."""
     width: int
     height: int
 
@@ -63,33 +69,18 @@ class Dag:
         return [[n for n in self.nodes if n.layer == layer] for layer in sorted({n.layer for n in self.nodes})]
 
 
-def _kind(role: str) -> str:
-    kind = role.partition(".")[0]
-    return {"retention": "data"}.get(kind, kind if kind in ORDER else "policy")
-
-
 def _nodes(run: Run) -> dict[str, Node]:
-    """Node of each role. Columns follow ORDER without its gaps."""
-    kinds = [kind for kind in ORDER if any(_kind(role) == kind for role in run.artifacts)]
+    """Node of each role. Columns follow ORDER without its gaps; evaluations stand beside their policies."""
+    columns = [column for column in ORDER if any(kind(role) == column for role in run.artifacts)]
     nodes: dict[str, Node] = {}
-    for kind in kinds:
-        roles = [role for role in run.artifacts if _kind(role) == kind]
-        if kind == "data":
-            roles.sort()
-        if kind == "evaluation":  # beside their policies; sft and base below them
-            roles.sort(
-                key=lambda role: (
-                    ("evaluation.sft", "evaluation.base").index(role)
-                    if role in ("evaluation.sft", "evaluation.base")
-                    else -1
-                )
-            )
-        if kind == "completions":
-            node = Node(kind, [run.artifacts[role] for role in roles], kinds.index(kind), 0)
-            nodes |= dict.fromkeys(roles, node)
+    for layer, column in enumerate(columns):
+        roles = [role for role in run.artifacts if kind(role) == column]
+        if column == "completions":
+            nodes |= dict.fromkeys(roles, Node(column, [run.artifacts[role] for role in roles], layer, 0))
             continue
-        for row, role in enumerate(roles):
-            nodes[role] = Node(role.partition(".")[2] or role, [run.artifacts[role]], kinds.index(kind), row)
+        last = [role for role in roles if role in ("evaluation.sft", "evaluation.base")][::-1]
+        for row, role in enumerate([role for role in roles if role not in last] + last):
+            nodes[role] = Node(role.partition(".")[2] or role, [run.artifacts[role]], layer, row)
     return nodes
 
 
@@ -123,7 +114,9 @@ def layout(run: Run) -> Dag:
             below = max(between) + HEIGHT + LANE * (lane + 1) if between else 0
             depth = max(depth, below)
             edges.append((_path(a, b, below, lane), bool(between)))
-    return Dag(nodes, edges, max(node.x for node in nodes) + WIDTH, depth)
+    named = {"policy": "policies", "evaluation": "evaluation of"}
+    headings = {by_role[role].x: named[kind(role)] for role in by_role if kind(role) in named}
+    return Dag(nodes, edges, sorted(headings.items()), max(node.x for node in nodes) + WIDTH, depth)
 
 
 def _path(a: Node, b: Node, below: int, lane: int) -> str:

@@ -83,9 +83,13 @@ def base_model(run: Run) -> str:
 
 
 def code(run: Run) -> list[tuple[str, bool]]:
-    """(commit, dirty) of the code that made the artifacts, each once."""
-    states = [(a.record or {}).get("code") or {} for a in run.artifacts.values()]
-    return sorted({(s["commit"], bool(s["dirty"])) for s in states if s.get("commit")})
+    """Each commit whose code made an artifact, and whether the tree ever differed from it."""
+    found: dict[str, bool] = {}
+    for artifact in run.artifacts.values():
+        state = (artifact.record or {}).get("code") or {}
+        if commit := state.get("commit"):
+            found[commit] = found.get(commit, False) or bool(state["dirty"])
+    return list(found.items())
 
 
 def software(run: Run) -> list[tuple[str, list[str]]]:
@@ -215,6 +219,7 @@ def render(run: Run, figures: dict[str, tuple[str, str]], title: str | None, lim
         base_model=base_model(run),
         code=code(run),
         software=software(run),
+        learners=[m for m in run.policies if (a := run.artifacts.get(f"policy.{m.name}")) and a.history],
         outcomes=[(m, verdict.outcome(m.interval("win_rate_vs_sft"))) for m in run.policies],
         sentences=verdict.sentences(run),
         positions=positions(run),

@@ -25,7 +25,7 @@ def sentence(model: Model) -> str:
         case "better":
             return f"{name} beats sft: {found}."
         case "worse" if name == "base":
-            return f"sft beats base: base has a {found}."
+            return f"sft beats base, which has a {found}."
         case "worse":
             return f"{name} loses to sft: {found}."
         case "few":
@@ -48,10 +48,9 @@ def over_optimised(model: Model, run: Run) -> bool:
 def sentences(run: Run) -> list[str]:
     """The outcome of the run, base first."""
     found = [sentence(m) for m in run.models if m.name == "base" and m.interval("win_rate_vs_sft")]
-    for model in run.policies:
-        found.append(sentence(model))
-        if over_optimised(model, run):
-            found[-1] += (
-                " The reward model scores it above sft all the same: it learnt what the reward model likes, not what the gold scorer does."
-            )
+    found += [sentence(model) for model in run.policies]
+    if liked := [model.name for model in run.policies if over_optimised(model, run)]:
+        found.append(
+            f"The reward model scores {', '.join(liked)} above sft, intervals apart: a gain that the gold scorer does not see."
+        )
     return found or ["No policy was compared with sft."]

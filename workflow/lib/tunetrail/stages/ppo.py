@@ -17,7 +17,8 @@ from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer, save_causal_lm, trained_parameters, with_lora
 from tunetrail.ppo.trainer import PPOTrainer, log
 from tunetrail.progress import ProgressBar
-from tunetrail.runtime import derive_seed, device, prepare, use_bf16
+from tunetrail.runtime import device, prepare, use_bf16
+from tunetrail.seeds import derive_seed
 from tunetrail.training import keep_newest, latest_checkpoint, mark_complete
 
 

@@ -17,11 +17,12 @@ from tunetrail.config import RetentionConfig
 from tunetrail.contract import Stage, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
-from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.sampling import inference_weights, sample
 from tunetrail.progress import ProgressBar
-from tunetrail.runtime import derive_seed, device, prepare, use_bf16
+from tunetrail.runtime import device, prepare, use_bf16
+from tunetrail.seeds import derive_seed
 
 
 def general_questions() -> list[str]:
@@ -67,18 +68,16 @@ def run(stage: Stage) -> dict:
                 k=1, max_new_tokens=config.max_new_tokens, temperature=0, seed=stage.seed, batch_size=config.batch_size,
                 eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, on_batch=bar.advance,
             )  # fmt: skip
-        texts = []
-        for question, prompt, (answer,) in zip(questions, rendered, answers, strict=True):
-            finished = answer[-1] == tokenizer.eos_token_id
-            texts.append({"question": question, "prompt": prompt, "completion": tokenizer.decode(answer, skip_special_tokens=True), "finished": finished})
-        examples = [
-            (prompt, encode_response(tokenizer, text["completion"], text["finished"])) for prompt, text in zip(prompts, texts, strict=True)
+        # The ids as they were sampled: decoding and encoding again may give others.
+        examples = [(prompt, answer) for prompt, (answer,) in zip(prompts, answers, strict=True)]
+        texts = [
+            {"prompt": prompt, "completion": tokenizer.decode(answer, skip_special_tokens=True)}
+            for prompt, (_, answer) in zip(rendered, examples, strict=True)
         ]
     nlls = mean_nlls(model, examples, tokenizer.pad_token_id, precision)
     rows = [
         text | {"id": str(i), "prompt_ids": prompt, "response_ids": response, "base_nll": nll}
         for i, (text, (prompt, response), nll) in enumerate(zip(texts, examples, nlls, strict=True))
-        if response
     ]
     write_jsonl(stage.work / "retention.jsonl", rows)
     return {"source": config.source, "rows": len(rows), "base_nll": sum(row["base_nll"] for row in rows) / len(rows)}

@@ -25,7 +25,8 @@ from tunetrail.models.batching import collate, encode, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokenizer, trained_parameters, with_lora, without_dropout
 from tunetrail.models.scoring import map_batches, sequence_scores
-from tunetrail.runtime import autocast, derive_seed, device, prepare
+from tunetrail.runtime import autocast, device, prepare
+from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, train, trainer_arguments
 
 

@@ -19,7 +19,8 @@ from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
-from tunetrail.runtime import derive_seed, prepare
+from tunetrail.runtime import prepare
+from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, train, trainer_arguments
 
 

@@ -1,0 +1,46 @@
+# make demo   set up and run config/config.yaml: the whole pipeline on a real model
+# make test   set up and run every test
+# make bench  ratios of speed, measured in one run
+PYTHON ?= python3
+VENV := .venv
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: demo test check bench schema lock clean
+
+demo: $(VENV)/.installed
+	$(RUN) snakemake --profile profiles/local
+
+test: $(VENV)/.tested check
+	$(RUN) python -m pytest
+
+check: $(VENV)/.tested
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) snakefmt --check Snakefile workflow/rules
+	$(RUN) snakemake --lint --configfile config/examples/tiny.yaml
+
+bench: $(VENV)/.tested
+	$(RUN) python -m tests.benchmarks
+
+# Generated files; the tests fail where they are stale.
+schema: $(VENV)/.installed
+	$(RUN) python -m tunetrail.config schema > workflow/schemas/config.schema.json
+	$(RUN) python -m tunetrail.config document --write config/README.md
+
+# The lock is envs/requirements.txt; the conda environment and the container read or repeat it.
+lock: $(VENV)/.tested
+	$(RUN) python envs/lock.py
+
+$(VENV)/.installed: envs/requirements.txt pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r envs/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed envs/requirements-test.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r envs/requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .snakemake

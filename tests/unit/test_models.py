@@ -1,0 +1,197 @@
+"""Batches, log-probs, scores and sampling on tiny random models."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tunetrail.config import Lora
+from tunetrail.contract import sha256_json
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.models.batching import Batch, collate, encode_response, token_batches
+from tunetrail.models.comparisons import decided_pairs, preference_targets, widest_pairs
+from tunetrail.models.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    save_causal_lm,
+    tokenizer_digest,
+    with_lora,
+    without_dropout,
+)
+from tunetrail.models.sampling import sample
+from tunetrail.models.scoring import map_batches, response_logprobs, response_values, sequence_scores
+from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.stages.reward import initialise
+
+EOS, PAD, VOCABULARY = 1, 0, 30
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+RESPONSES = [[14, 15, EOS], [16, EOS], [17]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(16, 2, 2, VOCABULARY, seed=0).eval()
+
+
+def alone(model, prompt, response):
+    """The log-probs of one response, from a plain forward pass without any padding."""
+    logits = model(torch.tensor([prompt + response])).logits[0].float().log_softmax(-1)
+    return torch.stack([logits[len(prompt) + i - 1, token] for i, token in enumerate(response)])
+
+
+def test_padding_changes_no_logprob(model):
+    batch = collate(PROMPTS, RESPONSES, PAD)
+    together = response_logprobs(model, batch)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        torch.testing.assert_close(together[row, : len(response)], alone(model, prompt, response), atol=1e-5, rtol=0)
+        assert not together[row, len(response) :].any()
+
+
+def test_left_and_right_padding_agree_on_scores_and_values():
+    classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1).eval()
+    classifier.config.reward_bias = 0.25
+    ours = collate(PROMPTS, RESPONSES, PAD)
+    left = collate([p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)], [[]] * 3, PAD)
+    right = collate([[]] * 3, [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)], PAD)
+    scores = [sequence_scores(classifier, b) for b in (ours, left, right)]
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores[0], scores[2], atol=1e-5, rtol=0)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        plain = classifier(torch.tensor([prompt + response])).logits[0, 0] - 0.25
+        torch.testing.assert_close(scores[0][row], plain, atol=1e-5, rtol=0)
+        values = response_values(classifier, ours)[row]
+        prefix = classifier(torch.tensor([prompt])).logits[0, 0] - 0.25  # the state before the first response token
+        torch.testing.assert_close(values[0], prefix, atol=1e-5, rtol=0)
+
+
+def test_map_batches_keeps_order_and_lengths(model):
+    rows = map_batches(lambda b: response_logprobs(model, b), PROMPTS, RESPONSES, PAD, 8, torch.device("cpu"))
+    assert [len(row) for row in rows] == [3, 2, 1]
+    for row, prompt, response in zip(rows, PROMPTS, RESPONSES, strict=True):
+        torch.testing.assert_close(row, alone(model, prompt, response), atol=1e-5, rtol=0)
+
+
+def test_token_batches_stay_below_the_limit():
+    lengths = [5, 1, 9, 4, 30, 2]
+    batches = list(token_batches(lengths, 12))
+    assert sorted(sum(batches, [])) == list(range(6))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 12 for b in batches)
+    assert len(batches) < 6
+
+
+def test_greedy_decoding_equals_generate(model):
+    outputs = sample(model, PROMPTS, ["a", "b", "c"], k=1, max_new_tokens=8, temperature=0, seed=0, batch_size=8, eos_id=EOS, pad_id=PAD)
+    for prompt, (output,) in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD
+        )
+        assert output == theirs[0, len(prompt) :].tolist()
+
+
+def test_samples_do_not_depend_on_the_batch_they_are_in(model):
+    settings = dict(k=3, max_new_tokens=6, temperature=1.0, seed=4, eos_id=EOS, pad_id=PAD)
+    keys = ["a", "b", "c"]
+    together = sample(model, PROMPTS, keys, batch_size=9, **settings)
+    apart = [sample(model, [p], [k], batch_size=2, **settings)[0] for p, k in zip(PROMPTS, keys, strict=True)]
+    assert together == apart
+    assert together != sample(model, PROMPTS, keys, batch_size=9, **(settings | {"seed": 5}))
+    assert len({tuple(c) for c in together[0]}) == 3  # each completion has a stream of its own
+
+
+def test_sampling_follows_the_tempered_softmax(model):
+    n, temperature = 4000, 0.7
+    outputs = sample(model, [[5, 6]], ["x"], k=n, max_new_tokens=1, temperature=temperature, seed=0, batch_size=n, eos_id=EOS, pad_id=PAD)
+    counts = np.bincount([c[0] for c in outputs[0]], minlength=VOCABULARY)
+    expected = (model(torch.tensor([[5, 6]])).logits[0, -1] / temperature).softmax(-1).detach().numpy() * n
+    assert ((counts - expected) ** 2 / expected).sum() < 58.3  # chi-square, 29 degrees of freedom, p = 0.001
+
+
+def test_responses_end_at_eos(model):
+    outputs = sample(model, PROMPTS * 20, [str(i) for i in range(60)], k=2, max_new_tokens=20, temperature=1.5, seed=1, batch_size=16, eos_id=EOS, pad_id=PAD)
+    flat = [c for completions in outputs for c in completions]
+    assert all(EOS not in c[:-1] for c in flat)
+    assert all(c[-1] == EOS or len(c) == 20 for c in flat)
+    assert any(c[-1] == EOS for c in flat)
+
+
+def test_eos_closes_a_finished_response_only():
+    tokenizer = tiny_tokenizer()
+    assert encode_response(tokenizer, "ab")[-1] == tokenizer.eos_token_id
+    assert encode_response(tokenizer, "ab", finished=False) == encode_response(tokenizer, "ab")[:-1]
+
+
+def test_tokenizer_without_a_pad_of_its_own_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"pad and eos are both '<\|eos\|>'; name another token in base.pad_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_dropout_is_off():
+    model = tiny_model(16, 1, 2, VOCABULARY, seed=0)
+    model.config.attention_dropout = 0.1
+    model.extra = torch.nn.Dropout(0.3)
+    without_dropout(model)
+    assert model.config.attention_dropout == 0
+    assert model.extra.p == 0
+
+
+def save_base(folder, seed=0):
+    tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=seed).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    manifest = {"files": [], "seed": seed}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+def test_an_adapter_merges_into_its_parent_and_refuses_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, work = tmp_path / "base", tmp_path / "sft"
+    manifest = save_base(base)
+    lora = Lora(r=2, alpha=4, export_merged=True)
+    tuned = with_lora(load_causal_lm(base / "model"), lora, seed=0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.tensor([[7, 8, 9]])
+    expected = tuned.eval()(ids).logits
+    plain = load_causal_lm(base / "model")(ids).logits
+    assert (expected - plain).abs().max() > 1e-3
+    save_causal_lm(tuned, base / "model", work, lora, base / "model", manifest)
+    torch.testing.assert_close(load_causal_lm(work / "model")(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(load_causal_lm(work / "merged")(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert tokenizer_digest(work / "model") == tokenizer_digest(base / "model")
+    assert json.loads((work / "model/parent.json").read_text())["manifest"] == sha256_json(manifest)
+
+    save_base(base, seed=1)
+    with pytest.raises(DataError, match="which is gone or has changed since"):
+        load_causal_lm(work / "model")
+
+
+def test_unknown_lora_modules_are_a_config_error():
+    with pytest.raises(ConfigError, match="lora.target_modules"):
+        with_lora(tiny_model(16, 1, 2, VOCABULARY, seed=0), Lora(target_modules=["no_such_module"]), seed=0)
+
+
+def ranking(*ranks):
+    return {"labeler": "x", "ranks": list(ranks)}
+
+
+def test_preference_targets_average_labelers_and_split_ties():
+    targets = preference_targets([ranking(1, 2, 2), ranking(2, 1, 3)])
+    np.testing.assert_allclose(targets, [[0.5, 0.5, 1.0], [0.5, 0.5, 0.75], [0.0, 0.25, 0.5]])
+
+
+def test_pairs_go_by_majority_and_widest_first():
+    assert decided_pairs(preference_targets([ranking(1, 2, 2)])) == [(0, 1), (0, 2)]
+    assert widest_pairs([ranking(3, 1, 2)], None) == [(1, 0), (1, 2), (2, 0)]
+    assert widest_pairs([ranking(3, 1, 2)], 1) == [(1, 0)]
+    assert widest_pairs([ranking(1, 1)], None) == []
+
+
+def test_batch_position_ids_skip_padding():
+    batch = Batch(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 1, 1, 0]]), torch.tensor([[True, False]]))
+    assert batch.position_ids.tolist() == [[0, 0, 1, 1]]

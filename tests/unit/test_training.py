@@ -1,0 +1,282 @@
+"""The stages on Hugging Face trainers: losses, data order, exact resumption, broken checkpoints."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tunetrail.config import SftConfig
+from tunetrail.contract import list_files, main, read_jsonl, write_json, write_jsonl
+from tunetrail.errors import DataError
+from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.stages import sft
+from tunetrail.stages.reward import KWiseCollator, evaluate, heldout_pairs, initialise, kwise_loss
+from tunetrail.training import epoch_order, history, is_complete, latest_checkpoint, mark_complete
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def test_kwise_loss_by_hand():
+    scores = torch.tensor([[2.0, 1.0, -1.0], [0.5, 0.0, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    targets = torch.full((2, 3, 3), 0.5)
+    targets[0] = torch.tensor([[0.5, 1, 1], [0, 0.5, 0.75], [0, 0.25, 0.5]])
+    targets[1, 0, 1], targets[1, 1, 0] = 0.0, 1.0
+    first = -(log_sigmoid(1) + log_sigmoid(3) + 0.75 * log_sigmoid(2) + 0.25 * log_sigmoid(-2)) / 3
+    second = -log_sigmoid(-0.5)
+    assert kwise_loss(scores, targets, mask).item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+def test_two_completions_give_the_pairwise_loss():
+    scores, targets = torch.tensor([[0.3, -0.4]]), torch.tensor([[[0.5, 1.0], [0.0, 0.5]]])
+    expected = -torch.nn.functional.logsigmoid(torch.tensor(0.7))
+    torch.testing.assert_close(kwise_loss(scores, targets, torch.ones(1, 2, dtype=torch.bool)), expected)
+
+
+def test_reward_head_starts_small_and_on_the_language_models_trunk():
+    causal = tiny_model(64, 2, 4, 30, seed=0)
+    model = initialise(causal, seed=3)
+    assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(65), rel=0.25)
+    assert model.score.bias is None
+    for a, b in zip(model.base_model.parameters(), causal.base_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_collator_masks_missing_completions():
+    examples = [
+        {"prompt": [5], "responses": [[6], [7, 8], [9]], "targets": np.full((3, 3), 0.5).tolist()},
+        {"prompt": [5, 6], "responses": [[6], [7]], "targets": [[0.5, 1.0], [0.0, 0.5]]},
+    ]
+    batch = KWiseCollator(0)(examples)
+    assert batch["input_ids"].shape == (5, 4)  # K forward sequences a prompt, not K(K-1)
+    assert batch["mask"].tolist() == [[True] * 3, [True, True, False]]
+    assert batch["targets"][1, 0, 1] == 1
+
+
+def test_reward_metrics_by_hand():
+    rows = [
+        {"id": "a", "group": "g", "completions": ["long one", "x"], "rankings": [{"labeler": "l", "ranks": [1, 2]}]},
+        {"id": "b", "group": "g", "completions": ["x", "long one"], "rankings": [{"labeler": "l", "ranks": [1, 2]}, {"labeler": "m", "ranks": [1, 1]}]},
+        {"id": "c", "group": "g", "completions": ["x", "y"], "rankings": [{"labeler": "m", "ranks": [2, 1]}]},
+    ]  # fmt: skip
+    pairs = heldout_pairs(rows, [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])])
+    assert [round(p["margin"], 3) for p in pairs] == [2.0, -1.0, 3.0]  # the tie decides nothing
+    metrics = evaluate(pairs, seed=0)
+    assert metrics["accuracy"]["mean"] == pytest.approx(2 / 3)
+    assert metrics["accuracy_longer_wins"]["mean"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert metrics["accuracy_by_labeler"]["m"]["mean"] == 1
+    assert metrics["accuracy_by_labeler"]["l"]["mean"] == 0.5
+
+
+def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
+    lengths = [i % 10 for i in range(43)]
+    order = epoch_order(lengths, 8, 3, seed=1)
+    assert len(order) == 3 * 40
+    for start in range(0, 120, 40):
+        assert len(set(order[start : start + 40])) == 40
+    spreads = [max(lengths[i] for i in order[s : s + 8]) - min(lengths[i] for i in order[s : s + 8]) for s in range(0, 120, 8)]
+    assert max(spreads) <= 3
+    assert order[:40] != order[40:80]
+    assert order == epoch_order(lengths, 8, 3, seed=1)
+
+
+def test_sft_labels_only_the_completion_and_all_of_raw_text():
+    tokenizer = tiny_tokenizer()
+    rows = [{"id": "1", "prompt": "ab", "completion": "c"}, {"id": "2", "text": "abcdefg"}]
+    chat, *blocks = sft.tokenize(rows, tokenizer, max_length=5)
+    assert chat["labels"] == [-100, -100, *chat["input_ids"][2:]]
+    assert chat["input_ids"][-1] == tokenizer.eos_token_id
+    assert [len(b["input_ids"]) for b in blocks] == [5, 3]
+    assert all(b["labels"] == b["input_ids"] for b in blocks)
+    with pytest.raises(DataError, match=r"sft: row 1 has 4 tokens; raise sft.max_length \(3\)"):
+        sft.tokenize(rows, tokenizer, max_length=3)
+
+
+def test_history_has_nothing_a_clock_decides():
+    log = [{"loss": 1.0, "step": 1, "train_runtime": 3.0}, {"train_runtime": 5.0, "train_loss": 1.0}]
+    assert history(log) == [{"loss": 1.0, "step": 1}]
+
+
+def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"x" * 100)
+        if step < 3:
+            mark_complete(folder)
+    (tmp_path / "checkpoint-2/weights").write_bytes(b"x" * 99)  # cut short by a crash of the machine
+    assert not is_complete(tmp_path / "checkpoint-2")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+# ----------------------------------------------------------------------------- whole stages, stopped and resumed
+
+
+def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        write_jsonl(folder / name, rows)
+    write_json(folder / "manifest.json", {"schema": 1, "stage": folder.name, "tokenizer": tokenizer, "files": list_files(folder)})
+    return folder / "manifest.json"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A tiny base model, demonstrations and comparisons, as artifacts."""
+    from tunetrail.models.loading import tokenizer_digest
+
+    model = tmp_path / "base/model"
+    tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=0).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    digest = tokenizer_digest(model)
+    demonstrations = [{"id": str(i), "group": str(i), "source": "t", "prompt": f"count {i}: ", "completion": "x" * (i % 7 + 1)} for i in range(24)]
+    comparisons = [
+        {
+            "id": str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
+            "completions": ["x" * (i % 3 + 2), "y", "zz"], "finished": [True, True, False],
+            "rankings": [{"labeler": "a", "ranks": [1, 2, 3], "order": [0, 1, 2], "time": None, "scores": None}],
+        }
+        for i in range(24)
+    ]  # fmt: skip
+    write_artifact(tmp_path / "base", {}, digest)
+    splits = {f"{name}.jsonl": demonstrations[:n] for name, n in (("sft", 24), ("reward", 12), ("rl", 12), ("evaluation", 4), ("heldout", 6))}
+    write_artifact(tmp_path / "data", splits, digest)
+    write_artifact(tmp_path / "comparisons", {"comparisons.jsonl": comparisons}, digest)
+    return tmp_path
+
+
+STAGES = {
+    "sft": ({"learning_rate": 1e-3, "batch_size": 4, "epochs": 2}, {"base": "base", "data": "data"}),
+    "sft-lora": ({"learning_rate": 1e-3, "batch_size": 4, "lora": {"r": 2, "export_merged": True}}, {"base": "base", "data": "data"}),
+    "reward": ({"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data", "comparisons": "comparisons"}),
+    "dpo": ({"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3}, {"policy": "base", "comparisons": "comparisons"}),
+}
+
+
+@pytest.fixture
+def run_stage(workspace, monkeypatch, capfd):
+    """Runs a stage under the contract in this process: (exit code, stderr, path of its manifest)."""
+
+    def run(name: str, state: str, config: dict | None = None, time_limit: str = "") -> tuple[int, str, Path]:
+        stage = name.split("-")[0]
+        block, inputs = STAGES[name]
+        path = workspace / f"{name}.json"
+        path.write_text(json.dumps({"stage": stage, "seed": 5, "precision": "fp32", "config": block | (config or {})}))
+        output = workspace / state / name / "manifest.json"
+        options = [f"--input={role}={workspace / folder}/manifest.json" for role, folder in inputs.items()]
+        monkeypatch.chdir(workspace)
+        monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", time_limit)
+        module = importlib.import_module(f"tunetrail.stages.{stage}")
+        capfd.readouterr()
+        code = main(module.run, ["--config", str(path), *options, "--output", str(output), "--state", str(workspace / f"state-{state}" / name)])
+        return code, capfd.readouterr().err, output
+
+    return run
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
+    code, error, straight = run_stage(name, "straight")
+    assert code == 0, error
+    for _ in range(2):  # a time limit that is over at once: the attempt saves after one step and leaves with 75
+        code, error, stopped = run_stage(name, "stopped", time_limit="0")
+        assert code == 75, error
+        assert "stopped by time limit at step" in error
+        assert not stopped.exists()
+    code, error, stopped = run_stage(name, "stopped")
+    assert code == 0, error
+    assert stopped.read_bytes() == straight.read_bytes()
+    assert len(json.loads(stopped.with_name("provenance.json").read_text())["attempts"]) == 3
+
+
+def test_dpo_starts_at_log_2_and_margin_0(run_stage):
+    code, error, output = run_stage("dpo", "straight")
+    assert code == 0, error
+    first = read_jsonl(output.with_name("history.jsonl"))[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    last = read_jsonl(output.with_name("history.jsonl"))[-1]
+    assert last["rewards/margins"] > first["rewards/margins"]
+
+
+def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
+    """TRL's first chosen log-probs against a plain forward pass over the same pairs."""
+    from tunetrail.models.batching import collate, encode, encode_response
+    from tunetrail.models.loading import load_causal_lm
+    from tunetrail.models.scoring import response_logprobs
+
+    code, error, output = run_stage("dpo", "one", config={"batch_size": 54, "micro_batch_size": 54})
+    assert code == 0, error
+    tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
+    rows = [r for r in read_jsonl(workspace / "comparisons/comparisons.jsonl") if r["split"] == "reward"]
+    chosen = [(r["prompt"], r["completions"][i], r["finished"][i]) for r in rows for i in (0, 0, 1)]
+    batch = collate([encode(tokenizer, p) for p, _, _ in chosen], [encode_response(tokenizer, t, f) for _, t, f in chosen], tokenizer.pad_token_id)
+    expected = response_logprobs(model, batch).sum(1).mean().item()
+    assert read_jsonl(output.with_name("history.jsonl"))[0]["logps/chosen"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_every_dpo_loss_trains(run_stage):
+    from tunetrail.config import DPO_LOSSES
+
+    for loss in DPO_LOSSES:
+        smoothing = {"label_smoothing": 0.1} if loss == "exo_pair" else {}
+        code, error, output = run_stage("dpo", f"loss-{loss}", config={"loss": loss, "batch_size": 27, "micro_batch_size": 27} | smoothing)
+        assert code == 0, f"{loss}: {error}"
+        assert len(read_jsonl(output.with_name("history.jsonl"))) == 2
+
+
+def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage, workspace):
+    from tunetrail.models.batching import encode, encode_response
+    from tunetrail.models.loading import load_reward_model
+    from tunetrail.stages.reward import score_rows
+
+    code, error, output = run_stage("reward", "straight")
+    assert code == 0, error
+    metrics = json.loads(output.with_name("metrics.json").read_text())
+    assert metrics["score_mean_demonstrations"] == pytest.approx(0, abs=1e-5)
+    tokenizer = tiny_tokenizer()
+    rows = [r for s in ("reward", "sft") for r in read_jsonl(workspace / f"data/{s}.jsonl")]
+    scores = score_rows(
+        load_reward_model(output.parent / "model"), [encode(tokenizer, r["prompt"]) for r in rows],
+        [encode_response(tokenizer, r["completion"]) for r in rows], tokenizer.pad_token_id, "fp32",
+    )  # fmt: skip
+    assert scores.std() > 1e-4
+    assert scores.mean() == pytest.approx(0, abs=1e-5)
+
+
+def test_merged_export_has_no_adapter(run_stage):
+    code, error, output = run_stage("sft-lora", "straight")
+    assert code == 0, error
+    assert (output.parent / "model/adapter_config.json").exists()
+    assert (output.parent / "merged/model.safetensors").exists()
+    assert not (output.parent / "merged/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("sft", {"batch_size": 25}, "24 examples are fewer than one batch (sft.batch_size: 25)"),
+        ("sft", {"max_length": 5}, "raise sft.max_length (5) or lower data.max_prompt_tokens"),
+        ("reward", {"batch_size": 19}, "18 prompts with comparisons are fewer than one batch (reward.batch_size: 19)"),
+        ("reward", {"max_length": 5}, "raise reward.max_length (5) or drop the row"),
+        ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "54 pairs are fewer than one batch (batch_size: 60); collect more comparisons"),
+        ("dpo", {"max_length": 5}, "raise max_length (5) or drop the row"),
+    ],
+)  # fmt: skip
+def test_data_that_does_not_fit_is_one_clear_line(run_stage, name, config, message):
+    code, error, output = run_stage(name, "bad", config=config)
+    assert code == 65
+    assert message in error
+    assert "Traceback" not in error
+    assert not output.exists()
+
+
+def test_sft_config_has_a_default_learning_rate():
+    assert SftConfig().learning_rate == 5e-5

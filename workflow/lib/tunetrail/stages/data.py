@@ -1,0 +1,172 @@
+"""Data preparation: read, check, render, split by source group, refuse leaks, describe.
+
+    python -m tunetrail.stages.data --config C.json --input base=… --output results/RUN/data/manifest.json --state …
+
+Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl`, `heldout.jsonl` and, where preferences
+came with the data, `comparisons.jsonl`. `metrics.json` is the data card.
+"""
+
+import sys
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from tunetrail.config import SPLITS, DataConfig, DocstringSource
+from tunetrail.contract import Stage, main, sha256_file, write_jsonl
+from tunetrail.data.readers import origin, read_demonstrations, read_preferences, row_id
+from tunetrail.data.splits import assign_groups, duplicates_across, histogram, shuffled
+from tunetrail.errors import DataError
+
+
+class Renderer:
+    """Messages -> the prompt string the model is shown, and token counts."""
+
+    def __init__(self, tokenizer: Any, config: DataConfig):
+        self.tokenizer, self.config = tokenizer, config
+        if config.chat and not tokenizer.chat_template:
+            raise DataError("data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template")
+
+    def prompt(self, messages: list[dict]) -> str:
+        if not self.config.chat:
+            if len(messages) != 1:
+                raise DataError("data.chat: is false, but the data holds conversations; set it to true")
+            return messages[0]["content"]
+        if self.config.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.config.system}, *messages]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def tokens(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+
+def best(row: dict) -> str:
+    """The completion of the lowest mean rank."""
+    k = len(row["completions"])
+    means = [sum(ranking["ranks"][i] for ranking in row["rankings"]) for i in range(k)]
+    return row["completions"][means.index(min(means))]
+
+
+def compared_text(row: dict) -> str:
+    """What duplicates are told by: the text, or all that was said to the model."""
+    return row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
+
+
+def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
+    """(rows, cards): the rows of every source with `source` and `kind`, and what each source is."""
+    rows, cards = [], []
+    for kind, sources, read in (("demonstrations", config.demonstrations, read_demonstrations), ("preferences", config.preferences, read_preferences)):
+        for source in sources:
+            found = read(source)
+            card = origin(source)
+            shape = "rankings" if kind == "preferences" else "/".join(sorted({"text" if "text" in row else "prompt" for row in found}))
+            cards.append(card | {"kind": kind, "shape": shape, "rows": len(found)})
+            limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
+            rows += [row | {"source": card["source"], "kind": kind, "max_tokens": limits} for row in found]
+    return rows, cards
+
+
+def fits(row: dict, config: DataConfig, renderer: Renderer) -> bool:
+    """Whether a row is short enough. Raises DataError where too_long is `error`."""
+    if "text" in row:
+        return True
+    completions = row.get("completions") or [row["completion"]]
+    longest = max(renderer.tokens(completions))
+    if row["max_tokens"]:  # the built-in source takes what is short enough
+        code, answer = row["max_tokens"]
+        if renderer.tokens([row["messages"][-1]["content"]])[0] > code or longest > answer:
+            return False
+    prompt = renderer.tokens([row["prompt"]])[0]
+    if prompt <= config.max_prompt_tokens and longest <= config.max_completion_tokens:
+        return True
+    if config.too_long == "drop":
+        return False
+    key, count = ("max_prompt_tokens", prompt) if prompt > config.max_prompt_tokens else ("max_completion_tokens", longest)
+    raise DataError(f"{row['source']}: a row has {count} tokens, more than data.{key} ({getattr(config, key)}): {row['prompt'][:60]!r}…; raise it, or set data.too_long to drop")
+
+
+def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
+    """The rows less duplicates across splits. Raises DataError where duplicates is `error`."""
+    found = duplicates_across([compared_text(row) for row in rows], [row["split"] for row in rows], config.near_duplicate)
+    if found and config.duplicates == "error":
+        a, b = (rows[i] for i in found[0])
+        raise DataError(
+            f"{len(found)} rows repeat a row of another split, such as {compared_text(a)[:50]!r} ({a['source']}, {a['split']}) and "
+            f"{compared_text(b)[:50]!r} ({b['source']}, {b['split']}); give them one group, or set data.duplicates to drop"
+        )
+    dropped = {i for _, i in found}
+    return [row for i, row in enumerate(rows) if i not in dropped]
+
+
+def prompt_row(row: dict) -> dict:
+    common = {key: row[key] for key in ("id", "group", "source")}
+    if "text" in row:
+        return common | {"text": row["text"]}
+    completion = best(row) if row["kind"] == "preferences" else row["completion"]
+    return common | {"prompt": row["prompt"], "completion": completion}
+
+
+def comparison_row(row: dict) -> dict:
+    return {
+        "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"], "reference": None,
+        "completions": row["completions"], "finished": [True] * len(row["completions"]), "rankings": row["rankings"],
+    }  # fmt: skip
+
+
+def run(stage: Stage) -> dict:
+    config = DataConfig(**stage.config)
+    renderer = Renderer(AutoTokenizer.from_pretrained(stage.inputs["base"] / "model"), config)
+    rows, sources = read_all(config)
+    for row in rows:
+        if "messages" in row:
+            row["prompt"] = renderer.prompt(row["messages"])
+    total = len(rows)
+    rows = [row for row in rows if fits(row, config, renderer)]
+    dropped = {"too_long": total - len(rows)}
+    split_of = assign_groups([row["group"] for row in rows], config.shares, stage.seed)
+    for row in rows:
+        row["split"] = split_of[row["group"]]
+        row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
+    kept = without_leaks(rows, config)
+    dropped["duplicates"] = len(rows) - len(kept)
+    kept = list({row["id"]: row for row in kept}.values())  # the same row twice is one row
+
+    card: dict[str, Any] = {"splits": {}, "sources": sources, "comparisons": None, "dropped": dropped, "rows_read": total}
+    comparisons: list[dict] = []
+    dropped["over_limit"] = 0
+    for split in SPLITS:
+        mine = shuffled([row for row in kept if row["split"] == split], stage.seed, split)
+        if split not in ("sft", "heldout"):
+            mine = [row for row in mine if "text" not in row]  # raw text is for training and its held-out loss
+        limit = getattr(config.limits, split) or len(mine)
+        dropped["over_limit"] += max(0, len(mine) - limit)
+        mine = mine[:limit]
+        if not mine and getattr(config.shares, split) > 0:
+            raise DataError(
+                f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {len(split_of)} groups are too few for these shares: "
+                f"add data, name a finer data group, or set the share to 0"
+            )
+        comparisons += [comparison_row(row) for row in mine if row["kind"] == "preferences" and split in ("reward", "heldout")]
+        write_jsonl(stage.work / f"{split}.jsonl", [prompt_row(row) for row in mine])
+        prompts = [row for row in mine if "prompt" in row]
+        card["splits"][split] = {
+            "rows": len(mine),
+            "groups": len({row["group"] for row in mine}),
+            "digest": sha256_file(stage.work / f"{split}.jsonl"),
+            "prompt_tokens": histogram(renderer.tokens([row["prompt"] for row in prompts])),
+            "completion_tokens": histogram(renderer.tokens([prompt_row(row)["completion"] for row in prompts])),
+            "text_tokens": histogram(renderer.tokens([row["text"] for row in mine if "text" in row])),
+        }
+    if config.preferences:
+        write_jsonl(stage.work / "comparisons.jsonl", comparisons)
+        card["comparisons"] = {
+            "prompts": len({row["prompt"] for row in comparisons}),
+            "completions": sum(len(row["completions"]) for row in comparisons),
+            "rankings": sum(len(row["rankings"]) for row in comparisons),
+            "labelers": sorted({ranking["labeler"] for row in comparisons for ranking in row["rankings"]}),
+        }
+    stage.extra_provenance["sources"] = sources
+    return card
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
