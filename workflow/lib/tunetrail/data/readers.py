@@ -13,7 +13,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,23 +157,21 @@ def _user(prompt: str) -> list[dict]:
     return [{"role": "user", "content": prompt}]
 
 
-def _demonstration(row: dict) -> Iterator[dict]:
+def _demonstration(row: dict) -> list[dict]:
     """One row in any of the three shapes; a chat gives a row for every turn of the assistant."""
     shapes = [shape for shape, keys in (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))) if all(k in row for k in keys)]
     if len(shapes) != 1:
         found = ", ".join(sorted(map(str, row))) or "none"
         raise BadRow(f"must have one of the shapes {SHAPES}; its columns are {found}; map others with columns")
     if shapes == ["text"]:
-        yield {"text": _text(row, "text")}
-    elif shapes == ["completion"]:
-        yield {"messages": _user(_text(row, "prompt")), "completion": _text(row, "completion")}
-    else:
-        messages = _messages(row["messages"], "messages")
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or turns[0] == 0 or messages[turns[0] - 1]["role"] != "user":
-            raise BadRow("'messages' needs a turn of the assistant after one of the user")
-        for i in turns:
-            yield {"messages": messages[:i], "completion": messages[i]["content"]}
+        return [{"text": _text(row, "text")}]
+    if shapes == ["completion"]:
+        return [{"messages": _user(_text(row, "prompt")), "completion": _text(row, "completion")}]
+    messages = _messages(row["messages"], "messages")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or turns[0] == 0 or messages[turns[0] - 1]["role"] != "user":
+        raise BadRow("'messages' needs a turn of the assistant after one of the user")
+    return [{"messages": messages[:i], "completion": messages[i]["content"]} for i in turns]
 
 
 def parse_transcript(text: str) -> list[dict]:
@@ -258,8 +256,24 @@ def _group(parsed: dict, row: dict, column: str | None) -> str:
     return normalise(parsed["messages"][-1]["content"] if "messages" in parsed else parsed["text"])
 
 
-def read_demonstrations(source: Any) -> list[dict]:
-    """The rows of a demonstration source. Raises DataError naming file and line."""
+def _checked(parse: Callable[[dict], Any], where: str, row: dict, invalid: list[str] | None) -> Any:
+    """The parsed row; a bad one raises DataError, or is noted in `invalid` and gives None."""
+    try:
+        return parse(row)
+    except BadRow as e:
+        if invalid is None:
+            raise DataError(f"{where}: {e}") from None
+        invalid.append(f"{where}: {e}")
+        return None
+
+
+def read_demonstrations(source: Any, invalid: list[str] | None = None) -> list[dict]:
+    """The rows of a demonstration source.
+
+    Args:
+        invalid: collects what is wrong with rows that are left out; None: the first one raises
+            DataError naming file and line.
+    """
     match source:
         case DocstringSource():
             return [{"messages": _user(p["prompt"]), "completion": p["completion"], "group": p["group"]} for p in docstrings.pairs()]
@@ -269,21 +283,21 @@ def read_demonstrations(source: Any) -> list[dict]:
             return [{"text": text.strip(), "group": name} for name, text in sorted(topics.items()) if text.strip()]
     rows = []
     for where, row in read_rows(source):
-        try:
-            rows += [parsed | {"group": _group(parsed, row, source.group)} for parsed in _demonstration(row)]
-        except BadRow as e:
-            raise DataError(f"{where}: {e}") from None
+        for parsed in _checked(_demonstration, where, row, invalid) or []:
+            rows.append(parsed | {"group": _group(parsed, row, source.group)})
     return rows
 
 
-def read_preferences(source: FileSource | HubSource) -> list[dict]:
-    """The rows of a preference source, several labelers' rankings of the same completions merged into one row."""
+def read_preferences(source: FileSource | HubSource, invalid: list[str] | None = None) -> list[dict]:
+    """The rows of a preference source, several labelers' rankings of the same completions merged into one row.
+
+    `invalid` as in `read_demonstrations`.
+    """
     rows: dict[str, dict] = {}
     for where, row in read_rows(source):
-        try:
-            parsed = _preference(row)
-        except BadRow as e:
-            raise DataError(f"{where}: {e}") from None
+        parsed = _checked(_preference, where, row, invalid)
+        if parsed is None:
+            continue
         key = json.dumps([parsed["messages"], parsed["completions"]])
         if key in rows:
             rows[key]["rankings"] += parsed["rankings"]
@@ -309,7 +323,7 @@ def check_sources(config: DataConfig) -> None:
     for sources, read in ((config.demonstrations, read_demonstrations), (config.preferences, read_preferences)):
         for source in sources:
             if isinstance(source, FileSource):
-                read(source)
+                read(source, [] if config.invalid == "drop" else None)
 
 
 def row_id(row: dict) -> str:

@@ -34,11 +34,11 @@ def sentence_probe(model: Any, tokenizer: Any, sentence: str, top: int = 50) -> 
     """For each token of a sentence: its probability given what stands before it, and the likeliest next tokens.
 
     In full precision: a figure that people read should not depend on the hardware. The first token has
-    nothing before it and is left out, unless the tokenizer has a BOS token.
+    nothing before it: its `prob` is None.
     """
     ids = tokenizer(sentence)["input_ids"]
     probs = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().softmax(-1).cpu()
-    rows = []
+    rows: list[dict] = [{"position": 0, "token": tokenizer.decode([ids[0]]), "prob": None, "top": []}]
     for position in range(1, len(ids)):
         best = probs[position - 1].topk(min(top, probs.shape[-1]))
         rows.append(

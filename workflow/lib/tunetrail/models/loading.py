@@ -23,6 +23,7 @@ from transformers import (
 from tunetrail.config import Lora
 from tunetrail.contract import MANIFEST, sha256_json, write_json
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.models.scoring import FullPrecisionHead
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
 
@@ -89,7 +90,13 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
 
 def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
     """A sequence-classification model with one score. See `models.scoring` for how it is read."""
-    return without_dropout(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub))
+    return with_full_precision_head(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub))
+
+
+def with_full_precision_head(classifier: PreTrainedModel) -> PreTrainedModel:
+    """The classifier without dropout, its score computed in float32 whatever the precision of the trunk."""
+    classifier.score.__class__ = FullPrecisionHead  # same weights, same name in the saved file
+    return without_dropout(classifier)
 
 
 def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_modules: list[str] | None = None) -> Any:

@@ -32,6 +32,14 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tor
     return logprobs.masked_fill(~batch.response_mask, 0.0)
 
 
+class FullPrecisionHead(torch.nn.Linear):
+    """A linear head that stays in float32 under autocast: bf16 has 8 bits, and would make close scores tie."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x.float(), self.weight, self.bias)
+
+
 def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
     """(score head, trunk) of a sequence-classification model, adapter or not."""
     model = classifier.get_base_model() if hasattr(classifier, "peft_config") else classifier

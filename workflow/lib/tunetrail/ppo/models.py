@@ -27,8 +27,9 @@ class ActorCritic(torch.nn.Module):
         self.critic = None if shared else copy.deepcopy(reward_model).requires_grad_(True)
         self.value_head = copy.deepcopy(head_and_trunk(reward_model)[0]).requires_grad_(True) if shared else None
 
-    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy carries no gradient."""
+    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy only where no gradient is taken:
+        it is watched, not trained on, and costs a pass over [B, R, V]."""
         r = batch.response_mask.shape[1]
         output = self.policy(
             input_ids=batch.input_ids,
@@ -44,11 +45,12 @@ class ActorCritic(torch.nn.Module):
             values = self.value_head(output.hidden_states[-1][:, -r - 1 : -1])[..., 0].float() - self.bias
         else:
             values = response_values(self.critic, batch)
-        with torch.no_grad():
-            log_p = logits.log_softmax(-1)
-            entropy = -(log_p.exp() * log_p).sum(-1)
         empty = ~batch.response_mask
-        return logprobs.masked_fill(empty, 0.0), values.masked_fill(empty, 0.0), entropy.masked_fill(empty, 0.0)
+        entropy = None
+        if not torch.is_grad_enabled():
+            log_p = logits.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(empty, 0.0)
+        return logprobs.masked_fill(empty, 0.0), values.masked_fill(empty, 0.0), entropy
 
 
 class Reference:

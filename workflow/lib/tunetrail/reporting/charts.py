@@ -276,7 +276,9 @@ def learning(run: Run, narrow: bool) -> Spec | None:
 
 def _curve(title: str, rows: list[dict], reference: float | None, width: int) -> Chart:
     base = alt.Chart(_data(rows))
-    x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title=None, tickCount=3, tickMinStep=1, grid=False))
+    steps = sorted({row["step"] for row in rows})
+    ticks: dict[str, Any] = {"tickCount": 3} if len(steps) > 4 else {"values": steps}
+    x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title=None, format="d", grid=False, **ticks))
     scale, axis = alt.Scale(zero=False, padding=4), alt.Axis(title=None, tickCount=4, minExtent=26)
     dash = alt.StrokeDash("dashed:N", scale=alt.Scale(domain=[False, True], range=[[1, 0], [4, 2]]), legend=None)
     layers = [
@@ -285,7 +287,7 @@ def _curve(title: str, rows: list[dict], reference: float | None, width: int) ->
         ),
         base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("mean:Q"), color=_colour(), detail="line:N", strokeDash=dash),
     ]
-    if len({row["step"] for row in rows}) <= 12:  # few steps: show each
+    if len(steps) <= 12:  # few steps: show each
         layers.append(base.mark_point(size=22, filled=True, opacity=1).encode(x=x, y=alt.Y("value:Q"), color=_colour()))
     if reference is not None:
         layers.insert(
@@ -404,16 +406,15 @@ def _reliability(bins: list[dict]) -> Chart:
     low = max(0.0, math.floor(10 * low - 0.5) / 10)  # room for the labels below the dots
     scale = alt.Scale(domain=[low, 1], nice=False, zero=False)
     axis: dict[str, Any] = {"format": "%", "values": [i / 20 for i in range(0, 21, 2 if low >= 0.4 else 5)]}
-    base = alt.Chart(
-        _data([{key: row[key] for key in ("confidence", "accuracy", "n")} | {"label": f"n={row['n']}"} for row in bins])
-    )
+    few = len(bins) <= 6  # labels of more would cover each other
+    rows = [row | {"label": f"n={row['n']}" if few else ""} for row in bins]
+    base = alt.Chart(_data(rows))
     x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the reward model", **axis))
     y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, **axis))
     diagonal = alt.Chart(_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
     return alt.layer(
         diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
-        base.mark_line(color=COLOURS["p0"], strokeWidth=1.5, opacity=0.6).encode(x=x, y=y),
-        base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=alt.Size("n:Q", scale=alt.Scale(range=[30, 240]), legend=None)),
+        base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=alt.Size("n:Q", scale=alt.Scale(domainMin=0, range=[15, 260]), legend=None)),
         base.mark_text(dy=18, fontSize=10, color=MUTED).encode(x=x, y=y, text="label:N"),
         _title("How often it is right, by confidence"),
     ).properties(width=205, height=180)  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from tunetrail.config import SPLITS, DataConfig, DocstringSource
-from tunetrail.contract import Stage, main, sha256_file, write_jsonl
+from tunetrail.contract import Stage, log, main, sha256_file, write_jsonl
 from tunetrail.data.readers import origin, read_demonstrations, read_preferences, row_id
 from tunetrail.data.splits import assign_groups, duplicates_across, histogram, shuffled
 from tunetrail.errors import DataError
@@ -53,15 +53,19 @@ def compared_text(row: dict) -> str:
 
 def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
     """(rows, cards): the rows of every source with `source` and `kind`, and what each source is."""
+    invalid: list[str] | None = [] if config.invalid == "drop" else None
     rows, cards = [], []
     for kind, sources, read in (("demonstrations", config.demonstrations, read_demonstrations), ("preferences", config.preferences, read_preferences)):
         for source in sources:
-            found = read(source)
-            card = origin(source)
+            before = len(invalid or [])
+            found = read(source, invalid)
+            card = origin(source) | {"invalid_rows": len(invalid or []) - before}
             shape = "rankings" if kind == "preferences" else "/".join(sorted({"text" if "text" in row else "prompt" for row in found}))
             cards.append(card | {"kind": kind, "shape": shape, "rows": len(found)})
             limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
             rows += [row | {"source": card["source"], "kind": kind, "max_tokens": limits} for row in found]
+    for line in invalid or []:
+        log.info("data: left out: %s", line)
     return rows, cards
 
 

@@ -23,7 +23,7 @@ from tunetrail.errors import DataError
 from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
 from tunetrail.models.batching import collate, encode, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
-from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokenizer, trained_parameters, with_lora, without_dropout
+from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokenizer, trained_parameters, with_full_precision_head, with_lora
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.runtime import autocast, device, prepare
 from tunetrail.seeds import derive_seed
@@ -103,7 +103,7 @@ def initialise(causal_lm: Any, seed: int) -> Any:
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(causal_lm.base_model.state_dict())
     torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
-    return without_dropout(model)
+    return with_full_precision_head(model)
 
 
 def score_rows(model: Any, prompts: list[list[int]], responses: list[list[int]], pad_id: int, precision: str) -> np.ndarray:
@@ -138,7 +138,8 @@ def evaluate(pairs: list[dict], seed: int) -> dict:
     """Accuracy with intervals, by labeler and by confidence, calibration, and the length baseline."""
     margins = np.array([pair["margin"] for pair in pairs])
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    ece, by_confidence = expected_calibration_error(confidence, (margins > 0).astype(float), bins=20)
+    correct = np.where(margins == 0, 0.5, margins > 0)
+    ece, by_confidence = expected_calibration_error(confidence.tolist(), correct.tolist(), bins=20)
     labelers = sorted({pair["labeler"] for pair in pairs})
     return {
         "pairs": len(pairs),

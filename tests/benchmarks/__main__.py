@@ -1,0 +1,81 @@
+"""Ratios of speed, each measured in one run on the same work: python -m tests.benchmarks  (make bench)
+
+Both sides of a ratio run as fresh processes, alternating, so that a noisy machine disturbs both alike.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+REPEATS = 3
+
+
+def training_steps(keep_memory: bool) -> float:
+    """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunetrail.runtime import keep_freed_memory
+
+    if keep_memory:
+        keep_freed_memory()
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=8192)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(0, 8192, (8, 64))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    start = time.perf_counter()
+    for _ in range(4):
+        step()
+    return (time.perf_counter() - start) / 4
+
+
+def sampling(shared_prefill: bool) -> float:
+    """Seconds to sample 4 completions of 8 prompts of 200 tokens, with one prefill a prompt or one a completion."""
+    from tunetrail.models.sampling import sample
+    from tunetrail.models.tiny import tiny_model
+
+    model = tiny_model(256, 8, 4, 4096, seed=0)
+    prompts = [[3 + (i * j) % 4000 for j in range(200)] for i in range(1, 9)]
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0, "batch_size": 32, "eos_id": 1, "pad_id": 0}
+    k, rows = (4, prompts) if shared_prefill else (1, [p for p in prompts for _ in range(4)])
+    sample(model, rows[:1], ["warm"], k=1, **settings)
+    start = time.perf_counter()
+    sample(model, rows, [str(i) for i in range(len(rows))], k=k, **settings)
+    return time.perf_counter() - start
+
+
+CASES = {
+    "training step, freed memory kept / given back": (training_steps, True, False),
+    "sampling 4 a prompt, shared / repeated prefill": (sampling, True, False),
+}
+
+
+def measure(name: str, flag: bool) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks", name, str(int(flag))]
+    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(CASES[sys.argv[1]][0](bool(int(sys.argv[2])))))
+        return
+    for name, (_, ours, theirs) in CASES.items():
+        pairs = [(measure(name, ours), measure(name, theirs)) for _ in range(REPEATS)]
+        ratios = [b / a for a, b in pairs]
+        print(f"{name}: {statistics.median(ratios):.2f} times as fast (from {min(ratios):.2f} to {max(ratios):.2f}; {pairs[0][0]:.3f} s against {pairs[0][1]:.3f} s)")
+
+
+if __name__ == "__main__":
+    main()

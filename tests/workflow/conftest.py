@@ -1,0 +1,55 @@
+"""A copy of the project in a folder of its own, to run Snakemake in."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared/data"
+
+
+class Project:
+    """A checkout with its own results, state and Snakemake metadata."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+        for name in listed.stdout.splitlines():
+            if (ROOT / name).is_file() and not name.startswith("tests/"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+
+    def snakemake(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> subprocess.CompletedProcess:
+        chosen = ["--configfile", config] if config else []
+        command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(command, cwd=self.folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+
+    def run(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> str:
+        reply = self.snakemake(*options, config=config)
+        assert reply.returncode == 0, reply.stdout[-3000:] + reply.stderr[-6000:]
+        return reply.stdout + reply.stderr
+
+    def pending(self, config: str | None = "config/examples/tiny.yaml") -> dict[str, int]:
+        """Rule -> number of jobs that Snakemake would run."""
+        output = self.run("--dry-run", config=config)
+        table = output[output.index("Job stats") :] if "Job stats" in output else ""
+        return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Project:
+    """The tiny random model through every rule."""
+    project = Project(tmp_path_factory.mktemp("tiny"))
+    project.run()
+    return project
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)

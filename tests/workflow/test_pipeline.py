@@ -1,0 +1,274 @@
+"""The DAG: every rule on a tiny random model, what reruns and what does not, and real human data."""
+
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunetrail.config import load
+from tunetrail.contract import read_jsonl, verify
+
+from .conftest import ROOT, SHARED, Project
+
+TINY = "results/tiny"
+ARTIFACTS = [
+    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "report",
+    *(f"policies/{name}" for name in ("dpo", "ppo", "ppo-lora", "best-of-2")),
+    *(f"evaluation/{name}" for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2")),
+]  # fmt: skip
+
+
+def metrics(project: Project, artifact: str, run: str = TINY) -> dict:
+    return json.loads((project.folder / run / artifact / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS)
+def test_every_artifact_keeps_the_contract(tiny_run, artifact):
+    folder = tiny_run.folder / TINY / artifact
+    manifest = verify(folder / "manifest.json")
+    assert manifest["tokenizer"]
+    assert json.loads((folder / "provenance.json").read_text())["attempts"][-1]["ended"] == "done"
+    assert not list(folder.parent.glob(".*.work"))
+
+
+def test_models_load_with_from_pretrained(tiny_run, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    monkeypatch.chdir(tiny_run.folder)
+    for artifact in ("base", "sft", "policies/dpo", "policies/ppo", "policies/ppo-lora"):
+        AutoModelForCausalLM.from_pretrained(f"{TINY}/{artifact}/model")
+        tokenizer = AutoTokenizer.from_pretrained(f"{TINY}/{artifact}/model")
+        assert tokenizer.pad_token != tokenizer.eos_token
+    assert AutoModelForSequenceClassification.from_pretrained(f"{TINY}/reward/model").config.num_labels == 1
+
+
+def test_splits_share_no_group_and_stages_no_prompt(tiny_run):
+    data = tiny_run.folder / TINY / "data"
+    groups = {split: {row["group"] for row in read_jsonl(data / f"{split}.jsonl")} for split in ("sft", "reward", "rl", "evaluation", "heldout")}
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
+    ranked = {row["prompt"] for row in read_jsonl(tiny_run.folder / TINY / "comparisons/comparisons.jsonl")}
+    evaluated = {row["prompt"] for row in read_jsonl(tiny_run.folder / TINY / "evaluation/sft/samples.jsonl")}
+    assert not ranked & evaluated
+
+
+def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run):
+    ids = [row["id"] for row in read_jsonl(tiny_run.folder / TINY / "evaluation/sft/samples.jsonl")]
+    for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2"):
+        assert [row["id"] for row in read_jsonl(tiny_run.folder / TINY / f"evaluation/{name}/samples.jsonl")] == ids
+        found = metrics(tiny_run, f"evaluation/{name}")
+        assert found["gold"]["n"] == found["reward"]["n"] == 12
+        assert (found["win_rate_vs_sft"] is None) == (name == "sft")
+    assert metrics(tiny_run, "evaluation/best-of-2")["kl_to_sft"]["mean"] == pytest.approx(math.log(2) - 0.5)
+    assert metrics(tiny_run, "evaluation/ppo-lora")["adapter"] == "lora"
+    assert metrics(tiny_run, "evaluation/base")["retention"]["nll"]["mean"] == pytest.approx(metrics(tiny_run, "retention")["base_nll"], abs=1e-3)
+
+
+def test_best_of_n_picks_what_the_reward_model_prefers(tiny_run):
+    assert metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"] > metrics(tiny_run, "evaluation/sft")["reward"]["mean"]
+
+
+def test_a_finished_run_has_nothing_to_do(tiny_run):
+    assert tiny_run.pending() == {}
+    assert "Nothing to be done" in tiny_run.run()
+
+
+def test_touched_weights_rerun_nothing(tiny_run):
+    later = time.time() + 100
+    for path in (tiny_run.folder / TINY).rglob("*.safetensors"):
+        os.utime(path, (later, later))
+    assert tiny_run.pending() == {}
+
+
+def test_a_comment_reruns_nothing(tiny_run):
+    path = tiny_run.folder / "config/examples/tiny.yaml"
+    path.write_text("# a remark\n" + path.read_text())
+    assert tiny_run.pending() == {}
+
+
+def edited(project: Project, **changes) -> str:
+    """The path of tiny.yaml with keys replaced (`a__b=1` sets a.b)."""
+    content = yaml.safe_load((ROOT / "config/examples/tiny.yaml").read_text())
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = content
+        for part in path:
+            place = place[part]
+        place[last] = value
+    (project.folder / "edited.yaml").write_text(yaml.safe_dump(content))
+    return "edited.yaml"
+
+
+def test_a_new_beta_reruns_that_policy_its_evaluation_and_the_report(tiny_run):
+    assert tiny_run.pending(edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7})) == {
+        "stage_config": 1, "dpo": 1, "evaluation": 1, "report": 1, "all": 1,
+    }  # fmt: skip
+
+
+def test_a_new_sample_size_in_the_report_reruns_the_report(tiny_run):
+    assert tiny_run.pending(edited(tiny_run, report={"samples": 3})) == {"stage_config": 1, "report": 1, "all": 1}
+
+
+def test_a_lost_shard_is_made_again_alone(tiny_run):
+    shard = tiny_run.folder / TINY / "completions/0-of-2/manifest.json"
+    before = shard.read_bytes()
+    shard.unlink()
+    assert tiny_run.pending()["completions"] == 1
+    tiny_run.run("--until", "completions")
+    assert shard.read_bytes() == before
+    assert tiny_run.pending() == {}
+
+
+def test_snakemakes_own_report_has_the_page_and_the_figures(tiny_run):
+    tiny_run.run("--report", "snakemake-report.html")
+    html = (tiny_run.folder / "snakemake-report.html").read_text()
+    assert "win_rates.svg" in html
+    assert "report.html" in html
+
+
+def test_the_page_is_one_small_file(tiny_run):
+    page = tiny_run.folder / TINY / "report/report.html"
+    assert 20_000 < page.stat().st_size < 5_000_000
+
+
+def test_a_killed_stage_ends_with_the_same_bytes(tiny_run, tmp_path):
+    """kill -9 in the middle of PPO through the rule's own command, then again: the manifest is that of the run."""
+    expected = (tiny_run.folder / TINY / "policies/ppo/manifest.json").read_bytes()
+    inputs = [f"--input={role}={TINY}/{folder}/manifest.json" for role, folder in (("policy", "sft"), ("data", "data"), ("reward", "reward"))]
+    command = [sys.executable, "-m", "tunetrail.stages.ppo", f"--config={TINY}/config/policies.ppo.json", *inputs, f"--output={tmp_path}/out/manifest.json", f"--state={tmp_path}/state"]
+    environment = os.environ | {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, cwd=tiny_run.folder, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("state/*/checkpoint-1/complete.json")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/manifest.json").exists()
+    reply = subprocess.run(command, cwd=tiny_run.folder, env=environment, capture_output=True, text=True, check=False)
+    assert reply.returncode == 0, reply.stderr
+    assert "resuming from checkpoint-1" in reply.stderr
+    assert (tmp_path / "out/manifest.json").read_bytes() == expected
+
+
+# ----------------------------------------------------------------------------- before any job
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft__lr": 1}, "edited.yaml: sft.lr: unknown key; see config/README.md for the keys of this block"),
+        ({"retention": {"source": "file", "path": "no.txt"}}, "edited.yaml: retention.path: no such file or folder: no.txt"),
+        ({"data": {"demonstrations": [{"source": "file", "path": "bad.jsonl"}]}}, "bad.jsonl:2: 'completion' is empty; remove the row or fill it"),
+    ],
+)  # fmt: skip
+def test_mistakes_stop_before_any_job(project, changes, message):
+    (project.folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    reply = project.snakemake(config=edited(project, **changes))
+    assert reply.returncode in (65, 78)
+    assert message in reply.stderr.splitlines()
+    assert "Traceback" not in reply.stderr
+    assert not (project.folder / "results").exists()
+
+
+def rules(output: dict) -> set[str]:
+    return set(output) - {"stage_config", "all"}
+
+
+def test_the_default_has_every_node(project):
+    assert rules(project.pending(config=None)) == {
+        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation", "report",
+    }  # fmt: skip
+
+
+def test_preferences_from_a_file_skip_sampling_and_the_reward_model(project):
+    (project.folder / "data").mkdir()
+    with gzip.open(project.folder / "data/hh.jsonl.gz", "wt") as f:
+        f.write('{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}\n')
+    assert rules(project.pending(config="config/examples/hh-dpo.yaml")) == {"base", "data", "retention", "dpo", "evaluation", "report"}
+
+
+def test_a_sweep_is_a_list_in_the_config(project):
+    found = project.pending(config="config/examples/dpo-beta-sweep.yaml")
+    assert (found["dpo"], found["sft"], found["evaluation"]) == (4, 1, 6)
+
+
+@pytest.mark.parametrize("name", ["demo-lora", "llama-8b-h100"])
+def test_examples_dry_run(project, name):
+    assert "ppo" in project.pending(config=f"config/examples/{name}.yaml")
+
+
+def test_profile_names_every_rule_and_no_other():
+    names = set()
+    for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]:
+        names |= {line.split()[1].rstrip(":") for line in path.read_text().splitlines() if line.startswith("rule ")}
+    local = {"all", "stage_config"}
+    for profile in (ROOT / "profiles").glob("*/config.yaml"):
+        content = yaml.safe_load(profile.read_text())
+        assert set(content.get("set-threads", names - local)) == names - local, profile
+        assert set(content.get("set-resources", {})) <= names - local, profile
+
+
+# ----------------------------------------------------------------------------- real human data, tiny model
+
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real human data) is not on this machine")
+COMMON = {"seed": 1, "precision": "fp32", "base": {"source": "random"}, "retention": None, "evaluation": {"max_new_tokens": 8, "bootstrap": 100}}
+
+
+def run_config(project: Project, content: dict) -> None:
+    (project.folder / "real.yaml").write_text(yaml.safe_dump(COMMON | content))
+    project.run(config="real.yaml")
+
+
+@needs_shared
+def test_hh_transcripts_train_dpo_and_a_reward_model(project):
+    run_config(project, {
+        "run": "hh",
+        "data": {
+            "preferences": [{"source": "file", "path": str(SHARED / "hh-harmless-base/comparisons.jsonl.gz"), "licence": "MIT"}],
+            "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 400, "max_completion_tokens": 300,
+            "shares": {"sft": 0, "reward": 0.6, "rl": 0, "evaluation": 0.2, "heldout": 0.2}, "limits": {"reward": 64, "evaluation": 8, "heldout": 32},
+        },
+        "reward": {"learning_rate": 1.0e-3, "batch_size": 16},
+        "policies": {"dpo": {"method": "dpo", "learning_rate": 1.0e-3, "batch_size": 16}},
+        "evaluation": COMMON["evaluation"] | {"gold": None},
+    })  # fmt: skip
+    assert metrics(project, "data", "results/hh")["sources"][0]["invalid_rows"] == 6
+    assert metrics(project, "reward", "results/hh")["accuracy"]["n"] == 32
+    evaluation = metrics(project, "evaluation/dpo", "results/hh")
+    assert evaluation["gold"] is None
+    assert evaluation["comparisons"]["chosen_logps"]["n"] == 32
+
+
+@needs_shared
+def test_recorded_annotators_with_ties_and_expert_demonstrations(project):
+    run_config(project, {
+        "run": "pandalm",
+        "data": {
+            "demonstrations": [{"source": "file", "path": str(SHARED / "self-instruct/demonstrations.jsonl.gz"), "columns": {"group": "id"}}],
+            "preferences": [{"source": "file", "path": str(SHARED / "pandalm/pairs.jsonl.gz"), "licence": "Apache-2.0"}],
+            "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 700, "max_completion_tokens": 400,
+            "limits": {"sft": 64, "reward": 64, "rl": 16, "evaluation": 8, "heldout": 48},
+        },
+        "sft": {"learning_rate": 1.0e-3, "batch_size": 8, "max_length": 1200},
+        "reward": {"learning_rate": 1.0e-3, "batch_size": 8, "max_length": 1200},
+        "policies": {"dpo": {"method": "dpo", "learning_rate": 1.0e-3, "batch_size": 8, "max_length": 1200}},
+    })  # fmt: skip
+    card = metrics(project, "data", "results/pandalm")
+    assert card["comparisons"]["labelers"] == ["annotator-0", "annotator-1", "annotator-2"]
+    rankings = [r["ranks"] for row in read_jsonl(project.folder / "results/pandalm/data/comparisons.jsonl") for r in row["rankings"]]
+    assert [1, 1] in rankings
+    assert set(metrics(project, "reward", "results/pandalm")["accuracy_by_labeler"]) == {"annotator-0", "annotator-1", "annotator-2"}
+
+
+def test_the_default_config_is_the_embedded_default():
+    config = load(ROOT / "config/config.yaml")
+    assert config.base.source == "pypi"
+    assert [s.source for s in config.data.demonstrations] == ["docstrings"]
+    assert {p.method for p in config.policies.values()} == {"ppo", "dpo", "best_of_n"}
+    assert Path(ROOT / "config/README.md").exists()
