@@ -15,6 +15,7 @@ if "base" not in config:  # no --configfile given: a second file would be merged
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/config.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/sft.smk"

@@ -13,7 +13,17 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 HERE = Path(__file__).parent
-TEST = ["hypothesis", "jsonschema", "mypy", "pandas-stubs", "pytest", "ruff", "snakefmt", "types-PyYAML", "types-jsonschema"]
+TEST = [
+    "hypothesis",
+    "jsonschema",
+    "mypy",
+    "pandas-stubs",
+    "pytest",
+    "ruff",
+    "snakefmt",
+    "types-PyYAML",
+    "types-jsonschema",
+]
 
 
 def normal(name: str) -> str:
@@ -49,7 +59,9 @@ def main() -> None:
     extra = {name: version for name, version in closure(TEST).items() if name not in needed}
     pins = [f"{name}=={version}" for name, version in sorted(needed.items())]
     (HERE / "requirements.txt").write_text("# make lock\n" + "\n".join([*pins, "setuptools>=77"]) + "\n")
-    (HERE / "requirements-test.txt").write_text("# make lock\n" + "".join(f"{n}=={v}\n" for n, v in sorted(extra.items())))
+    (HERE / "requirements-test.txt").write_text(
+        "# make lock\n" + "".join(f"{n}=={v}\n" for n, v in sorted(extra.items()))
+    )
     lines = ["# make lock", "channels: [conda-forge]", "dependencies:", "  - python=3.11", "  - pip", "  - pip:"]
     (HERE / "tunetrail.yaml").write_text("\n".join([*lines, *(f"      - {pin}" for pin in pins)]) + "\n")
 

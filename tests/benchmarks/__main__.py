@@ -22,7 +22,14 @@ def training_steps(keep_memory: bool) -> float:
     if keep_memory:
         keep_freed_memory()
     model = LlamaForCausalLM(
-        LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=8192)
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=8192,
+        )
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, 8192, (8, 64))
@@ -74,7 +81,9 @@ def main() -> None:
     for name, (_, ours, theirs) in CASES.items():
         pairs = [(measure(name, ours), measure(name, theirs)) for _ in range(REPEATS)]
         ratios = [b / a for a, b in pairs]
-        print(f"{name}: {statistics.median(ratios):.2f} times as fast (from {min(ratios):.2f} to {max(ratios):.2f}; {pairs[0][0]:.3f} s against {pairs[0][1]:.3f} s)")
+        print(
+            f"{name}: {statistics.median(ratios):.2f} times as fast (from {min(ratios):.2f} to {max(ratios):.2f}; {pairs[0][0]:.3f} s against {pairs[0][1]:.3f} s)"
+        )
 
 
 if __name__ == "__main__":

@@ -15,14 +15,26 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not ins
 
 
 def chromium(*options: str) -> subprocess.CompletedProcess:
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0"]
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
     return subprocess.run([CHROMIUM, *quiet, *options], capture_output=True, text=True, check=True, timeout=60)
 
 
 @needs_browser
 def test_the_page_opens_from_disk_without_an_error(tiny_run, tmp_path):  # noqa: F811
     page = tiny_run.folder / "results/tiny/report/report.html"
-    reply = chromium(f"--user-data-dir={tmp_path}/profile", "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND", page.as_uri())
+    reply = chromium(
+        f"--user-data-dir={tmp_path}/profile", "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND", page.as_uri()
+    )
     assert "CONSOLE" not in reply.stderr
     for text in ("best-of-2", "not measured", "simulated"):
         assert text in reply.stdout

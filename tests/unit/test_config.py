@@ -1,6 +1,7 @@
 """The config: what it refuses and in which words, sweeps, and what each stage gets to see."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from tunetrail.config import Config, canonical_json, document, expand_sweeps, load, parse, read_yaml, schema, stage_config
+from tunetrail.config import canonical_json, check_files, expand_sweeps, load, parse, read_yaml, stage_config
+from tunetrail.config import main as command
 from tunetrail.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text(encoding="utf-8"))
 EXAMPLES = [ROOT / "config/config.yaml", *sorted((ROOT / "config/examples").glob("*.yaml"))]
 
 GOOD = {
@@ -31,13 +35,14 @@ GOOD = {
 }
 
 
-def changed(key: str, value) -> dict:
+def changed(key: str | int, value) -> dict:
     """GOOD with one key (a dotted path; a number is a place in a list) set, or removed where value is `...`."""
     content = copy.deepcopy(GOOD)
+    if isinstance(key, int):
+        return content | {key: value}
     place, (*path, last) = content, key.split(".")
     for part in path:
         place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
-    last = int(last) if last.isdigit() else last
     if value is ...:
         del place[last]
     else:
@@ -49,18 +54,26 @@ def test_the_good_one_is_good():
     parse(GOOD)
 
 
+NAME = "must be lower-case letters, digits, '.', '_' and '-', the first a letter or digit"
 UNKNOWN = "unknown key; see config/README.md for the keys of this block"
 BAD = [
     # unknown keys, at every level
-    ("sede", 1, "sede: " + UNKNOWN),
+    ("sede", 1, "sede: unknown key; did you mean seed?"),
     ("base.modell", "x", "base.modell: " + UNKNOWN),
-    ("data.sytem", "x", "data.sytem: " + UNKNOWN),
+    ("base.layer", 3, "base.layer: unknown key; did you mean layers?"),
+    ("data.sytem", "x", "data.sytem: unknown key; did you mean system?"),
     ("data.demonstrations.0.licence", "x", "data.demonstrations[0].licence: " + UNKNOWN),
     ("data.limits.test", 5, "data.limits.test: " + UNKNOWN),
     ("data.shares.train", 0.5, "data.shares.train: " + UNKNOWN),
+    ("completions.temprature", 1.0, "completions.temprature: unknown key; did you mean temperature?"),
+    ("comparisons.judge", "x", "comparisons.judge: " + UNKNOWN),
+    ("retention.prompt", 5, "retention.prompt: unknown key; did you mean prompts?"),
+    ("report.heading", "x", "report.heading: " + UNKNOWN),
+    (7, "x", "7: " + UNKNOWN),
     ("sft.lr", 0.1, "sft.lr: " + UNKNOWN),
     ("sft.lora", {"rank": 8}, "sft.lora.rank: " + UNKNOWN),
-    ("policies.dpo.betta", 0.1, "policies.dpo.betta: " + UNKNOWN),
+    ("policies.dpo.betta", 0.1, "policies.dpo.betta: unknown key; did you mean beta?"),
+    ("policies.dpo.critic", "shared", "policies.dpo.critic: " + UNKNOWN),
     ("evaluation.preferences", [{"prompt": "a", "preferred": "b", "dispreferred": "c", "d": 1}], "evaluation.preferences[0].d: " + UNKNOWN),
     # missing and of the wrong type
     ("run", ..., "run: is required"),
@@ -69,8 +82,8 @@ BAD = [
     ("base.source", ..., "base.source: is required"),
     ("base.source", "gguf", "base.source: must be one of 'pypi', 'hub', 'local', 'random', got 'gguf'"),
     ("base", {"source": "pypi", "package": "p", "version": "1", "gguf": "g"}, "base.sha256: is required"),
-    ("base", {"source": "pypi", "package": "p", "version": "1", "gguf": "g", "sha256": "abc"}, "base.sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'"),
-    ("base", {"source": "hub", "repo": "no-owner", "revision": "main"}, "base.repo: should match pattern '^[\\w.-]+/[\\w.-]+$', got 'no-owner'"),
+    ("base", {"source": "pypi", "package": "p", "version": "1", "gguf": "g", "sha256": "abc"}, "base.sha256: must be 64 hexadecimal digits in lower case, got 'abc'"),
+    ("base", {"source": "hub", "repo": "no-owner", "revision": "main"}, "base.repo: must be owner/name, got 'no-owner'"),
     ("base", {"source": "hub", "repo": "a/b"}, "base.revision: is required"),
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
@@ -78,16 +91,40 @@ BAD = [
     ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'reference', 'recorded', 'reward_model', 'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
     ("policies.dpo", "yes", "policies.dpo: must be a block of keys, got 'yes'"),
-    ("seed", "one", "seed: must be a valid integer, unable to parse string as an integer, got 'one'"),
+    ("seed", "one", "seed: must be a whole number, got 'one'"),
     ("precision", "fp16", "precision: must be 'auto', 'fp32' or 'bf16', got 'fp16'"),
-    ("sft.epochs", 1.5, "sft.epochs: must be a valid integer, got a number with a fractional part, got 1.5"),
+    ("run", 2024, "run: must be a text, got 2024; put it in quotes"),
+    ("base", {"source": "pypi", "package": "p", "version": 1.1, "gguf": "g", "sha256": "0" * 64}, "base.version: must be a text, got 1.1; put it in quotes"),
+    ("seed", True, "seed: must be a whole number, got True"),
+    ("sft.learning_rate", True, "sft.learning_rate: must be a number, got True"),
+    ("sft.learning_rate", "fast", "sft.learning_rate: must be a number, got 'fast'"),
+    ("data.chat", "no", "data.chat: must be true or false, got 'no'"),
+    ("data.demonstrations", {"source": "docstrings"}, "data.demonstrations: must be a list, got {'source': 'docstrings'}"),
+    ("data.demonstrations", ["docstrings"], "data.demonstrations[0]: must be a block of keys, got 'docstrings'"),
+    ("base", {"source": "local", "path": 5}, "base.path: must be a path, got 5"),
+    ("policies", None, "policies: is empty; give it keys, or remove it where it is optional"),
+    ("data", None, "data: is empty; give it keys, or remove it where it is optional"),
+    ("evaluation.sentence", "", "evaluation.sentence: must not be empty, got ''"),
+    ("sft.lora", {"target_modules": 5}, "sft.lora.target_modules: must be all-linear or a list of layer names, got 5"),
+    ("sft.lora", {"target_modules": []}, "sft.lora.target_modules: must be all-linear or a list of layer names, got []"),
+    ("comparisons", {"labeler": "llm", "endpoint": "localhost:8000", "model": "m"}, "comparisons.endpoint: must start with http:// or https://, got 'localhost:8000'"),
+    ("sft.epochs", 1.5, "sft.epochs: must be a whole number, got 1.5"),
     # out of range
     ("seed", -1, "seed: must be greater than or equal to 0, got -1"),
-    ("run", "My Run", "run: should match pattern '^[a-z0-9][a-z0-9._-]*$', got 'My Run'"),
-    ("run", "../up", "run: should match pattern '^[a-z0-9][a-z0-9._-]*$', got '../up'"),
+    ("run", "My Run", f"run: {NAME}, got 'My Run'"),
+    ("run", "../up", f"run: {NAME}, got '../up'"),
     ("sft.learning_rate", 0, "sft.learning_rate: must be greater than 0, got 0"),
     ("sft.learning_rate", float("nan"), "sft.learning_rate: must be a finite number, got nan"),
     ("policies.dpo.beta", float("inf"), "policies.dpo.beta: must be a finite number, got inf"),
+    ("policies.ppo.kl_target", float("nan"), "policies.ppo.kl_target: must be a finite number, got nan"),
+    ("policies.ppo.missing_eos_score", float("-inf"), "policies.ppo.missing_eos_score: must be a finite number, got -inf"),
+    ("data.shares.sft", float("nan"), "data.shares.sft: must be a finite number, got nan"),
+    ("comparisons.noise", float("inf"), "comparisons.noise: must be a finite number, got inf"),
+    ("base.hidden_size", 12, "base.hidden_size: must be a multiple of 8, got 12"),
+    ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: must be less than or equal to 0, got 0.1"),
+    ("policies.dpo.label_smoothing", 0.5, "policies.dpo.label_smoothing: must be less than 0.5, got 0.5"),
+    ("completions.shards", 10000, "completions.shards: must be less than or equal to 9999, got 10000"),
+    ("run", "x" * 81, f"run: should have at most 80 characters, got '{'x' * 79}…"),
     ("sft.warmup", 1.0, "sft.warmup: must be less than 1, got 1.0"),
     ("sft.batch_size", 0, "sft.batch_size: must be greater than or equal to 1, got 0"),
     ("completions.per_prompt", 10, "completions.per_prompt: must be less than or equal to 9, got 10"),
@@ -103,6 +140,9 @@ BAD = [
     ("base", {"source": "random", "hidden_size": 40, "heads": 3}, "base: hidden_size (40) must be a multiple of 2 x heads (3)"),
     ("sft.micro_batch_size", 3, "sft: batch_size (16) must be a multiple of micro_batch_size (3)"),
     ("policies.ppo.minibatch_size", 7, "policies.ppo: batch_size (64) must be a multiple of minibatch_size (7)"),
+    ("policies.ppo.micro_batch_size", 48, "policies.ppo: batch_size (64) must be a multiple of micro_batch_size (48)"),
+    ("policies.ppo", {"method": "ppo", "steps": 1, "minibatch_size": 8, "micro_batch_size": 16}, "policies.ppo: minibatch_size (8) must be a multiple of micro_batch_size (16)"),
+    ("policies.dpo.micro_batch_size", 5, "policies.dpo: batch_size (16) must be a multiple of micro_batch_size (5)"),
     ("completions", ..., "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"),
     ("comparisons", ..., "comparisons: needed, to rank what completions samples"),
     ("policies.sft", {"method": "dpo"}, "policies: 'sft' names a stage; choose another name for the policy"),
@@ -122,11 +162,25 @@ BAD = [
     ("data.shares", {"sft": 0, "reward": 0.4, "rl": 0.4}, "data.shares.sft: is 0, but sft is to be trained"),
     ("data.shares", {"sft": 0.65, "reward": 0}, "data.shares.reward: is 0, but comparisons are to be collected from that split"),
     ("data.shares", {"sft": 0.65, "rl": 0}, "policies.ppo: ppo needs prompts, but data.shares.rl is 0"),
+    ("data.shares", {"sft": 0.6, "evaluation": 0}, "data.shares.evaluation: is 0, but every run is evaluated; give it a share"),
+    ("data.shares", {"sft": 0.6, "heldout": 0}, "data.shares.heldout: is 0, but the reward model is tested on that split"),
+    ("data.limits", {"rl": 32}, "data.limits.rl: 32 rows are fewer than one batch (policies.ppo.batch_size: 64)"),
+    ("data.demonstrations", [{"source": "topics"}], "data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs"),
+    ("retention", {"path": "x.txt"}, "retention: path goes with source: file, and only with it"),
+    ("policies.base", {"method": "dpo"}, "policies: 'base' names a stage; choose another name for the policy"),
     # sweeps
-    ("policies.dpo.beta", [], "policies.dpo: a sweep needs at least one value, got an empty list"),
-    ("policies.dpo.beta", [0.1, 0.1], "policies.dpo: two policies of the sweep would be named dpo-beta-0.1"),
+    ("policies.dpo.beta", [], "policies.dpo.beta: a sweep needs at least one value, got an empty list"),
+    ("policies.dpo.beta", [0.1, 0.1], "policies.dpo: two policies would be named dpo-beta-0.1; remove one or rename it"),
     ("policies.dpo.beta", [0.1, -1], "policies.dpo-beta--1.beta: must be greater than 0, got -1"),
-    ("policies.Big Name", {"method": "dpo"}, "policies.Big Name: should match pattern '^[a-z0-9][a-z0-9._-]*$', got 'Big Name'"),
+    ("policies.dpo.beta", [0.1, float("nan")], "policies.dpo-beta-nan.beta: must be a finite number, got nan"),
+    ("policies.dpo.beta", [[0.1], [0.2]], "policies.dpo.beta: cannot be swept; give each policy a name and a block of its own"),
+    ("policies.dpo.lora", [None, {"r": 8}], "policies.dpo.lora: cannot be swept; give each policy a name and a block of its own"),
+    ("policies.dpo.method", ["dpo", "ppo"], "policies.dpo.method: cannot be swept; give each policy a name and a block of its own"),
+    # names that look like pydantic's own words
+    ("policies.ppo.ppo", 1, "policies.ppo.ppo: " + UNKNOWN),
+    ("policies.policies", {"method": "dpo", "beta": 0}, "policies.policies.beta: must be greater than 0, got 0"),
+    ("policies.file", {"method": "dpo", "beta": 0}, "policies.file.beta: must be greater than 0, got 0"),
+    ("policies.Big Name", {"method": "dpo"}, f"policies.Big Name: {NAME}, got 'Big Name'"),
 ]  # fmt: skip
 
 
@@ -138,11 +192,62 @@ def test_bad_configs_get_one_clear_line(key, value, message):
     assert error.value.exit_code == 78
 
 
+# What goes with no completions is another run: preferences come with the data.
+FROM_FILE = {
+    "run": "x",
+    "base": {"source": "random"},
+    "data": {"preferences": [{"source": "file", "path": "p.jsonl"}]},
+    "reward": {},
+    "policies": {"dpo": {"method": "dpo"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, []),
+        ({"sft": {}}, ["sft: needs data.demonstrations; set sft to null to start from the base model"]),
+        (
+            {"completions": {}, "comparisons": {"labeler": "reference"}},
+            [
+                "completions: needs prompts from data.demonstrations",
+                "completions: drop it or data.preferences; comparisons come from one of them",
+            ],
+        ),
+        (
+            {"data": {"demonstrations": [{"source": "docstrings"}]}},
+            [
+                "reward: needs comparisons: give completions and comparisons, or data.preferences",
+                "policies.dpo: dpo needs comparisons: give completions and comparisons, or data.preferences",
+            ],
+        ),
+        (
+            {"reward": None, "policies": {"p": {"method": "ppo", "steps": 1}, "b": {"method": "best_of_n"}}},
+            [
+                "policies.p: ppo needs a reward model: add a reward block",
+                "policies.b: best_of_n needs a reward model: add a reward block",
+            ],
+        ),
+    ],
+)
+def test_blocks_must_fit_each_other(changes, lines):
+    content = FROM_FILE | changes
+    if not lines:
+        assert parse(content).completions is None
+        return
+    with pytest.raises(ConfigError) as error:
+        parse(content, "x.yaml")
+    assert str(error.value).split("\n") == [f"x.yaml: {line}" for line in lines]
+
+
 def test_every_mistake_is_told_at_once():
     content = changed("sft.lr", 1) | {"seed": -1}
     with pytest.raises(ConfigError) as error:
         parse(content, "x.yaml")
-    assert str(error.value).split("\n") == ["x.yaml: seed: must be greater than or equal to 0, got -1", f"x.yaml: sft.lr: {UNKNOWN}"]
+    assert str(error.value).split("\n") == [
+        "x.yaml: seed: must be greater than or equal to 0, got -1",
+        f"x.yaml: sft.lr: {UNKNOWN}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +258,15 @@ def test_every_mistake_is_told_at_once():
         ("run: [a\nseed: 1\n", ":2: not valid YAML: expected ',' or ']', but got ':'"),
         ("- a\n- b\n", ": must hold keys and values at its top level"),
         ("", ": must hold keys and values at its top level"),
+        ("base:\n  ? [a, b]\n  : 1\n", ":2: a key must be a word, not a list or block"),
+        ("base: *other\n", ":1: not valid YAML: found undefined alias 'other'"),
+        ("a: 1\n---\nb: 2\n", ":2: not valid YAML: but found another document"),
+        (
+            "a: !!python/name:os.system\n",
+            ":1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
+        ),
+        ("revision: 2024-13-45\n", ": not valid YAML: month must be in 1..12"),
+        ("a: \x01\n", ": not valid YAML: unacceptable character #x0001: special characters are not allowed"),
         ("run: a\n\tseed: 1\n", ":2: not valid YAML: found character '\\t' that cannot start any token"),
     ],
 )
@@ -162,6 +276,21 @@ def test_bad_yaml_names_the_line(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         read_yaml(path)
     assert str(error.value) == f"{path}{message}"
+
+
+def test_what_is_no_text_file_is_said_to_be_none(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("run: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xe9"):
+        read_yaml(tmp_path / "latin.yaml")
+    with pytest.raises(ConfigError) as error:
+        read_yaml(tmp_path)
+    assert str(error.value) == f"{tmp_path}: cannot be read: Is a directory"
+
+
+def test_a_block_may_be_merged_into_another(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {lr: 1, epochs: 2}\nb:\n  <<: *a\n  lr: 3\n")
+    assert read_yaml(path)["b"] == {"lr": 3, "epochs": 2}
 
 
 def test_missing_files_are_named_by_key(tmp_path):
@@ -179,11 +308,47 @@ def test_missing_files_are_named_by_key(tmp_path):
         load(tmp_path / "y.yaml")
 
 
-def test_the_command_exits_with_78_and_no_traceback(tmp_path):
+def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    content = changed("base", {"source": "local", "path": str(tmp_path / "file")})
+    content["retention"] = {"source": "file", "path": str(tmp_path)}
+    content["comparisons"] = {"labeler": "reward_model", "path": str(tmp_path)}  # a model is a folder
+    with pytest.raises(ConfigError) as error:
+        check_files(parse(content), "x.yaml")
+    assert str(error.value).split("\n") == [
+        f"x.yaml: base.path: must be a folder, not a file: {tmp_path / 'file'}",
+        f"x.yaml: retention.path: must be a file, not a folder: {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (changed("seed", -1), ["seed: must be greater than or equal to 0, got -1"]),
+        (changed("sft.learning_rate", float("nan")), ["sft.learning_rate: must be a finite number, got nan"]),
+        (GOOD, []),
+    ],
+)
+def test_the_command_exits_with_78_and_no_traceback(tmp_path, content, lines):
     path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump(changed("seed", -1)))
-    reply = subprocess.run([sys.executable, "-m", "tunetrail.config", "check", str(path)], capture_output=True, text=True, check=False)
-    assert (reply.returncode, reply.stderr) == (78, f"{path}: seed: must be greater than or equal to 0, got -1\n")
+    path.write_text(yaml.safe_dump(content))
+    reply = subprocess.run(
+        [sys.executable, "-m", "tunetrail.config", "check", str(path)], capture_output=True, text=True, check=False
+    )
+    assert (reply.returncode, reply.stdout) == (78 if lines else 0, "")
+    assert reply.stderr == "".join(f"{path}: {line}\n" for line in lines)
+
+
+def test_resolve_fills_in_every_default(tmp_path, capsys):
+    path = tmp_path / "x.yaml"
+    path.write_text("run: x\nbase: {source: random}\ndata: {demonstrations: [{source: docstrings}]}\n")
+    assert command(["resolve", str(path)]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["data"]["shares"]["sft"] == 0.5
+    assert resolved["retention"]["source"] == "chatterbot"
+    assert parse(resolved) == load(path)
+    assert command(["explain"]) == 2
+    assert "python -m tunetrail.config check" in capsys.readouterr().err
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
@@ -193,60 +358,161 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 
 
 def test_a_sweep_is_every_combination():
-    policies = expand_sweeps({"d": {"method": "dpo", "beta": [0.1, 0.5], "loss": ["ipo", "hinge"]}, "p": {"method": "ppo"}})
-    assert list(policies) == ["d-beta-0.1-loss-ipo", "d-beta-0.1-loss-hinge", "d-beta-0.5-loss-ipo", "d-beta-0.5-loss-hinge", "p"]
+    policies = expand_sweeps(
+        {"d": {"method": "dpo", "beta": [0.1, 0.5], "loss": ["ipo", "hinge"]}, "p": {"method": "ppo"}}
+    )
+    assert list(policies) == [
+        "d-beta-0.1-loss-ipo",
+        "d-beta-0.1-loss-hinge",
+        "d-beta-0.5-loss-ipo",
+        "d-beta-0.5-loss-hinge",
+        "p",
+    ]
     assert policies["d-beta-0.5-loss-ipo"] == {"method": "dpo", "beta": 0.5, "loss": "ipo"}
 
 
-def test_a_stage_sees_its_own_block_and_no_other():
-    before, after = parse(GOOD), parse(changed("policies.dpo.beta", 0.5))
-    stages = ["base", "data", "sft", "completions", "comparisons", "reward", "retention", "report"]
-    stages += [f"policies.{name}" for name in GOOD["policies"]] + [f"evaluation.{name}" for name in ("base", "sft", *GOOD["policies"])]
-    differing = [s for s in stages if stage_config(before, s) != stage_config(after, s)]
-    assert differing == ["policies.dpo"]
-    assert stage_config(before, "policies.dpo")["stage"] == "dpo"
-    assert stage_config(before, "evaluation.bon")["subject"] == {"name": "bon", "method": "best_of_n"}
-    assert "precision" not in stage_config(before, "data")
+def test_a_policy_of_the_sweep_is_named_the_same_however_its_number_was_read():
+    """Snakemake's YAML reads 1e-2 as a text, ours as a number."""
+    as_text = expand_sweeps({"d": {"method": "dpo", "beta": ["1e-2", 0.1]}})
+    assert (
+        list(as_text)
+        == list(expand_sweeps({"d": {"method": "dpo", "beta": [1e-2, 0.1]}}))
+        == ["d-beta-0.01", "d-beta-0.1"]
+    )
+
+
+def test_a_sweep_may_turn_something_off():
+    policies = parse(changed("policies.ppo.kl_target", [None, 6.0])).policies
+    assert [policies[name].kl_target for name in ("ppo-kl-target-none", "ppo-kl-target-6.0")] == [None, 6.0]
+    assert list(parse(changed("policies.ppo.whiten_rewards", [True, False])).policies)[:2] == [
+        "ppo-whiten-rewards-true",
+        "ppo-whiten-rewards-false",
+    ]
+
+
+STAGES = ["base", "data", "sft", "completions", "comparisons", "reward", "retention", "report"]
+STAGES += [f"policies.{name}" for name in GOOD["policies"]]
+STAGES += [f"evaluation.{name}" for name in ("base", "sft", *GOOD["policies"])]
+RUN_A_MODEL = [stage for stage in STAGES if stage not in ("base", "data", "report")]
+EVALUATIONS = [stage for stage in STAGES if stage.startswith("evaluation")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("policies.dpo.beta", 0.5, ["policies.dpo"]),
+        ("sft.epochs", 2, ["sft"]),
+        ("reward.learning_rate", 1e-6, ["reward"]),
+        ("completions.shards", 3, ["completions"]),
+        ("comparisons.noise", 1.0, ["comparisons"]),
+        ("data.limits", {"sft": 100}, ["data"]),
+        ("data.chat", False, ["data", *EVALUATIONS]),
+        ("data.system", "Be brief.", ["data", *EVALUATIONS]),
+        ("evaluation.bootstrap", 100, EVALUATIONS),
+        ("retention", {"prompts": 8}, ["retention"]),
+        ("report", {"title": "t"}, ["report"]),
+        ("precision", "fp32", RUN_A_MODEL),
+        ("seed", 1, STAGES),
+        ("run", "y", []),
+        ("policies.new", {"method": "dpo"}, []),
+    ],
+)
+def test_a_changed_key_reaches_the_stages_that_read_it_and_no_other(key, value, stages):
+    before, after = parse(GOOD), parse(changed(key, value))
+    assert [s for s in STAGES if stage_config(before, s) != stage_config(after, s)] == stages
+
+
+def test_comments_and_the_order_of_keys_change_nothing(tmp_path):
+    plain, other = tmp_path / "plain.yaml", tmp_path / "other.yaml"
+    plain.write_text(yaml.safe_dump(GOOD))
+    turned = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value
+        for key, value in reversed(GOOD.items())
+    }
+    other.write_text("# a comment\n" + yaml.safe_dump(turned, sort_keys=False).replace("\n", "  # another\n"))
+    for stage in STAGES:
+        assert canonical_json(stage_config(load(plain), stage)) == canonical_json(stage_config(load(other), stage))
+
+
+def test_what_a_stage_is_told_of_itself():
+    config = parse(GOOD)
+    assert stage_config(config, "policies.dpo")["stage"] == "dpo"
+    assert stage_config(config, "evaluation.bon")["subject"] == {"name": "bon", "method": "best_of_n"}
+    assert stage_config(config, "evaluation.base")["subject"] == {"name": "base", "method": "base"}
+    assert canonical_json(stage_config(config, "policies.bon")) == (
+        '{"config":{"method":"best_of_n","n":4},"precision":"auto","seed":0,"stage":"best_of_n"}'
+    )
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 2
 
 
 def test_canonical_json_by_hand():
-    assert canonical_json({"b": [1, 0.5], "a": "é"}) == '{"a":"é","b":[1,0.5]}'
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        canonical_json(float("nan"))
+    assert canonical_json({"b": [1, 0.5, 1e-5], "a": "é\n", "c": {"z": None, "y": True}}) == (
+        '{"a":"é\\n","b":[1,0.5,1e-05],"c":{"y":true,"z":null}}'
+    )
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            canonical_json({"a": [value]})
+
+
+# ----------------------------------------------------------------------------- examples and schema
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_examples_are_valid_by_code_and_by_schema(path):
     content = read_yaml(path)
-    parse(content, str(path))
-    jsonschema.validate(content, schema())
+    assert parse(content, str(path)).run
+    jsonschema.validate(content, SCHEMA)
 
 
-def test_schema_refuses_what_the_code_refuses():
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(changed("sft.lr", 1), schema())
+def test_every_example_is_a_run_of_its_own():
+    runs = [read_yaml(path)["run"] for path in EXAMPLES]
+    assert len(set(runs)) == len(runs)
 
 
-def test_generated_files_are_fresh():
-    """`make schema` writes both."""
-    import json
+@pytest.mark.parametrize("name", ["demo-lora", "dpo-beta-sweep"])
+def test_variants_of_the_demo_differ_where_they_say_so_only(name):
+    demo, variant = (parse(read_yaml(ROOT / "config" / path)) for path in ("config.yaml", f"examples/{name}.yaml"))
+    for block in ("seed", "base", "data", "completions", "comparisons", "evaluation"):
+        assert getattr(variant, block) == getattr(demo, block), (
+            f"config/examples/{name}.yaml: {block} differs from the demo's"
+        )
 
-    assert json.loads((ROOT / "workflow/schemas/config.schema.json").read_text()) == schema()
-    assert document() in (ROOT / "config/README.md").read_text()
-    assert "No description" not in document()
+
+def test_the_lora_example_trains_no_full_weights():
+    config = parse(read_yaml(ROOT / "config/examples/demo-lora.yaml"))
+    trained = [config.sft, config.reward, *(p for p in config.policies.values() if p.method != "best_of_n")]
+    assert len(trained) >= 4
+    assert all(block.lora for block in trained)
 
 
-def test_every_key_has_a_meaning():
-    def blocks(model, seen):
-        for name, field in model.model_fields.items():
-            if name not in ("source", "labeler", "method"):
-                assert field.description, f"{model.__name__}.{name} has no description"
-        for sub in type(model).__subclasses__(model):
-            if sub not in seen:
-                seen.add(sub)
-                blocks(sub, seen)
+def test_the_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(GOOD, SCHEMA)
 
-    blocks(Config, set())
-    from tunetrail.config import Block
 
-    blocks(Block, set())
+@pytest.mark.parametrize(
+    ("key", "value", "valid"),
+    [
+        ("policies.dpo.beta", [0.1, 0.5], True),
+        ("policies.ppo.kl_target", [None, 2.0], True),
+        ("policies.dpo.loss", ["ipo", "hinge"], True),
+        ("policies.dpo.beta", [], False),
+        ("policies.dpo.beta", [0.1, -1], False),
+        ("policies.dpo.method", ["dpo"], False),
+        ("policies.dpo.lora", [None, {}], False),
+        ("sft.epochs", [1, 2], False),
+        ("sft.lr", 1, False),
+        ("sft.learning_rate", 0, False),
+        ("seed", "one", False),
+        ("run", ..., False),
+    ],
+)
+def test_schema_and_code_agree_also_on_sweeps(key, value, valid):
+    content = changed(key, value)
+    assert jsonschema.Draft202012Validator(SCHEMA).is_valid(content) == valid
+    if valid:
+        parse(content)
+    else:
+        with pytest.raises(ConfigError):
+            parse(content)

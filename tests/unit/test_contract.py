@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.contract import Stage, list_files, main, parse_time_left, read_finished_rows, sha256_json, verify, write_json
+from tunetrail.contract import (
+    Stage,
+    list_files,
+    main,
+    parse_time_left,
+    read_finished_rows,
+    sha256_json,
+    verify,
+    write_json,
+)
 from tunetrail.errors import DataError, Interrupted
 
 # A stage that copies its input a hundred times, keeping in its state how far it is.
@@ -45,13 +54,24 @@ class Workspace:
         parent = folder / "parent"
         parent.mkdir()
         (parent / "text.txt").write_text("hello")
-        write_json(parent / "manifest.json", {"schema": 1, "stage": "parent", "tokenizer": "t", "files": list_files(parent)})
+        write_json(
+            parent / "manifest.json", {"schema": 1, "stage": "parent", "tokenizer": "t", "files": list_files(parent)}
+        )
 
     def command(self, **config) -> list[str]:
         (self.folder / "copy.json").write_text(json.dumps({"stage": "copy", "seed": 1, "config": {"n": 20} | config}))
-        return [sys.executable, "stage.py", "--config=copy.json", "--input=parent=parent/manifest.json", "--output=out/manifest.json", "--state=state"]
+        return [
+            sys.executable,
+            "stage.py",
+            "--config=copy.json",
+            "--input=parent=parent/manifest.json",
+            "--output=out/manifest.json",
+            "--state=state",
+        ]
 
-    def start(self, *options: str, environment: dict | None = None, limit: int | None = None, **config) -> subprocess.Popen:
+    def start(
+        self, *options: str, environment: dict | None = None, limit: int | None = None, **config
+    ) -> subprocess.Popen:
         def limited() -> None:
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -84,7 +104,9 @@ def test_an_artifact_lists_its_files_and_records_its_origin(space):
     assert manifest["tokenizer"] == "t"
     provenance = json.loads((space.folder / "out/provenance.json").read_text())
     assert provenance["subject"]["manifest"] == sha256_json(manifest)
-    assert provenance["parents"]["parent"]["manifest"] == sha256_json(json.loads((space.folder / "parent/manifest.json").read_text()))
+    assert provenance["parents"]["parent"]["manifest"] == sha256_json(
+        json.loads((space.folder / "parent/manifest.json").read_text())
+    )
     assert provenance["config"]["resolved"]["config"] == {"n": 20}
     for key in ("code", "packages", "seed", "start", "end", "host", "job_id", "attempts", "python"):
         assert key in provenance
@@ -133,13 +155,18 @@ def test_a_changed_input_stops_the_stage(space):
     (space.folder / "parent/text.txt").write_text("jello")
     code, error = space.run()
     assert code == 65
-    assert error == "copy: error: parent/text.txt: differs from its manifest; delete the folder and run its stage again, or restore the file\n"
+    assert (
+        error
+        == "copy: error: parent/text.txt: differs from its manifest; delete the folder and run its stage again, or restore the file\n"
+    )
     (space.folder / "parent/text.txt").unlink()
     assert space.run()[1].startswith("copy: error: parent/text.txt: listed in the manifest but missing")
     (space.folder / "parent/manifest.json").write_text("{")
     assert "parent/manifest.json: not valid JSON" in space.run()[1]
     (space.folder / "parent/manifest.json").unlink()
-    assert space.run()[1] == "copy: error: parent/manifest.json: no manifest; run the stage that makes this folder first\n"
+    assert (
+        space.run()[1] == "copy: error: parent/manifest.json: no manifest; run the stage that makes this folder first\n"
+    )
     assert not space.manifest.exists()
 
 
@@ -186,7 +213,18 @@ def test_a_time_limit_is_kept(space):
     assert (code, error) == (78, "copy: error: TUNETRAIL_TIME_LIMIT: must be a number of minutes, got 'soon'\n")
 
 
-@pytest.mark.parametrize(("text", "minutes"), [("30:00", 30), ("1:30:00", 90), ("2-00:00:00", 2880), ("0:45", 0.75), ("UNLIMITED", None), ("", None), ("INVALID", None)])
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("30:00", 30),
+        ("1:30:00", 90),
+        ("2-00:00:00", 2880),
+        ("0:45", 0.75),
+        ("UNLIMITED", None),
+        ("", None),
+        ("INVALID", None),
+    ],
+)
 def test_slurm_time_left(text, minutes):
     assert parse_time_left(text) == minutes
 
@@ -208,7 +246,10 @@ def test_inputs_of_different_tokenizers_are_refused(space):
     write_json(other / "manifest.json", {"schema": 1, "stage": "other", "tokenizer": "u", "files": []})
     code, error = space.run("--input=other=other/manifest.json")
     assert code == 65
-    assert "were made with different tokenizers or chat templates (other: u, parent: t); rebuild them from one base model" in error
+    assert (
+        "were made with different tokenizers or chat templates (other: u, parent: t); rebuild them from one base model"
+        in error
+    )
 
 
 def test_metrics_must_be_numbers(tmp_path, monkeypatch):

@@ -83,19 +83,28 @@ def test_preference_shapes(tmp_path):
     assert transcript["completions"] == ["yes", "no"]
     assert [(r["labeler"], r["ranks"]) for r in several["rankings"]] == [("ann", [2, 1, 2]), ("bob", [1, 2, 3])]
     assert several["rankings"][0]["order"] == [2, 1, 0]
-    assert [(r["labeler"], r["ranks"]) for r in annotated["rankings"]] == [("annotator-0", [1, 2]), ("annotator-1", [2, 1]), ("annotator-2", [1, 1])]
+    assert [(r["labeler"], r["ranks"]) for r in annotated["rankings"]] == [
+        ("annotator-0", [1, 2]),
+        ("annotator-1", [2, 1]),
+        ("annotator-2", [1, 1]),
+    ]
 
 
 def test_transcripts_keep_what_is_said():
     turns = parse_transcript("\n\nHuman: Hi: there\n\nsecond paragraph\n\nAssistant: Yes.")
-    assert turns == [{"role": "user", "content": "Hi: there\n\nsecond paragraph"}, {"role": "assistant", "content": "Yes."}]
+    assert turns == [
+        {"role": "user", "content": "Hi: there\n\nsecond paragraph"},
+        {"role": "assistant", "content": "Yes."},
+    ]
 
 
 # ----------------------------------------------------------------------------- bad rows
 
 GOOD = {"prompt": "Q", "completion": "A"}
 PAIR = {"prompt": "Q", "chosen": "a", "rejected": "b"}
-DEMO_SHAPES = "must have one of the shapes text; prompt, completion; or messages; its columns are {}; map others with columns"
+DEMO_SHAPES = (
+    "must have one of the shapes text; prompt, completion; or messages; its columns are {}; map others with columns"
+)
 BAD_DEMONSTRATIONS = [
     (["{not json\n"], "d.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); every line must hold one JSON object"),
     ([GOOD, "[1]\n"], "d.jsonl:2: must be a JSON object, got list"),
@@ -189,7 +198,10 @@ def test_invalid_rows_can_be_left_out(tmp_path):
 
 def test_missing_columns_are_named(tmp_path):
     path = write(tmp_path / "d.jsonl", [GOOD])
-    with pytest.raises(DataError, match=r"d.jsonl:1: has no column 'question' \(columns maps prompt to it\); its columns are prompt, completion"):
+    with pytest.raises(
+        DataError,
+        match=r"d.jsonl:1: has no column 'question' \(columns maps prompt to it\); its columns are prompt, completion",
+    ):
         read_demonstrations(source(path, columns={"prompt": "question"}))
     with pytest.raises(DataError, match="d.jsonl:1: has no column 'user', which group names"):
         read_demonstrations(source(path, group="user"))
@@ -273,7 +285,11 @@ def test_near_duplicates_agree_with_brute_force():
     found = {b for _, b in duplicates_across(texts, splits, 0.8)}
     brute = set()
     for i, j in itertools.permutations(range(len(texts)), 2):
-        if splits[i] == "evaluation" and splits[j] == "sft" and jaccard(_shingles(texts[i]), _shingles(texts[j])) >= 0.8:
+        if (
+            splits[i] == "evaluation"
+            and splits[j] == "sft"
+            and jaccard(_shingles(texts[i]), _shingles(texts[j])) >= 0.8
+        ):
             brute.add(j)
     assert brute
     assert found == brute
@@ -281,7 +297,12 @@ def test_near_duplicates_agree_with_brute_force():
 
 def test_histogram_by_hand():
     assert histogram([]) is None
-    assert histogram([1, 1, 3]) == {"mean": 5 / 3, "min": 1, "max": 3, "histogram": {"edges": [1.0, 2.0, 3.0], "counts": [2, 1]}}
+    assert histogram([1, 1, 3]) == {
+        "mean": 5 / 3,
+        "min": 1,
+        "max": 3,
+        "histogram": {"edges": [1.0, 2.0, 3.0], "counts": [2, 1]},
+    }
 
 
 # ----------------------------------------------------------------------------- the stage
@@ -295,28 +316,51 @@ def run_data(tmp_path, monkeypatch, capfd):
     write_json(tmp_path / "base/manifest.json", manifest)
 
     def run(config: DataConfig, seed: int = 0) -> tuple[int, str, Path]:
-        Path("data.json").write_text(json.dumps({"stage": "data", "seed": seed, "config": config.model_dump(mode="json")}))
+        Path("data.json").write_text(
+            json.dumps({"stage": "data", "seed": seed, "config": config.model_dump(mode="json")})
+        )
         capfd.readouterr()
-        code = main(data_stage.run, ["--config=data.json", "--input=base=base/manifest.json", "--output=data/manifest.json", "--state=state"])
+        code = main(
+            data_stage.run,
+            ["--config=data.json", "--input=base=base/manifest.json", "--output=data/manifest.json", "--state=state"],
+        )
         return code, capfd.readouterr().err, Path("data")
 
     return run
 
 
 def numbered(n, **more):
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
-    return [{"prompt": " ".join(words[int(d)] for d in f"{i:05d}") + f" number {i}", "completion": f"answer {i}"} | more for i in range(n)]
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    return [
+        {"prompt": " ".join(words[int(d)] for d in f"{i:05d}") + f" number {i}", "completion": f"answer {i}"} | more
+        for i in range(n)
+    ]
 
 
 def test_stage_writes_disjoint_splits_and_a_card(run_data, tmp_path):
-    path = write(tmp_path / "d.jsonl", numbered(60) + [{"text": f"raw prose number {i} about things"} for i in range(40)])
-    code, error, out = run_data(DataConfig(demonstrations=[source(path, licence="MIT")], limits={"sft": 20}, system="Be brief.", near_duplicate=1.0))
+    path = write(
+        tmp_path / "d.jsonl", numbered(60) + [{"text": f"raw prose number {i} about things"} for i in range(40)]
+    )
+    code, error, out = run_data(
+        DataConfig(
+            demonstrations=[source(path, licence="MIT")], limits={"sft": 20}, system="Be brief.", near_duplicate=1.0
+        )
+    )
     assert code == 0, error
     card = json.loads((out / "metrics.json").read_text())
     rows = {split: read_jsonl(out / f"{split}.jsonl") for split in card["splits"]}
     assert len(rows["sft"]) == 20
     assert card["splits"]["sft"]["rows"] == 20
-    assert card["sources"][0] | {"digest": None} == {"source": "d.jsonl", "version": None, "digest": None, "licence": "MIT", "kind": "demonstrations", "shape": "prompt/text", "rows": 100, "invalid_rows": 0}
+    assert card["sources"][0] | {"digest": None} == {
+        "source": "d.jsonl",
+        "version": None,
+        "digest": None,
+        "licence": "MIT",
+        "kind": "demonstrations",
+        "shape": "prompt/text",
+        "rows": 100,
+        "invalid_rows": 0,
+    }
     ids = [row["id"] for split in rows.values() for row in split]
     assert len(ids) == len(set(ids))
     (row,) = [row for row in rows["evaluation"]][:1]
@@ -326,13 +370,22 @@ def test_stage_writes_disjoint_splits_and_a_card(run_data, tmp_path):
     assert any("text" in row for row in rows["sft"])
     assert card["splits"]["evaluation"]["digest"] == sha256_file(out / "evaluation.jsonl")
     first = (out / "manifest.json").read_bytes()
-    assert run_data(DataConfig(demonstrations=[source(path, licence="MIT")], limits={"sft": 20}, system="Be brief.", near_duplicate=1.0))[0] == 0
+    assert (
+        run_data(
+            DataConfig(
+                demonstrations=[source(path, licence="MIT")], limits={"sft": 20}, system="Be brief.", near_duplicate=1.0
+            )
+        )[0]
+        == 0
+    )
     assert (out / "manifest.json").read_bytes() == first
 
 
 def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp_path):
     rows = [{"prompt": p["prompt"], "completions": ["bad", "best", "mid"], "ranks": [3, 1, 2]} for p in numbered(60)]
-    code, error, out = run_data(DataConfig(preferences=[source(write(tmp_path / "p.jsonl", rows))], chat=False, near_duplicate=1.0))
+    code, error, out = run_data(
+        DataConfig(preferences=[source(write(tmp_path / "p.jsonl", rows))], chat=False, near_duplicate=1.0)
+    )
     assert code == 0, error
     comparisons = read_jsonl(out / "comparisons.jsonl")
     assert {row["split"] for row in comparisons} == {"reward", "heldout"}
@@ -363,7 +416,9 @@ def test_stage_refuses(run_data, tmp_path, rows, config, message):
 def test_too_long_and_duplicate_rows_can_be_dropped(run_data, tmp_path):
     rows = numbered(60) + [{"prompt": f"too long {i}", "completion": "x" * 100} for i in range(5)]
     path = write(tmp_path / "d.jsonl", rows)
-    code, error, out = run_data(DataConfig(demonstrations=[source(path)], max_completion_tokens=50, too_long="drop", near_duplicate=1.0))
+    code, error, out = run_data(
+        DataConfig(demonstrations=[source(path)], max_completion_tokens=50, too_long="drop", near_duplicate=1.0)
+    )
     assert code == 0, error
     assert json.loads((out / "metrics.json").read_text())["dropped"]["too_long"] == 5
 

@@ -1,5 +1,6 @@
 """Batches, log-probs, scores and sampling on tiny random models."""
 
+import itertools
 import json
 
 import numpy as np
@@ -75,17 +76,33 @@ def test_map_batches_keeps_order_and_lengths(model):
 def test_token_batches_stay_below_the_limit():
     lengths = [5, 1, 9, 4, 30, 2]
     batches = list(token_batches(lengths, 12))
-    assert sorted(sum(batches, [])) == list(range(6))
+    assert sorted(list(itertools.chain(*batches))) == list(range(6))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 12 for b in batches)
     assert len(batches) < 6
 
 
 def test_greedy_decoding_equals_generate(model):
-    outputs = sample(model, PROMPTS, ["a", "b", "c"], k=1, max_new_tokens=8, temperature=0, seed=0, batch_size=8, eos_id=EOS, pad_id=PAD)
+    outputs = sample(
+        model,
+        PROMPTS,
+        ["a", "b", "c"],
+        k=1,
+        max_new_tokens=8,
+        temperature=0,
+        seed=0,
+        batch_size=8,
+        eos_id=EOS,
+        pad_id=PAD,
+    )
     for prompt, (output,) in zip(PROMPTS, outputs, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
         )
         assert output == theirs[0, len(prompt) :].tolist()
 
@@ -102,14 +119,36 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(model):
 
 def test_sampling_follows_the_tempered_softmax(model):
     n, temperature = 4000, 0.7
-    outputs = sample(model, [[5, 6]], ["x"], k=n, max_new_tokens=1, temperature=temperature, seed=0, batch_size=n, eos_id=EOS, pad_id=PAD)
+    outputs = sample(
+        model,
+        [[5, 6]],
+        ["x"],
+        k=n,
+        max_new_tokens=1,
+        temperature=temperature,
+        seed=0,
+        batch_size=n,
+        eos_id=EOS,
+        pad_id=PAD,
+    )
     counts = np.bincount([c[0] for c in outputs[0]], minlength=VOCABULARY)
     expected = (model(torch.tensor([[5, 6]])).logits[0, -1] / temperature).softmax(-1).detach().numpy() * n
     assert ((counts - expected) ** 2 / expected).sum() < 58.3  # chi-square, 29 degrees of freedom, p = 0.001
 
 
 def test_responses_end_at_eos(model):
-    outputs = sample(model, PROMPTS * 20, [str(i) for i in range(60)], k=2, max_new_tokens=20, temperature=1.5, seed=1, batch_size=16, eos_id=EOS, pad_id=PAD)
+    outputs = sample(
+        model,
+        PROMPTS * 20,
+        [str(i) for i in range(60)],
+        k=2,
+        max_new_tokens=20,
+        temperature=1.5,
+        seed=1,
+        batch_size=16,
+        eos_id=EOS,
+        pad_id=PAD,
+    )
     flat = [c for completions in outputs for c in completions]
     assert all(EOS not in c[:-1] for c in flat)
     assert all(c[-1] == EOS or len(c) == 20 for c in flat)

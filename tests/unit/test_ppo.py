@@ -1,5 +1,6 @@
 """PPO: estimators and losses against hand-computed numbers, brute force and finite differences; the trainer's invariants."""
 
+import itertools
 import math
 
 import pytest
@@ -128,7 +129,7 @@ def test_adaptive_controller_by_hand():
 
 def test_prompts_are_passed_over_before_they_repeat():
     batches = prompt_batches(n=6, batch_size=4, steps=3, seed=0)
-    stream = sum(batches, [])
+    stream = list(itertools.chain(*batches))
     assert sorted(stream[:6]) == sorted(stream[6:12]) == list(range(6))
     assert batches == prompt_batches(6, 4, 3, 0) != prompt_batches(6, 4, 3, 1)
 

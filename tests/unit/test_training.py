@@ -80,7 +80,9 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert len(order) == 3 * 40
     for start in range(0, 120, 40):
         assert len(set(order[start : start + 40])) == 40
-    spreads = [max(lengths[i] for i in order[s : s + 8]) - min(lengths[i] for i in order[s : s + 8]) for s in range(0, 120, 8)]
+    spreads = [
+        max(lengths[i] for i in order[s : s + 8]) - min(lengths[i] for i in order[s : s + 8]) for s in range(0, 120, 8)
+    ]
     assert max(spreads) <= 3
     assert order[:40] != order[40:80]
     assert order == epoch_order(lengths, 8, 3, seed=1)
@@ -123,7 +125,10 @@ def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         write_jsonl(folder / name, rows)
-    write_json(folder / "manifest.json", {"schema": 1, "stage": folder.name, "tokenizer": tokenizer, "files": list_files(folder)})
+    write_json(
+        folder / "manifest.json",
+        {"schema": 1, "stage": folder.name, "tokenizer": tokenizer, "files": list_files(folder)},
+    )
     return folder / "manifest.json"
 
 
@@ -136,7 +141,10 @@ def workspace(tmp_path):
     tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=0).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     digest = tokenizer_digest(model)
-    demonstrations = [{"id": str(i), "group": str(i), "source": "t", "prompt": f"count {i}: ", "completion": "x" * (i % 7 + 1)} for i in range(24)]
+    demonstrations = [
+        {"id": str(i), "group": str(i), "source": "t", "prompt": f"count {i}: ", "completion": "x" * (i % 7 + 1)}
+        for i in range(24)
+    ]
     comparisons = [
         {
             "id": str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
@@ -146,7 +154,10 @@ def workspace(tmp_path):
         for i in range(24)
     ]  # fmt: skip
     write_artifact(tmp_path / "base", {}, digest)
-    splits = {f"{name}.jsonl": demonstrations[:n] for name, n in (("sft", 24), ("reward", 12), ("rl", 12), ("evaluation", 4), ("heldout", 6))}
+    splits = {
+        f"{name}.jsonl": demonstrations[:n]
+        for name, n in (("sft", 24), ("reward", 12), ("rl", 12), ("evaluation", 4), ("heldout", 6))
+    }
     write_artifact(tmp_path / "data", splits, digest)
     write_artifact(tmp_path / "comparisons", {"comparisons.jsonl": comparisons}, digest)
     return tmp_path
@@ -154,9 +165,18 @@ def workspace(tmp_path):
 
 STAGES = {
     "sft": ({"learning_rate": 1e-3, "batch_size": 4, "epochs": 2}, {"base": "base", "data": "data"}),
-    "sft-lora": ({"learning_rate": 1e-3, "batch_size": 4, "lora": {"r": 2, "export_merged": True}}, {"base": "base", "data": "data"}),
-    "reward": ({"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data", "comparisons": "comparisons"}),
-    "dpo": ({"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3}, {"policy": "base", "comparisons": "comparisons"}),
+    "sft-lora": (
+        {"learning_rate": 1e-3, "batch_size": 4, "lora": {"r": 2, "export_merged": True}},
+        {"base": "base", "data": "data"},
+    ),
+    "reward": (
+        {"learning_rate": 1e-3, "batch_size": 2},
+        {"policy": "base", "data": "data", "comparisons": "comparisons"},
+    ),
+    "dpo": (
+        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3},
+        {"policy": "base", "comparisons": "comparisons"},
+    ),
 }
 
 
@@ -175,7 +195,18 @@ def run_stage(workspace, monkeypatch, capfd):
         monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", time_limit)
         module = importlib.import_module(f"tunetrail.stages.{stage}")
         capfd.readouterr()
-        code = main(module.run, ["--config", str(path), *options, "--output", str(output), "--state", str(workspace / f"state-{state}" / name)])
+        code = main(
+            module.run,
+            [
+                "--config",
+                str(path),
+                *options,
+                "--output",
+                str(output),
+                "--state",
+                str(workspace / f"state-{state}" / name),
+            ],
+        )
         return code, capfd.readouterr().err, output
 
     return run
@@ -217,7 +248,11 @@ def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
     tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
     rows = [r for r in read_jsonl(workspace / "comparisons/comparisons.jsonl") if r["split"] == "reward"]
     chosen = [(r["prompt"], r["completions"][i], r["finished"][i]) for r in rows for i in (0, 0, 1)]
-    batch = collate([encode(tokenizer, p) for p, _, _ in chosen], [encode_response(tokenizer, t, f) for _, t, f in chosen], tokenizer.pad_token_id)
+    batch = collate(
+        [encode(tokenizer, p) for p, _, _ in chosen],
+        [encode_response(tokenizer, t, f) for _, t, f in chosen],
+        tokenizer.pad_token_id,
+    )
     expected = response_logprobs(model, batch).sum(1).mean().item()
     assert read_jsonl(output.with_name("history.jsonl"))[0]["logps/chosen"] == pytest.approx(expected, abs=1e-3)
 
@@ -227,7 +262,9 @@ def test_every_dpo_loss_trains(run_stage):
 
     for loss in DPO_LOSSES:
         smoothing = {"label_smoothing": 0.1} if loss == "exo_pair" else {}
-        code, error, output = run_stage("dpo", f"loss-{loss}", config={"loss": loss, "batch_size": 27, "micro_batch_size": 27} | smoothing)
+        code, error, output = run_stage(
+            "dpo", f"loss-{loss}", config={"loss": loss, "batch_size": 27, "micro_batch_size": 27} | smoothing
+        )
         assert code == 0, f"{loss}: {error}"
         assert len(read_jsonl(output.with_name("history.jsonl"))) == 2
 

@@ -18,7 +18,9 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         for name in listed.stdout.splitlines():
             if (ROOT / name).is_file() and not name.startswith("tests/"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +30,9 @@ class Project:
         chosen = ["--configfile", config] if config else []
         command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return subprocess.run(command, cwd=self.folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=self.folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        )
 
     def run(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> str:
         reply = self.snakemake(*options, config=config)

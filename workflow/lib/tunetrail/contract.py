@@ -239,7 +239,9 @@ def _git_state() -> dict:
     """Commit of the code and whether the tree differs from it; null where this is no git checkout."""
 
     def git(*args: str) -> str | None:
-        reply = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
+        reply = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=False
+        )
         return reply.stdout.strip() if reply.returncode == 0 else None
 
     try:
@@ -283,7 +285,9 @@ def _locked(state: Path) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            raise Interrupted(f"{state}: in use by {handle.read().strip() or 'another process'}; wait for it to end, then run again") from None
+            raise Interrupted(
+                f"{state}: in use by {handle.read().strip() or 'another process'}; wait for it to end, then run again"
+            ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
@@ -307,7 +311,10 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
             role: {"path": os.path.relpath(path), "manifest": sha256_json(stage.parents[role])}
             for role, path in sorted(stage.inputs.items())
         },
-        "config": {"digest": sha256_json(stage.shared | {"config": stage.config}), "resolved": stage.shared | {"config": stage.config}},
+        "config": {
+            "digest": sha256_json(stage.shared | {"config": stage.config}),
+            "resolved": stage.shared | {"config": stage.config},
+        },
         "seed": str(stage.seed),
         "code": _git_state(),
         "packages": _packages(),
@@ -337,7 +344,9 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tunetrail.stages.<stage>")
     parser.add_argument("--config", type=Path, required=True, help="the stage's resolved config, JSON")
-    parser.add_argument("--input", action="append", default=[], metavar="ROLE=MANIFEST", help="a parent's manifest.json")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="ROLE=MANIFEST", help="a parent's manifest.json"
+    )
     parser.add_argument("--output", type=Path, required=True, help="manifest.json of the artifact to make")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="make the I-th of N shards")
     parser.add_argument("--state", type=Path, required=True, help="folder for what must survive a failure")
@@ -358,7 +367,9 @@ def _tokenizer_of(parents: dict[str, dict]) -> str | None:
     digests = {role: m["tokenizer"] for role, m in parents.items() if m.get("tokenizer")}
     if len(set(digests.values())) > 1:
         listed = ", ".join(f"{role}: {digest[:12]}" for role, digest in sorted(digests.items()))
-        raise DataError(f"the inputs were made with different tokenizers or chat templates ({listed}); rebuild them from one base model")
+        raise DataError(
+            f"the inputs were made with different tokenizers or chat templates ({listed}); rebuild them from one base model"
+        )
     return next(iter(digests.values()), None)
 
 
@@ -368,7 +379,9 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
     for attempt in attempts:  # a killed attempt could not write its own end
         attempt.setdefault("ended", "killed")
         attempt.setdefault("end", None)
-    attempts.append({"start": _now(), "host": socket.gethostname(), "job_id": os.environ.get("SLURM_JOB_ID"), "pid": os.getpid()})
+    attempts.append(
+        {"start": _now(), "host": socket.gethostname(), "job_id": os.environ.get("SLURM_JOB_ID"), "pid": os.getpid()}
+    )
     write_jsonl(attempts_file, attempts)
 
     started = time.monotonic()

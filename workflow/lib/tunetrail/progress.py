@@ -34,7 +34,13 @@ class ProgressBar:
         self.start = self.printed = time.monotonic()
         self.bar: Progress | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task(label, total=total, completed=done, note="")
 
@@ -43,7 +49,9 @@ class ProgressBar:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -56,4 +64,6 @@ class ProgressBar:
         elif now - self.printed >= self.every or self.done >= self.total:
             self.printed = now
             left = duration((self.total - self.done) / rate) if rate > 0 else "?"
-            log.info("%s: %d/%d %s, %.3g/s, %s left  %s", self.label, self.done, self.total, self.unit, rate, left, note)
+            log.info(
+                "%s: %d/%d %s, %.3g/s, %s left  %s", self.label, self.done, self.total, self.unit, rate, left, note
+            )

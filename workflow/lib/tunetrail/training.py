@@ -185,7 +185,9 @@ def train(stage: Stage, trainer: Any) -> list[dict]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopping:
         step, total = trainer.state.global_step, trainer.state.max_steps
-        raise Interrupted(f"stopped by {stage.stop.reason} at step {step} of {total}; progress is saved, run the same command again")
+        raise Interrupted(
+            f"stopped by {stage.stop.reason} at step {step} of {total}; progress is saved, run the same command again"
+        )
     rows = history(trainer.state.log_history)
     if not all(abs(row["loss"]) < float("inf") for row in rows):
         raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")

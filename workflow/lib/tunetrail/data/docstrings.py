@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Tests and vendored or generated code are not documentation written for readers.
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "__pycache__", "ensurepip"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+    "ensurepip",
+}
 MIN_WORDS = 3
 
 

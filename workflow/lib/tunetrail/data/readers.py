@@ -44,13 +44,15 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):  # noqa: B007
+            for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                 except ValueError as e:
-                    raise DataError(f"{path}:{number}: not valid JSON ({e}); every line must hold one JSON object") from None
+                    raise DataError(
+                        f"{path}:{number}: not valid JSON ({e}); every line must hold one JSON object"
+                    ) from None
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
                 yield number, row
@@ -77,7 +79,9 @@ def _table(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False) if is_csv else pd.read_parquet(path)
     except Exception as e:  # pandas and pyarrow raise many kinds
-        raise DataError(f"{path}: cannot be read as {'CSV' if is_csv else 'Parquet'}: {str(e).splitlines()[0]}") from None
+        raise DataError(
+            f"{path}: cannot be read as {'CSV' if is_csv else 'Parquet'}: {str(e).splitlines()[0]}"
+        ) from None
     for number, row in enumerate(frame.to_dict("records"), 1):
         cells = {str(key): _plain(value) for key, value in row.items()}
         if is_csv:
@@ -99,7 +103,9 @@ def _hub(source: HubSource) -> Iterator[tuple[int, dict]]:
     try:
         rows = load_dataset(source.repo, source.subset, revision=source.revision, split=source.split)
     except Exception as e:
-        raise DataError(f"{source.repo}@{source.revision}: cannot be loaded from the hub: {str(e).splitlines()[0]}") from None
+        raise DataError(
+            f"{source.repo}@{source.revision}: cannot be loaded from the hub: {str(e).splitlines()[0]}"
+        ) from None
     yield from enumerate(rows, 1)
 
 
@@ -117,7 +123,9 @@ def read_rows(source: FileSource | HubSource) -> Iterator[tuple[str, dict]]:
         count += 1
         for ours, theirs in source.columns.items():
             if theirs not in row:
-                raise DataError(f"{name}:{number}: has no column '{theirs}' (columns maps {ours} to it); its columns are {', '.join(map(str, row))}")
+                raise DataError(
+                    f"{name}:{number}: has no column '{theirs}' (columns maps {ours} to it); its columns are {', '.join(map(str, row))}"
+                )
             row = {k: v for k, v in row.items() if k != theirs} | {ours: row[theirs]}
         if source.group is not None and source.group not in row:
             raise DataError(f"{name}:{number}: has no column '{source.group}', which group names")
@@ -159,7 +167,11 @@ def _user(prompt: str) -> list[dict]:
 
 def _demonstration(row: dict) -> list[dict]:
     """One row in any of the three shapes; a chat gives a row for every turn of the assistant."""
-    shapes = [shape for shape, keys in (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))) if all(k in row for k in keys)]
+    shapes = [
+        shape
+        for shape, keys in (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",)))
+        if all(k in row for k in keys)
+    ]
     if len(shapes) != 1:
         found = ", ".join(sorted(map(str, row))) or "none"
         raise BadRow(f"must have one of the shapes {SHAPES}; its columns are {found}; map others with columns")
@@ -221,7 +233,11 @@ def _preference(row: dict) -> dict:
         if not isinstance(completions, list) or len(completions) < 2:
             raise BadRow("'completions' must be a list of at least two texts")
         completions = [_text({"completions": c}, "completions") for c in completions]
-        if not isinstance(ranks, list) or len(ranks) != len(completions) or not all(type(r) is int and r > 0 for r in ranks):
+        if (
+            not isinstance(ranks, list)
+            or len(ranks) != len(completions)
+            or not all(type(r) is int and r > 0 for r in ranks)
+        ):
             raise BadRow(f"'ranks' must be {len(completions)} whole numbers from 1 (best), one a completion")
         rankings = [_ranking(_dense(ranks), row, labeler)]
     elif "labels" in row and "a" in row and "b" in row:
@@ -240,7 +256,9 @@ def _preference(row: dict) -> dict:
         rankings = [_ranking([1, 2], {"time": row.get("time")}, labeler)]
     else:
         found = ", ".join(sorted(map(str, row))) or "none"
-        raise BadRow(f"must have one of the shapes {PREFERENCE_SHAPES}; its columns are {found}; map others with columns")
+        raise BadRow(
+            f"must have one of the shapes {PREFERENCE_SHAPES}; its columns are {found}; map others with columns"
+        )
     if len({c.strip() for c in completions}) < len(completions):
         raise BadRow("two of its responses are the same text; remove the row")
     return {"messages": messages or _user(_text(row, "prompt")), "completions": completions, "rankings": rankings}
@@ -276,7 +294,10 @@ def read_demonstrations(source: Any, invalid: list[str] | None = None) -> list[d
     """
     match source:
         case DocstringSource():
-            return [{"messages": _user(p["prompt"]), "completion": p["completion"], "group": p["group"]} for p in docstrings.pairs()]
+            return [
+                {"messages": _user(p["prompt"]), "completion": p["completion"], "group": p["group"]}
+                for p in docstrings.pairs()
+            ]
         case TopicsSource():
             from pydoc_data.topics import topics
 
@@ -315,7 +336,12 @@ def origin(source: Any) -> dict[str, Any]:
             return {"source": "topics", "digest": None} | docstrings.origin()
         case HubSource():
             return {"source": source.repo, "version": source.revision, "digest": None, "licence": source.licence}
-    return {"source": os.path.relpath(source.path), "version": None, "digest": sha256_file(source.path), "licence": source.licence}
+    return {
+        "source": os.path.relpath(source.path),
+        "version": None,
+        "digest": sha256_file(source.path),
+        "licence": source.licence,
+    }
 
 
 def check_sources(config: DataConfig) -> None:

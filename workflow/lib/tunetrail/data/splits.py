@@ -67,8 +67,12 @@ def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: fl
     index = MinHashLSH(threshold=max(0.1, threshold - 0.1), num_perm=NUM_PERM)
     for text, rows in members.items():
         signature = MinHash(num_perm=NUM_PERM, seed=1)
-        signature.update_batch([" ".join(map(str, s)).encode() for s in shingles[text]])  # type: ignore[attr-defined]
-        near = [members[other][0] for other in index.query(signature) if jaccard(shingles[text], shingles[other]) >= threshold]
+        signature.update_batch([repr(s).encode() for s in shingles[text]])  # type: ignore[attr-defined]
+        near = [
+            members[other][0]
+            for other in index.query(signature)
+            if jaccard(shingles[text], shingles[other]) >= threshold
+        ]
         kept = min(near, key=order.index, default=None) if len(near) < 50 else near[0]
         for i in rows:
             if kept is not None and splits[i] != splits[kept]:

@@ -13,7 +13,7 @@ _BLOCK = 1 << 20  # indices drawn at once: bounds the memory of a bootstrap over
 
 
 def bootstrap(
-    values: Sequence[float], n_resamples: int, seed: int, groups: Sequence[Hashable] | None = None
+    values: Sequence[float] | np.ndarray, n_resamples: int, seed: int, groups: Sequence[Hashable] | None = None
 ) -> dict[str, Any] | None:
     """Mean with its 95% percentile bootstrap interval (Efron 1979).
 
@@ -101,7 +101,7 @@ def expected_calibration_error(
     return sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(p), rows
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
     """Rank correlation of [n] and [n]; None where it is undefined (a constant, or fewer than two values)."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None

@@ -21,7 +21,11 @@ def decided_pairs(targets: np.ndarray) -> list[tuple[int, int]]:
     Args:
         targets: [K, K] from `preference_targets`.
     """
-    pairs = [(i, j) if targets[i, j] > 0.5 else (j, i) for i, j in combinations(range(len(targets)), 2) if targets[i, j] != 0.5]
+    pairs = [
+        (i, j) if targets[i, j] > 0.5 else (j, i)
+        for i, j in combinations(range(len(targets)), 2)
+        if targets[i, j] != 0.5
+    ]
     return sorted(pairs, key=lambda p: (-targets[p], p))
 
 

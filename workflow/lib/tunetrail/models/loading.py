@@ -83,14 +83,18 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     parent_folder = Path(parent["model"])
     manifest = parent_folder.parent / MANIFEST
     if not manifest.exists() or sha256_json(json.loads(manifest.read_text())) != parent["manifest"]:
-        raise DataError(f"{folder}: its adapter sits on {parent_folder}, which is gone or has changed since; run the stages between again")
+        raise DataError(
+            f"{folder}: its adapter sits on {parent_folder}, which is gone or has changed since; run the stages between again"
+        )
     merged = PeftModel.from_pretrained(load_causal_lm(parent_folder, dtype), folder).merge_and_unload()
     return without_dropout(merged)
 
 
 def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
     """A sequence-classification model with one score. See `models.scoring` for how it is read."""
-    return with_full_precision_head(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub))
+    return with_full_precision_head(
+        AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub)
+    )
 
 
 def with_full_precision_head(classifier: PreTrainedModel) -> PreTrainedModel:
@@ -111,9 +115,13 @@ def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_module
         return get_peft_model(
             model,
             LoraConfig(
-                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
-                modules_to_save=extra_modules, task_type=task,
-            ),  # fmt: skip
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                modules_to_save=extra_modules,
+                task_type=task,
+            ),
         )
     except ValueError as e:
         raise ConfigError(f"lora.target_modules: {lora.target_modules}: {e}") from None
@@ -126,7 +134,9 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def save_causal_lm(model: Any, tokenizer_from: Path, work: Path, lora: Lora | None, parent: Path, parent_manifest: dict) -> None:
+def save_causal_lm(
+    model: Any, tokenizer_from: Path, work: Path, lora: Lora | None, parent: Path, parent_manifest: dict
+) -> None:
     """Writes `work/model` (weights, or adapter with parent.json) and, on request, `work/merged`.
 
     Args:

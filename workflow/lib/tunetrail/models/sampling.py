@@ -37,7 +37,14 @@ class _Noise:
 
 @torch.inference_mode()
 def _sample_batch(
-    model: Any, prompts: list[list[int]], seeds: list[int], k: int, max_new_tokens: int, temperature: float, eos_id: int, pad_id: int
+    model: Any,
+    prompts: list[list[int]],
+    seeds: list[int],
+    k: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_id: int,
+    pad_id: int,
 ) -> list[list[int]]:
     """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished."""
     device = model.device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
-from tunetrail.models.scoring import gather_logprobs, head_and_trunk, response_logprobs, response_values
+from tunetrail.models.scoring import FullPrecisionHead, gather_logprobs, response_logprobs, response_values
 
 
 class ActorCritic(torch.nn.Module):
@@ -16,16 +16,19 @@ class ActorCritic(torch.nn.Module):
 
     Args:
         policy: causal language model, with a LoRA adapter or plain.
-        reward_model: where the value function comes from. `shared=False`: a copy of it is the critic.
-            `shared=True`: only its head is taken, and reads the policy's last hidden state.
+        reward_model: `shared=False`: a copy of it is the critic.
+        shared: the value function is a linear head on the policy's last hidden state, 0 at first: the
+            reward model's head was trained on another trunk and would be noise on this one.
     """
 
     def __init__(self, policy: Any, reward_model: Any, shared: bool):
         super().__init__()
         self.policy = policy
-        self.bias = getattr(reward_model.config, "reward_bias", 0.0)
         self.critic = None if shared else copy.deepcopy(reward_model).requires_grad_(True)
-        self.value_head = copy.deepcopy(head_and_trunk(reward_model)[0]).requires_grad_(True) if shared else None
+        self.value_head = FullPrecisionHead(policy.config.hidden_size, 1) if shared else None
+        if self.value_head is not None:
+            torch.nn.init.zeros_(self.value_head.weight)
+            torch.nn.init.zeros_(self.value_head.bias)
 
     def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy only where no gradient is taken:
@@ -42,7 +45,7 @@ class ActorCritic(torch.nn.Module):
         logits = output.logits[:, :-1].float() / temperature
         logprobs = gather_logprobs(logits, batch.responses)
         if self.value_head is not None:
-            values = self.value_head(output.hidden_states[-1][:, -r - 1 : -1])[..., 0].float() - self.bias
+            values = self.value_head(output.hidden_states[-1][:, -r - 1 : -1])[..., 0].float()
         else:
             values = response_values(self.critic, batch)
         empty = ~batch.response_mask

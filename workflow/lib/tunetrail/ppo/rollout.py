@@ -1,6 +1,7 @@
 """Episodes: responses of the current policy with everything the update needs to know of them."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def pad_rows(rows: list[torch.Tensor]) -> torch.Tensor:
 
 def concatenate(parts: list[Rollout]) -> Rollout:
     """The episodes of all processes, in order of their ranks."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for f in fields(Rollout):
         values = [getattr(part, f.name) for part in parts]
         if isinstance(values[0], list):

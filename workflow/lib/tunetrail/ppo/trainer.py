@@ -110,7 +110,9 @@ class PPOTrainer:
         rows = self.batches[self.step][accelerator.process_index :: accelerator.num_processes]
         prompts = [self.prompts[i] for i in rows]
         # A prompt may come twice in one batch, hence its place in the key.
-        keys = [f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(rows)]
+        keys = [
+            f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(rows)
+        ]
         with decoding_weights(self.actor_critic.policy, accelerator.mixed_precision == "bf16") as decoder:
             sampled = sample(
                 decoder, prompts, keys, k=1, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
@@ -153,7 +155,11 @@ class PPOTrainer:
     def update(self, rollout: Rollout) -> dict[str, float]:
         """`epochs` passes over the episodes. Returns means over all minibatches of the losses and diagnostics."""
         advantages, returns = self.advantages(rollout)
-        n, totals, count = len(rollout.responses), dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0), 0
+        n, totals, count = (
+            len(rollout.responses),
+            dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0),
+            0,
+        )
         for epoch in range(self.config.epochs):
             rows = list(range(n))
             random.Random(derive_seed(self.seed, "minibatches", self.step, epoch)).shuffle(rows)
@@ -163,7 +169,9 @@ class PPOTrainer:
                 count += 1
         return {key: value / count for key, value in totals.items()}
 
-    def _minibatch(self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, rows: list[int]) -> dict[str, float]:
+    def _minibatch(
+        self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, rows: list[int]
+    ) -> dict[str, float]:
         """One optimizer step, in micro-batches of similar length."""
         config, accelerator = self.config, self.accelerator
         lengths = [len(rollout.prompts[i]) + len(rollout.responses[i]) for i in range(len(rollout.responses))]
@@ -220,7 +228,9 @@ class PPOTrainer:
             "learning_rate": self.config.learning_rate,
         } | result
         if not all(abs(value) < float("inf") for value in row.values()):
-            raise DataError(f"ppo: a loss became infinite or NaN at step {self.step}; lower learning_rate or raise kl_coef")
+            raise DataError(
+                f"ppo: a loss became infinite or NaN at step {self.step}; lower learning_rate or raise kl_coef"
+            )
         self.history.append(row)
         return row
 
@@ -230,11 +240,12 @@ class PPOTrainer:
         """Everything `load` needs to go on with the same bytes."""
         self.accelerator.save_state(str(folder))
         if self.accelerator.is_main_process:
-            torch.save({"step": self.step, "kl_coef": self.kl_controller.value, "history": self.history}, folder / "trainer.pt")
+            torch.save(
+                {"step": self.step, "kl_coef": self.kl_controller.value, "history": self.history}, folder / "trainer.pt"
+            )
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
         self.accelerator.load_state(str(folder))
         state = torch.load(folder / "trainer.pt", weights_only=True)
         self.step, self.kl_controller.value, self.history = state["step"], state["kl_coef"], state["history"]
-

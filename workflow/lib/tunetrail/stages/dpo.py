@@ -36,12 +36,19 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoCo
     examples = []
     for row in rows:
         prompt = encode(tokenizer, row["prompt"])
-        responses = [encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)]
+        responses = [
+            encode_response(tokenizer, text, ended)
+            for text, ended in zip(row["completions"], row["finished"], strict=True)
+        ]
         for chosen, rejected in widest_pairs(row["rankings"], config.pairs_per_prompt):
             longest = len(prompt) + max(len(responses[chosen]), len(responses[rejected]))
             if longest > config.max_length:
-                raise DataError(f"dpo: comparison {row['id']} has {longest} tokens; raise max_length ({config.max_length}) or drop the row")
-            examples.append({"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]})
+                raise DataError(
+                    f"dpo: comparison {row['id']} has {longest} tokens; raise max_length ({config.max_length}) or drop the row"
+                )
+            examples.append(
+                {"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}
+            )
     return examples
 
 
@@ -53,7 +60,9 @@ def run(stage: Stage) -> dict:
     rows = [row for row in stage.rows("comparisons", "comparisons.jsonl") if row["split"] == "reward"]
     examples = tokenize(rows, tokenizer, config)
     if len(examples) < config.batch_size:
-        raise DataError(f"dpo: {len(examples)} pairs are fewer than one batch (batch_size: {config.batch_size}); collect more comparisons")
+        raise DataError(
+            f"dpo: {len(examples)} pairs are fewer than one batch (batch_size: {config.batch_size}); collect more comparisons"
+        )
     lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))

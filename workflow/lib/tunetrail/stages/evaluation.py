@@ -61,7 +61,9 @@ class Evaluator:
                 return sequence_scores(reward_model, batch)
 
         prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-        return [float(s) for s in map_batches(scores, prompts, responses, self.pad_id, self.config.batch_tokens, device())]
+        return [
+            float(s) for s in map_batches(scores, prompts, responses, self.pad_id, self.config.batch_tokens, device())
+        ]
 
     def samples(self, rows: list[dict]) -> tuple[list[Example], list[float] | None]:
         """A response to each prompt and its reward-model score; of best-of-n, the best by that score."""
@@ -97,9 +99,14 @@ class Evaluator:
         if "retention" not in self.stage.inputs:
             return None
         rows = self.stage.rows("retention", "retention.jsonl")
-        nlls = mean_nlls(self.model, [(row["prompt_ids"], row["response_ids"]) for row in rows], self.pad_id, self.precision)
+        nlls = mean_nlls(
+            self.model, [(row["prompt_ids"], row["response_ids"]) for row in rows], self.pad_id, self.precision
+        )
         changes = [nll - row["base_nll"] for nll, row in zip(nlls, rows, strict=True)]
-        write_jsonl(self.stage.work / "retention.jsonl", [{"id": r["id"], "nll": n, "base_nll": r["base_nll"]} for r, n in zip(rows, nlls, strict=True)])
+        write_jsonl(
+            self.stage.work / "retention.jsonl",
+            [{"id": r["id"], "nll": n, "base_nll": r["base_nll"]} for r, n in zip(rows, nlls, strict=True)],
+        )
         is_base = self.subject["name"] == "base"
         return {"nll": self.interval(nlls), "change_vs_base": None if is_base else self.interval(changes)}
 
@@ -113,7 +120,9 @@ class Evaluator:
             if row["split"] != "heldout" or not pairs:
                 continue
             prompt = encode(self.tokenizer, row["prompt"])
-            winner, loser = ((prompt, encode_response(self.tokenizer, row["completions"][i], row["finished"][i])) for i in pairs[0])
+            winner, loser = (
+                (prompt, encode_response(self.tokenizer, row["completions"][i], row["finished"][i])) for i in pairs[0]
+            )
             chosen.append(winner)
             rejected.append(loser)
             ids.append(row["id"])
@@ -132,16 +141,25 @@ class Evaluator:
             if not self.stage.shared["data.chat"] or not self.tokenizer.chat_template:
                 return prompt
             system = self.stage.shared["data.system"]
-            messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+            messages = ([{"role": "system", "content": system}] if system else []) + [
+                {"role": "user", "content": prompt}
+            ]
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
         preferences = []
         for probe in self.config.preferences:
             prompt = encode(self.tokenizer, render(probe.prompt))
-            examples = [(prompt, encode_response(self.tokenizer, text)) for text in (probe.preferred, probe.dispreferred)]
-            preferred, dispreferred = (float(row.sum()) for row in logprobs_of(self.model, examples, self.pad_id, "fp32"))
+            examples = [
+                (prompt, encode_response(self.tokenizer, text)) for text in (probe.preferred, probe.dispreferred)
+            ]
+            preferred, dispreferred = (
+                float(row.sum()) for row in logprobs_of(self.model, examples, self.pad_id, "fp32")
+            )
             preferences.append(probe.model_dump() | {"preferred_logp": preferred, "dispreferred_logp": dispreferred})
-        return {"sentence": sentence_probe(self.model, self.tokenizer, self.config.sentence), "preferences": preferences}
+        return {
+            "sentence": sentence_probe(self.model, self.tokenizer, self.config.sentence),
+            "preferences": preferences,
+        }
 
 
 def gold_scores(config: EvaluationConfig, completions: list[str], references: list[str]) -> list[float] | None:
@@ -156,7 +174,9 @@ def run(stage: Stage) -> dict:
     prepare(stage.seed, "evaluation")
     rows = [row for row in stage.rows("data", "evaluation.jsonl") if "prompt" in row]
     if not rows:
-        raise DataError("evaluation: the evaluation split has no prompts; raise data.shares.evaluation or data.limits.evaluation")
+        raise DataError(
+            "evaluation: the evaluation split has no prompts; raise data.shares.evaluation or data.limits.evaluation"
+        )
     evaluator = Evaluator(stage)
     config, subject, interval = evaluator.config, evaluator.subject, evaluator.interval
     with evaluator.bar as bar:
@@ -176,8 +196,20 @@ def run(stage: Stage) -> dict:
     gold = gold_scores(config, completions, [row["completion"] for row in rows])
     nothing = [None] * len(rows)
     samples: list[dict[str, Any]] = [
-        {"id": row["id"], "prompt": row["prompt"], "reference": row["completion"], "completion": text, "gold": g, "reward": s, "kl": k, "length": len(r), "finished": f}
-        for row, text, g, s, k, r, f in zip(rows, completions, gold or nothing, reward or nothing, kl or nothing, responses, finished, strict=True)
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "reference": row["completion"],
+            "completion": text,
+            "gold": g,
+            "reward": s,
+            "kl": k,
+            "length": len(r),
+            "finished": f,
+        }
+        for row, text, g, s, k, r, f in zip(
+            rows, completions, gold or nothing, reward or nothing, kl or nothing, responses, finished, strict=True
+        )
     ]
     write_jsonl(stage.work / "samples.jsonl", samples)
 
@@ -194,7 +226,11 @@ def run(stage: Stage) -> dict:
     return {
         "policy": subject["name"],
         "method": subject["method"],
-        "adapter": "lora" if is_adapter(evaluator.folder) else None if subject["name"] == "base" or evaluator.n > 1 else "full",
+        "adapter": "lora"
+        if is_adapter(evaluator.folder)
+        else None
+        if subject["name"] == "base" or evaluator.n > 1
+        else "full",
         "n_prompts": len(rows),
         "gold": interval(gold) if gold else None,
         "reward": interval(reward) if reward else None,

@@ -14,7 +14,14 @@ from tunetrail.config import PpoConfig
 from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.models.batching import encode
-from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer, save_causal_lm, trained_parameters, with_lora
+from tunetrail.models.loading import (
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    save_causal_lm,
+    trained_parameters,
+    with_lora,
+)
 from tunetrail.ppo.trainer import PPOTrainer, log
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
@@ -38,7 +45,9 @@ def run(stage: Stage) -> dict:
     tokenizer = load_tokenizer(parent)
     rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
     if len(rows) < config.batch_size:
-        raise DataError(f"ppo: {len(rows)} prompts are fewer than one batch (batch_size: {config.batch_size}); raise data.shares.rl")
+        raise DataError(
+            f"ppo: {len(rows)} prompts are fewer than one batch (batch_size: {config.batch_size}); raise data.shares.rl"
+        )
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(policy)
     accelerator = Accelerator(

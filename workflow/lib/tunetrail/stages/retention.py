@@ -60,7 +60,12 @@ def run(stage: Stage) -> dict:
         questions = rng.sample(questions, min(config.prompts, len(questions)))
         rendered = questions
         if tokenizer.chat_template:
-            rendered = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False) for q in questions]
+            rendered = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False
+                )
+                for q in questions
+            ]
         prompts = [encode(tokenizer, text) for text in rendered]
         with ProgressBar("retention", len(prompts), "questions") as bar:
             answers = sample(

@@ -23,7 +23,14 @@ from tunetrail.errors import DataError
 from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
 from tunetrail.models.batching import collate, encode, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
-from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokenizer, trained_parameters, with_full_precision_head, with_lora
+from tunetrail.models.loading import (
+    copy_tokenizer,
+    load_causal_lm,
+    load_tokenizer,
+    trained_parameters,
+    with_full_precision_head,
+    with_lora,
+)
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.runtime import autocast, device, prepare
 from tunetrail.seeds import derive_seed
@@ -56,10 +63,17 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
     examples = []
     for row in rows:
         prompt = encode(tokenizer, row["prompt"])
-        responses = [encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)]
+        responses = [
+            encode_response(tokenizer, text, ended)
+            for text, ended in zip(row["completions"], row["finished"], strict=True)
+        ]
         if (longest := len(prompt) + max(map(len, responses))) > max_length:
-            raise DataError(f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or drop the row")
-        examples.append({"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()})
+            raise DataError(
+                f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or drop the row"
+            )
+        examples.append(
+            {"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()}
+        )
     return examples
 
 
@@ -71,7 +85,9 @@ class KWiseCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         batch = collate(
-            [e["prompt"] for e in examples for _ in e["responses"]], [r for e in examples for r in e["responses"]], self.pad_id
+            [e["prompt"] for e in examples for _ in e["responses"]],
+            [r for e in examples for r in e["responses"]],
+            self.pad_id,
         )
         k = max(len(e["responses"]) for e in examples)
         targets = torch.full((len(examples), k, k), 0.5)
@@ -89,7 +105,11 @@ class KWiseTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask = inputs["mask"]
         position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        flat = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position_ids).logits[:, 0].float()
+        flat = (
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position_ids)
+            .logits[:, 0]
+            .float()
+        )
         scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
         loss = kwise_loss(scores, inputs["targets"], mask)
         return (loss, scores) if return_outputs else loss
@@ -106,7 +126,9 @@ def initialise(causal_lm: Any, seed: int) -> Any:
     return with_full_precision_head(model)
 
 
-def score_rows(model: Any, prompts: list[list[int]], responses: list[list[int]], pad_id: int, precision: str) -> np.ndarray:
+def score_rows(
+    model: Any, prompts: list[list[int]], responses: list[list[int]], pad_id: int, precision: str
+) -> np.ndarray:
     """[N] scores."""
 
     def scores(batch):
@@ -124,7 +146,15 @@ def heldout_pairs(rows: list[dict], scores: list[np.ndarray]) -> list[dict]:
             for winner, loser in decided_pairs(preference_targets([ranking])):
                 margin = float(score[winner] - score[loser])
                 longer = len(row["completions"][winner]) - len(row["completions"][loser])
-                pairs.append({"id": row["id"], "group": row["group"], "labeler": ranking["labeler"], "margin": margin, "longer": longer})
+                pairs.append(
+                    {
+                        "id": row["id"],
+                        "group": row["group"],
+                        "labeler": ranking["labeler"],
+                        "margin": margin,
+                        "longer": longer,
+                    }
+                )
     return pairs
 
 
@@ -145,7 +175,9 @@ def evaluate(pairs: list[dict], seed: int) -> dict:
         "pairs": len(pairs),
         "accuracy": accuracy(pairs, "margin", seed),
         "accuracy_longer_wins": accuracy(pairs, "longer", seed),
-        "accuracy_by_labeler": {name: accuracy([p for p in pairs if p["labeler"] == name], "margin", seed) for name in labelers},
+        "accuracy_by_labeler": {
+            name: accuracy([p for p in pairs if p["labeler"] == name], "margin", seed) for name in labelers
+        },
         "accuracy_by_confidence": by_confidence,
         "ece": ece,
         "length_correlation_of_margins": spearman(margins, np.array([pair["longer"] for pair in pairs])),
@@ -162,9 +194,13 @@ def run(stage: Stage) -> dict:
     examples = tokenize([row for row in rows if row["split"] == "reward"], tokenizer, config.max_length)
     heldout = [row for row in rows if row["split"] == "heldout"]
     if len(examples) < config.batch_size:
-        raise DataError(f"reward: {len(examples)} prompts with comparisons are fewer than one batch (reward.batch_size: {config.batch_size})")
+        raise DataError(
+            f"reward: {len(examples)} prompts with comparisons are fewer than one batch (reward.batch_size: {config.batch_size})"
+        )
     if not heldout:
-        raise DataError("reward: no comparisons on held-out prompts, so its accuracy could not be told; raise data.shares.heldout")
+        raise DataError(
+            "reward: no comparisons on held-out prompts, so its accuracy could not be told; raise data.shares.heldout"
+        )
     lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
 
@@ -186,10 +222,14 @@ def run(stage: Stage) -> dict:
     if config.lora is not None:
         model = model.merge_and_unload()  # scores are read by stages that know nothing of adapters
 
-    demonstrations = [row for split in ("reward", "sft") for row in stage.rows("data", f"{split}.jsonl") if "prompt" in row][:256]
+    demonstrations = [
+        row for split in ("reward", "sft") for row in stage.rows("data", f"{split}.jsonl") if "prompt" in row
+    ][:256]
     prompts = [encode(tokenizer, row["prompt"]) for row in demonstrations]
     responses = [encode_response(tokenizer, row["completion"]) for row in demonstrations]
-    model.config.reward_bias = float(score_rows(model, prompts, responses, pad_id, precision).mean()) if prompts else 0.0
+    model.config.reward_bias = (
+        float(score_rows(model, prompts, responses, pad_id, precision).mean()) if prompts else 0.0
+    )
     model.save_pretrained(stage.work / "model")
     copy_tokenizer(parent, stage.work / "model")
 
@@ -207,7 +247,9 @@ def run(stage: Stage) -> dict:
             "steps": len(history),
             "prompts": len(examples),
             "bias": model.config.reward_bias,
-            "score_mean_demonstrations": float(score_rows(model, prompts, responses, pad_id, precision).mean()) if prompts else None,
+            "score_mean_demonstrations": float(score_rows(model, prompts, responses, pad_id, precision).mean())
+            if prompts
+            else None,
             "length_correlation": spearman(flat_scores, np.array([len(r) for r in flat_responses])),
         }
         | counts

@@ -1,0 +1,131 @@
+"""config/README.md and the JSON schema say what the code does: they cannot go stale."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from tunetrail import config as config_module
+from tunetrail import contract, errors
+from tunetrail.config import KEYS_END, KEYS_START, SPLITS, Block, Config, document, expand_sweeps, schema
+from tunetrail.config import main as command
+from tunetrail.data.readers import read_demonstrations, read_preferences
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "config/README.md").read_text(encoding="utf-8")
+TABLES = README.partition(KEYS_START)[2].partition(KEYS_END)[0]
+
+
+def blocks(annotation) -> set[type[Block]]:
+    """Every block that a key of this type may hold, and those inside it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inside = (blocks(field.annotation) for field in annotation.model_fields.values())
+        return {annotation}.union(*inside)
+    return set().union(*map(blocks, getattr(annotation, "__args__", ())))
+
+
+REACHABLE = sorted(blocks(Config), key=lambda block: block.__name__)
+
+
+def table_of(block: type[Block]) -> list[dict[str, str]]:
+    """The README's table of a block: rows by heading. Read as Markdown, not by the code that wrote it."""
+    title = next((path, variant) for path, variant, model in config_module._BLOCKS if model is block)
+    heading = (f"`{title[0]}`" if title[0] else "Top level") + (f" with `{title[1]}`" if title[1] else "")
+    section = TABLES.partition(f"### {heading}\n")[2].partition("\n### ")[0]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_walk_finds_every_block():
+    assert {block.__name__ for block in REACHABLE} >= {
+        "Config",
+        "PypiModel",
+        "TopicsSource",
+        "Lora",
+        "PpoConfig",
+        "PreferenceProbe",
+    }
+    assert set(REACHABLE) == {model for _, _, model in config_module._BLOCKS}
+
+
+@pytest.mark.parametrize("block", REACHABLE, ids=lambda block: block.__name__)
+def test_every_key_is_in_the_readme_with_its_true_default(block):
+    rows = {row["key"].strip("`"): row for row in table_of(block)}
+    assert rows.keys() == block.model_fields.keys()
+    for key, field in block.model_fields.items():
+        default, meaning = rows[key]["default"], rows[key]["meaning"]
+        assert len(meaning) >= 4
+        if field.is_required():
+            assert default == "required"
+        elif default.startswith("`"):
+            assert json.loads(default.strip("`")) == field.default
+        else:  # too long for a table
+            assert isinstance(field.default, BaseModel | list | str)
+            assert len(str(field.default)) > 20
+
+
+@pytest.mark.parametrize("block", REACHABLE, ids=lambda block: block.__name__)
+def test_every_key_and_block_has_a_meaning(block):
+    assert block.__doc__
+    for key, field in block.model_fields.items():
+        tag = isinstance(field.annotation, type) is False and str(field.annotation).startswith("typing.Literal")
+        assert field.description or (tag and field.is_required()), f"{block.__name__}.{key} has no description"
+
+
+def test_generated_files_are_fresh(tmp_path, capsys):
+    """`make schema` writes both."""
+    assert json.loads((ROOT / "workflow/schemas/config.schema.json").read_text(encoding="utf-8")) == schema()
+    assert command(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == schema()
+    assert command(["document"]) == 0
+    assert capsys.readouterr().out == document()
+    (tmp_path / "README.md").write_text(README.replace("| `beta` |", "| `gamma` |"), encoding="utf-8")
+    assert command(["document", "--write", str(tmp_path / "README.md")]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.partition(KEYS_START)[0], re.DOTALL)
+
+
+def test_every_shape_shown_is_read(tmp_path):
+    """Each example of a row goes through the readers as it stands."""
+    shown = fenced("json")
+    assert len(shown) == 7
+    for i, row in enumerate(shown):
+        (tmp_path / f"{i}.jsonl").write_text(row, encoding="utf-8")
+        source = config_module.FileSource(source="file", path=tmp_path / f"{i}.jsonl")
+        read = read_preferences if "chosen" in row or "ranks" in row or "labels" in row else read_demonstrations
+        assert len(read(source, None)) == 1, row
+
+
+def test_the_sweep_shown_has_the_names_shown():
+    import yaml
+
+    (shown,) = (text for text in fenced("yaml") if "beta: [" in text)
+    names = list(expand_sweeps(yaml.safe_load(shown)["policies"]))
+    assert names == re.findall(r"dpo-beta-[\d.]*\d", shown)
+
+
+def test_every_split_exit_code_and_variable_is_told():
+    for split in SPLITS:
+        assert f"| `{split}` | " in README
+    for error in (errors.DataError, errors.ConfigError, errors.Interrupted):
+        assert f"| {error.exit_code} | " in README
+    source = Path(contract.__file__).read_text(encoding="utf-8")
+    variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", source))
+    assert variables == set(re.findall(r"TUNETRAIL_[A-Z_]+", README))
+    assert re.search(r'"TUNETRAIL_CHECKPOINT_MINUTES", "10"', source)
+
+
+def test_every_file_named_exists():
+    for path in re.findall(r"`((?:config|workflow|profiles)/[\w./-]*)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_resources_are_no_keys():
+    """Science lives in the config, resources in the profiles."""
+    keys = {key for block in REACHABLE for key in block.model_fields}
+    assert not keys & {"mem_mb", "runtime", "threads", "cpus", "gpus", "gpu", "partition", "account", "slurm_partition"}
