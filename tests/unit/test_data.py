@@ -203,7 +203,7 @@ def test_missing_columns_are_named(tmp_path):
         match=r"d.jsonl:1: has no column 'question' \(columns maps prompt to it\); its columns are prompt, completion",
     ):
         read_demonstrations(source(path, columns={"prompt": "question"}))
-    with pytest.raises(DataError, match="d.jsonl:1: has no column 'user', which group names"):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: has no column 'user', which group names"):
         read_demonstrations(source(path, group="user"))
 
 
@@ -363,7 +363,7 @@ def test_stage_writes_disjoint_splits_and_a_card(run_data, tmp_path):
     }
     ids = [row["id"] for split in rows.values() for row in split]
     assert len(ids) == len(set(ids))
-    (row,) = [row for row in rows["evaluation"]][:1]
+    row = rows["evaluation"][0]
     assert row["prompt"].startswith("<|system|>Be brief.<|eos|><|user|>")
     assert row["prompt"].endswith("<|eos|><|assistant|>")
     assert not any("text" in row for split in ("reward", "rl", "evaluation") for row in rows[split])

@@ -76,7 +76,7 @@ def test_map_batches_keeps_order_and_lengths(model):
 def test_token_batches_stay_below_the_limit():
     lengths = [5, 1, 9, 4, 30, 2]
     batches = list(token_batches(lengths, 12))
-    assert sorted(list(itertools.chain(*batches))) == list(range(6))
+    assert sorted(itertools.chain(*batches)) == list(range(6))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 12 for b in batches)
     assert len(batches) < 6
 
@@ -108,7 +108,7 @@ def test_greedy_decoding_equals_generate(model):
 
 
 def test_samples_do_not_depend_on_the_batch_they_are_in(model):
-    settings = dict(k=3, max_new_tokens=6, temperature=1.0, seed=4, eos_id=EOS, pad_id=PAD)
+    settings = {"k": 3, "max_new_tokens": 6, "temperature": 1.0, "seed": 4, "eos_id": EOS, "pad_id": PAD}
     keys = ["a", "b", "c"]
     together = sample(model, PROMPTS, keys, batch_size=9, **settings)
     apart = [sample(model, [p], [k], batch_size=2, **settings)[0] for p, k in zip(PROMPTS, keys, strict=True)]
@@ -211,7 +211,7 @@ def test_an_adapter_merges_into_its_parent_and_refuses_another(tmp_path, monkeyp
 
 
 def test_unknown_lora_modules_are_a_config_error():
-    with pytest.raises(ConfigError, match="lora.target_modules"):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
         with_lora(tiny_model(16, 1, 2, VOCABULARY, seed=0), Lora(target_modules=["no_such_module"]), seed=0)
 
 

@@ -1,4 +1,4 @@
-# What every rule shares: the validated config, the paths, and who feeds whom.
+# Shared by all: the validated config, the paths, and who feeds whom.
 import re
 import sys
 from pathlib import Path

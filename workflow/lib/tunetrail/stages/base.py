@@ -80,10 +80,8 @@ def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTra
         case RandomModel():
             tokenizer = tiny_tokenizer()
             return tiny_model(source.hidden_size, source.layers, source.heads, len(tokenizer), seed), tokenizer
-        case HubModel():
-            name, revision = source.repo, source.revision
-        case LocalModel():
-            name, revision = str(source.path), None
+    name = source.repo if isinstance(source, HubModel) else str(source.path)
+    revision = source.revision if isinstance(source, HubModel) else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32), tokenizer

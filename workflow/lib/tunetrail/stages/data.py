@@ -7,6 +7,7 @@ came with the data, `comparisons.jsonl`. `metrics.json` is the data card.
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -57,10 +58,11 @@ def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
     """(rows, cards): the rows of every source with `source` and `kind`, and what each source is."""
     invalid: list[str] | None = [] if config.invalid == "drop" else None
     rows, cards = [], []
-    for kind, sources, read in (
+    readers: list[tuple[str, Sequence[Any], Callable[..., list[dict]]]] = [
         ("demonstrations", config.demonstrations, read_demonstrations),
         ("preferences", config.preferences, read_preferences),
-    ):
+    ]
+    for kind, sources, read in readers:
         for source in sources:
             before = len(invalid or [])
             found = read(source, invalid)
