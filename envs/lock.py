@@ -55,10 +55,10 @@ def closure(names: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    needed = closure(distribution("tunetrail").requires or [])
+    needed = closure([*(distribution("tunetrail").requires or []), "setuptools"])  # setuptools builds the package itself
     extra = {name: version for name, version in closure(TEST).items() if name not in needed}
     pins = [f"{name}=={version}" for name, version in sorted(needed.items())]
-    (HERE / "requirements.txt").write_text("# make lock\n" + "\n".join([*pins, "setuptools>=77"]) + "\n")
+    (HERE / "requirements.txt").write_text("# make lock\n" + "\n".join(pins) + "\n")
     (HERE / "requirements-test.txt").write_text(
         "# make lock\n" + "".join(f"{n}=={v}\n" for n, v in sorted(extra.items()))
     )

@@ -457,4 +457,9 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
             raise
         print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
         return 74  # EX_IOERR: a full disk, a missing right
+    except Exception as e:
+        if "No space left on device" not in str(e):  # safetensors and torch wrap the system's error in their own
+            raise
+        print(f"{name}: error: {args.output.parent}: No space left on device", file=sys.stderr)
+        return 74
     return 0

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tunetrail.config import BaseModelConfig, HubModel, LocalModel, PypiModel, RandomModel
+from tunetrail.config import BaseModelConfig, HubModel, PypiModel, RandomModel
 from tunetrail.contract import Stage, main, sha256_file
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
