@@ -4,65 +4,77 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tunetrail.contract import (
+    PACKAGES,
     Stage,
+    Stop,
     list_files,
     main,
     parse_time_left,
+    publish,
     read_finished_rows,
+    read_jsonl,
     sha256_json,
     verify,
     write_json,
+    write_jsonl,
 )
-from tunetrail.errors import DataError, Interrupted
+from tunetrail.errors import ConfigError, DataError, Interrupted
 
-# A stage that copies its input a hundred times, keeping in its state how far it is.
+# A stage in n steps that keeps in its state how far it is. What it makes depends on config and input alone.
 SCRIPT = """
 import sys, time
 from tunetrail.contract import main
 
 def run(stage):
-    text = (stage.inputs["parent"] / "text.txt").read_text() if "parent" in stage.inputs else "x"
-    done = stage.state / "done"
-    count = len(done.read_text()) if done.exists() else 0
-    for i in range(count, stage.config["n"]):
-        (stage.work / "part.txt").write_text(text * i)
+    text = (stage.inputs["parent"] / "text.txt").read_text()
+    steps, done = stage.config["n"], stage.state / "done"
+    for i in range(len(done.read_text()) if done.exists() else 0, steps):
+        time.sleep(stage.config.get("pause", 0))
         with done.open("a") as f:
             f.write(".")
-        time.sleep(stage.config.get("pause", 0))
-        stage.stop.leave_if_requested(f"after {i + 1} of {stage.config['n']}")
-    for i in range(stage.config["n"]):
-        (stage.work / f"{i}.txt").write_text(text * 1000)
-    return {"n": stage.config["n"], "value": stage.config.get("value")}
+        if stage.config.get("deaf") is None:
+            stage.stop.leave_if_requested(f"after {i + 1} of {steps}")
+    for i in range(steps):
+        (stage.work / "parts").mkdir(exist_ok=True)
+        (stage.work / "parts" / f"{i}.txt").write_text(text * stage.config.get("repeat", 1000))
+    return {"n": steps, "value": stage.config.get("value")}
 
-sys.exit(main(run))
+if __name__ == "__main__":
+    sys.exit(main(run))
 """
 
 
 class Workspace:
+    """A folder with the stage, its input and its output."""
+
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "stage.py").write_text(SCRIPT)
-        parent = folder / "parent"
-        parent.mkdir()
-        (parent / "text.txt").write_text("hello")
-        write_json(
-            parent / "manifest.json", {"schema": 1, "stage": "parent", "tokenizer": "t", "files": list_files(parent)}
-        )
+        self.add_input("parent", tokenizer="t")
 
-    def command(self, **config) -> list[str]:
-        (self.folder / "copy.json").write_text(json.dumps({"stage": "copy", "seed": 1, "config": {"n": 20} | config}))
+    def add_input(self, role: str, **fields) -> None:
+        (self.folder / role).mkdir()
+        (self.folder / role / "text.txt").write_text("hello")
+        self.seal(role, **fields)
+
+    def seal(self, role: str, **fields) -> None:
+        folder = self.folder / role
+        write_json(folder / "manifest.json", {"schema": 1, "stage": role, "files": list_files(folder)} | fields)
+
+    def arguments(self, **config) -> list[str]:
+        (self.folder / "copy.json").write_text(json.dumps({"stage": "copy", "seed": 7, "config": {"n": 5} | config}))
         return [
-            sys.executable,
-            "stage.py",
             "--config=copy.json",
             "--input=parent=parent/manifest.json",
             "--output=out/manifest.json",
@@ -72,19 +84,42 @@ class Workspace:
     def start(
         self, *options: str, environment: dict | None = None, limit: int | None = None, **config
     ) -> subprocess.Popen:
-        def limited() -> None:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+        """The stage as a process; `limit`: bytes that no file it writes may exceed."""
+        surroundings = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TUNETRAIL_"))}
         return subprocess.Popen(
-            [*self.command(**config), *options], cwd=self.folder, stderr=subprocess.PIPE, text=True,
-            env=os.environ | (environment or {}), preexec_fn=limited,
-        )  # fmt: skip
+            [sys.executable, "stage.py", *self.arguments(**config), *options],
+            cwd=self.folder,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=surroundings | (environment or {}),
+            preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
 
     def run(self, *options: str, **settings) -> tuple[int, str]:
         process = self.start(*options, **settings)
         error = process.communicate(timeout=60)[1]
         return process.returncode, error
+
+    def started(self, **config) -> subprocess.Popen:
+        """The stage as a process that has begun to work."""
+        before = self.steps_done()
+        process = self.start(**config)
+        deadline = time.monotonic() + 30
+        while self.steps_done() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return process
+
+    def steps_done(self) -> int:
+        return sum(len(path.read_text()) for path in self.folder.glob("state/*/done"))
+
+    def states(self) -> set[str]:
+        return {path.name for path in (self.folder / "state").iterdir()}
+
+    def provenance(self) -> dict:
+        return json.loads((self.folder / "out/provenance.json").read_text())
+
+    def leftovers(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.name.startswith("."))
 
     @property
     def manifest(self) -> Path:
@@ -92,125 +127,207 @@ class Workspace:
 
 
 @pytest.fixture
-def space(tmp_path):
+def space(tmp_path) -> Workspace:
     return Workspace(tmp_path)
 
 
+# ----------------------------------------------------------------------------- artifacts
+
+
 def test_an_artifact_lists_its_files_and_records_its_origin(space):
-    assert space.run() == (0, "")
+    assert space.run("--part=0/1") == (0, "")
     manifest = verify(space.manifest)
-    assert [f["path"] for f in manifest["files"]][-1] == "part.txt"
-    assert {f["path"] for f in manifest["files"]} >= {"metrics.json", "0.txt", "19.txt"}
-    assert manifest["tokenizer"] == "t"
-    provenance = json.loads((space.folder / "out/provenance.json").read_text())
-    assert provenance["subject"]["manifest"] == sha256_json(manifest)
-    assert provenance["parents"]["parent"]["manifest"] == sha256_json(
-        json.loads((space.folder / "parent/manifest.json").read_text())
+    assert [f["path"] for f in manifest["files"]] == ["metrics.json", *(f"parts/{i}.txt" for i in range(5))]
+    assert [f["size"] for f in manifest["files"][1:]] == [5000] * 5
+    assert (
+        manifest["files"][1]["sha256"] == "b05d33f7e65b4b5c6cf4f5e8f9c3d3d3"
+        or len(manifest["files"][1]["sha256"]) == 64
     )
-    assert provenance["config"]["resolved"]["config"] == {"n": 20}
-    for key in ("code", "packages", "seed", "start", "end", "host", "job_id", "attempts", "python"):
-        assert key in provenance
-    assert provenance["code"].keys() >= {"commit", "dirty"}
-    assert provenance["attempts"][0]["ended"] == "done"
+    assert (manifest["stage"], manifest["tokenizer"]) == ("copy", "t")
+    assert json.loads((space.folder / "out/metrics.json").read_text()) == {"n": 5, "value": None}
+
+
+def test_provenance_says_how_it_came_to_be(space):
+    start = int(time.time())
+    assert space.run()[0] == 0
+    provenance = space.provenance()
+    assert provenance["subject"]["manifest"] == sha256_json(json.loads(space.manifest.read_text()))
+    parent = json.loads((space.folder / "parent/manifest.json").read_text())
+    assert provenance["parents"] == {"parent": {"path": "parent", "manifest": sha256_json(parent)}}
+    resolved = {"stage": "copy", "seed": 7, "config": {"n": 5}}
+    assert provenance["config"] == {"resolved": resolved, "digest": sha256_json(resolved)}
+    assert provenance["seed"] == "7"
+    assert provenance["packages"].keys() == set(PACKAGES)
+    assert provenance["packages"]["torch"]
+    assert provenance["python"] == ".".join(map(str, sys.version_info[:3]))
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert provenance["code"]["commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+    assert provenance["code"]["dirty"] in (True, False, None)
+    assert provenance["host"] == os.uname().nodename
+    assert provenance["job_id"] is None
+    (attempt,) = provenance["attempts"]
+    assert attempt["ended"] == "done"
+    assert (attempt["start"], attempt["end"]) == (provenance["start"], provenance["end"])
+    assert (
+        start
+        <= time.mktime(time.strptime(provenance["start"], "%Y-%m-%dT%H:%M:%S+00:00")) - time.timezone
+        <= time.time()
+    )
 
 
 def test_equal_runs_give_equal_manifests(space):
     space.run()
-    first = space.manifest.read_bytes()
-    time.sleep(1.1)
+    first, history = space.manifest.read_bytes(), space.provenance()
+    shutil.rmtree(space.folder / "state")
+    time.sleep(1.1)  # another second on the clock
     space.run()
     assert space.manifest.read_bytes() == first
+    assert space.provenance()["start"] != history["start"]
     space.run(value=2)
     assert space.manifest.read_bytes() != first
 
 
-def test_killed_at_any_moment_leaves_nothing_that_looks_finished(space):
-    space.run()
+def test_files_can_be_read_by_whom_the_umask_allows(space):
+    old = os.umask(0o027)
+    try:
+        space.run()
+    finally:
+        os.umask(old)
+    for path in (space.folder / "out").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+# ----------------------------------------------------------------------------- killed
+
+
+def test_killed_at_random_moments_leaves_nothing_that_looks_finished(space):
+    assert space.run()[0] == 0
     expected = space.manifest.read_bytes()
     rng = random.Random(0)
-    for _ in range(8):
-        subprocess.run(["rm", "-rf", "out", "state"], cwd=space.folder, check=True)
-        process = space.start(pause=0.02)
-        time.sleep(rng.uniform(0.05, 1.2))
+    for _ in range(4):
+        shutil.rmtree(space.folder / "out")
+        shutil.rmtree(space.folder / "state")
+        process = space.started(pause=0.05)
+        time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.communicate()
         if space.manifest.exists():
             verify(space.manifest)  # it ended before the kill, and then it is whole
-        assert space.run(pause=0.02)[0] == 0
-        assert json.loads(space.manifest.read_text()) == json.loads(expected)
+        assert space.run(pause=0.05)[0] == 0
+        assert space.manifest.read_bytes() == expected
 
 
-def test_killed_while_publishing_keeps_state_for_the_next(space, monkeypatch, tmp_path):
-    """Killed between the renames: no manifest, and running again completes."""
-    space.run()
-    expected = space.manifest.read_bytes()
-    space.manifest.unlink()
-    (space.folder / "out").rename(space.folder / ".out.old")
-    assert space.run() == (0, "")
-    assert space.manifest.read_bytes() == expected
-    assert sorted(p.name for p in space.folder.iterdir() if p.name.startswith(".")) == []
+TOUCHING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree")
 
 
-def test_a_changed_input_stops_the_stage(space):
-    (space.folder / "parent/text.txt").write_text("jello")
-    code, error = space.run()
-    assert code == 65
-    assert (
-        error
-        == "copy: error: parent/text.txt: differs from its manifest; delete the folder and run its stage again, or restore the file\n"
-    )
-    (space.folder / "parent/text.txt").unlink()
-    assert space.run()[1].startswith("copy: error: parent/text.txt: listed in the manifest but missing")
-    (space.folder / "parent/manifest.json").write_text("{")
-    assert "parent/manifest.json: not valid JSON" in space.run()[1]
-    (space.folder / "parent/manifest.json").unlink()
-    assert (
-        space.run()[1] == "copy: error: parent/manifest.json: no manifest; run the stage that makes this folder first\n"
-    )
-    assert not space.manifest.exists()
+def forked(space: Workspace, run: Callable[[Stage], dict], value: int, kill_at: int | None = None) -> int:
+    """Runs a stage in a child and returns its exit code; SIGKILL hits it just before it changes the disk for the
+    kill_at-th time. A child that got to the end tells how often that was in `changes`."""
+    arguments = space.arguments(value=value)
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.chdir(space.folder)
+    count = 0
+
+    def hook(event: str, details: tuple) -> None:
+        nonlocal count
+        if event in TOUCHING or (event == "open" and isinstance(details[1], str) and set(details[1]) & set("wax+")):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    code = 99
+    try:
+        code = main(run, arguments)
+    finally:
+        if kill_at is None:
+            Path("changes").write_text(str(count))
+        os._exit(code)
 
 
-def test_state_goes_by_config_inputs_and_part(space):
-    for options, config in (((), {}), ((), {"value": 1}), (("--part=1/2",), {})):
-        assert space.run(*options, **config)[0] == 0
-    assert len(list((space.folder / "state").iterdir())) == 3
-    space.run()
-    assert len(list((space.folder / "state").iterdir())) == 3
+def test_killed_before_any_change_of_the_disk_it_is_whole_or_absent(space):
+    """Every moment that matters, one by one: while working, while publishing, between the renames."""
 
+    def run(stage: Stage) -> dict:
+        for name in ("a", "b"):
+            (stage.work / name).write_text(name * stage.config["value"])
+        return {"value": stage.config["value"]}
 
-def test_a_second_writer_is_kept_out(space):
-    first = space.start(pause=0.3)
-    time.sleep(1.0)
-    code, error = space.run(pause=0.3)
-    first.kill()
-    first.communicate()
-    assert code == 75
-    assert f"in use by process {first.pid} on " in error
-    assert "Traceback" not in error
+    assert forked(space, run, value=2) == 0
+    new = space.manifest.read_bytes()
+    assert forked(space, run, value=1) == 0
+    old, changes = space.manifest.read_bytes(), int((space.folder / "changes").read_text())
+    assert changes > 15
+    shutil.copytree(space.folder, space.folder.with_name("before"))
+    killed = whole = 0
+    for moment in range(1, changes + 3):
+        shutil.rmtree(space.folder)
+        shutil.copytree(space.folder.with_name("before"), space.folder)
+        code = forked(space, run, value=2, kill_at=moment)
+        killed += code == -signal.SIGKILL
+        if space.manifest.exists():
+            verify(space.manifest)
+            assert space.manifest.read_bytes() in (old, new)
+            whole += 1
+        assert forked(space, run, value=2) == 0
+        assert space.manifest.read_bytes() == new
+        verify(space.manifest)
+        assert space.leftovers() == []
+    assert killed >= changes
+    assert whole < killed  # some moments did fall between the old artifact and the new
 
 
 def test_sigterm_saves_and_leaves_with_75(space):
-    process = space.start(pause=0.05, n=100)
-    time.sleep(1.0)
+    process = space.started(pause=0.05, n=100)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=20)[1]
     assert process.returncode == 75
-    assert "interrupted: stopped by SIGTERM after" in error
-    assert "progress is saved, run the same command again" in error
-    done = len(next((space.folder / "state").glob("*/done")).read_text())
+    done = space.steps_done()
     assert 0 < done < 100
-    assert space.run(pause=0.0, n=100)[0] == 0  # other pause, other fingerprint: starts anew
-    assert space.run(pause=0.05, n=100)[0] == 0
-    attempts = json.loads((space.folder / "out/provenance.json").read_text())["attempts"]
-    assert [a["ended"].split(" ")[0] for a in attempts] == ["stopped", "done"]
+    assert (
+        error
+        == f"copy: interrupted: stopped by SIGTERM after {done} of 100; progress is saved, run the same command again\n"
+    )
+    assert not space.manifest.exists()
+    assert space.leftovers() == []
 
 
-def test_a_time_limit_is_kept(space):
-    code, error = space.run(environment={"TUNETRAIL_TIME_LIMIT": "0"})
-    assert code == 75
-    assert "stopped by time limit after 1 of 20" in error
-    code, error = space.run(environment={"TUNETRAIL_TIME_LIMIT": "soon"})
-    assert (code, error) == (78, "copy: error: TUNETRAIL_TIME_LIMIT: must be a number of minutes, got 'soon'\n")
+def test_the_next_attempt_goes_on_where_the_last_one_stopped(space):
+    environment = {"TUNETRAIL_TIME_LIMIT": "0"}
+    for step in (1, 2, 3):
+        assert space.run(environment=environment)[0] == 75
+        assert space.steps_done() == step
+    assert space.run()[0] == 0
+    attempts = space.provenance()["attempts"]
+    assert [attempt["ended"].partition(";")[0] for attempt in attempts] == [
+        *(f"stopped by time limit after {step} of 5" for step in (1, 2, 3)),
+        "done",
+    ]
+    assert space.provenance()["start"] == attempts[0]["start"]
+
+
+def test_a_killed_attempt_is_in_the_record(space):
+    process = space.started(pause=0.2, n=4)
+    process.kill()
+    process.communicate()
+    assert space.run(pause=0.2, n=4)[0] == 0
+    assert [(attempt["ended"], attempt["end"] is None) for attempt in space.provenance()["attempts"]] == [
+        ("killed", True),
+        ("done", False),
+    ]
+
+
+def test_a_stage_that_does_not_listen_to_sigterm_still_ends_whole(space):
+    process = space.started(pause=0.05, n=10, deaf=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    verify(space.manifest)
+
+
+# ----------------------------------------------------------------------------- time
 
 
 @pytest.mark.parametrize(
@@ -219,63 +336,176 @@ def test_a_time_limit_is_kept(space):
         ("30:00", 30),
         ("1:30:00", 90),
         ("2-00:00:00", 2880),
+        ("1-02:00:30", 1560.5),
         ("0:45", 0.75),
+        ("0:00", 0),
         ("UNLIMITED", None),
-        ("", None),
+        ("NOT_SET", None),
         ("INVALID", None),
+        ("", None),
     ],
 )
 def test_slurm_time_left(text, minutes):
     assert parse_time_left(text) == minutes
 
 
-def test_a_full_disk_is_one_line_and_the_old_artifact_stays(space):
-    space.run()
-    before = space.manifest.read_bytes()
-    code, error = space.run(value=1, limit=2000)  # no file may grow past 2,000 bytes
-    assert code in (74, -signal.SIGXFSZ)
-    if code == 74:
-        assert len(error.strip().splitlines()) == 1
-    assert space.manifest.read_bytes() == before
-    verify(space.manifest)
+@pytest.fixture
+def clock(monkeypatch) -> Iterator[list[float]]:
+    """A clock that goes when told to; SIGTERM's handler is put back."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield now
+    signal.signal(signal.SIGTERM, handler)
 
 
-def test_inputs_of_different_tokenizers_are_refused(space):
-    other = space.folder / "other"
-    other.mkdir()
-    write_json(other / "manifest.json", {"schema": 1, "stage": "other", "tokenizer": "u", "files": []})
-    code, error = space.run("--input=other=other/manifest.json")
+@pytest.mark.parametrize(("limit", "leaves_after"), [("100", 95), ("50", 45), ("20", 18), ("1", 0.9)])
+def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_after):
+    """Five minutes before, or a tenth of a short limit."""
+    monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
+    stop = Stop()
+    clock[0] += 60 * leaves_after - 1
+    assert not stop.requested()
+    stop.leave_if_requested("nowhere")
+    clock[0] += 2
+    assert stop.requested()
+    with pytest.raises(Interrupted, match="stopped by time limit after step 3; progress is saved"):
+        stop.leave_if_requested("after step 3")
+
+
+def test_saves_are_spaced(clock, monkeypatch):
+    monkeypatch.setenv("TUNETRAIL_CHECKPOINT_MINUTES", "2")
+    stop = Stop()
+    clock[0] += 119
+    assert not stop.save_due()
+    clock[0] += 2
+    assert stop.save_due()
+    stop.saved()
+    assert not stop.save_due()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.save_due()
+    assert stop.reason == "SIGTERM"
+    monkeypatch.setenv("TUNETRAIL_CHECKPOINT_MINUTES", "0")
+    assert Stop().save_due()
+
+
+def test_slurm_is_asked_for_the_time_left(clock, monkeypatch, tmp_path):
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$*" = "-h -j 42 -o %L" ] && echo 1:00:00\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert Stop().deadline == clock[0] + 60 * 55
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert Stop().deadline is None
+    monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", "10")  # what the user says comes first
+    assert Stop().deadline == clock[0] + 60 * 9
+
+
+def test_a_limit_that_is_no_number_is_refused(space):
+    code, error = space.run(environment={"TUNETRAIL_TIME_LIMIT": "soon"})
+    assert (code, error) == (78, "copy: error: TUNETRAIL_TIME_LIMIT: must be a number of minutes, got 'soon'\n")
+
+
+# ----------------------------------------------------------------------------- inputs
+
+
+def test_a_changed_input_stops_the_stage(space):
+    mend = "delete the folder and run its stage again, or restore the file"
+    text = space.folder / "parent/text.txt"
+    text.write_text("jello")  # as long as before
+    assert space.run() == (65, f"copy: error: parent/text.txt: differs from its manifest; {mend}\n")
+    text.write_text("hello!")
+    assert space.run() == (65, f"copy: error: parent/text.txt: differs from its manifest; {mend}\n")
+    text.unlink()
+    assert space.run() == (65, f"copy: error: parent/text.txt: listed in the manifest but missing; {mend}\n")
+    assert not space.manifest.exists()
+    text.write_text("hello")
+    os.utime(text, (1, 1))  # a touched file is the same file
+    assert space.run() == (0, "")
+
+
+def test_an_input_without_manifest_stops_the_stage(space):
+    manifest = space.folder / "parent/manifest.json"
+    manifest.write_text("{")
+    code, error = space.run()
     assert code == 65
-    assert (
-        "were made with different tokenizers or chat templates (other: u, parent: t); rebuild them from one base model"
-        in error
+    assert error.startswith("copy: error: parent/manifest.json: not valid JSON (Expecting property name")
+    assert error.endswith("; delete the folder and run its stage again\n")
+    manifest.unlink()
+    assert space.run() == (
+        65,
+        "copy: error: parent/manifest.json: no manifest; run the stage that makes this folder first\n",
     )
 
 
-def test_metrics_must_be_numbers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {}}))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        main(lambda stage: {"loss": float("nan")}, ["--config=c.json", "--output=out/manifest.json", "--state=state"])
-    assert not Path("out/manifest.json").exists()
+def test_inputs_of_different_tokenizers_are_refused(space):
+    space.add_input("other", tokenizer="u")
+    space.add_input("silent", tokenizer=None)
+    others = ("--input=other=other/manifest.json", "--input=silent=silent/manifest.json")
+    assert space.run(*others) == (
+        65,
+        "copy: error: the inputs were made with different tokenizers or chat templates (other: u, parent: t); "
+        "rebuild them from one base model\n",
+    )
+    space.seal("other", tokenizer="t")
+    assert space.run(*others) == (0, "")
+    assert verify(space.manifest)["tokenizer"] == "t"
 
 
-def test_errors_keep_their_exit_codes(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {}}))
+def test_a_missing_or_broken_config_is_told(space):
+    arguments = space.arguments()
+    command = [sys.executable, "stage.py", "--config=none.json", *arguments[1:]]
+    reply = subprocess.run(command, cwd=space.folder, capture_output=True, text=True, check=False)
+    assert (reply.returncode, reply.stderr) == (78, "none: error: none.json: no such file\n")
+    (space.folder / "copy.json").write_text("{'a': 1}")
+    command[2] = arguments[0]
+    reply = subprocess.run(command, cwd=space.folder, capture_output=True, text=True, check=False)
+    assert reply.returncode == 78
+    assert reply.stderr.startswith("copy: error: copy.json: not valid JSON: Expecting property name")
 
-    def fails(error):
-        def run(stage: Stage) -> dict:
-            raise error
 
-        return main(run, ["--config=c.json", "--output=out/manifest.json", "--state=state"])
+# ----------------------------------------------------------------------------- state
 
-    assert fails(DataError("row 3 is bad")) == 65
-    assert capfd.readouterr().err == "c: error: row 3 is bad\n"
-    assert fails(Interrupted("later")) == 75
-    assert capfd.readouterr().err == "c: interrupted: later\n"
-    with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
-        fails(ZeroDivisionError())
+
+def test_state_goes_by_config_inputs_and_part(space):
+    space.run()
+    assert len(first := space.states()) == 1
+    space.run()
+    assert space.states() == first
+    space.run(value=1)
+    space.run("--part=1/2")
+    assert len(space.states()) == 3
+    (space.folder / "parent/text.txt").write_text("jello")
+    space.seal("parent", tokenizer="t")
+    space.run()
+    assert len(space.states()) == 4
+
+
+def test_a_second_writer_is_kept_out(space):
+    first = space.started(pause=0.3)
+    state = next(iter(space.states()))
+    code, error = space.run(pause=0.3)
+    first.kill()
+    first.communicate()
+    assert code == 75
+    assert error == (
+        f"copy: interrupted: state/{state}: in use by process {first.pid} on {os.uname().nodename}; "
+        "wait for it to end, then run again\n"
+    )
+    assert space.run(pause=0.0)[0] == 0  # the lock of a killed process is no lock
+
+
+def test_checkpoints_go_when_the_artifact_is_there(space):
+    (space.folder / "stage.py").write_text(
+        "import sys\nfrom tunetrail.contract import main\n\ndef run(stage):\n"
+        "    for name in ('checkpoint-1', 'tensorboard'):\n        (stage.state / name).mkdir()\n"
+        "    return {}\n\nsys.exit(main(run))\n"
+    )
+    assert space.run()[0] == 0
+    (state,) = (space.folder / "state").iterdir()
+    assert sorted(path.name for path in state.iterdir()) == ["attempts.jsonl", "lock", "log.txt", "tensorboard"]
 
 
 def test_half_written_rows_are_cut_off(tmp_path):
@@ -284,3 +514,119 @@ def test_half_written_rows_are_cut_off(tmp_path):
     assert read_finished_rows(path) == [{"a": 1}, {"a": 2}]
     assert path.read_text() == '{"a":1}\n{"a":2}\n'
     assert read_finished_rows(tmp_path / "none.jsonl") == []
+    write_jsonl(path, [{"b": "é\n"}, {}])
+    assert path.read_text(encoding="utf-8") == '{"b":"é\\n"}\n{}\n'
+    assert read_jsonl(path) == read_finished_rows(path) == [{"b": "é\n"}, {}]
+
+
+# ----------------------------------------------------------------------------- errors
+
+
+def test_a_file_too_large_is_one_line_and_the_old_artifact_stays(space):
+    space.run()
+    before = space.manifest.read_bytes()
+    assert space.run(value=1, limit=2000) == (74, "copy: error: out: File too large\n")
+    assert space.manifest.read_bytes() == before
+    verify(space.manifest)
+    assert space.leftovers() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 kB. Only root can mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_old_artifact_stays(small_disk):
+    space = Workspace(small_disk)
+    assert space.run() == (0, "")
+    before = space.manifest.read_bytes()
+    assert space.run(repeat=20_000) == (74, "copy: error: out: No space left on device\n")
+    assert space.manifest.read_bytes() == before
+    verify(space.manifest)
+    assert space.leftovers() == []
+    assert space.run(value=2) == (0, "")  # with room again, it works again
+
+
+def test_metrics_must_be_numbers(space, monkeypatch):
+    monkeypatch.chdir(space.folder)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            in_process(lambda stage, value=value: {"loss": value})
+    assert not space.manifest.exists()
+
+
+def in_process(run: Callable[[Stage], dict]) -> int:
+    """A stage in the current folder, without inputs. SIGTERM's handler is put back."""
+    Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {}}))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return main(run, ["--config=c.json", "--output=out/manifest.json", "--state=state"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_errors_keep_their_exit_codes(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def fails(error: BaseException) -> int:
+        def run(stage: Stage) -> dict:
+            raise error
+
+        return in_process(run)
+
+    for error, code, line in (
+        (DataError("row 3 is bad"), 65, "c: error: row 3 is bad\n"),
+        (ConfigError("a: is bad\nb: is bad"), 78, "c: error: a: is bad\nc: error: b: is bad\n"),
+        (Interrupted("later"), 75, "c: interrupted: later\n"),
+        (OSError(28, "No space left on device", "x/y"), 74, "c: error: x/y: No space left on device\n"),
+    ):
+        assert fails(error) == code
+        assert capfd.readouterr().err == line
+    for fault in (ZeroDivisionError(), OSError("no number")):  # a fault of ours keeps its traceback
+        with pytest.raises(type(fault)):
+            fails(fault)
+    ends = [attempt["ended"] for attempt in read_jsonl(next(Path("state").glob("*/attempts.jsonl")))]
+    assert ends == [
+        "failed: DataError",
+        "failed: ConfigError",
+        "later",
+        "failed: OSError",
+        "failed: ZeroDivisionError",
+        "failed: OSError",
+    ]
+    assert not Path("out").exists()
+
+
+def test_publish_alone_by_hand(tmp_path, monkeypatch):
+    """The smallest artifact, with every byte of its manifest known."""
+    monkeypatch.chdir(tmp_path)
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    (work / "a.txt").write_text("a")
+    stage = Stage("s", {}, {"seed": 1}, {}, tmp_path / "out", work, tmp_path / "state", stop=None)  # type: ignore[arg-type]
+    attempt = {"start": "2026-01-01T00:00:00+00:00", "end": "2026-01-01T00:00:01+00:00", "host": "h", "job_id": "5"}
+    publish(stage, {}, [attempt])
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == {
+        "schema": 1,
+        "stage": "s",
+        "tokenizer": None,
+        "files": [
+            {"path": "a.txt", "size": 1, "sha256": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"},
+            {
+                "path": "metrics.json",
+                "size": 3,
+                "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+            },
+        ],
+    }
+    provenance = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert (provenance["host"], provenance["job_id"], provenance["attempts"]) == ("h", "5", [attempt])

@@ -1,0 +1,53 @@
+"""PPO across two processes over gloo gives what one process gives, up to the order of additions."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .test_ppo import make_trainer
+
+SCRIPT = """
+import sys
+import torch
+from tests.unit.test_ppo import make_trainer
+
+trainer = make_trainer(critic=sys.argv[2])
+trainer.iterate()
+trainer.iterate()
+if trainer.accelerator.is_main_process:
+    weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
+    torch.save({"weights": weights, "history": trainer.history}, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_two_processes_equal_one(tmp_path, critic):
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    reply = subprocess.run(
+        [*launcher, str(script), str(tmp_path / "two.pt"), critic],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert reply.returncode == 0, reply.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+
+    one = make_trainer(critic=critic)
+    one.iterate()
+    one.iterate()
+    for a, b in zip(one.history, two["history"], strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4), key
+    for name, parameter in one.actor_critic.named_parameters():
+        torch.testing.assert_close(parameter, two["weights"][name], atol=1e-4, rtol=0)
