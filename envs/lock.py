@@ -55,7 +55,9 @@ def closure(names: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    needed = closure([*(distribution("tunetrail").requires or []), "setuptools"])  # setuptools builds the package itself
+    needed = closure(
+        [*(distribution("tunetrail").requires or []), "setuptools"]
+    )  # setuptools builds the package itself
     extra = {name: version for name, version in closure(TEST).items() if name not in needed}
     pins = [f"{name}=={version}" for name, version in sorted(needed.items())]
     (HERE / "requirements.txt").write_text("# make lock\n" + "\n".join(pins) + "\n")

@@ -117,7 +117,7 @@ def test_every_split_exit_code_and_variable_is_told():
     source = Path(contract.__file__).read_text(encoding="utf-8")
     variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", source))
     assert variables == set(re.findall(r"TUNETRAIL_[A-Z_]+", README))
-    assert re.search(r'"TUNETRAIL_CHECKPOINT_MINUTES", "10"', source)
+    assert "| `TUNETRAIL_CHECKPOINT_MINUTES` | minutes | 10 |" in README
 
 
 def test_every_file_named_exists():

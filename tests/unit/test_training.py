@@ -177,6 +177,14 @@ STAGES = {
         {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3},
         {"policy": "base", "comparisons": "comparisons"},
     ),
+    "reward-lora": (
+        {"learning_rate": 1e-3, "batch_size": 2, "lora": {"r": 2}},
+        {"policy": "base", "data": "data", "comparisons": "comparisons"},
+    ),
+    "dpo-lora": (
+        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "lora": {"r": 2}},
+        {"policy": "base", "comparisons": "comparisons"},
+    ),
 }
 
 

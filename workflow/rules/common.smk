@@ -1,4 +1,5 @@
 # Shared by all: the validated config, the paths, and who feeds whom.
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from tunetrail.errors import TunetrailError
 
 def validated(raw):
     """The typed config; on a mistake one clear line each, and exit code 78 before any job starts."""
-    source = ", ".join(str(path) for path in workflow.configfiles) or "config"
+    source = ", ".join(os.path.relpath(path) for path in workflow.configfiles) or "config"
     try:
         for path in workflow.configfiles:
             # Finds what a loaded mapping no longer shows: keys given twice.

@@ -21,11 +21,13 @@ Exit codes: 0 done; 75 interrupted with progress saved; 65 bad data; 78 bad conf
 """
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -45,6 +47,8 @@ from tunetrail.config import canonical_json
 from tunetrail.errors import ConfigError, DataError, Interrupted, TunetrailError
 
 MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
+# What a user can mend: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
 PACKAGES = ("accelerate", "datasets", "numpy", "pandas", "peft", "sacrebleu", "snakemake", "tokenizers", "torch", "transformers", "trl")  # fmt: skip
 
 log = logging.getLogger("tunetrail")
@@ -86,29 +90,53 @@ def verify(manifest_path: Path) -> dict:
     """Checks a folder against its manifest and returns the manifest. Raises DataError naming what differs."""
     manifest, folder = read_manifest(manifest_path), manifest_path.parent
     mend = "delete the folder and run its stage again, or restore the file"
-    for entry in manifest["files"]:
-        path = folder / entry["path"]
+    try:
+        listed = {entry["path"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
+    except (KeyError, TypeError):
+        raise DataError(f"{manifest_path}: is no manifest; delete the folder and run its stage again") from None
+    for name, (size, digest) in listed.items():
+        path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: listed in the manifest but missing; {mend}")
-        if path.stat().st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
+        if path.stat().st_size != size or sha256_file(path) != digest:
             raise DataError(f"{path}: differs from its manifest; {mend}")
+    for path in sorted(folder.rglob("*")):  # a file more can change what from_pretrained loads
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (*listed, MANIFEST, PROVENANCE) and not path.name.startswith(".nfs"):
+            raise DataError(f"{path}: is not in the manifest; remove it, or delete the folder and run its stage again")
     return manifest
 
 
 # ----------------------------------------------------------------------------- time and signals
 
 
+def _minutes(variable: str) -> float | None:
+    """An environment variable in minutes; None where it is not set. Raises ConfigError."""
+    if not (text := os.environ.get(variable)):
+        return None
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes < math.inf:
+        raise ConfigError(f"{variable}: must be a number of minutes, 0 or more, got {text!r}")
+    return minutes
+
+
 def _minutes_left() -> float | None:
     """Minutes the allocation has left: $TUNETRAIL_TIME_LIMIT (minutes from now), or what Slurm says; None: no limit."""
-    if limit := os.environ.get("TUNETRAIL_TIME_LIMIT"):
-        try:
-            return float(limit)
-        except ValueError:
-            raise ConfigError(f"TUNETRAIL_TIME_LIMIT: must be a number of minutes, got {limit!r}") from None
-    if job := os.environ.get("SLURM_JOB_ID"):
-        reply = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, check=False)
-        return parse_time_left(reply.stdout.strip()) if reply.returncode == 0 else None
-    return None
+    limit, job = _minutes("TUNETRAIL_TIME_LIMIT"), os.environ.get("SLURM_JOB_ID")
+    if limit is not None or job is None:
+        return limit
+    try:
+        reply = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):  # in a container there may be no squeue
+        return None
+    # An array's first id names all its tasks: the shortest time is safe.
+    left = [parse_time_left(line.strip()) for line in reply.stdout.splitlines()] if reply.returncode == 0 else []
+    return min((minutes for minutes in left if minutes is not None), default=None)
 
 
 def parse_time_left(text: str) -> float | None:
@@ -136,7 +164,8 @@ class Stop:
     def __init__(self) -> None:
         left = _minutes_left()
         self.deadline = None if left is None else time.monotonic() + 60 * max(left * 0.9, left - 5)
-        self.interval = 60 * float(os.environ.get("TUNETRAIL_CHECKPOINT_MINUTES", "10"))
+        minutes = _minutes("TUNETRAIL_CHECKPOINT_MINUTES")
+        self.interval = 60 * (10 if minutes is None else minutes)
         self.last_save = time.monotonic()
         self.reason: str | None = None
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -269,24 +298,28 @@ def _settle(folder: Path) -> None:
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """Holds the state folder's lock. Raises Interrupted when another process has it."""
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("a+") as handle:
+def _locked(lock: Path) -> Iterator[None]:
+    """Holds a lock file. Raises Interrupted when another process has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # not ENOLCK: a file system without locks will not have them later
             handle.seek(0)
             raise Interrupted(
-                f"{state}: in use by {handle.read().strip() or 'another process'}; wait for it to end, then run again"
+                f"{lock}: in use by {handle.read().strip() or 'another process'}; wait for it to end, then run again"
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -335,9 +368,10 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     # The manifest is what says "finished": it comes last, by a rename of its own.
     pending = stage.output / f".{MANIFEST}"
     write_json(pending, manifest)
-    with pending.open("rb") as f:
-        os.fsync(f.fileno())
+    _sync(pending)
     pending.rename(stage.output / MANIFEST)
+    _sync(stage.output)
+    _sync(stage.output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -373,16 +407,23 @@ def _tokenizer_of(parents: dict[str, dict]) -> str | None:
     return next(iter(digests.values()), None)
 
 
+def _record(path: Path, attempts: list[dict]) -> None:
+    """Whole or not at all: a full disk or a kill must not cost the history."""
+    pending = path.with_suffix(".new")
+    write_jsonl(pending, attempts)
+    pending.rename(path)
+
+
 def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
     attempts_file = stage.state / "attempts.jsonl"
-    attempts = read_jsonl(attempts_file) if attempts_file.exists() else []
+    attempts = read_finished_rows(attempts_file)
     for attempt in attempts:  # a killed attempt could not write its own end
         attempt.setdefault("ended", "killed")
         attempt.setdefault("end", None)
     attempts.append(
         {"start": _now(), "host": socket.gethostname(), "job_id": os.environ.get("SLURM_JOB_ID"), "pid": os.getpid()}
     )
-    write_jsonl(attempts_file, attempts)
+    _record(attempts_file, attempts)
 
     started = time.monotonic()
     try:
@@ -396,7 +437,7 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         raise
     finally:
         attempts[-1] |= {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
-        write_jsonl(attempts_file, attempts)
+        _record(attempts_file, attempts)
     publish(stage, metrics, attempts)
     for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
         shutil.rmtree(leftover, ignore_errors=True)
@@ -427,7 +468,8 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
         state.mkdir(parents=True, exist_ok=True)
         run(stage)
         return name
-    with _locked(state):
+    # Not two attempts in one state folder, and not two in one output, whatever their configs.
+    with _locked(state / "lock"), _locked(args.state / f"{output.name}.lock"):
         handler = logging.FileHandler(state / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
@@ -437,6 +479,8 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
             _attempt(stage, run)
         finally:
             shutil.rmtree(stage.work, ignore_errors=True)
+            log.removeHandler(handler)
+            handler.close()
     return name
 
 
@@ -453,7 +497,7 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
             print(f"{name}: {'interrupted' if isinstance(e, Interrupted) else 'error'}: {line}", file=sys.stderr)
         return e.exit_code
     except OSError as e:
-        if e.errno is None:
+        if e.errno not in DISK_ERRORS:
             raise
         print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
         return 74  # EX_IOERR: a full disk, a missing right

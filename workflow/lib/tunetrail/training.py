@@ -50,13 +50,8 @@ def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int)
     return order
 
 
-def trainer_arguments(stage: Stage, config: Epochs, per_row: int = 1) -> dict[str, Any]:
-    """Keyword arguments of transformers.TrainingArguments and its TRL children.
-
-    Args:
-        per_row: how many sequences a row of the data set stands for (K for the reward model), for
-            `micro_batch_size`, which counts sequences.
-    """
+def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
+    """Keyword arguments of transformers.TrainingArguments and its TRL children."""
     import torch
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -126,9 +121,10 @@ class StageCallback(TrainerCallback):
 def mark_complete(checkpoint: Path) -> None:
     """Declares a checkpoint whole: the last file to be written lists the others, and all are on disk."""
     write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
-    for path in checkpoint.iterdir():
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
+    for path in checkpoint.rglob("*"):  # an adapter's reference lies in a folder of its own
+        if path.is_file():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
     (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
 
 
