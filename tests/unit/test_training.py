@@ -235,6 +235,20 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     assert len(json.loads(stopped.with_name("provenance.json").read_text())["attempts"]) == 3
 
 
+def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
+    """The first logged loss against plain forward passes, one row at a time."""
+    from tunetrail.models.loading import load_causal_lm
+
+    code, error, output = run_stage("sft", "one", config={"batch_size": 24, "micro_batch_size": 8, "epochs": 1})
+    assert code == 0, error
+    tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
+    nlls = []
+    for example in sft.tokenize(read_jsonl(workspace / "data/sft.jsonl"), tokenizer, 1024):
+        logprobs = model(torch.tensor([example["input_ids"]])).logits[0].log_softmax(-1)
+        nlls += [-logprobs[i - 1, label].item() for i, label in enumerate(example["labels"]) if label != -100]
+    assert read_jsonl(output.with_name("history.jsonl"))[0]["loss"] == pytest.approx(sum(nlls) / len(nlls), abs=1e-4)
+
+
 def test_dpo_starts_at_log_2_and_margin_0(run_stage):
     code, error, output = run_stage("dpo", "straight")
     assert code == 0, error
