@@ -6,8 +6,6 @@ import subprocess
 
 import pytest
 
-from ..workflow.conftest import tiny_run  # noqa: F401  (the run whose page is opened)
-
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("CI"):
     raise RuntimeError("chromium is not installed; .ci/run installs it")
@@ -30,7 +28,7 @@ def chromium(*options: str) -> subprocess.CompletedProcess:
 
 
 @needs_browser
-def test_the_page_opens_from_disk_without_an_error(tiny_run, tmp_path):  # noqa: F811
+def test_the_page_opens_from_disk_without_an_error(tiny_run, tmp_path):
     page = tiny_run.folder / "results/tiny/report/report.html"
     reply = chromium(
         f"--user-data-dir={tmp_path}/profile", "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND", page.as_uri()
@@ -42,7 +40,7 @@ def test_the_page_opens_from_disk_without_an_error(tiny_run, tmp_path):  # noqa:
 
 @needs_browser
 @pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_is_wider_than_the_screen(tiny_run, tmp_path, width):  # noqa: F811
+def test_nothing_is_wider_than_the_screen(tiny_run, tmp_path, width):
     page = tiny_run.folder / "results/tiny/report/report.html"
     probe = tmp_path / "probe.html"
     script = "<script>addEventListener('load', () => document.title = `overflow ${document.documentElement.scrollWidth - innerWidth}`)</script></body>"

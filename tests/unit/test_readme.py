@@ -27,7 +27,7 @@ def test_make_targets_exist():
 
 
 def test_ci_runs_the_readmes_test_command():
-    assert (ROOT / ".ci/run").read_text().rstrip().endswith("\nmake test")
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("\nCI=1 make test")
 
 
 @pytest.mark.parametrize("command", ["check", "resolve"])

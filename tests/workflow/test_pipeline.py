@@ -16,7 +16,7 @@ import yaml
 from tunetrail.config import load
 from tunetrail.contract import read_jsonl, verify
 
-from .conftest import ROOT, SHARED, Project
+from ..conftest import ROOT, SHARED, Project
 
 TINY = "results/tiny"
 ARTIFACTS = [

@@ -7,14 +7,6 @@ import sys
 import warnings
 from contextlib import AbstractContextManager
 
-# Before transformers is imported: progress bars of its own would tear ours apart, and a stage must
-# never reach for a hub in the middle of a job unless its config names one.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-
 import numpy as np
 import torch
 
