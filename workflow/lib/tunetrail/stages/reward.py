@@ -105,11 +105,13 @@ class KWiseTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask = inputs["mask"]
         position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        flat = (
-            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position_ids)
-            .logits[:, 0]
-            .float()
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=position_ids,
+            use_cache=False,
         )
+        flat = output.logits[:, 0].float()
         scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
         loss = kwise_loss(scores, inputs["targets"], mask)
         return (loss, scores) if return_outputs else loss
