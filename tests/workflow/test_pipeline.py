@@ -124,19 +124,6 @@ def test_a_new_sample_size_in_the_report_reruns_the_report(tiny_run):
     assert tiny_run.pending(edited(tiny_run, report={"samples": 3})) == {"stage_config": 1, "report": 1, "all": 1}
 
 
-def test_a_lost_shard_is_one_shards_work(tiny_run):
-    """Lost before the ranking: that shard and the ranking run again, give the same bytes, and nothing downstream moves."""
-    lost = [tiny_run.folder / TINY / name / "manifest.json" for name in ("completions/0-of-2", "comparisons")]
-    before = [path.read_bytes() for path in lost]
-    for path in lost:
-        path.unlink()
-    pending = tiny_run.pending()
-    assert (pending["completions"], pending["comparisons"]) == (1, 1)
-    tiny_run.run("--until", "comparisons")
-    assert [path.read_bytes() for path in lost] == before
-    assert tiny_run.pending() == {}
-
-
 def test_snakemakes_own_report_has_the_page_and_the_figures(tiny_run):
     tiny_run.run("--report", "snakemake-report.html")
     html = (tiny_run.folder / "snakemake-report.html").read_text()

@@ -8,6 +8,7 @@ import numpy as np
 
 from tunetrail.config import SPLITS, Shares
 from tunetrail.data.readers import normalise
+from tunetrail.errors import DataError
 from tunetrail.seeds import derive_seed
 
 # Where a duplicate across splits is dropped, the row in the earlier split of this list stays: what
@@ -37,6 +38,36 @@ def assign_groups(groups: Sequence[str], shares: Shares, seed: int) -> dict[str,
     return assigned
 
 
+def assign_splits(rows: Sequence[dict], shares: Shares, seed: int) -> dict[str, str]:
+    """Group -> split for rows of every kind.
+
+    Groups with preferences, with other prompts, and with raw text alone are each spread by the shares, so
+    that no kind runs short in a split because another has bigger groups. Raw text is used in sft and
+    heldout only, so it is spread over these two.
+
+    Args:
+        rows: with "group", "kind" ("preferences" or "demonstrations") and, where they are raw text, "text".
+
+    Raises:
+        DataError: raw text, and no share for sft or heldout.
+    """
+    kinds = ("preferences", "demonstrations", "text")
+    kind_of: dict[str, str] = {}
+    for row in rows:
+        kind = "text" if "text" in row else row["kind"]
+        kind_of[row["group"]] = min(kind_of.get(row["group"], kind), kind, key=kinds.index)
+    assigned: dict[str, str] = {}
+    for kind in kinds:
+        groups = [row["group"] for row in rows if kind_of[row["group"]] == kind]
+        if groups and kind == "text":
+            total = shares.sft + shares.heldout
+            if not total:
+                raise DataError("data.shares: raw text goes to sft and heldout, but both are 0; give one a share")
+            shares = Shares(sft=shares.sft / total, reward=0, rl=0, evaluation=0, heldout=shares.heldout / total)
+        assigned |= assign_groups(groups, shares, seed)
+    return assigned
+
+
 def _shingles(text: str) -> set[Hashable]:
     """Word 3-grams; a shorter text is one shingle."""
     words = normalise(text).split()
@@ -48,7 +79,7 @@ def jaccard(a: set[Hashable], b: set[Hashable]) -> float:
 
 
 def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: float) -> list[tuple[int, int]]:
-    """(row to keep, row that repeats it) for exact and near duplicates in different splits.
+    """(row to keep, row that repeats it), once for each row that repeats one of another split, exactly or nearly.
 
     Candidates come from MinHash LSH (Broder 1997), and count where the true Jaccard similarity of the
     word 3-grams is at least `threshold`. Within one split duplicates are nobody's leak.
@@ -60,25 +91,24 @@ def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: fl
     members: dict[str, list[int]] = {}
     for i in order:
         members.setdefault(normalise(texts[i]), []).append(i)
-    found = [(rows[0], i) for rows in members.values() for i in rows[1:] if splits[i] != splits[rows[0]]]
+    found = {i: rows[0] for rows in members.values() for i in rows[1:] if splits[i] != splits[rows[0]]}
     if threshold >= 1:
-        return found
+        return [(kept, i) for i, kept in sorted(found.items())]
     shingles = {text: _shingles(text) for text in members}
-    index = MinHashLSH(threshold=max(0.1, threshold - 0.1), num_perm=NUM_PERM)
+    position = {text: i for i, text in enumerate(members)}
+    # A candidate too many costs a comparison, one too few is a leak: the weights make LSH find about 99% of the pairs at
+    # the threshold, and more above it (85% with equal weights).
+    index = MinHashLSH(threshold=max(0.1, threshold - 0.1), num_perm=NUM_PERM, weights=(0.1, 0.9))
     for text, rows in members.items():
         signature = MinHash(num_perm=NUM_PERM, seed=1)
         signature.update_batch([repr(s).encode() for s in shingles[text]])  # type: ignore[attr-defined]
-        near = [
-            members[other][0]
-            for other in index.query(signature)
-            if jaccard(shingles[text], shingles[other]) >= threshold
-        ]
-        kept = min(near, key=order.index, default=None) if len(near) < 50 else near[0]
-        for i in rows:
-            if kept is not None and splits[i] != splits[kept]:
-                found.append((kept, i))
+        candidates = sorted(index.query(signature), key=position.__getitem__)
+        near = next((t for t in candidates if jaccard(shingles[text], shingles[t]) >= threshold), None)
+        if near is not None:
+            kept = members[near][0]
+            found |= {i: kept for i in rows if splits[i] != splits[kept] and i not in found}
         index.insert(text, signature)
-    return sorted(set(found), key=lambda pair: (pair[1], pair[0]))
+    return [(kept, i) for i, kept in sorted(found.items())]
 
 
 def shuffled(rows: Sequence[dict], seed: int, split: str) -> list[dict]:

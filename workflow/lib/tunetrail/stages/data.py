@@ -3,20 +3,22 @@
     python -m tunetrail.stages.data --config C.json --input base=… --output results/RUN/data/manifest.json --state …
 
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl`, `heldout.jsonl` and, where preferences
-came with the data, `comparisons.jsonl`. `metrics.json` is the data card.
+came with the data, `comparisons.jsonl`. `metrics.json` is the data card. Each file is in a seeded order, so
+that a limit takes a random prefix.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from tunetrail.config import SPLITS, DataConfig, DocstringSource
 from tunetrail.contract import Stage, log, main, sha256_file, write_jsonl
-from tunetrail.data.readers import origin, read_demonstrations, read_preferences, row_id
-from tunetrail.data.splits import assign_groups, duplicates_across, histogram, shuffled
-from tunetrail.errors import DataError
+from tunetrail.data.readers import demonstrations, origin, preferences, row_id
+from tunetrail.data.splits import assign_splits, duplicates_across, histogram, shuffled
+from tunetrail.errors import ConfigError, DataError
 
 
 class Renderer:
@@ -28,15 +30,26 @@ class Renderer:
             raise DataError(
                 "data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template"
             )
+        if not config.chat and config.system is not None:
+            raise ConfigError("data.system: plain prompts have no place for it; set it to null, or data.chat to true")
 
-    def prompt(self, messages: list[dict]) -> str:
+    def prompt(self, row: dict) -> str:
+        messages = row["messages"]
         if not self.config.chat:
             if len(messages) != 1:
-                raise DataError("data.chat: is false, but the data holds conversations; set it to true")
+                raise DataError(
+                    f"data.chat: is false, but the data holds conversations; set it to true ({row['where']})"
+                )
             return messages[0]["content"]
         if self.config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.system}, *messages]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as e:
+            raise DataError(
+                f"{row['where']}: the chat template refuses turns of {', '.join(m['role'] for m in messages)} ({e}); "
+                "change the row or data.system, or give base.chat_template"
+            ) from None
 
     def tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
@@ -51,21 +64,24 @@ def best(row: dict) -> str:
 
 def compared_text(row: dict) -> str:
     """What duplicates are told by: the text, or all that was said to the model."""
-    return row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
+    if "text" in row:
+        return row["text"]
+    # Less the system message, which many rows share.
+    return "\n".join(message["content"] for message in row["messages"] if message["role"] != "system")
 
 
 def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
-    """(rows, cards): the rows of every source with `source` and `kind`, and what each source is."""
+    """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
     invalid: list[str] | None = [] if config.invalid == "drop" else None
     rows, cards = [], []
-    readers: list[tuple[str, Sequence[Any], Callable[..., list[dict]]]] = [
-        ("demonstrations", config.demonstrations, read_demonstrations),
-        ("preferences", config.preferences, read_preferences),
+    readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, dict]]]]] = [
+        ("demonstrations", config.demonstrations, demonstrations),
+        ("preferences", config.preferences, preferences),
     ]
     for kind, sources, read in readers:
         for source in sources:
             before = len(invalid or [])
-            found = read(source, invalid)
+            found = [row | {"where": where} for where, row in read(source, invalid)]
             card = origin(source) | {"invalid_rows": len(invalid or []) - before}
             shape = (
                 "rankings"
@@ -99,7 +115,7 @@ def fits(row: dict, config: DataConfig, renderer: Renderer) -> bool:
         ("max_prompt_tokens", prompt) if prompt > config.max_prompt_tokens else ("max_completion_tokens", longest)
     )
     raise DataError(
-        f"{row['source']}: a row has {count} tokens, more than data.{key} ({getattr(config, key)}): {row['prompt'][:60]!r}…; raise it, or set data.too_long to drop"
+        f"{row['where']}: has {count} tokens, more than data.{key} ({getattr(config, key)}): {row['prompt'][:60]!r}…; raise it, or set data.too_long to drop"
     )
 
 
@@ -109,13 +125,33 @@ def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
         [compared_text(row) for row in rows], [row["split"] for row in rows], config.near_duplicate
     )
     if found and config.duplicates == "error":
-        a, b = (rows[i] for i in found[0])
+        a, b = (f"{rows[i]['where']} ({rows[i]['split']}, {compared_text(rows[i])[:40]!r})" for i in found[0])
         raise DataError(
-            f"{len(found)} rows repeat a row of another split, such as {compared_text(a)[:50]!r} ({a['source']}, {a['split']}) and "
-            f"{compared_text(b)[:50]!r} ({b['source']}, {b['split']}); give them one group, or set data.duplicates to drop"
+            f"{len(found)} rows repeat a row of another split, such as {b} which repeats {a}; "
+            "give them one group, or set data.duplicates to drop"
         )
     dropped = {i for _, i in found}
     return [row for i, row in enumerate(rows) if i not in dropped]
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """One row for each id. Rankings of the same completions, a file for each labeler say, are joined."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["id"] not in found:
+            found[row["id"]] = row
+        elif row["kind"] == "preferences":
+            first = found[row["id"]]
+            found[row["id"]] = first | {"rankings": first["rankings"] + row["rankings"]}
+    return list(found.values())
+
+
+def one_each(rows: list[dict]) -> list[dict]:
+    """One row of each prompt, demonstrations before preferences: a prompt counts once in an interval over prompts."""
+    first: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row["kind"]):
+        first.setdefault(row["prompt"], row["id"])
+    return [row for row in rows if first[row["prompt"]] == row["id"]]
 
 
 def prompt_row(row: dict) -> dict:
@@ -139,17 +175,17 @@ def run(stage: Stage) -> dict:
     rows, sources = read_all(config)
     for row in rows:
         if "messages" in row:
-            row["prompt"] = renderer.prompt(row["messages"])
+            row["prompt"] = renderer.prompt(row)
     total = len(rows)
     rows = [row for row in rows if fits(row, config, renderer)]
     dropped = {"too_long": total - len(rows)}
-    split_of = assign_groups([row["group"] for row in rows], config.shares, stage.seed)
+    split_of = assign_splits(rows, config.shares, stage.seed)
     for row in rows:
         row["split"] = split_of[row["group"]]
         row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
     kept = without_leaks(rows, config)
     dropped["duplicates"] = len(rows) - len(kept)
-    kept = list({row["id"]: row for row in kept}.values())  # the same row twice is one row
+    kept = merged(kept)
 
     card: dict[str, Any] = {
         "splits": {},
@@ -164,6 +200,10 @@ def run(stage: Stage) -> dict:
         mine = shuffled([row for row in kept if row["split"] == split], stage.seed, split)
         if split not in ("sft", "heldout"):
             mine = [row for row in mine if "text" not in row]  # raw text is for training and its held-out loss
+        if split in ("rl", "evaluation"):
+            once = one_each(mine)
+            dropped["duplicates"] += len(mine) - len(once)
+            mine = once
         limit = getattr(config.limits, split) or len(mine)
         dropped["over_limit"] += max(0, len(mine) - limit)
         mine = mine[:limit]
@@ -172,9 +212,14 @@ def run(stage: Stage) -> dict:
                 f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {len(split_of)} groups are too few for these shares: "
                 f"add data, name a finer data group, or set the share to 0"
             )
-        comparisons += [
-            comparison_row(row) for row in mine if row["kind"] == "preferences" and split in ("reward", "heldout")
-        ]
+        if split in ("reward", "heldout"):
+            compared = [comparison_row(row) for row in mine if row["kind"] == "preferences"]
+            if config.preferences and not compared and getattr(config.shares, split) > 0:
+                raise DataError(
+                    f"data.shares.{split}: no comparison is left for this split; {sum(row['kind'] == 'preferences' for row in kept)} "
+                    "preference rows are too few for these shares and limits: add data, name a finer data group, or set the share to 0"
+                )
+            comparisons += compared
         write_jsonl(stage.work / f"{split}.jsonl", [prompt_row(row) for row in mine])
         prompts = [row for row in mine if "prompt" in row]
         card["splits"][split] = {

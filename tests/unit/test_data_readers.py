@@ -1,0 +1,302 @@
+"""Readers on the rows that files out there hold: what they must understand, and what they must refuse with which line."""
+
+import datetime
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+
+from tunetrail.config import DataConfig, FileSource, HubSource
+from tunetrail.data.readers import check_sources, demonstrations, read_demonstrations, read_preferences
+from tunetrail.errors import DataError
+
+SHARED = Path(__file__).parents[2].parent / "shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real human data) is not on this machine")
+
+GOOD = {"prompt": "Q", "completion": "A"}
+RANKED = {"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2]}
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Writes rows, text or bytes to a file in a folder of its own; gives its source."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content, name: str = "d.jsonl", **more) -> FileSource:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return FileSource(source="file", path=name, **more)
+
+    return write
+
+
+def parquet(rows: list[dict]) -> bytes:
+    return pd.DataFrame(rows).to_parquet()
+
+
+# ----------------------------------------------------------------------------- refused
+
+JSON = "; every line must hold one JSON object"
+BAD_DEMONSTRATIONS = {
+    "half a character": ('{"prompt": "\\ud800", "completion": "A"}\n', "d.jsonl:1: 'prompt' holds half of a surrogate pair, which is no character; remove it"),
+    "a message without role": ([{"messages": [{"content": "x", "name": "n"}]}], "d.jsonl:1: 'messages[0]' must have 'role' and 'content'"),
+    "a message that is a text": ([{"messages": ["x"]}], "d.jsonl:1: 'messages[0]' must have 'role' and 'content'"),
+    "a message in parts": ([{"messages": [user("x") | {"content": [{"type": "text"}]}]}], "d.jsonl:1: 'content' must be a text, got list"),
+    "the assistant first": ([{"messages": [assistant("x")]}], "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user"),
+    "no user before the assistant": ([{"messages": [{"role": "system", "content": "s"}, assistant("x")]}], "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user"),
+    "a bad byte far down": (b'{"text": "a"}\n' * 40 + b'{"text": "\xff"}\n', "d.jsonl:41: not UTF-8; convert the file with iconv"),
+    "a cut last line": ('{"text": "a"}\n{"text": "b', "d.jsonl:2: not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))" + JSON),
+    "two objects in a line": ('{"text": "a"} {"text": "b"}\n', "d.jsonl:1: not valid JSON (Extra data: line 1 column 15 (char 14))" + JSON),
+    "a JSON array": ('[{"text": "a"}]\n', "d.jsonl:1: must be a JSON object, got list"),
+    "a number": ('{"text": NaN}\n', "d.jsonl:1: 'text' must be a text, got float"),
+    "only white lines": ("\n \n", "d.jsonl: holds no rows"),
+}  # fmt: skip
+BAD_PREFERENCES = {
+    "an order of texts": ([RANKED | {"order": [0, "1"]}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
+    "an order that is a number": ([RANKED | {"order": 5}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
+    "a time that is a number": ([RANKED | {"time": 5}], "d.jsonl:1: 'time' must be a text such as 2026-01-01T12:00:00Z, got int"),
+    "a labeler that is a list": ([RANKED | {"labeler": ["ann"]}], "d.jsonl:1: 'labeler' must be a name, got list"),
+    "no ranks": ([{"prompt": "Q", "completions": ["a", "b"]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
+    "half ranks": ([RANKED | {"ranks": [1, 1.5]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
+    "true for a rank": ([RANKED | {"ranks": [True, 2]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
+    "no prompt": ([{"completions": ["a", "b"], "ranks": [1, 2]}], "d.jsonl:1: 'prompt' must be a text, got NoneType"),
+    "chosen of several turns": ([{"prompt": [user("q")], "chosen": [assistant("1"), user("2"), assistant("3")], "rejected": [assistant("x")]}], "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one"),
+    "rejected of the user": ([{"prompt": [user("q")], "chosen": [assistant("x")], "rejected": [user("y")]}], "d.jsonl:1: 'rejected' must be one message of the assistant, or the prompt's messages and then that one"),
+    "chosen after another prompt": ([{"prompt": "q", "chosen": [user("r"), assistant("x")], "rejected": [user("q"), assistant("y")]}], "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one"),
+    "a chat beside a text": ([{"prompt": "q", "chosen": "x", "rejected": [assistant("y")]}], "d.jsonl:1: 'rejected' must be a text, got list"),
+    "a prompt of the assistant": ([{"prompt": [user("q"), assistant("x")], "chosen": "a", "rejected": "b"}], "d.jsonl:1: 'prompt' must end with a turn of the user"),
+    "chats without a user": ([{"chosen": [{"role": "system", "content": "s"}, assistant("x")], "rejected": [{"role": "system", "content": "s"}, assistant("y")]}], "d.jsonl:1: the turn before the last of 'chosen' and 'rejected' must be the user's"),
+    "the second row": ([RANKED, RANKED | {"completions": ["a", " a"]}], "d.jsonl:2: two of its responses are the same text; remove the row"),
+    "labels that are no list": ([{"prompt": "Q", "a": "x", "b": "y", "labels": 1}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), 1 (a is better) or 2 (b is better)"),
+}  # fmt: skip
+BAD_FILES = {
+    "more cells than the header": ("d.csv", b"prompt,completion\nQ,A,extra\n", "d.csv: rows have more cells than the header; quote cells that hold a comma"),
+    "more cells further down": ("d.csv", b"prompt,completion\nQ,A\nQ,A,x\n", "d.csv: cannot be read as CSV: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3"),
+    "fewer cells": ("d.csv", b"prompt,completion\nQ,A\nR\n", "d.csv:2: 'completion' is empty; remove the row or fill it"),
+    "Latin-1": ("d.csv", b"prompt,completion\nQ,\xff\n", "d.csv: not UTF-8; convert the file with iconv"),
+    "a cut gzip": ("d.csv.gz", gzip.compress(b"prompt,completion\nQ,A\n" * 99)[:40], "d.csv.gz: the gzip file is cut short or damaged; copy it again"),
+    "no gzip": ("d.parquet.gz", b"PAR1", "d.parquet.gz: the gzip file is cut short or damaged; copy it again"),
+    "a missing value": ("d.parquet", parquet([GOOD, {"prompt": "R", "completion": None}]), "d.parquet:2: 'completion' must be a text, got NoneType"),
+    "numbers": ("d.parquet", parquet([{"prompt": 1, "completion": "A"}]), "d.parquet:1: 'prompt' must be a text, got int"),
+    "no rows": ("d.parquet", pd.DataFrame({"text": []}).to_parquet(), "d.parquet: holds no rows"),
+    "gz of an unknown format": ("d.json.gz", b"", "d.json.gz: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)"),
+    "no suffix": ("d", b"", "d: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DEMONSTRATIONS)
+def test_bad_demonstrations(file, case):
+    content, message = BAD_DEMONSTRATIONS[case]
+    with pytest.raises(DataError) as error:
+        check_sources(DataConfig(demonstrations=[file(content)]))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("case", BAD_PREFERENCES)
+def test_bad_preferences(file, case):
+    content, message = BAD_PREFERENCES[case]
+    with pytest.raises(DataError) as error:
+        check_sources(DataConfig(preferences=[file(content)]))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(file, case):
+    name, content, message = BAD_FILES[case]
+    with pytest.raises(DataError) as error:
+        check_sources(DataConfig(demonstrations=[file(content, name)]))
+    assert str(error.value) == message
+
+
+def test_nesting_without_end_is_one_line(file):
+    with pytest.raises(
+        DataError, match=r"^d\.jsonl:1: not valid JSON \([^\n]+\); every line must hold one JSON object$"
+    ):
+        read_demonstrations(file("[" * 200_000 + "\n"))
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_an_empty_group_is_refused(file, value):
+    """Not taken for a group of its own, which would tie all such rows together."""
+    with pytest.raises(DataError, match=r"^d\.jsonl:1: 'user', which group names, is empty; fill it$"):
+        read_demonstrations(file([GOOD | {"user": value}], group="user"))
+
+
+def test_a_row_without_a_mapped_column_can_be_left_out(file):
+    invalid: list[str] = []
+    rows = [{"question": "Q", "completion": "A"}, GOOD]
+    assert len(read_demonstrations(file(rows, columns={"prompt": "question"}), invalid)) == 1
+    message = "has no column 'question' (columns maps prompt to it); its columns are prompt, completion"
+    assert invalid == [f"d.jsonl:2: {message}"]
+
+
+def test_a_file_of_invalid_rows_is_no_empty_file(file):
+    with pytest.raises(DataError) as error:
+        read_demonstrations(file([{"prompt": "", "completion": "A"}] * 2), [])
+    assert str(error.value) == (
+        "d.jsonl: every row is invalid, the first: d.jsonl:1: 'prompt' is empty; remove the row or fill it"
+    )
+
+
+# ----------------------------------------------------------------------------- understood
+
+
+def test_columns_may_change_places(file):
+    (row,) = read_demonstrations(file([GOOD], columns={"prompt": "completion", "completion": "prompt"}))
+    assert (row["messages"], row["completion"]) == ([user("A")], "Q")
+
+
+def test_group_may_name_a_mapped_column_by_either_name(file):
+    rows = [{"question": "Q", "completion": "A", "who": 7}]
+    by_source = file(rows, columns={"prompt": "question"}, group="question")
+    by_ours = file(rows, columns={"prompt": "question", "user": "who"}, group="user")
+    assert [read_demonstrations(source)[0]["group"] for source in (by_source, by_ours)] == ["Q", "7"]
+
+
+def test_rows_of_one_conversation_stay_in_one_group(file):
+    """Whatever came later: a conversation is known by what the user said first."""
+    first, second = [user("Hi  There"), assistant("1")], [user("and now?"), assistant("2")]
+    system = {"role": "system", "content": "s"}
+    chats = read_demonstrations(file([{"messages": first + second}, {"messages": [system, *first]}]))
+    assert [row["group"] for row in chats] == ["hi there"] * 3
+    hh = "\n\nHuman: hi there\n\nAssistant: 1"
+    pairs = [{"chosen": hh, "rejected": hh + "!"}]
+    pairs += [{"chosen": hh + f"\n\nHuman: and now?\n\nAssistant: {x}", "rejected": hh + "\n\nHuman: and now?\n\nAssistant: no"} for x in "ab"]  # fmt: skip
+    assert [row["group"] for row in read_preferences(file(pairs))] == ["hi there"] * 3
+
+
+def test_byte_order_marks_and_windows_lines(file):
+    rows = b'{"prompt": "Q", "completion": "A"}\r\n\r\n{"prompt": "R", "completion": "B"}\r\n'
+    assert [row["completion"] for row in read_demonstrations(file(b"\xef\xbb\xbf" + rows))] == ["A", "B"]
+    assert len(read_demonstrations(file(b"\xef\xbb\xbfprompt,completion\r\nQ,A\r\n", "d.csv"))) == 1
+
+
+def test_a_csv_prompt_that_looks_like_a_list_is_a_text(file):
+    table = pd.DataFrame({"prompt": ["[3, 1, 2]", "[not json", json.dumps([user("chat")])], "completions": ['["a", "b"]'] * 3,
+                          "ranks": ["[2, 1]"] * 3, "labeler": ["0", "", "ann"], "time": ["", "2026", ""]})  # fmt: skip
+    rows = read_preferences(file(table.to_csv(index=False), "d.csv"))
+    assert [row["messages"] for row in rows] == [[user("[3, 1, 2]")], [user("[not json")], [user("chat")]]
+    assert [row["rankings"][0]["labeler"] for row in rows] == ["0", "recorded", "ann"]
+    assert [row["rankings"][0]["time"] for row in rows] == [None, "2026", None]
+    assert rows[0]["rankings"][0]["ranks"] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.parquet.gz", "my.csv.parquet"])
+def test_parquet_cells_become_plain(file, name):
+    rows = [RANKED | {"order": [1, 0], "time": pd.Timestamp("2026-01-02T03:04:05Z"), "labeler": 0},
+            RANKED | {"prompt": "R", "order": None, "time": None, "labeler": 1}]  # fmt: skip
+    content = parquet(rows)
+    first, second = read_preferences(file(gzip.compress(content) if name.endswith("gz") else content, name))
+    ranking = {"labeler": "0", "ranks": [1, 2], "order": [1, 0], "time": "2026-01-02T03:04:05+00:00", "scores": None}
+    assert first["rankings"] == [ranking]
+    assert second["rankings"] == [ranking | {"labeler": "1", "order": [0, 1], "time": None}]
+    json.dumps([first, second])  # nothing of numpy is left
+    chat = parquet([{"messages": [user("Q"), assistant("A")]}])
+    assert read_demonstrations(file(gzip.compress(chat) if name.endswith("gz") else chat, name))[0]["completion"] == "A"
+
+
+def test_labelers_keep_their_names(file):
+    """0 is a labeler, not the absence of one."""
+    rows = read_preferences(file([RANKED | {"labeler": name} for name in (0, 1, "", None, "ann")]))
+    assert [ranking["labeler"] for row in rows for ranking in row["rankings"]] == ["0", "1", "recorded", "recorded", "ann"]  # fmt: skip
+
+
+def test_conversational_preferences(file):
+    chat = [user("q"), assistant("1"), user("r")]
+    rows = read_preferences(file([
+        {"prompt": chat, "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"prompt": "Q", "chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")]},
+        {"chosen": [*chat, assistant("fine")], "rejected": [*chat, assistant("bad")]},
+        {"prompt": chat, "completions": ["bad", "good"], "ranks": [9, 4]},
+    ]))  # fmt: skip
+    assert [row["messages"] for row in rows] == [chat, [user("Q")], chat, chat]
+    assert [row["completions"] for row in rows] == [["good", "bad"], ["good", "bad"], ["fine", "bad"], ["bad", "good"]]
+    assert rows[3]["rankings"][0]["ranks"] == [2, 1]
+
+
+def test_annotators_of_repeated_pairs_are_kept(file):
+    pair = {"prompt": "Q", "a": "x", "b": "y"}
+    (row,) = read_preferences(file([pair | {"labels": [0, 1, 2]}, pair | {"labels": [2]}]))
+    assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [
+        ("annotator-0", [1, 1]), ("annotator-1", [1, 2]), ("annotator-2", [2, 1]), ("annotator-0", [2, 1]),
+    ]  # fmt: skip
+
+
+def test_a_row_knows_where_it_stands(file):
+    """Empty lines count, and a chat's rows share a line."""
+    chat = {"messages": [user("1"), assistant("2"), user("3"), assistant("4")]}
+    source = file(json.dumps(GOOD) + "\n\n" + json.dumps(chat))
+    assert [where for where, _ in demonstrations(source)] == ["d.jsonl:1", "d.jsonl:3", "d.jsonl:3"]
+
+
+# ----------------------------------------------------------------------------- hub
+
+
+def test_hub_rows_are_checked_like_a_file(monkeypatch):
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        row = {"q": "Q", "chosen": "a", "rejected": "b", "time": datetime.datetime(2026, 1, 2)}
+        return datasets.Dataset.from_list([row, row | {"q": ""}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = HubSource(source="hub", repo="o/n", revision="abc", split="test", subset="s", columns={"prompt": "q"})
+    invalid: list[str] = []
+    (row,) = read_preferences(source, invalid)
+    assert asked == [(("o/n", "s"), {"revision": "abc", "split": "test"})]
+    assert row["rankings"][0]["time"] == "2026-01-02T00:00:00"
+    assert invalid == ["o/n@abc:2: 'prompt' is empty; remove the row or fill it"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ConnectionError("no network\nmore"), "no network"), (AssertionError(), "AssertionError")]
+)
+def test_a_hub_out_of_reach_is_one_line(monkeypatch, error, reason):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError) as raised:
+        read_demonstrations(HubSource(source="hub", repo="o/n", revision="abc"))
+    assert str(raised.value) == f"o/n@abc: cannot be loaded from the hub: {reason}"
+
+
+# ----------------------------------------------------------------------------- before any job
+
+
+def test_checking_needs_no_heavy_library(tmp_path):
+    """It runs each time Snakemake starts."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(GOOD) + "\n", encoding="utf-8")
+    code = (
+        "import sys; from tunetrail.config import DataConfig; from tunetrail.data.readers import check_sources\n"
+        "check_sources(DataConfig(demonstrations=[{'source': 'file', 'path': 'd.jsonl'}, {'source': 'docstrings'}]))\n"
+        "print(sorted({'torch', 'transformers', 'pandas', 'datasets', 'datasketch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@needs_shared
+def test_real_files_have_no_more_than_the_known_bad_rows():
+    """Outputs of PandaLM's models that are empty, HH conversations that are empty or part early."""
+    for name, rankings, bad in (("pandalm/pairs", 2817, 54), ("hh-harmless-base/comparisons", 1794, 6)):
+        invalid: list[str] = []
+        source = FileSource(source="file", path=SHARED / f"{name}.jsonl.gz")
+        rows = read_preferences(source, invalid)
+        assert (sum(len(row["rankings"]) for row in rows), len(invalid)) == (rankings, bad)
+        assert all(row["messages"][-1]["role"] == "user" for row in rows)

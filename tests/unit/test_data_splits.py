@@ -1,0 +1,125 @@
+"""Splits and leaks: every kind of row in every split, no group in two, every near duplicate found and fast."""
+
+import random
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunetrail.config import SPLITS, Shares
+from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, shuffled
+from tunetrail.errors import DataError
+
+KINDS = st.sampled_from(["preferences", "demonstrations", "text"])
+
+
+def row(group: str, kind: str) -> dict:
+    return {"group": group, "kind": "preferences" if kind == "preferences" else "demonstrations"} | (
+        {"text": "t"} if kind == "text" else {}
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdefghij"), KINDS), min_size=1, max_size=150), st.integers(0, 3))
+def test_no_group_straddles_splits_whatever_it_holds(drawn, seed):
+    rows = [row(group, kind) for group, kind in drawn]
+    assigned = assign_splits(rows, Shares(), seed)
+    assert set(assigned) == {group for group, _ in drawn}
+    assert set(assigned.values()) <= set(SPLITS)
+    assert assign_splits(rows[::-1], Shares(), seed) == assigned
+    only_text = {g for g, _ in drawn} - {g for g, kind in drawn if kind != "text"}
+    assert {assigned[g] for g in only_text} <= {"sft", "heldout"}
+
+
+def test_one_kind_is_split_as_before():
+    """Golden: a seed keeps giving the splits it gave."""
+    groups = [f"g{i}" for i in range(12) for _ in range(i % 3 + 1)]
+    assigned = assign_splits([row(group, "demonstrations") for group in groups], Shares(), 17)
+    assert assigned == assign_groups(groups, Shares(), 17)
+    assert {split: sorted(g for g in assigned if assigned[g] == split) for split in SPLITS} == {
+        "sft": ["g0", "g2", "g5", "g7", "g8"], "reward": ["g3", "g4", "g6"], "rl": ["g11", "g9"],
+        "evaluation": ["g1"], "heldout": ["g10"],
+    }  # fmt: skip
+
+
+def test_each_kind_has_its_share_of_every_split():
+    """The bigger groups of one kind do not crowd another out."""
+    rows = [row(f"p{i}", "preferences") for i in range(100) for _ in range(6)]
+    rows += [row(f"d{i}", "demonstrations") for i in range(400)]
+    rows += [row(f"t{i}", "text") for i in range(120)]
+    assigned = assign_splits(rows, Shares(), 0)
+    counts = Counter((r["group"][0], assigned[r["group"]]) for r in rows)
+    for split in SPLITS:
+        share = getattr(Shares(), split)
+        assert counts["p", split] == pytest.approx(600 * share, abs=6)
+        assert counts["d", split] == pytest.approx(400 * share, abs=1)
+    assert {split: counts["t", split] for split in SPLITS} == {"sft": 100, "reward": 0, "rl": 0, "evaluation": 0, "heldout": 20}  # fmt: skip
+
+
+def test_a_group_of_prompts_and_text_follows_its_prompts():
+    rows = [row(f"g{i}", kind) for i in range(50) for kind in ("text", "demonstrations")]
+    assert assign_splits(rows, Shares(), 0) == assign_groups([r["group"] for r in rows], Shares(), 0)
+
+
+def test_text_without_a_split_to_go_to_is_refused():
+    shares = Shares(sft=0, reward=0.5, rl=0, evaluation=0.5, heldout=0)
+    with pytest.raises(DataError, match=r"^data\.shares: raw text goes to sft and heldout, but both are 0; give one a share$"):  # fmt: skip
+        assign_splits([row("a", "demonstrations"), row("b", "text")], shares, 0)
+
+
+def test_a_limit_takes_a_random_prefix_that_does_not_depend_on_the_order_read():
+    rows = [{"id": f"{i:02}"} for i in range(50)]
+    first = shuffled(rows, 0, "sft")
+    assert shuffled(rows[::-1], 0, "sft") == first
+    assert sorted(r["id"] for r in first) == [r["id"] for r in rows]
+    assert first not in (rows, shuffled(rows, 1, "sft"), shuffled(rows, 0, "rl"))
+
+
+# ----------------------------------------------------------------------------- duplicates
+
+
+def distinct_words(n: int, start: int = 0) -> list[str]:
+    return [f"w{start + i}" for i in range(n)]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
+def test_pairs_just_over_the_threshold_are_found(threshold):
+    """100 pairs of 50 words whose last words differ: s of 48 shingles shared, s / (96 - s) >= threshold."""
+    shared = next(s for s in range(48) if s / (96 - s) >= threshold)
+    texts, splits = [], []
+    for pair in range(100):
+        words = distinct_words(50, 1000 * pair)
+        texts += [" ".join(words), " ".join(words[: shared + 2] + distinct_words(48 - shared, 1000 * pair + 500))]
+        splits += ["evaluation", "sft"]
+    found = duplicates_across(texts, splits, threshold)
+    assert set(found) <= {(2 * i, 2 * i + 1) for i in range(100)}
+    assert len(found) >= 97
+
+
+def test_a_crowd_of_near_duplicates_hides_none():
+    """80 rows alike in sft and one in evaluation: all 80 leak."""
+    words = distinct_words(30)
+    texts = [" ".join([*words, f"end{i}"]) for i in range(81)]
+    assert duplicates_across(texts, ["sft"] * 80 + ["evaluation"], 0.9) == [(80, i) for i in range(80)]
+
+
+def test_what_trains_is_dropped_before_what_measures():
+    text = " ".join(distinct_words(30))
+    order = ["sft", "rl", "reward", "heldout", "evaluation"]
+    assert duplicates_across([text] * 5, order, 0.9) == [(4, 0), (4, 1), (4, 2), (4, 3)]
+    assert duplicates_across([text, text + " more"] * 2, ["sft", "rl", "rl", "sft"], 0.9) == [(2, 0), (1, 3)]
+
+
+def test_five_thousand_rows_take_seconds():
+    rng = random.Random(0)
+    vocabulary = distinct_words(2000)
+    texts = [" ".join(rng.choices(vocabulary, k=40)) for _ in range(5000)]
+    # A crowd of templated prompts must not make it quadratic.
+    texts[:1000] = [" ".join([*distinct_words(40), f"name{i}"]) for i in range(1000)]
+    splits = rng.choices(["sft", "evaluation"], k=5000)
+    start = time.process_time()
+    found = duplicates_across(texts, splits, 0.9)
+    assert time.process_time() - start < 15
+    assert len(found) == sum(split == "sft" for split in splits[:1000])
