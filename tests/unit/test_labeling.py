@@ -424,10 +424,11 @@ def test_reward_model_labelers_have_noise_and_tie(stage, classifier):
     assert reward_model.rank([REWARD_ROW], tied, stage).rankings[0][0]["ranks"] == [1, 1, 1, 1]
 
 
-def test_reward_model_batches_keep_order_and_size(monkeypatch):
-    monkeypatch.setattr(reward_model, "BATCH_TOKENS", 20)
-    assert reward_model._batches([9, 3, 10, 30], padded=True) == [[1, 0], [2], [3]]
-    assert reward_model._batches([9, 3], padded=False) == [[1], [0]]
+def test_batches_keep_order_and_size():
+    from tunetrail.models.batching import token_batches
+
+    assert list(token_batches([9, 3, 10, 30], 20)) == [[1, 0], [2], [3]]
+    assert list(token_batches([9, 3], 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
 
 
 def test_reward_model_refuses_what_it_would_have_to_cut(stage, classifier):

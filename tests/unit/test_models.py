@@ -67,7 +67,7 @@ def test_left_and_right_padding_agree_on_scores_and_values():
 
 
 def test_map_batches_keeps_order_and_lengths(model):
-    rows = map_batches(lambda b: response_logprobs(model, b), PROMPTS, RESPONSES, PAD, 8, torch.device("cpu"))
+    rows = map_batches(lambda b: response_logprobs(model, b), PROMPTS, RESPONSES, PAD, torch.device("cpu"), 8)
     assert [len(row) for row in rows] == [3, 2, 1]
     for row, prompt, response in zip(rows, PROMPTS, RESPONSES, strict=True):
         torch.testing.assert_close(row, alone(model, prompt, response), atol=1e-5, rtol=0)

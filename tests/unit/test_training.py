@@ -292,9 +292,9 @@ def test_every_dpo_loss_trains(run_stage):
 
 
 def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage, workspace):
+    from tunetrail.evaluation.models import reward_scores
     from tunetrail.models.batching import encode, encode_response
     from tunetrail.models.loading import load_reward_model
-    from tunetrail.stages.reward import score_rows
 
     code, error, output = run_stage("reward", "straight")
     assert code == 0, error
@@ -302,10 +302,9 @@ def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage
     assert metrics["score_mean_demonstrations"] == pytest.approx(0, abs=1e-5)
     tokenizer = tiny_tokenizer()
     rows = [r for s in ("reward", "sft") for r in read_jsonl(workspace / f"data/{s}.jsonl")]
-    scores = score_rows(
-        load_reward_model(output.parent / "model"), [encode(tokenizer, r["prompt"]) for r in rows],
-        [encode_response(tokenizer, r["completion"]) for r in rows], tokenizer.pad_token_id, "fp32",
-    )  # fmt: skip
+    examples = [(encode(tokenizer, r["prompt"]), encode_response(tokenizer, r["completion"])) for r in rows]
+    model = load_reward_model(output.parent / "model")
+    scores = np.array(reward_scores(model, examples, tokenizer.pad_token_id, "fp32"))
     assert scores.std() > 1e-4
     assert scores.mean() == pytest.approx(0, abs=1e-5)
 

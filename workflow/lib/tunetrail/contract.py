@@ -298,10 +298,10 @@ def _settle(folder: Path) -> None:
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -368,10 +368,10 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     # The manifest is what says "finished": it comes last, by a rename of its own.
     pending = stage.output / f".{MANIFEST}"
     write_json(pending, manifest)
-    _sync(pending)
+    sync(pending)
     pending.rename(stage.output / MANIFEST)
-    _sync(stage.output)
-    _sync(stage.output.parent)
+    sync(stage.output)
+    sync(stage.output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

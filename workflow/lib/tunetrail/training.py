@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config import Epochs
-from tunetrail.contract import Stage, is_main_process, list_files, write_json, write_jsonl
+from tunetrail.contract import Stage, is_main_process, list_files, sync, write_json, write_jsonl
 from tunetrail.errors import DataError, Interrupted
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import use_bf16
@@ -123,8 +123,7 @@ def mark_complete(checkpoint: Path) -> None:
     write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
     for path in checkpoint.rglob("*"):  # an adapter's reference lies in a folder of its own
         if path.is_file():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
+            sync(path)
     (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
 
 

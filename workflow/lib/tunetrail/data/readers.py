@@ -22,6 +22,7 @@ from tunetrail.config import DataConfig, DocstringSource, FileSource, HubSource,
 from tunetrail.contract import sha256_file
 from tunetrail.data import docstrings
 from tunetrail.errors import DataError
+from tunetrail.labeling.ranks import dense
 
 SHAPES = "text; prompt, completion; or messages"
 PREFERENCE_SHAPES = (
@@ -327,11 +328,6 @@ def _ranking(ranks: list[int], row: dict, labeler: str) -> dict:
     return {"labeler": labeler, "ranks": ranks, "order": order, "time": _time(row), "scores": None}
 
 
-def _dense(ranks: list[int]) -> list[int]:
-    places = {rank: i for i, rank in enumerate(sorted(set(ranks)), 1)}
-    return [places[rank] for rank in ranks]
-
-
 def _preference(row: dict) -> list[dict]:
     """One row in any of the preference shapes."""
     labeler = _labeler(row)
@@ -351,7 +347,7 @@ def _preference(row: dict) -> list[dict]:
             or not all(type(r) is int and r > 0 for r in ranks)
         ):
             raise BadRow(f"'ranks' must be {len(completions)} whole numbers from 1 (best), one a completion")
-        rankings = [_ranking(_dense(ranks), row, labeler)]
+        rankings = [_ranking(dense(ranks), row, labeler)]
     elif "labels" in row and "a" in row and "b" in row:
         completions, labels = [_text(row, "a"), _text(row, "b")], row["labels"]
         verdicts = {0: [1, 1], 1: [1, 2], 2: [2, 1]}
@@ -454,5 +450,5 @@ def check_sources(config: DataConfig) -> None:
 
 def row_id(row: dict) -> str:
     """16 hex digits of the row's content."""
-    content = json.dumps({k: v for k, v in row.items() if k != "group"}, sort_keys=True, ensure_ascii=False)
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

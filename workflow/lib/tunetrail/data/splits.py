@@ -115,7 +115,7 @@ def shuffled(rows: Sequence[dict], seed: int, split: str) -> list[dict]:
     """The rows in a seeded order, so that a limit takes a random prefix."""
     rows = sorted(rows, key=lambda row: row["id"])
     random.Random(derive_seed(seed, "rows", split)).shuffle(rows)
-    return list(rows)
+    return rows
 
 
 def histogram(values: Sequence[int], bins: int = 20) -> dict | None:

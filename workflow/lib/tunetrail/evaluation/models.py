@@ -5,10 +5,8 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
-from tunetrail.models.scoring import map_batches, response_logprobs
+from tunetrail.models.scoring import SCORING_TOKENS, map_batches, response_logprobs, sequence_scores
 from tunetrail.runtime import autocast, device
-
-SCORING_TOKENS = 4096  # tokens of one forward pass
 
 
 def logprobs_of(
@@ -21,7 +19,24 @@ def logprobs_of(
             return response_logprobs(model, batch, temperature)
 
     prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-    return map_batches(function, prompts, responses, pad_id, SCORING_TOKENS, device())
+    return map_batches(function, prompts, responses, pad_id, device())
+
+
+def reward_scores(
+    reward_model: Any,
+    examples: list[tuple[list[int], list[int]]],
+    pad_id: int,
+    precision: str,
+    max_tokens: int = SCORING_TOKENS,
+) -> list[float]:
+    """The reward model's score of each (prompt ids, response ids)."""
+
+    def function(batch: Batch) -> torch.Tensor:
+        with autocast(precision):
+            return sequence_scores(reward_model, batch)
+
+    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
+    return [float(score) for score in map_batches(function, prompts, responses, pad_id, device(), max_tokens)]
 
 
 def mean_nlls(model: Any, examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str) -> list[float]:

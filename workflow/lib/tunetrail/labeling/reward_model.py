@@ -58,25 +58,18 @@ def encode(tokenizer: Any, prompt: str, completion: str, finished: bool) -> list
     return tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
 
 
-def _batches(lengths: list[int], padded: bool) -> list[list[int]]:
-    """Indices in order of length, cut into batches of at most BATCH_TOKENS; one by one where nothing can pad."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not batches or not padded or (len(batches[-1]) + 1) * lengths[i] > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
 def score(model: Any, sequences: list[list[int]]) -> list[float]:
     """The model's score of each token list."""
     import torch
+
+    from tunetrail.models.batching import token_batches
 
     pad_id = getattr(model.config, "pad_token_id", None)
     bias = getattr(model.config, "reward_bias", 0.0)
     scores = [0.0] * len(sequences)
     with torch.inference_mode(), ProgressBar("comparisons", len(sequences), "completions") as bar:
-        for rows in _batches([len(s) for s in sequences], pad_id is not None):
+        # With nothing to pad with, one by one: no batch of two fits into no tokens.
+        for rows in token_batches([len(s) for s in sequences], 0 if pad_id is None else BATCH_TOKENS):
             width = max(len(sequences[i]) for i in rows)
             padding = [width - len(sequences[i]) for i in rows]
             ids = torch.tensor([sequences[i] + [pad_id] * p for i, p in zip(rows, padding, strict=True)])

@@ -35,9 +35,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def select(self, rows: torch.Tensor | slice) -> "Batch":
-        return Batch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a rendered prompt (its special tokens are already in the text)."""
@@ -51,6 +48,14 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
     training, sampling and scoring.
     """
     return encode(tokenizer, text) + ([tokenizer.eos_token_id] if finished else [])
+
+
+def encode_comparison(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a comparison row: its prompt, and its K responses."""
+    responses = [
+        encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)
+    ]
+    return encode(tokenizer, row["prompt"]), responses
 
 
 def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int) -> Batch:

@@ -5,6 +5,7 @@ that what a prompt gets does not depend on the shard or batch it is in (up to fl
 differences between batch shapes).
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ def inference_weights(model: Any, bf16: bool) -> Any:
     """The model for decoding: bf16 weights where autocast would be bf16, since without gradients
     autocast casts every weight again for each token."""
     return model.to(torch.bfloat16) if bf16 else model
+
+
+def decoding_weights(model: Any, bf16: bool) -> Any:
+    """`inference_weights` with any adapter merged, leaving `model` as it is: a copy where it must be one."""
+    has_adapter = hasattr(model, "peft_config")
+    if not has_adapter and not bf16:
+        return model
+    decoder = copy.deepcopy(model)
+    return inference_weights(decoder.merge_and_unload() if has_adapter else decoder, bf16)
 
 
 class _Noise:

@@ -32,6 +32,9 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tor
     return logprobs.masked_fill(~batch.response_mask, 0.0)
 
 
+SCORING_TOKENS = 4096  # tokens of one forward pass without gradients
+
+
 class FullPrecisionHead(torch.nn.Linear):
     """A linear head that stays in float32 under autocast: bf16 has 8 bits, and would make close scores tie."""
 
@@ -77,8 +80,8 @@ def map_batches(
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     pad_id: int,
-    max_tokens: int,
     device: torch.device,
+    max_tokens: int = SCORING_TOKENS,
 ) -> list[torch.Tensor]:
     """Applies `function` to batches of similar length; gives one row of its result a sequence, in order.
 

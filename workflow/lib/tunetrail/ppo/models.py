@@ -1,8 +1,7 @@
 """Policy and critic as one module, so that accelerate wraps, saves and steps them together."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,16 +67,3 @@ class Reference:
         without_adapter: AbstractContextManager = self.model.disable_adapter() if self.has_adapter else nullcontext()
         with without_adapter:
             return response_logprobs(self.model, batch, temperature)
-
-
-@contextmanager
-def decoding_weights(policy: Any, bf16: bool) -> Iterator[Any]:
-    """The policy for sampling: adapter merged, in bf16 where autocast would be bf16; a copy where it must be one."""
-    has_adapter = hasattr(policy, "peft_config")
-    if not has_adapter and not bf16:
-        yield policy
-        return
-    model = copy.deepcopy(policy)
-    if has_adapter:
-        model = model.merge_and_unload()
-    yield model.to(torch.bfloat16) if bf16 else model

@@ -20,18 +20,16 @@ from accelerate.utils import gather_object
 from tunetrail.config import PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch
-from tunetrail.models.sampling import sample
+from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
 from tunetrail.ppo.estimators import gae, kl_penalty, masked_mean, masked_whiten, token_rewards
 from tunetrail.ppo.losses import policy_loss, value_loss
-from tunetrail.ppo.models import ActorCritic, Reference, decoding_weights
+from tunetrail.ppo.models import ActorCritic, Reference
 from tunetrail.ppo.rollout import Rollout, concatenate, pad_rows
 from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
-
-SCORING_TOKENS = 4096  # tokens of one forward pass without gradients
 
 
 def prompt_batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -113,16 +111,17 @@ class PPOTrainer:
         keys = [
             f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(rows)
         ]
-        with decoding_weights(self.actor_critic.policy, accelerator.mixed_precision == "bf16") as decoder:
-            sampled = sample(
-                decoder, prompts, keys, k=1, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=derive_seed(self.seed, "rollout", self.step), batch_size=max(len(rows), 1), eos_id=self.eos_id, pad_id=self.pad_id,
-            )  # fmt: skip
+        decoder = decoding_weights(self.actor_critic.policy, accelerator.mixed_precision == "bf16")
+        sampled = sample(
+            decoder, prompts, keys, k=1, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            seed=derive_seed(self.seed, "rollout", self.step), batch_size=max(len(rows), 1), eos_id=self.eos_id, pad_id=self.pad_id,
+        )  # fmt: skip
+        del decoder  # a copy: its memory is wanted for scoring
         responses = [completions[0] for completions in sampled]
         finished = torch.tensor([r[-1] == self.eos_id for r in responses])
 
         def over(function: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
-            return map_batches(function, prompts, responses, self.pad_id, SCORING_TOKENS, accelerator.device)
+            return map_batches(function, prompts, responses, self.pad_id, accelerator.device)
 
         with accelerator.autocast():
             actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature), -1))

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tunetrail.config import SPLITS, DataConfig, DocstringSource
 from tunetrail.contract import Stage, log, main, sha256_file, write_jsonl
+from tunetrail.data.chat import render, with_system
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
 from tunetrail.data.splits import assign_splits, duplicates_across, histogram, shuffled
 from tunetrail.errors import ConfigError, DataError
@@ -41,10 +42,9 @@ class Renderer:
                     f"data.chat: is false, but the data holds conversations; set it to true ({row['where']})"
                 )
             return messages[0]["content"]
-        if self.config.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.config.system}, *messages]
+        messages = with_system(messages, self.config.system)
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return render(self.tokenizer, messages)
         except TemplateError as e:
             raise DataError(
                 f"{row['where']}: the chat template refuses turns of {', '.join(m['role'] for m in messages)} ({e}); "

@@ -16,7 +16,7 @@ from trl import DPOTrainer
 from tunetrail.config import DpoConfig
 from tunetrail.contract import Stage, is_main_process, main
 from tunetrail.errors import DataError
-from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.batching import encode_comparison
 from tunetrail.models.comparisons import widest_pairs
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
 from tunetrail.runtime import prepare
@@ -35,11 +35,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoCo
     """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}. Raises DataError for one that is too long."""
     examples = []
     for row in rows:
-        prompt = encode(tokenizer, row["prompt"])
-        responses = [
-            encode_response(tokenizer, text, ended)
-            for text, ended in zip(row["completions"], row["finished"], strict=True)
-        ]
+        prompt, responses = encode_comparison(tokenizer, row)
         for chosen, rejected in widest_pairs(row["rankings"], config.pairs_per_prompt):
             longest = len(prompt) + max(len(responses[chosen]), len(responses[rejected]))
             if longest > config.max_length:

@@ -11,7 +11,6 @@ probes. Where no SFT model was trained, the base model stands in its place.
 Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
 """
 
-import copy
 import json
 import math
 import sys
@@ -19,16 +18,16 @@ from typing import Any
 
 from tunetrail.config import EvaluationConfig
 from tunetrail.contract import Stage, main, write_json, write_jsonl
+from tunetrail.data.chat import render, with_system
 from tunetrail.errors import DataError
-from tunetrail.evaluation.models import logprobs_of, mean_nlls, sentence_probe
+from tunetrail.evaluation.models import logprobs_of, mean_nlls, reward_scores, sentence_probe
 from tunetrail.evaluation.stats import best_of_n_kl, bootstrap, distinct_n, win_rate
-from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.batching import encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import is_adapter, load_causal_lm, load_reward_model, load_tokenizer
-from tunetrail.models.sampling import inference_weights, sample
-from tunetrail.models.scoring import map_batches, sequence_scores
+from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.progress import ProgressBar
-from tunetrail.runtime import autocast, device, prepare, use_bf16
+from tunetrail.runtime import device, prepare, use_bf16
 
 Example = tuple[list[int], list[int]]
 
@@ -48,27 +47,19 @@ class Evaluator:
         self.model = load_causal_lm(self.folder).to(device()).eval()
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
 
-    def interval(self, values: list[float], groups: list[str] | None = None) -> dict | None:
-        return bootstrap(values, self.config.bootstrap, self.stage.seed, groups=groups)
+    def interval(self, values: list[float]) -> dict | None:
+        return bootstrap(values, self.config.bootstrap, self.stage.seed)
 
     def reward_scores(self, examples: list[Example]) -> list[float] | None:
         if "reward" not in self.stage.inputs:
             return None
         reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
-
-        def scores(batch):
-            with autocast(self.precision):
-                return sequence_scores(reward_model, batch)
-
-        prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-        return [
-            float(s) for s in map_batches(scores, prompts, responses, self.pad_id, self.config.batch_tokens, device())
-        ]
+        return reward_scores(reward_model, examples, self.pad_id, self.precision, self.config.batch_tokens)
 
     def samples(self, rows: list[dict]) -> tuple[list[Example], list[float] | None]:
         """A response to each prompt and its reward-model score; of best-of-n, the best by that score."""
         config, prompts = self.config, [encode(self.tokenizer, row["prompt"]) for row in rows]
-        decoder = inference_weights(copy.deepcopy(self.model), use_bf16(self.precision))
+        decoder = decoding_weights(self.model, use_bf16(self.precision))
         sampled = sample(
             decoder, prompts, [row["id"] for row in rows], k=self.n, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, seed=self.stage.seed, batch_size=config.batch_size,
@@ -119,10 +110,8 @@ class Evaluator:
             pairs = decided_pairs(preference_targets(row["rankings"]))
             if row["split"] != "heldout" or not pairs:
                 continue
-            prompt = encode(self.tokenizer, row["prompt"])
-            winner, loser = (
-                (prompt, encode_response(self.tokenizer, row["completions"][i], row["finished"][i])) for i in pairs[0]
-            )
+            prompt, responses = encode_comparison(self.tokenizer, row)
+            winner, loser = ((prompt, responses[i]) for i in pairs[0])
             chosen.append(winner)
             rejected.append(loser)
             ids.append(row["id"])
@@ -137,18 +126,12 @@ class Evaluator:
     def probes(self) -> dict:
         """Next-token probabilities of the sentence, and log-probs of the two responses of each preference probe."""
 
-        def render(prompt: str) -> str:
-            if not self.stage.shared["data.chat"] or not self.tokenizer.chat_template:
-                return prompt
-            system = self.stage.shared["data.system"]
-            messages = ([{"role": "system", "content": system}] if system else []) + [
-                {"role": "user", "content": prompt}
-            ]
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
+        system = self.stage.shared["data.system"]
+        as_chat = self.stage.shared["data.chat"] and self.tokenizer.chat_template
         preferences = []
         for probe in self.config.preferences:
-            prompt = encode(self.tokenizer, render(probe.prompt))
+            messages = with_system([{"role": "user", "content": probe.prompt}], system)
+            prompt = encode(self.tokenizer, render(self.tokenizer, messages) if as_chat else probe.prompt)
             examples = [
                 (prompt, encode_response(self.tokenizer, text)) for text in (probe.preferred, probe.dispreferred)
             ]

@@ -15,11 +15,12 @@ import yaml
 
 from tunetrail.config import RetentionConfig
 from tunetrail.contract import Stage, main, write_jsonl
+from tunetrail.data.chat import render
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
-from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
@@ -60,16 +61,11 @@ def run(stage: Stage) -> dict:
         questions = rng.sample(questions, min(config.prompts, len(questions)))
         rendered = questions
         if tokenizer.chat_template:
-            rendered = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False
-                )
-                for q in questions
-            ]
+            rendered = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
         prompts = [encode(tokenizer, text) for text in rendered]
         with ProgressBar("retention", len(prompts), "questions") as bar:
             answers = sample(
-                inference_weights(load_causal_lm(folder), use_bf16(precision)).to(device()), prompts, questions,
+                decoding_weights(model, use_bf16(precision)), prompts, questions,
                 k=1, max_new_tokens=config.max_new_tokens, temperature=0, seed=stage.seed, batch_size=config.batch_size,
                 eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, on_batch=bar.advance,
             )  # fmt: skip

@@ -20,8 +20,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from tunetrail.config import RewardConfig
 from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
+from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
-from tunetrail.models.batching import collate, encode, encode_response
+from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import (
     copy_tokenizer,
@@ -31,8 +32,7 @@ from tunetrail.models.loading import (
     with_full_precision_head,
     with_lora,
 )
-from tunetrail.models.scoring import map_batches, sequence_scores
-from tunetrail.runtime import autocast, device, prepare
+from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, train, trainer_arguments
 
@@ -62,11 +62,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
     """Comparison rows -> {prompt, responses, targets}. Raises DataError for one longer than `max_length`."""
     examples = []
     for row in rows:
-        prompt = encode(tokenizer, row["prompt"])
-        responses = [
-            encode_response(tokenizer, text, ended)
-            for text, ended in zip(row["completions"], row["finished"], strict=True)
-        ]
+        prompt, responses = encode_comparison(tokenizer, row)
         if (longest := len(prompt) + max(map(len, responses))) > max_length:
             raise DataError(
                 f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or drop the row"
@@ -96,7 +92,13 @@ class KWiseCollator:
             n = len(example["responses"])
             targets[i, :n, :n] = torch.tensor(example["targets"])
             mask[i, :n] = True
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "targets": targets, "mask": mask}
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "targets": targets,
+            "mask": mask,
+        }
 
 
 class KWiseTrainer(Trainer):
@@ -104,11 +106,10 @@ class KWiseTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask = inputs["mask"]
-        position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         output = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            position_ids=position_ids,
+            position_ids=inputs["position_ids"],
             use_cache=False,
         )
         flat = output.logits[:, 0].float()
@@ -126,18 +127,6 @@ def initialise(causal_lm: Any, seed: int) -> Any:
     model.base_model.load_state_dict(causal_lm.base_model.state_dict())
     torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
     return with_full_precision_head(model)
-
-
-def score_rows(
-    model: Any, prompts: list[list[int]], responses: list[list[int]], pad_id: int, precision: str
-) -> np.ndarray:
-    """[N] scores."""
-
-    def scores(batch):
-        with autocast(precision):
-            return sequence_scores(model, batch)
-
-    return np.array([float(s) for s in map_batches(scores, prompts, responses, pad_id, 4096, device())])
 
 
 def heldout_pairs(rows: list[dict], scores: list[np.ndarray]) -> list[dict]:
@@ -225,20 +214,19 @@ def run(stage: Stage) -> dict:
         model = model.merge_and_unload()  # scores are read by stages that know nothing of adapters
 
     demonstrations = [
-        row for split in ("reward", "sft") for row in stage.rows("data", f"{split}.jsonl") if "prompt" in row
+        (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]))
+        for split in ("reward", "sft")
+        for row in stage.rows("data", f"{split}.jsonl")
+        if "prompt" in row
     ][:256]
-    prompts = [encode(tokenizer, row["prompt"]) for row in demonstrations]
-    responses = [encode_response(tokenizer, row["completion"]) for row in demonstrations]
-    model.config.reward_bias = (
-        float(score_rows(model, prompts, responses, pad_id, precision).mean()) if prompts else 0.0
-    )
+    demonstration_scores = np.array(reward_scores(model, demonstrations, pad_id, precision))
+    model.config.reward_bias = float(demonstration_scores.mean()) if demonstrations else 0.0
     model.save_pretrained(stage.work / "model")
     copy_tokenizer(parent, stage.work / "model")
 
     tokens = tokenize(heldout, tokenizer, config.max_length)
-    flat_prompts = [e["prompt"] for e in tokens for _ in e["responses"]]
-    flat_responses = [r for e in tokens for r in e["responses"]]
-    flat_scores = score_rows(model, flat_prompts, flat_responses, pad_id, precision)
+    sequences = [(e["prompt"], response) for e in tokens for response in e["responses"]]
+    flat_scores = np.array(reward_scores(model, sequences, pad_id, precision))
     splits = np.cumsum([len(e["responses"]) for e in tokens])[:-1]
     pairs = heldout_pairs(heldout, np.split(flat_scores, splits))
     write_jsonl(stage.work / "pairs.jsonl", pairs)
@@ -249,10 +237,10 @@ def run(stage: Stage) -> dict:
             "steps": len(history),
             "prompts": len(examples),
             "bias": model.config.reward_bias,
-            "score_mean_demonstrations": float(score_rows(model, prompts, responses, pad_id, precision).mean())
-            if prompts
+            "score_mean_demonstrations": float((demonstration_scores - model.config.reward_bias).mean())
+            if demonstrations
             else None,
-            "length_correlation": spearman(flat_scores, np.array([len(r) for r in flat_responses])),
+            "length_correlation": spearman(flat_scores, np.array([len(response) for _, response in sequences])),
         }
         | counts
     )
