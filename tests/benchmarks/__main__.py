@@ -73,7 +73,7 @@ def fine_tuning(ours: bool) -> float:
     from trl import SFTConfig, SFTTrainer
 
     from tunetrail.models.tiny import tiny_tokenizer
-    from tunetrail.stages.sft import LabelledSFTTrainer
+    from tunetrail.training import score_labels_only
 
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -93,21 +93,51 @@ def fine_tuning(ours: bool) -> float:
         }
         for i in range(1, 65)
     ]
-    trainer = (LabelledSFTTrainer if ours else SFTTrainer)(
+    trainer = SFTTrainer(
         model=model,
         args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=16, bf16=True, use_cpu=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[], disable_tqdm=True, gradient_checkpointing=False, save_strategy="no"),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
     )  # fmt: skip
+    if ours:
+        score_labels_only(trainer.model)
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
     return (time.perf_counter() - start) / 4 / 3
 
 
+def reward_steps(share_prompts: bool) -> float:
+    """Seconds a step of the K-wise loss on 4 prompts of 43 tokens with 4 responses of 14 each."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
+
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=8192, pad_token_id=0,
+    )  # fmt: skip
+    model = initialise(LlamaForCausalLM(config), seed=0)
+    responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]
+    example = {"prompt": list(range(7, 50)), "responses": responses, "targets": torch.full((4, 4), 0.5).tolist()}
+    batch = KWiseCollator(0, share_prompts)([example] * 4)
+
+    def step() -> None:
+        kwise_loss(kwise_scores(model, batch), batch["targets"], batch["mask"]).backward()
+        model.zero_grad()
+
+    step()
+    start = time.perf_counter()
+    for _ in range(8):
+        step()
+    return (time.perf_counter() - start) / 8
+
+
 CASES = {
     "training step, freed memory kept / given back": (training_steps, True, False),
     "fine-tuning step, logits where labels are / TRL's fused head": (fine_tuning, True, False),
+    "reward-model step, prompt shared by its K responses / repeated": (reward_steps, True, False),
     "sampling 4 a prompt, shared / repeated prefill": (sampling, True, False),
 }
 

@@ -30,9 +30,25 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 RESPONSES = [[14, 15, EOS], [16, EOS], [17]]
 
 
+COMMON_START = [[5, 6, 7, *prompt] for prompt in PROMPTS]
+
+
+def windowed_model():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4)).eval()
+
+
+def llama_model():
+    return tiny_model(16, 2, 2, VOCABULARY, seed=0).eval()
+
+
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(16, 2, 2, VOCABULARY, seed=0).eval()
+    return llama_model()
 
 
 def alone(model, prompt, response):
@@ -66,6 +82,39 @@ def test_left_and_right_padding_agree_on_scores_and_values():
         torch.testing.assert_close(values[0], prefix, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "common_start"),
+    [(COMMON_START, 3), ([[5, 6, 7], [5, 6], [5, 6, 7, 8]], 1), ([[5], [5, 6], [5]], 0), (PROMPTS, 0)],
+)
+@pytest.mark.parametrize("make", [llama_model, windowed_model])
+def test_a_common_start_computed_once_changes_no_number(make, prompts, common_start):
+    """Without gradients the start comes from a cache; with them all is one plain pass."""
+    model, classifier = make(), initialise(make(), seed=1).eval()
+    batch = collate(prompts, RESPONSES, PAD)
+    assert batch.common_start == common_start
+    for function, scorer in ((response_logprobs, model), (response_values, classifier), (sequence_scores, classifier)):
+        with torch.no_grad():
+            cached = function(scorer, batch)
+        plain = function(scorer, batch).detach()
+        real = batch.response_mask if plain.dim() == 2 else torch.ones(3, dtype=torch.bool)
+        torch.testing.assert_close(cached[real], plain[real], atol=1e-5, rtol=0)
+
+
+def test_an_adapter_acts_on_a_common_start_too():
+    model = with_lora(llama_model(), Lora(r=4), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    batch = collate(COMMON_START, RESPONSES, PAD)
+    with torch.no_grad():
+        cached = response_logprobs(model, batch)
+        with model.disable_adapter():
+            without = response_logprobs(model, batch)
+    torch.testing.assert_close(cached, response_logprobs(model, batch).detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(without, response_logprobs(llama_model(), batch).detach(), atol=1e-5, rtol=0)
+    assert (cached - without).abs().max() > 1e-3
+
+
 def test_map_batches_keeps_order_and_lengths(model):
     rows = map_batches(lambda b: response_logprobs(model, b), PROMPTS, RESPONSES, PAD, torch.device("cpu"), 8)
     assert [len(row) for row in rows] == [3, 2, 1]
@@ -81,20 +130,13 @@ def test_token_batches_stay_below_the_limit():
     assert len(batches) < 6
 
 
-def test_greedy_decoding_equals_generate(model):
-    outputs = sample(
-        model,
-        PROMPTS,
-        ["a", "b", "c"],
-        k=1,
-        max_new_tokens=8,
-        temperature=0,
-        seed=0,
-        batch_size=8,
-        eos_id=EOS,
-        pad_id=PAD,
-    )
-    for prompt, (output,) in zip(PROMPTS, outputs, strict=True):
+@pytest.mark.parametrize("prompts", [PROMPTS, COMMON_START, [[5, 6, 7], [5, 6], [5, 6, 7, 8]]])
+@pytest.mark.parametrize("make", [llama_model, windowed_model])
+def test_greedy_decoding_equals_generate(make, prompts):
+    model = make()
+    settings = {"max_new_tokens": 8, "temperature": 0, "seed": 0, "batch_size": 8, "eos_id": EOS, "pad_id": PAD}
+    outputs = sample(model, prompts, ["a", "b", "c"], k=2, **settings)
+    for prompt, both in zip(prompts, outputs, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(
             ids,
@@ -104,7 +146,7 @@ def test_greedy_decoding_equals_generate(model):
             eos_token_id=EOS,
             pad_token_id=PAD,
         )
-        assert output == theirs[0, len(prompt) :].tolist()
+        assert both == [theirs[0, len(prompt) :].tolist()] * 2
 
 
 def test_samples_do_not_depend_on_the_batch_they_are_in(model):
@@ -115,6 +157,14 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(model):
     assert together == apart
     assert together != sample(model, PROMPTS, keys, batch_size=9, **(settings | {"seed": 5}))
     assert len({tuple(c) for c in together[0]}) == 3  # each completion has a stream of its own
+
+
+def test_a_greedy_response_can_lead_and_changes_no_sample(model):
+    settings = {"max_new_tokens": 6, "seed": 4, "batch_size": 9, "eos_id": EOS, "pad_id": PAD}
+    keys = ["a", "b", "c"]
+    led = sample(model, PROMPTS, keys, k=3, temperature=1.0, greedy_first=True, **settings)
+    assert [k[:1] for k in led] == sample(model, PROMPTS, keys, k=1, temperature=0, **settings)
+    assert [k[1:] for k in led] == sample(model, PROMPTS, keys, k=2, temperature=1.0, **settings)
 
 
 def test_sampling_follows_the_tempered_softmax(model):

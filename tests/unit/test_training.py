@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from tunetrail.config import SftConfig
+from tunetrail.config import Lora, SftConfig
 from tunetrail.contract import list_files, main, read_jsonl, write_json, write_jsonl
 from tunetrail.errors import DataError
+from tunetrail.models.batching import pack
+from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.stages import sft
-from tunetrail.stages.reward import KWiseCollator, evaluate, heldout_pairs, initialise, kwise_loss
-from tunetrail.training import epoch_order, history, is_complete, latest_checkpoint, mark_complete
+from tunetrail.stages.dpo import PretokenizedDpoTrainer
+from tunetrail.stages.reward import (
+    KWiseCollator,
+    can_share_prompts,
+    evaluate,
+    heldout_pairs,
+    initialise,
+    kwise_loss,
+    kwise_scores,
+)
+from tunetrail.training import epoch_order, history, is_complete, latest_checkpoint, mark_complete, score_labels_only
 
 
 def log_sigmoid(x):
@@ -48,15 +59,74 @@ def test_reward_head_starts_small_and_on_the_language_models_trunk():
         assert torch.equal(a, b)
 
 
-def test_collator_masks_missing_completions():
-    examples = [
-        {"prompt": [5], "responses": [[6], [7, 8], [9]], "targets": np.full((3, 3), 0.5).tolist()},
-        {"prompt": [5, 6], "responses": [[6], [7]], "targets": [[0.5, 1.0], [0.0, 0.5]]},
-    ]
-    batch = KWiseCollator(0)(examples)
-    assert batch["input_ids"].shape == (5, 4)  # K forward sequences a prompt, not K(K-1)
+EXAMPLES = [
+    {"prompt": [5], "responses": [[6], [7, 8], [9]], "targets": np.full((3, 3), 0.5).tolist()},
+    {"prompt": [5, 6, 7], "responses": [[6, 1], [7]], "targets": [[0.5, 1.0], [0.0, 0.5]]},
+]
+
+
+@pytest.mark.parametrize(("share_prompts", "shape"), [(False, (5, 5)), (True, (2, 6))])
+def test_collator_masks_missing_completions(share_prompts, shape):
+    batch = KWiseCollator(0, share_prompts)(EXAMPLES)
+    assert batch["input_ids"].shape == shape  # K forward sequences a prompt, not K(K-1); packed, one
     assert batch["mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["targets"][1, 0, 1] == 1
+    assert batch["input_ids"][batch["rows"], batch["ends"]].tolist() == [6, 8, 9, 1, 7]
+
+
+def test_packed_responses_see_the_prompt_and_themselves_by_hand():
+    packed = pack([[5, 6], [5]], [[[7, 8], [9]], [[7]]], pad_id=0)
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 7, 0, 0, 0]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert packed["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert packed["attention_mask"][1, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+    ]
+
+
+def test_a_shared_prompt_changes_no_score_and_no_gradient():
+    model = initialise(tiny_model(16, 2, 2, 30, seed=0), seed=1).eval()
+    model.config.pad_token_id = 0
+    found = []
+    for share in (True, False):
+        batch = KWiseCollator(0, share)(EXAMPLES)
+        model.zero_grad()
+        scores = kwise_scores(model, batch)
+        kwise_loss(scores, batch["targets"], batch["mask"]).backward()
+        found.append((scores.detach(), [p.grad.clone() for p in model.parameters()]))
+    (packed, packed_gradients), (apart, apart_gradients) = found
+    torch.testing.assert_close(packed, apart, atol=1e-6, rtol=0)
+    for a, b in zip(packed_gradients, apart_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    plain = [[model(torch.tensor([e["prompt"] + r])).logits.item() for r in e["responses"]] for e in EXAMPLES]
+    torch.testing.assert_close(packed, torch.tensor([plain[0], [*plain[1], 0.0]]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("window", "attention", "expected"), [(64, "sdpa", True), (3, "sdpa", False), (64, "eager", False)]
+)
+def test_prompts_are_shared_only_where_it_changes_no_score(window, attention, expected):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    causal = MistralForCausalLM(
+        MistralConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            vocab_size=30, sliding_window=window, pad_token_id=0, attn_implementation=attention,
+        )
+    )  # fmt: skip
+    example = {"prompt": [5, 6, 7, 8], "responses": [[9, 10], [11]], "targets": [[0.5, 1.0], [0.0, 0.5]]}
+    assert can_share_prompts(initialise(causal, seed=1).eval(), example, pad_id=0) == expected
 
 
 def test_reward_metrics_by_hand():
@@ -237,8 +307,6 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
 
 def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
     """The first logged loss against plain forward passes, one row at a time."""
-    from tunetrail.models.loading import load_causal_lm
-
     code, error, output = run_stage("sft", "one", config={"batch_size": 24, "micro_batch_size": 8, "epochs": 1})
     assert code == 0, error
     tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
@@ -247,6 +315,47 @@ def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
         logprobs = model(torch.tensor([example["input_ids"]])).logits[0].log_softmax(-1)
         nlls += [-logprobs[i - 1, label].item() for i, label in enumerate(example["labels"]) if label != -100]
     assert read_jsonl(output.with_name("history.jsonl"))[0]["loss"] == pytest.approx(sum(nlls) / len(nlls), abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_logits_where_labels_are_give_what_trls_head_gives(tmp_path, lora):
+    """Every number TRL reads from its fused head, and the gradients, on a batch of uneven prompts."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    tiny_model(16, 2, 2, 60, seed=0).save_pretrained(tmp_path)
+    model = with_lora(load_causal_lm(tmp_path), lora and Lora(**lora), seed=1)
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False
+    )
+    rows = {"prompt_ids": [[5]], "chosen_ids": [[6]], "rejected_ids": [[7]]}
+    trainer = PretokenizedDpoTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tiny_tokenizer()
+    )
+    assert isinstance(trainer, DPOTrainer)
+    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    for row, (first, last) in enumerate([(3, 9), (5, 7), (4, 8)]):
+        labels[row, :first] = labels[row, last:] = -100
+    found = []
+    for ours in (False, True):
+        if ours:
+            score_labels_only(trainer.model)
+        trainer.model.zero_grad()
+        output = trainer.model(input_ids=ids, labels=labels, fused_lm_head=True)
+        output.log_probs.sum().backward()
+        found.append((output, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
+    (theirs, their_gradients), (ours, our_gradients) = found
+    assert theirs.log_probs.count_nonzero() == 6 + 2 + 4
+    for name in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+    for name in ("is_top1", "label_mask"):
+        assert torch.equal(ours[name].bool(), theirs[name].bool())
+    for a, b in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    plain = trainer.model(input_ids=ids, labels=labels)  # without the flag, the model is what it was
+    assert plain.logits.shape == (3, 9, 60)
+    assert torch.isfinite(plain.loss)
 
 
 def test_dpo_starts_at_log_2_and_margin_0(run_stage):
@@ -262,7 +371,6 @@ def test_dpo_starts_at_log_2_and_margin_0(run_stage):
 def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
     """TRL's first chosen log-probs against a plain forward pass over the same pairs."""
     from tunetrail.models.batching import collate, encode, encode_response
-    from tunetrail.models.loading import load_causal_lm
     from tunetrail.models.scoring import response_logprobs
 
     code, error, output = run_stage("dpo", "one", config={"batch_size": 54, "micro_batch_size": 54})

@@ -6,6 +6,7 @@ random states. A checkpoint counts only once its `complete.json` lists every fil
 an interrupted save is skipped and the one before it is used.
 """
 
+import functools
 import json
 import logging
 import os
@@ -15,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config import Epochs
 from tunetrail.contract import Stage, is_main_process, list_files, sync, write_json, write_jsonl
 from tunetrail.errors import DataError, Interrupted
+from tunetrail.models.scoring import gather_logprobs
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import use_bf16
 from tunetrail.seeds import derive_seed
@@ -52,8 +55,6 @@ def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int)
 
 def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
     """Keyword arguments of transformers.TrainingArguments and its TRL children."""
-    import torch
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
     if config.batch_size % (micro * world):
@@ -81,6 +82,52 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": derive_seed(stage.seed, stage.name) % 2**32,
     }
+
+
+def score_labels_only(model: Any) -> None:
+    """Gives a model that a TRL trainer prepared a head for the columns that hold labels, on a CPU.
+
+    Without Triton, TRL's fused head scores every position, the prompts' too, and keeps no logits for
+    the backward pass: of a step on short answers to longer prompts that is a large part (`make bench`).
+    The numbers are the same. Call it between making the trainer and training.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    forward_of_trl = model.forward
+
+    @functools.wraps(forward_of_trl)
+    def forward(*args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return forward_of_trl(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+        first = max(1, int((labels != -100).any(0).nonzero()[0]))  # the first column that is predicted
+        targets = labels[:, first:]
+        mask = targets != -100
+        kwargs |= {"use_cache": False, "logits_to_keep": targets.shape[1] + 1}
+        output = forward_of_trl(*args, **kwargs)
+        logits = output.logits[:, :-1].float()
+        log_probs = gather_logprobs(logits, targets.clamp_min(0))
+        with torch.no_grad():
+            log_p = logits.log_softmax(-1)
+            watched = {
+                "entropy": -(log_p.exp() * log_p).sum(-1),
+                "mean_logits": logits.mean(-1),
+                "is_top1": logits.argmax(-1) == targets,
+            }
+
+        def whole(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x.masked_fill(~mask, 0), (first - 1, 0))
+
+        return FusedCausalLMOutput(
+            log_probs=whole(log_probs),
+            label_mask=whole(mask),
+            aux_loss=getattr(output, "aux_loss", None),
+            **{name: whole(x) for name, x in watched.items()},
+        )
+
+    model.forward = forward
 
 
 class StageCallback(TrainerCallback):

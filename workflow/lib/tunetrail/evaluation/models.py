@@ -5,12 +5,17 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
-from tunetrail.models.scoring import SCORING_TOKENS, map_batches, response_logprobs, sequence_scores
+from tunetrail.models.scoring import map_batches, response_logprobs, sequence_scores
 from tunetrail.runtime import autocast, device
 
 
 def logprobs_of(
-    model: Any, examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str, temperature: float = 1.0
+    model: Any,
+    examples: list[tuple[list[int], list[int]]],
+    pad_id: int,
+    precision: str,
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
 ) -> list[torch.Tensor]:
     """Log-prob of each response token of each (prompt ids, response ids)."""
 
@@ -19,7 +24,7 @@ def logprobs_of(
             return response_logprobs(model, batch, temperature)
 
     prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-    return map_batches(function, prompts, responses, pad_id, device())
+    return map_batches(function, prompts, responses, pad_id, device(), max_tokens)
 
 
 def reward_scores(
@@ -27,7 +32,7 @@ def reward_scores(
     examples: list[tuple[list[int], list[int]]],
     pad_id: int,
     precision: str,
-    max_tokens: int = SCORING_TOKENS,
+    max_tokens: int | None = None,
 ) -> list[float]:
     """The reward model's score of each (prompt ids, response ids)."""
 
@@ -39,9 +44,16 @@ def reward_scores(
     return [float(score) for score in map_batches(function, prompts, responses, pad_id, device(), max_tokens)]
 
 
-def mean_nlls(model: Any, examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str) -> list[float]:
+def mean_nlls(
+    model: Any,
+    examples: list[tuple[list[int], list[int]]],
+    pad_id: int,
+    precision: str,
+    max_tokens: int | None = None,
+) -> list[float]:
     """Nats a token of each response."""
-    return [-row.mean().item() if len(row) else 0.0 for row in logprobs_of(model, examples, pad_id, precision)]
+    rows = logprobs_of(model, examples, pad_id, precision, max_tokens=max_tokens)
+    return [-row.mean().item() if len(row) else 0.0 for row in rows]
 
 
 @torch.no_grad()

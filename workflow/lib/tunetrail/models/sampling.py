@@ -1,4 +1,4 @@
-"""Sampling completions: one prefill a prompt shared by its K completions, finished rows leave the batch.
+"""Sampling completions: what sequences begin with is computed once, finished rows leave the batch.
 
 Every completion draws from a random stream of its own, seeded by (seed, prompt's key, completion), so
 that what a prompt gets does not depend on the shard or batch it is in (up to floating-point
@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from tunetrail.models.batching import collate
+from tunetrail.models.prefix import cached_inputs
 from tunetrail.seeds import derive_seed
 
 
@@ -32,16 +32,20 @@ def decoding_weights(model: Any, bf16: bool) -> Any:
 
 
 class _Noise:
-    """Exponential noise for the rows still running: argmax(logits/T - log noise) samples the softmax (Gumbel-max)."""
+    """Exponential noise for the rows still running: argmax(logits/T - log noise) samples the softmax (Gumbel-max).
 
-    def __init__(self, seeds: Sequence[int], vocab_size: int):
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+    A row without a seed gets none, and is decoded greedily.
+    """
+
+    def __init__(self, seeds: Sequence[int | None], vocab_size: int):
+        self.generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
         self.vocab_size = vocab_size
 
     def draw(self, rows: list[int]) -> torch.Tensor:
-        noise = torch.empty(len(rows), self.vocab_size)
+        noise = torch.ones(len(rows), self.vocab_size)
         for i, row in enumerate(rows):
-            noise[i].exponential_(generator=self.generators[row])
+            if self.generators[row] is not None:
+                noise[i].exponential_(generator=self.generators[row])
         return noise
 
 
@@ -49,7 +53,7 @@ class _Noise:
 def _sample_batch(
     model: Any,
     prompts: list[list[int]],
-    seeds: list[int],
+    seeds: list[int | None],
     k: int,
     max_new_tokens: int,
     temperature: float,
@@ -58,17 +62,14 @@ def _sample_batch(
 ) -> list[list[int]]:
     """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished."""
     device = model.device
-    batch = collate(prompts, [[]] * len(prompts), pad_id).to(device)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
+    inputs = cached_inputs(model, collate(prompts, [[]] * len(prompts), pad_id).to(device))
+    cache, mask = inputs["past_key_values"], inputs["attention_mask"]
+    logits = model(**inputs, logits_to_keep=1).logits[:, -1]
     if k > 1:
         cache.batch_repeat_interleave(k)
     logits = logits.repeat_interleave(k, 0)
-    mask = batch.attention_mask.repeat_interleave(k, 0)
-    positions = batch.attention_mask.sum(-1).repeat_interleave(k, 0)
+    mask = mask.repeat_interleave(k, 0)
+    positions = mask.sum(-1)
     noise = _Noise(seeds, logits.shape[-1]) if temperature > 0 else None
     outputs: list[list[int]] = [[] for _ in seeds]
     running = list(range(len(seeds)))
@@ -108,6 +109,7 @@ def sample(
     batch_size: int,
     eos_id: int,
     pad_id: int,
+    greedy_first: bool = False,
     on_batch: Callable[[int], None] = lambda prompts_done: None,
 ) -> list[list[list[int]]]:
     """K completions of each prompt.
@@ -117,6 +119,7 @@ def sample(
         keys: a stable name of each prompt; with `seed` it fixes the random stream.
         temperature: 0 decodes greedily.
         batch_size: sequences decoded at once.
+        greedy_first: the first of the K is decoded greedily, in the same batch.
         on_batch: told how many prompts each batch finished.
 
     Returns:
@@ -129,7 +132,8 @@ def sample(
     model.eval()
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        seeds = [derive_seed(seed, "sample", keys[i], j) for i in rows for j in range(k)]
+        streams = range(-1, k - 1) if greedy_first else range(k)  # the samples are the same with and without it
+        seeds = [derive_seed(seed, "sample", keys[i], j) if j >= 0 else None for i in rows for j in streams]
         flat = _sample_batch(model, [prompts[i] for i in rows], seeds, k, max_new_tokens, temperature, eos_id, pad_id)
         for n, i in enumerate(rows):
             results[i] = flat[n * k : (n + 1) * k]

@@ -6,18 +6,13 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch, collate, token_batches
+from tunetrail.models.prefix import model_inputs
 
 
 def response_logits(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """[B, R, V] float32: the logits that predict each response token, divided by the sampling temperature."""
     r = batch.response_mask.shape[1]
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=r + 1,
-        use_cache=False,
-    )
+    output = model(**model_inputs(model, batch), logits_to_keep=r + 1)
     return output.logits[:, :-1].float() / temperature
 
 
@@ -32,7 +27,8 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tor
     return logprobs.masked_fill(~batch.response_mask, 0.0)
 
 
-SCORING_TOKENS = 4096  # tokens of one forward pass without gradients
+# Tokens of one forward pass without gradients: on a CPU few enough for the activations to stay in its cache.
+SCORING_TOKENS = 4096 if torch.cuda.is_available() else 1024
 
 
 class FullPrecisionHead(torch.nn.Linear):
@@ -52,9 +48,7 @@ def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
 def response_values(critic: Any, batch: Batch) -> torch.Tensor:
     """[B, R] float32: value of the state before each response token, from a sequence-classification model."""
     head, trunk = head_and_trunk(critic)
-    hidden = trunk(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
+    hidden = trunk(**model_inputs(trunk, batch)).last_hidden_state
     r = batch.response_mask.shape[1]
     bias = getattr(critic.config, "reward_bias", 0.0)
     return head(hidden[:, -r - 1 : -1])[..., 0].float() - bias
@@ -66,11 +60,9 @@ def sequence_scores(reward_model: Any, batch: Batch) -> torch.Tensor:
     The last token is EOS where the response is finished (Stiennon et al. 2020).
     """
     head, trunk = head_and_trunk(reward_model)
-    hidden = trunk(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
-    last = batch.attention_mask.shape[1] - 1 - batch.attention_mask.flip(-1).argmax(-1)
-    scores = head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+    hidden = trunk(**model_inputs(trunk, batch)).last_hidden_state
+    ends = batch.ends - (batch.input_ids.shape[1] - hidden.shape[1])
+    scores = head(hidden[torch.arange(len(hidden), device=hidden.device), ends])[:, 0].float()
     return scores - getattr(reward_model.config, "reward_bias", 0.0)
 
 
@@ -81,16 +73,17 @@ def map_batches(
     responses: Sequence[list[int]],
     pad_id: int,
     device: torch.device,
-    max_tokens: int = SCORING_TOKENS,
+    max_tokens: int | None = None,
 ) -> list[torch.Tensor]:
     """Applies `function` to batches of similar length; gives one row of its result a sequence, in order.
 
     Args:
         function: Batch -> [B] or [B, R]; of the latter each row is cut to its response's length.
+        max_tokens: of a batch; None: SCORING_TOKENS.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
-    for rows in token_batches(lengths, max_tokens):
+    for rows in token_batches(lengths, max_tokens or SCORING_TOKENS):
         batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id).to(device)
         for i, row in zip(rows, function(batch).cpu(), strict=True):
             results[i] = row[: len(responses[i])] if row.dim() else row

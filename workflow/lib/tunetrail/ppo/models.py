@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
+from tunetrail.models.prefix import model_inputs
 from tunetrail.models.scoring import FullPrecisionHead, gather_logprobs, response_logprobs, response_values
 
 
@@ -34,11 +35,8 @@ class ActorCritic(torch.nn.Module):
         it is watched, not trained on, and costs a pass over [B, R, V]."""
         r = batch.response_mask.shape[1]
         output = self.policy(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
+            **model_inputs(self.policy, batch),
             logits_to_keep=r + 1,
-            use_cache=False,
             output_hidden_states=self.value_head is not None,
         )
         logits = output.logits[:, :-1].float() / temperature

@@ -21,7 +21,7 @@ from tunetrail.models.comparisons import widest_pairs
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
 from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
-from tunetrail.training import epoch_order, train, trainer_arguments
+from tunetrail.training import epoch_order, score_labels_only, train, trainer_arguments
 
 
 class PretokenizedDpoTrainer(DPOTrainer):
@@ -76,6 +76,7 @@ def run(stage: Stage) -> dict:
         train_dataset=Dataset.from_list([examples[i] for i in order]),
         processing_class=tokenizer,
     )
+    score_labels_only(trainer.model)
     history = train(stage, trainer)
     if not is_main_process():
         return {}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -22,7 +23,7 @@ from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
-from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
+from tunetrail.models.batching import collate, encode, encode_comparison, encode_response, pack
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import (
     copy_tokenizer,
@@ -32,9 +33,13 @@ from tunetrail.models.loading import (
     with_full_precision_head,
     with_lora,
 )
-from tunetrail.runtime import prepare
+from tunetrail.models.scoring import head_and_trunk
+from tunetrail.runtime import device, prepare
 from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, train, trainer_arguments
+
+BIAS_DEMONSTRATIONS = 128
+"""Demonstrations whose mean score becomes 0."""
 
 
 def kwise_loss(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -74,47 +79,74 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 class KWiseCollator:
-    """B prompts -> one batch of all their sequences, with [B, K, K] targets and a [B, K] mask."""
+    """B prompts -> one batch of all their N sequences, with [B, K, K] targets and a [B, K] mask.
 
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
+    Args:
+        share_prompts: one row a prompt, computed once for its K responses (`batching.pack`); else one row a sequence.
+    """
 
-    def __call__(self, examples: list[dict]) -> dict[str, Any]:
-        batch = collate(
-            [e["prompt"] for e in examples for _ in e["responses"]],
-            [r for e in examples for r in e["responses"]],
-            self.pad_id,
-        )
-        k = max(len(e["responses"]) for e in examples)
+    def __init__(self, pad_id: int, share_prompts: bool):
+        self.pad_id, self.share_prompts = pad_id, share_prompts
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        responses = [e["responses"] for e in examples]
+        if self.share_prompts:
+            sequences = pack([e["prompt"] for e in examples], responses, self.pad_id)
+        else:
+            prompts = [e["prompt"] for e in examples for _ in e["responses"]]
+            batch = collate(prompts, [r for k in responses for r in k], self.pad_id)
+            sequences = {
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "position_ids": batch.position_ids,
+                "rows": torch.arange(len(prompts)),
+                "ends": batch.ends,
+            }
+        k = max(map(len, responses))
         targets = torch.full((len(examples), k, k), 0.5)
         mask = torch.zeros(len(examples), k, dtype=torch.bool)
         for i, example in enumerate(examples):
             n = len(example["responses"])
             targets[i, :n, :n] = torch.tensor(example["targets"])
             mask[i, :n] = True
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids,
-            "targets": targets,
-            "mask": mask,
-        }
+        return sequences | {"targets": targets, "mask": mask}
+
+
+def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, K] float32: the score at each sequence's last token, 0 where a prompt has fewer than K completions."""
+    hidden = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        position_ids=inputs["position_ids"],
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states[-1]
+    head, _ = head_and_trunk(extract_model_from_parallel(model))
+    flat = head(hidden[inputs["rows"], inputs["ends"]])[:, 0].float()
+    return flat.new_zeros(inputs["mask"].shape).masked_scatter(inputs["mask"], flat)
+
+
+@torch.no_grad()
+def can_share_prompts(model: Any, example: dict, pad_id: int) -> bool:
+    """Whether packed sequences score as they do apart: false for attention windows, recurrent layers, other kernels.
+
+    Tried rather than looked up, on the longest example: no list of architectures to keep.
+    """
+    if model.config._attn_implementation != "sdpa":  # the others read other masks
+        return False
+    packed, apart = (
+        kwise_scores(model, {k: x.to(model.device) for k, x in KWiseCollator(pad_id, share)([example]).items()})
+        for share in (True, False)
+    )
+    return torch.allclose(packed, apart, rtol=1e-3, atol=1e-3)
 
 
 class KWiseTrainer(Trainer):
     """transformers' Trainer with the K-wise loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mask = inputs["mask"]
-        output = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["position_ids"],
-            use_cache=False,
-        )
-        flat = output.logits[:, 0].float()
-        scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-        loss = kwise_loss(scores, inputs["targets"], mask)
+        scores = kwise_scores(model, inputs)
+        loss = kwise_loss(scores, inputs["targets"], inputs["mask"])
         return (loss, scores) if return_outputs else loss
 
 
@@ -199,11 +231,13 @@ def run(stage: Stage) -> dict:
     model.config.pad_token_id = pad_id
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
+    longest = examples[int(np.argmax(lengths))]
+    share_prompts = can_share_prompts(model.to(device()).eval(), longest, pad_id)
     trainer = KWiseTrainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(stage, config), remove_unused_columns=False),
         train_dataset=Dataset.from_list([examples[i] for i in order]),
-        data_collator=KWiseCollator(pad_id),
+        data_collator=KWiseCollator(pad_id, share_prompts),
         processing_class=tokenizer,
     )
     history = train(stage, trainer)
@@ -218,7 +252,7 @@ def run(stage: Stage) -> dict:
         for split in ("reward", "sft")
         for row in stage.rows("data", f"{split}.jsonl")
         if "prompt" in row
-    ][:256]
+    ][:BIAS_DEMONSTRATIONS]
     demonstration_scores = np.array(reward_scores(model, demonstrations, pad_id, precision))
     model.config.reward_bias = float(demonstration_scores.mean()) if demonstrations else 0.0
     model.save_pretrained(stage.work / "model")

@@ -7,7 +7,6 @@ Writes `model/` (and `merged/` for LoRA on request) and `history.jsonl`.
 
 import sys
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig as TrlSftConfig
@@ -22,7 +21,7 @@ from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
 from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
-from tunetrail.training import epoch_order, train, trainer_arguments
+from tunetrail.training import epoch_order, score_labels_only, train, trainer_arguments
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
@@ -52,28 +51,6 @@ def prompt_and_response(example: dict) -> tuple[list[int], list[int]]:
     return example["input_ids"][:start], example["input_ids"][start:]
 
 
-class LabelledSFTTrainer(SFTTrainer):
-    """SFTTrainer whose logits end where the labels do: none for the columns that are prompt in every row.
-
-    The same loss as TRL's fused head, which scores fewer positions but pays for it with a dense gradient
-    of the head in float32 a tile; on two cores a step takes two thirds of the time (`make bench`).
-    """
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        first = max(1, int((labels != -100).any(0).nonzero()[0]))  # the first column that is predicted
-        targets = labels[:, first:]
-        logits = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            logits_to_keep=targets.shape[1] + 1,
-        ).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return loss / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-
-
 def run(stage: Stage) -> dict:
     config, precision = SftConfig(**stage.config), stage.shared["precision"]
     prepare(stage.seed, "sft")
@@ -85,7 +62,7 @@ def run(stage: Stage) -> dict:
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
-    trainer = LabelledSFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=TrlSftConfig(
             **trainer_arguments(stage, config), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
@@ -93,6 +70,7 @@ def run(stage: Stage) -> dict:
         train_dataset=Dataset.from_list([examples[i] for i in order]),
         processing_class=tokenizer,
     )
+    score_labels_only(trainer.model)
     rows = train(stage, trainer)
     if not is_main_process():
         return {}
