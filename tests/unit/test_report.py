@@ -196,6 +196,8 @@ class Fixture:
             )
             metrics = {
                 "policy": name, "method": method, "adapter": None if name in ("base", "best-of-4") else "lora" if method == "ppo" else "full", "n_prompts": 96,
+                "greedy_gold": interval(score + 1.7, 1.9) if gold and method != "best_of_n" else None,
+                "greedy_win_rate_vs_sft": interval(wins - 0.03, half) if rate and method != "best_of_n" else None,
                 "gold": interval(score, 2.1) if gold else None, "reward": interval(0.31 * i - 0.62, 0.14), "win_rate_vs_sft": rate,
                 "kl_to_sft": kl and kl | {"estimator": "k3 over sampled tokens"},
                 "length": interval(13.2 + i, 0.9), "distinct_1": 0.4123, "distinct_2": 0.8211, "finished": 0.9375,
@@ -272,6 +274,7 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
             " ]", "]"
         ).replace("] ", "]")
         assert numbers.interval(m["gold"], 1) in seen
+        assert numbers.interval(m["greedy_gold"], 1) in seen
         assert numbers.interval(m["reward"], 2) in seen
         assert numbers.interval(m["length"], 1) in seen
         assert numbers.interval(m["retention"]["nll"], 3) in seen
@@ -288,9 +291,11 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
 
 def test_verdict_follows_from_the_intervals(text):
     seen = words(text)
-    assert "sft beats base, which has a win rate 19% [13, 25] on 96 prompts." in seen
-    assert "dpo beats sft: win rate 58% [51, 65] on 96 prompts." in seen
-    assert "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts." in seen
+    assert "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, decoded greedily 16% [10, 22]." in seen
+    assert "dpo beats sft: win rate 58% [51, 65] on 96 prompts, decoded greedily 55% [48, 62]." in seen
+    assert (
+        "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, decoded greedily 49% [41, 57]." in seen
+    )
     assert "Labels are simulated" in seen
     assert "DIRTY" in seen
     assert "random weights" not in seen

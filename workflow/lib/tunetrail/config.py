@@ -572,7 +572,7 @@ PREFERENCE_PROBES = [
 
 
 class EvaluationConfig(Sampling):
-    """How base, SFT and every policy are compared on the evaluation split."""
+    """How base, SFT and every policy are compared on the evaluation split: one sampled and one greedy response a prompt."""
 
     gold: Literal["chrf"] | None = Field(
         default="chrf", description="scorer against the author's text, 0 to 100; null: there is none to compare with"
@@ -583,8 +583,9 @@ class EvaluationConfig(Sampling):
     bootstrap: Annotated[Integer, Field(ge=100)] = Field(
         default=2000, description="resamples of the prompts behind each 95% interval"
     )
-    batch_tokens: Count = Field(
-        default=4096, description="tokens of a forward pass when scoring; lower it where memory runs out"
+    batch_tokens: Count | None = Field(
+        default=None,
+        description="tokens of a forward pass when scoring; lower it where memory runs out; null: 4096 on a GPU, 1024 on a CPU",
     )
     sentence: Text = Field(
         default=PALMETTO, description="probe: the probability of the next token is shown at each of its positions"

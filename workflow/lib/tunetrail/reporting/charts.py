@@ -151,9 +151,14 @@ def win_rates(run: Run, narrow: bool) -> Spec | None:
 
 
 def gold(run: Run, narrow: bool) -> Spec | None:
-    rows = [_row(m.name, m.interval("gold"), interval(m.interval("gold"), 1), m.series) for m in run.models]
-    chart = dots(rows, PLOT[narrow], "gold score")
-    return chart and grid([[chart]])
+    """Two panels, one below the other: sampled responses and greedy ones."""
+    panels = []
+    for key, title in (("gold", "Sampled"), ("greedy_gold", "Decoded greedily")):
+        measured = [m for m in run.models if m.interval(key) or key == "gold"]
+        rows = [_row(m.name, m.interval(key), interval(m.interval(key), 1), m.series) for m in measured]
+        if chart := dots(rows, PLOT[narrow], "gold score"):
+            panels.append([alt.layer(chart, _title(title))])
+    return grid(panels, down=26) if panels else None
 
 
 def forgetting(run: Run, narrow: bool) -> Spec | None:

@@ -17,10 +17,12 @@ def outcome(win_rate: dict | None) -> str:
 
 def sentence(model: Model) -> str:
     """One model against sft."""
-    win_rate, name = model.interval("win_rate_vs_sft"), model.name
+    win_rate, greedy, name = model.interval("win_rate_vs_sft"), model.interval("greedy_win_rate_vs_sft"), model.name
     if win_rate is None:
         return f"{name}: win rate against sft not measured."
     found = f"win rate {percent_interval(win_rate)} on {win_rate['n']} prompts"
+    if greedy is not None:
+        found += f", decoded greedily {percent_interval(greedy)}"
     match outcome(win_rate):
         case "better":
             return f"{name} beats sft: {found}."

@@ -6,7 +6,9 @@
 Samples at the configured temperature and measures: gold score (the labeler's scorer, never the reward
 model), reward-model score, win rate against the SFT model on the same prompts, KL to it, length,
 distinct-n, likelihood of unrelated text, log-probs of preferred and dispreferred responses, and the
-probes. Where no SFT model was trained, the base model stands in its place.
+probes. Gold score and win rate are also measured on greedy decoding: a policy that only became surer of
+what it said before gains in samples and not there. Where no SFT model was trained, the base model stands
+in its place.
 
 Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
 """
@@ -15,6 +17,8 @@ import json
 import math
 import sys
 from typing import Any
+
+import torch
 
 from tunetrail.config import EvaluationConfig
 from tunetrail.contract import Stage, main, write_json, write_jsonl
@@ -47,6 +51,9 @@ class Evaluator:
         self.model = load_causal_lm(self.folder).to(device()).eval()
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
 
+    def logprobs(self, model: Any, examples: list[Example], temperature: float = 1.0) -> list[torch.Tensor]:
+        return logprobs_of(model, examples, self.pad_id, self.precision, temperature, self.config.batch_tokens)
+
     def interval(self, values: list[float]) -> dict | None:
         return bootstrap(values, self.config.bootstrap, self.stage.seed)
 
@@ -56,23 +63,26 @@ class Evaluator:
         reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
         return reward_scores(reward_model, examples, self.pad_id, self.precision, self.config.batch_tokens)
 
-    def samples(self, rows: list[dict]) -> tuple[list[Example], list[float] | None]:
-        """A response to each prompt and its reward-model score; of best-of-n, the best by that score."""
+    def samples(self, rows: list[dict]) -> tuple[list[Example], list[float] | None, list[list[int]] | None]:
+        """(examples, scores, greedy): a sampled response to each prompt with its reward-model score, of best-of-n the
+        best by that score; and the greedy response, which best-of-n has not."""
         config, prompts = self.config, [encode(self.tokenizer, row["prompt"]) for row in rows]
         decoder = decoding_weights(self.model, use_bf16(self.precision))
+        greedy_first = self.n == 1
         sampled = sample(
-            decoder, prompts, [row["id"] for row in rows], k=self.n, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, seed=self.stage.seed, batch_size=config.batch_size,
-            eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
+            decoder, prompts, [row["id"] for row in rows], k=self.n + greedy_first, greedy_first=greedy_first,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=self.stage.seed,
+            batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
         )  # fmt: skip
         del decoder
         self.bar.advance(1, "sampled")
+        greedy = [responses.pop(0) for responses in sampled] if greedy_first else None
         examples = [(p, r) for p, responses in zip(prompts, sampled, strict=True) for r in responses]
         scores = self.reward_scores(examples)
         if scores is None:
-            return examples, None
+            return examples, None, greedy
         best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(examples), self.n)]
-        return [examples[i] for i in best], [scores[i] for i in best]
+        return [examples[i] for i in best], [scores[i] for i in best], greedy
 
     def kl(self, examples: list[Example]) -> list[float] | None:
         """KL to the SFT model of each response in nats, the k3 estimate summed over its tokens; None for itself."""
@@ -80,8 +90,8 @@ class Evaluator:
             return None
         reference = load_causal_lm(self.stage.inputs["sft"] / "model").to(device()).eval()
         temperature = self.config.temperature
-        ours = logprobs_of(self.model, examples, self.pad_id, self.precision, temperature)
-        theirs = logprobs_of(reference, examples, self.pad_id, self.precision, temperature)
+        ours = self.logprobs(self.model, examples, temperature)
+        theirs = self.logprobs(reference, examples, temperature)
         gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
         return [float(((-d).expm1() + d).sum()) for d in gaps]
 
@@ -90,9 +100,8 @@ class Evaluator:
         if "retention" not in self.stage.inputs:
             return None
         rows = self.stage.rows("retention", "retention.jsonl")
-        nlls = mean_nlls(
-            self.model, [(row["prompt_ids"], row["response_ids"]) for row in rows], self.pad_id, self.precision
-        )
+        texts = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+        nlls = mean_nlls(self.model, texts, self.pad_id, self.precision, self.config.batch_tokens)
         changes = [nll - row["base_nll"] for nll, row in zip(nlls, rows, strict=True)]
         write_jsonl(
             self.stage.work / "retention.jsonl",
@@ -115,7 +124,7 @@ class Evaluator:
             chosen.append(winner)
             rejected.append(loser)
             ids.append(row["id"])
-        logps = [float(row.sum()) for row in logprobs_of(self.model, chosen + rejected, self.pad_id, self.precision)]
+        logps = [float(row.sum()) for row in self.logprobs(self.model, chosen + rejected)]
         chosen_logps, rejected_logps = logps[: len(ids)], logps[len(ids) :]
         return {
             "chosen_logps": self.interval(chosen_logps),
@@ -145,8 +154,8 @@ class Evaluator:
         }
 
 
-def gold_scores(config: EvaluationConfig, completions: list[str], references: list[str]) -> list[float] | None:
-    if config.gold is None:
+def gold_scores(config: EvaluationConfig, completions: list[str] | None, references: list[str]) -> list[float] | None:
+    if config.gold is None or completions is None:
         return None
     from tunetrail.labeling.chrf import chrf
 
@@ -163,7 +172,7 @@ def run(stage: Stage) -> dict:
     evaluator = Evaluator(stage)
     config, subject, interval = evaluator.config, evaluator.subject, evaluator.interval
     with evaluator.bar as bar:
-        examples, reward = evaluator.samples(rows)
+        examples, reward, greedy = evaluator.samples(rows)
         bar.advance(1, "scored")
         kl = evaluator.kl(examples)
         bar.advance(1, "compared")
@@ -173,33 +182,32 @@ def run(stage: Stage) -> dict:
         write_json(stage.work / "probes.json", evaluator.probes())
         bar.advance(1, "probed")
 
+    def texts(responses: list[list[int]]) -> list[str]:
+        return [text.strip() for text in evaluator.tokenizer.batch_decode(responses, skip_special_tokens=True)]
+
     responses = [response for _, response in examples]
-    completions = [text.strip() for text in evaluator.tokenizer.batch_decode(responses, skip_special_tokens=True)]
     finished = [response[-1] == evaluator.tokenizer.eos_token_id for response in responses]
-    gold = gold_scores(config, completions, [row["completion"] for row in rows])
-    nothing = [None] * len(rows)
-    samples: list[dict[str, Any]] = [
-        {
-            "id": row["id"],
-            "prompt": row["prompt"],
-            "reference": row["completion"],
-            "completion": text,
-            "gold": g,
-            "reward": s,
-            "kl": k,
-            "length": len(r),
-            "finished": f,
-        }
-        for row, text, g, s, k, r, f in zip(
-            rows, completions, gold or nothing, reward or nothing, kl or nothing, responses, finished, strict=True
-        )
+    references = [row["completion"] for row in rows]
+    completions, greedy_completions = texts(responses), texts(greedy) if greedy else None
+    gold, greedy_gold = (gold_scores(config, found, references) for found in (completions, greedy_completions))
+    columns = {
+        "completion": completions, "gold": gold, "greedy": greedy_completions, "greedy_gold": greedy_gold, "reward": reward,
+        "kl": kl, "length": list(map(len, responses)), "finished": finished,
+    }  # fmt: skip
+    samples = [
+        {"id": row["id"], "prompt": row["prompt"], "reference": row["completion"]}
+        | {name: values and values[i] for name, values in columns.items()}
+        for i, row in enumerate(rows)
     ]
     write_jsonl(stage.work / "samples.jsonl", samples)
 
-    wins = None
-    if gold is not None and "sft_evaluation" in stage.inputs:
-        theirs = {row["id"]: row["gold"] for row in stage.rows("sft_evaluation", "samples.jsonl")}
-        wins = win_rate(gold, [theirs[row["id"]] for row in rows], config.tie, config.bootstrap, stage.seed)
+    def wins(ours: list[float] | None, column: str) -> dict | None:
+        """Against the SFT model, prompt by prompt."""
+        if ours is None or "sft_evaluation" not in stage.inputs:
+            return None
+        theirs = {row["id"]: row[column] for row in stage.rows("sft_evaluation", "samples.jsonl")}
+        return win_rate(ours, [theirs[row["id"]] for row in rows], config.tie, config.bootstrap, stage.seed)
+
     divergence: dict | None = None
     if evaluator.n > 1:
         bound = best_of_n_kl(evaluator.n)
@@ -216,8 +224,10 @@ def run(stage: Stage) -> dict:
         else "full",
         "n_prompts": len(rows),
         "gold": interval(gold) if gold else None,
+        "greedy_gold": interval(greedy_gold) if greedy_gold else None,
         "reward": interval(reward) if reward else None,
-        "win_rate_vs_sft": wins,
+        "win_rate_vs_sft": wins(gold, "gold"),
+        "greedy_win_rate_vs_sft": wins(greedy_gold, "greedy_gold"),
         "kl_to_sft": divergence,
         "length": interval([float(len(r)) for r in responses]),
         "distinct_1": distinct_n(responses, 1),
