@@ -1,9 +1,11 @@
 """The DAG: every rule on a tiny random model, what reruns and what does not, and real human data."""
 
+import copy
 import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +136,25 @@ def test_snakemakes_own_report_has_the_page_and_the_figures(tiny_run):
 def test_the_page_is_one_small_file(tiny_run):
     page = tiny_run.folder / TINY / "report/report.html"
     assert 20_000 < page.stat().st_size < 5_000_000
+
+
+def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
+    """A shard that failed leaves the ranking undone: only it and the ranking run, and what was made of them stands."""
+    project = copy.copy(tiny_run)
+    project.folder = tmp_path / "copy"
+    shutil.copytree(tiny_run.folder, project.folder, symlinks=True)
+    results = project.folder / TINY
+    before = {name: (results / name / "manifest.json").read_bytes() for name in ("completions/1-of-2", "comparisons")}
+    kept = (results / "completions/0-of-2/manifest.json").stat()
+    for name in before:
+        shutil.rmtree(results / name)
+    pending = project.pending()
+    assert (pending["completions"], pending["comparisons"]) == (1, 1)
+    assert not pending.keys() & {"base", "data", "retention", "sft"}
+    project.run("--until", "comparisons")
+    assert {name: (results / name / "manifest.json").read_bytes() for name in before} == before
+    assert (results / "completions/0-of-2/manifest.json").stat() == kept
+    assert project.pending() == {}
 
 
 def test_a_killed_stage_ends_with_the_same_bytes(tiny_run, tmp_path):
