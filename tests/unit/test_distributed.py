@@ -1,5 +1,6 @@
 """PPO across two processes over gloo gives what one process gives, up to the order of additions."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import torch
 from .test_ppo import make_trainer
 
 SCRIPT = """
+import json
 import sys
 import torch
 from tests.unit.test_ppo import make_trainer
 
-trainer = make_trainer(critic=sys.argv[2])
+trainer = make_trainer(**json.loads(sys.argv[2]))
 trainer.iterate()
 trainer.iterate()
 if trainer.accelerator.is_main_process:
@@ -24,15 +26,19 @@ if trainer.accelerator.is_main_process:
 """
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_two_processes_equal_one(tmp_path, critic):
+@pytest.mark.parametrize("changes", [
+    {},
+    {"critic": "shared"},
+    {"advantage": "rloo", "completions_per_prompt": 2, "ptx_coef": 0.5, "normalize_scores": True},
+])  # fmt: skip
+def test_two_processes_equal_one(tmp_path, changes):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     reply = subprocess.run(
-        [*launcher, str(script), str(tmp_path / "two.pt"), critic],
+        [*launcher, str(script), str(tmp_path / "two.pt"), json.dumps(changes)],
         env=environment,
         capture_output=True,
         text=True,
@@ -42,7 +48,7 @@ def test_two_processes_equal_one(tmp_path, critic):
     assert reply.returncode == 0, reply.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)
 
-    one = make_trainer(critic=critic)
+    one = make_trainer(**changes)
     one.iterate()
     one.iterate()
     for a, b in zip(one.history, two["history"], strict=True):

@@ -1,5 +1,6 @@
 """PPO: estimators and losses against hand-computed numbers, brute force and finite differences; the trainer's invariants."""
 
+import copy
 import itertools
 import math
 
@@ -8,16 +9,20 @@ import torch
 from accelerate import Accelerator
 
 from tunetrail.config import Lora, PpoConfig
+from tunetrail.errors import DataError
 from tunetrail.models.loading import with_lora
 from tunetrail.models.tiny import tiny_model
 from tunetrail.ppo import (
     AdaptiveKLController,
     FixedKLController,
     gae,
+    grpo,
     kl_penalty,
     masked_mean,
     masked_whiten,
     policy_loss,
+    rloo,
+    shaped_scores,
     token_rewards,
     value_loss,
 )
@@ -137,15 +142,17 @@ def test_prompts_are_passed_over_before_they_repeat():
 VOCABULARY, EOS, PAD = 20, 1, 0
 
 
-def make_trainer(**changes):
+def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), **changes):
     settings = {"method": "ppo", "steps": 4, "batch_size": 8, "epochs": 2, "max_new_tokens": 6, "learning_rate": 1e-3}
     config = PpoConfig(**(settings | changes))
-    policy = with_lora(tiny_model(16, 2, 2, VOCABULARY, seed=0), config.lora, seed=0)
+    policy = with_lora(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0), config.lora, seed=0)
     classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1)
-    prompts = [[2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
+    start = list(range(2, 10))  # what all begin with is computed once in a rollout, and not in an update
+    prompts = [start + [2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
     return PPOTrainer(
         config, policy, classifier, prompts, [str(i) for i in range(12)],
         eos_id=EOS, pad_id=PAD, seed=7, accelerator=Accelerator(cpu=True),
+        demonstrations=demonstrations,
     )  # fmt: skip
 
 
@@ -161,7 +168,7 @@ def test_first_ratio_is_one_and_reference_is_the_start(critic, lora):
     # After an update the policy has moved and the reference has not.
     again = trainer.reference.logprobs(rollout.batch(list(range(8)), PAD), 1.0)
     torch.testing.assert_close(again, rollout.ref_logprobs * rollout.mask, atol=1e-5, rtol=0)
-    moved = trainer.model(rollout.batch(list(range(8)), PAD), 1.0)[0]
+    moved = trainer.model(rollout.batch(list(range(8)), PAD), 1.0, False)[0]
     assert (moved - rollout.logprobs).abs().max() > 1e-4
 
 
@@ -172,10 +179,13 @@ def test_log_probs_use_the_sampling_temperature():
 
 
 def test_cut_off_responses_get_the_fixed_score():
-    rollout = make_trainer(missing_eos_score=-7.5).rollout()
+    trainer = make_trainer(missing_eos_score=-7.5)
+    rollout = trainer.rollout()
+    rewards = trainer.rewards(rollout)
     assert not rollout.finished.all()
-    assert (rollout.scores[~rollout.finished] == -7.5).all()
-    assert (rollout.scores[rollout.finished] != -7.5).all()
+    assert (rewards[~rollout.finished] == -7.5).all()
+    assert (rewards[rollout.finished] == rollout.scores[rollout.finished]).all()
+    assert (rollout.scores != -7.5).all()
     for response, finished in zip(rollout.responses, rollout.finished, strict=True):
         assert (response[-1] == EOS) == finished
         assert finished or len(response) == 6
@@ -219,3 +229,136 @@ def test_it_learns_to_please_a_known_reward(monkeypatch):
     scores = [trainer.iterate()["score"] for _ in range(30)]
     assert sum(scores[:3]) / 3 < 0.12  # about 1/20 at random
     assert sum(scores[-3:]) / 3 > 0.5
+
+
+# ----------------------------------------------------------------------------- what else a reward and an update can be
+
+
+def test_leave_one_out_and_group_advantages_by_hand():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    # 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2; then three that agree
+    torch.testing.assert_close(rloo(rewards, 3), torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
+    deviation = math.sqrt((4 + 1 + 9) / 3)  # mean 3
+    expected = torch.tensor([-2.0, -1.0, 3.0, 0.0, 0.0, 0.0]) / deviation
+    torch.testing.assert_close(grpo(rewards, 3), expected, atol=1e-5, rtol=0)
+
+
+def test_scores_are_shaped_by_hand():
+    scores, lengths = torch.tensor([3.0, -9.0, 0.5]), torch.tensor([2, 4, 6])
+    finished = torch.tensor([True, True, False])
+    assert shaped_scores(scores, lengths, finished).tolist() == [3.0, -9.0, 0.5]
+    assert shaped_scores(scores, lengths, finished, clip=2.0).tolist() == [2.0, -2.0, 0.5]
+    assert shaped_scores(scores, lengths, finished, length_penalty=0.5).tolist() == [2.0, -11.0, -2.5]
+    assert shaped_scores(scores, lengths, finished, missing_eos_penalty=4.0).tolist() == [3.0, -9.0, -3.5]
+    # the fixed score stands for the whole, whatever the penalties
+    assert shaped_scores(scores, lengths, finished, missing_eos_score=-1.0, length_penalty=0.5).tolist() == [
+        2.0,
+        -11.0,
+        -1.0,
+    ]
+    normalised = shaped_scores(torch.tensor([1.0, 3.0]), lengths[:2], finished[:2], normalise=True)
+    torch.testing.assert_close(normalised, torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_a_critic_an_episode_is_compared_with_its_prompts_others(advantage):
+    trainer = make_trainer(advantage=advantage, completions_per_prompt=4, missing_eos_score=None, kl_coef=0.0)
+    assert trainer.actor_critic.critic is None
+    assert trainer.actor_critic.value_head is None
+    rollout = trainer.rollout()
+    assert len(rollout.responses) == 8
+    assert rollout.prompts[0] == rollout.prompts[3] != rollout.prompts[4]
+    assert len({tuple(r) for r in rollout.responses[:4]}) > 1
+    advantages, _ = trainer.advantages(rollout)
+    for group in (slice(0, 4), slice(4, 8)):
+        first, scores = advantages[group, 0], rollout.scores[group]
+        assert first.sum().item() == pytest.approx(0, abs=1e-5)
+        assert first.argsort().tolist() == scores.argsort().tolist()
+    for row, length in zip(advantages, rollout.lengths, strict=True):
+        assert (row[:length] == row[0]).all()
+        assert not row[length:].any()
+    result = trainer.update(rollout)
+    assert result["value_loss"] == 0
+    assert result["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("changes", [
+    {"advantage": "rloo", "completions_per_prompt": 4, "missing_eos_score": None},
+    {"advantage": "grpo", "completions_per_prompt": 4, "schedule": "linear", "missing_eos_score": None},
+    {"critic": "shared", "completions_per_prompt": 2, "ptx_coef": 0.5, "normalize_scores": True, "entropy_coef": 0.01, "stop_kl": 1e-5},
+])  # fmt: skip
+def test_resuming_with_options_gives_the_same_bytes(tmp_path, changes):
+    test_resuming_gives_the_same_bytes(tmp_path, changes)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_it_learns_without_a_critic(monkeypatch, advantage):
+    monkeypatch.setattr(
+        "tunetrail.ppo.trainer.sequence_scores",
+        lambda model, batch: ((batch.responses == 5) & batch.response_mask).sum(1) / batch.response_mask.sum(1),
+    )
+    trainer = make_trainer(
+        steps=30, batch_size=32, completions_per_prompt=4, advantage=advantage, learning_rate=5e-3, kl_coef=0.0,
+        missing_eos_score=None,
+    )  # fmt: skip
+    scores = [trainer.iterate()["score"] for _ in range(30)]
+    assert sum(scores[:3]) / 3 < 0.12
+    assert sum(scores[-3:]) / 3 > 0.5
+
+
+def test_the_linear_schedule_ends_near_zero():
+    trainer = make_trainer(schedule="linear", critic_learning_rate=4e-3)
+    rates = [(trainer.iterate()["learning_rate"], trainer.optimizer.param_groups[1]["lr"]) for _ in range(4)]
+    for (policy, critic), share in zip(rates, (1, 0.75, 0.5, 0.25), strict=True):
+        assert policy == pytest.approx(1e-3 * share)
+        assert critic == pytest.approx(4e-3 * share)
+
+
+def test_an_update_ends_where_it_has_moved_far_enough():
+    free = make_trainer(minibatch_size=2, learning_rate=1e-2)
+    assert free.iterate()["minibatches"] == 8
+    stopped = make_trainer(minibatch_size=2, learning_rate=1e-2, stop_kl=1e-6)
+    assert stopped.iterate()["minibatches"] == 2  # the first has not moved yet, the second has
+
+
+def test_the_entropy_bonus_keeps_the_policy_unsure(monkeypatch):
+    monkeypatch.setattr("tunetrail.ppo.trainer.sequence_scores", lambda model, batch: torch.zeros(len(batch.input_ids)))
+    sharp = tiny_model(16, 2, 2, VOCABULARY, seed=0)
+    torch.nn.init.normal_(sharp.model.embed_tokens.weight, std=0.4, generator=torch.Generator().manual_seed(0))
+    entropies = []
+    for entropy_coef in (0.0, 20.0):  # large, so that it outweighs the noise of a reward that is always 0
+        trainer = make_trainer(
+            policy=copy.deepcopy(sharp),
+            entropy_coef=entropy_coef,
+            kl_coef=0.0,
+            missing_eos_score=None,
+            learning_rate=5e-3,
+        )
+        entropies.append([trainer.iterate()["entropy"] for _ in range(4)][-1])
+    assert entropies[1] > entropies[0] + 0.05
+
+
+def test_ptx_keeps_the_demonstrations_likely():
+    demonstrations = [([5, 6], [7, 8, EOS]), ([9], [7, 7, EOS])]
+    with pytest.raises(DataError, match="ptx_coef needs demonstrations"):
+        make_trainer(ptx_coef=1.0, demonstrations=[])
+    trainer = make_trainer(ptx_coef=1.0, demonstrations=demonstrations, learning_rate=1e-2, steps=8)
+    losses = [trainer.iterate()["ptx_loss"] for _ in range(8)]
+    assert losses[0] > 2.5  # of a random model about log 20 = 3.0
+    assert losses[-1] < losses[0] / 2
+    assert make_trainer().iterate()["ptx_loss"] == 0
+
+
+def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
+    """The gradient after `_ptx` against autograd on plain forward passes."""
+    demonstrations = [([5, 6], [7, 8, EOS])]
+    trainer = make_trainer(ptx_coef=0.25, demonstrations=demonstrations, micro_batch_size=2)
+    loss = trainer._ptx(0)
+    ours = {n: p.grad.clone() for n, p in trainer.actor_critic.policy.named_parameters()}
+    plain = tiny_model(16, 2, 2, VOCABULARY, seed=0)
+    logprobs = plain(torch.tensor([[5, 6, 7, 8, EOS]])).logits[0].log_softmax(-1)
+    expected = -(logprobs[1, 7] + logprobs[2, 8] + logprobs[3, EOS]) / 3
+    (0.25 * expected).backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=0)

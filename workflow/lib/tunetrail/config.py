@@ -471,8 +471,12 @@ class PpoConfig(Training):
     """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
 
     method: Literal["ppo"]
-    learning_rate: Positive = Field(default=1e-5, description="of the policy, constant; about 10 times more with LoRA")
+    learning_rate: Positive = Field(default=1e-5, description="of the policy; about 10 times more with LoRA")
     critic_learning_rate: Positive | None = Field(default=None, description="of the critic; null: learning_rate")
+    advantage: Literal["gae", "rloo", "grpo"] = Field(
+        default="gae",
+        description="gae: PPO with a critic. rloo (Ahmadian et al. 2024), grpo (Shao et al. 2024): no critic, an episode is compared with the others of its prompt",
+    )
     critic: Literal["separate", "shared"] = Field(
         default="separate",
         description="a model of its own, started from the reward model; or a value head on the policy, for less memory",
@@ -481,7 +485,13 @@ class PpoConfig(Training):
     minibatch_size: Count | None = Field(
         default=None, description="episodes of an optimizer step, a divisor of the batch; null: the batch"
     )
+    completions_per_prompt: Count = Field(
+        default=1, description="episodes of each prompt in a batch, which share its prefill; a divisor of batch_size"
+    )
     steps: Count = Field(description="iterations of rollout and update; raise it while reward still rises")
+    schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="of the learning rates; linear: down to 0 over all steps"
+    )
     epochs: Count = Field(default=4, description="passes over each batch of episodes")
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
     temperature: Positive = Field(default=1.0, description="of sampling, and of every log-prob")
@@ -492,6 +502,17 @@ class PpoConfig(Training):
         default=None, description="nats an episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
     )
     kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts to kl_target")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1", description="of the penalty at each token, see `tunetrail.ppo.kl_penalty`"
+    )
+    stop_kl: Positive | None = Field(
+        default=None, description="nats a token; a minibatch that has moved further ends the update; null: never"
+    )
+    ptx_coef: NonNegative = Field(
+        default=0.0,
+        description="weight of the loss on as many demonstrations of the sft split as a minibatch has episodes (PPO-ptx, Ouyang et al. 2022)",
+    )
+    entropy_coef: NonNegative = Field(default=0.0, description="score per nat; bonus for a policy that stays unsure")
     gamma: Fraction = Field(default=1.0, description="discount a token")
     lam: Fraction = Field(default=0.95, description="lambda of generalised advantage estimation")
     clip_range: Positive = Field(default=0.2, description="of the ratio of new to old probability, around 1")
@@ -501,16 +522,45 @@ class PpoConfig(Training):
     missing_eos_score: Annotated[float, _no_flags] | None = Field(
         default=-1.0, description="score of a response cut off at max_new_tokens; null: what the reward model says"
     )
+    missing_eos_penalty: NonNegative = Field(
+        default=0.0, description="units of the score, taken off a cut-off response's; with missing_eos_score: null"
+    )
+    length_penalty: NonNegative = Field(default=0.0, description="units of the score, taken off for each token")
+    normalize_scores: Flag = Field(
+        default=False,
+        description="scores of an iteration are given mean 0 and deviation 1, before clipping and penalties",
+    )
+    score_clip: Positive | None = Field(
+        default=None, description="scores are clipped to this size on both sides, before penalties; null: not"
+    )
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.batch_size // self.completions_per_prompt
 
     @model_validator(mode="after")
     def _sizes_divide(self):
         minibatch = self.minibatch_size or self.batch_size
         if self.batch_size % minibatch:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatch_size ({minibatch})")
+        if self.batch_size % self.completions_per_prompt:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of completions_per_prompt ({self.completions_per_prompt})"
+            )
         if self.micro_batch_size and minibatch % self.micro_batch_size:
             raise ValueError(
                 f"minibatch_size ({minibatch}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        if self.advantage != "gae" and self.completions_per_prompt == 1:
+            raise ValueError(
+                f"advantage {self.advantage} compares episodes of a prompt: set completions_per_prompt to 2 or more"
+            )
+        if self.missing_eos_penalty and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_penalty has no effect with missing_eos_score; set missing_eos_score to null")
         return self
 
 
@@ -572,7 +622,7 @@ PREFERENCE_PROBES = [
 
 
 class EvaluationConfig(Sampling):
-    """How base, SFT and every policy are compared on the evaluation split: one sampled and one greedy response a prompt."""
+    """How base, SFT and every policy are compared on the evaluation split: by sampled responses and by greedy ones."""
 
     gold: Literal["chrf"] | None = Field(
         default="chrf", description="scorer against the author's text, 0 to 100; null: there is none to compare with"
@@ -686,11 +736,13 @@ class Config(Block):
                 problems.append(f"policies.{name}: {policy.method} needs a reward model: add a reward block")
             if policy.method == "ppo" and data.shares.rl == 0:
                 problems.append(f"policies.{name}: ppo needs prompts, but data.shares.rl is 0")
-            if policy.method == "ppo" and data.limits.rl is not None and data.limits.rl < policy.batch_size:
+            if policy.method == "ppo" and data.limits.rl is not None and data.limits.rl < policy.prompts_per_batch:
                 problems.append(
                     f"data.limits.rl: {data.limits.rl} rows are fewer than one batch "
                     f"(policies.{name}.batch_size: {policy.batch_size})"
                 )
+            if policy.method == "ppo" and policy.ptx_coef and data.shares.sft == 0:
+                problems.append(f"policies.{name}: ptx_coef needs demonstrations, but data.shares.sft is 0")
         if isinstance(self.comparisons, HumanLabeler):
             problems.append(
                 "comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm"

@@ -76,3 +76,59 @@ def gae(
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
+
+
+def rloo(rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 8): each episode's reward less the mean of its prompt's others.
+
+    Args:
+        rewards: [N], of whole episodes, the k of a prompt in a row; k at least 2.
+
+    Returns:
+        [N], the advantage of every token of an episode.
+    """
+    groups = rewards.view(-1, k)
+    return ((groups - groups.mean(1, keepdim=True)) * k / (k - 1)).flatten()
+
+
+def grpo(rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """Group-relative advantages (Shao et al. 2024, section 4.1.2): reward less its prompt's mean, over its deviation.
+
+    The deviation is the population's; 0 where all k agree. The KL penalty stays in the reward, where the
+    paper puts it in the loss.
+
+    Args:
+        rewards: [N], of whole episodes, the k of a prompt in a row; k at least 2.
+
+    Returns:
+        [N], the advantage of every token of an episode.
+    """
+    groups = rewards.view(-1, k)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, correction=0, keepdim=True) + 1e-6)).flatten()
+
+
+def shaped_scores(
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+    *,
+    normalise: bool = False,
+    clip: float | None = None,
+    missing_eos_score: float | None = None,
+    missing_eos_penalty: float = 0.0,
+    length_penalty: float = 0.0,
+) -> torch.Tensor:
+    """What an episode is rewarded for its text: [N] scores, normalised over the N, clipped, less penalties.
+
+    A response without EOS gets a fixed score (Stiennon et al. 2020) or pays a penalty (Huang et al. 2024).
+
+    Args:
+        lengths: [N] int64, tokens.
+        finished: [N] bool, closed by EOS.
+    """
+    if normalise:
+        scores = (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    scores = scores - length_penalty * lengths - missing_eos_penalty * ~finished
+    return scores if missing_eos_score is None else torch.where(finished, scores, missing_eos_score)

@@ -16,23 +16,25 @@ class ActorCritic(torch.nn.Module):
 
     Args:
         policy: causal language model, with a LoRA adapter or plain.
-        reward_model: `shared=False`: a copy of it is the critic.
-        shared: the value function is a linear head on the policy's last hidden state, 0 at first: the
-            reward model's head was trained on another trunk and would be noise on this one.
+        reward_model: its copy is a `separate` critic.
+        critic: `shared`: the value function is a linear head on the policy's last hidden state, 0 at first:
+            the reward model's head was trained on another trunk and would be noise on this one. None:
+            there is no value function, and values are 0.
     """
 
-    def __init__(self, policy: Any, reward_model: Any, shared: bool):
+    def __init__(self, policy: Any, reward_model: Any, critic: str | None):
         super().__init__()
         self.policy = policy
-        self.critic = None if shared else copy.deepcopy(reward_model).requires_grad_(True)
-        self.value_head = FullPrecisionHead(policy.config.hidden_size, 1) if shared else None
+        self.critic = copy.deepcopy(reward_model).requires_grad_(True) if critic == "separate" else None
+        self.value_head = FullPrecisionHead(policy.config.hidden_size, 1) if critic == "shared" else None
         if self.value_head is not None:
             torch.nn.init.zeros_(self.value_head.weight)
             torch.nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy only where no gradient is taken:
-        it is watched, not trained on, and costs a pass over [B, R, V]."""
+    def forward(
+        self, batch: Batch, temperature: float, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy costs a pass over [B, R, V]."""
         r = batch.response_mask.shape[1]
         output = self.policy(
             **model_inputs(self.policy, batch),
@@ -43,11 +45,13 @@ class ActorCritic(torch.nn.Module):
         logprobs = gather_logprobs(logits, batch.responses)
         if self.value_head is not None:
             values = self.value_head(output.hidden_states[-1][:, -r - 1 : -1])[..., 0].float()
-        else:
+        elif self.critic is not None:
             values = response_values(self.critic, batch)
+        else:
+            values = torch.zeros_like(logprobs)
         empty = ~batch.response_mask
         entropy = None
-        if not torch.is_grad_enabled():
+        if with_entropy:
             log_p = logits.log_softmax(-1)
             entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(empty, 0.0)
         return logprobs.masked_fill(empty, 0.0), values.masked_fill(empty, 0.0), entropy

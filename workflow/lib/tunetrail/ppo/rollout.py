@@ -23,7 +23,7 @@ class Rollout:
     entropy: torch.Tensor
     """[N, R]"""
     scores: torch.Tensor
-    """[N], the reward model's, or `missing_eos_score`"""
+    """[N], the reward model's"""
     finished: torch.Tensor
     """[N] bool: closed by EOS"""
 

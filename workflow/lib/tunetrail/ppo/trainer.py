@@ -8,7 +8,7 @@ one that never stopped.
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,20 @@ from accelerate.utils import gather_object
 
 from tunetrail.config import PpoConfig
 from tunetrail.errors import DataError
-from tunetrail.models.batching import Batch
+from tunetrail.models.batching import Batch, collate
 from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
-from tunetrail.ppo.estimators import gae, kl_penalty, masked_mean, masked_whiten, token_rewards
+from tunetrail.ppo.estimators import (
+    gae,
+    grpo,
+    kl_penalty,
+    masked_mean,
+    masked_whiten,
+    rloo,
+    shaped_scores,
+    token_rewards,
+)
 from tunetrail.ppo.losses import policy_loss, value_loss
 from tunetrail.ppo.models import ActorCritic, Reference
 from tunetrail.ppo.rollout import Rollout, concatenate, pad_rows
@@ -53,6 +62,7 @@ class PPOTrainer:
         reward_model: sequence-classification model; also the critic's origin.
         prompts: token ids of the prompts; `keys` names them, for the random streams.
         accelerator: decides device, precision and processes.
+        demonstrations: (prompt ids, response ids), for `ptx_coef`.
     """
 
     def __init__(
@@ -67,7 +77,11 @@ class PPOTrainer:
         pad_id: int,
         seed: int,
         accelerator: Accelerator,
+        demonstrations: Sequence[tuple[list[int], list[int]]] = (),
     ):
+        if config.ptx_coef and not demonstrations:
+            raise DataError("ppo: ptx_coef needs demonstrations, and the sft split has none; set it to 0")
+        self.demonstrations = demonstrations
         self.config, self.prompts, self.keys, self.seed = config, prompts, keys, seed
         self.eos_id, self.pad_id, self.accelerator = eos_id, pad_id, accelerator
         self.minibatch_size = config.minibatch_size or config.batch_size
@@ -75,10 +89,11 @@ class PPOTrainer:
         if self.minibatch_size % world:
             raise DataError(f"ppo: minibatch_size ({self.minibatch_size}) must be a multiple of the {world} processes")
         self.micro_batch_size = min(config.micro_batch_size or self.minibatch_size, self.minibatch_size // world)
-        self.batches = prompt_batches(len(prompts), config.batch_size, config.steps, seed)
+        self.batches = prompt_batches(len(prompts), config.prompts_per_batch, config.steps, seed)
         self.reward_model = reward_model.requires_grad_(False).eval().to(accelerator.device)
         self.reference = Reference(policy.to(accelerator.device))
-        model = ActorCritic(policy, reward_model, shared=config.critic == "shared").to(accelerator.device)
+        critic = config.critic if config.advantage == "gae" else None
+        model = ActorCritic(policy, reward_model, critic).to(accelerator.device)
         model.eval()  # nothing in it may drop out, and the first ratio must be 1
         self.model, self.optimizer = accelerator.prepare(model, self._optimizer(model))
         if config.kl_target is None:
@@ -92,6 +107,7 @@ class PPOTrainer:
         policy = [p for p in model.policy.parameters() if p.requires_grad]
         critic = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("policy.")]
         critic_rate = self.config.critic_learning_rate or self.config.learning_rate
+        self.peak_rates = [self.config.learning_rate, critic_rate]
         groups = [{"params": policy, "lr": self.config.learning_rate}, {"params": critic, "lr": critic_rate}]
         return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
 
@@ -105,30 +121,30 @@ class PPOTrainer:
     def rollout(self) -> Rollout:
         """The episodes of this iteration, of all processes."""
         config, accelerator = self.config, self.accelerator
-        rows = self.batches[self.step][accelerator.process_index :: accelerator.num_processes]
-        prompts = [self.prompts[i] for i in rows]
+        mine = self.batches[self.step][accelerator.process_index :: accelerator.num_processes]
         # A prompt may come twice in one batch, hence its place in the key.
         keys = [
-            f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(rows)
+            f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(mine)
         ]
+        k = config.completions_per_prompt
         decoder = decoding_weights(self.actor_critic.policy, accelerator.mixed_precision == "bf16")
         sampled = sample(
-            decoder, prompts, keys, k=1, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            seed=derive_seed(self.seed, "rollout", self.step), batch_size=max(len(rows), 1), eos_id=self.eos_id, pad_id=self.pad_id,
+            decoder, [self.prompts[i] for i in mine], keys, k=k, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, seed=derive_seed(self.seed, "rollout", self.step),
+            batch_size=max(len(mine) * k, 1), eos_id=self.eos_id, pad_id=self.pad_id,
         )  # fmt: skip
         del decoder  # a copy: its memory is wanted for scoring
-        responses = [completions[0] for completions in sampled]
+        prompts = [self.prompts[i] for i in mine for _ in range(k)]
+        responses = [response for completions in sampled for response in completions]
         finished = torch.tensor([r[-1] == self.eos_id for r in responses])
 
         def over(function: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
             return map_batches(function, prompts, responses, self.pad_id, accelerator.device)
 
         with accelerator.autocast():
-            actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature), -1))
+            actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature, True), -1))
             ref_logprobs = over(lambda batch: self.reference.logprobs(batch, config.temperature))
             scores = torch.stack(over(lambda batch: sequence_scores(self.reward_model, batch)))
-        if config.missing_eos_score is not None:
-            scores = torch.where(finished, scores, config.missing_eos_score)
         local = Rollout(
             prompts=prompts,
             responses=responses,
@@ -141,32 +157,79 @@ class PPOTrainer:
         )
         return concatenate(gather_object([local])) if accelerator.num_processes > 1 else local
 
+    def rewards(self, rollout: Rollout) -> torch.Tensor:
+        """[N]: the scores as the config shapes them."""
+        config = self.config
+        return shaped_scores(
+            rollout.scores, rollout.lengths, rollout.finished, normalise=config.normalize_scores, clip=config.score_clip,
+            missing_eos_score=config.missing_eos_score, missing_eos_penalty=config.missing_eos_penalty,
+            length_penalty=config.length_penalty,
+        )  # fmt: skip
+
     def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """(advantages whitened, returns), both [N, R]."""
-        mask = rollout.mask
-        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1")
-        rewards = token_rewards(rollout.scores, kl, mask, self.kl_controller.value)
-        if self.config.whiten_rewards:
+        """(advantages, returns), both [N, R]; of GAE whitened, of RLOO and GRPO the same at every token of an episode."""
+        config, mask = self.config, rollout.mask
+        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
+        rewards = token_rewards(self.rewards(rollout), kl, mask, self.kl_controller.value)
+        if config.advantage != "gae":
+            estimator = rloo if config.advantage == "rloo" else grpo
+            advantages = estimator(rewards.sum(1), config.completions_per_prompt)
+            return advantages[:, None] * mask, torch.zeros_like(rewards)
+        if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, rollout.values, mask, self.config.gamma, self.config.lam)
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
         return masked_whiten(advantages, mask), returns
 
+    def learning_rate_scale(self) -> float:
+        """Share of the peak learning rate in this iteration: from 1 to 1/steps where it decays."""
+        return 1 - self.step / self.config.steps if self.config.schedule == "linear" else 1.0
+
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """`epochs` passes over the episodes. Returns means over all minibatches of the losses and diagnostics."""
+        """`epochs` passes over the episodes, fewer where `stop_kl` ends them. Returns means over all minibatches of
+        the losses and diagnostics, and how many minibatches there were."""
         advantages, returns = self.advantages(rollout)
-        n, totals, count = (
-            len(rollout.responses),
-            dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0),
-            0,
-        )
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * self.learning_rate_scale()
+        results: list[dict[str, float]] = []
+        for rows in self._minibatches(len(rollout.responses)):
+            ptx_loss = self._ptx(len(results)) if self.config.ptx_coef else 0.0
+            results.append(self._minibatch(rollout, advantages, returns, rows) | {"ptx_loss": ptx_loss})
+            if self.config.stop_kl is not None and results[-1]["approx_kl"] > self.config.stop_kl:
+                break
+        means = {key: sum(result[key] for result in results) / len(results) for key in results[0]}
+        return means | {"minibatches": len(results)}
+
+    def _minibatches(self, n: int) -> Iterator[list[int]]:
+        """Episodes of each optimizer step: every epoch shuffles anew."""
         for epoch in range(self.config.epochs):
             rows = list(range(n))
             random.Random(derive_seed(self.seed, "minibatches", self.step, epoch)).shuffle(rows)
             for start in range(0, n, self.minibatch_size):
-                result = self._minibatch(rollout, advantages, returns, rows[start : start + self.minibatch_size])
-                totals = {key: totals[key] + value for key, value in result.items()}
-                count += 1
-        return {key: value / count for key, value in totals.items()}
+                yield rows[start : start + self.minibatch_size]
+
+    def _ptx(self, minibatch: int) -> float:
+        """Adds the gradient of `ptx_coef` times the loss on demonstrations to the next minibatch's; returns the loss.
+
+        Ouyang et al. 2022, eq. 2, in nats a token.
+        """
+        accelerator = self.accelerator
+        drawn = random.Random(derive_seed(self.seed, "ptx", self.step, minibatch)).choices(
+            self.demonstrations, k=self.minibatch_size
+        )
+        total_tokens = sum(len(response) for _, response in drawn)
+        mine = sorted(drawn, key=lambda e: len(e[0]) + len(e[1]))[
+            accelerator.process_index :: accelerator.num_processes
+        ]
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for i in range(0, len(mine), self.micro_batch_size):
+            prompts, responses = zip(*mine[i : i + self.micro_batch_size], strict=True)
+            batch = collate(prompts, responses, self.pad_id).to(accelerator.device)
+            with accelerator.no_sync(self.model), accelerator.autocast():  # the minibatch itself sums over processes
+                logprobs, _, _ = self.model(batch, 1.0, False)
+                loss = -logprobs.sum() / total_tokens
+                accelerator.backward(self.config.ptx_coef * loss * accelerator.num_processes)
+            loss_sum += loss.detach()
+        return float(accelerator.reduce(loss_sum, "sum"))
 
     def _minibatch(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, rows: list[int]
@@ -188,12 +251,14 @@ class PPOTrainer:
             # Each micro-batch weighs as its tokens do, so that its size changes nothing but memory.
             weight = mask.sum() / total_tokens
             with accelerator.no_sync(self.model) if n < len(parts) - 1 else nullcontext(), accelerator.autocast():
-                logprobs, values, _ = self.model(batch, config.temperature)
+                logprobs, values, entropy = self.model(batch, config.temperature, config.entropy_coef > 0)
                 pg_loss, clip_fraction, approx_kl = policy_loss(
                     logprobs, cut(rollout.logprobs), cut(advantages), mask, config.clip_range
                 )
                 v_loss, _ = value_loss(values, cut(rollout.values), cut(returns), mask, config.value_clip_range)
                 loss = pg_loss + config.value_coef * v_loss
+                if entropy is not None:
+                    loss = loss - config.entropy_coef * masked_mean(entropy, mask)
                 # DDP averages gradients over the processes; the weights already add up to 1 over all of them.
                 accelerator.backward(loss * weight * accelerator.num_processes)
             sums += torch.stack([pg_loss, v_loss, clip_fraction, approx_kl]).detach() * weight
@@ -209,7 +274,7 @@ class PPOTrainer:
         """One iteration: rollout and update. Appends to `history` and returns its row."""
         rollout = self.rollout()
         mask = rollout.mask
-        kl_coef = self.kl_controller.value
+        kl_coef, learning_rate = self.kl_controller.value, self.config.learning_rate * self.learning_rate_scale()
         kl = (kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1") * mask).sum(1)
         result = self.update(rollout)
         self.kl_controller.update(float(kl.mean()), len(rollout.responses))
@@ -218,13 +283,13 @@ class PPOTrainer:
             "step": self.step,
             "episodes": self.step * self.config.batch_size,
             "score": float(rollout.scores.mean()),
-            "reward": float((rollout.scores - kl_coef * kl).mean()),
+            "reward": float((self.rewards(rollout) - kl_coef * kl).mean()),
             "kl": float(kl.mean()),
             "kl_coef": kl_coef,
             "entropy": float(masked_mean(rollout.entropy, mask)),
             "length": float(rollout.lengths.float().mean()),
             "finished": float(rollout.finished.float().mean()),
-            "learning_rate": self.config.learning_rate,
+            "learning_rate": learning_rate,
         } | result
         if not all(abs(value) < float("inf") for value in row.values()):
             raise DataError(

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tunetrail.config import PpoConfig
 from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
-from tunetrail.models.batching import encode
+from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import (
     load_causal_lm,
     load_reward_model,
@@ -44,10 +44,15 @@ def run(stage: Stage) -> dict:
     parent = stage.inputs["policy"] / "model"
     tokenizer = load_tokenizer(parent)
     rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
-    if len(rows) < config.batch_size:
+    if len(rows) < config.prompts_per_batch:
         raise DataError(
             f"ppo: {len(rows)} prompts are fewer than one batch (batch_size: {config.batch_size}); raise data.shares.rl"
         )
+    demonstrations = [
+        (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]))
+        for row in (stage.rows("data", "sft.jsonl") if config.ptx_coef else [])
+        if "prompt" in row
+    ]
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(policy)
     accelerator = Accelerator(
@@ -57,6 +62,7 @@ def run(stage: Stage) -> dict:
         config, policy, load_reward_model(stage.inputs["reward"] / "model"),
         [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
+        demonstrations=demonstrations,
     )  # fmt: skip
     if checkpoint := latest_checkpoint(stage.state):
         log.info("ppo: resuming from %s", checkpoint.name)
