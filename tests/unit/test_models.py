@@ -20,7 +20,7 @@ from tunetrail.models.loading import (
     with_lora,
     without_dropout,
 )
-from tunetrail.models.sampling import sample
+from tunetrail.models.sampling import sample, sample_with_logprobs
 from tunetrail.models.scoring import map_batches, response_logprobs, response_values, sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.stages.reward import initialise
@@ -30,7 +30,9 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 RESPONSES = [[14, 15, EOS], [16, EOS], [17]]
 
 
-COMMON_START = [[5, 6, 7, *prompt] for prompt in PROMPTS]
+START = [5, 6, 7, 8, 9, 10, 11, 12]  # as long as is worth sharing
+COMMON_START = [[*START, *prompt] for prompt in PROMPTS]
+INSIDE_ONE_ANOTHER = [[*START, 5, 6, 7], [*START, 5], [*START, 5, 6, 7, 8]]
 
 
 def windowed_model():
@@ -84,7 +86,7 @@ def test_left_and_right_padding_agree_on_scores_and_values():
 
 @pytest.mark.parametrize(
     ("prompts", "common_start"),
-    [(COMMON_START, 3), ([[5, 6, 7], [5, 6], [5, 6, 7, 8]], 1), ([[5], [5, 6], [5]], 0), (PROMPTS, 0)],
+    [(COMMON_START, 8), (INSIDE_ONE_ANOTHER, 8), ([[5], [5, 6], [5]], 0), (PROMPTS, 0)],
 )
 @pytest.mark.parametrize("make", [llama_model, windowed_model])
 def test_a_common_start_computed_once_changes_no_number(make, prompts, common_start):
@@ -130,7 +132,7 @@ def test_token_batches_stay_below_the_limit():
     assert len(batches) < 6
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, COMMON_START, [[5, 6, 7], [5, 6], [5, 6, 7, 8]]])
+@pytest.mark.parametrize("prompts", [PROMPTS, COMMON_START, INSIDE_ONE_ANOTHER])
 @pytest.mark.parametrize("make", [llama_model, windowed_model])
 def test_greedy_decoding_equals_generate(make, prompts):
     model = make()
@@ -165,6 +167,17 @@ def test_a_greedy_response_can_lead_and_changes_no_sample(model):
     led = sample(model, PROMPTS, keys, k=3, temperature=1.0, greedy_first=True, **settings)
     assert [k[:1] for k in led] == sample(model, PROMPTS, keys, k=1, temperature=0, **settings)
     assert [k[1:] for k in led] == sample(model, PROMPTS, keys, k=2, temperature=1.0, **settings)
+
+
+def test_samples_come_with_their_log_probs(model):
+    settings = {"max_new_tokens": 6, "seed": 4, "batch_size": 9, "eos_id": EOS, "pad_id": PAD, "k": 2}
+    sampled, logprobs = sample_with_logprobs(model, COMMON_START, ["a", "b", "c"], temperature=0.7, **settings)
+    assert sampled == sample(model, COMMON_START, ["a", "b", "c"], temperature=0.7, **settings)
+    for prompt, responses, found in zip(COMMON_START, sampled, logprobs, strict=True):
+        for response, ours in zip(responses, found, strict=True):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1)[range(len(response)), response]
+            torch.testing.assert_close(torch.tensor(ours), expected.detach(), atol=1e-5, rtol=0)
 
 
 def test_sampling_follows_the_tempered_softmax(model):

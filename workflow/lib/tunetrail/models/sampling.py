@@ -13,6 +13,7 @@ import torch
 
 from tunetrail.models.batching import collate
 from tunetrail.models.prefix import cached_inputs
+from tunetrail.models.scoring import gather_logprobs
 from tunetrail.seeds import derive_seed
 
 
@@ -59,8 +60,8 @@ def _sample_batch(
     temperature: float,
     eos_id: int,
     pad_id: int,
-) -> list[list[int]]:
-    """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished."""
+) -> tuple[list[list[int]], list[list[float]]]:
+    """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished, and their log-probs."""
     device = model.device
     inputs = cached_inputs(model, collate(prompts, [[]] * len(prompts), pad_id).to(device))
     cache, mask = inputs["past_key_values"], inputs["attention_mask"]
@@ -72,14 +73,15 @@ def _sample_batch(
     positions = mask.sum(-1)
     noise = _Noise(seeds, logits.shape[-1]) if temperature > 0 else None
     outputs: list[list[int]] = [[] for _ in seeds]
+    logprobs: list[list[float]] = [[] for _ in seeds]
     running = list(range(len(seeds)))
     for step in range(max_new_tokens):
-        scores = logits.float()
-        if noise is not None:
-            scores = scores / temperature - noise.draw(running).log().to(device)
-        tokens = scores.argmax(-1)
-        for row, token in zip(running, tokens.tolist(), strict=True):
+        scores = logits.float() / (temperature or 1.0)
+        tokens = (scores if noise is None else scores - noise.draw(running).log().to(device)).argmax(-1)
+        chosen = gather_logprobs(scores, tokens)
+        for row, token, logprob in zip(running, tokens.tolist(), chosen.tolist(), strict=True):
             outputs[row].append(token)
+            logprobs[row].append(logprob)
         keep = tokens != eos_id
         if step == max_new_tokens - 1 or not keep.any():
             break
@@ -94,10 +96,15 @@ def _sample_batch(
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
         positions = positions + 1
-    return outputs
+    return outputs, logprobs
 
 
-def sample(
+def sample(model: Any, prompts: Sequence[list[int]], keys: Sequence[str], **settings: Any) -> list[list[list[int]]]:
+    """The responses of `sample_with_logprobs` alone."""
+    return sample_with_logprobs(model, prompts, keys, **settings)[0]
+
+
+def sample_with_logprobs(
     model: Any,
     prompts: Sequence[list[int]],
     keys: Sequence[str],
@@ -111,7 +118,7 @@ def sample(
     pad_id: int,
     greedy_first: bool = False,
     on_batch: Callable[[int], None] = lambda prompts_done: None,
-) -> list[list[list[int]]]:
+) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
     """K completions of each prompt.
 
     Args:
@@ -123,20 +130,25 @@ def sample(
         on_batch: told how many prompts each batch finished.
 
     Returns:
-        For each prompt K token lists of at most `max_new_tokens`; the last token is EOS unless cut off.
+        For each prompt K token lists of at most `max_new_tokens`, the last token EOS unless cut off; and as
+        many lists of the tokens' log-probs at the temperature (of greedy ones at 1 where it is 0).
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     size = max(1, batch_size // k)
     results: list[list[list[int]]] = [[] for _ in prompts]
+    results_logprobs: list[list[list[float]]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         streams = range(-1, k - 1) if greedy_first else range(k)  # the samples are the same with and without it
         seeds = [derive_seed(seed, "sample", keys[i], j) if j >= 0 else None for i in rows for j in streams]
-        flat = _sample_batch(model, [prompts[i] for i in rows], seeds, k, max_new_tokens, temperature, eos_id, pad_id)
+        flat, flat_logprobs = _sample_batch(
+            model, [prompts[i] for i in rows], seeds, k, max_new_tokens, temperature, eos_id, pad_id
+        )
         for n, i in enumerate(rows):
             results[i] = flat[n * k : (n + 1) * k]
+            results_logprobs[i] = flat_logprobs[n * k : (n + 1) * k]
         on_batch(len(rows))
     model.train(was_training)
-    return results
+    return results, results_logprobs

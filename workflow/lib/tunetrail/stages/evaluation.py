@@ -6,9 +6,8 @@
 Samples at the configured temperature and measures: gold score (the labeler's scorer, never the reward
 model), reward-model score, win rate against the SFT model on the same prompts, KL to it, length,
 distinct-n, likelihood of unrelated text, log-probs of preferred and dispreferred responses, and the
-probes. Gold score and win rate are also measured on greedy decoding: a policy that only became surer of
-what it said before gains in samples and not there. Where no SFT model was trained, the base model stands
-in its place.
+probes. Gold score and win rate are also measured on greedy decoding, where a policy that only became surer
+of what it said before does not gain. Where no SFT model was trained, the base model stands in its place.
 
 Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
 """
@@ -16,6 +15,7 @@ Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
 import json
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +29,25 @@ from tunetrail.evaluation.stats import best_of_n_kl, bootstrap, distinct_n, win_
 from tunetrail.models.batching import encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import is_adapter, load_causal_lm, load_reward_model, load_tokenizer
-from tunetrail.models.sampling import decoding_weights, sample
+from tunetrail.models.sampling import decoding_weights, sample_with_logprobs
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 
 Example = tuple[list[int], list[int]]
+
+
+@dataclass
+class Samples:
+    """One response to each of N prompts."""
+
+    examples: list[Example]
+    """(prompt ids, response ids)"""
+    logprobs: list[torch.Tensor] | None
+    """Of each response's tokens, at the temperature they were sampled at; None of best-of-n, whose KL is known."""
+    reward: list[float] | None
+    """The reward model's score; None where there is no reward model."""
+    greedy: list[list[int]] | None
+    """The greedy response; None for best-of-n, which has none, and where no gold score would be taken of it."""
 
 
 class Evaluator:
@@ -63,36 +77,33 @@ class Evaluator:
         reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
         return reward_scores(reward_model, examples, self.pad_id, self.precision, self.config.batch_tokens)
 
-    def samples(self, rows: list[dict]) -> tuple[list[Example], list[float] | None, list[list[int]] | None]:
-        """(examples, scores, greedy): a sampled response to each prompt with its reward-model score, of best-of-n the
-        best by that score; and the greedy response, which best-of-n has not."""
+    def samples(self, rows: list[dict]) -> "Samples":
+        """Responses to all prompts; of best-of-n the best by the reward model."""
         config, prompts = self.config, [encode(self.tokenizer, row["prompt"]) for row in rows]
         decoder = decoding_weights(self.model, use_bf16(self.precision))
-        greedy_first = self.n == 1
-        sampled = sample(
+        greedy_first = self.n == 1 and config.gold is not None  # nothing else is made of it
+        sampled, logprobs = sample_with_logprobs(
             decoder, prompts, [row["id"] for row in rows], k=self.n + greedy_first, greedy_first=greedy_first,
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=self.stage.seed,
             batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
         )  # fmt: skip
         del decoder
         self.bar.advance(1, "sampled")
-        greedy = [responses.pop(0) for responses in sampled] if greedy_first else None
-        examples = [(p, r) for p, responses in zip(prompts, sampled, strict=True) for r in responses]
+        greedy = [responses[0] for responses in sampled] if greedy_first else None
+        examples = [(p, r) for p, responses in zip(prompts, sampled, strict=True) for r in responses[greedy_first:]]
         scores = self.reward_scores(examples)
-        if scores is None:
-            return examples, None, greedy
-        best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(examples), self.n)]
-        return [examples[i] for i in best], [scores[i] for i in best], greedy
+        if self.n > 1 and scores is not None:
+            best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(examples), self.n)]
+            return Samples([examples[i] for i in best], None, [scores[i] for i in best], None)
+        return Samples(examples, [torch.tensor(found[-1]) for found in logprobs], scores, greedy)
 
-    def kl(self, examples: list[Example]) -> list[float] | None:
+    def kl(self, samples: "Samples") -> list[float] | None:
         """KL to the SFT model of each response in nats, the k3 estimate summed over its tokens; None for itself."""
-        if "sft" not in self.stage.inputs or self.n > 1:
+        if "sft" not in self.stage.inputs or samples.logprobs is None:
             return None
         reference = load_causal_lm(self.stage.inputs["sft"] / "model").to(device()).eval()
-        temperature = self.config.temperature
-        ours = self.logprobs(self.model, examples, temperature)
-        theirs = self.logprobs(reference, examples, temperature)
-        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        ref_logprobs = self.logprobs(reference, samples.examples, self.config.temperature)
+        gaps = [a - b for a, b in zip(samples.logprobs, ref_logprobs, strict=True)]
         return [float(((-d).expm1() + d).sum()) for d in gaps]
 
     def retention(self) -> dict | None:
@@ -172,9 +183,9 @@ def run(stage: Stage) -> dict:
     evaluator = Evaluator(stage)
     config, subject, interval = evaluator.config, evaluator.subject, evaluator.interval
     with evaluator.bar as bar:
-        examples, reward, greedy = evaluator.samples(rows)
+        samples = evaluator.samples(rows)
         bar.advance(1, "scored")
-        kl = evaluator.kl(examples)
+        kl = evaluator.kl(samples)
         bar.advance(1, "compared")
         retention = evaluator.retention()
         comparisons = evaluator.comparisons()
@@ -185,21 +196,21 @@ def run(stage: Stage) -> dict:
     def texts(responses: list[list[int]]) -> list[str]:
         return [text.strip() for text in evaluator.tokenizer.batch_decode(responses, skip_special_tokens=True)]
 
-    responses = [response for _, response in examples]
+    responses = [response for _, response in samples.examples]
     finished = [response[-1] == evaluator.tokenizer.eos_token_id for response in responses]
     references = [row["completion"] for row in rows]
-    completions, greedy_completions = texts(responses), texts(greedy) if greedy else None
+    completions, greedy_completions = texts(responses), texts(samples.greedy) if samples.greedy else None
     gold, greedy_gold = (gold_scores(config, found, references) for found in (completions, greedy_completions))
     columns = {
-        "completion": completions, "gold": gold, "greedy": greedy_completions, "greedy_gold": greedy_gold, "reward": reward,
+        "completion": completions, "gold": gold, "greedy": greedy_completions, "greedy_gold": greedy_gold, "reward": samples.reward,
         "kl": kl, "length": list(map(len, responses)), "finished": finished,
     }  # fmt: skip
-    samples = [
+    table = [
         {"id": row["id"], "prompt": row["prompt"], "reference": row["completion"]}
         | {name: values and values[i] for name, values in columns.items()}
         for i, row in enumerate(rows)
     ]
-    write_jsonl(stage.work / "samples.jsonl", samples)
+    write_jsonl(stage.work / "samples.jsonl", table)
 
     def wins(ours: list[float] | None, column: str) -> dict | None:
         """Against the SFT model, prompt by prompt."""
@@ -225,7 +236,7 @@ def run(stage: Stage) -> dict:
         "n_prompts": len(rows),
         "gold": interval(gold) if gold else None,
         "greedy_gold": interval(greedy_gold) if greedy_gold else None,
-        "reward": interval(reward) if reward else None,
+        "reward": interval(samples.reward) if samples.reward else None,
         "win_rate_vs_sft": wins(gold, "gold"),
         "greedy_win_rate_vs_sft": wins(greedy_gold, "greedy_gold"),
         "kl_to_sft": divergence,
