@@ -134,10 +134,34 @@ def reward_steps(share_prompts: bool) -> float:
     return (time.perf_counter() - start) / 8
 
 
+def scoring(shared_start: bool = True, max_tokens: int | None = None) -> float:
+    """Seconds to score 96 responses of 12 tokens to prompts of 20 shared and 24 other tokens."""
+    from dataclasses import replace
+
+    import torch
+
+    from tunetrail.models.scoring import map_batches, response_logprobs
+    from tunetrail.models.tiny import tiny_model
+
+    model = tiny_model(576, 8, 9, 8192, seed=0)
+    prompts = [list(range(2, 22)) + [22 + (i * j) % 8000 for j in range(24)] for i in range(1, 97)]
+    responses = [[22 + (i + j) % 8000 for j in range(12)] for i in range(96)]
+
+    def logprobs(batch):
+        return response_logprobs(model, batch if shared_start else replace(batch, common_start=0))
+
+    map_batches(logprobs, prompts[:8], responses[:8], 0, torch.device("cpu"))
+    start = time.perf_counter()
+    map_batches(logprobs, prompts, responses, 0, torch.device("cpu"), max_tokens)
+    return time.perf_counter() - start
+
+
 CASES = {
     "training step, freed memory kept / given back": (training_steps, True, False),
     "fine-tuning step, logits where labels are / TRL's fused head": (fine_tuning, True, False),
     "reward-model step, prompt shared by its K responses / repeated": (reward_steps, True, False),
+    "scoring, what all prompts begin with once / repeated": (lambda shared: scoring(shared_start=shared), True, False),
+    "scoring, 1024 / 4096 tokens a pass": (lambda few: scoring(max_tokens=1024 if few else 4096), True, False),
     "sampling 4 a prompt, shared / repeated prefill": (sampling, True, False),
 }
 

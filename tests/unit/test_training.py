@@ -321,7 +321,7 @@ def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
 def test_logits_where_labels_are_give_what_trls_head_gives(tmp_path, lora):
     """Every number TRL reads from its fused head, and the gradients, on a batch of uneven prompts."""
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     tiny_model(16, 2, 2, 60, seed=0).save_pretrained(tmp_path)
     model = with_lora(load_causal_lm(tmp_path), lora and Lora(**lora), seed=1)
@@ -332,10 +332,9 @@ def test_logits_where_labels_are_give_what_trls_head_gives(tmp_path, lora):
     trainer = PretokenizedDpoTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tiny_tokenizer()
     )
-    assert isinstance(trainer, DPOTrainer)
-    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
-    for row, (first, last) in enumerate([(3, 9), (5, 7), (4, 8)]):
+    for row, (first, last) in enumerate([(7, 12), (9, 11), (8, 12)]):
         labels[row, :first] = labels[row, last:] = -100
     found = []
     for ours in (False, True):
@@ -346,15 +345,18 @@ def test_logits_where_labels_are_give_what_trls_head_gives(tmp_path, lora):
         output.log_probs.sum().backward()
         found.append((output, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
     (theirs, their_gradients), (ours, our_gradients) = found
-    assert theirs.log_probs.count_nonzero() == 6 + 2 + 4
+    assert theirs.log_probs.count_nonzero() == 5 + 2 + 4
     for name in ("log_probs", "entropy", "mean_logits"):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
     for name in ("is_top1", "label_mask"):
         assert torch.equal(ours[name].bool(), theirs[name].bool())
     for a, b in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    for labels_of_none in (ids, torch.full_like(ids, -100)):  # mostly labels, or none: TRL's own head
+        found = trainer.model(input_ids=ids, labels=labels_of_none, fused_lm_head=True)
+        assert found.log_probs.count_nonzero() == (labels_of_none[:, 1:] != -100).sum()
     plain = trainer.model(input_ids=ids, labels=labels)  # without the flag, the model is what it was
-    assert plain.logits.shape == (3, 9, 60)
+    assert plain.logits.shape == (3, 12, 60)
     assert torch.isfinite(plain.loss)
 
 

@@ -71,6 +71,13 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
         found = metrics(tiny_run, f"evaluation/{name}")
         assert found["gold"]["n"] == found["reward"]["n"] == 12
         assert (found["win_rate_vs_sft"] is None) == (name == "sft")
+        assert (found["greedy_gold"] is None) == (name == "best-of-2")
+        assert (found["greedy_win_rate_vs_sft"] is None) == (name in ("sft", "best-of-2"))
+    ours, theirs = (read_jsonl(tiny_run.folder / TINY / f"evaluation/{name}/samples.jsonl") for name in ("base", "sft"))
+    greedy = [(a["greedy_gold"], b["greedy_gold"]) for a, b in zip(ours, theirs, strict=True)]
+    assert metrics(tiny_run, "evaluation/base")["greedy_gold"]["mean"] == pytest.approx(sum(a for a, _ in greedy) / 12)
+    wins = sum((a > b) + (a == b) / 2 for a, b in greedy)
+    assert metrics(tiny_run, "evaluation/base")["greedy_win_rate_vs_sft"]["mean"] == pytest.approx(wins / 12)
     assert metrics(tiny_run, "evaluation/best-of-2")["kl_to_sft"]["mean"] == pytest.approx(math.log(2) - 0.5)
     assert metrics(tiny_run, "evaluation/ppo-lora")["adapter"] == "lora"
     assert metrics(tiny_run, "evaluation/base")["retention"]["nll"]["mean"] == pytest.approx(
@@ -139,13 +146,14 @@ def test_the_page_is_one_small_file(tiny_run):
 
 
 def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
-    """A shard that failed leaves the ranking undone: only it and the ranking run, and what was made of them stands."""
+    """Only the lost shard and the ranking run; the rest stands."""
     project = copy.copy(tiny_run)
     project.folder = tmp_path / "copy"
     shutil.copytree(tiny_run.folder, project.folder, symlinks=True)
     results = project.folder / TINY
     before = {name: (results / name / "manifest.json").read_bytes() for name in ("completions/1-of-2", "comparisons")}
-    kept = (results / "completions/0-of-2/manifest.json").stat()
+    kept = (results / "completions/0-of-2/manifest.json").stat().st_mtime_ns
+    shutil.rmtree(project.folder / "state/tiny/completions")  # or the shard would find its samples there
     for name in before:
         shutil.rmtree(results / name)
     pending = project.pending()
@@ -153,7 +161,7 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
     assert not pending.keys() & {"base", "data", "retention", "sft"}
     project.run("--until", "comparisons")
     assert {name: (results / name / "manifest.json").read_bytes() for name in before} == before
-    assert (results / "completions/0-of-2/manifest.json").stat() == kept
+    assert (results / "completions/0-of-2/manifest.json").stat().st_mtime_ns == kept
     assert project.pending() == {}
 
 

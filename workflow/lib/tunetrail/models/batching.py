@@ -113,7 +113,7 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[list[int]]], pad
             part[b, start:end] = k
             if k:
                 rows.append(b)
-                ends.append(end - 1)
+                ends.append(end - 1 if tokens else len(prompt) - 1)
     ours, theirs = part[:, :, None], part[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     attention_mask = causal & ((theirs == 0) | ((theirs == ours) & (theirs > 0)))

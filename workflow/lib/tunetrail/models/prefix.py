@@ -8,19 +8,29 @@ from transformers.cache_utils import DynamicLayer
 
 from tunetrail.models.batching import Batch
 
+WORTH_SHARING = 8
+"""Tokens; a shorter start is not worth a forward pass of its own."""
+
+
+def shared_tokens(model: Any, batch: Batch) -> int:
+    """Tokens of the common start that may be computed once.
+
+    The padding of shorter prompts then stands between it and them. Full attention does not see it; a
+    sliding window, a recurrent layer or distances counted in columns would: with those, none.
+    """
+    layers = DynamicCache(config=model.config).layers
+    full = all(type(layer) is DynamicLayer for layer in layers)
+    elsewhere = hasattr(model.config, "attention_layers") or hasattr(model.config, "attn_config")  # GPT-Neo, MPT
+    return batch.common_start if full and not elsewhere and batch.common_start >= WORTH_SHARING else 0
+
 
 def cached_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Keyword arguments of a forward pass over the columns after the common start, which is run here.
 
-    The padding of shorter prompts then comes after the start. Full attention does not see it; a sliding
-    window or a recurrent layer would, so with those the cache is empty and all columns are left to do.
-
     Returns:
         input_ids, position_ids [B, L-n]; attention_mask [B, L]; past_key_values, the cache of n tokens.
     """
-    cache = DynamicCache(config=model.config)
-    n = batch.common_start if all(type(layer) is DynamicLayer for layer in cache.layers) else 0
-    mask = batch.attention_mask
+    cache, n, mask = DynamicCache(config=model.config), shared_tokens(model, batch), batch.attention_mask
     if n:
         whole = model.get_base_model() if hasattr(model, "peft_config") else model
         first = int(mask[0].argmax())  # the column of the first row's first token
@@ -43,7 +53,7 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
 
     What comes out has fewer columns then: count them from the end.
     """
-    if not torch.is_grad_enabled() and batch.common_start:
+    if not torch.is_grad_enabled() and shared_tokens(model, batch):
         return cached_inputs(model, batch)
     return {
         "input_ids": batch.input_ids,

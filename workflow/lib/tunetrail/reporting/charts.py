@@ -152,13 +152,19 @@ def win_rates(run: Run, narrow: bool) -> Spec | None:
 
 def gold(run: Run, narrow: bool) -> Spec | None:
     """Two panels, one below the other: sampled responses and greedy ones."""
+    keys = {"gold": "Sampled", "greedy_gold": "Decoded greedily"}
+    found = [value for key in keys for m in run.models if (value := m.interval(key))]
+    if not found:
+        return None
+    low, high = min(value["low"] for value in found), max(value["high"] for value in found)
+    margin = 0.06 * (high - low) or 0.5
     panels = []
-    for key, title in (("gold", "Sampled"), ("greedy_gold", "Decoded greedily")):
+    for key, title in keys.items():
         measured = [m for m in run.models if m.interval(key) or key == "gold"]
         rows = [_row(m.name, m.interval(key), interval(m.interval(key), 1), m.series) for m in measured]
-        if chart := dots(rows, PLOT[narrow], "gold score"):
+        if chart := dots(rows, PLOT[narrow], "gold score", domain=[low - margin, high + margin]):
             panels.append([alt.layer(chart, _title(title))])
-    return grid(panels, down=26) if panels else None
+    return grid(panels, down=26)
 
 
 def forgetting(run: Run, narrow: bool) -> Spec | None:

@@ -30,6 +30,10 @@ class PretokenizedDpoTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, *args):
         return dataset
 
+    def _precompute_ref_logps(self, *args):
+        score_labels_only(self.model)  # so that policy and reference are scored alike
+        return super()._precompute_ref_logps(*args)
+
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoConfig) -> list[dict]:
     """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}. Raises DataError for one that is too long."""
@@ -76,7 +80,6 @@ def run(stage: Stage) -> dict:
         train_dataset=Dataset.from_list([examples[i] for i in order]),
         processing_class=tokenizer,
     )
-    score_labels_only(trainer.model)
     history = train(stage, trainer)
     if not is_main_process():
         return {}
