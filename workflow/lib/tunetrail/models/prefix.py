@@ -18,10 +18,11 @@ def shared_tokens(model: Any, batch: Batch) -> int:
     The padding of shorter prompts then stands between it and them. Full attention does not see it; a
     sliding window, a recurrent layer or distances counted in columns would: with those, none.
     """
-    layers = DynamicCache(config=model.config).layers
-    full = all(type(layer) is DynamicLayer for layer in layers)
+    if batch.common_start < WORTH_SHARING:
+        return 0
+    full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     elsewhere = hasattr(model.config, "attention_layers") or hasattr(model.config, "attn_config")  # GPT-Neo, MPT
-    return batch.common_start if full and not elsewhere and batch.common_start >= WORTH_SHARING else 0
+    return batch.common_start if full and not elsewhere else 0
 
 
 def cached_inputs(model: Any, batch: Batch) -> dict[str, Any]:
