@@ -121,7 +121,9 @@ def reward_steps(share_prompts: bool) -> float:
     model = initialise(LlamaForCausalLM(config), seed=0)
     responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]
     example = {"prompt": list(range(7, 50)), "responses": responses, "targets": torch.full((4, 4), 0.5).tolist()}
-    batch = KWiseCollator(0, share_prompts)([example] * 4)
+    if not share_prompts:
+        del model.base_model.forward
+    batch = KWiseCollator(0)([example] * 4)
 
     def step() -> None:
         kwise_loss(kwise_scores(model, batch), batch["targets"], batch["mask"]).backward()
@@ -136,19 +138,20 @@ def reward_steps(share_prompts: bool) -> float:
 
 def scoring(shared_start: bool = True, max_tokens: int | None = None) -> float:
     """Seconds to score 96 responses of 12 tokens to prompts of 20 shared and 24 other tokens."""
-    from dataclasses import replace
-
     import torch
 
     from tunetrail.models.scoring import map_batches, response_logprobs
     from tunetrail.models.tiny import tiny_model
+    from tunetrail.models.tree import share_prefixes
 
     model = tiny_model(576, 8, 9, 8192, seed=0)
+    if shared_start:
+        share_prefixes(model)
     prompts = [list(range(2, 22)) + [22 + (i * j) % 8000 for j in range(24)] for i in range(1, 97)]
     responses = [[22 + (i + j) % 8000 for j in range(12)] for i in range(96)]
 
     def logprobs(batch):
-        return response_logprobs(model, batch if shared_start else replace(batch, common_start=0))
+        return response_logprobs(model, batch)
 
     map_batches(logprobs, prompts[:8], responses[:8], 0, torch.device("cpu"))
     start = time.perf_counter()

@@ -427,8 +427,9 @@ def test_reward_model_labelers_have_noise_and_tie(stage, classifier):
 def test_batches_keep_order_and_size():
     from tunetrail.models.batching import token_batches
 
-    assert list(token_batches([9, 3, 10, 30], 20)) == [[1, 0], [2], [3]]
-    assert list(token_batches([9, 3], 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
+    sequences = [[5] * length for length in (9, 3, 10, 30)]
+    assert list(token_batches(sequences, [[]] * 4, 20)) == [[1, 0], [2], [3]]
+    assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
 
 
 def test_reward_model_refuses_what_it_would_have_to_cut(stage, classifier):

@@ -84,39 +84,6 @@ def test_left_and_right_padding_agree_on_scores_and_values():
         torch.testing.assert_close(values[0], prefix, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "common_start"),
-    [(COMMON_START, 8), (INSIDE_ONE_ANOTHER, 8), ([[5], [5, 6], [5]], 0), (PROMPTS, 0)],
-)
-@pytest.mark.parametrize("make", [llama_model, windowed_model])
-def test_a_common_start_computed_once_changes_no_number(make, prompts, common_start):
-    """Without gradients the start comes from a cache; with them all is one plain pass."""
-    model, classifier = make(), initialise(make(), seed=1).eval()
-    batch = collate(prompts, RESPONSES, PAD)
-    assert batch.common_start == common_start
-    for function, scorer in ((response_logprobs, model), (response_values, classifier), (sequence_scores, classifier)):
-        with torch.no_grad():
-            cached = function(scorer, batch)
-        plain = function(scorer, batch).detach()
-        real = batch.response_mask if plain.dim() == 2 else torch.ones(3, dtype=torch.bool)
-        torch.testing.assert_close(cached[real], plain[real], atol=1e-5, rtol=0)
-
-
-def test_an_adapter_acts_on_a_common_start_too():
-    model = with_lora(llama_model(), Lora(r=4), seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    batch = collate(COMMON_START, RESPONSES, PAD)
-    with torch.no_grad():
-        cached = response_logprobs(model, batch)
-        with model.disable_adapter():
-            without = response_logprobs(model, batch)
-    torch.testing.assert_close(cached, response_logprobs(model, batch).detach(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(without, response_logprobs(llama_model(), batch).detach(), atol=1e-5, rtol=0)
-    assert (cached - without).abs().max() > 1e-3
-
-
 def test_map_batches_keeps_order_and_lengths(model):
     rows = map_batches(lambda b: response_logprobs(model, b), PROMPTS, RESPONSES, PAD, torch.device("cpu"), 8)
     assert [len(row) for row in rows] == [3, 2, 1]
@@ -125,11 +92,18 @@ def test_map_batches_keeps_order_and_lengths(model):
 
 
 def test_token_batches_stay_below_the_limit():
-    lengths = [5, 1, 9, 4, 30, 2]
-    batches = list(token_batches(lengths, 12))
+    prompts = [[7] * n for n in (4, 1, 6, 3, 20, 1)]
+    responses = [[8] * n for n in (1, 2, 3, 1, 10, 1)]
+    batches = list(token_batches(prompts, responses, 14))
     assert sorted(itertools.chain(*batches)) == list(range(6))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 12 for b in batches)
+    for b in batches:
+        assert len(b) == 1 or len(b) * (max(len(prompts[i]) for i in b) + max(len(responses[i]) for i in b)) <= 14
     assert len(batches) < 6
+
+
+def test_responses_to_one_prompt_stay_together():
+    prompts, responses = [[7, 7], [9, 9], [7, 7], [9, 9]], [[1], [1, 1], [1, 1, 1], [1]]
+    assert list(token_batches(prompts, responses, 10)) == [[0, 2], [3, 1]]
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, COMMON_START, INSIDE_ONE_ANOTHER])

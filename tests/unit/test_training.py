@@ -12,14 +12,12 @@ import torch
 from tunetrail.config import Lora, SftConfig
 from tunetrail.contract import list_files, main, read_jsonl, write_json, write_jsonl
 from tunetrail.errors import DataError
-from tunetrail.models.batching import pack
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 from tunetrail.stages.reward import (
     KWiseCollator,
-    can_share_prompts,
     evaluate,
     heldout_pairs,
     initialise,
@@ -65,68 +63,20 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("share_prompts", "shape"), [(False, (5, 5)), (True, (2, 6))])
-def test_collator_masks_missing_completions(share_prompts, shape):
-    batch = KWiseCollator(0, share_prompts)(EXAMPLES)
-    assert batch["input_ids"].shape == shape  # K forward sequences a prompt, not K(K-1); packed, one
+def test_collator_masks_missing_completions():
+    batch = KWiseCollator(0)(EXAMPLES)
+    assert batch["input_ids"].shape == (5, 5)  # K sequences a prompt, not K(K-1)
     assert batch["mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["targets"][1, 0, 1] == 1
-    assert batch["input_ids"][batch["rows"], batch["ends"]].tolist() == [6, 8, 9, 1, 7]
+    assert batch["input_ids"][torch.arange(5), batch["ends"]].tolist() == [6, 8, 9, 1, 7]
 
 
-def test_packed_responses_see_the_prompt_and_themselves_by_hand():
-    packed = pack([[5, 6], [5]], [[[7, 8], [9]], [[7]]], pad_id=0)
-    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 7, 0, 0, 0]]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
-    assert packed["attention_mask"][0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
-    assert packed["attention_mask"][1, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 0, 0, 0, 0],
-        [1, 0, 0, 0, 0],
-        [1, 0, 0, 0, 0],
-    ]
-
-
-def test_a_shared_prompt_changes_no_score_and_no_gradient():
+def test_kwise_scores_are_those_of_each_sequence_alone():
     model = initialise(tiny_model(16, 2, 2, 30, seed=0), seed=1).eval()
     model.config.pad_token_id = 0
-    found = []
-    for share in (True, False):
-        batch = KWiseCollator(0, share)(EXAMPLES)
-        model.zero_grad()
-        scores = kwise_scores(model, batch)
-        kwise_loss(scores, batch["targets"], batch["mask"]).backward()
-        found.append((scores.detach(), [p.grad.clone() for p in model.parameters()]))
-    (packed, packed_gradients), (apart, apart_gradients) = found
-    torch.testing.assert_close(packed, apart, atol=1e-6, rtol=0)
-    for a, b in zip(packed_gradients, apart_gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    scores = kwise_scores(model, KWiseCollator(0)(EXAMPLES))
     plain = [[model(torch.tensor([e["prompt"] + r])).logits.item() for r in e["responses"]] for e in EXAMPLES]
-    torch.testing.assert_close(packed, torch.tensor([plain[0], [*plain[1], 0.0]]), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("window", "attention", "expected"), [(64, "sdpa", True), (3, "sdpa", False), (64, "eager", False)]
-)
-def test_prompts_are_shared_only_where_it_changes_no_score(window, attention, expected):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    causal = MistralForCausalLM(
-        MistralConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            vocab_size=30, sliding_window=window, pad_token_id=0, attn_implementation=attention,
-        )
-    )  # fmt: skip
-    example = {"prompt": [5, 6, 7, 8], "responses": [[9, 10], [11]], "targets": [[0.5, 1.0], [0.0, 0.5]]}
-    assert can_share_prompts(initialise(causal, seed=1).eval(), example, pad_id=0) == expected
+    torch.testing.assert_close(scores, torch.tensor([plain[0], [*plain[1], 0.0]]), atol=1e-6, rtol=0)
 
 
 def test_reward_metrics_by_hand():

@@ -69,7 +69,7 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
     scores = [0.0] * len(sequences)
     with torch.inference_mode(), ProgressBar("comparisons", len(sequences), "completions") as bar:
         # With nothing to pad with, one by one: no batch of two fits into no tokens.
-        for rows in token_batches([len(s) for s in sequences], 0 if pad_id is None else BATCH_TOKENS):
+        for rows in token_batches(sequences, [[]] * len(sequences), 0 if pad_id is None else BATCH_TOKENS):
             width = max(len(sequences[i]) for i in rows)
             padding = [width - len(sequences[i]) for i in rows]
             ids = torch.tensor([sequences[i] + [pad_id] * p for i, p in zip(rows, padding, strict=True)])

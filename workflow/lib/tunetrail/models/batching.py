@@ -6,7 +6,7 @@ nothing is ever read off `ids != pad`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,6 @@ class Batch:
     """[B, P+R] int64, 1 on real tokens"""
     response_mask: torch.Tensor
     """[B, R] bool, True on real response tokens"""
-    common_start: int = 0
-    """tokens that all prompts begin with; 0 for a single sequence, and less than the shortest prompt"""
 
     @property
     def responses(self) -> torch.Tensor:
@@ -34,6 +32,16 @@ class Batch:
     def position_ids(self) -> torch.Tensor:
         """[B, P+R] int64: the place among the real tokens, so that padding does not shift anything."""
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a forward pass."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+        }
 
     @property
     def ends(self) -> torch.Tensor:
@@ -79,60 +87,21 @@ def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         input_ids[i, p - len(prompt) : p + len(response)] = torch.tensor(prompt + response)
         attention_mask[i, p - len(prompt) : p + len(response)] = 1
-    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
-    common_start = max(0, min(same, min(map(len, prompts)) - 1)) if len(prompts) > 1 else 0
-    return Batch(input_ids, attention_mask, attention_mask[:, p:].bool(), common_start)
+    return Batch(input_ids, attention_mask, attention_mask[:, p:].bool())
 
 
-def pack(prompts: Sequence[list[int]], responses: Sequence[list[list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """One row a prompt, followed by all its responses, each of which sees the prompt and itself but no other.
+def token_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each at most `max_tokens` after padding (at least one sequence).
 
-    So the prompt's tokens are computed once and not K times. Every token keeps the position it would
-    have in a sequence of its own.
-
-    Args:
-        prompts: B of them.
-        responses: for each prompt its own number of responses; N in all.
-
-    Returns:
-        input_ids, position_ids [B, L] int64; attention_mask [B, 1, L, L] bool, True where token i sees
-        token j (padding sees the prompt: attention to nothing is NaN); rows, ends [N] int64, where the
-        last token of each response is.
+    Responses to one prompt stay together, where they can share it (`models.tree`).
     """
-    length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses, strict=True))
-    input_ids = torch.full((len(prompts), length), pad_id)
-    position_ids = torch.zeros((len(prompts), length), dtype=torch.long)
-    part = torch.full((len(prompts), length), -1)  # 0: prompt, k: k-th response, -1: padding
-    rows, ends = [], []
-    for b, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
-        end = 0
-        for k, tokens in enumerate([prompt, *answers]):
-            start, end = end, end + len(tokens)
-            input_ids[b, start:end] = torch.tensor(tokens)
-            position_ids[b, start:end] = torch.arange(len(tokens)) + (len(prompt) if k else 0)
-            part[b, start:end] = k
-            if k:
-                rows.append(b)
-                ends.append(end - 1 if tokens else len(prompt) - 1)
-    ours, theirs = part[:, :, None], part[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    attention_mask = causal & ((theirs == 0) | ((theirs == ours) & (theirs > 0)))
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "attention_mask": attention_mask[:, None],
-        "rows": torch.tensor(rows),
-        "ends": torch.tensor(ends),
-    }
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `max_tokens` after padding (at least one sequence)."""
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[i] > max_tokens:
+    longest_response = 0
+    for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i], len(responses[i]), i)):
+        longest_response = max(longest_response, len(responses[i]))
+        if batch and (len(batch) + 1) * (len(prompts[i]) + longest_response) > max_tokens:
             yield batch
-            batch = []
+            batch, longest_response = [], len(responses[i])
         batch.append(i)
     if batch:
         yield batch

@@ -24,6 +24,7 @@ from tunetrail.config import Lora
 from tunetrail.contract import MANIFEST, sha256_json, write_json
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.scoring import FullPrecisionHead
+from tunetrail.models.tree import share_prefixes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
 
@@ -76,7 +77,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     Raises DataError when that model is no longer the one the adapter was trained on.
     """
     if not is_adapter(folder):
-        return without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        return share_prefixes(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
     from peft import PeftModel
 
     parent = json.loads((folder / "parent.json").read_text())
@@ -100,7 +101,7 @@ def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
 def with_full_precision_head(classifier: PreTrainedModel) -> PreTrainedModel:
     """The classifier without dropout, its score computed in float32 whatever the precision of the trunk."""
     classifier.score.__class__ = FullPrecisionHead  # same weights, same name in the saved file
-    return without_dropout(classifier)
+    return share_prefixes(without_dropout(classifier))
 
 
 def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_modules: list[str] | None = None) -> Any:

@@ -7,14 +7,19 @@ differences between batch shapes).
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from tunetrail.models.batching import collate
-from tunetrail.models.prefix import cached_inputs
 from tunetrail.models.scoring import gather_logprobs
+from tunetrail.models.tree import has_full_attention
 from tunetrail.seeds import derive_seed
+
+WORTH_SHARING = 8
+"""Tokens; a shorter start is not worth a forward pass of its own."""
 
 
 def inference_weights(model: Any, bf16: bool) -> Any:
@@ -30,6 +35,34 @@ def decoding_weights(model: Any, bf16: bool) -> Any:
         return model
     decoder = copy.deepcopy(model)
     return inference_weights(decoder.merge_and_unload() if has_adapter else decoder, bf16)
+
+
+def common_start(model: Any, prompts: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with and that are worth a forward pass of their own: none of the shortest's last.
+
+    Where the cache of them is put before padded prompts, the padding stands in between. Full attention
+    does not see it; a sliding window, a recurrent layer or distances counted in columns would: with those, 0.
+    """
+    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
+    alike = min(alike, min(map(len, prompts)) - 1)
+    return alike if len(prompts) > 1 and alike >= WORTH_SHARING and has_full_attention(model.config) else 0
+
+
+def prefill(model: Any, prompts: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    """(logits after each prompt [B, V], cache of its C columns, attention mask [B, C])."""
+    batch = collate(prompts, [[]] * len(prompts), pad_id).to(model.device)
+    cache, mask, n = DynamicCache(config=model.config), batch.attention_mask, common_start(model, prompts)
+    if n:
+        start = torch.tensor([prompts[0][:n]], device=model.device)
+        model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+        rest = mask * (batch.position_ids >= n)  # a shorter prompt has part of its start in the columns that are left
+        mask = torch.cat([torch.ones_like(mask[:, :n]), rest[:, n:]], 1)
+    logits = model(
+        input_ids=batch.input_ids[:, n:], attention_mask=mask, position_ids=batch.position_ids[:, n:],
+        past_key_values=cache, use_cache=True, logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
+    return logits, cache, mask
 
 
 class _Noise:
@@ -62,10 +95,7 @@ def _sample_batch(
     pad_id: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished, and their log-probs."""
-    device = model.device
-    inputs = cached_inputs(model, collate(prompts, [[]] * len(prompts), pad_id).to(device))
-    cache, mask = inputs["past_key_values"], inputs["attention_mask"]
-    logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+    logits, cache, mask = prefill(model, prompts, pad_id)
     if k > 1:
         cache.batch_repeat_interleave(k)
     logits = logits.repeat_interleave(k, 0)
@@ -77,7 +107,7 @@ def _sample_batch(
     running = list(range(len(seeds)))
     for step in range(max_new_tokens):
         scores = logits.float() / (temperature or 1.0)
-        tokens = (scores if noise is None else scores - noise.draw(running).log().to(device)).argmax(-1)
+        tokens = (scores if noise is None else scores - noise.draw(running).log().to(model.device)).argmax(-1)
         chosen = gather_logprobs(scores, tokens)
         for row, token, logprob in zip(running, tokens.tolist(), chosen.tolist(), strict=True):
             outputs[row].append(token)

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch, collate, token_batches
-from tunetrail.models.prefix import model_inputs
 
 
 def response_logits(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """[B, R, V] float32: the logits that predict each response token, divided by the sampling temperature."""
     r = batch.response_mask.shape[1]
-    output = model(**model_inputs(model, batch), logits_to_keep=r + 1)
+    output = model(**batch.inputs, logits_to_keep=r + 1)
     return output.logits[:, :-1].float() / temperature
 
 
@@ -48,7 +47,7 @@ def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
 def response_values(critic: Any, batch: Batch) -> torch.Tensor:
     """[B, R] float32: value of the state before each response token, from a sequence-classification model."""
     head, trunk = head_and_trunk(critic)
-    hidden = trunk(**model_inputs(trunk, batch)).last_hidden_state
+    hidden = trunk(**batch.inputs).last_hidden_state
     r = batch.response_mask.shape[1]
     bias = getattr(critic.config, "reward_bias", 0.0)
     return head(hidden[:, -r - 1 : -1])[..., 0].float() - bias
@@ -60,9 +59,8 @@ def sequence_scores(reward_model: Any, batch: Batch) -> torch.Tensor:
     The last token is EOS where the response is finished (Stiennon et al. 2020).
     """
     head, trunk = head_and_trunk(reward_model)
-    hidden = trunk(**model_inputs(trunk, batch)).last_hidden_state
-    ends = batch.ends - (batch.input_ids.shape[1] - hidden.shape[1])
-    scores = head(hidden[torch.arange(len(hidden), device=hidden.device), ends])[:, 0].float()
+    hidden = trunk(**batch.inputs).last_hidden_state
+    scores = head(hidden[torch.arange(len(hidden), device=hidden.device), batch.ends])[:, 0].float()
     return scores - getattr(reward_model.config, "reward_bias", 0.0)
 
 
@@ -81,9 +79,8 @@ def map_batches(
         function: Batch -> [B] or [B, R]; of the latter each row is cut to its response's length.
         max_tokens: of a batch; None: SCORING_TOKENS.
     """
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
-    for rows in token_batches(lengths, max_tokens or SCORING_TOKENS):
+    results: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    for rows in token_batches(prompts, responses, max_tokens or SCORING_TOKENS):
         batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id).to(device)
         for i, row in zip(rows, function(batch).cpu(), strict=True):
             results[i] = row[: len(responses[i])] if row.dim() else row

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
-from tunetrail.models.prefix import model_inputs
 from tunetrail.models.scoring import FullPrecisionHead, gather_logprobs, response_logprobs, response_values
 
 
@@ -37,7 +36,7 @@ class ActorCritic(torch.nn.Module):
         """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy costs a pass over [B, R, V]."""
         r = batch.response_mask.shape[1]
         output = self.policy(
-            **model_inputs(self.policy, batch),
+            **batch.inputs,
             logits_to_keep=r + 1,
             output_hidden_states=self.value_head is not None,
         )

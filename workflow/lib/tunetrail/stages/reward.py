@@ -23,7 +23,7 @@ from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
-from tunetrail.models.batching import collate, encode, encode_comparison, encode_response, pack
+from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import (
     copy_tokenizer,
@@ -34,7 +34,7 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.scoring import head_and_trunk
-from tunetrail.runtime import device, prepare
+from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, train, trainer_arguments
 
@@ -79,29 +79,15 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 class KWiseCollator:
-    """B prompts -> one batch of all their N sequences, with [B, K, K] targets and a [B, K] mask.
+    """B prompts -> one batch of all their N sequences, with [B, K, K] targets and a [B, K] mask."""
 
-    Args:
-        share_prompts: one row a prompt, computed once for its K responses (`batching.pack`); else one row a sequence.
-    """
-
-    def __init__(self, pad_id: int, share_prompts: bool):
-        self.pad_id, self.share_prompts = pad_id, share_prompts
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         responses = [e["responses"] for e in examples]
-        if self.share_prompts:
-            sequences = pack([e["prompt"] for e in examples], responses, self.pad_id)
-        else:
-            prompts = [e["prompt"] for e in examples for _ in e["responses"]]
-            batch = collate(prompts, [r for k in responses for r in k], self.pad_id)
-            sequences = {
-                "input_ids": batch.input_ids,
-                "attention_mask": batch.attention_mask,
-                "position_ids": batch.position_ids,
-                "rows": torch.arange(len(prompts)),
-                "ends": batch.ends,
-            }
+        prompts = [e["prompt"] for e in examples for _ in e["responses"]]
+        batch = collate(prompts, [r for k in responses for r in k], self.pad_id)
         k = max(map(len, responses))
         targets = torch.full((len(examples), k, k), 0.5)
         mask = torch.zeros(len(examples), k, dtype=torch.bool)
@@ -109,7 +95,8 @@ class KWiseCollator:
             n = len(example["responses"])
             targets[i, :n, :n] = torch.tensor(example["targets"])
             mask[i, :n] = True
-        return sequences | {"targets": targets, "mask": mask}
+        sequences = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return sequences | {"position_ids": batch.position_ids, "ends": batch.ends, "targets": targets, "mask": mask}
 
 
 def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -122,26 +109,8 @@ def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         output_hidden_states=True,
     ).hidden_states[-1]
     head, _ = head_and_trunk(extract_model_from_parallel(model))
-    flat = head(hidden[inputs["rows"], inputs["ends"]])[:, 0].float()
+    flat = head(hidden[torch.arange(len(hidden), device=hidden.device), inputs["ends"]])[:, 0].float()
     return flat.new_zeros(inputs["mask"].shape).masked_scatter(inputs["mask"], flat)
-
-
-@torch.no_grad()
-def can_share_prompts(model: Any, example: dict, pad_id: int) -> bool:
-    """Whether packed sequences score as they do apart: false for attention windows, recurrent layers, other kernels.
-
-    Tried rather than looked up, on the longest example: no list of architectures to keep.
-    """
-    if model.config._attn_implementation != "sdpa":  # the others read other masks
-        return False
-    try:
-        packed, apart = (
-            kwise_scores(model, {k: x.to(model.device) for k, x in KWiseCollator(pad_id, share)([example]).items()})
-            for share in (True, False)
-        )
-    except (IndexError, RuntimeError, TypeError, ValueError):  # it makes more of a mask than a mask
-        return False
-    return torch.allclose(packed, apart, rtol=1e-3, atol=1e-3)
 
 
 class KWiseTrainer(Trainer):
@@ -234,13 +203,11 @@ def run(stage: Stage) -> dict:
     model.config.pad_token_id = pad_id
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
-    longest = examples[int(np.argmax(lengths))]
-    share_prompts = can_share_prompts(model.to(device()).eval(), longest, pad_id)
     trainer = KWiseTrainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(stage, config), remove_unused_columns=False),
         train_dataset=Dataset.from_list([examples[i] for i in order]),
-        data_collator=KWiseCollator(pad_id, share_prompts),
+        data_collator=KWiseCollator(pad_id),
         processing_class=tokenizer,
     )
     history = train(stage, trainer)

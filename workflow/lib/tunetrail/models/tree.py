@@ -1,0 +1,179 @@
+"""Sequences that begin alike are computed once up to where they part.
+
+A batch runs as its prefix tree: the K responses of a prompt share the prompt, all chats of a run share the
+system message, and nothing is padded but the ends of a few rows. Every token keeps its position and sees the
+tokens before it in its own sequence and no other, so values and gradients are what they would be apart (up
+to floating-point rounding). `share_prefixes` puts this between a model's trunk and its callers, which go on
+passing padded [batch, time] tensors and get [batch, time, hidden] back.
+"""
+
+import bisect
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROW_TOKENS = 256
+"""Of a row of the tree: longer rows repeat less of what all begin with, and attend to more that no token may see."""
+WORTH_SHARING = 0.9
+"""Of the tokens of the padded batch; a tree of more is not grown."""
+
+
+@dataclass
+class PrefixTree:
+    """G rows of up to L tokens, each the prefix tree of some of the sequences."""
+
+    input_ids: torch.Tensor
+    """[G, L] int64"""
+    position_ids: torch.Tensor
+    """[G, L] int64: a token's depth"""
+    attention_mask: torch.Tensor
+    """[G, 1, L, L] bool: token i sees token j, its ancestor or itself (padding sees itself: attention to nothing is NaN)"""
+    places: list[list[int]]
+    """for each sequence, where in the flattened [G*L] its tokens are"""
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def prefix_tree(sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS) -> PrefixTree:
+    """Sorted, every sequence shares most with the one before it; rows are cut from that order, about equally long.
+
+    Args:
+        row_tokens: that a row holds at most; a longer sequence gets the length it needs.
+    """
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    ordered = [sequences[i] for i in order]
+    kept = [0, *(_shared(a, b) for a, b in pairwise(ordered))]
+
+    def starts(limit: int) -> list[int]:
+        """Where new rows begin, none longer than `limit`."""
+        found, size = [0], len(ordered[0])
+        for n in range(1, len(ordered)):
+            size += len(ordered[n]) - kept[n]
+            if size > limit:
+                found.append(n)
+                size = len(ordered[n])
+        return found
+
+    longest = max(map(len, ordered))
+    limits = range(longest, max(longest, row_tokens) + 1)
+    fewest = len(starts(limits[-1]))
+    rows = starts(limits[bisect.bisect_left(limits, True, key=lambda limit: len(starts(limit)) <= fewest)])
+
+    tokens: list[list[int]] = []
+    depths: list[list[int]] = []
+    paths: list[list[int]] = []  # of each sequence in order: its tokens' columns
+    of_row: list[int] = []
+    for n, sequence in enumerate(ordered):
+        if n in rows:
+            tokens.append([])
+            depths.append([])
+        keep = 0 if n in rows else kept[n]
+        start = len(tokens[-1])
+        tokens[-1] += sequence[keep:]
+        depths[-1] += range(keep, len(sequence))
+        paths.append((paths[-1][:keep] if keep else []) + list(range(start, len(tokens[-1]))))
+        of_row.append(len(tokens) - 1)
+
+    length = max(map(len, tokens))
+    attention_mask = torch.eye(length, dtype=torch.bool).repeat(len(tokens), 1, 1)
+    places: list[list[int]] = [[] for _ in sequences]
+    for i, row, path in zip(order, of_row, paths, strict=True):
+        columns = torch.tensor(path, dtype=torch.long)
+        attention_mask[row, columns[:, None], columns] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        places[i] = [row * length + column for column in path]
+
+    def padded(values: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([row + [0] * (length - len(row)) for row in values])
+
+    return PrefixTree(padded(tokens), padded(depths), attention_mask[:, None], places)
+
+
+def _forward(
+    self: Any,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The trunk's forward pass, over the batch's prefix tree where that is less and nobody wants a cache."""
+
+    def plain() -> Any:
+        return type(self).forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+    use_cache = kwargs.get("use_cache")
+    if (
+        (self.config.use_cache if use_cache is None else use_cache)
+        or input_ids is None
+        or len(input_ids) < 2
+        or any(kwargs.get(name) is not None for name in ("past_key_values", "inputs_embeds", "output_attentions"))
+        or (attention_mask is not None and attention_mask.dim() != 2)
+    ):
+        return plain()
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    depth = real.cumsum(-1) - 1
+    given = torch.arange(real.shape[1], device=real.device).expand_as(real) if position_ids is None else position_ids
+    if not (given == depth)[real].all():
+        return plain()
+    sequences = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
+    tree = prefix_tree(sequences)
+    if tree.input_ids.numel() > WORTH_SHARING * input_ids.numel():
+        return plain()
+    device = input_ids.device
+    output = type(self).forward(
+        self,
+        input_ids=tree.input_ids.to(device),
+        attention_mask=tree.attention_mask.to(device),
+        position_ids=tree.position_ids.to(device),
+        **kwargs,
+    )
+    places = torch.zeros_like(input_ids)
+    places[real] = torch.tensor([place for path in tree.places for place in path], device=device)
+
+    def apart(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.flatten(0, 1)[places]
+
+    output.last_hidden_state = apart(output.last_hidden_state)
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(map(apart, output.hidden_states))
+    return output
+
+
+def has_full_attention(config: Any) -> bool:
+    """Whether every layer sees all tokens, however far: no window, no recurrence."""
+    windows_of_old = hasattr(config, "attention_layers") or hasattr(config, "attn_config")  # GPT-Neo, MPT
+    return not windows_of_old and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+@torch.no_grad()
+def _runs_as_tree(trunk: Any) -> bool:
+    """Whether a tree gives what its sequences give apart: tried, after a look at what a short trial would not show."""
+    config = trunk.config
+    if config._attn_implementation != "sdpa" or not has_full_attention(config):  # other kernels read other masks
+        return False
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [1, 2, 6, 5, 4, 3]], device=trunk.device)
+    try:
+        tree, apart = (run(trunk, ids % config.vocab_size, use_cache=False) for run in (_forward, type(trunk).forward))
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it makes more of a mask than a mask
+        return False
+    ours, theirs = tree.last_hidden_state.float(), apart.last_hidden_state.float()
+    tolerance = 1e-3 if next(trunk.parameters()).dtype == torch.float32 else 5e-2
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
+
+
+def share_prefixes(model: Any) -> Any:
+    """The model, with its trunk's batches run as prefix trees where that changes no value."""
+    trunk = model.base_model
+    if _runs_as_tree(trunk):
+        trunk.forward = types.MethodType(_forward, trunk)  # bound, so that a deep copy runs its own weights
+    return model
