@@ -27,7 +27,7 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tor
 
 
 # Tokens of one forward pass without gradients: on a CPU few enough for the activations to stay in its cache.
-SCORING_TOKENS = 4096 if torch.cuda.is_available() else 1024
+SCORING_TOKENS = 4096 if torch.cuda.is_available() else 2048
 
 
 class FullPrecisionHead(torch.nn.Linear):
