@@ -1,6 +1,6 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
 # make test   set up and run every test
-# make bench  ratios of speed, measured in one run
+# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,parts)
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -20,7 +20,8 @@ check: $(VENV)/.tested
 	$(RUN) snakefmt --check Snakefile workflow/rules
 	$(RUN) snakemake --lint --configfile config/examples/tiny.yaml
 
-bench: $(VENV)/.tested
+bench: $(VENV)/.tested $(VENV)-trl/.installed
+	$(RUN) snakemake --profile profiles/local --quiet --until base data
 	$(RUN) python -m tests.benchmarks
 
 # Generated files; the tests fail where they are stale.
@@ -42,5 +43,12 @@ $(VENV)/.tested: $(VENV)/.installed envs/requirements-test.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r envs/requirements-test.txt
 	touch $@
 
+# The last TRL with PPO, before the packages of the other environment.
+$(VENV)-trl/.installed: $(VENV)/.installed
+	test -x $(VENV)-trl/bin/python || $(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.12.0
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(VENV)-trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) .snakemake
+	rm -rf $(VENV) $(VENV)-trl .snakemake

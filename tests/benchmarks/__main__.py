@@ -1,189 +1,136 @@
-"""Ratios of speed, each measured in one run on the same work: python -m tests.benchmarks  (make bench)
+"""How fast we are beside others, and beside what the machine could do: make bench [ONLY=ppo,sft]
 
-Both sides of a ratio run as fresh processes, alternating, so that a noisy machine disturbs both alike.
+Both sides of a ratio do the same work as fresh processes that alternate, so that a noisy machine disturbs
+both alike. Prints a table and writes `bench.json`. Each speed is also a share of the limit that the work's
+arithmetic sets at the machine's best matrix product (for sampling: reading the weights once a token).
+
+Our side runs in bf16 autocast where the CPU computes in bf16. Where it does not, what is in bf16 is not measured.
 """
 
-import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
-import time
+from pathlib import Path
 
-REPEATS = 3
+import torch
 
+from tests.benchmarks.parts import PARTS
+from tunetrail.contract import write_json
+from tunetrail.runtime import use_bf16
 
-def training_steps(keep_memory: bool) -> float:
-    """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tunetrail.runtime import keep_freed_memory
-
-    if keep_memory:
-        keep_freed_memory()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=8192,
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(0, 8192, (8, 64))
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    start = time.perf_counter()
-    for _ in range(4):
-        step()
-    return (time.perf_counter() - start) / 4
+TRL_PYTHON = Path(".venv-trl/bin/python")
+OURS = [sys.executable, "-m", "tests.benchmarks.peers"]
+TRL_PPO = [str(TRL_PYTHON), "-m", "tests.benchmarks.trl_ppo"]
+# name: (our command without its precision, theirs, theirs' precision: `ours` is the one that we run in, repeats)
+PEERS = {
+    "sampling.vs_generate_64": ([*OURS, "sampling", "ours"], [*OURS, "sampling", "stock"], "ours", 3),
+    "sft.vs_trl": ([*OURS, "sft", "ours"], [*OURS, "sft", "stock"], "ours", 3),
+    "reward.vs_trl": ([*OURS, "reward", "ours"], [*OURS, "reward", "stock"], "ours", 3),
+    "dpo.vs_trl": ([*OURS, "dpo", "ours"], [*OURS, "dpo", "stock"], "ours", 3),
+    "ppo.vs_trl_fp32": ([*OURS, "ppo", "ours"], TRL_PPO, "fp32", 2),
+    "ppo.vs_trl_bf16": ([*OURS, "ppo", "ours"], TRL_PPO, "bf16", 2),
+}  # fmt: skip
+UNITS = {"ppo": "episodes", "sampling": "tokens", "sft": "tokens", "reward": "tokens", "dpo": "tokens"}
 
 
-def sampling(shared_prefill: bool) -> float:
-    """Seconds to sample 4 completions of 8 prompts of 200 tokens, with one prefill a prompt or one a completion."""
-    from tunetrail.models.sampling import sample
-    from tunetrail.models.tiny import tiny_model
-
-    model = tiny_model(256, 8, 4, 4096, seed=0)
-    prompts = [[3 + (i * j) % 4000 for j in range(200)] for i in range(1, 9)]
-    settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0, "batch_size": 32, "eos_id": 1, "pad_id": 0}
-    k, rows = (4, prompts) if shared_prefill else (1, [p for p in prompts for _ in range(4)])
-    sample(model, rows[:1], ["warm"], k=1, **settings)
-    start = time.perf_counter()
-    sample(model, rows, [str(i) for i in range(len(rows))], k=k, **settings)
-    return time.perf_counter() - start
+def run(command: list[str]) -> dict:
+    """What a side reports of itself on its last line."""
+    environment = os.environ | {"PYTHONPATH": ".", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def fine_tuning(ours: bool) -> float:
-    """Seconds a step of SFT on 16 rows of 50 prompt and 14 response tokens, with our loss or TRL's."""
-    import tempfile
-
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    from tunetrail.models.tiny import tiny_tokenizer
-    from tunetrail.training import score_labels_only
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-        )
-    )
-    rows = [
-        {
-            "input_ids": [7 + (i * j) % 49000 for j in range(64)],
-            "labels": [-100] * 50 + [7 + (i * j) % 49000 for j in range(50, 64)],
-        }
-        for i in range(1, 65)
-    ]
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=16, bf16=True, use_cpu=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[], disable_tqdm=True, gradient_checkpointing=False, save_strategy="no"),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    if ours:
-        score_labels_only(trainer.model)
-    start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):
-        trainer.train()
-    return (time.perf_counter() - start) / 4 / 3
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def reward_steps(share_prompts: bool) -> float:
-    """Seconds a step of the K-wise loss on 4 prompts of 43 tokens with 4 responses of 14 each."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
-
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=8192, pad_token_id=0,
-    )  # fmt: skip
-    model = initialise(LlamaForCausalLM(config), seed=0)
-    responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]
-    prompts = [[7 + (i * j) % 8000 for j in range(43)] for i in range(5, 9)]
-    examples = [{"prompt": p, "responses": responses, "targets": torch.full((4, 4), 0.5).tolist()} for p in prompts]
-    if not share_prompts:
-        del model.base_model.forward
-    batch = KWiseCollator(0)(examples)
-
-    def step() -> None:
-        kwise_loss(kwise_scores(model, batch), batch["targets"], batch["mask"]).backward()
-        model.zero_grad()
-
-    step()
-    start = time.perf_counter()
-    for _ in range(8):
-        step()
-    return (time.perf_counter() - start) / 8
+def compare(name: str, precision: str, peak: float) -> dict:
+    """Alternating runs of both sides; ratio above 1: we are faster."""
+    ours, theirs, other, repeats = PEERS[name]
+    other = precision if other == "ours" else other
+    pairs = [(run([*ours, precision]), run([*theirs, other])) for _ in range(repeats)]
+    speeds = [[side["amount"] / side["seconds"] for side in pair] for pair in pairs]
+    # The same data for both, however each counts it; sampling ends where it ends, so there the tokens count.
+    same_work = not name.startswith("sampling")
+    ratios = [b["seconds"] / a["seconds"] if same_work else s / t for (a, b), (s, t) in zip(pairs, speeds, strict=True)]
+    found = {
+        "ratio": spread(ratios),
+        "unit": UNITS[name.partition(".")[0]] + "/s",
+        "ours": {"speed": spread([s for s, _ in speeds]), "peak_bytes": max(a["peak_bytes"] for a, _ in pairs), "precision": precision},
+        "theirs": {"speed": spread([t for _, t in speeds]), "peak_bytes": max(b["peak_bytes"] for _, b in pairs), "precision": other},
+    }  # fmt: skip
+    if name.startswith("sampling"):
+        # Every decoding step reads all weights once, whatever the batch.
+        bound = [a["longest"] * a["weight_bytes"] / memory_bandwidth() for a, _ in pairs]
+        found["share_of_bandwidth_limit"] = spread([b / a["seconds"] for b, (a, _) in zip(bound, pairs, strict=True)])
+    else:
+        found["share_of_limit"] = spread([a["flops"] / a["seconds"] / peak for a, _ in pairs])
+    if name.startswith("ppo"):
+        found["update_share_of_limit"] = spread([a["update_flops"] / a["update_seconds"] / peak for a, _ in pairs])
+    return found
 
 
-def scoring(shared_start: bool) -> float:
-    """Seconds to score 96 responses of 12 tokens to prompts of 20 shared and 24 other tokens."""
-    import torch
+def memory_bandwidth() -> float:
+    """Bytes a second that a sum over a gigabyte reads."""
+    import time
 
-    from tunetrail.models.scoring import map_batches, response_logprobs
-    from tunetrail.models.tiny import tiny_model
-    from tunetrail.models.tree import share_prefixes
-
-    model = tiny_model(576, 8, 9, 8192, seed=0)
-    if shared_start:
-        share_prefixes(model)
-    prompts = [list(range(2, 22)) + [22 + (i * j) % 8000 for j in range(24)] for i in range(1, 97)]
-    responses = [[22 + (i + j) % 8000 for j in range(12)] for i in range(96)]
-
-    def logprobs(batch):
-        return response_logprobs(model, batch)
-
-    map_batches(logprobs, prompts[:8], responses[:8], 0, torch.device("cpu"))
-    start = time.perf_counter()
-    map_batches(logprobs, prompts, responses, 0, torch.device("cpu"))
-    return time.perf_counter() - start
+    block = torch.ones(2**28)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    return block.numel() * 4 / min(times)
 
 
-CASES = {
-    "training step, freed memory kept / given back": (training_steps, True, False),
-    "fine-tuning step, logits where labels are / TRL's fused head": (fine_tuning, True, False),
-    "reward-model step, prompt shared by its K responses / repeated": (reward_steps, True, False),
-    "scoring, what all prompts begin with once / repeated": (scoring, True, False),
-    "sampling 4 a prompt, shared / repeated prefill": (sampling, True, False),
-}
+def part(name: str, repeats: int = 3) -> dict[str, float]:
+    """One of our own measures against its absence."""
+    command = [sys.executable, "-m", "tests.benchmarks.parts", name]
+    return spread([run([*command, "without"])["seconds"] / run([*command, "with"])["seconds"] for _ in range(repeats)])
 
 
-def measure(name: str, flag: bool) -> float:
-    command = [sys.executable, "-m", "tests.benchmarks", name, str(int(flag))]
-    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+def said(x: dict[str, float], percent: bool = False) -> str:
+    scale, mark = (100, "%") if percent else (1, "")
+    digits = 0 if percent else 2
+    return f"{x['median'] * scale:.{digits}f}{mark} ({x['low'] * scale:.{digits}f} to {x['high'] * scale:.{digits}f})"
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        print(json.dumps(CASES[sys.argv[1]][0](bool(int(sys.argv[2])))))
-        return
-    for name, (_, ours, theirs) in CASES.items():
-        pairs = [(measure(name, ours), measure(name, theirs)) for _ in range(REPEATS)]
-        ratios = [b / a for a, b in pairs]
+    only = [name for name in os.environ.get("ONLY", "").split(",") if name]
+    precision = "bf16" if use_bf16("auto") else "fp32"
+    results: dict = {"machine": {"cores": os.cpu_count(), "precision": precision, "torch": torch.__version__}}
+    for dtype in ("fp32", "bf16"):
+        peak = run([*OURS, "gemm", "ours", dtype])
+        results[f"gemm.{dtype}"] = peak["flops"] / peak["seconds"] / 1e9
+        print(f"{'gemm.' + dtype:28} {results[f'gemm.{dtype}']:.0f} GFLOP/s")
+    peak_flops = results[f"gemm.{precision}"] * 1e9
+    for name in PEERS:
+        if only and name.partition(".")[0] not in only:
+            continue
+        if name.endswith("bf16") and precision != "bf16":
+            results[name] = {"ratio": None, "reason": "this CPU does not compute in bf16"}
+            print(f"{name:28} not measured: {results[name]['reason']}")
+            continue
+        found = results[name] = compare(name, precision, peak_flops)
+        share = found.get("share_of_limit") or found["share_of_bandwidth_limit"]
         print(
-            f"{name}: {statistics.median(ratios):.2f} times as fast (from {min(ratios):.2f} to {max(ratios):.2f}; {pairs[0][0]:.3f} s against {pairs[0][1]:.3f} s)"
+            f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "
+            f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(share, True)} of the limit; peak "
+            f"{found['ours']['peak_bytes'] / 2**30:.1f} against {found['theirs']['peak_bytes'] / 2**30:.1f} GiB",
+            flush=True,
         )
+        if "update_share_of_limit" in found:
+            print(f"{'':28} update alone: {said(found['update_share_of_limit'], True)} of the limit")
+    for name in PARTS:
+        if only and "parts" not in only:
+            break
+        results[name] = part(name)
+        print(f"{name}: {said(results[name])} times as fast", flush=True)
+    write_json(Path("bench.json"), results)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tunetrail.config import Lora, PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.loading import with_lora
 from tunetrail.models.tiny import tiny_model
+from tunetrail.models.tree import share_prefixes
 from tunetrail.ppo import (
     AdaptiveKLController,
     FixedKLController,
@@ -142,17 +143,18 @@ def test_prompts_are_passed_over_before_they_repeat():
 VOCABULARY, EOS, PAD = 20, 1, 0
 
 
-def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), **changes):
+def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, **changes):
     settings = {"method": "ppo", "steps": 4, "batch_size": 8, "epochs": 2, "max_new_tokens": 6, "learning_rate": 1e-3}
     config = PpoConfig(**(settings | changes))
-    policy = with_lora(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0), config.lora, seed=0)
+    policy = share_prefixes(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0))
+    policy = with_lora(policy, config.lora, seed=0)
     classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1)
-    start = list(range(2, 10))  # what all begin with is computed once in a rollout, and not in an update
+    start = list(range(2, 10))  # what all begin with is computed once
     prompts = [start + [2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
     return PPOTrainer(
         config, policy, classifier, prompts, [str(i) for i in range(12)],
         eos_id=EOS, pad_id=PAD, seed=7, accelerator=Accelerator(cpu=True),
-        demonstrations=demonstrations,
+        demonstrations=demonstrations, gold=gold,
     )  # fmt: skip
 
 
@@ -362,3 +364,19 @@ def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=0)
+
+
+def test_the_gold_score_is_watched_and_changes_nothing():
+    seen = []
+
+    def gold(prompt: int, response: list[int]) -> float:
+        seen.append(prompt)
+        return float(len(response))
+
+    watched, plain = make_trainer(gold=gold, completions_per_prompt=2), make_trainer(completions_per_prompt=2)
+    for step in range(2):
+        seen.clear()
+        row, expected = watched.iterate(), plain.iterate()
+        assert row.pop("gold") == pytest.approx(row["length"])
+        assert row == expected
+        assert seen == [i for i in watched.batches[step] for _ in range(2)]

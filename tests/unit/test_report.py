@@ -12,8 +12,9 @@ import pytest
 from tunetrail.contract import list_files, main, sha256_json, write_json, write_jsonl
 from tunetrail.reporting import numbers
 from tunetrail.reporting.charts import FIGURES, smooth
+from tunetrail.reporting.collect import Artifact, Model
 from tunetrail.reporting.page import boilerplate
-from tunetrail.reporting.verdict import outcome
+from tunetrail.reporting.verdict import outcome, sentence
 from tunetrail.stages.report import run
 
 SENTENCE = [
@@ -27,7 +28,7 @@ HISTORY = {
         "loss": (0.693, 0.61), "rewards/accuracies": (0.5, 0.68), "rewards/margins": (0.0, 0.35),
         "logps/chosen": (-38, -42), "logps/rejected": (-40, -49),
     },
-    "ppo": {"score": (-0.2, 0.4), "kl": (0.0, 1.6), "entropy": (2.9, 2.5), "length": (14, 17)},
+    "ppo": {"score": (-0.2, 0.4), "kl": (0.0, 1.6), "entropy": (2.9, 2.5), "length": (14, 17), "gold": (21, 25)},
 }  # fmt: skip
 PROMPT = "<|im_start|>system\nWrite one sentence.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -308,6 +309,17 @@ def test_verdict_follows_from_the_intervals(text):
 def test_a_difference_needs_an_interval_without_one_half(low, high, n, expected):
     assert outcome({"mean": (low + high) / 2, "low": low, "high": high, "n": n}) == expected
     assert outcome(None) == "unmeasured"
+
+
+def test_a_difference_seen_in_greedy_decoding_alone_is_said():
+    sampled = {"mean": 0.42, "low": 0.32, "high": 0.52, "n": 96}
+    greedy = {"mean": 0.34, "low": 0.25, "high": 0.44, "n": 96}
+    metrics = {"win_rate_vs_sft": sampled, "greedy_win_rate_vs_sft": greedy}
+    artifact = Artifact("evaluation.base", Path("base"), "base", "", metrics, None)
+    assert sentence(Model("base", "base", artifact, [], [], [], None)) == (
+        "base: sampled, no difference from sft shown, win rate 42% [32, 52] on 96 prompts; "
+        "decoded greedily it is worse, 34% [25, 44]."
+    )
 
 
 def test_time_is_the_sum_of_all_attempts_with_the_shards_found_through_the_record(made, text):

@@ -1,4 +1,14 @@
-FIGURES = ["win_rates", "gold", "preferences", "reward_kl", "learning", "probes", "forgetting", "reward_model"]
+FIGURES = [
+    "win_rates",
+    "gold",
+    "preferences",
+    "reward_kl",
+    "over_optimisation",
+    "learning",
+    "probes",
+    "forgetting",
+    "reward_model",
+]
 
 
 rule report:

@@ -533,6 +533,10 @@ class PpoConfig(Training):
     score_clip: Positive | None = Field(
         default=None, description="scores are clipped to this size on both sides, before penalties; null: not"
     )
+    gold: Literal["chrf"] | None = Field(
+        default="chrf",
+        description="scorer against the author's text, where the rl split has it: watched for over-optimisation, never trained on; null: not",
+    )
 
     @property
     def prompts_per_batch(self) -> int:

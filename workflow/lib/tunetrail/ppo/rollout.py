@@ -26,6 +26,8 @@ class Rollout:
     """[N], the reward model's"""
     finished: torch.Tensor
     """[N] bool: closed by EOS"""
+    gold: torch.Tensor
+    """[N], the gold scorer's, which nothing is trained on; [0] where there is none"""
 
     @property
     def lengths(self) -> torch.Tensor:

@@ -63,6 +63,7 @@ class PPOTrainer:
         prompts: token ids of the prompts; `keys` names them, for the random streams.
         accelerator: decides device, precision and processes.
         demonstrations: (prompt ids, response ids), for `ptx_coef`.
+        gold: the gold score of a response's ids to the prompt with this index, to be logged; None: there is none.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class PPOTrainer:
         seed: int,
         accelerator: Accelerator,
         demonstrations: Sequence[tuple[list[int], list[int]]] = (),
+        gold: Callable[[int, list[int]], float] | None = None,
     ):
         if config.ptx_coef and not demonstrations:
             raise DataError("ppo: ptx_coef needs demonstrations, and the sft split has none; set it to 0")
-        self.demonstrations = demonstrations
+        self.demonstrations, self.gold = demonstrations, gold
         self.config, self.prompts, self.keys, self.seed = config, prompts, keys, seed
         self.eos_id, self.pad_id, self.accelerator = eos_id, pad_id, accelerator
         self.minibatch_size = config.minibatch_size or config.batch_size
@@ -134,7 +136,8 @@ class PPOTrainer:
             batch_size=max(len(mine) * k, 1), eos_id=self.eos_id, pad_id=self.pad_id,
         )  # fmt: skip
         del decoder  # a copy: its memory is wanted for scoring
-        prompts = [self.prompts[i] for i in mine for _ in range(k)]
+        places = [i for i in mine for _ in range(k)]
+        prompts = [self.prompts[i] for i in places]
         responses = [response for completions in sampled for response in completions]
         finished = torch.tensor([r[-1] == self.eos_id for r in responses])
 
@@ -154,6 +157,7 @@ class PPOTrainer:
             entropy=pad_rows([row[:, 2] for row in actor]),
             scores=scores,
             finished=finished,
+            gold=torch.tensor([self.gold(i, r) for i, r in zip(places, responses, strict=True)] if self.gold else []),
         )
         return concatenate(gather_object([local])) if accelerator.num_processes > 1 else local
 
@@ -291,6 +295,8 @@ class PPOTrainer:
             "finished": float(rollout.finished.float().mean()),
             "learning_rate": learning_rate,
         } | result
+        if len(rollout.gold):
+            row["gold"] = float(rollout.gold.mean())
         if not all(abs(value) < float("inf") for value in row.values()):
             raise DataError(
                 f"ppo: a loss became infinite or NaN at step {self.step}; lower learning_rate or raise kl_coef"

@@ -33,7 +33,7 @@ PLOT = {False: 500, True: 140}
 CONFIG = {
     "background": PAPER,
     "font": FONT,
-    "padding": 4,
+    "padding": {"left": 4, "top": 4, "right": 20, "bottom": 4},  # a browser without these fonts sets wider letters
     "view": {"stroke": None},
     "axis": {
         "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11,
@@ -213,6 +213,35 @@ def reward_kl(run: Run, narrow: bool) -> Spec | None:
             base.mark_point(size=95, filled=True, opacity=1).encode(x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None)),
             base.mark_text(align="left", dx=8, dy=-9, fontSize=12, fontWeight="bold", lineBreak="\n").encode(x=x, y=y, text="label:N", color=_colour()),
         ]  # fmt: skip
+        panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))
+    return _beside(panels, narrow) if panels else None
+
+
+def over_optimisation(run: Run, narrow: bool) -> Spec | None:
+    """Two panels, reward-model score and gold score of PPO's episodes, along the way that training took them from SFT."""
+    learners = [(m, run.artifacts.get(f"policy.{m.name}")) for m in run.policies if m.metrics.get("method") == "ppo"]
+    panels = []
+    for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
+        rows: list[dict] = []
+        for model, artifact in learners:
+            points = [row for row in (artifact.history if artifact else []) if row.get(key) is not None]
+            window, stride = max(1, len(points) // 10), math.ceil(len(points) / MOST_POINTS) or 1
+            kls, scores = (smooth([row[name] for row in points], window) for name in ("kl", key))
+            rows += [
+                {"step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name, "colour": COLOURS[model.series]}
+                for row, kl, score in list(zip(points, kls, scores, strict=True))[::stride]
+            ]  # fmt: skip
+        if not rows:
+            continue
+        few = len(rows) <= 24
+        base = alt.Chart(_data(rows)).encode(
+            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8), axis=alt.Axis(title="KL to sft, nats an episode (√ scale)", tickCount=5)),
+            y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
+            color=_colour(), detail="line:N", order="step:Q",
+        )  # fmt: skip
+        layers = [base.mark_line(strokeWidth=1.5, opacity=0.6), base.mark_point(filled=True, opacity=1, size=40 if few else 10)]  # fmt: skip
+        if few:
+            layers.append(base.mark_text(dx=8, dy=-7, fontSize=10).encode(text="step:Q"))
         panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))
     return _beside(panels, narrow) if panels else None
 
@@ -435,6 +464,7 @@ FIGURES: dict[str, Callable[[Run, bool], Spec | None]] = {
     "win_rates": win_rates,
     "gold": gold,
     "reward_kl": reward_kl,
+    "over_optimisation": over_optimisation,
     "learning": learning,
     "probes": probes,
     "preferences": preferences,

@@ -227,6 +227,7 @@ def render(run: Run, figures: dict[str, tuple[str, str]], title: str | None, lim
         preference_rows=preference_rows(run),
         samples=samples(run, limit),
         evaluations=sources(run, evaluations),
+        ppo_learners=sources(run, [f"policy.{m.name}" for m in run.policies if m.metrics.get("method") == "ppo"]),
         trained=sources(run, [r for r, a in run.artifacts.items() if a.history]),
         sources=lambda *roles: sources(run, roles),
     )

@@ -32,6 +32,10 @@ def sentence(model: Model) -> str:
             return f"{name} loses to sft: {found}."
         case "few":
             return f"{name}: {found}, too few to tell it from sft."
+    if outcome(greedy) in ("better", "worse"):
+        sampled = f"{percent_interval(win_rate)} on {win_rate['n']} prompts"
+        decoded = f"decoded greedily it is {outcome(greedy)}, {percent_interval(greedy)}"
+        return f"{name}: sampled, no difference from sft shown, win rate {sampled}; {decoded}."
     return f"{name}: no difference from sft shown, {found}."
 
 

@@ -53,6 +53,13 @@ def run(stage: Stage) -> dict:
         for row in (stage.rows("data", "sft.jsonl") if config.ptx_coef else [])
         if "prompt" in row
     ]
+
+    def chrf_of(row: int, response: list[int]) -> float:
+        from tunetrail.labeling.chrf import chrf
+
+        return chrf(tokenizer.decode(response, skip_special_tokens=True).strip(), rows[row]["completion"])
+
+    watch_gold = config.gold is not None and all("completion" in row for row in rows)
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(policy)
     accelerator = Accelerator(
@@ -62,7 +69,7 @@ def run(stage: Stage) -> dict:
         config, policy, load_reward_model(stage.inputs["reward"] / "model"),
         [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
-        demonstrations=demonstrations,
+        demonstrations=demonstrations, gold=chrf_of if watch_gold else None,
     )  # fmt: skip
     if checkpoint := latest_checkpoint(stage.state):
         log.info("ppo: resuming from %s", checkpoint.name)

@@ -1,0 +1,166 @@
+"""What single measures bring, against their absence: python -m tests.benchmarks.parts NAME {with|without}"""
+
+import contextlib
+import json
+import sys
+import time
+
+
+def training_steps(keep_memory: bool) -> float:
+    """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunetrail.runtime import keep_freed_memory
+
+    if keep_memory:
+        keep_freed_memory()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=8192,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(0, 8192, (8, 64))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    start = time.perf_counter()
+    for _ in range(4):
+        step()
+    return (time.perf_counter() - start) / 4
+
+
+def sampling(shared_prefill: bool) -> float:
+    """Seconds to sample 4 completions of 8 prompts of 200 tokens, with one prefill a prompt or one a completion."""
+    from tunetrail.models.sampling import sample
+    from tunetrail.models.tiny import tiny_model
+
+    model = tiny_model(256, 8, 4, 4096, seed=0)
+    prompts = [[3 + (i * j) % 4000 for j in range(200)] for i in range(1, 9)]
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0, "batch_size": 32, "eos_id": 1, "pad_id": 0}
+    k, rows = (4, prompts) if shared_prefill else (1, [p for p in prompts for _ in range(4)])
+    sample(model, rows[:1], ["warm"], k=1, **settings)
+    start = time.perf_counter()
+    sample(model, rows, [str(i) for i in range(len(rows))], k=k, **settings)
+    return time.perf_counter() - start
+
+
+def fine_tuning(ours: bool) -> float:
+    """Seconds a step of SFT on 16 rows of 50 prompt and 14 response tokens, with our loss or TRL's."""
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from tunetrail.models.tiny import tiny_tokenizer
+    from tunetrail.training import score_labels_only
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        )
+    )
+    rows = [
+        {
+            "input_ids": [7 + (i * j) % 49000 for j in range(64)],
+            "labels": [-100] * 50 + [7 + (i * j) % 49000 for j in range(50, 64)],
+        }
+        for i in range(1, 65)
+    ]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=16, bf16=True, use_cpu=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[], disable_tqdm=True, gradient_checkpointing=False, save_strategy="no"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    if ours:
+        score_labels_only(trainer.model)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    return (time.perf_counter() - start) / 4 / 3
+
+
+def reward_steps(share_prompts: bool) -> float:
+    """Seconds a step of the K-wise loss on 4 prompts of 43 tokens with 4 responses of 14 each."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
+
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=8192, pad_token_id=0,
+    )  # fmt: skip
+    model = initialise(LlamaForCausalLM(config), seed=0)
+    responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]
+    prompts = [[7 + (i * j) % 8000 for j in range(43)] for i in range(5, 9)]
+    examples = [{"prompt": p, "responses": responses, "targets": torch.full((4, 4), 0.5).tolist()} for p in prompts]
+    if not share_prompts:
+        del model.base_model.forward
+    batch = KWiseCollator(0)(examples)
+
+    def step() -> None:
+        kwise_loss(kwise_scores(model, batch), batch["targets"], batch["mask"]).backward()
+        model.zero_grad()
+
+    step()
+    start = time.perf_counter()
+    for _ in range(8):
+        step()
+    return (time.perf_counter() - start) / 8
+
+
+def scoring(shared_start: bool) -> float:
+    """Seconds to score 96 responses of 12 tokens to prompts of 20 shared and 24 other tokens."""
+    import torch
+
+    from tunetrail.models.scoring import map_batches, response_logprobs
+    from tunetrail.models.tiny import tiny_model
+    from tunetrail.models.tree import share_prefixes
+
+    model = tiny_model(576, 8, 9, 8192, seed=0)
+    if shared_start:
+        share_prefixes(model)
+    prompts = [list(range(2, 22)) + [22 + (i * j) % 8000 for j in range(24)] for i in range(1, 97)]
+    responses = [[22 + (i + j) % 8000 for j in range(12)] for i in range(96)]
+
+    def logprobs(batch):
+        return response_logprobs(model, batch)
+
+    map_batches(logprobs, prompts[:8], responses[:8], 0, torch.device("cpu"))
+    start = time.perf_counter()
+    map_batches(logprobs, prompts, responses, 0, torch.device("cpu"))
+    return time.perf_counter() - start
+
+
+PARTS = {
+    "training step, freed memory kept / given back": training_steps,
+    "fine-tuning step, logits where labels are / TRL's fused head": fine_tuning,
+    "reward-model step, what sequences share computed once / repeated": reward_steps,
+    "scoring, what all prompts begin with once / repeated": scoring,
+    "sampling 4 a prompt, shared / repeated prefill": sampling,
+}
+
+if __name__ == "__main__":
+    name, with_or_without = sys.argv[1:]
+    print(json.dumps({"seconds": PARTS[name](with_or_without == "with")}))

@@ -1,0 +1,77 @@
+"""The work that both sides of a comparison do, and what it costs in arithmetic.
+
+The model and the texts are those of the embedded default: results/demo/base and results/demo/data.
+Nothing here imports the library, so that the peers' own environment can read it.
+"""
+
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL = Path("results/demo/base/model")
+DATA = Path("results/demo/data")
+RESPONSE_TOKENS = 48
+EPISODES = 32
+EPOCHS = 4
+SAMPLED_AT_ONCE = 64
+ROWS = 64
+"""Of supervised fine-tuning; a quarter as many prompts, of four completions each, train reward models and DPO."""
+
+
+def tokenizer(side: str = "right") -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL, padding_side=side)
+
+
+def rows(split: str, n: int) -> list[dict]:
+    found = [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text().splitlines()]
+    if len(found) < n:
+        raise SystemExit(f"{DATA}/{split}.jsonl has {len(found)} rows, and the benchmark wants {n}")
+    return found[:n]
+
+
+def prompt_ids(split: str, n: int) -> list[list[int]]:
+    encode = tokenizer()
+    return [encode(row["prompt"], add_special_tokens=False)["input_ids"] for row in rows(split, n)]
+
+
+def ranked(n: int) -> list[tuple[str, list[str]]]:
+    """(prompt, four completions from best to worst): its author's sentence and those of the next three functions."""
+    found = rows("sft", n)
+    return [(row["prompt"], [found[(i + j) % n]["completion"] for j in range(4)]) for i, row in enumerate(found)]
+
+
+class Arithmetic:
+    """FLOPs of a model's passes, by the parameters that each token meets; attention over other tokens is left out."""
+
+    def __init__(self, model: Any):
+        config = model.config
+        self.head = config.hidden_size * config.vocab_size
+        self.trunk = sum(p.numel() for p in model.base_model.parameters()) - self.head  # less the embedding
+
+    def forward(self, tokens: int, scored: int = 0) -> int:
+        """Of `tokens` through the trunk and `scored` of them through the head. With gradients it is three times that."""
+        return 2 * (self.trunk * tokens + self.head * scored)
+
+
+def gemm_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """FLOP/s of the best of some products of two 2048 x 2048 matrices."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / statistics.median(sorted(times)[: max(1, len(times) // 4)])
+
+
+def report(seconds: float, amount: int, flops: int | None = None, **more: Any) -> None:
+    """Prints what a side did, for the driver to read."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    print(json.dumps({"seconds": seconds, "amount": amount, "flops": flops, "peak_bytes": peak} | more), flush=True)
