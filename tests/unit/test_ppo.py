@@ -3,13 +3,14 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from tunetrail.config import Lora, PpoConfig
-from tunetrail.errors import DataError
+from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import with_lora
 from tunetrail.models.tiny import tiny_model
 from tunetrail.models.tree import share_prefixes
@@ -27,6 +28,7 @@ from tunetrail.ppo import (
     token_rewards,
     value_loss,
 )
+from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.trainer import PPOTrainer, prompt_batches
 from tunetrail.stages.reward import initialise
 
@@ -143,7 +145,7 @@ def test_prompts_are_passed_over_before_they_repeat():
 VOCABULARY, EOS, PAD = 20, 1, 0
 
 
-def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, **changes):
+def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, engine=None, **changes):
     settings = {"method": "ppo", "steps": 4, "batch_size": 8, "epochs": 2, "max_new_tokens": 6, "learning_rate": 1e-3}
     config = PpoConfig(**(settings | changes))
     policy = share_prefixes(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0))
@@ -154,7 +156,7 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     return PPOTrainer(
         config, policy, classifier, prompts, [str(i) for i in range(12)],
         eos_id=EOS, pad_id=PAD, seed=7, accelerator=Accelerator(cpu=True),
-        demonstrations=demonstrations, gold=gold,
+        demonstrations=demonstrations, gold=gold, engine=engine,
     )  # fmt: skip
 
 
@@ -380,3 +382,42 @@ def test_the_gold_score_is_watched_and_changes_nothing():
         assert row.pop("gold") == pytest.approx(row["length"])
         assert row == expected
         assert seen == [i for i in watched.batches[step] for _ in range(2)]
+
+
+class StandIn:
+    """In the place of TRL's VLLMGeneration: gives prompts back as responses, each with a number of its own."""
+
+    def __init__(self, model, accelerator, processing_class, **settings):
+        self.settings, self.syncs = settings, 0
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    def generate(self, prompts, images, num_generations):
+        assert all(prompts[i] == prompts[i - i % num_generations] for i in range(len(prompts)))
+        return prompts, [(p[-1], 2 + i % 18, EOS) for i, p in enumerate(prompts)], None, None
+
+
+def test_episodes_can_come_from_vllm(monkeypatch):
+    monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", StandIn)
+    settings = {"method": "ppo", "steps": 1, "batch_size": 8, "completions_per_prompt": 2, "max_new_tokens": 6}
+    config = PpoConfig(**settings, temperature=0.7, vllm={"server": "http://node1:8000"})
+    tokenizer = SimpleNamespace(eos_token_id=EOS)
+    engine = VllmEngine(config, None, Accelerator(cpu=True), tokenizer)
+    told = engine.generation.settings
+    assert (told["mode"], told["server_base_url"]) == ("server", "http://node1:8000")
+    assert (told["temperature"], told["max_completion_length"]) == (0.7, 6)
+    trainer = make_trainer(**settings, engine=engine)
+    rollout = trainer.rollout()
+    assert engine.generation.syncs == 1
+    assert rollout.responses == [[p[-1], 2 + i, EOS] for i, p in enumerate(rollout.prompts)]
+    assert rollout.finished.all()
+    assert torch.isfinite(torch.tensor(list(trainer.update(rollout).values()))).all()
+    alone = VllmEngine(PpoConfig(**settings, vllm={}), None, Accelerator(cpu=True), tokenizer)
+    assert alone.generation.settings["mode"] == "colocate"
+
+
+def test_vllm_that_is_not_there_is_said_in_one_line():
+    config = PpoConfig(method="ppo", steps=1, vllm={})
+    with pytest.raises(ConfigError, match="vllm is set but not installed here; pip install vllm, or set vllm to null"):
+        VllmEngine(config, None, Accelerator(cpu=True), SimpleNamespace(eos_token_id=EOS))

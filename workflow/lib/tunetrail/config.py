@@ -467,6 +467,17 @@ class DpoConfig(Epochs):
         return self
 
 
+class Vllm(Block):
+    """vLLM samples the episodes, through TRL. For GPUs, and not run by us; resuming is then not exact to the byte."""
+
+    server: Text | None = Field(
+        default=None, description="URL of a running `vllm serve`; null: vLLM shares the GPUs that train"
+    )
+    gpu_memory: Annotated[float, Field(gt=0, lt=1), _no_flags] = Field(
+        default=0.3, description="share of a GPU's memory that vLLM takes where it shares the GPUs"
+    )
+
+
 class PpoConfig(Training):
     """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
 
@@ -495,6 +506,7 @@ class PpoConfig(Training):
     epochs: Count = Field(default=4, description="passes over each batch of episodes")
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
     temperature: Positive = Field(default=1.0, description="of sampling, and of every log-prob")
+    vllm: Vllm | None = Field(default=None, description="what samples the episodes; null: our own decoder")
     kl_coef: NonNegative = Field(
         default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
     )

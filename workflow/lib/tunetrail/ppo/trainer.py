@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from tunetrail.config import PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate
-from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
+from tunetrail.ppo.engines import Engine, LocalEngine
 from tunetrail.ppo.estimators import (
     gae,
     grpo,
@@ -63,6 +63,7 @@ class PPOTrainer:
         prompts: token ids of the prompts; `keys` names them, for the random streams.
         accelerator: decides device, precision and processes.
         demonstrations: (prompt ids, response ids), for `ptx_coef`.
+        engine: samples the episodes; None: our own decoder.
         gold: the gold score of a response's ids to the prompt with this index, to be logged; None: there is none.
     """
 
@@ -79,6 +80,7 @@ class PPOTrainer:
         seed: int,
         accelerator: Accelerator,
         demonstrations: Sequence[tuple[list[int], list[int]]] = (),
+        engine: Engine | None = None,
         gold: Callable[[int, list[int]], float] | None = None,
     ):
         if config.ptx_coef and not demonstrations:
@@ -98,6 +100,7 @@ class PPOTrainer:
         model = ActorCritic(policy, reward_model, critic).to(accelerator.device)
         model.eval()  # nothing in it may drop out, and the first ratio must be 1
         self.model, self.optimizer = accelerator.prepare(model, self._optimizer(model))
+        self.engine = engine or LocalEngine(config, self.actor_critic.policy, accelerator, eos_id, pad_id)
         if config.kl_target is None:
             self.kl_controller: FixedKLController | AdaptiveKLController = FixedKLController(config.kl_coef)
         else:
@@ -129,13 +132,7 @@ class PPOTrainer:
             f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(mine)
         ]
         k = config.completions_per_prompt
-        decoder = decoding_weights(self.actor_critic.policy, accelerator.mixed_precision == "bf16")
-        sampled = sample(
-            decoder, [self.prompts[i] for i in mine], keys, k=k, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, seed=derive_seed(self.seed, "rollout", self.step),
-            batch_size=max(len(mine) * k, 1), eos_id=self.eos_id, pad_id=self.pad_id,
-        )  # fmt: skip
-        del decoder  # a copy: its memory is wanted for scoring
+        sampled = self.engine([self.prompts[i] for i in mine], keys, k, derive_seed(self.seed, "rollout", self.step))
         places = [i for i in mine for _ in range(k)]
         prompts = [self.prompts[i] for i in places]
         responses = [response for completions in sampled for response in completions]

@@ -22,6 +22,7 @@ from tunetrail.models.loading import (
     trained_parameters,
     with_lora,
 )
+from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.trainer import PPOTrainer, log
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
@@ -65,11 +66,12 @@ def run(stage: Stage) -> dict:
     accelerator = Accelerator(
         mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no", cpu=device().type == "cpu"
     )
+    engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
     trainer = PPOTrainer(
         config, policy, load_reward_model(stage.inputs["reward"] / "model"),
         [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
-        demonstrations=demonstrations, gold=chrf_of if watch_gold else None,
+        demonstrations=demonstrations, engine=engine, gold=chrf_of if watch_gold else None,
     )  # fmt: skip
     if checkpoint := latest_checkpoint(stage.state):
         log.info("ppo: resuming from %s", checkpoint.name)
