@@ -838,7 +838,7 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
-_NEVER_SWEPT = ("method", "lora")
+_NEVER_SWEPT = ("method", "lora", "vllm")
 
 
 def expand_sweeps(policies: Any) -> Any:
@@ -1076,6 +1076,7 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("policies.<name>", "method: ppo", PpoConfig),
     ("policies.<name>", "method: best_of_n", BestOfNConfig),
     ("sft.lora, reward.lora, policies.<name>.lora", "", Lora),
+    ("policies.<name>.vllm", "", Vllm),
     ("retention", "", RetentionConfig),
     ("evaluation", "", EvaluationConfig),
     ("evaluation.preferences[]", "", PreferenceProbe),
