@@ -20,9 +20,10 @@ from tunetrail.models.loading import (
     with_lora,
     without_dropout,
 )
-from tunetrail.models.sampling import sample, sample_with_logprobs
+from tunetrail.models.sampling import BLOCK, pick, sample, sample_with_logprobs
 from tunetrail.models.scoring import map_batches, response_logprobs, response_values, sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.models.tree import share_prefixes
 from tunetrail.stages.reward import initialise
 
 EOS, PAD, VOCABULARY = 1, 0, 30
@@ -45,7 +46,7 @@ def windowed_model():
 
 
 def llama_model():
-    return tiny_model(16, 2, 2, VOCABULARY, seed=0).eval()
+    return share_prefixes(tiny_model(16, 2, 2, VOCABULARY, seed=0)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,35 @@ def test_sampling_follows_the_tempered_softmax(model):
     counts = np.bincount([c[0] for c in outputs[0]], minlength=VOCABULARY)
     expected = (model(torch.tensor([[5, 6]])).logits[0, -1] / temperature).softmax(-1).detach().numpy() * n
     assert ((counts - expected) ** 2 / expected).sum() < 58.3  # chi-square, 29 degrees of freedom, p = 0.001
+
+
+def test_picking_follows_the_softmax_across_blocks():
+    """A vocabulary of several blocks that are not full, with whole blocks and single tokens ruled out."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2 * BLOCK + 88, generator=generator)
+    logits[BLOCK : 2 * BLOCK] = logits[::7] = -torch.inf
+    n = 200_000
+    uniforms = torch.rand(n, generator=generator, dtype=torch.float64)
+    tokens = torch.cat([pick(logits.expand(len(u), -1), u, 0.8)[0] for u in uniforms.split(2000)])
+    expected = (logits.double() / 0.8).softmax(-1) * n
+    counts = torch.bincount(tokens, minlength=len(logits))
+    assert not counts[expected == 0].any()
+    likely = expected > 20
+    statistic = ((counts - expected) ** 2 / expected)[likely].sum()
+    degrees = likely.sum()
+    assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5  # chi-square: mean and 4 standard deviations
+
+
+def test_picking_at_the_ends_of_the_distribution():
+    logits = torch.full((3, 2 * BLOCK), -torch.inf)
+    logits[:, 5], logits[:, BLOCK + 9] = 0.0, 1.0
+    uniforms = torch.tensor([0.0, 1 - 2**-53, torch.nan], dtype=torch.float64)
+    tokens, logprobs = pick(logits, uniforms, 2.0)
+    assert tokens.tolist() == [5, BLOCK + 9, BLOCK + 9]  # NaN: the likeliest
+    torch.testing.assert_close(logprobs, (logits / 2).log_softmax(-1)[range(3), tokens])
+    tokens, logprobs = pick(logits, uniforms, 0)
+    assert tokens.tolist() == [BLOCK + 9] * 3
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[range(3), tokens])
 
 
 def test_responses_end_at_eos(model):

@@ -7,19 +7,15 @@ differences between batch shapes).
 
 import copy
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from tunetrail.models.batching import collate
-from tunetrail.models.scoring import gather_logprobs
-from tunetrail.models.tree import has_full_attention
+from tunetrail.models.tree import has_full_attention, prefix_tree, shares_prefixes
 from tunetrail.seeds import derive_seed
-
-WORTH_SHARING = 8
-"""Tokens; a shorter start is not worth a forward pass of its own."""
 
 
 def inference_weights(model: Any, bf16: bool) -> Any:
@@ -37,50 +33,107 @@ def decoding_weights(model: Any, bf16: bool) -> Any:
     return inference_weights(decoder.merge_and_unload() if has_adapter else decoder, bf16)
 
 
-def common_start(model: Any, prompts: Sequence[list[int]]) -> int:
-    """Tokens that all prompts begin with and that are worth a forward pass of their own: none of the shortest's last.
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a full-attention layer with room for the columns to come.
 
-    Where the cache of them is put before padded prompts, the padding stands in between. Full attention
-    does not see it; a sliding window, a recurrent layer or distances counted in columns would: with those, 0.
-    """
-    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
-    alike = min(alike, min(map(len, prompts)) - 1)
-    return alike if len(prompts) > 1 and alike >= WORTH_SHARING and has_full_attention(model.config) else 0
-
-
-def prefill(model: Any, prompts: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """(logits after each prompt [B, V], cache of its C columns, attention mask [B, C])."""
-    batch = collate(prompts, [[]] * len(prompts), pad_id).to(model.device)
-    cache, mask, n = DynamicCache(config=model.config), batch.attention_mask, common_start(model, prompts)
-    if n:
-        start = torch.tensor([prompts[0][:n]], device=model.device)
-        model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(prompts))
-        rest = mask * (batch.position_ids >= n)  # a shorter prompt has part of its start in the columns that are left
-        mask = torch.cat([torch.ones_like(mask[:, :n]), rest[:, n:]], 1)
-    logits = model(
-        input_ids=batch.input_ids[:, n:], attention_mask=mask, position_ids=batch.position_ids[:, n:],
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
-    return logits, cache, mask
-
-
-class _Noise:
-    """Exponential noise for the rows still running: argmax(logits/T - log noise) samples the softmax (Gumbel-max).
-
-    A row without a seed gets none, and is decoded greedily.
+    A step writes its column in place, where transformers' layer copies all columns to append one.
     """
 
-    def __init__(self, seeds: Sequence[int | None], vocab_size: int):
-        self.generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
-        self.vocab_size = vocab_size
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.length = keys.shape[2]
+        self.buffers = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values)]
+        self._look()
 
-    def draw(self, rows: list[int]) -> torch.Tensor:
-        noise = torch.ones(len(rows), self.vocab_size)
-        for i, row in enumerate(rows):
-            if self.generators[row] is not None:
-                noise[i].exponential_(generator=self.generators[row])
-        return noise
+    def _look(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        end = self.length + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = new
+        self.length = end
+        self._look()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self._look()
+
+
+def prefill(
+    model: Any, prompts: Sequence[list[int]], k: int, room: int, pad_id: int
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Runs all but the last token of B prompts, as a prefix tree where the model can.
+
+    Returns:
+        the cache of B*k rows (k in a row for each prompt) of C columns with room for `room` more; attention
+        mask [B*k, C], 0 on the padding of shorter prompts, which is on their left.
+    """
+    starts = [prompt[:-1] for prompt in prompts]
+    batch = collate(starts, [[]] * len(starts), pad_id).to(model.device)
+    mask = batch.attention_mask.repeat_interleave(k, 0)
+    cache = DynamicCache(config=model.config)
+    if not mask.shape[1]:
+        return cache, mask
+    trunk = model.base_model
+    if not shares_prefixes(model):
+        trunk(**(batch.inputs | {"use_cache": True}), past_key_values=cache)
+        cache.batch_repeat_interleave(k)
+        if has_full_attention(model.config):
+            cache.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
+        return cache, mask
+    tree = prefix_tree(starts)
+    trunk(
+        input_ids=tree.input_ids.to(model.device), attention_mask=tree.attention_mask.to(model.device),
+        position_ids=tree.position_ids.to(model.device), past_key_values=cache, use_cache=True,
+    )  # fmt: skip
+    places = torch.zeros_like(batch.input_ids)
+    places[batch.attention_mask.bool()] = torch.tensor([p for path in tree.places for p in path], device=places.device)
+    row, column = (
+        x.repeat_interleave(k, 0) for x in (places // tree.input_ids.shape[1], places % tree.input_ids.shape[1])
+    )
+
+    def spread(states: torch.Tensor) -> torch.Tensor:
+        return states[row, :, column].transpose(1, 2)  # [B*k, C, heads, d] -> [B*k, heads, C, d]
+
+    cache.layers = [RoomyLayer(spread(layer.keys), spread(layer.values), room) for layer in cache.layers]
+    return cache, mask
+
+
+BLOCK = 256
+"""Tokens of the vocabulary that are summed up together."""
+
+
+def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples the softmax by the inverse of its cumulative distribution, found block by block.
+
+    Args:
+        logits: [N, V].
+        uniforms: [N] float64 in [0, 1), one for each row; NaN decodes the row greedily.
+        temperature: 0 decodes all greedily.
+
+    Returns:
+        tokens [N] int64; their log-probs [N] float32 at the temperature (at 1 where it is 0).
+    """
+    scores = logits.float()
+    scores = scores / temperature if temperature not in (0, 1) else scores
+    best, likeliest = scores.max(-1)
+    weights = torch.nn.functional.pad((scores - best[:, None]).exp_(), (0, -scores.shape[1] % BLOCK))
+    weights = weights.view(len(scores), -1, BLOCK)
+    ends = weights.sum(-1).double().cumsum(-1)
+    total = ends[:, -1:]
+    greedy = uniforms.isnan() | (temperature == 0)
+    target = (uniforms.nan_to_num()[:, None] * total).clamp_max(torch.nextafter(total, torch.zeros_like(total)))
+    block = torch.searchsorted(ends, target, right=True)  # of the first end beyond it: a block that weighs something
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0.0)
+    inside = weights[torch.arange(len(scores), device=scores.device), block[:, 0]].double().cumsum(-1)
+    limit = torch.nextafter(inside[:, -1:], torch.zeros_like(total))
+    token = block * BLOCK + torch.searchsorted(inside, (target - before).clamp_min(0).minimum(limit), right=True)
+    tokens = torch.where(greedy, likeliest, token[:, 0])
+    logprobs = scores.gather(1, tokens[:, None])[:, 0] - best - total[:, 0].log().float()
+    return tokens, logprobs
 
 
 @torch.inference_mode()
@@ -95,37 +148,35 @@ def _sample_batch(
     pad_id: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished, and their log-probs."""
-    logits, cache, mask = prefill(model, prompts, pad_id)
-    if k > 1:
-        cache.batch_repeat_interleave(k)
-    logits = logits.repeat_interleave(k, 0)
-    mask = mask.repeat_interleave(k, 0)
+    cache, mask = prefill(model, prompts, k, max_new_tokens, pad_id)
+    tokens = torch.tensor([prompt[-1] for prompt in prompts for _ in range(k)], device=model.device)
     positions = mask.sum(-1)
-    noise = _Noise(seeds, logits.shape[-1]) if temperature > 0 else None
+    uniforms = torch.full((len(seeds), max_new_tokens), torch.nan, dtype=torch.float64)
+    for row, seed in enumerate(seeds):
+        if seed is not None:
+            uniforms[row].uniform_(generator=torch.Generator().manual_seed(seed))
+    uniforms = uniforms.to(model.device)
     outputs: list[list[int]] = [[] for _ in seeds]
     logprobs: list[list[float]] = [[] for _ in seeds]
-    running = list(range(len(seeds)))
+    running = torch.arange(len(seeds), device=model.device)
     for step in range(max_new_tokens):
-        scores = logits.float() / (temperature or 1.0)
-        tokens = (scores if noise is None else scores - noise.draw(running).log().to(model.device)).argmax(-1)
-        chosen = gather_logprobs(scores, tokens)
-        for row, token, logprob in zip(running, tokens.tolist(), chosen.tolist(), strict=True):
-            outputs[row].append(token)
-            logprobs[row].append(logprob)
-        keep = tokens != eos_id
-        if step == max_new_tokens - 1 or not keep.any():
-            break
-        if not keep.all():
-            indices = keep.nonzero()[:, 0]
-            cache.batch_select_indices(indices)
-            running = [running[i] for i in indices.tolist()]
-            tokens, mask, positions = tokens[indices], mask[indices], positions[indices]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None],
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
         positions = positions + 1
+        tokens, chosen = pick(logits, uniforms[running, step], temperature)
+        for row, token, logprob in zip(running.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
+            outputs[row].append(token)
+            logprobs[row].append(logprob)
+        keep = tokens != eos_id
+        if not keep.any():
+            break
+        if not keep.all():
+            indices = keep.nonzero()[:, 0]
+            cache.batch_select_indices(indices)
+            running, tokens, mask, positions = running[indices], tokens[indices], mask[indices], positions[indices]
     return outputs, logprobs
 
 

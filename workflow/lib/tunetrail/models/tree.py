@@ -177,3 +177,8 @@ def share_prefixes(model: Any) -> Any:
     if _runs_as_tree(trunk):
         trunk.forward = types.MethodType(_forward, trunk)  # bound, so that a deep copy runs its own weights
     return model
+
+
+def shares_prefixes(model: Any) -> bool:
+    """Whether `share_prefixes` found that the model can."""
+    return "forward" in vars(model.base_model)
