@@ -1,8 +1,9 @@
 """How fast we are beside others, and beside what the machine could do: make bench [ONLY=ppo,sft]
 
 Both sides of a ratio do the same work as fresh processes that alternate, so that a noisy machine disturbs
-both alike. Prints a table and writes `bench.json`. Each speed is also a share of the limit that the work's
-arithmetic sets at the machine's best matrix product (for sampling: reading the weights once a token).
+both alike. Prints a table and writes `bench.json`. Each speed is also a share of the limit that the arithmetic of
+the work sets at the machine's best matrix product, every sequence counted whole: what is shared and computed once can
+take it above 100%. For sampling the limit is reading all weights once a step.
 
 Our side runs in bf16 autocast where the CPU computes in bf16. Where it does not, what is in bf16 is not measured.
 """

@@ -42,21 +42,6 @@ def training_steps(keep_memory: bool) -> float:
     return (time.perf_counter() - start) / 4
 
 
-def sampling(shared_prefill: bool) -> float:
-    """Seconds to sample 4 completions of 8 prompts of 200 tokens, with one prefill a prompt or one a completion."""
-    from tunetrail.models.sampling import sample
-    from tunetrail.models.tiny import tiny_model
-
-    model = tiny_model(256, 8, 4, 4096, seed=0)
-    prompts = [[3 + (i * j) % 4000 for j in range(200)] for i in range(1, 9)]
-    settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0, "batch_size": 32, "eos_id": 1, "pad_id": 0}
-    k, rows = (4, prompts) if shared_prefill else (1, [p for p in prompts for _ in range(4)])
-    sample(model, rows[:1], ["warm"], k=1, **settings)
-    start = time.perf_counter()
-    sample(model, rows, [str(i) for i in range(len(rows))], k=k, **settings)
-    return time.perf_counter() - start
-
-
 def fine_tuning(ours: bool) -> float:
     """Seconds a step of SFT on 16 rows of 50 prompt and 14 response tokens, with our loss or TRL's."""
     import tempfile
@@ -105,6 +90,7 @@ def reward_steps(share_prompts: bool) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tunetrail.models.tree import without_sharing
     from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
 
     config = LlamaConfig(
@@ -116,7 +102,7 @@ def reward_steps(share_prompts: bool) -> float:
     prompts = [[7 + (i * j) % 8000 for j in range(43)] for i in range(5, 9)]
     examples = [{"prompt": p, "responses": responses, "targets": torch.full((4, 4), 0.5).tolist()} for p in prompts]
     if not share_prompts:
-        del model.base_model.forward
+        without_sharing(model)
     batch = KWiseCollator(0)(examples)
 
     def step() -> None:
@@ -158,7 +144,6 @@ PARTS = {
     "fine-tuning step, logits where labels are / TRL's fused head": fine_tuning,
     "reward-model step, what sequences share computed once / repeated": reward_steps,
     "scoring, what all prompts begin with once / repeated": scoring,
-    "sampling 4 a prompt, shared / repeated prefill": sampling,
 }
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.peers {ppo|sampling|sft|reward|dpo|gemm} {ours|stock} {fp32|bf16}
 
-Prints what `workload.report` says. A stock trainer gets its own defaults but for the numbers that decide how
-much is to be done: rows, batch size, one epoch, precision. Loading models and data is not timed.
+Prints what `workload.report` says. A stock trainer gets its own defaults but for what decides how much is to be
+done: rows, batch size, one epoch, precision, activations kept. Our side also gets what every stage sets
+(`runtime.prepare`): freed memory is kept, kernels are deterministic. Loading models and data is not timed.
 """
 
 import contextlib
@@ -40,14 +41,14 @@ def arguments(batch_size: int, bf16: bool) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch_size, "num_train_epochs": 1, "bf16": bf16,
         "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-5,
+        "gradient_checkpointing": False,  # TRL's default computes activations twice: its stock scripts are slower still
     }  # fmt: skip
 
 
 def ours(batch_size: int, bf16: bool) -> dict[str, Any]:
     """As `training.trainer_arguments` has it."""
     return arguments(batch_size, bf16) | {
-        "gradient_checkpointing": False, "optim": "adamw_torch_fused", "logging_steps": 1,
-        "train_sampling_strategy": "sequential",
+        "optim": "adamw_torch_fused", "logging_steps": 1, "train_sampling_strategy": "sequential",
     }  # fmt: skip
 
 
@@ -103,8 +104,9 @@ def sampling(by_us: bool, bf16: bool) -> None:
     if by_us:
         prompts = [encode(tokenizer, text) for text in texts]
         with timed() as took:
+            model = decoding_weights(model, bf16)
             found = sample(
-                decoding_weights(model, bf16), prompts, list(map(str, range(len(prompts)))), k=1, temperature=1.0,
+                model, prompts, list(map(str, range(len(prompts)))), k=1, temperature=1.0,
                 max_new_tokens=workload.RESPONSE_TOKENS, seed=SEED, batch_size=len(prompts), eos_id=eos, pad_id=pad,
             )  # fmt: skip
         lengths = [len(response) for [response] in found]

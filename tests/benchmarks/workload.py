@@ -61,7 +61,7 @@ class Arithmetic:
 
 
 def gemm_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """FLOP/s of the best of some products of two 2048 x 2048 matrices."""
+    """FLOP/s of products of two 2048 x 2048 matrices, of the fastest quarter the median."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:

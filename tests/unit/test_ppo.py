@@ -1,6 +1,7 @@
 """PPO: estimators and losses against hand-computed numbers, brute force and finite differences; the trainer's invariants."""
 
 import copy
+import inspect
 import itertools
 import math
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from trl.generation.vllm_generation import VLLMGeneration
 
 from tunetrail.config import Lora, PpoConfig
 from tunetrail.errors import ConfigError, DataError
@@ -388,13 +390,18 @@ def test_the_gold_score_is_watched_and_changes_nothing():
 class StandIn:
     """In the place of TRL's VLLMGeneration: gives prompts back as responses, each with a number of its own."""
 
-    def __init__(self, model, accelerator, processing_class, **settings):
+    REAL = VLLMGeneration
+
+    def __init__(self, *args, **settings):
+        inspect.signature(self.REAL).bind(*args, **settings)
         self.settings, self.syncs = settings, 0
 
     def sync_weights(self):
         self.syncs += 1
 
-    def generate(self, prompts, images, num_generations):
+    def generate(self, *args, **kwargs):
+        call = inspect.signature(self.REAL.generate).bind(self, *args, **kwargs).arguments
+        prompts, num_generations = call["prompts"], call["num_generations"]
         assert all(prompts[i] == prompts[i - i % num_generations] for i in range(len(prompts)))
         return prompts, [(p[-1], 2 + i % 18, EOS) for i, p in enumerate(prompts)], None, None
 
@@ -407,7 +414,8 @@ def test_episodes_can_come_from_vllm(monkeypatch):
     engine = VllmEngine(config, None, Accelerator(cpu=True), tokenizer)
     told = engine.generation.settings
     assert (told["mode"], told["server_base_url"]) == ("server", "http://node1:8000")
-    assert (told["temperature"], told["max_completion_length"]) == (0.7, 6)
+    assert (told["temperature"], told["max_completion_length"], told["gpu_memory_utilization"]) == (0.7, 6, 0.3)
+    assert told["generation_kwargs"] == {"stop_token_ids": [EOS], "ignore_eos": True}
     trainer = make_trainer(**settings, engine=engine)
     rollout = trainer.rollout()
     assert engine.generation.syncs == 1
@@ -418,7 +426,10 @@ def test_episodes_can_come_from_vllm(monkeypatch):
     assert alone.generation.settings["mode"] == "colocate"
 
 
-def test_vllm_that_is_not_there_is_said_in_one_line():
+def test_vllm_that_is_not_there_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: False)
     config = PpoConfig(method="ppo", steps=1, vllm={})
-    with pytest.raises(ConfigError, match="vllm is set but not installed here; pip install vllm, or set vllm to null"):
+    with pytest.raises(
+        ConfigError, match=r"vllm is set but cannot be imported \(.*\); pip install vllm, or set vllm to null"
+    ):
         VllmEngine(config, None, Accelerator(cpu=True), SimpleNamespace(eos_token_id=EOS))

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,7 @@ from tunetrail.models.batching import collate
 from tunetrail.models.loading import with_lora
 from tunetrail.models.scoring import response_logprobs, response_values, sequence_scores
 from tunetrail.models.tiny import tiny_model
-from tunetrail.models.tree import prefix_tree, share_prefixes
+from tunetrail.models.tree import prefix_tree, share_prefixes, without_sharing
 from tunetrail.stages.reward import initialise
 
 PAD, VOCABULARY = 0, 30
@@ -90,7 +91,7 @@ def test_sharing_changes_no_value_and_no_gradient(side):
             if shared:
                 share_prefixes(model)
             else:
-                vars(model.base_model).pop("forward", None)
+                without_sharing(model)
             if side == "left" and function is not sequence_scores:  # there is no response
                 continue
             with tokens_computed(model) as counted:
@@ -114,7 +115,7 @@ def test_an_adapter_added_later_acts_and_can_be_switched_off():
         shared = response_logprobs(model, BATCH)
         with model.disable_adapter():
             without = response_logprobs(model, BATCH)
-        vars(model.get_base_model().base_model).pop("forward")
+        without_sharing(model.get_base_model())
         torch.testing.assert_close(shared, response_logprobs(model, BATCH), atol=1e-5, rtol=0)
         torch.testing.assert_close(without, response_logprobs(llama(), BATCH), atol=1e-5, rtol=0)
     assert (shared - without).abs().max() > 1e-3
@@ -127,6 +128,18 @@ def test_a_copy_runs_its_own_weights():
     with torch.no_grad():
         torch.testing.assert_close(response_logprobs(other, BATCH), response_logprobs(llama(1), BATCH))
         torch.testing.assert_close(response_logprobs(model, BATCH), response_logprobs(llama(0), BATCH))
+
+
+def test_a_model_nobody_holds_is_freed_at_once():
+    model = share_prefixes(llama())
+    trunk = weakref.ref(model.base_model)
+    del model
+    assert trunk() is None
+
+
+def test_no_tree_is_grown_that_is_not_worth_it():
+    assert prefix_tree([[1, 2], [3, 4]], worth=3.6) is None
+    assert prefix_tree([[1, 2], [1, 4]], worth=3.6).input_ids.tolist() == [[1, 2, 4]]
 
 
 def mistral(window, attention="sdpa"):

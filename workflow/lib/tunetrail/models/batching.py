@@ -93,7 +93,7 @@ def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id
 def token_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, each at most `max_tokens` after padding (at least one sequence).
 
-    Responses to one prompt stay together, where they can share it (`models.tree`).
+    Responses to one prompt follow one another, and can share it where they fall into one batch (`models.tree`).
     """
     batch: list[int] = []
     longest_response = 0

@@ -85,6 +85,7 @@ def prefill(
             cache.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
         return cache, mask
     tree = prefix_tree(starts)
+    assert tree is not None
     trunk(
         input_ids=tree.input_ids.to(model.device), attention_mask=tree.attention_mask.to(model.device),
         position_ids=tree.position_ids.to(model.device), past_key_values=cache, use_cache=True,
@@ -122,17 +123,22 @@ def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tu
     best, likeliest = scores.max(-1)
     weights = torch.nn.functional.pad((scores - best[:, None]).exp_(), (0, -scores.shape[1] % BLOCK))
     weights = weights.view(len(scores), -1, BLOCK)
-    ends = weights.sum(-1).double().cumsum(-1)
+    # Sums of blocks and of one block are small, and on a GPU their cumulative sums would not be deterministic.
+    ends = weights.sum(-1).double().cpu().cumsum(-1)
     total = ends[:, -1:]
+    uniforms = uniforms.cpu()
     greedy = uniforms.isnan() | (temperature == 0)
     target = (uniforms.nan_to_num()[:, None] * total).clamp_max(torch.nextafter(total, torch.zeros_like(total)))
     block = torch.searchsorted(ends, target, right=True)  # of the first end beyond it: a block that weighs something
+    block = block.clamp_max(ends.shape[1] - 1)  # beyond it there is only NaN, which whoever trains will report
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0.0)
-    inside = weights[torch.arange(len(scores), device=scores.device), block[:, 0]].double().cumsum(-1)
+    chosen = weights[torch.arange(len(scores), device=scores.device), block[:, 0].to(scores.device)]
+    inside = chosen.double().cpu().cumsum(-1)
     limit = torch.nextafter(inside[:, -1:], torch.zeros_like(total))
     token = block * BLOCK + torch.searchsorted(inside, (target - before).clamp_min(0).minimum(limit), right=True)
-    tokens = torch.where(greedy, likeliest, token[:, 0])
-    logprobs = scores.gather(1, tokens[:, None])[:, 0] - best - total[:, 0].log().float()
+    token = token[:, 0].clamp_max(scores.shape[1] - 1).to(scores.device)
+    tokens = torch.where(greedy.to(scores.device), likeliest, token)
+    logprobs = scores.gather(1, tokens[:, None])[:, 0] - best - total[:, 0].log().float().to(scores.device)
     return tokens, logprobs
 
 
@@ -155,7 +161,6 @@ def _sample_batch(
     for row, seed in enumerate(seeds):
         if seed is not None:
             uniforms[row].uniform_(generator=torch.Generator().manual_seed(seed))
-    uniforms = uniforms.to(model.device)
     outputs: list[list[int]] = [[] for _ in seeds]
     logprobs: list[list[float]] = [[] for _ in seeds]
     running = torch.arange(len(seeds), device=model.device)
@@ -166,7 +171,7 @@ def _sample_batch(
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
         positions = positions + 1
-        tokens, chosen = pick(logits, uniforms[running, step], temperature)
+        tokens, chosen = pick(logits, uniforms[running.cpu(), step], temperature)
         for row, token, logprob in zip(running.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
             outputs[row].append(token)
             logprobs[row].append(logprob)

@@ -8,8 +8,8 @@ passing padded [batch, time] tensors and get [batch, time, hidden] back.
 """
 
 import bisect
-import types
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -43,30 +43,38 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def prefix_tree(sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS) -> PrefixTree:
+def prefix_tree(
+    sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS, worth: float = float("inf")
+) -> PrefixTree | None:
     """Sorted, every sequence shares most with the one before it; rows are cut from that order, about equally long.
 
     Args:
         row_tokens: that a row holds at most; a longer sequence gets the length it needs.
+        worth: tokens, padding included, of which a tree of more is not grown: then None.
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[i] for i in order]
     kept = [0, *(_shared(a, b) for a, b in pairwise(ordered))]
 
-    def starts(limit: int) -> list[int]:
-        """Where new rows begin, none longer than `limit`."""
-        found, size = [0], len(ordered[0])
+    def cut(limit: int) -> dict[int, int]:
+        """Which sequences begin a row, and the row's tokens, none more than `limit`."""
+        found, first = {0: len(ordered[0])}, 0
         for n in range(1, len(ordered)):
-            size += len(ordered[n]) - kept[n]
-            if size > limit:
-                found.append(n)
-                size = len(ordered[n])
+            new = len(ordered[n]) - kept[n]
+            if found[first] + new > limit:
+                first = n
+                found[n] = len(ordered[n])
+            else:
+                found[first] += new
         return found
 
     longest = max(map(len, ordered))
     limits = range(longest, max(longest, row_tokens) + 1)
-    fewest = len(starts(limits[-1]))
-    rows = starts(limits[bisect.bisect_left(limits, True, key=lambda limit: len(starts(limit)) <= fewest)])
+    fewest = len(cut(limits[-1]))
+    rows = cut(limits[bisect.bisect_left(limits, True, key=lambda limit: len(cut(limit)) <= fewest)])
+    length = max(rows.values())
+    if len(rows) * length > worth:
+        return None
 
     tokens: list[list[int]] = []
     depths: list[list[int]] = []
@@ -83,7 +91,6 @@ def prefix_tree(sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS) ->
         paths.append((paths[-1][:keep] if keep else []) + list(range(start, len(tokens[-1]))))
         of_row.append(len(tokens) - 1)
 
-    length = max(map(len, tokens))
     attention_mask = torch.eye(length, dtype=torch.bool).repeat(len(tokens), 1, 1)
     places: list[list[int]] = [[] for _ in sequences]
     for i, row, path in zip(order, of_row, paths, strict=True):
@@ -97,41 +104,40 @@ def prefix_tree(sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS) ->
     return PrefixTree(padded(tokens), padded(depths), attention_mask[:, None], places)
 
 
-def _forward(
-    self: Any,
+_NO_MATTER = {"use_cache", "output_hidden_states", "return_dict", "num_items_in_batch"}
+"""Keyword arguments that a trunk may get beside its sequences and still be run as a tree."""
+
+
+def _as_tree(
+    plain: Callable[..., Any],
+    config: Any,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The trunk's forward pass, over the batch's prefix tree where that is less and nobody wants a cache."""
-
-    def plain() -> Any:
-        return type(self).forward(
-            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-        )
-
+    """`plain`, a trunk's own forward pass, over the batch's prefix tree where that is less and nobody wants a cache."""
+    sequences = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     use_cache = kwargs.get("use_cache")
     if (
-        (self.config.use_cache if use_cache is None else use_cache)
+        (config.use_cache if use_cache is None else use_cache)
         or input_ids is None
         or len(input_ids) < 2
-        or any(kwargs.get(name) is not None for name in ("past_key_values", "inputs_embeds", "output_attentions"))
-        or (attention_mask is not None and attention_mask.dim() != 2)
+        or {name for name, value in kwargs.items() if value is not None and value is not False} - _NO_MATTER
+        or any(x is not None and x.shape != input_ids.shape for x in (attention_mask, position_ids))
     ):
-        return plain()
+        return plain(**sequences, **kwargs)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     depth = real.cumsum(-1) - 1
     given = torch.arange(real.shape[1], device=real.device).expand_as(real) if position_ids is None else position_ids
     if not (given == depth)[real].all():
-        return plain()
-    sequences = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
-    tree = prefix_tree(sequences)
-    if tree.input_ids.numel() > WORTH_SHARING * input_ids.numel():
-        return plain()
+        return plain(**sequences, **kwargs)
+    rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
+    tree = prefix_tree(rows, worth=WORTH_SHARING * input_ids.numel())
+    if tree is None:
+        return plain(**sequences, **kwargs)
     device = input_ids.device
-    output = type(self).forward(
-        self,
+    output = plain(
         input_ids=tree.input_ids.to(device),
         attention_mask=tree.attention_mask.to(device),
         position_ids=tree.position_ids.to(device),
@@ -159,26 +165,54 @@ def has_full_attention(config: Any) -> bool:
 def _runs_as_tree(trunk: Any) -> bool:
     """Whether a tree gives what its sequences give apart: tried, after a look at what a short trial would not show."""
     config = trunk.config
-    if config._attn_implementation != "sdpa" or not has_full_attention(config):  # other kernels read other masks
+    if (
+        config._attn_implementation != "sdpa"  # the others read other masks
+        or not has_full_attention(config)
+        or getattr(config, "output_router_logits", False)  # one row a token of the tree
+    ):
         return False
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [1, 2, 6, 5, 4, 3]], device=trunk.device)
+    ids = ids % config.vocab_size
     try:
-        tree, apart = (run(trunk, ids % config.vocab_size, use_cache=False) for run in (_forward, type(trunk).forward))
-    except (IndexError, RuntimeError, TypeError, ValueError):  # it makes more of a mask than a mask
+        apart = trunk(input_ids=ids, use_cache=False).last_hidden_state.float()
+        tree = _as_tree(trunk, config, input_ids=ids, use_cache=False).last_hidden_state.float()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # more than a mask to it
         return False
-    ours, theirs = tree.last_hidden_state.float(), apart.last_hidden_state.float()
     tolerance = 1e-3 if next(trunk.parameters()).dtype == torch.float32 else 5e-2
-    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
+    return bool((tree - apart).norm() <= tolerance * apart.norm())
+
+
+@functools.cache
+def _sharing(trunk: Any) -> Any:
+    """The class of trunk with its batches run as trees. By class: a copy of a model then runs its own weights, and a
+    model that nobody holds any more is freed at once."""
+
+    def forward(self, *args, **kwargs):
+        plain = functools.partial(trunk.forward, self)
+        return plain(*args, **kwargs) if args else _as_tree(plain, self.config, **kwargs)
+
+    names = {
+        "__module__": trunk.__module__,
+        "__qualname__": trunk.__qualname__,
+    }  # transformers looks classes up by name
+    return type(trunk.__name__, (trunk,), names | {"forward": forward, "shares_prefixes": True})
 
 
 def share_prefixes(model: Any) -> Any:
     """The model, with its trunk's batches run as prefix trees where that changes no value."""
     trunk = model.base_model
-    if _runs_as_tree(trunk):
-        trunk.forward = types.MethodType(_forward, trunk)  # bound, so that a deep copy runs its own weights
+    if not shares_prefixes(model) and _runs_as_tree(trunk):
+        trunk.__class__ = _sharing(type(trunk))
     return model
 
 
 def shares_prefixes(model: Any) -> bool:
     """Whether `share_prefixes` found that the model can."""
-    return "forward" in vars(model.base_model)
+    return getattr(model.base_model, "shares_prefixes", False)
+
+
+def without_sharing(model: Any) -> Any:
+    """Undoes `share_prefixes`, to compare."""
+    if shares_prefixes(model):
+        model.base_model.__class__ = type(model.base_model).__mro__[1]
+    return model

@@ -37,8 +37,8 @@ class LocalEngine:
 class VllmEngine:
     """vLLM through TRL, on the training GPUs or as a server; it is sent the policy's weights before each rollout.
 
-    Never run by us: the tests put a stand-in in vLLM's place. vLLM has its own random numbers, so an interrupted
-    run goes on but does not end with the same bytes.
+    Never run by us: the tests put a stand-in in vLLM's place. vLLM has its own random numbers, and a LoRA adapter is
+    merged and unmerged to be sent, which rounds: an interrupted run goes on but does not end with the same bytes.
     """
 
     def __init__(self, config: PpoConfig, policy: Any, accelerator: Accelerator, tokenizer: Any):
@@ -47,19 +47,19 @@ class VllmEngine:
             raise DataError(
                 f"ppo: with vllm the {config.prompts_per_batch} prompts of a batch must be a multiple of the {accelerator.num_processes} processes"
             )
-        from trl.generation.vllm_generation import VLLMGeneration  # without it no import: it looks for vLLM
-
         server = config.vllm.server
         try:
+            from trl.generation.vllm_generation import VLLMGeneration  # only here: it imports vLLM where it is
+
             self.generation = VLLMGeneration(
                 policy, accelerator, tokenizer, mode="server" if server else "colocate", server_base_url=server,
                 gpu_memory_utilization=config.vllm.gpu_memory, temperature=config.temperature,
                 max_completion_length=config.max_new_tokens,
-                generation_kwargs={"stop_token_ids": [tokenizer.eos_token_id]},
+                generation_kwargs={"stop_token_ids": [tokenizer.eos_token_id], "ignore_eos": True},  # no other end
             )  # fmt: skip
-        except ImportError:
+        except ImportError as error:
             raise ConfigError(
-                "ppo: vllm is set but not installed here; pip install vllm, or set vllm to null"
+                f"ppo: vllm is set but cannot be imported ({error}); pip install vllm, or set vllm to null"
             ) from None
         except ConnectionError as error:
             raise ConfigError(f"ppo: no vLLM server answers at {server} ({error})") from None

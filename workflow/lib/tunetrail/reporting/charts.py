@@ -218,7 +218,7 @@ def reward_kl(run: Run, narrow: bool) -> Spec | None:
 
 
 def over_optimisation(run: Run, narrow: bool) -> Spec | None:
-    """Two panels, reward-model score and gold score of PPO's episodes, along the way that training took them from SFT."""
+    """Two panels, reward-model score and gold score of PPO's episodes (where it was watched), along the way that training took them."""
     learners = [(m, run.artifacts.get(f"policy.{m.name}")) for m in run.policies if m.metrics.get("method") == "ppo"]
     panels = []
     for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
