@@ -202,7 +202,7 @@ def share_prefixes(model: Any) -> Any:
     """The model, with its trunk's batches run as prefix trees where that changes no value."""
     trunk = model.base_model
     if not shares_prefixes(model) and _runs_as_tree(trunk):
-        trunk.__class__ = _sharing(type(trunk))
+        trunk.__class__ = _sharing(type(trunk))  # type: ignore[arg-type]  # a class can be hashed
     return model
 
 
