@@ -49,6 +49,9 @@ def space(tmp_path_factory):
     prompts = [{"id": str(i), "group": str(i), "prompt": f"n{i}:", "completion": "x" * i} for i in range(9)]
     for name, files in (("base", {}), ("reward", {}), ("data", {"rl.jsonl": prompts})):
         write_artifact(folder / name, files, digest)
+    for precision in ("fp32", "bf16"):  # here, since two processes would write over each other
+        path = folder / f"{precision}.config.json"
+        path.write_text(json.dumps({"stage": "ppo", "seed": 5, "precision": precision, "config": CONFIG}))
     return folder
 
 
@@ -59,7 +62,6 @@ def run_ppo(folder: Path, name: str, precision: str, kill_at: int | None = None)
     os.chdir(folder)
     os.environ["TUNETRAIL_CHECKPOINT_MINUTES"] = "0"
     path = folder / f"{precision}.config.json"
-    path.write_text(json.dumps({"stage": "ppo", "seed": 5, "precision": precision, "config": CONFIG}))
     inputs = [f"--input={role}={source}/manifest.json" for role, source in (("policy", "base"), ("reward", "reward"), ("data", "data"))]  # fmt: skip
     count, current, phases = 0, None, []
 
@@ -141,23 +143,28 @@ run_ppo(Path(folder), name, "fp32", int(kill_at) if os.environ["RANK"] == rank e
 """
 
 
-def two_processes(space: Path, name: str, kill_at: int = 0, rank: int = 0) -> int:
+def two_processes(space: Path, name: str, kill_at: int = 0, rank: int = 0) -> tuple[int, str]:
+    """(exit code of the launcher, what it wrote to standard error)."""
     script = space / "two.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*launcher, str(space), name, str(kill_at), str(rank)], env=environment, capture_output=True, check=False, timeout=120
-    ).returncode  # fmt: skip
+    reply = subprocess.run(
+        [*launcher, str(space), name, str(kill_at), str(rank)], env=environment, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    return reply.returncode, reply.stderr
 
 
 def test_two_processes_of_which_one_is_killed_end_with_the_same_bytes(space):
-    assert two_processes(space, "two") == ended(space, "two")["code"] == 0
+    code, error = two_processes(space, "two")
+    assert code == ended(space, "two")["code"] == 0, error[-3000:]
     expected = (space / "two/manifest.json").read_bytes()
     for seed, (rank, phase) in enumerate(((1, "rollout"), (0, "update"), (0, "save"))):
         [(_, call, _)] = moments(ended(space, "two", rank), {phase: 1}, seed)
         name = f"two-{phase}"
-        assert two_processes(space, name, call, rank) != 0
+        assert two_processes(space, name, call, rank)[0] != 0
         assert not (space / name).exists()
-        assert two_processes(space, name) == 0
+        code, error = two_processes(space, name)
+        assert code == 0, error[-3000:]
         assert (space / name / "manifest.json").read_bytes() == expected, phase
