@@ -7,14 +7,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
 from tunetrail.config import Lora
 from tunetrail.models.batching import collate
 from tunetrail.models.loading import with_lora
 from tunetrail.models.scoring import response_logprobs, response_values, sequence_scores
-from tunetrail.models.tiny import tiny_model
+from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import prefix_tree, share_prefixes, without_sharing
-from tunetrail.stages.reward import initialise
+from tunetrail.stages.reward import KWiseCollator, initialise, kwise_scores
+from tunetrail.training import score_labels_only
 
 PAD, VOCABULARY = 0, 30
 START = [5, 6, 7, 8]
@@ -104,6 +107,35 @@ def test_sharing_changes_no_value_and_no_gradient(side):
         results.append(found)
     for plain, tree in zip(*results, strict=True):
         torch.testing.assert_close(tree, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)])
+def test_trainers_share_prefixes_too(lora, tmp_path):
+    """Through the whole models that the trainers call, which pass their trunks arguments of their own."""
+    examples = [{"prompt": p, "responses": [[9, 1], [10, 1]], "targets": torch.full((2, 2), 0.5).tolist()} for p in PROMPTS]  # fmt: skip
+    classifier = initialise(llama(), seed=1)
+    classifier.config.pad_token_id = PAD
+    classifier = with_lora(classifier, lora, seed=0, extra_modules=["score"])
+    comparisons = KWiseCollator(PAD)(examples)
+    with tokens_computed(classifier) as counted:
+        kwise_scores(classifier, comparisons)
+    assert counted[0] < comparisons["input_ids"].numel()
+
+    trainer = SFTTrainer(
+        model=with_lora(share_prefixes(llama()), lora, seed=0),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}]),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    score_labels_only(trainer.model)
+    ids = collate([[]] * 4, [[*START, *START, 9 + i, 1] for i in range(4)], PAD).input_ids
+    labels = ids.clone()
+    labels[:, :8] = -100
+    with tokens_computed(trainer.model) as counted:
+        trainer.compute_loss(
+            trainer.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        )
+    assert counted[0] < ids.numel()
 
 
 def test_an_adapter_added_later_acts_and_can_be_switched_off():

@@ -187,9 +187,11 @@ def _sharing(trunk: Any) -> Any:
     """The class of trunk with its batches run as trees. By class: a copy of a model then runs its own weights, and a
     model that nobody holds any more is freed at once."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, input_ids=None, *args, **kwargs):  # classifiers pass the ids by place
         plain = functools.partial(trunk.forward, self)
-        return plain(*args, **kwargs) if args else _as_tree(plain, self.config, **kwargs)
+        if args:
+            return plain(input_ids, *args, **kwargs)
+        return _as_tree(plain, self.config, input_ids=input_ids, **kwargs)
 
     names = {
         "__module__": trunk.__module__,
