@@ -18,22 +18,22 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.parts import PARTS
+from tests.benchmarks.workload import gemm_peak, memory_bandwidth
 from tunetrail.contract import write_json
 from tunetrail.runtime import use_bf16
 
 TRL_PYTHON = Path(".venv-trl/bin/python")
 OURS = [sys.executable, "-m", "tests.benchmarks.peers"]
 TRL_PPO = [str(TRL_PYTHON), "-m", "tests.benchmarks.trl_ppo"]
-# name: (our command without its precision, theirs, theirs' precision: `ours` is the one that we run in, repeats)
+# case.against: (the precision of the other side, None for the one that we run in; repeats)
 PEERS = {
-    "sampling.vs_generate_64": ([*OURS, "sampling", "ours"], [*OURS, "sampling", "stock"], "ours", 3),
-    "sft.vs_trl": ([*OURS, "sft", "ours"], [*OURS, "sft", "stock"], "ours", 3),
-    "reward.vs_trl": ([*OURS, "reward", "ours"], [*OURS, "reward", "stock"], "ours", 3),
-    "dpo.vs_trl": ([*OURS, "dpo", "ours"], [*OURS, "dpo", "stock"], "ours", 3),
-    "ppo.vs_trl_fp32": ([*OURS, "ppo", "ours"], TRL_PPO, "fp32", 2),
-    "ppo.vs_trl_bf16": ([*OURS, "ppo", "ours"], TRL_PPO, "bf16", 2),
-}  # fmt: skip
-UNITS = {"ppo": "episodes", "sampling": "tokens", "sft": "tokens", "reward": "tokens", "dpo": "tokens"}
+    "sampling.vs_generate_64": (None, 3),
+    "sft.vs_trl": (None, 3),
+    "reward.vs_trl": (None, 3),
+    "dpo.vs_trl": (None, 3),
+    "ppo.vs_trl_fp32": ("fp32", 2),
+    "ppo.vs_trl_bf16": ("bf16", 2),
+}
 
 
 def run(command: list[str]) -> dict:
@@ -49,43 +49,31 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def compare(name: str, precision: str, peak: float) -> dict:
+def compare(name: str, precision: str, peak: float, bandwidth: float) -> dict:
     """Alternating runs of both sides; ratio above 1: we are faster."""
-    ours, theirs, other, repeats = PEERS[name]
-    other = precision if other == "ours" else other
-    pairs = [(run([*ours, precision]), run([*theirs, other])) for _ in range(repeats)]
+    case, (other, repeats) = name.partition(".")[0], PEERS[name]
+    other = other or precision
+    theirs = TRL_PPO if case == "ppo" else [*OURS, case, "stock"]
+    pairs = [(run([*OURS, case, "ours", precision]), run([*theirs, other])) for _ in range(repeats)]
     speeds = [[side["amount"] / side["seconds"] for side in pair] for pair in pairs]
     # The same data for both, however each counts it; sampling ends where it ends, so there the tokens count.
-    same_work = not name.startswith("sampling")
+    same_work = case != "sampling"
     ratios = [b["seconds"] / a["seconds"] if same_work else s / t for (a, b), (s, t) in zip(pairs, speeds, strict=True)]
     found = {
         "ratio": spread(ratios),
-        "unit": UNITS[name.partition(".")[0]] + "/s",
+        "unit": "episodes/s" if case == "ppo" else "tokens/s",
         "ours": {"speed": spread([s for s, _ in speeds]), "peak_bytes": max(a["peak_bytes"] for a, _ in pairs), "precision": precision},
         "theirs": {"speed": spread([t for _, t in speeds]), "peak_bytes": max(b["peak_bytes"] for _, b in pairs), "precision": other},
     }  # fmt: skip
-    if name.startswith("sampling"):
+    if case == "sampling":
         # Every decoding step reads all weights once, whatever the batch.
-        bound = [a["longest"] * a["weight_bytes"] / memory_bandwidth() for a, _ in pairs]
+        bound = [a["longest"] * a["weight_bytes"] / bandwidth for a, _ in pairs]
         found["share_of_bandwidth_limit"] = spread([b / a["seconds"] for b, (a, _) in zip(bound, pairs, strict=True)])
     else:
         found["share_of_limit"] = spread([a["flops"] / a["seconds"] / peak for a, _ in pairs])
-    if name.startswith("ppo"):
+    if case == "ppo":
         found["update_share_of_limit"] = spread([a["update_flops"] / a["update_seconds"] / peak for a, _ in pairs])
     return found
-
-
-def memory_bandwidth() -> float:
-    """Bytes a second that a sum over a gigabyte reads."""
-    import time
-
-    block = torch.ones(2**28)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - start)
-    return block.numel() * 4 / min(times)
 
 
 def part(name: str, repeats: int = 3) -> dict[str, float]:
@@ -104,11 +92,10 @@ def main() -> None:
     only = [name for name in os.environ.get("ONLY", "").split(",") if name]
     precision = "bf16" if use_bf16("auto") else "fp32"
     results: dict = {"machine": {"cores": os.cpu_count(), "precision": precision, "torch": torch.__version__}}
-    for dtype in ("fp32", "bf16"):
-        peak = run([*OURS, "gemm", "ours", dtype])
-        results[f"gemm.{dtype}"] = peak["flops"] / peak["seconds"] / 1e9
-        print(f"{'gemm.' + dtype:28} {results[f'gemm.{dtype}']:.0f} GFLOP/s")
-    peak_flops = results[f"gemm.{precision}"] * 1e9
+    for name, dtype in (("gemm.fp32", torch.float32), ("gemm.bf16", torch.bfloat16)):
+        results[name] = gemm_peak(dtype) / 1e9
+        print(f"{name:28} {results[name]:.0f} GFLOP/s")
+    peak, bandwidth = results[f"gemm.{precision}"] * 1e9, memory_bandwidth()
     for name in PEERS:
         if only and name.partition(".")[0] not in only:
             continue
@@ -116,7 +103,7 @@ def main() -> None:
             results[name] = {"ratio": None, "reason": "this CPU does not compute in bf16"}
             print(f"{name:28} not measured: {results[name]['reason']}")
             continue
-        found = results[name] = compare(name, precision, peak_flops)
+        found = results[name] = compare(name, precision, peak, bandwidth)
         share = found.get("share_of_limit") or found["share_of_bandwidth_limit"]
         print(
             f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "

@@ -4,27 +4,36 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
+
+
+def llama(layers: int, **changes: Any) -> Any:
+    """A random Llama of SmolLM2's width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(**(sizes | {"num_hidden_layers": layers, "vocab_size": 8192} | changes)))
+
+
+def seconds_a_step(step: Callable[[], None], n: int) -> float:
+    """Mean over n steps, after one that warms up."""
+    step()
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - start) / n
 
 
 def training_steps(keep_memory: bool) -> float:
     """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from tunetrail.runtime import keep_freed_memory
 
     if keep_memory:
         keep_freed_memory()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=8192,
-        )
-    )
+    model = llama(layers=30)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, 8192, (8, 64))
 
@@ -35,11 +44,7 @@ def training_steps(keep_memory: bool) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    start = time.perf_counter()
-    for _ in range(4):
-        step()
-    return (time.perf_counter() - start) / 4
+    return seconds_a_step(step, 4)
 
 
 def fine_tuning(ours: bool) -> float:
@@ -47,23 +52,12 @@ def fine_tuning(ours: bool) -> float:
     import tempfile
 
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     from tunetrail.models.tiny import tiny_tokenizer
     from tunetrail.training import score_labels_only
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-        )
-    )
+    model = llama(layers=8, vocab_size=49152, tie_word_embeddings=True)
     rows = [
         {
             "input_ids": [7 + (i * j) % 49000 for j in range(64)],
@@ -88,16 +82,11 @@ def fine_tuning(ours: bool) -> float:
 def reward_steps(share_prompts: bool) -> float:
     """Seconds a step of the K-wise loss on 4 prompts of 43 tokens with 4 responses of 14 each."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from tunetrail.models.tree import without_sharing
     from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
 
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=8192, pad_token_id=0,
-    )  # fmt: skip
-    model = initialise(LlamaForCausalLM(config), seed=0)
+    model = initialise(llama(layers=8, pad_token_id=0), seed=0)
     responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]
     prompts = [[7 + (i * j) % 8000 for j in range(43)] for i in range(5, 9)]
     examples = [{"prompt": p, "responses": responses, "targets": torch.full((4, 4), 0.5).tolist()} for p in prompts]
@@ -109,11 +98,7 @@ def reward_steps(share_prompts: bool) -> float:
         kwise_loss(kwise_scores(model, batch), batch["targets"], batch["mask"]).backward()
         model.zero_grad()
 
-    step()
-    start = time.perf_counter()
-    for _ in range(8):
-        step()
-    return (time.perf_counter() - start) / 8
+    return seconds_a_step(step, 8)
 
 
 def scoring(shared_start: bool) -> float:

@@ -1,6 +1,6 @@
 """Our side of each comparison, and the stock side where it needs no other environment than ours.
 
-    python -m tests.benchmarks.peers {ppo|sampling|sft|reward|dpo|gemm} {ours|stock} {fp32|bf16}
+    python -m tests.benchmarks.peers {ppo|sampling|sft|reward|dpo} {ours|stock} {fp32|bf16}
 
 Prints what `workload.report` says. A stock trainer gets its own defaults but for what decides how much is to be
 done: rows, batch size, one epoch, precision, activations kept. Our side also gets what every stage sets
@@ -50,11 +50,6 @@ def ours(batch_size: int, bf16: bool) -> dict[str, Any]:
     return arguments(batch_size, bf16) | {
         "optim": "adamw_torch_fused", "logging_steps": 1, "train_sampling_strategy": "sequential",
     }  # fmt: skip
-
-
-def gemm(_: bool, bf16: bool) -> None:
-    seconds = 2.0
-    report(seconds, 1, flops=int(workload.gemm_peak(torch.bfloat16 if bf16 else torch.float32, seconds) * seconds))
 
 
 def ppo(_: bool, bf16: bool) -> None:
@@ -211,7 +206,6 @@ def dpo(by_us: bool, bf16: bool) -> None:
         }
         for prompt, chosen, rejected in pairs
     ]
-    start = time.perf_counter()
     if by_us:
         model = load_causal_lm(workload.MODEL)
         start = time.perf_counter()  # the reference's pass comes when the trainer is made
@@ -242,7 +236,7 @@ def stock_model() -> Any:
 
 
 CASES: dict[str, Callable[[bool, bool], None]] = {
-    "gemm": gemm, "ppo": ppo, "sampling": sampling, "sft": sft, "reward": reward, "dpo": dpo,
+    "ppo": ppo, "sampling": sampling, "sft": sft, "reward": reward, "dpo": dpo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -71,6 +71,17 @@ def gemm_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
     return 2 * 2048**3 / statistics.median(sorted(times)[: max(1, len(times) // 4)])
 
 
+def memory_bandwidth() -> float:
+    """Bytes a second that a sum over a gigabyte reads."""
+    block = torch.ones(2**28)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    return block.numel() * block.element_size() / min(times)
+
+
 def report(seconds: float, amount: int, flops: int | None = None, **more: Any) -> None:
     """Prints what a side did, for the driver to read."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux

@@ -26,6 +26,16 @@ if trainer.accelerator.is_main_process:
 """
 
 
+def two_processes(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in two processes over gloo."""
+    root = Path(__file__).parents[2]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*launcher, str(script), *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
 @pytest.mark.parametrize("changes", [
     {},
     {"critic": "shared"},
@@ -34,17 +44,7 @@ if trainer.accelerator.is_main_process:
 def test_two_processes_equal_one(tmp_path, changes):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    reply = subprocess.run(
-        [*launcher, str(script), str(tmp_path / "two.pt"), json.dumps(changes)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    reply = two_processes(script, str(tmp_path / "two.pt"), json.dumps(changes))
     assert reply.returncode == 0, reply.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)
 

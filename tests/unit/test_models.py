@@ -31,7 +31,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 RESPONSES = [[14, 15, EOS], [16, EOS], [17]]
 
 
-START = [5, 6, 7, 8, 9, 10, 11, 12]  # as long as is worth sharing
+START = [5, 6, 7, 8, 9, 10, 11, 12]
 COMMON_START = [[*START, *prompt] for prompt in PROMPTS]
 INSIDE_ONE_ANOTHER = [[*START, 5, 6, 7], [*START, 5], [*START, 5, 6, 7, 8]]
 

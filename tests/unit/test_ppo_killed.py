@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tunetrail.contract import main
 from tunetrail.models.loading import tokenizer_digest
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 
+from .test_distributed import two_processes
 from .test_training import write_artifact
 
 STEPS = 3
@@ -29,7 +29,6 @@ CONFIG = {
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
 POINTS = {"rollout": 8, "update": 7, "save": 5}
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -143,28 +142,23 @@ run_ppo(Path(folder), name, "fp32", int(kill_at) if os.environ["RANK"] == rank e
 """
 
 
-def two_processes(space: Path, name: str, kill_at: int = 0, rank: int = 0) -> tuple[int, str]:
+def ppo_in_two(space: Path, name: str, kill_at: int = 0, rank: int = 0) -> tuple[int, str]:
     """(exit code of the launcher, what it wrote to standard error)."""
     script = space / "two.py"
     script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    reply = subprocess.run(
-        [*launcher, str(space), name, str(kill_at), str(rank)], env=environment, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+    reply = two_processes(script, str(space), name, str(kill_at), str(rank))
     return reply.returncode, reply.stderr
 
 
 def test_two_processes_of_which_one_is_killed_end_with_the_same_bytes(space):
-    code, error = two_processes(space, "two")
+    code, error = ppo_in_two(space, "two")
     assert code == ended(space, "two")["code"] == 0, error[-3000:]
     expected = (space / "two/manifest.json").read_bytes()
     for seed, (rank, phase) in enumerate(((1, "rollout"), (0, "update"), (0, "save"))):
         [(_, call, _)] = moments(ended(space, "two", rank), {phase: 1}, seed)
         name = f"two-{phase}"
-        assert two_processes(space, name, call, rank)[0] != 0
+        assert ppo_in_two(space, name, call, rank)[0] != 0
         assert not (space / name).exists()
-        code, error = two_processes(space, name)
+        code, error = ppo_in_two(space, name)
         assert code == 0, error[-3000:]
         assert (space / name / "manifest.json").read_bytes() == expected, phase

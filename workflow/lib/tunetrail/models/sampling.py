@@ -86,15 +86,9 @@ def prefill(
         return cache, mask
     tree = prefix_tree(starts)
     assert tree is not None
-    trunk(
-        input_ids=tree.input_ids.to(model.device), attention_mask=tree.attention_mask.to(model.device),
-        position_ids=tree.position_ids.to(model.device), past_key_values=cache, use_cache=True,
-    )  # fmt: skip
-    places = torch.zeros_like(batch.input_ids)
-    places[batch.attention_mask.bool()] = torch.tensor([p for path in tree.places for p in path], device=places.device)
-    row, column = (
-        x.repeat_interleave(k, 0) for x in (places // tree.input_ids.shape[1], places % tree.input_ids.shape[1])
-    )
+    trunk(**tree.inputs(model.device), past_key_values=cache, use_cache=True)
+    places, length = tree.index(batch.attention_mask.bool()).repeat_interleave(k, 0), tree.input_ids.shape[1]
+    row, column = places // length, places % length
 
     def spread(states: torch.Tensor) -> torch.Tensor:
         return states[row, :, column].transpose(1, 2)  # [B*k, C, heads, d] -> [B*k, heads, C, d]

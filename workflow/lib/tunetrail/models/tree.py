@@ -37,6 +37,24 @@ class PrefixTree:
     places: list[list[int]]
     """for each sequence, where in the flattened [G*L] its tokens are"""
 
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a forward pass, beside the cache."""
+        return {
+            "input_ids": self.input_ids.to(device),
+            "attention_mask": self.attention_mask.to(device),
+            "position_ids": self.position_ids.to(device),
+        }
+
+    def index(self, real: torch.Tensor) -> torch.Tensor:
+        """[B, T] int64: the place in the flattened [G*L] of each column of the padded batch; 0 on padding.
+
+        Args:
+            real: [B, T] bool, True on the tokens of the B sequences.
+        """
+        places = torch.zeros_like(real, dtype=torch.long)
+        places[real] = torch.tensor([place for path in self.places for place in path], device=real.device)
+        return places
+
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
@@ -136,15 +154,8 @@ def _as_tree(
     tree = prefix_tree(rows, worth=WORTH_SHARING * input_ids.numel())
     if tree is None:
         return plain(**sequences, **kwargs)
-    device = input_ids.device
-    output = plain(
-        input_ids=tree.input_ids.to(device),
-        attention_mask=tree.attention_mask.to(device),
-        position_ids=tree.position_ids.to(device),
-        **kwargs,
-    )
-    places = torch.zeros_like(input_ids)
-    places[real] = torch.tensor([place for path in tree.places for place in path], device=device)
+    output = plain(**tree.inputs(input_ids.device), **kwargs)
+    places = tree.index(real)
 
     def apart(hidden: torch.Tensor) -> torch.Tensor:
         return hidden.flatten(0, 1)[places]
@@ -193,10 +204,8 @@ def _sharing(trunk: Any) -> Any:
             return plain(input_ids, *args, **kwargs)
         return _as_tree(plain, self.config, input_ids=input_ids, **kwargs)
 
-    names = {
-        "__module__": trunk.__module__,
-        "__qualname__": trunk.__qualname__,
-    }  # transformers looks classes up by name
+    # transformers looks classes up by name
+    names = {"__module__": trunk.__module__, "__qualname__": trunk.__qualname__}
     return type(trunk.__name__, (trunk,), names | {"forward": forward, "shares_prefixes": True})
 
 

@@ -208,6 +208,11 @@ class PPOTrainer:
             for start in range(0, n, self.minibatch_size):
                 yield rows[start : start + self.minibatch_size]
 
+    def _micro_batches(self, minibatch: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+        """This process's share of a minibatch in the order of `key`, cut to what goes through the model at once."""
+        mine = sorted(minibatch, key=key)[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+
     def _ptx(self, minibatch: int) -> float:
         """Adds the gradient of `ptx_coef` times the loss on demonstrations to the next minibatch's; returns the loss.
 
@@ -218,12 +223,9 @@ class PPOTrainer:
             self.demonstrations, k=self.minibatch_size
         )
         total_tokens = sum(len(response) for _, response in drawn)
-        mine = sorted(drawn, key=lambda e: len(e[0]) + len(e[1]))[
-            accelerator.process_index :: accelerator.num_processes
-        ]
         loss_sum = torch.zeros((), device=accelerator.device)
-        for i in range(0, len(mine), self.micro_batch_size):
-            prompts, responses = zip(*mine[i : i + self.micro_batch_size], strict=True)
+        for part in self._micro_batches(drawn, lambda e: len(e[0]) + len(e[1])):
+            prompts, responses = zip(*part, strict=True)
             batch = collate(prompts, responses, self.pad_id).to(accelerator.device)
             with accelerator.no_sync(self.model), accelerator.autocast():  # the minibatch itself sums over processes
                 logprobs, _, _ = self.model(batch, 1.0, False)
@@ -237,10 +239,8 @@ class PPOTrainer:
     ) -> dict[str, float]:
         """One optimizer step, in micro-batches of similar length."""
         config, accelerator = self.config, self.accelerator
-        lengths = [len(rollout.prompts[i]) + len(rollout.responses[i]) for i in range(len(rollout.responses))]
         total_tokens = sum(len(rollout.responses[i]) for i in rows)
-        mine = sorted(rows, key=lambda i: (lengths[i], i))[accelerator.process_index :: accelerator.num_processes]
-        parts = [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+        parts = self._micro_batches(rows, lambda i: (len(rollout.prompts[i]) + len(rollout.responses[i]), i))
         sums = torch.zeros(4, device=accelerator.device)
         for n, part in enumerate(parts):
             batch = rollout.batch(part, self.pad_id).to(accelerator.device)

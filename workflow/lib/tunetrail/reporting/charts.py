@@ -225,11 +225,10 @@ def over_optimisation(run: Run, narrow: bool) -> Spec | None:
         rows: list[dict] = []
         for model, artifact in learners:
             points = [row for row in (artifact.history if artifact else []) if row.get(key) is not None]
-            window, stride = max(1, len(points) // 10), math.ceil(len(points) / MOST_POINTS) or 1
-            kls, scores = (smooth([row[name] for row in points], window) for name in ("kl", key))
+            kls, scores = (_means([row[name] for row in points]) for name in ("kl", key))
             rows += [
                 {"step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name, "colour": COLOURS[model.series]}
-                for row, kl, score in list(zip(points, kls, scores, strict=True))[::stride]
+                for row, kl, score in _thinned(list(zip(points, kls, scores, strict=True)))
             ]  # fmt: skip
         if not rows:
             continue
@@ -277,14 +276,21 @@ def smooth(values: list[float], window: int) -> list[float]:
     return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 
+def _means(values: list[float]) -> list[float]:
+    """The mean of each value and the tenth of the curve before it."""
+    return smooth(values, max(1, len(values) // 10))
+
+
+def _thinned(points: list) -> list:
+    return points[:: math.ceil(len(points) / MOST_POINTS) or 1]
+
+
 def _curve_rows(artifact: Artifact, colour: str, keys: tuple[str, ...]) -> list[dict]:
     rows = []
     for key in keys:
         points = [(row["step"], row[key]) for row in artifact.history if row.get(key) is not None]
-        window = max(1, len(points) // 10)
-        means, dashed = smooth([value for _, value in points], window), key == "logps/rejected"
-        stride = math.ceil(len(points) / MOST_POINTS)
-        for (step, value), mean in list(zip(points, means, strict=True))[:: stride or 1]:
+        means, dashed = _means([value for _, value in points]), key == "logps/rejected"
+        for (step, value), mean in _thinned(list(zip(points, means, strict=True))):
             rows.append({"step": step, "value": value, "mean": mean, "colour": colour, "line": f"{artifact.role} {key}", "dashed": dashed})  # fmt: skip
     return rows
 

@@ -95,8 +95,14 @@ class KWiseCollator:
             n = len(example["responses"])
             targets[i, :n, :n] = torch.tensor(example["targets"])
             mask[i, :n] = True
-        sequences = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return sequences | {"position_ids": batch.position_ids, "ends": batch.ends, "targets": targets, "mask": mask}
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "ends": batch.ends,
+            "targets": targets,
+            "mask": mask,
+        }
 
 
 def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
