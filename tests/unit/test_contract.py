@@ -693,3 +693,20 @@ def test_a_file_that_a_stage_forgot_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
         in_process(lambda stage: {"a": len(Path("nowhere").read_text())})
+
+
+@pytest.mark.parametrize(("end", "code", "left"), [(None, 0, False), (Interrupted("later"), 75, False), (DataError("bad"), 65, True)])  # fmt: skip
+def test_a_process_group_is_ended_unless_others_may_wait_in_it(tmp_path, monkeypatch, end, code, left):
+    import torch.distributed as distributed
+
+    def run(stage: Stage) -> dict:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        if end:
+            raise end
+        return {}
+
+    monkeypatch.chdir(tmp_path)
+    assert in_process(run) == code
+    assert distributed.is_initialized() is left
+    if left:
+        distributed.destroy_process_group()

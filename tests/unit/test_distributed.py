@@ -23,6 +23,7 @@ trainer.iterate()
 if trainer.accelerator.is_main_process:
     weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
     torch.save({"weights": weights, "history": trainer.history}, sys.argv[1])
+torch.distributed.destroy_process_group()
 """
 
 

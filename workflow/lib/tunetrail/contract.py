@@ -484,6 +484,17 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
     return name
 
 
+def _end_process_group() -> None:
+    """Ends the process group that the stage began, if any: one left to the interpreter's exit may abort it.
+
+    "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when
+    a stage failed, since the other processes may be waiting in a collective, where this would wait with them.
+    """
+    distributed = sys.modules.get("torch.distributed")  # a stage that did not need torch does not import it here
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
     """Runs a stage under the contract and returns its exit code."""
     args = _parse_arguments(argv)
@@ -495,6 +506,8 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
     except TunetrailError as e:
         for line in str(e).split("\n"):
             print(f"{name}: {'interrupted' if isinstance(e, Interrupted) else 'error'}: {line}", file=sys.stderr)
+        if isinstance(e, Interrupted):  # all processes leave at the same step
+            _end_process_group()
         return e.exit_code
     except OSError as e:
         if e.errno not in DISK_ERRORS:
@@ -506,4 +519,5 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
             raise
         print(f"{name}: error: {args.output.parent}: No space left on device", file=sys.stderr)
         return 74
+    _end_process_group()
     return 0
