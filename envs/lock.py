@@ -15,10 +15,12 @@ from packaging.requirements import Requirement
 HERE = Path(__file__).parent
 TEST = [
     "hypothesis",
+    "in-toto-attestation",
     "jsonschema",
     "mypy",
     "pandas-stubs",
     "pytest",
+    "roc-validator",
     "ruff",
     "snakefmt",
     "types-PyYAML",

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
-from tunetrail.contract import list_files, main, read_jsonl, write_json, write_jsonl
+from tunetrail.contract import main, read_jsonl, write_json, write_jsonl
 from tunetrail.labeling.chrf import chrf
 from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.provenance.manifest import list_files
+from tunetrail.provenance.record import read_record
 from tunetrail.stages.comparisons import longer_wins, run, summarize
 
 REF = "Return the absolute value of the argument."
@@ -92,13 +95,10 @@ def test_artifact(compare):
         "duplicates_removed": 3,
         "left_out": 1,
     }
-    labels = json.loads((folder / "provenance.json").read_text())["labels"]
-    assert labels == {
-        "digest": hashlib.sha256((folder / "comparisons.jsonl").read_bytes()).hexdigest(),
-        "rankings": 10,
-        "labelers": ["reference-0", "reference-1"],
-        "source": {},
-    }
+    (labels,) = read_record(folder).of_role("labels")
+    assert labels["digest"]["sha256"] == hashlib.sha256((folder / "comparisons.jsonl").read_bytes()).hexdigest()
+    assert labels["annotations"]["rankings"] == 10
+    assert labels["annotations"]["labelers"] == ["reference-0", "reference-1"]
 
 
 def test_bytes_do_not_depend_on_sharding_but_on_seed_and_noise(compare):
@@ -172,8 +172,8 @@ def test_recorded_rankings_through_the_stage(compare, tmp_path, capfd):
         ("ann", 2, 2, 1, "2024-05-01"),
         ("bob", 2, 2, 1, "2024-05-01"),
     }
-    source = json.loads((folder / "provenance.json").read_text())["labels"]["source"]
-    assert source == {"file": "people.jsonl", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    files = read_record(folder).annotations("labels")["files"]
+    assert files == {os.path.relpath(path): hashlib.sha256(path.read_bytes()).hexdigest()}
 
     write_jsonl(path, people[:4])
     code, _ = compare(ROWS, labeler="recorded", path=str(path), name="again")

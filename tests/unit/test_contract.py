@@ -1,6 +1,7 @@
 """The contract of a stage: whole artifacts or none, verified inputs, state by fingerprint, one writer, clear errors."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -17,21 +18,20 @@ from pathlib import Path
 import pytest
 
 from tunetrail.contract import (
-    PACKAGES,
     Stage,
     Stop,
-    list_files,
     main,
     parse_time_left,
     publish,
     read_finished_rows,
     read_jsonl,
-    sha256_json,
     verify,
     write_json,
     write_jsonl,
 )
 from tunetrail.errors import ConfigError, DataError, Interrupted
+from tunetrail.provenance.manifest import list_files, sha256_file
+from tunetrail.provenance.record import Record, read_record
 
 # A stage in n steps that keeps in its state how far it is. What it makes depends on config and input alone.
 SCRIPT = """
@@ -117,8 +117,8 @@ class Workspace:
     def states(self) -> set[str]:
         return {path.name for path in (self.folder / "state").iterdir() if path.is_dir()}
 
-    def provenance(self) -> dict:
-        return json.loads((self.folder / "out/provenance.json").read_text())
+    def record(self) -> Record:
+        return read_record(self.folder / "out")
 
     def leftovers(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir() if path.name.startswith("."))
@@ -146,40 +146,37 @@ def test_an_artifact_lists_its_files_and_records_its_origin(space):
     assert json.loads((space.folder / "out/metrics.json").read_text()) == {"n": 5, "value": None}
 
 
-def test_provenance_says_how_it_came_to_be(space):
+def test_the_record_says_how_it_came_to_be(space):
     start = int(time.time())
     assert space.run()[0] == 0
-    provenance = space.provenance()
-    assert provenance["subject"]["manifest"] == sha256_json(json.loads(space.manifest.read_text()))
-    parent = json.loads((space.folder / "parent/manifest.json").read_text())
-    assert provenance["parents"] == {"parent": {"path": "parent", "manifest": sha256_json(parent)}}
-    resolved = {"stage": "copy", "seed": 7, "config": {"n": 5}}
-    assert provenance["config"] == {"resolved": resolved, "digest": sha256_json(resolved)}
-    assert provenance["seed"] == "7"
-    assert provenance["packages"].keys() == set(PACKAGES)
-    assert provenance["packages"]["torch"]
-    assert provenance["python"] == ".".join(map(str, sys.version_info[:3]))
+    record = space.record()
+    assert record.manifest == sha256_file(space.manifest)
+    parent = sha256_file(space.folder / "parent/manifest.json")
+    assert record.parents == {"parent": {"name": "../parent", "manifest": parent, "record": None}}
+    assert record.config_file == {"stage": "copy", "seed": 7, "config": {"n": 5}}
+    assert record.packages["torch"] == importlib.metadata.version("torch")
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    assert provenance["code"]["commit"] == (head.stdout.strip() if head.returncode == 0 else None)
-    assert provenance["code"]["dirty"] in (True, False, None)
-    assert provenance["host"] == os.uname().nodename
-    assert provenance["job_id"] is None
-    (attempt,) = provenance["attempts"]
+    assert record.code["commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+    assert record.code["dirty"] in (True, False, None)
+    (attempt,) = record.attempts
+    assert attempt["host"] == os.uname().nodename
+    assert attempt["job_id"] is None
+    assert attempt["python"] == ".".join(map(str, sys.version_info[:3]))
     assert attempt["ended"] == "done"
-    assert (attempt["start"], attempt["end"]) == (provenance["start"], provenance["end"])
-    assert start <= datetime.fromisoformat(provenance["start"]).timestamp() <= time.time()
+    assert (attempt["start"], attempt["end"]) == (record.started, record.finished)
+    assert start <= datetime.fromisoformat(record.started).timestamp() <= time.time()
 
 
 def test_equal_runs_give_equal_manifests(space):
     space.run()
-    first, history = space.manifest.read_bytes(), space.provenance()
+    first, started = space.manifest.read_bytes(), space.record().started
     shutil.rmtree(space.folder / "state")
     time.sleep(1.1)  # another second on the clock
     space.run()
     assert space.manifest.read_bytes() == first
-    assert space.provenance()["start"] != history["start"]
+    assert space.record().started != started
     space.run(value=2)
     assert space.manifest.read_bytes() != first
 
@@ -296,12 +293,12 @@ def test_the_next_attempt_goes_on_where_the_last_one_stopped(space):
         assert space.run(environment=environment)[0] == 75
         assert space.steps_done() == step
     assert space.run()[0] == 0
-    attempts = space.provenance()["attempts"]
+    attempts = space.record().attempts
     assert [attempt["ended"].partition(";")[0] for attempt in attempts] == [
         *(f"stopped by time limit after {step} of 5" for step in (1, 2, 3)),
         "done",
     ]
-    assert space.provenance()["start"] == attempts[0]["start"]
+    assert space.record().started == attempts[0]["start"]
 
 
 def test_a_killed_attempt_is_in_the_record(space):
@@ -309,7 +306,7 @@ def test_a_killed_attempt_is_in_the_record(space):
     process.kill()
     process.communicate()
     assert space.run(pause=0.2, n=4)[0] == 0
-    assert [(attempt["ended"], attempt["end"] is None) for attempt in space.provenance()["attempts"]] == [
+    assert [(attempt["ended"], attempt["end"] is None) for attempt in space.record().attempts] == [
         ("killed", True),
         ("done", False),
     ]
@@ -620,6 +617,7 @@ def test_publish_alone_by_hand(tmp_path, monkeypatch):
         "schema": 1,
         "stage": "s",
         "tokenizer": None,
+        "tensors": [],
         "files": [
             {"path": "a.txt", "size": 1, "sha256": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"},
             {
@@ -629,8 +627,8 @@ def test_publish_alone_by_hand(tmp_path, monkeypatch):
             },
         ],
     }
-    provenance = json.loads((tmp_path / "out/provenance.json").read_text())
-    assert (provenance["host"], provenance["job_id"], provenance["attempts"]) == ("h", "5", [attempt])
+    record = read_record(tmp_path / "out")
+    assert (record.attempts, record.started, record.finished) == ([attempt], attempt["start"], attempt["end"])
 
 
 def test_a_second_writer_with_another_config_is_kept_out_of_the_same_output(space):
@@ -646,7 +644,7 @@ def test_a_torn_record_of_attempts_stops_nothing(space):
     record = next(space.folder.glob("state/*/attempts.jsonl"))
     record.write_text(record.read_text() + '{"start": "20')
     assert space.run() == (0, "")
-    assert [attempt["ended"][:7] for attempt in space.provenance()["attempts"]] == ["stopped", "done"]
+    assert [attempt["ended"][:7] for attempt in space.record().attempts] == ["stopped", "done"]
 
 
 @pytest.mark.parametrize("variable", ["TUNETRAIL_TIME_LIMIT", "TUNETRAIL_CHECKPOINT_MINUTES"])

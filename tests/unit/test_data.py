@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunetrail.config import DataConfig, FileSource, Shares
-from tunetrail.contract import list_files, main, read_jsonl, sha256_file, write_json
+from tunetrail.contract import main, read_jsonl, write_json
 from tunetrail.data import docstrings
 from tunetrail.data.readers import check_sources, parse_transcript, read_demonstrations, read_preferences
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
 from tunetrail.errors import DataError
 from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.stages import data as data_stage
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"

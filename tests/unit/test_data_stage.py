@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tunetrail.config import DataConfig, FileSource
-from tunetrail.contract import list_files, main, read_jsonl, write_json
+from tunetrail.contract import main, read_jsonl, write_json
 from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.provenance.manifest import list_files
 from tunetrail.stages import data
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"

@@ -1,4 +1,5 @@
-"""PPO across two processes over gloo gives what one process gives, up to the order of additions."""
+"""PPO across two processes over gloo, with whole models (DDP) or sharded ones (FSDP), gives what one process gives, up
+to the order of additions."""
 
 import json
 import os
@@ -16,13 +17,17 @@ import json
 import sys
 import torch
 from tests.unit.test_ppo import make_trainer
+from tunetrail.ppo.sharding import gathered
 
 trainer = make_trainer(**json.loads(sys.argv[2]))
+mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())
+share = mine / sum(p.numel() for p in trainer.model.parameters())
 trainer.iterate()
 trainer.iterate()
-if trainer.accelerator.is_main_process:
-    weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
-    torch.save({"weights": weights, "history": trainer.history}, sys.argv[1])
+with gathered(trainer.model):
+    if trainer.accelerator.is_main_process:
+        weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
+        torch.save({"weights": weights, "history": trainer.history, "share": share}, sys.argv[1])
 torch.distributed.destroy_process_group()
 """
 
@@ -41,6 +46,9 @@ def two_processes(script: Path, *arguments: str) -> subprocess.CompletedProcess[
     {},
     {"critic": "shared"},
     {"advantage": "rloo", "completions_per_prompt": 2, "ptx_coef": 0.5, "normalize_scores": True},
+    {"sharded": True, "micro_batch_size": 2},
+    {"sharded": True, "critic": "shared", "lora": {"r": 2, "alpha": 4}},
+    {"sharded": True, "advantage": "rloo", "completions_per_prompt": 2, "ptx_coef": 0.5},
 ])  # fmt: skip
 def test_two_processes_equal_one(tmp_path, changes):
     script = tmp_path / "two.py"
@@ -48,6 +56,7 @@ def test_two_processes_equal_one(tmp_path, changes):
     reply = two_processes(script, str(tmp_path / "two.pt"), json.dumps(changes))
     assert reply.returncode == 0, reply.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert two["share"] == pytest.approx(0.5, abs=0.05) if changes.get("sharded") else two["share"] == 1
 
     one = make_trainer(**changes)
     one.iterate()

@@ -28,6 +28,7 @@ CONFIG = {
     "method": "ppo", "steps": STEPS, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
+KINDS = ("fp32", "bf16", "sharded")
 POINTS = {"rollout": 8, "update": 7, "save": 5}
 
 
@@ -48,19 +49,24 @@ def space(tmp_path_factory):
     prompts = [{"id": str(i), "group": str(i), "prompt": f"n{i}:", "completion": "x" * i} for i in range(9)]
     for name, files in (("base", {}), ("reward", {}), ("data", {"rl.jsonl": prompts})):
         write_artifact(folder / name, files, digest)
-    for precision in ("fp32", "bf16"):  # here, since two processes would write over each other
-        path = folder / f"{precision}.config.json"
-        path.write_text(json.dumps({"stage": "ppo", "seed": 5, "precision": precision, "config": CONFIG}))
+    for kind in KINDS:  # here, since two processes would write over each other
+        precision, config = ("fp32", CONFIG | {"sharded": True}) if kind == "sharded" else (kind, CONFIG)
+        content = {"stage": "ppo", "seed": 5, "precision": precision, "config": config}
+        (folder / f"{kind}.config.json").write_text(json.dumps(content))
     return folder
 
 
-def run_ppo(folder: Path, name: str, precision: str, kill_at: int | None = None) -> None:
-    """The stage, in a child of its own, which leaves its exit code and the phases it went through in `NAME.json`."""
+def run_ppo(folder: Path, name: str, kind: str, at: int | None = None, sent: int = signal.SIGKILL) -> None:
+    """The stage, in a child of its own, which leaves its exit code and the phases it went through in `NAME.json`.
+
+    Args:
+        at: the call before which it sends itself the signal `sent`.
+    """
     from tunetrail.stages import ppo
 
     os.chdir(folder)
     os.environ["TUNETRAIL_CHECKPOINT_MINUTES"] = "0"
-    path = folder / f"{precision}.config.json"
+    path = folder / f"{kind}.config.json"
     inputs = [f"--input={role}={source}/manifest.json" for role, source in (("policy", "base"), ("reward", "reward"), ("data", "data"))]  # fmt: skip
     count, current, phases = 0, None, []
 
@@ -73,8 +79,8 @@ def run_ppo(folder: Path, name: str, precision: str, kill_at: int | None = None)
                 phases.append((code.co_name, count))
         if current is not None:
             count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if count == at:
+                os.kill(os.getpid(), sent)
             if event == "return" and frame is current:
                 current = None
 
@@ -137,28 +143,51 @@ import sys
 from pathlib import Path
 from tests.unit.test_ppo_killed import run_ppo
 
-folder, name, kill_at, rank = sys.argv[1:]
-run_ppo(Path(folder), name, "fp32", int(kill_at) if os.environ["RANK"] == rank else None)
+folder, name, kind, at, rank, sent = sys.argv[1:]
+run_ppo(Path(folder), name, kind, int(at) if os.environ["RANK"] == rank else None, int(sent))
 """
 
 
-def ppo_in_two(space: Path, name: str, kill_at: int = 0, rank: int = 0) -> tuple[int, str]:
+def ppo_in_two(
+    space: Path, name: str, kind: str, at: int = 0, rank: int = 0, sent: int = signal.SIGKILL
+) -> tuple[int, str]:
     """(exit code of the launcher, what it wrote to standard error)."""
     script = space / "two.py"
     script.write_text(SCRIPT)
-    reply = two_processes(script, str(space), name, str(kill_at), str(rank))
+    reply = two_processes(script, str(space), name, kind, str(at), str(rank), str(int(sent)))
     return reply.returncode, reply.stderr
 
 
-def test_two_processes_of_which_one_is_killed_end_with_the_same_bytes(space):
-    code, error = ppo_in_two(space, "two")
-    assert code == ended(space, "two")["code"] == 0, error[-3000:]
-    expected = (space / "two/manifest.json").read_bytes()
+@pytest.fixture(scope="module", params=["fp32", "sharded"])
+def in_two(request, space) -> tuple[str, bytes]:
+    """(kind, manifest of a run in two processes that was left alone)."""
+    code, error = ppo_in_two(space, f"two-{request.param}", request.param)
+    assert code == 0, error[-3000:]
+    assert ended(space, f"two-{request.param}")["code"] == 0
+    return request.param, (space / f"two-{request.param}/manifest.json").read_bytes()
+
+
+def test_two_processes_of_which_one_is_killed_end_with_the_same_bytes(space, in_two):
+    kind, expected = in_two
     for seed, (rank, phase) in enumerate(((1, "rollout"), (0, "update"), (0, "save"))):
-        [(_, call, _)] = moments(ended(space, "two", rank), {phase: 1}, seed)
-        name = f"two-{phase}"
-        assert ppo_in_two(space, name, call, rank)[0] != 0
+        [(_, call, _)] = moments(ended(space, f"two-{kind}", rank), {phase: 1}, seed)
+        name = f"two-{kind}-{phase}"
+        assert ppo_in_two(space, name, kind, call, rank)[0] != 0
         assert not (space / name).exists()
-        code, error = ppo_in_two(space, name)
+        code, error = ppo_in_two(space, name, kind)
         assert code == 0, error[-3000:]
         assert (space / name / "manifest.json").read_bytes() == expected, phase
+
+
+def test_what_one_process_is_told_both_do(space, in_two):
+    """SIGTERM to one of two: both save and leave with 75, and the next attempt ends with the same bytes."""
+    kind, expected = in_two
+    name = f"two-{kind}-told"
+    [(_, call, _)] = moments(ended(space, f"two-{kind}", 1), {"update": 1}, seed=3)
+    code, error = ppo_in_two(space, name, kind, call, 1, signal.SIGTERM)
+    assert code == 0, error[-3000:]
+    assert [json.loads((space / f"{name}.{rank}.json").read_text())["code"] for rank in (0, 1)] == [75, 75]
+    assert "stopped by SIGTERM" in error
+    code, error = ppo_in_two(space, name, kind)
+    assert code == 0, error[-3000:]
+    assert (space / name / "manifest.json").read_bytes() == expected

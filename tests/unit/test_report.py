@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.contract import list_files, main, sha256_json, write_json, write_jsonl
+from tunetrail.contract import main, write_json, write_jsonl
+from tunetrail.provenance.manifest import build, canonical, identity
+from tunetrail.provenance.record import read_record
 from tunetrail.reporting import numbers
 from tunetrail.reporting.charts import FIGURES, smooth
 from tunetrail.reporting.collect import Artifact, Model
 from tunetrail.reporting.page import boilerplate
 from tunetrail.reporting.verdict import outcome, sentence
 from tunetrail.stages.report import run
+
+from ..records import ATTEMPT, seal_folder
 
 SENTENCE = [
     "Pal", "metto", " supports", " the", " research", " mission", " of", " Clem", "son", " University", " through",
@@ -49,33 +53,12 @@ class Fixture:
         for name, rows in (files or {}).items():
             (write_jsonl if name.endswith("l") else write_json)(folder / name, rows)
         write_json(folder / "metrics.json", metrics)
-        manifest = {"schema": 1, "stage": role, "tokenizer": "t" * 64, "files": list_files(folder)}
-        write_json(folder / "manifest.json", manifest)
-        stage = config.get("method") if config and "method" in config else role.partition(".")[0]
-        times = [{"start": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:05:05+00:00", "host": "node7", "job_id": None, "ended": "done", "seconds": seconds / attempts}] * attempts  # fmt: skip
-        record = {
-            "schema": 1,
-            "stage": stage,
-            "subject": {"manifest": sha256_json(manifest)},
-            "parents": {
-                r: {
-                    "path": str(self.roles[r]),
-                    "manifest": sha256_json(json.loads((self.roles[r] / "manifest.json").read_text())),
-                }
-                for r in parents
-            },
-            "config": {"digest": "c" * 64, "resolved": {"config": config or {}}},
-            "seed": "17",
-            "code": {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": dirty},
-            "packages": {"torch": "2.13.0", "trl": "1.16.0"},
-            "python": "3.11.7",
-            "attempts": times,
-            "start": times[0]["start"],
-            "end": times[-1]["end"],
-            "host": "node7",
-            "job_id": None,
-        }
-        write_json(folder / "provenance.json", record)
+        kind = role if role.startswith("shard") else role.partition(".")[0]
+        stage = (
+            config["method"] if config and "method" in config else "completions" if kind.startswith("shard") else kind
+        )
+        times = [ATTEMPT | {"seconds": seconds / attempts}] * attempts
+        seal_folder(folder, stage, {r: self.roles[r] for r in parents}, config, times, dirty=dirty)
         self.roles[role] = folder
 
     def history(self, stage, steps):
@@ -138,9 +121,6 @@ class Fixture:
         self.artifact("retention", "retention", {"prompts": 64}, ["base"], seconds=41.0)
         for i in range(2):
             self.artifact(f"shard{i}", f"completions/{i}", {"duplicates_removed": i}, ["sft", "data"], seconds=61.0 + i)
-            folder = self.roles[f"shard{i}"]
-            record = json.loads((folder / "provenance.json").read_text())
-            write_json(folder / "provenance.json", record | {"stage": "completions"})
         comparisons = {
             "prompts": 170, "completions_per_prompt": 3.87, "rankings": 510, "ties": 0.1234, "agreement": 0.7912, "longer_wins": 0.5371,
             "duplicates_removed": 23, "labelers": {f"{labeler}-{i}": {"rankings": 170} for i in range(3)},
@@ -323,8 +303,8 @@ def test_a_difference_seen_in_greedy_decoding_alone_is_said():
 
 
 def test_time_is_the_sum_of_all_attempts_with_the_shards_found_through_the_record(made, text):
-    records = [json.loads(p.read_text()) for p in made[0].root.glob("**/provenance.json") if p.parent.name != "report"]
-    total = sum(a["seconds"] for record in records for a in record["attempts"])
+    records = [read_record(p.parent) for p in made[0].root.glob("**/provenance.json") if p.parent.name != "report"]
+    total = sum(a["seconds"] for record in records for a in record.attempts)
     assert f"{numbers.number(total / 3600, 2)} ({numbers.duration(total)})" in words(text)
     assert "completions ×2" in words(text)
     assert "400" not in numbers.duration(400.5)
@@ -334,10 +314,10 @@ def test_time_is_the_sum_of_all_attempts_with_the_shards_found_through_the_recor
 def test_every_artifact_is_linked_and_named_by_its_digest(made, text):
     fixture, folder = made
     for role, path in fixture.roles.items():
-        assert sha256_json(json.loads((path / "manifest.json").read_text())) in text, role
+        assert identity(path) in text, role
         assert f'href="../{path.relative_to(fixture.root).as_posix()}/"' in text, role
     for href in re.findall(r'href="(\.\./[^"]*)"', text):
-        assert (folder / href).is_dir(), href
+        assert (folder / href).is_dir() or href.endswith("/provenance.json"), href
 
 
 def test_the_page_loads_nothing(made, text):
@@ -406,7 +386,7 @@ def test_a_changed_parent_makes_its_children_stale(tmp_path, draw_only):
     fixture = Fixture(tmp_path).whole()
     data = fixture.roles["data"]
     write_json(data / "metrics.json", {"splits": {}})
-    write_json(data / "manifest.json", {"schema": 1, "stage": "data", "tokenizer": "t" * 64, "files": list_files(data)})
+    (data / "manifest.json").write_bytes(canonical({"schema": 1, "stage": "data", "tokenizer": "t" * 64} | build(data)))
     page = words((fixture.report()[1] / "report.html").read_text())
     assert re.search(r"Made from inputs that have changed since: sft, .*reward", page)
     assert "The record does not belong to the files it lies beside: data." in page

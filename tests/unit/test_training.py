@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tunetrail.config import Lora, SftConfig
-from tunetrail.contract import list_files, main, read_jsonl, write_json, write_jsonl
+from tunetrail.contract import Stage, main, read_jsonl, write_json, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.provenance.manifest import list_files
+from tunetrail.provenance.record import read_record
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 from tunetrail.stages.reward import (
@@ -126,15 +128,20 @@ def test_history_has_nothing_a_clock_decides():
 
 
 def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
+    noted = {}
+    stage = Stage("s", {}, {}, {}, tmp_path, tmp_path, tmp_path, stop=None, note=noted.__setitem__)  # type: ignore[arg-type]
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_bytes(b"x" * 100)
         if step < 3:
-            mark_complete(folder)
+            mark_complete(stage, folder)
     (tmp_path / "checkpoint-2/weights").write_bytes(b"x" * 99)  # cut short by a crash of the machine
     assert not is_complete(tmp_path / "checkpoint-2")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert [state["name"] for state in noted["states_out"]] == ["checkpoint-1", "checkpoint-2"]
+    first = noted["states_out"][0]
+    assert latest_checkpoint(stage) == tmp_path / "checkpoint-1"
+    assert noted["state_in"] == first
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -252,7 +259,8 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     code, error, stopped = run_stage(name, "stopped")
     assert code == 0, error
     assert stopped.read_bytes() == straight.read_bytes()
-    assert len(json.loads(stopped.with_name("provenance.json").read_text())["attempts"]) == 3
+    attempts = read_record(stopped.parent).attempts
+    assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
 
 
 def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):

@@ -40,7 +40,9 @@ SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completion
 SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
-shell.prefix(f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib; ")
+shell.prefix(
+    f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib TUNETRAIL_DIGESTS={STATE}/.digests; "
+)
 
 
 wildcard_constraints:

@@ -507,6 +507,10 @@ class PpoConfig(Training):
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
     temperature: Positive = Field(default=1.0, description="of sampling, and of every log-prob")
     vllm: Vllm | None = Field(default=None, description="what samples the episodes; null: our own decoder")
+    sharded: Flag = Field(
+        default=False,
+        description="spread weights, gradients and optimizer state over the processes of the stage (FSDP), for models one GPU cannot hold",
+    )
     kl_coef: NonNegative = Field(
         default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
     )

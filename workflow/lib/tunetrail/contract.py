@@ -15,7 +15,7 @@ and `main(run)` does the rest:
    renamed into place: a killed stage leaves nothing that looks finished.
 
 `metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times,
-hosts and attempts are in `provenance.json`, which the manifest does not list.
+hosts and attempts are in `provenance.json`, which the manifest does not list. See `tunetrail.provenance`.
 
 Exit codes: 0 done; 75 interrupted with progress saved; 65 bad data; 78 bad config; else a fault.
 """
@@ -23,13 +23,10 @@ Exit codes: 0 done; 75 interrupted with progress saved; 65 bad data; 78 bad conf
 import argparse
 import errno
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -45,64 +42,57 @@ from typing import Any
 
 from tunetrail.config import canonical_json
 from tunetrail.errors import ConfigError, DataError, Interrupted, TunetrailError
+from tunetrail.provenance.manifest import (
+    BESIDE,
+    MANIFEST,
+    METRICS,
+    PROVENANCE,
+    DigestCache,
+    build,
+    canonical,
+    is_inside,
+    parallel,
+    read_manifest,
+    sha256_file,
+    sha256_json,
+    walk,
+)
+from tunetrail.provenance.record import build as build_record
+from tunetrail.provenance.record import dependency, energy_joules, environment, parent_of
 
-MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
 # What a user can mend: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
-PACKAGES = ("accelerate", "datasets", "numpy", "pandas", "peft", "sacrebleu", "snakemake", "tokenizers", "torch", "transformers", "trl")  # fmt: skip
 
 log = logging.getLogger("tunetrail")
 
 
-# ----------------------------------------------------------------------------- manifests
+# ----------------------------------------------------------------------------- inputs
 
 
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
+    """Checks a folder against its manifest and returns the manifest. Raises DataError naming what differs.
 
-
-def sha256_json(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def list_files(folder: Path) -> list[dict]:
-    """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return [
-        {"path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "sha256": sha256_file(p)}
-        for p in paths
-        if p.relative_to(folder).as_posix() not in (MANIFEST, PROVENANCE)
-    ]
-
-
-def read_manifest(path: Path) -> dict:
-    """Raises DataError when there is none or it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no manifest; run the stage that makes this folder first") from None
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e}); delete the folder and run its stage again") from None
-
-
-def verify(manifest_path: Path) -> dict:
-    """Checks a folder against its manifest and returns the manifest. Raises DataError naming what differs."""
+    Args:
+        cache: digests of files that have not changed since they were hashed; None: every byte is read.
+    """
     manifest, folder = read_manifest(manifest_path), manifest_path.parent
     mend = "delete the folder and run its stage again, or restore the file"
-    try:
-        listed = {entry["path"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
-    except (KeyError, TypeError):
-        raise DataError(f"{manifest_path}: is no manifest; delete the folder and run its stage again") from None
-    for name, (size, digest) in listed.items():
+    listed = {entry["path"]: entry for entry in manifest["files"]}
+    for name, entry in listed.items():
         path = folder / name
+        if not is_inside(name):
+            raise DataError(f"{manifest_path}: lists {name}, which is outside the folder; delete the folder and run its stage again")  # fmt: skip
         if not path.is_file():
             raise DataError(f"{path}: listed in the manifest but missing; {mend}")
-        if path.stat().st_size != size or sha256_file(path) != digest:
+        if path.stat().st_size != entry["size"]:
             raise DataError(f"{path}: differs from its manifest; {mend}")
-    for path in sorted(folder.rglob("*")):  # a file more can change what from_pretrained loads
+    digests = parallel((cache or DigestCache(None)).sha256, [folder / name for name in listed])
+    for (name, entry), digest in zip(listed.items(), digests, strict=True):
+        if digest != entry["sha256"]:
+            raise DataError(f"{folder / name}: differs from its manifest; {mend}")
+    for path in walk(folder):  # a file more can change what from_pretrained loads
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (*listed, MANIFEST, PROVENANCE) and not path.name.startswith(".nfs"):
+        if name not in listed and name not in BESIDE and not path.name.startswith(".nfs"):
             raise DataError(f"{path}: is not in the manifest; remove it, or delete the folder and run its stage again")
     return manifest
 
@@ -154,11 +144,27 @@ def parse_time_left(text: str) -> float | None:
     return int(days or 0) * 1440 + seconds / 60
 
 
+def _process_group() -> Any:
+    """torch.distributed where this stage runs in several processes, else None; stages without torch do not import it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+
+
+def _of_all_processes(value: Any) -> list[Any]:
+    """What every process of the stage calls this with, by rank."""
+    if not (group := _process_group()):
+        return [value]
+    values = [None] * group.get_world_size()
+    group.all_gather_object(values, value)
+    return values
+
+
 class Stop:
     """Says when to save and when to leave: on SIGTERM, or before the allocation's time is over.
 
     `save_due()` is asked after each step; `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every
-    step) spaces the saves. Saving never changes a result, so neither does the spacing.
+    step) spaces the saves. Saving never changes a result, so neither does the spacing. The processes of a stage
+    answer alike, since they save and leave together: what one was told holds for all.
     """
 
     def __init__(self) -> None:
@@ -176,10 +182,12 @@ class Stop:
     def requested(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = "time limit"
+        self.reason = next((reason for reason in _of_all_processes(self.reason) if reason), None)
         return self.reason is not None
 
     def save_due(self) -> bool:
-        return self.requested() or time.monotonic() - self.last_save >= self.interval
+        due = time.monotonic() - self.last_save >= self.interval
+        return self.requested() or any(_of_all_processes(due))
 
     def saved(self) -> None:
         self.last_save = time.monotonic()
@@ -213,8 +221,17 @@ class Stage:
     stop: Stop
     parents: dict[str, dict] = field(default_factory=dict)
     """Role -> the input's manifest."""
-    extra_provenance: dict[str, Any] = field(default_factory=dict)
-    """What only the stage knows of its origins (data sources, package digests)."""
+    dependencies: list[dict] = field(default_factory=list)
+    """What only the stage knows of its origins (data sources, packages, labels), made by `provenance.record.dependency`."""
+    about: tuple[str, ...] = ()
+    """Roles of the inputs that the artifact is a statement about: the model of an evaluation."""
+    training_flops: float | None = None
+    """See `models.loading.training_flops`; None where nothing is trained."""
+    cache: DigestCache = field(default_factory=lambda: DigestCache(None))
+    saves: list[dict] = field(default_factory=list)
+    """Name and digest of the last two states this attempt could be resumed from, newest last."""
+    note: Callable[[str, Any], None] = lambda key, value: None
+    """Writes something into the record of this attempt at once: a killed attempt cannot do so later."""
     tokenizer_digest: str | None = None
     part: tuple[int, int] = (0, 1)
     """(i, n): this is the i-th of n shards."""
@@ -264,34 +281,6 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git_state() -> dict:
-    """Commit of the code and whether the tree differs from it; null where this is no git checkout."""
-
-    def git(*args: str) -> str | None:
-        reply = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=False
-        )
-        return reply.stdout.strip() if reply.returncode == 0 else None
-
-    try:
-        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:
-        commit = status = None
-    if commit is None:
-        return {"commit": None, "dirty": None, "reason": "not a git checkout, or git is not installed"}
-    return {"commit": commit, "dirty": bool(status)}
-
-
-def _packages() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def _settle(folder: Path) -> None:
     """Readable by whom the umask allows (safetensors writes 0600, which shuts a group out), and on disk."""
     umask = os.umask(0)
@@ -330,35 +319,32 @@ def _locked(lock: Path) -> Iterator[None]:
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     """Turns `stage.work` into the artifact at `stage.output`, whole or not at all."""
     write_json(stage.work / METRICS, metrics)
-    manifest = {
-        "schema": 1,
-        "stage": stage.name,
-        "tokenizer": stage.tokenizer_digest,
-        "files": list_files(stage.work),
-    }
-    provenance = {
-        "schema": 1,
-        "stage": stage.name,
-        "subject": {"manifest": sha256_json(manifest)},
-        "parents": {
-            role: {"path": os.path.relpath(path), "manifest": sha256_json(stage.parents[role])}
-            for role, path in sorted(stage.inputs.items())
-        },
-        "config": {
-            "digest": sha256_json(stage.shared | {"config": stage.config}),
-            "resolved": stage.shared | {"config": stage.config},
-        },
-        "seed": str(stage.seed),
-        "code": _git_state(),
-        "packages": _packages(),
-        "python": platform.python_version(),
-        "attempts": attempts,
-        "start": attempts[0]["start"],
-        "end": attempts[-1]["end"],
-        "host": attempts[-1]["host"],
-        "job_id": attempts[-1]["job_id"],
-    } | stage.extra_provenance
-    write_json(stage.work / PROVENANCE, provenance)
+    content = build(stage.work)
+    manifest = canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.tokenizer_digest} | content)
+    parents = {role: parent_of(path) for role, path in stage.inputs.items()}
+    # What was learnt from labels names them, however far down they were collected.
+    inherited = [d for parent in parents.values() if parent["labels"] for d in parent["labels"]]
+    own = [d for d in stage.dependencies if d not in inherited]
+    tokenizer = [dependency("tokenizer", "tokenizer and chat template", stage.tokenizer_digest)] if stage.tokenizer_digest else []  # fmt: skip
+    log_file = stage.state / "log.txt"
+    record = build_record(
+        stage=stage.name,
+        part=stage.part,
+        config=stage.shared | {"config": stage.config},
+        manifest=manifest,
+        output=stage.output,
+        parents=parents,
+        dependencies=[*own, *_once(inherited), *tokenizer],
+        attempts=attempts,
+        metrics=metrics,
+        training_flops=stage.training_flops,
+        byproducts=[{"name": "log.txt", "digest": {"sha256": sha256_file(log_file)}}] if log_file.exists() else [],
+        also_about=[
+            {"name": f"{role} under evaluation", "digest": {"sha256": parents[role]["manifest"]}}
+            for role in stage.about
+        ],
+    )
+    (stage.work / PROVENANCE).write_bytes(record)
     _settle(stage.work)
     old = stage.output.with_name(f".{stage.output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -367,12 +353,18 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     stage.work.rename(stage.output)
     # The manifest is what says "finished": it comes last, by a rename of its own.
     pending = stage.output / f".{MANIFEST}"
-    write_json(pending, manifest)
+    pending.write_bytes(manifest)
     sync(pending)
     pending.rename(stage.output / MANIFEST)
     sync(stage.output)
     sync(stage.output.parent)
     shutil.rmtree(old, ignore_errors=True)
+    for entry in content["files"]:  # so that whoever reads it next need not hash it again
+        stage.cache.remember(stage.output / entry["path"], entry["sha256"])
+
+
+def _once(dependencies: list[dict]) -> list[dict]:
+    return [d for n, d in enumerate(dependencies) if d not in dependencies[:n]]
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -420,23 +412,31 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
     for attempt in attempts:  # a killed attempt could not write its own end
         attempt.setdefault("ended", "killed")
         attempt.setdefault("end", None)
-    attempts.append(
-        {"start": _now(), "host": socket.gethostname(), "job_id": os.environ.get("SLURM_JOB_ID"), "pid": os.getpid()}
-    )
+    this: dict[str, Any] = {"start": _now(), "pid": os.getpid()} | environment()
+    attempts.append(this)
     _record(attempts_file, attempts)
 
+    def note(key: str, value: Any) -> None:
+        this[key] = value
+        _record(attempts_file, attempts)
+
+    stage.note = note
+    joules = energy_joules()
     started = time.monotonic()
     try:
         metrics = run(stage)
-        attempts[-1]["ended"] = "done"
+        this["ended"] = "done"
     except Interrupted as e:
-        attempts[-1]["ended"] = str(e)
+        this["ended"] = str(e)
         raise
     except BaseException as e:
-        attempts[-1]["ended"] = f"failed: {type(e).__name__}"
+        this["ended"] = f"failed: {type(e).__name__}"
         raise
     finally:
-        attempts[-1] |= {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
+        now = energy_joules()
+        this |= environment() | {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
+        # The counter wraps around, and then the difference says nothing.
+        this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
         _record(attempts_file, attempts)
     publish(stage, metrics, attempts)
     for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
@@ -447,7 +447,8 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
     content = _read_stage_config(args.config)
     name = content["stage"]
     inputs = dict(item.split("=", 1) for item in args.input)
-    parents = {role: verify(Path(path)) for role, path in inputs.items()}
+    cache = DigestCache(Path(folder) if (folder := os.environ.get("TUNETRAIL_DIGESTS")) else None)
+    parents = {role: verify(Path(path), cache) for role, path in inputs.items()}
     part = tuple(int(n) for n in args.part.split("/"))
     fingerprint = sha256_json({"config": content, "inputs": parents, "part": part})[:16]
     state, output = args.state / fingerprint, args.output.parent
@@ -463,6 +464,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
         parents=parents,
         tokenizer_digest=_tokenizer_of(parents),
         part=(part[0], part[1]),
+        cache=cache,
     )
     if not is_main_process():  # the main process locks, records and publishes for all
         state.mkdir(parents=True, exist_ok=True)
@@ -490,9 +492,8 @@ def _end_process_group() -> None:
     "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when
     a stage failed, since the other processes may be waiting in a collective, where this would wait with them.
     """
-    distributed = sys.modules.get("torch.distributed")  # a stage that did not need torch does not import it here
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if group := _process_group():
+        group.destroy_process_group()
 
 
 def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:

@@ -20,10 +20,11 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config import Epochs
-from tunetrail.contract import Stage, is_main_process, list_files, sync, write_json, write_jsonl
+from tunetrail.contract import Stage, is_main_process, sync, write_json, write_jsonl
 from tunetrail.errors import DataError, Interrupted
 from tunetrail.models.scoring import gather_logprobs
 from tunetrail.progress import ProgressBar
+from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.runtime import use_bf16
 from tunetrail.seeds import derive_seed
 
@@ -159,7 +160,7 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if is_main_process():
-            mark_complete(self.stage.state / f"checkpoint-{state.global_step}")
+            mark_complete(self.stage, self.stage.state / f"checkpoint-{state.global_step}")
             keep_newest(self.stage.state)
         self.stage.stop.saved()
 
@@ -168,12 +169,17 @@ class StageCallback(TrainerCallback):
             self.bar.__exit__(None, None, None)
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Declares a checkpoint whole: the last file to be written lists the others, and all are on disk."""
+def mark_complete(stage: Stage, checkpoint: Path) -> None:
+    """Declares a checkpoint whole: the last file to be written lists the others, and all are on disk.
+
+    The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
+    """
     write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
     for path in checkpoint.rglob("*"):  # an adapter's reference lies in a folder of its own
         if path.is_file():
             sync(path)
+    stage.saves = [*stage.saves[-1:], {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")}]
+    stage.note("states_out", stage.saves)
     (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
 
 
@@ -196,10 +202,15 @@ def keep_newest(state: Path) -> None:
         shutil.rmtree(old)
 
 
-def latest_checkpoint(state: Path) -> Path | None:
-    """The newest whole checkpoint; broken ones are removed."""
-    for checkpoint in reversed(_by_step(state)):
+def latest_checkpoint(stage: Stage) -> Path | None:
+    """The newest whole checkpoint, whose digest goes into the record; broken ones are removed."""
+    for checkpoint in reversed(_by_step(stage.state)):
         if is_complete(checkpoint):
+            log.info("%s: resuming from %s", stage.name, checkpoint.name)
+            state = {"name": checkpoint.name, "digest": sha256_file(checkpoint / COMPLETE)}
+            stage.saves = [state]  # a later attempt may have to begin from it again
+            stage.note("state_in", state)
+            stage.note("states_out", stage.saves)
             return checkpoint
         log.info("%s: the save was interrupted; using the one before it", checkpoint)
         if is_main_process():
@@ -224,9 +235,7 @@ def train(stage: Stage, trainer: Any) -> list[dict]:
     callback = StageCallback(stage)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
-    checkpoint = latest_checkpoint(stage.state)
-    if checkpoint:
-        log.info("%s: resuming from %s", stage.name, checkpoint.name)
+    checkpoint = latest_checkpoint(stage)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopping:
         step, total = trainer.state.global_step, trainer.state.max_steps

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.config import DataConfig, DocstringSource, FileSource, HubSource, TopicsSource
-from tunetrail.contract import sha256_file
 from tunetrail.data import docstrings
 from tunetrail.errors import DataError
 from tunetrail.labeling.ranks import dense
+from tunetrail.provenance.manifest import sha256_file
 
 SHAPES = "text; prompt, completion; or messages"
 PREFERENCE_SHAPES = (

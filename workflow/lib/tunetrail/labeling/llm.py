@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunetrail.config import LlmLabeler, canonical_json
-from tunetrail.contract import Stage, list_files, read_finished_rows, sha256_json
+from tunetrail.contract import Stage, read_finished_rows
 from tunetrail.errors import ConfigError, Interrupted
 from tunetrail.labeling.labels import Labels
 from tunetrail.labeling.prompts import ChatTurn, chat_turn
 from tunetrail.labeling.ranks import generator, ranks_from_scores
 from tunetrail.progress import ProgressBar
+from tunetrail.provenance.manifest import list_files, sha256_json
 
 Verdict = Literal["A", "B", "tie"] | None  # None: the answer could not be read
 Judge = Callable[[list[str]], list[Verdict]]

@@ -20,6 +20,7 @@ All lines that belong give a ranking each, so several labelers, or one line a la
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from functools import cache
 from pathlib import Path
 
 from tunetrail.config import RecordedLabeler
-from tunetrail.contract import Stage, sha256_file
+from tunetrail.contract import Stage
 from tunetrail.errors import DataError
 from tunetrail.labeling.labels import Labels
 from tunetrail.labeling.prompts import ChatTurn, chat_turn
 from tunetrail.labeling.ranks import dense
+from tunetrail.provenance.manifest import sha256_file
 
 
 @dataclass
@@ -141,4 +143,4 @@ def rank(rows: list[dict], config: RecordedLabeler, stage: Stage) -> Labels:
                 f"of the prompt {_short(prompt)} (row {row['id']}); add a line that ranks all its completions"
             )
         rankings.append(found)
-    return Labels(rankings, source={"file": config.path.name, "sha256": sha256_file(config.path)})
+    return Labels(rankings, source={"files": {os.path.relpath(config.path): sha256_file(config.path)}})

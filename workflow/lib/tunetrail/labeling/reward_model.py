@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.config import RewardModelLabeler
-from tunetrail.contract import Stage, list_files, sha256_json
+from tunetrail.contract import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.labeling.labels import Labels
 from tunetrail.labeling.ranks import simulated_rankings
 from tunetrail.progress import ProgressBar
+from tunetrail.provenance.manifest import list_files, sha256_json
 
 BATCH_TOKENS = 8192
 

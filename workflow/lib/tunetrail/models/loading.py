@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from tunetrail.config import Lora
-from tunetrail.contract import MANIFEST, sha256_json, write_json
+from tunetrail.contract import write_json
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.scoring import FullPrecisionHead
 from tunetrail.models.tree import share_prefixes
+from tunetrail.provenance.manifest import MANIFEST, sha256_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
 
@@ -128,6 +129,14 @@ def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_module
         raise ConfigError(f"lora.target_modules: {lora.target_modules}: {e}") from None
 
 
+def training_flops(counts: dict[str, int], tokens: int) -> float:
+    """Floating-point operations of the products with weights in training on so many tokens, attention left out.
+
+    2 a parameter and token forwards, 2 backwards to the inputs, 2 to the weights that are trained (Kaplan et al. 2020).
+    """
+    return float(tokens * (4 * counts["parameters"] + 2 * counts["parameters_trained"]))
+
+
 def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -136,24 +145,31 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def save_causal_lm(
-    model: Any, tokenizer_from: Path, work: Path, lora: Lora | None, parent: Path, parent_manifest: dict
+    model: Any,
+    tokenizer_from: Path,
+    work: Path,
+    lora: Lora | None,
+    parent: Path,
+    parent_manifest: dict,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes `work/model` (weights, or adapter with parent.json) and, on request, `work/merged`.
 
     Args:
         parent: the `model/` folder that was trained on; an adapter refers to it, relative to the
             folder the pipeline runs in, so that `from_pretrained` finds it from there.
+        state: the weights, where the model itself holds only a share of them.
     """
     folder = work / "model"
     parent = Path(os.path.relpath(parent))
     if lora is not None:
         for config in model.peft_config.values():
             config.base_model_name_or_path = str(parent)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
     copy_tokenizer(tokenizer_from, folder)
     if lora is not None:
         write_json(folder / "parent.json", {"model": str(parent), "manifest": sha256_json(parent_manifest)})
         if lora.export_merged:
-            model.merge_and_unload().save_pretrained(work / "merged")
+            load_causal_lm(folder).save_pretrained(work / "merged")
             copy_tokenizer(tokenizer_from, work / "merged")

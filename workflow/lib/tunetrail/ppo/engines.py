@@ -4,6 +4,7 @@ engine(prompts, keys, k, seed) -> for each prompt k lists of token ids, closed b
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from tunetrail.config import PpoConfig
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.sampling import decoding_weights, sample
+from tunetrail.ppo.sharding import is_sharded
 
 
 class Engine(Protocol):
@@ -24,14 +26,18 @@ class LocalEngine:
 
     def __init__(self, config: PpoConfig, policy: Any, accelerator: Accelerator, eos_id: int, pad_id: int):
         self.config, self.policy, self.eos_id, self.pad_id = config, policy, eos_id, pad_id
-        self.bf16 = accelerator.mixed_precision == "bf16"
+        self.accelerator = accelerator
+        # A model whose layers are sharded cannot be copied: its adapter stays apart, and autocast does the casting.
+        self.copies = not any(is_sharded(module) for module in policy.modules())
 
     def __call__(self, prompts: Sequence[list[int]], keys: Sequence[str], k: int, seed: int) -> list[list[list[int]]]:
-        return sample(
-            decoding_weights(self.policy, self.bf16), prompts, keys, k=k, seed=seed,
-            max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
-            batch_size=max(len(prompts) * k, 1), eos_id=self.eos_id, pad_id=self.pad_id,
-        )  # fmt: skip
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        with nullcontext() if self.copies else self.accelerator.autocast():
+            return sample(
+                decoding_weights(self.policy, bf16) if self.copies else self.policy, prompts, keys, k=k, seed=seed,
+                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
+                batch_size=max(len(prompts) * k, 1), eos_id=self.eos_id, pad_id=self.pad_id,
+            )  # fmt: skip
 
 
 class VllmEngine:

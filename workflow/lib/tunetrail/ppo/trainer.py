@@ -36,6 +36,7 @@ from tunetrail.ppo.estimators import (
 from tunetrail.ppo.losses import policy_loss, value_loss
 from tunetrail.ppo.models import ActorCritic, Reference
 from tunetrail.ppo.rollout import Rollout, concatenate, pad_rows
+from tunetrail.ppo.sharding import gathered, is_sharded, load_shards, save_shards, shard
 from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
@@ -94,12 +95,16 @@ class PPOTrainer:
             raise DataError(f"ppo: minibatch_size ({self.minibatch_size}) must be a multiple of the {world} processes")
         self.micro_batch_size = min(config.micro_batch_size or self.minibatch_size, self.minibatch_size // world)
         self.batches = prompt_batches(len(prompts), config.prompts_per_batch, config.steps, seed)
-        self.reward_model = reward_model.requires_grad_(False).eval().to(accelerator.device)
-        self.reference = Reference(policy.to(accelerator.device))
+        layers = policy._no_split_modules
+        self.reference = Reference(policy)
         critic = config.critic if config.advantage == "gae" else None
-        model = ActorCritic(policy, reward_model, critic).to(accelerator.device)
-        model.eval()  # nothing in it may drop out, and the first ratio must be 1
-        self.model, self.optimizer = accelerator.prepare(model, self._optimizer(model))
+        model = ActorCritic(policy, reward_model, critic).eval()  # nothing may drop out: the first ratio must be 1
+        self.reward_model = self._place(reward_model.requires_grad_(False).eval(), reward_model._no_split_modules)
+        model = self._place(model, layers)
+        if not self.reference.has_adapter:
+            self._place(self.reference.model, layers)
+        self.optimizer = accelerator.prepare_optimizer(self._optimizer(model))
+        self.model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))  # else DDP would wrap it
         self.engine = engine or LocalEngine(config, self.actor_critic.policy, accelerator, eos_id, pad_id)
         if config.kl_target is None:
             self.kl_controller: FixedKLController | AdaptiveKLController = FixedKLController(config.kl_coef)
@@ -107,6 +112,12 @@ class PPOTrainer:
             self.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.step = 0
         self.history: list[dict] = []
+
+    def _place(self, model: Any, layers: Any) -> Any:
+        """Puts a model on the device, whole or this process's share of it."""
+        if self.config.sharded and self.accelerator.num_processes > 1:
+            return shard(model, layers, self.accelerator.device)
+        return model.to(self.accelerator.device)
 
     def _optimizer(self, model: ActorCritic) -> torch.optim.Optimizer:
         policy = [p for p in model.policy.parameters() if p.requires_grad]
@@ -132,7 +143,10 @@ class PPOTrainer:
             f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(mine)
         ]
         k = config.completions_per_prompt
-        sampled = self.engine([self.prompts[i] for i in mine], keys, k, derive_seed(self.seed, "rollout", self.step))
+        with gathered(self.model):
+            sampled = self.engine(
+                [self.prompts[i] for i in mine], keys, k, derive_seed(self.seed, "rollout", self.step)
+            )
         places = [i for i in mine for _ in range(k)]
         prompts = [self.prompts[i] for i in places]
         responses = [response for completions in sampled for response in completions]
@@ -141,10 +155,13 @@ class PPOTrainer:
         def over(function: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
             return map_batches(function, prompts, responses, self.pad_id, accelerator.device)
 
-        with accelerator.autocast():
-            actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature, True), -1))
-            ref_logprobs = over(lambda batch: self.reference.logprobs(batch, config.temperature))
-            scores = torch.stack(over(lambda batch: sequence_scores(self.reward_model, batch)))
+        with accelerator.autocast():  # one model whole at a time
+            with gathered(self.model):
+                actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature, True), -1))
+            with gathered(self.model if self.reference.has_adapter else self.reference.model):
+                ref_logprobs = over(lambda batch: self.reference.logprobs(batch, config.temperature))
+            with gathered(self.reward_model):
+                scores = torch.stack(over(lambda batch: sequence_scores(self.reward_model, batch)))
         local = Rollout(
             prompts=prompts,
             responses=responses,
@@ -187,18 +204,21 @@ class PPOTrainer:
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """`epochs` passes over the episodes, fewer where `stop_kl` ends them. Returns means over all minibatches of
-        the losses and diagnostics, and how many minibatches there were."""
+        the losses and diagnostics, how many minibatches there were, and the tokens in them."""
         advantages, returns = self.advantages(rollout)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * self.learning_rate_scale()
         results: list[dict[str, float]] = []
+        done: list[list[int]] = []
         for rows in self._minibatches(len(rollout.responses)):
+            done.append(rows)
             ptx_loss = self._ptx(len(results)) if self.config.ptx_coef else 0.0
             results.append(self._minibatch(rollout, advantages, returns, rows) | {"ptx_loss": ptx_loss})
             if self.config.stop_kl is not None and results[-1]["approx_kl"] > self.config.stop_kl:
                 break
         means = {key: sum(result[key] for result in results) / len(results) for key in results[0]}
-        return means | {"minibatches": len(results)}
+        tokens = sum(len(rollout.prompts[i]) + len(rollout.responses[i]) for rows in done for i in rows)
+        return means | {"minibatches": len(results), "tokens": tokens}
 
     def _minibatches(self, n: int) -> Iterator[list[int]]:
         """Episodes of each optimizer step: every epoch shuffles anew."""
@@ -305,7 +325,10 @@ class PPOTrainer:
 
     def save(self, folder: Path) -> None:
         """Everything `load` needs to go on with the same bytes."""
-        self.accelerator.save_state(str(folder))
+        if is_sharded(self.model):
+            save_shards(self.model, self.optimizer.optimizer, folder)
+        else:
+            self.accelerator.save_state(str(folder))
         if self.accelerator.is_main_process:
             torch.save(
                 {"step": self.step, "kl_coef": self.kl_controller.value, "history": self.history}, folder / "trainer.pt"
@@ -313,6 +336,9 @@ class PPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        self.accelerator.load_state(str(folder))
+        if is_sharded(self.model):
+            load_shards(self.model, self.optimizer.optimizer, folder)
+        else:
+            self.accelerator.load_state(str(folder))
         state = torch.load(folder / "trainer.pt", weights_only=True)
         self.step, self.kl_controller.value, self.history = state["step"], state["kl_coef"], state["history"]

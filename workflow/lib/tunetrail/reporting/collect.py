@@ -8,7 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import MANIFEST, METRICS, PROVENANCE, Stage, read_jsonl, read_manifest, sha256_json
+from tunetrail.contract import Stage, read_jsonl
+from tunetrail.errors import DataError
+from tunetrail.provenance.manifest import MANIFEST, METRICS, identity
+from tunetrail.provenance.record import Record, read_record
+from tunetrail.provenance.verify import Finding, Verifier
 
 ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation")
 """The kinds of artifacts, upstream first."""
@@ -31,20 +35,20 @@ class Artifact:
     href: str
     """From the page to the folder, relative."""
     manifest: str
-    """sha256 of the canonical manifest."""
+    """sha256 of manifest.json."""
     metrics: dict
-    record: dict | None
-    """provenance.json; None where it is missing."""
+    record: Record | None
+    """None where provenance.json is missing or no record."""
     stale: list[str] = field(default_factory=list)
     """Roles of the parents that changed after this artifact was made."""
 
     @property
     def stage(self) -> str:
-        return (self.record or {}).get("stage") or self.role.partition(".")[0]
+        return self.record.stage if self.record else self.role.partition(".")[0]
 
     @property
     def attempts(self) -> list[dict]:
-        return (self.record or {}).get("attempts", [])
+        return self.record.attempts if self.record else []
 
     @property
     def seconds(self) -> float | None:
@@ -54,14 +58,14 @@ class Artifact:
 
     @property
     def config(self) -> dict:
-        return (self.record or {}).get("config", {}).get("resolved", {}).get("config", {})
+        return self.record.config if self.record else {}
 
     @property
     def state(self) -> str:
         """`done`, `resumed` (more than one attempt), `stale` (a parent has changed), `altered` or `unrecorded`."""
         if self.record is None:
             return "unrecorded"
-        if self.record.get("subject", {}).get("manifest", self.manifest) != self.manifest:
+        if self.record.manifest != self.manifest:
             return "altered"
         if self.stale:
             return "stale"
@@ -104,6 +108,8 @@ class Run:
     """By role, upstream first: the inputs, and what was found only through a record (completions shards)."""
     parents: dict[str, dict[str, str]]
     """Role -> the roles it was made from -> what they were to it."""
+    audit: list[Finding]
+    """What does not hold, or may not please a policy."""
     models: list[Model]
     """base, sft, then the policies in the order of the config."""
 
@@ -129,6 +135,14 @@ class Run:
         kinds = {re.sub(r"-\d+$", "", name) for name in artifact.metrics.get("labelers") or {}}
         return next((kind for kind in SIMULATED_LABELERS if kind in kinds), "recorded")
 
+    def findings(self, artifact: Artifact) -> list[Finding]:
+        """What the audit found about one artifact."""
+        return [finding for finding in self.audit if finding.folder == str(artifact.folder.resolve())]
+
+    @property
+    def device_hours(self) -> float:
+        return sum(a.record.usage["device_hours"] for a in self.artifacts.values() if a.record)
+
     @property
     def seconds(self) -> float | None:
         known = [a.seconds for a in self.artifacts.values() if a.seconds is not None]
@@ -145,13 +159,17 @@ def load(role: str, folder: Path, page: Path) -> Artifact:
     Args:
         page: folder the page will be in.
     """
+    try:
+        record = read_record(folder)
+    except DataError:
+        record = None
     return Artifact(
         role=role,
         folder=folder,
         href=Path(os.path.relpath(folder, page)).as_posix() + "/",
-        manifest=sha256_json(read_manifest(folder / MANIFEST)),
+        manifest=identity(folder),
         metrics=read_json(folder / METRICS) or {},
-        record=read_json(folder / PROVENANCE),
+        record=record,
     )
 
 
@@ -166,8 +184,8 @@ def link(artifacts: dict[str, Artifact], page: Path) -> dict[str, dict[str, str]
     while todo:
         role = todo.pop(0)
         child, parents[role] = artifacts[role], {}
-        for their_role, parent in sorted((child.record or {}).get("parents", {}).items()):
-            folder = Path(parent["path"])
+        for their_role, parent in sorted((child.record.parents if child.record else {}).items()):
+            folder = child.folder / parent["name"]
             there = next((a for a in artifacts.values() if a.folder.resolve() == folder.resolve()), None)
             same = [a for a in artifacts.values() if a.manifest == parent["manifest"]]
             found = there if there in same or not same else same[0]
@@ -214,4 +232,7 @@ def collect(stage: Stage) -> Run:
             )
         )
     artifacts = dict(sorted(artifacts.items(), key=lambda item: ORDER.index(kind(item[0]))))
-    return Run(stage.output.parent.name, artifacts, parents, models)
+    verdict = Verifier(cache=stage.cache, recursive=True).run(list(stage.inputs.values()))
+    # The run is sealed when it has ended, and this page is of the run.
+    audit = [finding for finding in verdict.findings if finding.name != "not-sealed"]
+    return Run(stage.output.parent.name, artifacts, parents, audit, models)

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tunetrail.provenance.manifest import SIGNATURE
 from tunetrail.reporting import charts, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run
 
@@ -86,20 +87,29 @@ def code(run: Run) -> list[tuple[str, bool]]:
     """Each commit whose code made an artifact, and whether the tree ever differed from it."""
     found: dict[str, bool] = {}
     for artifact in run.artifacts.values():
-        state = (artifact.record or {}).get("code") or {}
+        state = artifact.record.code if artifact.record else {}
         if commit := state.get("commit"):
             found[commit] = found.get(commit, False) or bool(state["dirty"])
     return list(found.items())
+
+
+def marks(run: Run) -> list[str]:
+    """What a reader of the audit should know of a run whose files are all what they were."""
+    names = {finding.name for finding in run.audit}
+    signed = all((a.folder / SIGNATURE).exists() for a in run.artifacts.values())
+    known = (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT"))
+    return ([] if signed else ["UNSIGNED"]) + [mark for name, mark in known if name in names]
 
 
 def software(run: Run) -> list[tuple[str, list[str]]]:
     """Versions of Python and the packages; more than one where artifacts were made with different ones."""
     versions: dict[str, set[str]] = {}
     for artifact in run.artifacts.values():
-        record = artifact.record or {}
-        for name, version in (record.get("packages") or {}).items() | {("python", record.get("python"))}:
-            if version:
-                versions.setdefault(name, set()).add(version)
+        if artifact.record is None:
+            continue
+        pythons = {("python", attempt["python"]) for attempt in artifact.attempts}
+        for name, version in artifact.record.packages.items() | pythons:
+            versions.setdefault(name, set()).add(version)
     return [(name, sorted(found)) for name, found in sorted(versions.items())]
 
 
@@ -219,9 +229,12 @@ def render(run: Run, figures: dict[str, tuple[str, str]], title: str | None, lim
         base_model=base_model(run),
         code=code(run),
         software=software(run),
+        errors=any(finding.severity == "error" for finding in run.audit),
+        marks=marks(run),
         learners=[m for m in run.policies if (a := run.artifacts.get(f"policy.{m.name}")) and a.history],
         outcomes=[(m, verdict.outcome(m.interval("win_rate_vs_sft"))) for m in run.policies],
         sentences=verdict.sentences(run),
+        folder=f"results/{run.name}",
         positions=positions(run),
         sentence_sum=sentence_sum,
         preference_rows=preference_rows(run),

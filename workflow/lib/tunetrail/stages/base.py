@@ -5,6 +5,7 @@
 Writes `model/`, which `from_pretrained` loads. pad != eos from here on.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunetrail.config import BaseModelConfig, HubModel, PypiModel, RandomModel
-from tunetrail.contract import Stage, main, sha256_file
+from tunetrail.contract import Stage, main
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.provenance.manifest import list_files, sha256_file, sha256_json
+from tunetrail.provenance.record import dependency
+from tunetrail.provenance.verify import resolved_revision
 from tunetrail.runtime import quiet_libraries
 
 
@@ -89,6 +93,26 @@ def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTra
         raise DataError(f"base: cannot load {name}: {str(e).splitlines()[0]}") from None
 
 
+def origin(source: BaseModelConfig) -> dict:
+    """Where the model comes from, for the record."""
+    match source:
+        case PypiModel():
+            return dependency(
+                "base", f"{source.package}=={source.version}", source.sha256, f"pkg:pypi/{source.package}@{source.version}",
+                licence=source.licence,
+            )  # fmt: skip
+        case RandomModel():
+            return dependency("base", "random weights", reason="drawn from the seed", licence=source.licence)
+        case HubModel():
+            return dependency(
+                "base", source.repo, uri=f"pkg:huggingface/{source.repo}@{source.revision}", licence=source.licence,
+                revision=source.revision, commit=resolved_revision(source.repo, source.revision),
+                reason="the manifest has the digests of what was downloaded",
+            )  # fmt: skip
+    files = {os.path.relpath(source.path / f["path"]): f["sha256"] for f in list_files(source.path)}
+    return dependency("base", os.path.relpath(source.path), sha256_json(files), licence=source.licence, files=files)
+
+
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: BaseModelConfig) -> None:
     """Applies base.pad_token and base.chat_template. Raises ConfigError where pad would be eos."""
     if source.chat_template is not None:
@@ -122,7 +146,7 @@ def run(stage: Stage) -> dict:
     without_dropout(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     stage.tokenizer_digest = tokenizer_digest(folder)
-    stage.extra_provenance["base"] = source.model_dump(mode="json")
+    stage.dependencies.append(origin(source))
     return {
         "architecture": type(model).__name__,
         "parameters": trained_parameters(model)["parameters"],

@@ -10,8 +10,9 @@ import os
 import sys
 
 from tunetrail.config import BestOfNConfig
-from tunetrail.contract import Stage, main, sha256_json, write_json
+from tunetrail.contract import Stage, main, write_json
 from tunetrail.evaluation.stats import best_of_n_kl
+from tunetrail.provenance.manifest import sha256_json
 
 
 def run(stage: Stage) -> dict:

@@ -16,10 +16,12 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from tunetrail.config import ComparisonsConfig
-from tunetrail.contract import METRICS, Stage, main, sha256_file, write_jsonl
+from tunetrail.contract import Stage, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.labeling import LABELERS
 from tunetrail.labeling.ranks import pair_outcomes, pairwise_agreement
+from tunetrail.provenance.manifest import METRICS
+from tunetrail.provenance.record import labels_dependency
 
 MIN_PROMPTS = 2
 """Fewer prompts than this with two distinct completions in the reward split are no comparisons to learn from."""
@@ -103,12 +105,7 @@ def run(stage: Stage) -> dict:
 
     path = stage.work / "comparisons.jsonl"
     write_jsonl(path, rows)
-    stage.extra_provenance["labels"] = {
-        "digest": sha256_file(path),
-        "rankings": metrics["rankings"],
-        "labelers": sorted(metrics["labelers"]),
-        "source": labels.source,
-    }
+    stage.dependencies.append(labels_dependency(path, rows, labels.source))
     return (
         metrics
         | labels.metrics

@@ -15,11 +15,13 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from tunetrail.config import SPLITS, DataConfig, DocstringSource
-from tunetrail.contract import Stage, log, main, sha256_file, write_jsonl
+from tunetrail.contract import Stage, log, main, write_jsonl
 from tunetrail.data.chat import render, with_system
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
 from tunetrail.data.splits import assign_splits, duplicates_across, histogram, shuffled
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.provenance.manifest import sha256_file
+from tunetrail.provenance.record import dependency, labels_dependency
 
 
 class Renderer:
@@ -169,6 +171,18 @@ def comparison_row(row: dict) -> dict:
     }  # fmt: skip
 
 
+def source_dependency(source: dict) -> dict:
+    """A source of the data card, for the record; a file is checked again by a recursive audit."""
+    about = {key: value for key, value in source.items() if key not in ("source", "digest")}
+    if source["digest"]:
+        return dependency(
+            "source", source["source"], source["digest"], files={source["source"]: source["digest"]}, **about
+        )
+    return dependency(
+        "source", source["source"], reason="the manifest has the digests of the rows that were read", **about
+    )
+
+
 def run(stage: Stage) -> dict:
     config = DataConfig(**stage.config)
     renderer = Renderer(AutoTokenizer.from_pretrained(stage.inputs["base"] / "model"), config)
@@ -238,7 +252,9 @@ def run(stage: Stage) -> dict:
             "rankings": sum(len(row["rankings"]) for row in comparisons),
             "labelers": sorted({ranking["labeler"] for row in comparisons for ranking in row["rankings"]}),
         }
-    stage.extra_provenance["sources"] = sources
+    stage.dependencies += [source_dependency(source) for source in sources]
+    if config.preferences:
+        stage.dependencies.append(labels_dependency(stage.work / "comparisons.jsonl", comparisons, {}))
     return card
 
 

@@ -18,7 +18,14 @@ from tunetrail.contract import Stage, is_main_process, main
 from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
 from tunetrail.models.comparisons import widest_pairs
-from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
+from tunetrail.models.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    save_causal_lm,
+    trained_parameters,
+    training_flops,
+    with_lora,
+)
 from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, score_labels_only, train, trainer_arguments
@@ -67,6 +74,13 @@ def run(stage: Stage) -> dict:
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
+    stage.training_flops = training_flops(
+        counts,
+        sum(
+            2 * len(examples[i]["prompt_ids"]) + len(examples[i]["chosen_ids"]) + len(examples[i]["rejected_ids"])
+            for i in order
+        ),
+    )
     trainer = PretokenizedDpoTrainer(
         model=model,
         args=TrlDpoConfig(

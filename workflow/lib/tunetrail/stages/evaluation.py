@@ -175,6 +175,7 @@ def gold_scores(config: EvaluationConfig, completions: list[str] | None, referen
 
 def run(stage: Stage) -> dict:
     prepare(stage.seed, "evaluation")
+    stage.about = ("model",)
     rows = [row for row in stage.rows("data", "evaluation.jsonl") if "prompt" in row]
     if not rows:
         raise DataError(

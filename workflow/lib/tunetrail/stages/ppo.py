@@ -20,10 +20,12 @@ from tunetrail.models.loading import (
     load_tokenizer,
     save_causal_lm,
     trained_parameters,
+    training_flops,
     with_lora,
 )
 from tunetrail.ppo.engines import VllmEngine
-from tunetrail.ppo.trainer import PPOTrainer, log
+from tunetrail.ppo.sharding import whole_state
+from tunetrail.ppo.trainer import PPOTrainer
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
@@ -34,7 +36,7 @@ def save(stage: Stage, trainer: PPOTrainer) -> None:
     checkpoint = stage.state / f"checkpoint-{trainer.step}"
     trainer.save(checkpoint)
     if is_main_process():
-        mark_complete(checkpoint)
+        mark_complete(stage, checkpoint)
         keep_newest(stage.state)
     stage.stop.saved()
 
@@ -73,8 +75,7 @@ def run(stage: Stage) -> dict:
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
         demonstrations=demonstrations, engine=engine, gold=chrf_of if watch_gold else None,
     )  # fmt: skip
-    if checkpoint := latest_checkpoint(stage.state):
-        log.info("ppo: resuming from %s", checkpoint.name)
+    if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)
     board = SummaryWriter(str(stage.state / "tensorboard")) if is_main_process() else None
     with ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1) as bar:
@@ -87,10 +88,12 @@ def run(stage: Stage) -> dict:
             if trainer.step < config.steps and stage.stop.save_due():
                 save(stage, trainer)
                 stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
+    stage.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
+    state = whole_state(trainer.model, "policy")
     if not is_main_process():
         return {}
+    save_causal_lm(trainer.actor_critic.policy, parent, stage.work, config.lora, parent, stage.parents["policy"], state)
     write_jsonl(stage.work / "history.jsonl", trainer.history)
-    save_causal_lm(trainer.actor_critic.policy, parent, stage.work, config.lora, parent, stage.parents["policy"])
     last = trainer.history[-1]
     return {
         "steps": trainer.step,

@@ -30,6 +30,7 @@ from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
     trained_parameters,
+    training_flops,
     with_full_precision_head,
     with_lora,
 )
@@ -209,6 +210,13 @@ def run(stage: Stage) -> dict:
     model.config.pad_token_id = pad_id
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
+    stage.training_flops = training_flops(
+        counts,
+        sum(
+            len(examples[i]["responses"]) * len(examples[i]["prompt"]) + sum(map(len, examples[i]["responses"]))
+            for i in order
+        ),
+    )
     trainer = KWiseTrainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(stage, config), remove_unused_columns=False),

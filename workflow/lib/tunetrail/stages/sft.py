@@ -18,7 +18,14 @@ from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode, encode_response
-from tunetrail.models.loading import load_causal_lm, load_tokenizer, save_causal_lm, trained_parameters, with_lora
+from tunetrail.models.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    save_causal_lm,
+    trained_parameters,
+    training_flops,
+    with_lora,
+)
 from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
 from tunetrail.training import epoch_order, score_labels_only, train, trainer_arguments
@@ -62,6 +69,7 @@ def run(stage: Stage) -> dict:
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
+    stage.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
     trainer = SFTTrainer(
         model=model,
         args=TrlSftConfig(

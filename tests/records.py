@@ -1,0 +1,45 @@
+"""Artifacts made up for tests, with records in the real form."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunetrail.provenance import record
+from tunetrail.provenance.manifest import build, canonical
+
+ATTEMPT = {
+    "start": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:05:05+00:00", "host": "node7", "job_id": None,
+    "python": "3.11.7", "ended": "done", "seconds": 60.0, "world_size": 1,
+}  # fmt: skip
+
+
+def seal_folder(
+    folder: Path,
+    stage: str,
+    parents: dict[str, Path] | None = None,
+    config: dict | None = None,
+    attempts: list[dict] | None = None,
+    dependencies: list[dict] | None = None,
+    about: tuple[str, ...] = (),
+    **code: Any,
+) -> Path:
+    """Gives a folder of files a manifest and a record. `code` overrides what the record says of the code."""
+    manifest = canonical({"schema": 1, "stage": stage, "tokenizer": "t" * 64} | build(folder))
+    found = {role: record.parent_of(path) for role, path in (parents or {}).items()}
+    labels = [d for parent in found.values() for d in parent["labels"]]
+    content = record.build(
+        stage=stage, part=(0, 1), config={"stage": stage, "seed": 17, "config": config or {}}, manifest=manifest,
+        output=folder, parents=found, dependencies=[*(dependencies or []), *labels], attempts=attempts or [ATTEMPT], metrics={},
+        training_flops=None, byproducts=[],
+        also_about=[{"name": role, "digest": {"sha256": found[role]["manifest"]}} for role in about],
+    )  # fmt: skip
+    statement = json.loads(content)
+    resolved = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    for dependency in resolved:
+        if dependency["annotations"]["role"] == "code":
+            dependency["annotations"] |= {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": False, "untracked": []} | code  # fmt: skip
+        if dependency["annotations"]["role"] == "packages":
+            dependency["annotations"]["installed"] = {"torch": "2.13.0", "trl": "1.16.0"}
+    (folder / "provenance.json").write_bytes(canonical(statement))
+    (folder / "manifest.json").write_bytes(manifest)
+    return folder

@@ -1,0 +1,7 @@
+"""python -m tunetrail …"""
+
+import sys
+
+from tunetrail.cli import main
+
+sys.exit(main())

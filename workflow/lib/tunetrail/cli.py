@@ -1,0 +1,268 @@
+"""The command line: tunetrail audit …
+
+    tunetrail audit verify PATH…      is it still what it was?
+    tunetrail audit trace PATH        what was it made from? --reverse: what was made from this?
+    tunetrail audit diff A B          what differs?
+    tunetrail audit show PATH         what does its record say?
+    tunetrail audit seal RUN          append what is new to the run's ledger, sign it
+    tunetrail audit reproduce PATH    run its stage again and compare
+    tunetrail audit export PATH --format slsa|ro-crate|prov|spdx|model-card
+    tunetrail audit card PATH         the model card
+
+Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunetrail.errors import TunetrailError
+from tunetrail.provenance.manifest import DigestCache
+
+SOUND, FINDING, INCOMPLETE, WARNING = 0, 1, 2, 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tunetrail", description="Post-training as one auditable DAG.")
+    areas = parser.add_subparsers(required=True, metavar="audit")
+    audit = areas.add_parser("audit", help="where a checkpoint came from, and whether it is still what it was")
+    commands = audit.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, about: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=about, description=about)
+        found.add_argument("--json", action="store_true", help="for machines")
+        found.set_defaults(function=function)
+        return found
+
+    verify = command("verify", _verify, "compare files, records and ledger; say what does not hold")
+    verify.add_argument("path", type=Path, nargs="+", help="artifact folders, or whole runs")
+    depth = verify.add_mutually_exclusive_group()
+    depth.add_argument("--deep", action="store_true", help="read every byte (the default)")
+    depth.add_argument("--quick", action="store_true", help="trust digests of files that have not changed since by size and times")  # fmt: skip
+    verify.add_argument("--recursive", action="store_true", help="also everything they were made from, down to the raw data")  # fmt: skip
+    verify.add_argument("--strict", action="store_true", help="warnings are findings")
+    verify.add_argument("--policy", type=Path, help="YAML: whose signatures count and what is required")
+    verify.add_argument("--anchor", help="a ledger's head kept elsewhere: the 64 digits, or a file that holds them")
+
+    trace = command("trace", _trace, "the tree of what an artifact was made from, or of what was made from something")
+    trace.add_argument("path", help="an artifact; with --reverse: dataset:NAME, group:NAME, labeler:NAME, package:NAME[==VERSION] or an artifact")  # fmt: skip
+    trace.add_argument("--reverse", action="store_true", help="every artifact that came from it; checkpoints must be trained again")  # fmt: skip
+    trace.add_argument("--in", dest="runs", type=Path, nargs="+", default=[Path("results")], help="runs to search, with --reverse (default: results)")  # fmt: skip
+    trace.add_argument("--svg", type=Path, help="also draw it")
+
+    diff = command("diff", _diff, "what differs between two artifacts and what they were made from")
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+
+    show = command("show", _show, "what a record says")
+    show.add_argument("path", type=Path)
+
+    seal = command("seal", _seal, "append what is new to the run's ledger and print its head")
+    seal.add_argument("run", type=Path)
+    seal.add_argument("--key", type=Path, help="PEM file of an ed25519 private key: signs every record of the run")
+    seal.add_argument("--anchor", type=Path, help="file outside the run that gets the head")
+
+    reproduce = command("reproduce", _reproduce, "run a stage again from its record and say how alike the result is")
+    reproduce.add_argument("path", type=Path)
+    reproduce.add_argument("--scratch", type=Path, help="folder for it (default: state/reproduce/NAME)")
+    reproduce.add_argument("--tolerance", type=float, default=1e-3, help="relative, of tensors and metrics")
+
+    export = command("export", _export, "an artifact's lineage in another format")
+    export.add_argument("path", type=Path)
+    export.add_argument("--format", required=True, choices=("slsa", "ro-crate", "prov", "spdx", "model-card"))
+    export.add_argument("--output", type=Path, help="file (default: standard output)")
+
+    card = command("card", _card, "the model card, as Hugging Face reads it")
+    card.add_argument("path", type=Path)
+    card.add_argument("--output", type=Path, help="file (default: standard output)")
+    return parser
+
+
+def _folder(path: Path) -> Path:
+    """An artifact may be named by its folder or its manifest."""
+    return path.parent if path.is_file() else path
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.signing import read_policy
+    from tunetrail.provenance.verify import Verifier
+
+    anchor = args.anchor
+    if anchor and Path(anchor).is_file():
+        anchor = Path(anchor).read_text().split()[0]
+    cache = DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests"))) if args.quick else None
+    policy = read_policy(args.policy) if args.policy else None
+    verdict = Verifier(cache=cache, recursive=args.recursive, policy=policy, anchor=anchor).run(args.path)
+    code = verdict.exit_code(args.strict)
+    if args.json:
+        _print(verdict.as_json(args.strict))
+        return code
+    for finding in verdict.findings:
+        print(finding)
+    word = {SOUND: "SOUND", FINDING: "NOT SOUND", INCOMPLETE: "INCOMPLETE", WARNING: "SOUND, WITH WARNINGS"}[code]
+    marks = ["UNSIGNED" if verdict.unsigned else "signed by " + ", ".join(sorted({n for ns in verdict.signed.values() for n in ns}))]  # fmt: skip
+    names = {finding.name for finding in verdict.findings}
+    marks += [mark for name, mark in (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT")) if name in names]  # fmt: skip
+    print(f"{word}: {len(verdict.artifacts)} artifacts, {verdict.bytes_read / 1e9:.2f} GB compared, {len(verdict.findings)} findings, {', '.join(marks)}")  # fmt: skip
+    for ledger, head in verdict.heads.items():
+        print(f"head of {ledger}: {head}")
+    return code
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from tunetrail.provenance import lineage as lines
+    from tunetrail.provenance import picture
+
+    lineage = lines.Lineage()
+    if not args.reverse:
+        node = lineage.add(_folder(Path(args.path)))
+        if args.json:
+            _print(lines.tree(node))
+        else:
+            picture.print_tree(node)
+        if args.svg:
+            args.svg.write_text(picture.svg(list(lineage.nodes.values())))
+        missing = any(parent is None for n in lineage.nodes.values() for parent in n.parents.values())
+        return INCOMPLETE if missing else SOUND
+    for run in args.runs:
+        lineage.add_run(run)
+    found = lines.origins(lineage, args.path)
+    touched = [*found, *lineage.descendants(found)]
+    checkpoints = [n for n in touched if lines.is_checkpoint(n)]
+    if args.json:
+        _print({
+            "origins": [str(n.folder) for n in found],
+            "artifacts": [str(n.folder) for n in touched],
+            "retrain": [str(n.folder) for n in checkpoints],
+        })  # fmt: skip
+    else:
+        print(f"{args.path} is in {', '.join(n.name for n in found[:8])}{' …' if len(found) > 8 else ''}")
+        print(f"{len(touched)} artifacts come from it. If it is withdrawn, {len(checkpoints)} checkpoints must be trained again:")  # fmt: skip
+        for n in checkpoints:
+            print(f"  {os.path.relpath(n.folder)}")
+    if args.svg:
+        args.svg.write_text(picture.svg(touched))
+    return SOUND
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.diff import as_text, diff
+
+    found = diff(_folder(args.a), _folder(args.b))
+    if args.json:
+        _print(found)
+    else:
+        print(as_text(found))
+    return SOUND if found["equal"] else FINDING
+
+
+def _show(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.manifest import identity
+    from tunetrail.provenance.record import read_record
+
+    folder = _folder(args.path)
+    record = read_record(folder)
+    if args.json:
+        _print(record.statement)
+        return SOUND
+    code = record.code
+    print(f"{folder}: made by the stage {record.stage}, part {record.part}")
+    print(f"  manifest  {identity(folder)}")
+    print(f"  record    {record.digest}")
+    print(f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {record.usage.get('device_hours'):.4f} device-hours")  # fmt: skip
+    for role, parent in record.parents.items():
+        print(f"  input     {role}: {parent['name']}, manifest {parent['manifest'][:16]}…")
+    for role in ("base", "source", "labels"):
+        for d in record.of_role(role):
+            print(f"  {role:9} {d['name']}")
+    print(f"  code      commit {code.get('commit')}{', DIRTY' if code.get('dirty') else ''}")
+    for attempt in record.attempts:
+        print(f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {attempt.get('ended')}")  # fmt: skip
+    return SOUND
+
+
+def _seal(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.ledger import artifacts, seal
+    from tunetrail.provenance.manifest import PROVENANCE
+    from tunetrail.provenance.signing import sign
+
+    if not args.run.is_dir() or not (found := artifacts(args.run)):
+        print(f"{args.run}: no run, there is no artifact in it", file=sys.stderr)
+        return INCOMPLETE
+    ledger = seal(args.run)
+    if args.key:
+        for folder in found:
+            if (folder / PROVENANCE).exists():
+                sign(folder, args.key)
+    if args.anchor:
+        args.anchor.write_text(f"{ledger.head}  {args.run}\n")
+    if args.json:
+        _print(
+            {"ledger": str(ledger.path), "lines": len(ledger.entries), "head": ledger.head, "signed": bool(args.key)}
+        )
+        return SOUND
+    print(f"{ledger.path}: {len(ledger.entries)} lines, head {ledger.head}")
+    if not args.anchor:
+        print(f"to prove later that it was not written anew, keep the head elsewhere: git tag -s -m {ledger.head} {args.run.name}-sealed")  # fmt: skip
+    return SOUND
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.reproduce import TIERS, reproduce
+
+    folder = _folder(args.path)
+    result = reproduce(folder, args.scratch or Path("state/reproduce") / folder.resolve().name, args.tolerance)
+    if args.json:
+        _print({"tier": result.tier, "folder": str(result.folder), "details": result.details})
+    else:
+        print(f"{folder}: {result.tier}; the new one is in {result.folder}")
+        for key, value in result.details.items():
+            print(f"  {key}: {value}")
+    return FINDING if result.tier == TIERS[-1] else SOUND
+
+
+def _written(text: str, args: argparse.Namespace) -> int:
+    if args.output:
+        args.output.write_text(text)
+    if args.json:
+        _print({"output": str(args.output) if args.output else None, "content": None if args.output else text})
+    elif not args.output:
+        print(text, end="")
+    return SOUND
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.export import FORMATS
+
+    return _written(FORMATS[args.format](_folder(args.path)), args)
+
+
+def _card(args: argparse.Namespace) -> int:
+    from tunetrail.provenance.export import model_card
+
+    return _written(model_card(_folder(args.path)), args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except TunetrailError as e:
+        for line in str(e).split("\n"):
+            print(f"tunetrail: error: {line}", file=sys.stderr)
+        return INCOMPLETE
+    except BrokenPipeError:  # | head
+        sys.stderr.close()
+        return SOUND
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Manifests: what an artifact is. Every file's path, size and sha256, every tensor's dtype, shape and sha256; nothing else.
+
+`manifest.json` is canonical JSON (RFC 8785), so an artifact's identity is what `sha256sum manifest.json` prints, and equal
+content gives an equal identity. Digests of tensors tell weights that were saved again from weights that differ:
+equal tensors need not give equal safetensors files.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import rfc8785
+
+from tunetrail.config import canonical_json
+from tunetrail.errors import DataError
+
+MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
+SIGNATURE = "provenance.dsse.json"
+BESIDE = (MANIFEST, PROVENANCE, SIGNATURE)
+"""Files of an artifact that its manifest does not list."""
+CHUNK = 2**22
+"""Bytes read at once."""
+
+
+def sha256_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Of anything that JSON can hold, to compare within one run. Identities are `sha256_bytes` of canonical files."""
+    return sha256_bytes(canonical_json(value).encode())
+
+
+def canonical(value: Any) -> bytes:
+    """JSON by RFC 8785. Raises ValueError for NaN, infinity and integers above 2^53."""
+    return rfc8785.dumps(value)
+
+
+def identity(folder: Path) -> str:
+    """sha256 of the artifact's manifest file."""
+    return sha256_file(folder / MANIFEST)
+
+
+# ----------------------------------------------------------------------------- tensors
+
+
+def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
+    """(header without its metadata, where the data begins) of an open safetensors file. Raises DataError when broken.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    try:
+        (length,) = struct.unpack("<Q", f.read(8))
+        size = os.fstat(f.fileno()).st_size
+        if length > size - 8:
+            raise ValueError("header longer than the file")
+        header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+        if spans and (
+            spans[0][0] != 0 or spans[-1][1] != size - 8 - length or any(a[1] != b[0] for a, b in pairwise(spans))
+        ):
+            raise ValueError("the tensors do not fill the file")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        raise DataError(f"{f.name}: not a whole safetensors file ({e})") from None
+    return header, 8 + length
+
+
+def hash_safetensors(path: Path) -> tuple[str, list[dict]]:
+    """(sha256 of the file; name, dtype, shape and sha256 of each tensor, by name). Reads each byte once."""
+    with path.open("rb") as f:
+        header, start = safetensors_header(f)
+        f.seek(0)
+        whole = hashlib.sha256(f.read(start))
+        tensors = []
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            digest = hashlib.sha256()
+            left = end - begin
+            while left and (chunk := f.read(min(left, CHUNK))):
+                whole.update(chunk)
+                digest.update(chunk)
+                left -= len(chunk)
+            tensors.append(
+                {"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "sha256": digest.hexdigest()}
+            )
+    return whole.hexdigest(), sorted(tensors, key=lambda t: t["name"])
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def walk(folder: Path) -> list[Path]:
+    """Every file and link below `folder`, whatever it points to, sorted by path."""
+    found = []
+    for root, folders, names in os.walk(folder):  # follows no links to folders
+        found += [Path(root, name) for name in names]
+        found += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+    return sorted(found)
+
+
+def parallel(function: Any, paths: list[Path]) -> list[Any]:
+    """`function` of each path, in order, on all cores: hashing lets go of the interpreter. Large files start first."""
+    by_size = sorted(range(len(paths)), key=lambda i: -paths[i].lstat().st_size)
+    results: list[Any] = [None] * len(paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, result in zip(by_size, pool.map(lambda i: function(paths[i]), by_size), strict=True):
+            results[i] = result
+    return results
+
+
+def list_files(folder: Path) -> list[dict]:
+    """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path."""
+    return build(folder)["files"]
+
+
+def build(folder: Path) -> dict[str, list[dict]]:
+    """`files` and `tensors` of a folder. Raises DataError for a file name that is no UTF-8, or a broken safetensors file."""
+    paths = [path for path in walk(folder) if path.relative_to(folder).as_posix() not in BESIDE]
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{str(path)!r}: a file name must be UTF-8; rename it") from None
+
+    def look(path: Path) -> tuple[str, list[dict]]:
+        return hash_safetensors(path) if path.suffix == ".safetensors" else (sha256_file(path), [])
+
+    files, tensors = [], []
+    for path, (digest, found) in zip(paths, parallel(look, paths), strict=True):
+        name = path.relative_to(folder).as_posix()
+        files.append({"path": name, "size": path.stat().st_size, "sha256": digest})
+        tensors += [{"file": name} | tensor for tensor in found]
+    return {"files": files, "tensors": tensors}
+
+
+def read_manifest(path: Path) -> dict:
+    """Raises DataError when there is none, or what is there is none."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        for entry in manifest["files"]:
+            assert isinstance(entry["path"], str)
+            assert isinstance(entry["size"], int)
+            assert len(entry["sha256"]) == 64
+        return manifest
+    except FileNotFoundError:
+        raise DataError(f"{path}: no manifest; run the stage that makes this folder first") from None
+    except ValueError as e:
+        raise DataError(f"{path}: not valid JSON ({e}); delete the folder and run its stage again") from None
+    except (KeyError, TypeError, AssertionError):
+        raise DataError(f"{path}: is no manifest; delete the folder and run its stage again") from None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path of a manifest stays in its folder."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
+
+
+# ----------------------------------------------------------------------------- what has been hashed before
+
+
+class DigestCache:
+    """sha256 of files that have not changed since they were hashed last, by any process of the run.
+
+    A file counts as the same while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
+    a small file, written whole by a rename. Only quick checks use it: a disk that rots changes none of these.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def sha256(self, path: Path) -> str:
+        before = _stamp(path)
+        entry = None if self.folder is None else self.folder / f"{before[0]}-{before[1]}"
+        if entry is not None:
+            try:
+                *stamp, digest = entry.read_text().split()
+                if tuple(map(int, stamp)) == before:
+                    return digest
+            except (OSError, ValueError):
+                pass
+        digest = sha256_file(path)
+        self.remember(path, digest, before)
+        return digest
+
+    def remember(self, path: Path, digest: str, stamp: tuple[int, ...] | None = None) -> None:
+        """Notes a digest that was just computed; `stamp` is what the file looked like before."""
+        stamp = stamp or _stamp(path)
+        if self.folder is None or stamp != _stamp(path):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            pending = self.folder / f".{os.getpid()}-{stamp[1]}"
+            pending.write_text(" ".join(map(str, (*stamp, digest))))
+            pending.rename(self.folder / f"{stamp[0]}-{stamp[1]}")
+        except OSError:  # a cache that cannot be written costs time and nothing else
+            self.folder = None
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    s = path.stat()
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+def no_cache() -> DigestCache:
+    return DigestCache(None)

@@ -1,0 +1,94 @@
+"""A lineage as a tree in the terminal and as a drawing."""
+
+import html
+from pathlib import Path
+
+from tunetrail.provenance.lineage import Node
+
+WIDTH, HEIGHT, ACROSS, DOWN = 150, 40, 190, 56
+"""Pixels: a box, the pitch of columns and rows."""
+
+
+def print_tree(node: Node) -> None:
+    from rich import print as show
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    seen: set[Path] = set()
+
+    def label(role: str, n: Node) -> str:
+        start = f"{role}: " if role else ""
+        made = f"commit {(n.record.code.get('commit') or 'unknown')[:8]}" if n.record else f"[red]{escape(n.fault or '')}[/red]"  # fmt: skip
+        return f"{start}[bold]{escape(n.name)}[/bold] {n.identity[:12]} [dim]{made}[/dim]"
+
+    def grow(branch: Tree, n: Node) -> None:
+        if n.folder in seen:
+            if n.parents:
+                branch.add("[dim]as above[/dim]")
+            return
+        seen.add(n.folder)
+        for role, parent in sorted(n.parents.items()):
+            if parent is None:
+                branch.add(f"{role}: [red]missing[/red]")
+            else:
+                grow(branch.add(label(role, parent)), parent)
+        for kind in ("base", "source", "labels"):
+            for d in n.record.of_role(kind) if n.record else []:
+                branch.add(f"{kind}: {escape(d['name'])} [dim]{(d.get('digest') or {}).get('sha256', '')[:12]}[/dim]")
+
+    tree = Tree(label("", node))
+    grow(tree, node)
+    show(tree)
+
+
+def layers(nodes: list[Node]) -> dict[Path, int]:
+    """Column of each artifact: one more than the furthest of its parents'. Iterative: a lineage may be deep."""
+    among = {node.folder for node in nodes}
+    by_folder = {node.folder: node for node in nodes}
+    found: dict[Path, int] = {}
+    for node in nodes:
+        stack = [node]
+        while stack:
+            at = stack[-1]
+            open_parents = [p for p in at.parents.values() if p and p.folder in among and p.folder not in found]
+            if open_parents:
+                stack += open_parents
+                continue
+            stack.pop()
+            above = [found[p.folder] for p in by_folder[at.folder].parents.values() if p and p.folder in among]
+            found[at.folder] = max(above, default=-1) + 1
+    return found
+
+
+def svg(nodes: list[Node]) -> str:
+    """Boxes in columns, parents to the left. A box without a record has a red edge."""
+    column = layers(nodes)
+    rows: dict[int, int] = {}
+    place: dict[Path, tuple[int, int]] = {}
+    for node in sorted(nodes, key=lambda n: (column[n.folder], n.name)):
+        x = column[node.folder]
+        place[node.folder] = (10 + x * ACROSS, 10 + rows.get(x, 0) * DOWN)
+        rows[x] = rows.get(x, 0) + 1
+    width, height = 20 + max(column.values()) * ACROSS + WIDTH, 20 + (max(rows.values()) - 1) * DOWN + HEIGHT
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif">',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+    ]
+    for node in nodes:
+        x1, y1 = place[node.folder]
+        for role, parent in sorted(node.parents.items()):
+            if parent and parent.folder in place:
+                x0, y0 = place[parent.folder]
+                a, b, gap = x0 + WIDTH, y0 + HEIGHT // 2, (ACROSS - WIDTH) // 2
+                lines.append(f'<path d="M{a},{b}C{a + gap},{b} {x1 - gap},{y1 + HEIGHT // 2} {x1},{y1 + HEIGHT // 2}" fill="none" stroke="#8a94a0"><title>{html.escape(role)}</title></path>')  # fmt: skip
+    for node in nodes:
+        x, y = place[node.folder]
+        edge = "#00734f" if node.record and node.record.manifest == node.identity else "#b04300"
+        name = node.name if len(node.name) <= 20 else f"{node.name[:9]}…{node.name[-10:]}"
+        lines += [
+            f'<g><title>{html.escape(node.name)} sha256 {node.identity}</title>',
+            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="#f6f8fa" stroke="{edge}" stroke-width="1.5"/>',
+            f'<text x="{x + 8}" y="{y + 17}" font-size="13" fill="#1a2129">{html.escape(name)}</text>',
+            f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text></g>',
+        ]  # fmt: skip
+    return "\n".join([*lines, "</svg>"]) + "\n"

@@ -1,0 +1,369 @@
+"""Records: how an artifact came to be, as an in-toto Statement v1 with a SLSA provenance v1 predicate.
+
+`provenance.json` is canonical JSON (RFC 8785); its sha256 is the record's digest, which the records of everything made
+from the artifact name. A value that is unknown is null with a reason. https://in-toto.io/Statement/v1,
+https://slsa.dev/provenance/v1
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tunetrail
+from tunetrail.errors import DataError
+from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, canonical, sha256_bytes, sha256_file, sha256_json
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:tunetrail:stage:v1"
+ENVIRONMENT = (
+    "ACCELERATE_MIXED_PRECISION", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTHONHASHSEED", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION",
+    "TUNETRAIL_CHECKPOINT_MINUTES", "TUNETRAIL_TIME_LIMIT", "WORLD_SIZE",
+)  # fmt: skip
+"""Environment variables that a record may hold: an allowlist, so that no secret gets in."""
+MAX_DIFF = 2**20
+"""Bytes of a dirty tree's diff that a record keeps; of a larger one only the digest."""
+
+
+# ----------------------------------------------------------------------------- what a record says of code and software
+
+
+def _git(*arguments: str) -> bytes | None:
+    command = ["git", "-C", str(Path(__file__).parent), "-c", "core.quotepath=off", *arguments]
+    try:
+        reply = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return reply.stdout if reply.returncode == 0 else None
+
+
+@cache
+def code_state() -> dict[str, Any]:
+    """Commit, whether the tree differs from it, the diff, untracked files, and a digest of the library's own files."""
+    library = Path(tunetrail.__file__).parent
+    files = {p.relative_to(library).as_posix(): sha256_file(p) for p in sorted(library.rglob("*.py"))}
+    state: dict[str, Any] = {"commit": None, "dirty": None, "diff": None, "untracked": []}
+    commit, root = _git("rev-parse", "HEAD"), _git("rev-parse", "--show-toplevel")
+    # A package installed into an environment may lie in somebody else's checkout.
+    tracked = _git("ls-files", "--error-unmatch", str(Path(__file__)))
+    if commit is None or root is None or tracked is None:
+        state["reason"] = "not a git checkout, or git is not installed"
+    else:
+        top = root.decode().strip()
+        diff = _git("-C", top, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD") or b""
+        untracked = _git("-C", top, "ls-files", "--others", "--exclude-standard", "--", "Snakefile", "workflow", "config", "profiles") or b""  # fmt: skip
+        state |= {"commit": commit.decode().strip(), "dirty": bool(diff or untracked), "untracked": untracked.decode(errors="replace").splitlines()}  # fmt: skip
+        state["diff"] = diff or None
+    return state | {"library": sha256_json(files)}
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Every installed distribution and its version."""
+    found: dict[str, str] = {}
+    for package in importlib.metadata.distributions():
+        name = package.metadata["Name"]
+        if name:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), package.version)
+    return dict(sorted(found.items()))
+
+
+def _lock() -> dict | None:
+    path = Path(tunetrail.__file__).parents[3] / "envs/requirements.txt"
+    return {"name": "envs/requirements.txt", "digest": {"sha256": sha256_file(path)}} if path.exists() else None
+
+
+# ----------------------------------------------------------------------------- what a record says of an attempt
+
+
+def environment() -> dict[str, Any]:
+    """Where this attempt runs: host, job, nodes, devices, software, determinism. No torch is imported for it."""
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {
+        "host": platform.node(),
+        "job_id": os.environ.get("SLURM_JOB_ID"),
+        "partition": os.environ.get("SLURM_JOB_PARTITION"),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "gpus": gpus,
+        "driver": _driver() if gpus else None,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__ if torch else None,
+        "code": code_state()["library"],
+        "packages": sha256_json(packages()),
+        "deterministic": torch.are_deterministic_algorithms_enabled() if torch else None,
+        "variables": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+@cache
+def _cpu() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except OSError:
+        return None
+
+
+def energy_joules() -> float | None:
+    """The processors' own counter since some moment in the past; None where there is none to read."""
+    total = 0
+    for counter in Path("/sys/class/powercap").glob("intel-rapl:?"):
+        try:
+            total += int((counter / "energy_uj").read_text())
+        except (OSError, ValueError):
+            return None
+    return total / 1e6 or None
+
+
+def device_hours(attempts: list[dict]) -> float:
+    """Hours of all attempts times their processes; what a killed attempt took is not known and not in it."""
+    return sum((a.get("seconds") or 0) * a.get("world_size", 1) for a in attempts) / 3600
+
+
+# ----------------------------------------------------------------------------- writing
+
+
+def dependency(role: str, name: str, digest: str | None = None, uri: str | None = None, **annotations: Any) -> dict:
+    """A SLSA ResourceDescriptor of something an artifact was made from.
+
+    Args:
+        digest: sha256 of its content; None where none can be had, and an annotation `reason` says why.
+        annotations: `files`, a mapping of paths to sha256, is checked again by a recursive audit.
+    """
+    found: dict[str, Any] = {"name": name}
+    if uri:
+        found["uri"] = uri
+    if digest:
+        found["digest"] = {"sha256": digest}
+    return found | {"annotations": {"role": role} | _exact(annotations)}
+
+
+def labels_dependency(path: Path, rows: list[dict], source: dict) -> dict:
+    """The exact label set: its export, how many rankings by whom (pseudonyms), and where they come from.
+
+    Args:
+        rows: of the export, each with `rankings`.
+        source: what the labeler says; `files` (path -> sha256) where the labels were read from files.
+    """
+    rankings = [ranking for row in rows for ranking in row["rankings"]]
+    chain = {key: source.get(key) for key in ("events", "chain_head", "guideline")}
+    if chain["chain_head"] is None:
+        chain["reason"] = "these labels were not collected by the ranking page, which keeps a chain of events"
+    return dependency(
+        "labels", path.name, sha256_file(path), rankings=len(rankings),
+        labelers=sorted({ranking["labeler"] for ranking in rankings}), **(source | chain),
+    )  # fmt: skip
+
+
+def parent_of(folder: Path) -> dict[str, Any]:
+    """What a record says of an input: where it is, its manifest, its record (null where there is none) and its labels."""
+    path = folder / PROVENANCE
+    try:
+        record = Record(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        record = None
+    return {
+        "path": folder,
+        "manifest": sha256_file(folder / MANIFEST),
+        "record": record.digest if record else None,
+        "labels": record.of_role("labels") if record else [],
+    }
+
+
+def build(
+    *,
+    stage: str,
+    part: tuple[int, int],
+    config: dict,
+    manifest: bytes,
+    output: Path,
+    parents: dict[str, dict],
+    dependencies: list[dict],
+    attempts: list[dict],
+    metrics: dict,
+    training_flops: float | None,
+    byproducts: list[dict],
+    also_about: list[dict],
+) -> bytes:
+    """The canonical record of an artifact.
+
+    Args:
+        config: the stage's resolved config file.
+        manifest: the bytes of manifest.json.
+        parents: role -> {path (of the folder), manifest, record} of each input.
+        dependencies: what else it was made from, as SLSA ResourceDescriptors with `annotations.role`.
+        attempts: the segments, oldest first.
+        byproducts: ResourceDescriptors of logs and such.
+        also_about: further subjects, an evaluation's model for one.
+    """
+    code = code_state()
+    resolved: list[dict] = [
+        {
+            "name": os.path.relpath(parent["path"], output),  # from folder to folder: a run may be moved
+            "digest": {"sha256": parent["manifest"]},
+            "annotations": {"role": f"parent:{role}", "record": parent["record"]},
+        }
+        for role, parent in sorted(parents.items())
+    ]
+    resolved += dependencies
+    git = {"commit": code["commit"], "dirty": code["dirty"], "untracked": code["untracked"], "library": code["library"]}
+    resolved.append(
+        {"name": "code"}
+        | ({"digest": {"gitCommit": code["commit"]}} if code["commit"] else {})
+        | {"annotations": {"role": "code"} | git | ({"reason": code["reason"]} if "reason" in code else {})}
+    )
+    if lock := _lock():
+        resolved.append(lock | {"annotations": {"role": "lock"}})
+    resolved.append({"name": "packages", "digest": {"sha256": sha256_json(packages())}, "annotations": {"role": "packages", "installed": packages()}})  # fmt: skip
+    products: list[dict] = [{"name": "metrics.json", "digest": {"sha256": sha256_json(metrics)}}, *byproducts]
+    if code["diff"] is not None:
+        diff = code["diff"]
+        products.append(
+            {"name": "code.diff", "digest": {"sha256": hashlib.sha256(diff).hexdigest()}}
+            | ({"content": base64.b64encode(diff).decode()} if len(diff) <= MAX_DIFF else {})
+        )
+    energy = [a.get("energy_joules") for a in attempts]
+    known = all(e is not None for e in energy)
+    statement: dict[str, Any] = {
+        "_type": STATEMENT,
+        "subject": [{"name": stage, "digest": {"sha256": sha256_bytes(manifest)}}, *also_about],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"stage": stage, "part": f"{part[0]}/{part[1]}", "config": _exact(config)},
+                "internalParameters": {"attempts": _exact(attempts)},
+                "resolvedDependencies": resolved,
+            },
+            "runDetails": {
+                "builder": {
+                    "id": "urn:tunetrail",
+                    "version": {"tunetrail": tunetrail.__version__, "snakemake": packages().get("snakemake", "")},
+                },
+                "metadata": {
+                    "invocationId": sha256_json({"config": config, "parents": [r["digest"] for r in resolved[: len(parents)]], "part": part}),
+                    "startedOn": attempts[0]["start"],
+                    "finishedOn": attempts[-1]["end"],
+                },
+                "byproducts": products,
+            },
+        },
+    }  # fmt: skip
+    usage: dict[str, Any] = {
+        "rule": stage,
+        "device_hours": round(device_hours(attempts), 6),
+        "training_flops": training_flops,
+        "energy_joules": sum(e for e in energy if e) if known else None,
+    }
+    for key, reason in (("training_flops", "this stage trains nothing, or its trainer does not count"), ("energy_joules", "no counter that this user may read")):  # fmt: skip
+        if usage[key] is None:
+            usage[f"{key}_reason"] = reason
+    statement["predicate"]["runDetails"]["byproducts"].append({"name": "usage", "annotations": usage})
+    return canonical(statement)
+
+
+def _exact(value: Any) -> Any:
+    """The value with integers that JSON readers may round (above 2^53: seeds) as strings."""
+    if isinstance(value, dict):
+        return {key: _exact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact(item) for item in value]
+    return str(value) if isinstance(value, int) and abs(value) > 2**53 else value
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+class Record:
+    """What provenance.json says, by names. Raises DataError where it is no record."""
+
+    def __init__(self, content: bytes, source: str = PROVENANCE):
+        self.content, self.digest = content, sha256_bytes(content)
+        try:
+            self.statement = json.loads(content)
+            if self.statement["_type"] != STATEMENT or self.statement["predicateType"] != PREDICATE:
+                raise ValueError("another type of statement")
+            build = self.statement["predicate"]["buildDefinition"]
+            self.run = self.statement["predicate"]["runDetails"]
+            self.stage: str = build["externalParameters"]["stage"]
+            self.part: str = build["externalParameters"]["part"]
+            self.config_file: dict = build["externalParameters"]["config"]
+            self.attempts: list[dict] = build["internalParameters"]["attempts"]
+            self.dependencies: list[dict] = build["resolvedDependencies"]
+            self.manifest: str = self.statement["subject"][0]["digest"]["sha256"]
+            self.roles = [d["annotations"]["role"] for d in self.dependencies]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+            raise DataError(f"{source}: is no provenance record ({type(e).__name__}: {e})") from None
+
+    @property
+    def config(self) -> dict:
+        """The stage's own block."""
+        return self.config_file.get("config", {})
+
+    @property
+    def parents(self) -> dict[str, dict]:
+        """Role -> {name (from folder to folder), manifest, record}."""
+        return {
+            role.partition(":")[2]: {"name": d["name"], "manifest": d["digest"]["sha256"], "record": d["annotations"].get("record")}
+            for role, d in zip(self.roles, self.dependencies, strict=True)
+            if role.startswith("parent:")
+        }  # fmt: skip
+
+    def of_role(self, role: str) -> list[dict]:
+        """The dependencies with this role."""
+        return [d for r, d in zip(self.roles, self.dependencies, strict=True) if r == role]
+
+    def annotations(self, role: str) -> dict:
+        """Those of the first dependency with this role."""
+        found = self.of_role(role)
+        return found[0]["annotations"] if found else {}
+
+    @property
+    def code(self) -> dict:
+        return self.annotations("code")
+
+    @property
+    def packages(self) -> dict[str, str]:
+        return self.annotations("packages").get("installed", {})
+
+    @property
+    def started(self) -> str | None:
+        return self.run.get("metadata", {}).get("startedOn")
+
+    @property
+    def finished(self) -> str | None:
+        return self.run.get("metadata", {}).get("finishedOn")
+
+    @property
+    def usage(self) -> dict:
+        return next((b["annotations"] for b in self.run.get("byproducts", []) if b.get("name") == "usage"), {})
+
+
+def read_record(folder: Path) -> Record:
+    """Raises DataError when there is none, or it cannot be read."""
+    path = folder / PROVENANCE
+    try:
+        return Record(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no record; run the stage that makes this folder again") from None

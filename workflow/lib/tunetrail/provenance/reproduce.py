@@ -1,0 +1,119 @@
+"""Runs a stage again from its record, in a scratch folder, and says how alike the result is."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunetrail.contract import read_jsonl
+from tunetrail.errors import DataError
+from tunetrail.provenance.diff import tensors
+from tunetrail.provenance.lineage import Lineage, Node
+from tunetrail.provenance.manifest import MANIFEST, canonical, identity, read_manifest
+
+TIERS = ("same file bytes", "same tensors", "within tolerance", "same first losses", "different")
+FIRST = 5
+"""Steps whose losses are compared."""
+
+
+@dataclass
+class Reproduction:
+    tier: str
+    folder: Path
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def command(node: Node, scratch: Path) -> list[str]:
+    """The stage's command line. Raises DataError where an input is gone or is another by now."""
+    record = node.record
+    if record is None:
+        raise DataError(f"{node.folder}: {node.fault}")
+    if not record.parents and any(d["annotations"].get("files") for d in record.of_role("base")):
+        pass  # a local folder: the stage itself says when it is gone
+    inputs = []
+    for role, parent in record.parents.items():
+        found = node.parents.get(role)
+        if found is None or found.identity != parent["manifest"]:
+            state = "is gone" if found is None else "is another by now"
+            raise DataError(f"{node.folder}: its input {role} ({parent['name']}) {state}; restore it first")
+        inputs += ["--input", f"{role}={os.path.relpath(found.folder / MANIFEST)}"]
+    config = scratch / "config.json"
+    config.write_bytes(canonical(_as_given(record.config_file)))
+    part = [] if record.part == "0/1" else ["--part", record.part]
+    return [
+        sys.executable, "-m", f"tunetrail.stages.{record.stage}", "--config", str(config), *inputs, *part,
+        "--output", str(scratch / "out" / MANIFEST), "--state", str(scratch / "state"),
+    ]  # fmt: skip
+
+
+def _as_given(config: dict) -> dict:
+    """The config file with a seed above 2^53, which a record keeps as a string, as the number it was."""
+    seed = config.get("seed")
+    return config | ({"seed": int(seed)} if isinstance(seed, str) and seed.lstrip("-").isdigit() else {})
+
+
+def compare(original: Path, again: Path, tolerance: float) -> Reproduction:
+    """The first of TIERS that holds.
+
+    Args:
+        tolerance: of weights, relative to each tensor's norm; of every number in metrics.json relative to itself.
+    """
+    if identity(original) == identity(again):
+        return Reproduction(TIERS[0], again)
+    manifests = [read_manifest(folder / MANIFEST) for folder in (original, again)]
+    weights = tensors(original, again)
+    names = [sorted(m["path"] for m in manifest["files"]) for manifest in manifests]
+    digests = [{(t["file"], t["name"]): t["sha256"] for t in m.get("tensors", [])} for m in manifests]
+    details: dict[str, Any] = {
+        "files that differ": sorted(
+            f["path"] for f in manifests[0]["files"] if f not in manifests[1]["files"]
+        ),
+        "tensors that differ": len(weights["different"]),
+    }  # fmt: skip
+    if digests[0] and digests[0] == digests[1]:
+        return Reproduction(TIERS[1], again, details)
+    far = max((entry.get("relative", float("inf")) for entry in weights["different"]), default=0.0)
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (original, again)]
+    gap = _gap(*metrics)
+    details |= {"largest relative change of a tensor": far, "largest relative change of a metric": gap}
+    same_names = names[0] == names[1] and not weights["only A"] and not weights["only B"]
+    if same_names and far <= tolerance and gap <= tolerance:
+        return Reproduction(TIERS[2], again, details)
+    losses = [_losses(folder) for folder in (original, again)]
+    if losses[0] and losses[0][:FIRST] == losses[1][:FIRST]:
+        return Reproduction(TIERS[3], again, details)
+    return Reproduction(TIERS[4], again, details)
+
+
+def _losses(folder: Path) -> list[float | None]:
+    path = folder / "history.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    return [row.get("loss", row.get("policy_loss")) for row in rows]
+
+
+def _gap(a: Any, b: Any) -> float:
+    """Largest relative difference of the numbers in two JSON values; infinity where anything else differs."""
+    if isinstance(a, bool) or isinstance(b, bool) or a is None or isinstance(a, str):
+        return 0.0 if a == b else float("inf")
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return abs(a - b) / max(abs(a), abs(b), 1e-12)
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return max((_gap(a[key], b[key]) for key in a), default=0.0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return max(map(_gap, a, b), default=0.0)
+    return float("inf")
+
+
+def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduction:
+    """Runs the stage that made `folder` again in `scratch`. Raises DataError where it cannot be run."""
+    node = Lineage().add(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    reply = subprocess.run(command(node, scratch), check=False)
+    if reply.returncode:
+        raise DataError(f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in {scratch}")  # fmt: skip
+    return compare(node.folder, scratch / "out", tolerance)

@@ -1,0 +1,115 @@
+"""Signatures: a DSSE envelope around the record, ed25519, offline.
+
+Optional. What is unsigned is legal and always shown as UNSIGNED; a policy file says whose keys count and what must be signed.
+https://github.com/secure-systems-lab/dsse
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from tunetrail.config import Block
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.provenance.manifest import PROVENANCE, SIGNATURE, canonical
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+
+
+class Policy(Block):
+    """What `audit verify --policy FILE` requires beyond integrity."""
+
+    keys: dict[str, Path] = Field(default={}, description="name of a signer -> PEM file of their ed25519 public key")
+    require_signature: bool = Field(default=False, description="every record must be signed by one of `keys`")
+    allow_dirty: bool = Field(default=True, description="false: a checkpoint made from a dirty tree is a finding")
+    require_sealed: bool = Field(default=False, description="every artifact must be in its run's ledger")
+
+
+def read_policy(path: Path) -> Policy:
+    """Raises ConfigError, one line a mistake."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        policy = Policy.model_validate(content or {})
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {str(e).splitlines()[0]}") from None
+    except ValidationError as e:
+        lines = [f"{path}: {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
+        raise ConfigError("\n".join(lines)) from None
+    return policy.model_copy(update={"keys": {name: path.parent / key for name, key in policy.keys.items()}})
+
+
+def _public_key(path: Path) -> Any:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from securesystemslib.signer import SSlibKey
+
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{path}: no public key in PEM form") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"{path}: not an ed25519 key; make one with: openssl genpkey -algorithm ed25519")
+    return SSlibKey.from_crypto(key)
+
+
+def sign(folder: Path, private_key: Path) -> Path:
+    """Writes the envelope of a folder's record beside it. Raises ConfigError for a key that is none."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import CryptoSigner
+
+    try:
+        key = load_pem_private_key(private_key.read_bytes(), password=None)
+    except OSError as e:
+        raise ConfigError(f"{private_key}: {e.strerror}") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{private_key}: no unencrypted private key in PEM form") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{private_key}: not an ed25519 key; make one with: openssl genpkey -algorithm ed25519")
+    envelope = Envelope((folder / PROVENANCE).read_bytes(), PAYLOAD_TYPE, {})
+    envelope.sign(CryptoSigner(key))
+    path = folder / SIGNATURE
+    pending = path.with_name(f".{path.name}")
+    pending.write_bytes(canonical(envelope.to_dict()))
+    pending.rename(path)
+    return path
+
+
+def signers(folder: Path, policy: Policy) -> list[str]:
+    """Names of the policy's keys that signed this very record; none where there is no signature.
+
+    Raises DataError when there is an envelope that is broken, holds another record, or has a signature that is false.
+    """
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import VerificationError
+
+    path = folder / SIGNATURE
+    if not path.exists():
+        return []
+    try:
+        envelope = Envelope.from_dict(json.loads(path.read_bytes()))
+        whole = canonical(envelope.to_dict()) == path.read_bytes()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError("the envelope is not what was written")
+    if envelope.payload_type != PAYLOAD_TYPE or envelope.payload != (folder / PROVENANCE).read_bytes():
+        raise DataError("the envelope holds another record")
+    names = []
+    for name, key_file in policy.keys.items():
+        key = _public_key(key_file)
+        if key.keyid not in envelope.signatures:
+            continue
+        try:
+            envelope.verify([key], 1)
+        except VerificationError:
+            raise DataError(f"the signature in the name of {name} is false") from None
+        names.append(name)
+    return names
