@@ -135,7 +135,7 @@ def _trace(args: argparse.Namespace) -> int:
     for run in args.runs:
         lineage.add_run(run)
     found = lines.origins(lineage, args.path)
-    touched = [*found, *lineage.descendants(found)]
+    touched = sorted({n.folder: n for n in [*found, *lineage.descendants(found)]}.values(), key=lambda n: n.folder)
     checkpoints = [n for n in touched if lines.is_checkpoint(n)]
     if args.json:
         _print({

@@ -141,7 +141,7 @@ def as_text(found: dict[str, Any], limit: int = 8) -> str:
         if len(entries) > limit:
             lines.append(f"  and {len(entries) - limit} more (--json shows all)")
     weights = found["tensors"]
-    if weights["same"] or weights["different"]:
+    if any(weights.values()):
         lines.append(f"tensors: {weights['same']} equal, {len(weights['different'])} differ, {len(weights['only A'])} only in A, {len(weights['only B'])} only in B")  # fmt: skip
         for entry in weights["different"][:limit]:
             if "relative" in entry:

@@ -270,7 +270,7 @@ def model_card(folder: Path) -> str:
     record = _record(node)
     lines = [
         "---", data.to_yaml(), "---", "", f"# {node.name}", "",
-        f"Made by the stage `{record.stage}` of [tunetrail](https://pypi.org/project/tunetrail/), commit `{record.code.get('commit')}`{' with uncommitted changes' if record.code.get('dirty') else ''}.",
+        f"Made by the stage `{record.stage}` of tunetrail, commit `{record.code.get('commit')}`{' with uncommitted changes' if record.code.get('dirty') else ''}.",
         "", "## Where it comes from", "",
         f"- first published ancestor: {base['name'] if base else 'none: random weights or a local folder'}",
         *[f"- {kind}: {n.name}, manifest `{n.identity}`" for kind, n in ancestors(node).items() if n is not node],
