@@ -68,7 +68,9 @@ def whole_state(model: Any, part: str) -> dict[str, torch.Tensor] | None:
     """
     if not is_sharded(model):
         return None
-    state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     once = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
     return {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.") and k not in tied}
