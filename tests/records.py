@@ -21,6 +21,7 @@ def seal_folder(
     attempts: list[dict] | None = None,
     dependencies: list[dict] | None = None,
     about: tuple[str, ...] = (),
+    installed: dict[str, str] | None = None,
     **code: Any,
 ) -> Path:
     """Gives a folder of files a manifest and a record. `code` overrides what the record says of the code."""
@@ -39,7 +40,7 @@ def seal_folder(
         if dependency["annotations"]["role"] == "code":
             dependency["annotations"] |= {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": False, "untracked": []} | code  # fmt: skip
         if dependency["annotations"]["role"] == "packages":
-            dependency["annotations"]["installed"] = {"torch": "2.13.0", "trl": "1.16.0"}
+            dependency["annotations"]["installed"] = installed or {"torch": "2.13.0", "trl": "1.16.0"}
     (folder / "provenance.json").write_bytes(canonical(statement))
     (folder / "manifest.json").write_bytes(manifest)
     return folder

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.audit import tracing, verifying
 from tests.benchmarks.parts import PARTS
 from tests.benchmarks.workload import gemm_peak, memory_bandwidth
 from tunetrail.contract import write_json
@@ -113,6 +114,14 @@ def main() -> None:
         )
         if "update_share_of_limit" in found:
             print(f"{'':28} update alone: {said(found['update_share_of_limit'], True)} of the limit")
+    if not only or "audit" in only:
+        found = results["audit.vs_sha256sum"] = verifying(Path("results/demo"))
+        print(f"{'audit.vs_sha256sum':28} {said(found['ratio'])} times as fast; {found['bytes_a_second'] / 1e9:.2f} GB/s over {found['bytes'] / 1e9:.2f} GB; the command {found['command_seconds']:.1f} s")  # fmt: skip
+        found = results["audit.trace_10000"] = tracing()
+        print(
+            f"{'audit.trace_10000':28} {found['up_seconds']:.1f} s up, {found['reverse_seconds']:.1f} s down",
+            flush=True,
+        )
     for name in PARTS:
         if only and "parts" not in only:
             break

@@ -392,6 +392,26 @@ def test_a_changed_parent_makes_its_children_stale(tmp_path, draw_only):
     assert "The record does not belong to the files it lies beside: data." in page
 
 
+def test_the_audit_is_on_the_page(made, text):
+    found = words(text)
+    assert "SOUND · UNSIGNED · DIRTY · " in found
+    assert "NOT SOUND" not in found
+    assert re.search(r"warning \S+/sft: dirty-tree: the code differed from commit fde7df5d8a2d", found)
+    assert text.count('href="../sft/provenance.json"') == 2  # in the picture and in the table
+
+
+def test_a_fault_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
+    draw_only()
+    fixture = Fixture(tmp_path).whole()
+    (tmp_path / "completions/0/metrics.json").write_text("{}")
+    code, folder = fixture.report()
+    found = words((folder / "report.html").read_text())
+    assert code == 0
+    assert "NOT SOUND" in found
+    assert re.search(r"error \S+/completions/0: file-changed: metrics.json has 2 bytes", found)
+    assert re.search(r"NOT SOUND: \S+/completions/0 sha256", found)
+
+
 def test_boilerplate_is_what_all_prompts_share():
     start, end = boilerplate([PROMPT.format("def a(): pass"), PROMPT.format("def b(): pass")])
     assert f"{start}{{}}{end}" == PROMPT

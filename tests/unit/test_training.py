@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
+from tunetrail.provenance.verify import Verifier
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 from tunetrail.stages.reward import (
@@ -26,7 +28,15 @@ from tunetrail.stages.reward import (
     kwise_loss,
     kwise_scores,
 )
-from tunetrail.training import epoch_order, history, is_complete, latest_checkpoint, mark_complete, score_labels_only
+from tunetrail.training import (
+    COMPLETE,
+    epoch_order,
+    history,
+    is_complete,
+    latest_checkpoint,
+    mark_complete,
+    score_labels_only,
+)
 
 
 def log_sigmoid(x):
@@ -259,8 +269,26 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     code, error, stopped = run_stage(name, "stopped")
     assert code == 0, error
     assert stopped.read_bytes() == straight.read_bytes()
+    # Neither what was resumed nor a merged adapter alarms the audit.
+    verdict = Verifier().run([stopped.parent])
+    assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}
     attempts = read_record(stopped.parent).attempts
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
+
+
+def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
+    """State swapped between attempts: whole and loadable, but not what the attempt before left."""
+    for name in ("mine", "theirs"):
+        assert run_stage("sft", name, time_limit="0")[0] == 75
+    mine, theirs = (next((workspace / f"state-{name}/sft").glob("*/checkpoint-*")) for name in ("mine", "theirs"))
+    (theirs / "foreign").write_text("x")
+    listed = [f for f in list_files(theirs) if f["path"] != COMPLETE]
+    write_json(theirs / COMPLETE, listed)
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    code, _, manifest = run_stage("sft", "mine")
+    assert code == 0
+    assert "state-swapped" in {finding.name for finding in Verifier().run([manifest.parent]).findings}
 
 
 def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):

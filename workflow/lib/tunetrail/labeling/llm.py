@@ -253,5 +253,5 @@ def rank(rows: list[dict], config: LlmLabeler, stage: Stage) -> Labels:
     return Labels(
         [rankings_of(answers[row["id"]], len(row["completions"]), config, stage.seed) for row in rows],
         metrics={"verdicts": len(verdicts), "unparsed": verdicts.count(None)},
-        source=source,
+        source=source | {"guideline": sha256_json(config.guideline)},
     )

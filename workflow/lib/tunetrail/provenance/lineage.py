@@ -6,6 +6,7 @@ run may be moved or copied; a parent that is not where it was is looked for by i
 
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +38,9 @@ class Node:
 
     @property
     def name(self) -> str:
-        """Its path in its run."""
+        """Its path in its run; from here where there is no ledger yet to tell the run by."""
         run = run_of(self.folder)
-        return self.folder.relative_to(run).as_posix() if run else self.folder.name
+        return self.folder.relative_to(run).as_posix() if run else os.path.relpath(self.folder)
 
 
 class Lineage:
@@ -47,20 +48,22 @@ class Lineage:
 
     def __init__(self) -> None:
         self.nodes: dict[Path, Node] = {}
+        self._followed: set[Path] = set()
         self._runs: dict[Path, dict[str, Path]] = {}
 
     def add(self, folder: Path, recursive: bool = True) -> Node:
         """The artifact in a folder and, if asked, all it was made from. Raises DataError when there is no manifest."""
         folder = folder.resolve()
         todo = [self._read(folder)]
-        seen = {folder}
         while recursive and todo:
             node = todo.pop()
+            if node.folder in self._followed:
+                continue
+            self._followed.add(node.folder)
             for role, parent in (node.record.parents if node.record else {}).items():
                 there = self.find(node.folder, parent)
                 node.parents[role] = self._read(there) if there else None
-                if there and there not in seen:
-                    seen.add(there)
+                if there:
                     todo.append(self.nodes[there])
         return self.nodes[folder]
 
@@ -82,8 +85,8 @@ class Lineage:
 
     def find(self, child: Path, parent: dict) -> Path | None:
         """Where a parent is: where the record says, else wherever the run has it, else what is in its place now."""
-        there = (child / parent["name"]).resolve()
-        is_there = (there / MANIFEST).exists()
+        there = Path(os.path.normpath(child / parent["name"]))
+        is_there = there in self.nodes or (there / MANIFEST).exists()
         if is_there and self._read(there).identity == parent["manifest"]:
             return there
         if run := run_of(child):

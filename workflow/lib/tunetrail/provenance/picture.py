@@ -1,6 +1,7 @@
 """A lineage as a tree in the terminal and as a drawing."""
 
 import html
+from collections.abc import Collection
 from pathlib import Path
 
 from tunetrail.provenance.lineage import Node
@@ -60,8 +61,14 @@ def layers(nodes: list[Node]) -> dict[Path, int]:
     return found
 
 
-def svg(nodes: list[Node]) -> str:
-    """Boxes in columns, parents to the left. A box without a record has a red edge."""
+def svg(nodes: list[Node], unsound: Collection[Path] = (), records: dict[Path, str] | None = None) -> str:
+    """Boxes in columns, parents to the left; green where sound, red where not.
+
+    Args:
+        unsound: folders of artifacts that an audit found fault with.
+        records: folder -> address of its record, which its box then leads to.
+    """
+    records = records or {}
     column = layers(nodes)
     rows: dict[int, int] = {}
     place: dict[Path, tuple[int, int]] = {}
@@ -83,12 +90,15 @@ def svg(nodes: list[Node]) -> str:
                 lines.append(f'<path d="M{a},{b}C{a + gap},{b} {x1 - gap},{y1 + HEIGHT // 2} {x1},{y1 + HEIGHT // 2}" fill="none" stroke="#8a94a0"><title>{html.escape(role)}</title></path>')  # fmt: skip
     for node in nodes:
         x, y = place[node.folder]
-        edge = "#00734f" if node.record and node.record.manifest == node.identity else "#b04300"
+        sound = node.record and node.record.manifest == node.identity and node.folder not in unsound
+        edge = "#00734f" if sound else "#b04300"
         name = node.name if len(node.name) <= 20 else f"{node.name[:9]}…{node.name[-10:]}"
         lines += [
-            f'<g><title>{html.escape(node.name)} sha256 {node.identity}</title>',
+            f'<a href="{html.escape(records[node.folder])}">' if node.folder in records else "<g>",
+            f"<title>{'sound' if sound else 'NOT SOUND'}: {html.escape(node.name)} sha256 {node.identity}</title>",
             f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="#f6f8fa" stroke="{edge}" stroke-width="1.5"/>',
             f'<text x="{x + 8}" y="{y + 17}" font-size="13" fill="#1a2129">{html.escape(name)}</text>',
-            f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text></g>',
+            f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text>',
+            "</a>" if node.folder in records else "</g>",
         ]  # fmt: skip
     return "\n".join([*lines, "</svg>"]) + "\n"

@@ -284,12 +284,12 @@ def build(
 
 
 def _exact(value: Any) -> Any:
-    """The value with integers that JSON readers may round (above 2^53: seeds) as strings."""
+    """The value with integers that JSON readers may round (2^53 and above: seeds) as strings."""
     if isinstance(value, dict):
         return {key: _exact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_exact(item) for item in value]
-    return str(value) if isinstance(value, int) and abs(value) > 2**53 else value
+    return str(value) if isinstance(value, int) and abs(value) >= 2**53 else value
 
 
 # ----------------------------------------------------------------------------- reading

@@ -159,7 +159,7 @@ class Verifier:
                 self._find("manifest-missing", folder.relative_to(run).as_posix(), "the ledger has it; restore the folder from a copy")  # fmt: skip
             else:
                 raise DataError(f"{path}: no artifact (a folder with {MANIFEST}) and no run (a folder with {LEDGER})")
-        nodes = sorted(self.lineage.nodes.values(), key=lambda node: node.folder)
+        nodes = self.nodes
         self.verdict.artifacts = [show(node.name) for node in nodes]
         self._files(nodes)
         for node in nodes:
@@ -174,6 +174,11 @@ class Verifier:
                 self._find("ledger-not-anchored", LEDGER, f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was cut")  # fmt: skip
         self.verdict.findings.sort(key=lambda f: (("error", "incomplete", "warning").index(f.severity), f.artifact))
         return self.verdict
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The artifacts that were looked at."""
+        return sorted(self.lineage.nodes.values(), key=lambda node: node.folder)
 
     def _find(self, name: str, artifact: Node | str, message: str) -> None:
         assert name in FINDINGS

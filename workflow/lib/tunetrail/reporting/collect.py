@@ -10,7 +10,8 @@ from typing import Any
 
 from tunetrail.contract import Stage, read_jsonl
 from tunetrail.errors import DataError
-from tunetrail.provenance.manifest import MANIFEST, METRICS, identity
+from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, identity
+from tunetrail.provenance.picture import svg
 from tunetrail.provenance.record import Record, read_record
 from tunetrail.provenance.verify import Finding, Verifier
 
@@ -39,6 +40,8 @@ class Artifact:
     metrics: dict
     record: Record | None
     """None where provenance.json is missing or no record."""
+    unsound: bool = False
+    """Whether the audit found an error."""
     stale: list[str] = field(default_factory=list)
     """Roles of the parents that changed after this artifact was made."""
 
@@ -65,6 +68,8 @@ class Artifact:
         """`done`, `resumed` (more than one attempt), `stale` (a parent has changed), `altered` or `unrecorded`."""
         if self.record is None:
             return "unrecorded"
+        if self.unsound:
+            return "altered"
         if self.record.manifest != self.manifest:
             return "altered"
         if self.stale:
@@ -110,6 +115,8 @@ class Run:
     """Role -> the roles it was made from -> what they were to it."""
     audit: list[Finding]
     """What does not hold, or may not please a policy."""
+    picture: str
+    """SVG of the lineage."""
     models: list[Model]
     """base, sft, then the policies in the order of the config."""
 
@@ -232,7 +239,22 @@ def collect(stage: Stage) -> Run:
             )
         )
     artifacts = dict(sorted(artifacts.items(), key=lambda item: ORDER.index(kind(item[0]))))
-    verdict = Verifier(cache=stage.cache, recursive=True).run(list(stage.inputs.values()))
+    verifier = Verifier(cache=stage.cache, recursive=True)
+    verdict = verifier.run(list(stage.inputs.values()))
     # The run is sealed when it has ended, and this page is of the run.
     audit = [finding for finding in verdict.findings if finding.name != "not-sealed"]
-    return Run(stage.output.parent.name, artifacts, parents, audit, models)
+    changed = (
+        "parent-changed",
+        "parent-record-changed",
+        "labels-changed",
+        "source-changed",
+        "base-moved",
+    )  # it is stale
+    unsound = {f.folder for f in audit if f.severity == "error" and f.name not in changed}
+    for artifact in artifacts.values():
+        artifact.unsound = str(artifact.folder.resolve()) in unsound
+    picture = svg(
+        verifier.nodes, {Path(f.folder) for f in audit if f.folder and f.severity == "error"},
+        {a.folder.resolve(): f"{a.href}{PROVENANCE}" for a in artifacts.values()},
+    )  # fmt: skip
+    return Run(stage.output.parent.name, artifacts, parents, audit, picture, models)

@@ -231,6 +231,7 @@ def render(run: Run, figures: dict[str, tuple[str, str]], title: str | None, lim
         software=software(run),
         errors=any(finding.severity == "error" for finding in run.audit),
         marks=marks(run),
+        picture=Markup(run.picture),
         learners=[m for m in run.policies if (a := run.artifacts.get(f"policy.{m.name}")) and a.history],
         outcomes=[(m, verdict.outcome(m.interval("win_rate_vs_sft"))) for m in run.policies],
         sentences=verdict.sentences(run),

@@ -1,0 +1,700 @@
+"""The audit catches what it must, by name, and raises no false alarm. The run is made up; its records are real."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from google.protobuf.json_format import ParseDict
+from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+from in_toto_attestation.v1 import statement_pb2
+from safetensors.torch import load_file, save_file
+
+from tunetrail.cli import main
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.provenance import lineage as lines
+from tunetrail.provenance.ledger import read_ledger, seal
+from tunetrail.provenance.manifest import DigestCache, build, canonical, identity, sha256_bytes, sha256_file
+from tunetrail.provenance.record import dependency, labels_dependency, read_record
+from tunetrail.provenance.signing import read_policy
+from tunetrail.provenance.verify import FINDINGS, Verifier
+
+from ..records import ATTEMPT, seal_folder
+
+RANKINGS = [{"labeler": "ann", "ranks": [1, 2]}, {"labeler": "bob", "ranks": [2, 1]}]
+
+
+def weights(folder: Path, seed: int) -> None:
+    (folder / "model").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"a": torch.randn(64, 8, generator=generator), "b": torch.randn(16, generator=generator)}
+    save_file(tensors, folder / "model/model.safetensors", {"format": "pt"})
+    (folder / "model/tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "model/config.json").write_text(f'{{"seed": {seed}}}')
+
+
+def make_run(root: Path, seed: int = 0) -> Path:
+    """results/r with base -> data -> sft -> comparisons -> reward -> policies/dpo -> evaluation/dpo, sealed."""
+    run, raw = root / "results/r", root / "raw"
+    raw.mkdir(parents=True)
+    (raw / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    (raw / "labels.jsonl").write_text('{"ranks": [1, 2]}\n')
+    folders = {name: run / name for name in ("base", "data", "sft", "comparisons", "reward", "policies/dpo", "evaluation/dpo")}  # fmt: skip
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text('{"accuracy": {"mean": 0.61, "low": 0.55, "high": 0.67, "n": 96}}\n')
+    for n, name in enumerate(("base", "sft", "reward", "policies/dpo")):
+        weights(folders[name], 10 * seed + n)
+    (folders["data"] / "sft.jsonl").write_text('{"group": "json.decoder", "id": "1"}\n{"group": "heapq", "id": "2"}\n')
+    rows = [{"id": "1", "rankings": RANKINGS}]
+    (folders["comparisons"] / "comparisons.jsonl").write_text(json.dumps(rows[0]) + "\n")
+
+    seal_folder(folders["base"], "base", dependencies=[
+        dependency("base", "someone/model", uri="pkg:huggingface/someone/model@v1", revision="v1", commit="c" * 40, licence="Apache-2.0", reason="its files are in the manifest"),
+    ])  # fmt: skip
+    files = {str(raw / "rows.jsonl"): sha256_file(raw / "rows.jsonl")}
+    seal_folder(folders["data"], "data", {"base": folders["base"]}, dependencies=[dependency("source", "rows", files[str(raw / "rows.jsonl")], files=files, rows=1, licence="CC0-1.0", kind="demonstrations")])  # fmt: skip
+    states = [{"name": f"checkpoint-{i}", "digest": str(i) * 64} for i in (1, 2)]
+    attempts = [
+        ATTEMPT | {"ended": "stopped by SIGTERM", "states_out": states},
+        ATTEMPT | {"ended": "killed", "end": None, "seconds": None, "state_in": states[1], "states_out": [states[1]]},
+        ATTEMPT | {"state_in": states[1], "states_out": [states[1]]},
+    ]
+    seal_folder(folders["sft"], "sft", {"base": folders["base"], "data": folders["data"]}, {"learning_rate": 5e-5}, attempts)  # fmt: skip
+    labelled = {str(raw / "labels.jsonl"): sha256_file(raw / "labels.jsonl")}
+    seal_folder(folders["comparisons"], "comparisons", {"model": folders["sft"]}, dependencies=[labels_dependency(folders["comparisons"] / "comparisons.jsonl", rows, {"files": labelled})])  # fmt: skip
+    seal_folder(folders["reward"], "reward", {"policy": folders["sft"], "comparisons": folders["comparisons"]})
+    seal_folder(folders["policies/dpo"], "dpo", {"policy": folders["sft"], "comparisons": folders["comparisons"]}, {"beta": 0.1})  # fmt: skip
+    seal_folder(folders["evaluation/dpo"], "evaluation", {"model": folders["policies/dpo"], "reward": folders["reward"]}, about=("model",))  # fmt: skip
+    (run / "config").mkdir()
+    (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.1}}')
+    seal(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture
+def run(original, tmp_path) -> Path:
+    """A copy: records name raw data where the original has it."""
+    shutil.copytree(original, tmp_path / "copy/r")
+    return tmp_path / "copy/r"
+
+
+def verify(*paths: Path, **options):
+    lines.run_of.cache_clear()
+    return Verifier(recursive=True, **options).run(list(paths))
+
+
+def names(verdict) -> set[str]:
+    return {finding.name for finding in verdict.findings}
+
+
+def flip(path: Path, place: int = -5) -> None:
+    """One bit, size and times as they were."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def edit_json(path: Path, change) -> dict:
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_bytes(canonical(content))
+    return content
+
+
+# ----------------------------------------------------------------------------- no false alarm
+
+
+def test_a_run_is_sound_where_it_was_made(original):
+    verdict = verify(original)
+    assert (verdict.findings, verdict.exit_code(), len(verdict.artifacts)) == ([], 0, 7)
+    assert len(verdict.unsigned) == 7
+    assert verdict.bytes_read == sum(p.stat().st_size for p in original.rglob("*") if p.is_file() and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl", "policies.dpo.json"))  # fmt: skip
+
+
+def test_touched_moved_and_copied_runs_are_sound(run, tmp_path):
+    for path in run.rglob("*"):
+        os.utime(path, (1, 1))
+    assert verify(run).findings == []
+    moved = tmp_path / "elsewhere/deep/r2"
+    moved.parent.mkdir(parents=True)
+    run.rename(moved)
+    assert verify(moved).findings == []
+    assert verify(moved / "evaluation/dpo/manifest.json").exit_code() == 0
+    assert len(verify(moved / "evaluation/dpo").artifacts) == 7  # down to the base
+
+
+def test_a_parent_is_found_by_its_digest_where_it_was_moved_within_the_run(run):
+    (run / "policies/dpo").rename(run / "policies/kept")
+    verdict = verify(run / "evaluation/dpo")
+    assert names(verdict) == {"not-sealed"}  # under its new name
+    assert verdict.exit_code() == 2
+
+
+def test_weights_that_were_saved_again_are_told_from_others(run):
+    path = run / "reward/model/model.safetensors"
+    save_file(dict(reversed(load_file(path).items())), path, {"saved": "again", "format": "pt"})
+    verdict = verify(run)
+    assert [(f.name, f.artifact, f.message) for f in verdict.findings] == [
+        ("file-resaved", "reward", "model/model.safetensors was saved again; all 2 tensors are what they were")
+    ]
+    assert (verdict.exit_code(), verdict.exit_code(strict=True)) == (3, 1)
+
+
+# ----------------------------------------------------------------------------- what it must catch
+
+
+def add(run):
+    (run / "sft/model/extra.bin").write_bytes(b"x")
+
+
+def rename(run):
+    (run / "sft/model/config.json").rename(run / "sft/model/konfig.json")
+
+
+def swap_with_another_run(run):
+    other = make_run(run.parent / "other", seed=3)
+    shutil.copy(other / "reward/model/model.safetensors", run / "reward/model/model.safetensors")
+
+
+def edit_and_recompute(run):
+    """As somebody would who knows how manifests are made."""
+    path = run / "reward/model/config.json"
+    path.write_text('{"seed": 9}')
+    edit_json(run / "reward/manifest.json", lambda m: m.update(build(run / "reward")))
+
+
+def edit_record(run):
+    edit_json(run / "evaluation/dpo/provenance.json", lambda s: s["predicate"]["buildDefinition"]["externalParameters"]["config"].update(seed=18))  # fmt: skip
+
+
+def edit_parent_record(run):
+    edit_json(run / "sft/provenance.json", lambda s: s["predicate"]["buildDefinition"]["externalParameters"]["config"].update(seed=18))  # fmt: skip
+
+
+def retrain_parent(run):
+    shutil.rmtree(run / "sft")
+    weights(run / "sft", 77)
+    seal_folder(run / "sft", "sft", {"base": run / "base", "data": run / "data"})
+    seal(run)
+
+
+def sparse(run):
+    with (run / "sft/model/huge.bin").open("wb") as f:
+        f.truncate(10 * 2**30)
+
+
+def grow_sparse(run):
+    with (run / "sft/model/config.json").open("r+b") as f:
+        f.truncate(10 * 2**30)
+
+
+def not_utf8(run):
+    Path(os.fsdecode(os.fsencode(run / "sft") + b"/caf\xe9.txt")).write_text("x")
+
+
+def link_outside(run):
+    path = run / "sft/model/config.json"
+    content = path.read_text()
+    (run.parent / "outside.json").write_text(content)
+    path.unlink()
+    path.symlink_to(run.parent / "outside.json")
+
+
+def dotted_path(run):
+    def change(manifest):
+        manifest["files"].append({"path": "../base/metrics.json", "size": 1, "sha256": "0" * 64})
+
+    edit_json(run / "reward/manifest.json", change)
+
+
+def swap_state(run):
+    edit_json(run / "sft/provenance.json", lambda s: s["predicate"]["buildDefinition"]["internalParameters"]["attempts"][1]["state_in"].update(digest="9" * 64))  # fmt: skip
+
+
+def ledger_lines(change):
+    def tamper(run):
+        path = run / "ledger.jsonl"
+        found = path.read_text().splitlines(keepends=True)
+        change(found)
+        path.write_text("".join(found))
+
+    return tamper
+
+
+CASES = {
+    "a bit of weights": (lambda run: flip(run / "reward/model/model.safetensors"), "tensors-changed", "reward", "model/model.safetensors: 1 of 2 tensors differ, b first; restore it from a copy"),
+    "a bit of the tokenizer": (lambda run: flip(run / "sft/model/tokenizer.json"), "file-changed", "sft", "model/tokenizer.json has sha256"),
+    "a bit of the model's config": (lambda run: flip(run / "sft/model/config.json", 2), "file-changed", "sft", "model/config.json has sha256"),
+    "a bit of the data": (lambda run: flip(run / "data/sft.jsonl"), "file-changed", "data", "sft.jsonl has sha256"),
+    "a label": (lambda run: flip(run / "comparisons/comparisons.jsonl", -20), "file-changed", "comparisons", "comparisons.jsonl has sha256"),
+    "a file added": (add, "file-added", "sft", "model/extra.bin is not in the manifest; remove it"),
+    "a file removed": (lambda run: (run / "sft/model/config.json").unlink(), "file-missing", "sft", "model/config.json is gone"),
+    "a file renamed": (rename, "file-added", "sft", "model/konfig.json is not in the manifest"),
+    "another run's weights": (swap_with_another_run, "tensors-changed", "reward", "2 of 2 tensors differ"),
+    "a manifest made anew": (edit_and_recompute, "manifest-changed", "reward", "the record is of manifest"),
+    "a field of a record": (edit_record, "record-changed", "evaluation/dpo", "was sealed"),
+    "a parent's record": (edit_parent_record, "parent-record-changed", "reward", "the record of policy (sft) is not the one it had then"),
+    "a parent deleted": (lambda run: shutil.rmtree(run / "sft"), "parent-missing", "reward", "policy (../sft, manifest"),
+    "a parent made again": (retrain_parent, "parent-changed", "reward", "policy was manifest"),
+    "a parent's record deleted": (lambda run: (run / "sft/provenance.json").unlink(), "record-missing", "sft", "no record"),
+    "a sparse file added": (sparse, "file-added", "sft", "model/huge.bin is not in the manifest"),
+    "a file grown to 10 GB": (grow_sparse, "file-changed", "sft", "model/config.json has 10737418240 bytes, not 11"),
+    "a name that is not UTF-8": (not_utf8, "file-added", "sft", "caf\\udce9.txt is not in the manifest"),
+    "a link out of the folder": (link_outside, "link-outside", "sft", "it was not read"),
+    "a path with ..": (dotted_path, "unsafe-path", "reward", "../base/metrics.json would leave the folder; it was not read"),
+    "a state of another attempt": (swap_state, "state-swapped", "sft", "went on from checkpoint-2 (9999999999999999…), which no attempt before it saved"),
+    "a line of the ledger removed": (ledger_lines(lambda x: x.pop(2)), "ledger-broken", "ledger.jsonl", "line 3 does not follow the line before it"),
+    "lines of the ledger swapped": (ledger_lines(lambda x: x.insert(1, x.pop(3))), "ledger-broken", "ledger.jsonl", "line 2 does not follow"),
+    "the ledger's tail cut": (ledger_lines(lambda x: x.pop()), "not-sealed", "sft", "it is not in ledger.jsonl"),
+    "half a line of the ledger": (ledger_lines(lambda x: x.append('{"artifact"')), "ledger-broken", "ledger.jsonl", "its last line is cut off"),
+    "an artifact and its children gone": (lambda run: shutil.rmtree(run / "evaluation"), "artifact-missing", "evaluation/dpo", "the ledger has it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_catches(run, case):
+    tamper, name, artifact, message = CASES[case]
+    tamper(run)
+    verdict = verify(run)
+    found = [f for f in verdict.findings if f.name == name and f.artifact == artifact]
+    assert found, verdict.findings
+    assert any(message in f.message for f in found), found
+    assert verdict.exit_code() in (1, 2)
+    assert verdict.exit_code() == 1 or FINDINGS[name][0] == "incomplete"
+    assert "\n" not in "".join(f.message for f in verdict.findings)
+
+
+def test_a_tail_is_cut_where_no_artifact_shows_it(run):
+    """An entry of an artifact that was made again later: only the head kept elsewhere tells."""
+    retrain_parent(run)
+    head = read_ledger(run).head
+    ledger_lines(lambda x: x.pop())(run)
+    assert "ledger-not-anchored" in names(verify(run, anchor=head))
+
+
+def test_a_ledger_written_anew_is_told_by_the_head_that_was_kept(run):
+    head = read_ledger(run).head
+    assert verify(run, anchor=head).findings == []
+    edit_record(run)
+    (run / "ledger.jsonl").unlink()
+    seal(run)
+    assert names(verify(run)) == set()  # whoever can write the run can do this
+    verdict = verify(run, anchor=head)
+    assert names(verdict) == {"ledger-not-anchored"}
+    assert verdict.exit_code() == 1
+
+
+def test_labels_corrected_afterwards_make_what_learnt_from_them_stale(tmp_path):
+    run = make_run(tmp_path)
+    labels = tmp_path / "raw/labels.jsonl"
+    original = labels.read_text()
+    for change in ('{"ranks": [2, 1]}\n', original + '{"ranks": [2, 1], "corrects": 1}\n'):
+        labels.write_text(change)
+        verdict = verify(run)
+        stale = {f.artifact for f in verdict.findings if f.name == "labels-changed"}
+        assert stale == {"comparisons", "reward", "policies/dpo", "evaluation/dpo"}
+        assert verdict.exit_code() == 1
+    labels.write_text(original)
+    assert verify(run).findings == []
+    (tmp_path / "raw/rows.jsonl").write_text("{}\n")
+    assert [(f.name, f.artifact) for f in verify(run).findings] == [("source-changed", "data")]
+
+
+def test_a_tag_that_moved_is_told(run, tmp_path, monkeypatch):
+    refs = tmp_path / "hub/models--someone--model/refs"
+    refs.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (refs / "v1").write_text("c" * 40)
+    assert verify(run).findings == []
+    (refs / "v1").write_text("d" * 40)
+    [finding] = verify(run).findings
+    assert (finding.name, finding.artifact) == ("base-moved", "base")
+    assert finding.message == "someone/model@v1 was commit cccccccccccc, it is dddddddddddd now; pin the commit"
+
+
+def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run):
+    seal_folder(run / "evaluation/dpo", "evaluation", {"model": run / "policies/dpo", "reward": run / "reward"}, attempts=[ATTEMPT, ATTEMPT | {"python": "3.12.1"}], about=("model",), dirty=True, untracked=["config/new.yaml"])  # fmt: skip
+    (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.2}}')
+    seal(run)
+    verdict = verify(run)
+    assert {(f.name, f.artifact): f.message for f in verdict.findings} == {
+        ("dirty-tree", "evaluation/dpo"): "the code differed from commit fde7df5d8a2d, 1 untracked files; its diff is kept in the record",
+        ("mixed-environment", "evaluation/dpo"): "python changed between attempts: 3.11.7, then 3.12.1",
+        ("config-drift", "policies/dpo"): "config/policies.dpo.json has another config.beta; run snakemake to make it again",
+    }  # fmt: skip
+    assert (verdict.exit_code(), verdict.exit_code(strict=True)) == (3, 1)
+
+
+def test_an_edit_with_its_times_put_back_does_not_deceive_a_quick_check(run, tmp_path):
+    cache = DigestCache(tmp_path / "digests")
+    assert verify(run, cache=cache).findings == []
+    hashed = len(list((tmp_path / "digests").iterdir()))
+    assert hashed == len({(p.stat().st_ino) for p in run.rglob("*") if p.is_file() and p.parent.name != "config" and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl")})  # fmt: skip
+    for entry in (tmp_path / "digests").iterdir():  # it is the cache that answers: a wrong entry is believed
+        if entry.read_text().split()[1] == str((run / "sft/model/config.json").stat().st_ino):
+            right = entry.read_text()
+            entry.write_text(right[:-64] + "0" * 64)
+            assert names(verify(run, cache=cache)) == {"file-changed"}
+            assert verify(run).findings == []
+            entry.write_text(right)
+    flip(run / "sft/model/config.json", 2)
+    assert names(verify(run, cache=cache)) == {"file-changed"}
+
+
+def test_random_single_byte_edits_are_all_caught(run):
+    """Anywhere in the artifacts and in the ledger."""
+    rng = random.Random(0)
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.parent.name != "config")
+    weights_of_files = [p.stat().st_size for p in files]
+    for _ in range(200):
+        [path] = rng.choices(files, weights_of_files)
+        content = path.read_bytes()
+        place = rng.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ rng.randrange(1, 256)]) + content[place + 1 :])
+        verdict = verify(run)
+        assert verdict.exit_code() != 0, (path, place)
+        assert verdict.findings, (path, place)
+        path.write_bytes(content)
+    assert verify(run).findings == []
+
+
+# ----------------------------------------------------------------------------- signatures
+
+
+@pytest.fixture
+def keys(tmp_path) -> Path:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    for name in ("lab", "stranger"):
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", folder / f"{name}.pem"], check=True)
+        subprocess.run(["openssl", "pkey", "-in", folder / f"{name}.pem", "-pubout", "-out", folder / f"{name}.pub"], check=True)  # fmt: skip
+    (folder / "policy.yaml").write_text("keys: {lab: lab.pub}\nrequire_signature: true\nallow_dirty: false\n")
+    return folder
+
+
+def test_signatures(run, keys, capsys):
+    policy = read_policy(keys / "policy.yaml")
+    assert names(verify(run, policy=policy)) == {"signature-missing"}
+    assert main(["audit", "seal", str(run), "--key", str(keys / "stranger.pem")]) == 0
+    verdict = verify(run, policy=policy)
+    assert {f.message for f in verdict.findings} == {"no key of the policy signed it"}
+    assert main(["audit", "seal", str(run), "--key", str(keys / "lab.pem")]) == 0
+    verdict = verify(run, policy=policy)
+    assert verdict.findings == []
+    assert (verdict.unsigned, verdict.signed["reward"]) == ([], ["lab"])
+    # The envelope's payload is the record, signed over DSSE's pre-authentication encoding: openssl agrees.
+    envelope = json.loads((run / "reward/provenance.dsse.json").read_bytes())
+    import base64
+
+    payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"]
+    assert payload == (run / "reward/provenance.json").read_bytes()
+    (keys / "message").write_bytes(b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload))
+    (keys / "signature").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
+    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", keys / "lab.pub", "-rawin", "-in", keys / "message", "-sigfile", keys / "signature"]  # fmt: skip
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+    def forge(change):
+        envelope = json.loads((run / "reward/provenance.dsse.json").read_bytes())
+        change(envelope)
+        (run / "reward/provenance.dsse.json").write_bytes(canonical(envelope))
+        return [f.message.partition(";")[0] for f in verify(run, policy=policy).findings if f.artifact == "reward"]
+
+    right = (run / "reward/provenance.dsse.json").read_bytes()
+    other = json.loads((run / "sft/provenance.dsse.json").read_bytes())
+    assert forge(lambda e: e["signatures"][0].update(sig=other["signatures"][0]["sig"])) == ["the signature in the name of lab is false"]  # fmt: skip
+    (run / "reward/provenance.dsse.json").write_bytes(right)
+    assert forge(lambda e: e.update(payload=other["payload"])) == ["the envelope holds another record"]
+    (run / "reward/provenance.dsse.json").write_bytes(b"{")
+    assert "signature-false" in names(verify(run))  # with no policy, too
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("requires_signature: true", "p.yaml: requires_signature: Extra inputs are not permitted"),
+    ("keys: [a]", "p.yaml: keys: Input should be a valid dictionary"),
+    ("keys: {a: ]", "p.yaml: not valid YAML"),
+])  # fmt: skip
+def test_a_policy_that_is_wrong_is_told(tmp_path, content, message):
+    (tmp_path / "p.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        read_policy(tmp_path / "p.yaml")
+
+
+# ----------------------------------------------------------------------------- records
+
+
+def test_the_record_is_an_in_toto_statement_with_slsa_provenance(original):
+    for path in original.rglob("provenance.json"):
+        statement = json.loads(path.read_bytes())
+        assert canonical(statement) == path.read_bytes()
+        predicate = statement.pop("predicate")
+        ParseDict(statement, statement_pb2.Statement())  # raises for a field it does not know
+        ParseDict(predicate, provenance_pb2.Provenance())
+    evaluation = json.loads((original / "evaluation/dpo/provenance.json").read_bytes())
+    assert [s["digest"]["sha256"] for s in evaluation["subject"]] == [identity(original / "evaluation/dpo"), identity(original / "policies/dpo")]  # fmt: skip
+    reward = read_record(original / "reward")
+    assert reward.of_role("labels") == read_record(original / "comparisons").of_role("labels")
+    assert reward.annotations("labels")["labelers"] == ["ann", "bob"]
+    assert reward.annotations("labels")["chain_head"] is None
+    assert "ranking page" in reward.annotations("labels")["reason"]
+
+
+def test_a_seed_above_2_to_the_53_stays_exact():
+    assert canonical({"a": 2**53 - 1}) == b'{"a":9007199254740991}'
+    found = dependency("source", "s", seed=2**60 + 1)
+    assert found["annotations"]["seed"] == "1152921504606846977"
+    with pytest.raises(ValueError, match=r".+"):
+        canonical({"a": float("nan")})
+
+
+def test_tensor_digests_by_hand(tmp_path):
+    save_file({"x": torch.tensor([1.0, -2.0])}, tmp_path / "m.safetensors")
+    [tensor] = build(tmp_path)["tensors"]
+    assert tensor == {
+        "file": "m.safetensors", "name": "x", "dtype": "F32", "shape": [2],
+        "sha256": sha256_bytes(bytes.fromhex("0000803f000000c0")),
+    }  # fmt: skip
+    assert build(tmp_path)["files"][0]["sha256"] == sha256_file(tmp_path / "m.safetensors")
+
+
+# ----------------------------------------------------------------------------- trace, diff, command line
+
+
+def trace(capsys, run, what) -> list[str]:
+    lines.run_of.cache_clear()
+    assert main(["audit", "trace", "--reverse", what, "--in", str(run), "--json"]) == 0
+    return [Path(p).relative_to(run.resolve()).as_posix() for p in json.loads(capsys.readouterr().out)["retrain"]]
+
+
+def test_what_must_be_trained_again(run, capsys):
+    everything = ["policies/dpo", "reward", "sft"]
+    assert trace(capsys, run, "dataset:rows") == everything
+    assert trace(capsys, run, "group:heapq") == everything
+    assert trace(capsys, run, "labeler:bob") == ["policies/dpo", "reward"]
+    assert trace(capsys, run, "package:TRL==1.16.0") == ["base", *everything]
+    assert trace(capsys, run, str(run / "sft")) == everything
+    for nobody in ("group:nowhere", "labeler:carol", "package:trl==9", "dataset:rows2"):
+        assert main(["audit", "trace", "--reverse", nobody, "--in", str(run)]) == 2
+        assert f"{nobody}: no artifact here comes from it" in capsys.readouterr().err
+    assert main(["audit", "trace", "--reverse", "rows", "--in", str(run)]) == 2
+    assert "rows: name dataset:NAME, group:NAME" in capsys.readouterr().err
+
+
+def test_the_tree_and_its_picture(run, tmp_path, capsys):
+    assert main(["audit", "trace", str(run / "evaluation/dpo"), "--svg", str(tmp_path / "l.svg")]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "evaluation/dpo",
+        "model: policies/dpo",
+        "comparisons: comparisons",
+        "base: someone/model",
+        "as above",
+    ):
+        assert text in out
+    assert (tmp_path / "l.svg").read_text().count("<rect") == 8  # seven artifacts on a sheet
+    shutil.rmtree(run / "reward")
+    lines.run_of.cache_clear()
+    assert main(["audit", "trace", str(run / "evaluation/dpo")]) == 2
+    assert "reward: missing" in capsys.readouterr().out
+
+
+def test_what_differs_on_one_screen(run, tmp_path, capsys):
+    other = make_run(tmp_path / "second", seed=0)
+    with (other / "data/sft.jsonl").open("a") as f:
+        f.write('{"group": "heapq", "id": "3"}\n')
+    path = other / "policies/dpo/model/model.safetensors"
+    tensors = load_file(path)
+    tensors["a"][0, 0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    seal_folder(other / "data", "data", {"base": other / "base"})
+    seal_folder(other / "sft", "sft", {"base": other / "base", "data": other / "data"})
+    seal_folder(other / "policies/dpo", "dpo", {"policy": other / "sft"}, {"beta": 0.3}, [ATTEMPT | {"host": "node8"}])
+    lines.run_of.cache_clear()
+    assert main(["audit", "diff", str(run / "policies/dpo"), str(other / "policies/dpo")]) == 1
+    out = capsys.readouterr().out
+    for text in ("sft.jsonl: both 2, only A 0, only B 1", "dpo.beta: 0.1 -> 0.3", "dpo.host: node7 -> node8", "tensors: 1 equal, 1 differ, 0 only in A, 0 only in B"):  # fmt: skip
+        assert text in out
+    norm = float(load_file(run / "policies/dpo/model/model.safetensors")["a"].norm())
+    assert f"a: moved by {1 / norm:.2%} of its norm, 1.00e+00 at most" in out
+    assert len(out.splitlines()) < 50
+    assert main(["audit", "diff", str(run / "sft"), str(run / "sft")]) == 0
+    assert "equal: the same files" in capsys.readouterr().out
+
+
+def test_the_command_line(run, tmp_path, capsys, monkeypatch):
+    lines.run_of.cache_clear()
+    anchor = tmp_path / "head.txt"
+    assert main(["audit", "seal", str(run), "--anchor", str(anchor)]) == 0
+    assert anchor.read_text().split()[0] in capsys.readouterr().out
+    assert main(["audit", "verify", "--deep", "--recursive", "--anchor", str(anchor), str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("SOUND: 7 artifacts, 0.00 GB compared, 0 findings, UNSIGNED\nhead of ")
+    flip(run / "reward/model/config.json", 2)
+    assert main(["audit", "verify", str(run / "reward"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [f["name"] for f in found["findings"]] == ["file-changed"]
+    assert main(["audit", "verify", str(run / "reward")]) == 1
+    assert capsys.readouterr().out.startswith("error: reward: file-changed: model/config.json has sha256 ")
+    assert main(["audit", "verify", str(tmp_path / "nothing")]) == 2
+    assert "nothing: no artifact" in capsys.readouterr().err
+    assert main(["audit", "seal", str(tmp_path / "nothing")]) == 2
+    ledger_lines(lambda x: x.pop(0))(run)
+    assert main(["audit", "seal", str(run)]) == 2
+    assert "nothing is sealed on top of it" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        main(["audit", "verify", "--deep", "--quick", str(run)])
+    assert exit_.value.code == 2
+
+
+def test_show_says_what_a_record_says(run, capsys):
+    assert main(["audit", "show", str(run / "sft")]) == 0
+    out = capsys.readouterr().out
+    assert f"manifest  {sha256_file(run / 'sft/manifest.json')}" in out
+    assert "input     base: ../base" in out
+    assert out.count("attempt   ") == 3
+    (run / "sft/provenance.json").write_text("[]")
+    assert main(["audit", "show", str(run / "sft")]) == 2
+    assert "is no provenance record" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf8_is_not_published(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("x")
+    with pytest.raises(DataError, match="a file name must be UTF-8"):
+        build(tmp_path)
+
+
+# ----------------------------------------------------------------------------- other formats
+
+
+def export(capsys, folder: Path, kind: str) -> str:
+    lines.run_of.cache_clear()
+    assert main(["audit", "export", str(folder), "--format", kind]) == 0
+    return capsys.readouterr().out
+
+
+def test_export_slsa(run, capsys):
+    assert export(capsys, run / "reward", "slsa").encode() == (run / "reward/provenance.json").read_bytes() + b"\n"
+
+
+def test_export_prov(run, capsys):
+    from prov.model import ProvDerivation, ProvDocument, ProvEntity
+
+    document = ProvDocument.deserialize(content=export(capsys, run / "policies/dpo", "prov"), format="json")
+    labels = {str(e.label) for e in document.get_records(ProvEntity)}
+    assert {"policies/dpo", "sft", "base", "data", "comparisons", "someone/model", "rows"} == labels
+    derived = {tuple(str(value) for _, value in r.formal_attributes[:2]) for r in document.get_records(ProvDerivation)}
+    assert (f"tt:{identity(run / 'policies/dpo')}", f"tt:{identity(run / 'sft')}") in derived
+
+
+def test_export_spdx(run, capsys, tmp_path):
+    from spdx_python_model import v3_0_1 as model
+
+    (tmp_path / "s.json").write_text(export(capsys, run / "policies/dpo", "spdx"))
+    objects = model.SHACLObjectSet()
+    with (tmp_path / "s.json").open("rb") as f:
+        model.JSONLDDeserializer().read(f, objects)  # checks types, ranges and cardinalities
+    assert not objects.missing_ids
+    packages = {p._id: p.name for p in objects.foreach_type(model.software_Package)}
+    assert set(packages.values()) == {"policies/dpo", "sft", "base", "data", "comparisons", "someone/model", "rows"}
+    relations = {(packages[r.from_._id], r.relationshipType.rpartition("/")[2], packages[r.to[0]._id]) for r in objects.foreach_type(model.Relationship)}  # fmt: skip
+    assert {("policies/dpo", "descendantOf", "sft"), ("policies/dpo", "trainedOn", "comparisons"), ("sft", "descendantOf", "base"), ("sft", "trainedOn", "data"), ("base", "descendantOf", "someone/model")} <= relations  # fmt: skip
+
+
+def test_export_model_card(run, capsys):
+    from huggingface_hub import ModelCard
+
+    text = export(capsys, run / "policies/dpo", "model-card")
+    assert main(["audit", "card", str(run / "policies/dpo")]) == 0
+    assert capsys.readouterr().out == text
+    card = ModelCard(text)
+    assert (card.data.base_model, card.data.license) == ("someone/model", "apache-2.0")
+    assert [r.metric_value for r in card.data.eval_results] == [0.61]
+    for line in ("- accuracy: 0.61 [0.55, 0.67], n = 96", f"`{identity(run / 'policies/dpo')}`", "- labels by ann, bob", "- data: rows, licence CC0-1.0"):  # fmt: skip
+        assert line in text
+    assert main(["audit", "card", str(run / "data")]) == 2
+    assert "a card is of a checkpoint" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- reproduce
+
+
+def test_the_tiers_of_a_reproduction(run, tmp_path):
+    from tunetrail.provenance.reproduce import compare
+
+    def again(change=lambda folder: None) -> str:
+        other = tmp_path / "again"
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(run / "sft", other)
+        change(other)
+        seal_folder(other, "sft", {"base": run / "base"})
+        return compare(run / "sft", other, 1e-3).tier
+
+    def moved(by: float):
+        def change(folder: Path) -> None:
+            path = folder / "model/model.safetensors"
+            tensors = load_file(path)
+            tensors["a"] *= 1 + by
+            save_file(tensors, path, {"format": "pt"})
+
+        return change
+
+    def with_losses(folder: Path) -> None:
+        moved(0.5)(folder)
+        (folder / "history.jsonl").write_text('{"loss": 1.5}\n')
+
+    assert again() == "same file bytes"
+    assert again(lambda f: save_file(load_file(f / "model/model.safetensors"), f / "model/model.safetensors", {"new": "1"})) == "same tensors"  # fmt: skip
+    assert again(moved(5e-4)) == "within tolerance"
+    assert again(moved(5e-3)) == "different"
+    (run / "sft/history.jsonl").write_text('{"loss": 1.5}\n')
+    assert again(with_losses) == "same first losses"
+    (run / "sft/history.jsonl").write_text('{"loss": 2.5}\n')
+    assert again(with_losses) == "different"
+
+
+def test_export_ro_crate(run, capsys, tmp_path, monkeypatch):
+    """By the format's own validator; the terms it would fetch come from the library's copy."""
+    import rdflib.plugins.shared.jsonld.context as reader
+    import rocrate
+    from rocrate_validator import models, services
+    from rocrate_validator.utils import http
+
+    text = (Path(rocrate.__file__).parent / "data/ro-crate.jsonld").read_text()
+
+    class Reply:
+        status_code, headers, ok = 200, {"Content-Type": "application/ld+json"}, True
+
+        def json(self):
+            return json.loads(text)
+
+    monkeypatch.setattr(http.HttpRequester, "get", lambda self, url, **kwargs: Reply(), raising=False)
+    monkeypatch.setattr(reader, "source_to_json", lambda *args, **kwargs: (json.loads(text), None))
+
+    def issues(content: str) -> list[str]:
+        crate = tmp_path / "crate"
+        crate.mkdir(exist_ok=True)
+        (crate / "ro-crate-metadata.json").write_text(content)
+        result = services.validate(services.ValidationSettings(
+            rocrate_uri=str(crate), profile_identifier="ro-crate-1.1", requirement_severity=models.Severity.REQUIRED, skip_availability_check=True,
+        ))  # fmt: skip
+        return [str(issue.message) for issue in result.get_issues()]
+
+    content = export(capsys, run / "policies/dpo", "ro-crate")
+    assert issues(content) == []
+    graph = {e["@id"]: e for e in json.loads(content)["@graph"]}
+    assert graph[graph["./"]["mainEntity"]["@id"]]["name"] == "policies/dpo"
+    assert graph["./"]["license"] == {"@id": "https://spdx.org/licenses/Apache-2.0"} or graph["./"]["license"] == "https://spdx.org/licenses/Apache-2.0"  # fmt: skip
+    broken = json.loads(content)
+    broken["@graph"] = [e for e in broken["@graph"] if e["@id"] != "ro-crate-metadata.json"]
+    assert issues(json.dumps(broken))
