@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_recorded_rankings_follow_the_completions_not_their_places(stage, tmp_pa
     assert labels.rankings == [
         [{"labeler": "ann", "ranks": [3, 1, 2], "order": [0, 1, 2], "time": "2024-05-01T10:00:00Z", "scores": None}]
     ]
-    assert labels.source["file"] == "preferences.jsonl"
+    assert [Path(name).name for name in labels.source["files"]] == ["preferences.jsonl"]
 
 
 def test_recorded_order_is_mapped_to_the_rows_completions(stage, tmp_path):

@@ -17,6 +17,7 @@ import yaml
 
 from tunetrail.config import load
 from tunetrail.contract import read_jsonl, verify
+from tunetrail.provenance.record import read_record
 
 from ..conftest import ROOT, SHARED, Project
 
@@ -37,7 +38,7 @@ def test_every_artifact_keeps_the_contract(tiny_run, artifact):
     folder = tiny_run.folder / TINY / artifact
     manifest = verify(folder / "manifest.json")
     assert manifest["tokenizer"]
-    assert json.loads((folder / "provenance.json").read_text())["attempts"][-1]["ended"] == "done"
+    assert read_record(folder).attempts[-1]["ended"] == "done"
     assert not list(folder.parent.glob(".*.work"))
 
 

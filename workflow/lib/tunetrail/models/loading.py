@@ -169,6 +169,11 @@ def save_causal_lm(
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
     copy_tokenizer(tokenizer_from, folder)
     if lora is not None:
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        # peft keeps them in a set, whose order changes from process to process.
+        modules = adapter["target_modules"]
+        adapter["target_modules"] = sorted(modules) if isinstance(modules, list) else modules
+        write_json(folder / "adapter_config.json", adapter)
         write_json(folder / "parent.json", {"model": str(parent), "manifest": sha256_json(parent_manifest)})
         if lora.export_merged:
             load_causal_lm(folder).save_pretrained(work / "merged")
