@@ -708,3 +708,50 @@ def test_a_process_group_is_ended_unless_others_may_wait_in_it(tmp_path, monkeyp
     assert distributed.is_initialized() is left
     if left:
         distributed.destroy_process_group()
+
+
+def with_input(run: Callable[[Stage], dict], output: str) -> int:
+    """As `in_process`, with the folder `first` as input."""
+    Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {"output": output}}))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return main(run, ["--config=c.json", "--input=first=first/manifest.json", f"--output={output}/manifest.json", "--state=state"])  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def write_big(stage: Stage) -> dict:
+    (stage.work / "big").write_text("x" * 1000)
+    return {}
+
+
+def test_an_input_replaced_while_a_stage_runs_is_recorded_as_it_was_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert in_process(write_big) == 0
+    Path("out").rename("first")
+    before = sha256_file(Path("first/manifest.json"))
+
+    def run(stage: Stage) -> dict:
+        Path("first/manifest.json").write_text("{}")
+        return {}
+
+    assert with_input(run, "second") == 0
+    assert read_record(Path("second")).parents["first"]["manifest"] == before
+
+
+def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):
+    import tunetrail.provenance.manifest as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNETRAIL_DIGESTS", "digests")
+    hashed = []
+    monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(Path(path).name) or sha256_file(path))
+    assert in_process(write_big) == 0
+    Path("out").rename("first")
+    assert hashed.count("big") == 1  # when it was published
+    assert with_input(lambda stage: {}, "second") == 0
+    assert with_input(lambda stage: {}, "third") == 0
+    assert hashed.count("big") == 1
+    content = Path("first/big").read_text()
+    Path("first/big").write_text("y" + content[1:])
+    assert with_input(lambda stage: {}, "fourth") == 65

@@ -143,10 +143,10 @@ def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "weights").write_bytes(b"x" * 100)
+        (folder / "weights.safetensors").write_bytes(b"x" * 100)
         if step < 3:
             mark_complete(stage, folder)
-    (tmp_path / "checkpoint-2/weights").write_bytes(b"x" * 99)  # cut short by a crash of the machine
+    (tmp_path / "checkpoint-2/weights.safetensors").write_bytes(b"x" * 99)  # cut short by a crash of the machine
     assert not is_complete(tmp_path / "checkpoint-2")
     assert [state["name"] for state in noted["states_out"]] == ["checkpoint-1", "checkpoint-2"]
     first = noted["states_out"][0]

@@ -221,6 +221,8 @@ class Stage:
     stop: Stop
     parents: dict[str, dict] = field(default_factory=dict)
     """Role -> the input's manifest."""
+    origins: dict[str, dict] = field(default_factory=dict)
+    """Role -> what the record says of the input, as it was when the stage began: see `provenance.record.parent_of`."""
     dependencies: list[dict] = field(default_factory=list)
     """What only the stage knows of its origins (data sources, packages, labels), made by `provenance.record.dependency`."""
     about: tuple[str, ...] = ()
@@ -321,7 +323,7 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     write_json(stage.work / METRICS, metrics)
     content = build(stage.work)
     manifest = canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.tokenizer_digest} | content)
-    parents = {role: parent_of(path) for role, path in stage.inputs.items()}
+    parents = stage.origins
     # What was learnt from labels names them, however far down they were collected.
     inherited = [d for parent in parents.values() if parent["labels"] for d in parent["labels"]]
     own = [d for d in stage.dependencies if d not in inherited]
@@ -462,6 +464,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
         state=state,
         stop=Stop(),
         parents=parents,
+        origins={role: parent_of(Path(path).parent) for role, path in inputs.items()},
         tokenizer_digest=_tokenizer_of(parents),
         part=(part[0], part[1]),
         cache=cache,

@@ -46,8 +46,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def gathered(*models: Any) -> Iterator[None]:
     """Inside, every process holds all weights of the models and may run them alone, as often as it likes.
 
-    Without it each pass is a collective call, and processes with different numbers of batches wait for each other for ever. Call it in all
-    processes. Models that are not sharded are left as they are.
+    Without it each pass is a collective call, and processes with different numbers of batches wait for each other for
+    ever. Call it in all processes. Models that are not sharded are left as they are.
     """
     parts = [(m is model, m) for model in models if is_sharded(model) for m in model.modules() if is_sharded(m)]
     for _, part in parts:

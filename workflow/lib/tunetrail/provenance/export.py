@@ -21,7 +21,6 @@ from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, SIGNATURE, read_
 from tunetrail.provenance.record import Record
 
 NAMESPACE = "urn:tunetrail:"
-REPOSITORY_FILES = ("Snakefile", "workflow", "config")
 
 
 def _lineage(folder: Path) -> tuple[Node, list[Node]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunetrail.errors import DataError
 from tunetrail.provenance.ledger import LEDGER, artifacts
-from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, identity
+from tunetrail.provenance.manifest import MANIFEST, identity
 from tunetrail.provenance.record import Record, read_record
 
 
@@ -190,6 +190,3 @@ def tree(node: Node, seen: set[Path] | None = None) -> dict[str, Any]:
     if node.record:
         content["sources"] = [{"name": d.get("name"), "digest": d.get("digest")} for role in ("source", "labels", "base") for d in node.record.of_role(role)]  # fmt: skip
     return content
-
-
-__all__ = ["PROVENANCE", "SUBJECTS", "Lineage", "Node", "is_checkpoint", "origins", "run_of", "tree"]

@@ -119,14 +119,22 @@ def parallel(function: Any, paths: list[Path]) -> list[Any]:
     return results
 
 
+def _own_files(folder: Path) -> list[Path]:
+    return [path for path in walk(folder) if path.relative_to(folder).as_posix() not in BESIDE]
+
+
 def list_files(folder: Path) -> list[dict]:
     """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path."""
-    return build(folder)["files"]
+    paths = _own_files(folder)
+    return [
+        {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, parallel(sha256_file, paths), strict=True)
+    ]
 
 
 def build(folder: Path) -> dict[str, list[dict]]:
     """`files` and `tensors` of a folder. Raises DataError for a file name that is no UTF-8, or a broken safetensors file."""
-    paths = [path for path in walk(folder) if path.relative_to(folder).as_posix() not in BESIDE]
+    paths = _own_files(folder)
     for path in paths:
         try:
             str(path).encode()

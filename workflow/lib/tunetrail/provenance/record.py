@@ -156,7 +156,7 @@ def dependency(role: str, name: str, digest: str | None = None, uri: str | None 
         found["uri"] = uri
     if digest:
         found["digest"] = {"sha256": digest}
-    return found | {"annotations": {"role": role} | _exact(annotations)}
+    return found | {"annotations": {"role": role} | exact(annotations)}
 
 
 def labels_dependency(path: Path, rows: list[dict], source: dict) -> dict:
@@ -252,8 +252,8 @@ def build(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"stage": stage, "part": f"{part[0]}/{part[1]}", "config": _exact(config)},
-                "internalParameters": {"attempts": _exact(attempts)},
+                "externalParameters": {"stage": stage, "part": f"{part[0]}/{part[1]}", "config": exact(config)},
+                "internalParameters": {"attempts": exact(attempts)},
                 "resolvedDependencies": resolved,
             },
             "runDetails": {
@@ -283,12 +283,12 @@ def build(
     return canonical(statement)
 
 
-def _exact(value: Any) -> Any:
+def exact(value: Any) -> Any:
     """The value with integers that JSON readers may round (2^53 and above: seeds) as strings."""
     if isinstance(value, dict):
-        return {key: _exact(item) for key, item in value.items()}
+        return {key: exact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_exact(item) for item in value]
+        return [exact(item) for item in value]
     return str(value) if isinstance(value, int) and abs(value) >= 2**53 else value
 
 

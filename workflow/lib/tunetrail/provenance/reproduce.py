@@ -32,8 +32,6 @@ def command(node: Node, scratch: Path) -> list[str]:
     record = node.record
     if record is None:
         raise DataError(f"{node.folder}: {node.fault}")
-    if not record.parents and any(d["annotations"].get("files") for d in record.of_role("base")):
-        pass  # a local folder: the stage itself says when it is gone
     inputs = []
     for role, parent in record.parents.items():
         found = node.parents.get(role)

@@ -34,6 +34,7 @@ from tunetrail.provenance.manifest import (
     sha256_file,
     walk,
 )
+from tunetrail.provenance.record import exact
 from tunetrail.provenance.signing import Policy, signers
 
 Severity = Literal["error", "incomplete", "warning"]
@@ -355,10 +356,8 @@ class Verifier:
             now = json.loads(path.read_text())
         except (OSError, ValueError):
             return
-        from tunetrail.provenance.record import _exact
-
-        if _exact(now) != recorded:
-            keys = sorted(_differing(recorded, _exact(now)))
+        if exact(now) != recorded:
+            keys = sorted(_differing(recorded, exact(now)))
             self._find("config-drift", node, f"{path.relative_to(run)} has another {', '.join(keys[:3])}; run snakemake to make it again")  # fmt: skip
 
     def _signature(self, node: Node) -> None:
