@@ -32,7 +32,7 @@ report: "workflow/report/workflow.rst"
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
     shell(
-        "python -m tunetrail audit seal {RESULTS} >&2 && python -m tunetrail audit verify --quick --recursive {RESULTS} >&2 || true"
+        "python -m tunetrail audit seal {RESULTS} >&2 && python -m tunetrail audit verify --recursive {RESULTS} >&2 || true"
     )
 
 

@@ -30,7 +30,7 @@ def seal_folder(
     labels = [d for parent in found.values() for d in parent["labels"]]
     content = record.build(
         stage=stage, part=(0, 1), config={"stage": stage, "seed": 17, "config": config or {}}, manifest=manifest,
-        output=folder, parents=found, dependencies=[*(dependencies or []), *labels], attempts=attempts or [ATTEMPT], metrics={},
+        output=folder, parents=found, dependencies=[*(dependencies or []), *labels], attempts=attempts or [ATTEMPT], metrics="0" * 64,
         training_flops=None, byproducts=[],
         also_about=[{"name": role, "digest": {"sha256": found[role]["manifest"]}} for role in about],
     )  # fmt: skip
@@ -38,7 +38,7 @@ def seal_folder(
     resolved = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     for dependency in resolved:
         if dependency["annotations"]["role"] == "code":
-            dependency["annotations"] |= {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": False, "untracked": []} | code  # fmt: skip
+            dependency["annotations"] |= {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": False, "untracked": {}} | code  # fmt: skip
         if dependency["annotations"]["role"] == "packages":
             dependency["annotations"]["installed"] = installed or {"torch": "2.13.0", "trl": "1.16.0"}
     (folder / "provenance.json").write_bytes(canonical(statement))

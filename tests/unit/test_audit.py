@@ -141,6 +141,22 @@ def test_a_parent_is_found_by_its_digest_where_it_was_moved_within_the_run(run):
     assert verdict.exit_code() == 2
 
 
+def test_a_stage_that_ran_again_and_gave_the_same_bytes_alarms_nobody(run):
+    attempts = [ATTEMPT | {"start": "2026-02-02T00:00:00+00:00"}]
+    seal_folder(run / "sft", "sft", {"base": run / "base", "data": run / "data"}, {"learning_rate": 5e-5}, attempts)
+    assert names(verify(run)) == {"record-changed", "parent-record-changed"}  # nobody vouches for it yet
+    assert names(verify(run, ledger=False)) == {"parent-record-changed"}
+    seal(run)
+    assert verify(run).findings == []
+
+
+def test_an_artifact_on_another_disk_linked_into_the_run_is_part_of_it(run, tmp_path):
+    (run / "sft").rename(tmp_path / "scratch")
+    (run / "sft").symlink_to(tmp_path / "scratch")
+    assert verify(run).findings == []
+    assert len(verify(run).artifacts) == 7
+
+
 def test_weights_that_were_saved_again_are_told_from_others(run):
     path = run / "reward/model/model.safetensors"
     save_file(dict(reversed(load_file(path).items())), path, {"saved": "again", "format": "pt"})
@@ -222,6 +238,42 @@ def swap_state(run):
     edit_json(run / "sft/provenance.json", lambda s: s["predicate"]["buildDefinition"]["internalParameters"]["attempts"][1]["state_in"].update(digest="9" * 64))  # fmt: skip
 
 
+def link_artifact(run):
+    moved = run.parent / "moved"
+    (run / "evaluation/dpo").rename(moved)
+    (run / "evaluation/dpo").symlink_to(moved)
+    edit_record(run)
+
+
+def nested_ledger(run):
+    edit_record(run)
+    seal(run / "evaluation")
+
+
+def link_record(run):
+    (run / "sft/provenance.json").rename(run.parent / "p.json")
+    (run / "sft/provenance.json").symlink_to(run.parent / "p.json")
+
+
+def older_state(run):
+    def change(statement):
+        attempts = statement["predicate"]["buildDefinition"]["internalParameters"]["attempts"]
+        attempts[1]["states_out"] = [{"name": "checkpoint-3", "digest": "3" * 64}]
+        attempts[2]["state_in"] = {"name": "checkpoint-1", "digest": "1" * 64}
+
+    edit_json(run / "sft/provenance.json", change)
+
+
+def link_loop(run):
+    (run / "sft/model/config.json").unlink()
+    (run / "sft/model/config.json").symlink_to("config.json")
+
+
+def record_folder(run):
+    (run / "sft/provenance.json").unlink()
+    (run / "sft/provenance.json").mkdir()
+
+
 def ledger_lines(change):
     def tamper(run):
         path = run / "ledger.jsonl"
@@ -253,10 +305,17 @@ CASES = {
     "a name that is not UTF-8": (not_utf8, "file-added", "sft", "caf\\udce9.txt is not in the manifest"),
     "a link out of the folder": (link_outside, "link-outside", "sft", "it was not read"),
     "a path with ..": (dotted_path, "unsafe-path", "reward", "../base/metrics.json would leave the folder; it was not read"),
-    "a state of another attempt": (swap_state, "state-swapped", "sft", "went on from checkpoint-2 (9999999999999999…), which no attempt before it saved"),
+    "a state of another attempt": (swap_state, "state-swapped", "sft", "went on from checkpoint-2 (9999999999999999…), which the attempt before it did not leave"),
     "a line of the ledger removed": (ledger_lines(lambda x: x.pop(2)), "ledger-broken", "ledger.jsonl", "line 3 does not follow the line before it"),
     "lines of the ledger swapped": (ledger_lines(lambda x: x.insert(1, x.pop(3))), "ledger-broken", "ledger.jsonl", "line 2 does not follow"),
     "the ledger's tail cut": (ledger_lines(lambda x: x.pop()), "not-sealed", "sft", "it is not in ledger.jsonl"),
+    "an artifact replaced by a link to an edited copy": (link_artifact, "record-changed", "evaluation/dpo", "was sealed"),
+    "a ledger of one's own further down": (nested_ledger, "ledger-broken", "evaluation/ledger.jsonl", "a second ledger within the run"),
+    "a record that is a link": (link_record, "link-outside", "sft", "provenance.json is a link; put the file itself there"),
+    "a file in the guise of a network file system's": (lambda run: (run / "sft/.nfs_evil.py").write_text("x"), "file-added", "sft", ".nfs_evil.py is not in the manifest"),
+    "an older state of the same run": (older_state, "state-swapped", "sft", "went on from checkpoint-1"),
+    "a link that leads to itself": (link_loop, "file-changed", "sft", "model/config.json is no file any more"),
+    "a record that is a folder": (record_folder, "record-edited", "sft", "cannot be read"),
     "half a line of the ledger": (ledger_lines(lambda x: x.append('{"artifact"')), "ledger-broken", "ledger.jsonl", "its last line is cut off"),
     "an artifact and its children gone": (lambda run: shutil.rmtree(run / "evaluation"), "artifact-missing", "evaluation/dpo", "the ledger has it"),
 }  # fmt: skip
@@ -324,12 +383,12 @@ def test_a_tag_that_moved_is_told(run, tmp_path, monkeypatch):
 
 
 def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run):
-    seal_folder(run / "evaluation/dpo", "evaluation", {"model": run / "policies/dpo", "reward": run / "reward"}, attempts=[ATTEMPT, ATTEMPT | {"python": "3.12.1"}], about=("model",), dirty=True, untracked=["config/new.yaml"])  # fmt: skip
+    seal_folder(run / "evaluation/dpo", "evaluation", {"model": run / "policies/dpo", "reward": run / "reward"}, attempts=[ATTEMPT, ATTEMPT | {"python": "3.12.1"}], about=("model",), dirty=True, untracked={"config/new.yaml": "0" * 64})  # fmt: skip
     (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.2}}')
     seal(run)
     verdict = verify(run)
-    assert {(f.name, f.artifact): f.message for f in verdict.findings} == {
-        ("dirty-tree", "evaluation/dpo"): "the code differed from commit fde7df5d8a2d, 1 untracked files; its diff is kept in the record",
+    assert {(f.name, f.artifact): f.message.removesuffix("; the record has the diff") for f in verdict.findings} == {
+        ("dirty-tree", "evaluation/dpo"): "the code differed from commit fde7df5d8a2d, 1 untracked files",
         ("mixed-environment", "evaluation/dpo"): "python changed between attempts: 3.11.7, then 3.12.1",
         ("config-drift", "policies/dpo"): "config/policies.dpo.json has another config.beta; run snakemake to make it again",
     }  # fmt: skip
@@ -418,6 +477,85 @@ def test_signatures(run, keys, capsys):
     (run / "reward/provenance.dsse.json").write_bytes(b"{")
     assert "signature-false" in names(verify(run))  # with no policy, too
     capsys.readouterr()
+
+
+def test_what_a_policy_requires(run, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("require_sealed: true")
+    assert verify(run, policy=read_policy(path)).findings == []
+    whole = (run / "ledger.jsonl").read_bytes()
+    ledger_lines(lambda x: x.pop())(run)
+    verdict = verify(run, policy=read_policy(path))
+    assert (names(verdict), verdict.exit_code()) == ({"policy-not-sealed"}, 1)
+    (run / "ledger.jsonl").write_bytes(whole)
+    seal_folder(run / "evaluation/dpo", "evaluation", {"model": run / "policies/dpo", "reward": run / "reward"}, about=("model",), dirty=True)  # fmt: skip
+    seal(run)
+    for content, found, code in (
+        ("", {"dirty-tree"}, 3), ("allow_dirty: true", set(), 0), ("allow_dirty: false", {"policy-dirty"}, 1),
+    ):  # fmt: skip
+        path.write_text(content)
+        verdict = verify(run, policy=read_policy(path))
+        assert (names(verdict), verdict.exit_code()) == (found, code)
+
+
+def odd(change):
+    return lambda run: edit_json(run / "sft/provenance.json", lambda s: change(s["predicate"]["buildDefinition"]))
+
+
+ODD = {
+    "no name of a parent": odd(lambda b: b["resolvedDependencies"][0].pop("name")),
+    "no digest of a parent": odd(lambda b: b["resolvedDependencies"][0]["digest"].pop("sha256")),
+    "no attempts": odd(lambda b: b["internalParameters"].update(attempts=None)),
+    "no digest of a state": odd(lambda b: b["internalParameters"]["attempts"][1]["state_in"].pop("digest")),
+    "attempts of another kind": odd(lambda b: b["internalParameters"].update(attempts=[3])),
+    "a number out of range": lambda run: (run / "sft/provenance.json").write_bytes((run / "sft/provenance.json").read_bytes().replace(b"60", b"1e999")),
+    "a list": lambda run: (run / "sft/provenance.json").write_text("[[]]"),
+    "deep nesting": lambda run: (run / "sft/provenance.json").write_text("[" * 100_000),
+    "a manifest of lists": lambda run: (run / "sft/manifest.json").write_text("[]"),
+    "tensors that are none": lambda run: edit_json(run / "sft/manifest.json", lambda m: m.update(tensors=[{"name": "a"}])),
+    "a manifest that is a folder": lambda run: ((run / "sft/manifest.json").unlink(), (run / "sft/manifest.json").mkdir()),
+    "a header without types": lambda run: (run / "sft/model/model.safetensors").write_bytes((run / "sft/model/model.safetensors").read_bytes().replace(b"dtype", b"dtypd")),
+    "a header with a short span": lambda run: (run / "sft/model/model.safetensors").write_bytes((run / "sft/model/model.safetensors").read_bytes().replace(b"0,2048", b"002048")),
+    "a ledger's artifact that is a list": lambda run: (run / "ledger.jsonl").write_bytes(canonical({"artifact": ["x"], "manifest": "a", "record": "b", "previous": "0" * 64, "number": 0}) + b"\n"),
+    "a ledger that is a folder": lambda run: ((run / "ledger.jsonl").unlink(), (run / "ledger.jsonl").mkdir()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_content_is_a_finding_and_no_traceback(run, case, capsys):
+    ODD[case](run)
+    lines.run_of.cache_clear()
+    assert main(["audit", "verify", "--recursive", str(run)]) in (1, 2)
+    assert capsys.readouterr().out
+
+
+def test_a_signature_whose_record_is_gone(run, keys):
+    assert main(["audit", "seal", str(run), "--key", str(keys / "lab.pem")]) == 0
+    (run / "reward/provenance.json").unlink()
+    assert {"record-missing", "signature-false"} <= names(verify(run))
+
+
+def test_nobody_vouches_for_a_record_of_another_manifest(run, capsys):
+    edit_and_recompute(run)
+    assert main(["audit", "seal", str(run)]) == 1
+    assert "'reward' was not sealed: its record is missing, or of another manifest" in capsys.readouterr().err
+    assert main(["audit", "verify", str(run), "--anchor", ""]) == 2
+    assert "neither a head (64 digits) nor a file that begins with one" in capsys.readouterr().err
+
+
+def test_raw_data_that_is_not_at_hand_is_named(original, tmp_path, capsys):
+    shutil.copytree(original, tmp_path / "far/r")
+    lines.run_of.cache_clear()
+    assert main(["audit", "verify", "--recursive", str(tmp_path / "far/r")]) == 0
+    assert f"not checked, since not where it was read: {tmp_path}/raw/labels.jsonl, {tmp_path}/raw/rows.jsonl" in capsys.readouterr().out.replace("far/../", "")  # fmt: skip
+
+
+def test_a_scratch_folder_with_something_in_it_is_left_alone(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    assert main(["audit", "reproduce", str(run / "sft"), "--scratch", str(tmp_path / "mine")]) == 2
+    assert "is not empty, and not of an earlier reproduction" in capsys.readouterr().err
+    assert (tmp_path / "mine/thesis.tex").exists()
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -539,7 +677,8 @@ def test_the_command_line(run, tmp_path, capsys, monkeypatch):
     assert anchor.read_text().split()[0] in capsys.readouterr().out
     assert main(["audit", "verify", "--deep", "--recursive", "--anchor", str(anchor), str(run)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("SOUND: 7 artifacts, 0.00 GB compared, 0 findings, UNSIGNED\nhead of ")
+    assert out.startswith("SOUND: 7 artifacts, 0.00 GB compared, 0 findings, UNSIGNED\n")
+    assert "\nhead of " in out
     flip(run / "reward/model/config.json", 2)
     assert main(["audit", "verify", str(run / "reward"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

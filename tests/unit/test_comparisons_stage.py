@@ -173,7 +173,7 @@ def test_recorded_rankings_through_the_stage(compare, tmp_path, capfd):
         ("bob", 2, 2, 1, "2024-05-01"),
     }
     files = read_record(folder).annotations("labels")["files"]
-    assert files == {os.path.relpath(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert files == {os.path.relpath(path, folder): hashlib.sha256(path.read_bytes()).hexdigest()}
 
     write_jsonl(path, people[:4])
     code, _ = compare(ROWS, labeler="recorded", path=str(path), name="again")

@@ -70,9 +70,9 @@ def test_two_hundred_random_single_byte_edits_are_all_caught(run):
 def test_a_merged_adapter_is_sound_and_its_base_is_in_the_tree(run, capsys):
     lineage.run_of.cache_clear()
     assert main(["audit", "trace", str(run / "policies/ppo-lora"), "--json"]) == 0
-    tree = json.loads(capsys.readouterr().out)
-    assert tree["from"]["policy"]["artifact"] == "sft"
-    assert tree["from"]["policy"]["from"]["base"]["artifact"] == "base"
+    rows = {row["artifact"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["policies/ppo-lora"]["from"]["policy"] == str(run / "sft")
+    assert rows["sft"]["from"]["base"] == str(run / "base")
 
 
 @pytest.mark.parametrize("artifact", ["data", "policies/ppo-lora"])

@@ -15,12 +15,13 @@ Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a po
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunetrail.errors import TunetrailError
+from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.provenance.manifest import DigestCache
 
 SOUND, FINDING, INCOMPLETE, WARNING = 0, 1, 2, 3
@@ -96,8 +97,10 @@ def _verify(args: argparse.Namespace) -> int:
     from tunetrail.provenance.verify import Verifier
 
     anchor = args.anchor
-    if anchor and Path(anchor).is_file():
-        anchor = Path(anchor).read_text().split()[0]
+    if anchor is not None and Path(anchor).is_file():
+        anchor = (Path(anchor).read_text().split() or [""])[0]
+    if anchor is not None and not re.fullmatch(r"[0-9a-f]{64}", anchor):
+        raise ConfigError(f"--anchor {args.anchor}: neither a head (64 digits) nor a file that begins with one")
     cache = DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests"))) if args.quick else None
     policy = read_policy(args.policy) if args.policy else None
     verdict = Verifier(cache=cache, recursive=args.recursive, policy=policy, anchor=anchor).run(args.path)
@@ -112,6 +115,8 @@ def _verify(args: argparse.Namespace) -> int:
     names = {finding.name for finding in verdict.findings}
     marks += [mark for name, mark in (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT")) if name in names]  # fmt: skip
     print(f"{word}: {len(verdict.artifacts)} artifacts, {verdict.bytes_read / 1e9:.2f} GB compared, {len(verdict.findings)} findings, {', '.join(marks)}")  # fmt: skip
+    if verdict.not_at_hand:
+        print(f"not checked, since not where it was read: {', '.join(sorted(verdict.not_at_hand))}")
     for ledger, head in verdict.heads.items():
         print(f"head of {ledger}: {head}")
     return code
@@ -125,7 +130,7 @@ def _trace(args: argparse.Namespace) -> int:
     if not args.reverse:
         node = lineage.add(_folder(Path(args.path)))
         if args.json:
-            _print(lines.tree(node))
+            _print(lines.table(node))
         else:
             picture.print_tree(node)
         if args.svg:
@@ -177,7 +182,7 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{folder}: made by the stage {record.stage}, part {record.part}")
     print(f"  manifest  {identity(folder)}")
     print(f"  record    {record.digest}")
-    print(f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {record.usage.get('device_hours'):.4f} device-hours")  # fmt: skip
+    print(f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {record.usage.get('device_hours', 0):.4f} device-hours")  # fmt: skip
     for role, parent in record.parents.items():
         print(f"  input     {role}: {parent['name']}, manifest {parent['manifest'][:16]}…")
     for role in ("base", "source", "labels"):
@@ -202,17 +207,25 @@ def _seal(args: argparse.Namespace) -> int:
         for folder in found:
             if (folder / PROVENANCE).exists():
                 sign(folder, args.key)
+    for name in ledger.refused:
+        print(f"{name!r} was not sealed: its record is missing, or of another manifest", file=sys.stderr)
     if args.anchor:
         args.anchor.write_text(f"{ledger.head}  {args.run}\n")
     if args.json:
         _print(
-            {"ledger": str(ledger.path), "lines": len(ledger.entries), "head": ledger.head, "signed": bool(args.key)}
+            {
+                "ledger": str(ledger.path),
+                "lines": len(ledger.entries),
+                "head": ledger.head,
+                "signed": bool(args.key),
+                "refused": ledger.refused,
+            }
         )
-        return SOUND
+        return FINDING if ledger.refused else SOUND
     print(f"{ledger.path}: {len(ledger.entries)} lines, head {ledger.head}")
     if not args.anchor:
         print(f"to prove later that it was not written anew, keep the head elsewhere: git tag -s -m {ledger.head} {args.run.name}-sealed")  # fmt: skip
-    return SOUND
+    return FINDING if ledger.refused else SOUND
 
 
 def _reproduce(args: argparse.Namespace) -> int:
@@ -258,6 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TunetrailError as e:
         for line in str(e).split("\n"):
             print(f"tunetrail: error: {line}", file=sys.stderr)
+        return INCOMPLETE
+    except FileNotFoundError as e:
+        print(f"tunetrail: error: {e.filename}: no such file", file=sys.stderr)
         return INCOMPLETE
     except BrokenPipeError:  # | head
         sys.stderr.close()

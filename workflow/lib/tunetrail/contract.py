@@ -7,7 +7,8 @@ A stage is a module with `run(stage) -> metrics`, called as
 
 and `main(run)` does the rest:
 
-1. every input folder is checked against its manifest; a byte that differs stops the stage;
+1. every input folder is checked against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS
+   files are not hashed again that have not changed, by size, inode and times, since they were hashed last;
 2. the state folder is `STATE/<fingerprint>`, the digest of the config and the input manifests, so a
    changed hyperparameter never meets an old optimizer state; a lock keeps a second writer out;
 3. `run` fills `stage.work`, a sibling of the output folder, with files;
@@ -338,7 +339,7 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
         parents=parents,
         dependencies=[*own, *_once(inherited), *tokenizer],
         attempts=attempts,
-        metrics=metrics,
+        metrics=sha256_file(stage.work / METRICS),
         training_flops=stage.training_flops,
         byproducts=[{"name": "log.txt", "digest": {"sha256": sha256_file(log_file)}}] if log_file.exists() else [],
         also_about=[
@@ -441,6 +442,8 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
         _record(attempts_file, attempts)
     publish(stage, metrics, attempts)
+    # They are in the record now; what the same state folder makes another time begins a history of its own.
+    attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
     for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
         shutil.rmtree(leftover, ignore_errors=True)
 

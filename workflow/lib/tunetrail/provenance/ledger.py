@@ -8,11 +8,20 @@ elsewhere to prove anything: `audit seal` prints it and can write it to a file y
 import fcntl
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, canonical, sha256_bytes, sha256_file
+from tunetrail.provenance.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    canonical,
+    identity,
+    is_canonical,
+    sha256_bytes,
+    sha256_file,
+)
+from tunetrail.provenance.record import read_record
 
 LEDGER = "ledger.jsonl"
 START = "0" * 64
@@ -30,6 +39,9 @@ class Ledger:
     fault: str | None = None
     """What is wrong with the first line that does not; the lines from there on are not in `entries`."""
 
+    refused: list[str] = field(default_factory=list)
+    """Artifacts that were not sealed: their record is missing, or of another manifest."""
+
     @property
     def head(self) -> str:
         return self.hashes[-1] if self.hashes else START
@@ -44,17 +56,20 @@ def read_ledger(run: Path) -> Ledger:
     """Reads as far as the chain holds. A run without a ledger has an empty one."""
     path = run / LEDGER
     ledger = Ledger(path, [], [])
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as e:
+        ledger.fault = f"it cannot be read ({e.strerror})"
+        return ledger
     lines = content.split(b"\n")
     if lines.pop() != b"":
         ledger.fault = "its last line is cut off"
     for number, line in enumerate(lines):
         try:
             entry = json.loads(line)
-            whole = (
-                canonical(entry) == line and {"artifact", "manifest", "record", "previous", "number"} == entry.keys()
-            )
-        except (ValueError, AttributeError):
+            texts = [entry[key] for key in ("artifact", "manifest", "record", "previous")]
+            whole = is_canonical(entry, line) and len(entry) == 5 and all(isinstance(text, str) for text in texts)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             whole = False
         if not whole:
             ledger.fault = f"line {number + 1} is not what was written"
@@ -69,10 +84,18 @@ def read_ledger(run: Path) -> Ledger:
 
 
 def artifacts(run: Path) -> list[Path]:
-    """Every finished artifact below a run's folder, shards included."""
-    return sorted(
-        path.parent for path in run.rglob(MANIFEST) if not any(p.startswith(".") for p in path.relative_to(run).parts)
-    )
+    """Every finished artifact below a run's folder, shards included; links to folders are followed, each once."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(run, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if MANIFEST in names:
+            found.append(Path(root))
+    return sorted(found)
 
 
 def seal(run: Path) -> Ledger:
@@ -85,10 +108,17 @@ def seal(run: Path) -> Ledger:
             raise DataError(f"{ledger.path}: {ledger.fault}; nothing is sealed on top of it. Restore the file from a copy, or move it away to begin a new chain")  # fmt: skip
         latest = ledger.latest
         for folder in artifacts(run):
-            if not (folder / PROVENANCE).exists():
+            name = folder.relative_to(run).as_posix()
+            try:
+                name.encode()
+                fits = read_record(folder).manifest == identity(folder)
+            except (DataError, UnicodeEncodeError, OSError):
+                fits = False
+            if not fits:  # nobody should vouch for it
+                ledger.refused.append(name)
                 continue
             now = {
-                "artifact": folder.relative_to(run).as_posix(),
+                "artifact": name,
                 "manifest": sha256_file(folder / MANIFEST),
                 "record": sha256_file(folder / PROVENANCE),
             }

@@ -53,7 +53,7 @@ class Lineage:
 
     def add(self, folder: Path, recursive: bool = True) -> Node:
         """The artifact in a folder and, if asked, all it was made from. Raises DataError when there is no manifest."""
-        folder = folder.resolve()
+        folder = Path(os.path.abspath(folder))  # not resolved: a folder linked into a run is part of it
         todo = [self._read(folder)]
         while recursive and todo:
             node = todo.pop()
@@ -69,7 +69,7 @@ class Lineage:
 
     def add_run(self, run: Path) -> list[Node]:
         """Every artifact of a run."""
-        return [self.add(folder) for folder in artifacts(run.resolve())]
+        return [self.add(folder) for folder in artifacts(Path(os.path.abspath(run)))]
 
     def _read(self, folder: Path) -> Node:
         if folder not in self.nodes:
@@ -91,7 +91,9 @@ class Lineage:
             return there
         if run := run_of(child):
             if run not in self._runs:
-                self._runs[run] = {identity(folder): folder for folder in artifacts(run)}
+                self._runs[run] = {
+                    identity(folder): folder for folder in artifacts(run) if (folder / MANIFEST).is_file()
+                }
             if found := self._runs[run].get(parent["manifest"]):
                 return found
         return there if is_there else None
@@ -134,7 +136,11 @@ def origins(lineage: Lineage, what: str) -> list[Node]:
     elif kind == "group":
         found = [n for n in nodes if _has_group(n.folder, name)]
     elif kind == "labeler":
-        found = [n for n in nodes if n.record and name in n.record.annotations("labels").get("labelers", [])]
+        found = [
+            n
+            for n in nodes
+            if n.record and any(name in d["annotations"].get("labelers", []) for d in n.record.of_role("labels"))
+        ]
     elif kind == "package":
         package, _, version = name.partition("==")
         package = re.sub(r"[-_.]+", "-", package).lower()
@@ -144,7 +150,7 @@ def origins(lineage: Lineage, what: str) -> list[Node]:
             if n.record and package in n.record.packages and version in ("", n.record.packages[package])
         ]
     elif Path(what).is_dir():
-        found = [n for n in nodes if n.folder == Path(what).resolve()]
+        found = [n for n in nodes if n.folder == Path(os.path.abspath(what))]
     else:
         raise DataError(f"{what}: name {SUBJECTS}")
     if not found:
@@ -168,25 +174,24 @@ def is_checkpoint(node: Node) -> bool:
     return (node.folder / "model").is_dir()
 
 
-def tree(node: Node, seen: set[Path] | None = None) -> dict[str, Any]:
-    """The lineage of an artifact as nested mappings; what was shown before is not opened again."""
-    seen = set() if seen is None else seen
-    repeated = node.folder in seen
-    seen.add(node.folder)
-    content: dict[str, Any] = {"artifact": node.name, "folder": str(node.folder), "manifest": node.identity}
-    if node.record:
-        content |= {
-            "stage": node.record.stage,
-            "commit": node.record.code.get("commit"),
-            "finished": node.record.finished,
+def table(node: Node) -> list[dict[str, Any]]:
+    """The lineage of an artifact, itself first: a row for each artifact, its parents by role and folder (null: missing)."""
+    rows, todo, seen = [], [node], {node.folder}
+    while todo:
+        at = todo.pop(0)
+        row: dict[str, Any] = {
+            "artifact": at.name,
+            "folder": str(at.folder),
+            "manifest": at.identity,
+            "fault": at.fault,
         }
-    else:
-        content |= {"fault": node.fault}
-    if repeated:
-        return content | {"repeated": True}
-    content["from"] = {
-        role: tree(parent, seen) if parent else {"missing": True} for role, parent in sorted(node.parents.items())
-    }
-    if node.record:
-        content["sources"] = [{"name": d.get("name"), "digest": d.get("digest")} for role in ("source", "labels", "base") for d in node.record.of_role(role)]  # fmt: skip
-    return content
+        if at.record:
+            row |= {"stage": at.record.stage, "commit": at.record.code.get("commit"), "finished": at.record.finished}
+            row["sources"] = [{"name": d.get("name"), "digest": d.get("digest")} for role in ("source", "labels", "base") for d in at.record.of_role(role)]  # fmt: skip
+        row["from"] = {role: str(parent.folder) if parent else None for role, parent in sorted(at.parents.items())}
+        rows.append(row)
+        for parent in at.parents.values():
+            if parent and parent.folder not in seen:
+                seen.add(parent.folder)
+                todo.append(parent)
+    return rows

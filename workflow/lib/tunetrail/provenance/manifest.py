@@ -46,6 +46,14 @@ def canonical(value: Any) -> bytes:
     return rfc8785.dumps(value)
 
 
+def is_canonical(value: Any, content: bytes) -> bool:
+    """Whether these bytes are the canonical form of the value."""
+    try:
+        return canonical(value) == content
+    except ValueError:  # NaN, an integer or a number out of range, half a character
+        return False
+
+
 def identity(folder: Path) -> str:
     """sha256 of the artifact's manifest file."""
     return sha256_file(folder / MANIFEST)
@@ -66,12 +74,15 @@ def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
             raise ValueError("header longer than the file")
         header = json.loads(f.read(length))
         header.pop("__metadata__", None)
+        for entry in header.values():
+            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) for n in entry["shape"]):
+                raise ValueError("a tensor without type or shape")
         spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
         if spans and (
             spans[0][0] != 0 or spans[-1][1] != size - 8 - length or any(a[1] != b[0] for a, b in pairwise(spans))
         ):
             raise ValueError("the tensors do not fill the file")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as e:
         raise DataError(f"{f.name}: not a whole safetensors file ({e})") from None
     return header, 8 + length
 
@@ -160,12 +171,16 @@ def read_manifest(path: Path) -> dict:
             assert isinstance(entry["path"], str)
             assert isinstance(entry["size"], int)
             assert len(entry["sha256"]) == 64
+        for tensor in manifest.get("tensors", []):
+            assert tensor.keys() == {"file", "name", "dtype", "shape", "sha256"}
         return manifest
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; run the stage that makes this folder first") from None
     except ValueError as e:
         raise DataError(f"{path}: not valid JSON ({e}); delete the folder and run its stage again") from None
-    except (KeyError, TypeError, AssertionError):
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    except (LookupError, TypeError, AttributeError, AssertionError, RecursionError):
         raise DataError(f"{path}: is no manifest; delete the folder and run its stage again") from None
 
 
@@ -182,7 +197,8 @@ class DigestCache:
     """sha256 of files that have not changed since they were hashed last, by any process of the run.
 
     A file counts as the same while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
-    a small file, written whole by a rename. Only quick checks use it: a disk that rots changes none of these.
+    a small file, written whole by a rename. Stages and quick audits use it, deep audits do not: a disk that rots changes
+    none of these.
     """
 
     def __init__(self, folder: Path | None):

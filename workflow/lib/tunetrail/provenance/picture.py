@@ -8,6 +8,8 @@ from tunetrail.provenance.lineage import Node
 
 WIDTH, HEIGHT, ACROSS, DOWN = 150, 40, 190, 56
 """Pixels: a box, the pitch of columns and rows."""
+DEPTH = 60
+"""Levels of a tree in the terminal."""
 
 
 def print_tree(node: Node) -> None:
@@ -22,7 +24,10 @@ def print_tree(node: Node) -> None:
         made = f"commit {(n.record.code.get('commit') or 'unknown')[:8]}" if n.record else f"[red]{escape(n.fault or '')}[/red]"  # fmt: skip
         return f"{start}[bold]{escape(n.name)}[/bold] {n.identity[:12]} [dim]{made}[/dim]"
 
-    def grow(branch: Tree, n: Node) -> None:
+    def grow(branch: Tree, n: Node, depth: int = 0) -> None:
+        if depth > DEPTH:
+            branch.add("[dim]… deeper than this shows: --json lists all[/dim]")
+            return
         if n.folder in seen:
             if n.parents:
                 branch.add("[dim]as above[/dim]")
@@ -32,7 +37,7 @@ def print_tree(node: Node) -> None:
             if parent is None:
                 branch.add(f"{role}: [red]missing[/red]")
             else:
-                grow(branch.add(label(role, parent)), parent)
+                grow(branch.add(label(role, parent)), parent, depth + 1)
         for kind in ("base", "source", "labels"):
             for d in n.record.of_role(kind) if n.record else []:
                 branch.add(f"{kind}: {escape(d['name'])} [dim]{(d.get('digest') or {}).get('sha256', '')[:12]}[/dim]")
@@ -51,12 +56,14 @@ def layers(nodes: list[Node]) -> dict[Path, int]:
         stack = [node]
         while stack:
             at = stack[-1]
-            open_parents = [p for p in at.parents.values() if p and p.folder in among and p.folder not in found]
+            open_parents = [
+                p for p in at.parents.values() if p and p.folder in among and p.folder not in found and p not in stack
+            ]
             if open_parents:
                 stack += open_parents
                 continue
             stack.pop()
-            above = [found[p.folder] for p in by_folder[at.folder].parents.values() if p and p.folder in among]
+            above = [found[p.folder] for p in by_folder[at.folder].parents.values() if p and p.folder in found]
             found[at.folder] = max(above, default=-1) + 1
     return found
 

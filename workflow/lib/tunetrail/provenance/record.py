@@ -51,7 +51,7 @@ def code_state() -> dict[str, Any]:
     """Commit, whether the tree differs from it, the diff, untracked files, and a digest of the library's own files."""
     library = Path(tunetrail.__file__).parent
     files = {p.relative_to(library).as_posix(): sha256_file(p) for p in sorted(library.rglob("*.py"))}
-    state: dict[str, Any] = {"commit": None, "dirty": None, "diff": None, "untracked": []}
+    state: dict[str, Any] = {"commit": None, "dirty": None, "diff": None, "untracked": {}}
     commit, root = _git("rev-parse", "HEAD"), _git("rev-parse", "--show-toplevel")
     # A package installed into an environment may lie in somebody else's checkout.
     tracked = _git("ls-files", "--error-unmatch", str(Path(__file__)))
@@ -61,7 +61,7 @@ def code_state() -> dict[str, Any]:
         top = root.decode().strip()
         diff = _git("-C", top, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD") or b""
         untracked = _git("-C", top, "ls-files", "--others", "--exclude-standard", "--", "Snakefile", "workflow", "config", "profiles") or b""  # fmt: skip
-        state |= {"commit": commit.decode().strip(), "dirty": bool(diff or untracked), "untracked": untracked.decode(errors="replace").splitlines()}  # fmt: skip
+        state |= {"commit": commit.decode().strip(), "dirty": bool(diff or untracked), "untracked": {name: sha256_file(Path(top, name)) for name in untracked.decode(errors="replace").splitlines() if Path(top, name).is_file()}}  # fmt: skip
         state["diff"] = diff or None
     return state | {"library": sha256_json(files)}
 
@@ -175,6 +175,22 @@ def labels_dependency(path: Path, rows: list[dict], source: dict) -> dict:
     )  # fmt: skip
 
 
+def _relative(d: dict, start: Path) -> dict:
+    """The dependency with its files named from `start`, as parents are: a run and its raw data may be moved together."""
+    files = d["annotations"].get("files")
+    if not files:
+        return d
+    return d | {"annotations": d["annotations"] | {"files": {os.path.relpath(path, start): digest for path, digest in files.items()}}}  # fmt: skip
+
+
+def _from_here(d: dict, folder: Path) -> dict:
+    """The dependency of a record in `folder` with its files named from the current folder."""
+    files = d["annotations"].get("files")
+    if not files:
+        return d
+    return d | {"annotations": d["annotations"] | {"files": {os.path.relpath(folder / path): digest for path, digest in files.items()}}}  # fmt: skip
+
+
 def parent_of(folder: Path) -> dict[str, Any]:
     """What a record says of an input: where it is, its manifest, its record (null where there is none) and its labels."""
     path = folder / PROVENANCE
@@ -186,7 +202,7 @@ def parent_of(folder: Path) -> dict[str, Any]:
         "path": folder,
         "manifest": sha256_file(folder / MANIFEST),
         "record": record.digest if record else None,
-        "labels": record.of_role("labels") if record else [],
+        "labels": [_from_here(d, folder) for d in record.of_role("labels")] if record else [],
     }
 
 
@@ -200,7 +216,7 @@ def build(
     parents: dict[str, dict],
     dependencies: list[dict],
     attempts: list[dict],
-    metrics: dict,
+    metrics: str,
     training_flops: float | None,
     byproducts: list[dict],
     also_about: list[dict],
@@ -213,6 +229,7 @@ def build(
         parents: role -> {path (of the folder), manifest, record} of each input.
         dependencies: what else it was made from, as SLSA ResourceDescriptors with `annotations.role`.
         attempts: the segments, oldest first.
+        metrics: sha256 of metrics.json.
         byproducts: ResourceDescriptors of logs and such.
         also_about: further subjects, an evaluation's model for one.
     """
@@ -225,7 +242,7 @@ def build(
         }
         for role, parent in sorted(parents.items())
     ]
-    resolved += dependencies
+    resolved += [_relative(d, output) for d in dependencies]
     git = {"commit": code["commit"], "dirty": code["dirty"], "untracked": code["untracked"], "library": code["library"]}
     resolved.append(
         {"name": "code"}
@@ -235,7 +252,7 @@ def build(
     if lock := _lock():
         resolved.append(lock | {"annotations": {"role": "lock"}})
     resolved.append({"name": "packages", "digest": {"sha256": sha256_json(packages())}, "annotations": {"role": "packages", "installed": packages()}})  # fmt: skip
-    products: list[dict] = [{"name": "metrics.json", "digest": {"sha256": sha256_json(metrics)}}, *byproducts]
+    products: list[dict] = [{"name": "metrics.json", "digest": {"sha256": metrics}}, *byproducts]
     if code["diff"] is not None:
         diff = code["diff"]
         products.append(
@@ -312,7 +329,19 @@ class Record:
             self.dependencies: list[dict] = build["resolvedDependencies"]
             self.manifest: str = self.statement["subject"][0]["digest"]["sha256"]
             self.roles = [d["annotations"]["role"] for d in self.dependencies]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+            self.parents = self._parents()
+            for d in self.dependencies:
+                for path, digest in d["annotations"].get("files", {}).items():
+                    os.fspath(path), digest.encode()
+            for attempt in self.attempts:
+                states = [*([attempt["state_in"]] if attempt.get("state_in") else []), *attempt.get("states_out", [])]
+                if not isinstance(attempt["start"], str) or not all(
+                    isinstance(s["digest"] + s["name"], str) for s in states
+                ):
+                    raise ValueError("an attempt without start or states")
+            if not self.attempts:
+                raise ValueError("no attempt")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise DataError(f"{source}: is no provenance record ({type(e).__name__}: {e})") from None
 
     @property
@@ -320,8 +349,7 @@ class Record:
         """The stage's own block."""
         return self.config_file.get("config", {})
 
-    @property
-    def parents(self) -> dict[str, dict]:
+    def _parents(self) -> dict[str, dict]:
         """Role -> {name (from folder to folder), manifest, record}."""
         return {
             role.partition(":")[2]: {"name": d["name"], "manifest": d["digest"]["sha256"], "record": d["annotations"].get("record")}
@@ -366,3 +394,5 @@ def read_record(folder: Path) -> Record:
         return Record(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no record; run the stage that makes this folder again") from None
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None

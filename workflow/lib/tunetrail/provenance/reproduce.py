@@ -16,6 +16,8 @@ from tunetrail.provenance.lineage import Lineage, Node
 from tunetrail.provenance.manifest import MANIFEST, canonical, identity, read_manifest
 
 TIERS = ("same file bytes", "same tensors", "within tolerance", "same first losses", "different")
+MARK = ".reproduction"
+"""Tells a scratch folder that may be emptied."""
 FIRST = 5
 """Steps whose losses are compared."""
 
@@ -74,7 +76,9 @@ def compare(original: Path, again: Path, tolerance: float) -> Reproduction:
     }  # fmt: skip
     if digests[0] and digests[0] == digests[1]:
         return Reproduction(TIERS[1], again, details)
-    far = max((entry.get("relative", float("inf")) for entry in weights["different"]), default=0.0)
+    if not digests[0]:
+        return Reproduction(TIERS[4], again, details)
+    far = max((_number(entry.get("relative")) for entry in weights["different"]), default=0.0)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (original, again)]
     gap = _gap(*metrics)
     details |= {"largest relative change of a tensor": far, "largest relative change of a metric": gap}
@@ -85,6 +89,11 @@ def compare(original: Path, again: Path, tolerance: float) -> Reproduction:
     if losses[0] and losses[0][:FIRST] == losses[1][:FIRST]:
         return Reproduction(TIERS[3], again, details)
     return Reproduction(TIERS[4], again, details)
+
+
+def _number(value: float | None) -> float:
+    """Infinity for what is no number."""
+    return float("inf") if value is None or value != value else value
 
 
 def _losses(folder: Path) -> list[float | None]:
@@ -109,8 +118,11 @@ def _gap(a: Any, b: Any) -> float:
 def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduction:
     """Runs the stage that made `folder` again in `scratch`. Raises DataError where it cannot be run."""
     node = Lineage().add(folder)
+    if scratch.exists() and any(scratch.iterdir()) and not (scratch / MARK).exists():
+        raise DataError(f"{scratch}: is not empty, and not of an earlier reproduction; name another --scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    (scratch / MARK).touch()
     reply = subprocess.run(command(node, scratch), check=False)
     if reply.returncode:
         raise DataError(f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in {scratch}")  # fmt: skip

@@ -23,8 +23,10 @@ class Policy(Block):
 
     keys: dict[str, Path] = Field(default={}, description="name of a signer -> PEM file of their ed25519 public key")
     require_signature: bool = Field(default=False, description="every record must be signed by one of `keys`")
-    allow_dirty: bool = Field(default=True, description="false: a checkpoint made from a dirty tree is a finding")
-    require_sealed: bool = Field(default=False, description="every artifact must be in its run's ledger")
+    allow_dirty: bool | None = Field(
+        default=None, description="false: made from a dirty tree is an error; true: it is not even a warning"
+    )
+    require_sealed: bool = Field(default=False, description="that an artifact is in no ledger is an error")
 
 
 def read_policy(path: Path) -> Policy:
@@ -96,10 +98,12 @@ def signers(folder: Path, policy: Policy) -> list[str]:
     try:
         envelope = Envelope.from_dict(json.loads(path.read_bytes()))
         whole = canonical(envelope.to_dict()) == path.read_bytes()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError):
         whole = False
     if not whole:
         raise DataError("the envelope is not what was written")
+    if not (folder / PROVENANCE).is_file():
+        raise DataError("there is no record it could be of")
     if envelope.payload_type != PAYLOAD_TYPE or envelope.payload != (folder / PROVENANCE).read_bytes():
         raise DataError("the envelope holds another record")
     names = []

@@ -10,6 +10,8 @@ What passes has been consistent since it was sealed; that a job did what its rec
 """
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.ledger import LEDGER, START, Ledger, artifacts, read_ledger
+from tunetrail.provenance.ledger import LEDGER, Ledger, artifacts, read_ledger
 from tunetrail.provenance.lineage import Lineage, Node, run_of
 from tunetrail.provenance.manifest import (
     BESIDE,
@@ -25,8 +27,8 @@ from tunetrail.provenance.manifest import (
     PROVENANCE,
     SIGNATURE,
     DigestCache,
-    canonical,
     hash_safetensors,
+    is_canonical,
     is_inside,
     parallel,
     read_manifest,
@@ -37,6 +39,8 @@ from tunetrail.provenance.manifest import (
 from tunetrail.provenance.record import exact
 from tunetrail.provenance.signing import Policy, signers
 
+NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
+"""What a network file system leaves of a file that is removed while somebody has it open."""
 Severity = Literal["error", "incomplete", "warning"]
 FINDINGS: dict[str, tuple[Severity, str]] = {
     "manifest-missing": ("error", "the folder has no manifest"),
@@ -65,6 +69,8 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "not-sealed": ("incomplete", "it is in no ledger, or has changed since it was sealed last"),
     "signature-false": ("error", "a signature does not hold"),
     "signature-missing": ("error", "the policy requires a signature"),
+    "policy-dirty": ("error", "the policy forbids code that no commit holds"),
+    "policy-not-sealed": ("error", "the policy requires that it is sealed"),
     "dirty-tree": ("warning", "it was made by code that no commit holds"),
     "config-drift": ("warning", "the run's config is another than the one it was made with"),
     "mixed-environment": ("warning", "hardware or software changed between its attempts"),
@@ -99,6 +105,8 @@ class Verdict:
     heads: dict[str, str] = field(default_factory=dict)
     """ledger -> its head."""
     bytes_read: int = 0
+    not_at_hand: set[str] = field(default_factory=set)
+    """Raw data and labels outside the run that are not where they were read, and were therefore not checked."""
 
     def exit_code(self, strict: bool = False) -> int:
         severities = {f.severity for f in self.findings}
@@ -115,6 +123,7 @@ class Verdict:
             "unsigned": self.unsigned,
             "heads": self.heads,
             "bytes_read": self.bytes_read,
+            "not_at_hand": sorted(self.not_at_hand),
         }
 
 
@@ -130,6 +139,7 @@ class Verifier:
         cache: digests that quick checks may rely on; None: every byte is read.
         recursive: also everything the artifacts were made from, down to the raw data.
         anchor: a ledger's head that was kept elsewhere.
+        ledger: False: of a run that goes on and is not sealed yet.
     """
 
     def __init__(
@@ -139,17 +149,20 @@ class Verifier:
         recursive: bool = False,
         policy: Policy | None = None,
         anchor: str | None = None,
+        ledger: bool = True,
     ):
+        self.with_ledger, self.roots, self.hashed = ledger, list[Path](), dict[Path, str]()
+        self.latest: dict[Path, dict[str, dict]] = {}
         self.cache, self.recursive, self.policy, self.anchor = cache, recursive, policy or Policy(), anchor
-        self.has_policy = policy is not None
         self.lineage, self.verdict = Lineage(), Verdict()
         self.ledgers: dict[Path, Ledger] = {}
 
     def run(self, paths: list[Path]) -> Verdict:
         """Artifacts (a folder, or its manifest) and whole runs (a folder with a ledger). Raises DataError for others."""
         for path in paths:
-            folder = (path.parent if path.name == MANIFEST else path).resolve()
+            folder = Path(os.path.abspath(path.parent if path.name == MANIFEST else path))
             if (folder / LEDGER).exists():
+                self.roots.append(folder)
                 self._whole_run(folder)
             elif (folder / MANIFEST).exists():
                 self.lineage.add(folder, self.recursive)
@@ -171,7 +184,9 @@ class Verifier:
             self.verdict.heads[show(ledger.path)] = ledger.head
             if ledger.fault:
                 self._find("ledger-broken", LEDGER, f"{ledger.fault}; restore it from a copy")
-            elif self.anchor and self.anchor not in (START, *ledger.hashes):
+            elif (
+                self.anchor is not None and ledger.path.parent in self._anchored() and self.anchor not in ledger.hashes
+            ):
                 self._find("ledger-not-anchored", LEDGER, f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was cut")  # fmt: skip
         self.verdict.findings.sort(key=lambda f: (("error", "incomplete", "warning").index(f.severity), f.artifact))
         return self.verdict
@@ -193,11 +208,28 @@ class Verifier:
     def _ledger(self, run: Path) -> Ledger:
         if run not in self.ledgers:
             self.ledgers[run] = read_ledger(run)
+            self.latest[run] = self.ledgers[run].latest
         return self.ledgers[run]
+
+    def _run_of(self, folder: Path) -> Path | None:
+        """Its run: one that was named, whatever ledgers lie below it, else the nearest."""
+        return next((root for root in self.roots if folder.is_relative_to(root)), None) or run_of(folder)
+
+    def _anchored(self) -> list[Path]:
+        """The runs an anchor speaks of: those that were asked for, not those of parents elsewhere."""
+        return self.roots or list(self.ledgers)[:1]
 
     def _whole_run(self, run: Path) -> None:
         for folder in artifacts(run):
-            self.lineage.add(folder, self.recursive)
+            try:
+                self.lineage.add(folder, self.recursive)
+            except DataError as e:
+                self._find("manifest-missing", folder.relative_to(run).as_posix(), str(e))
+        for other in sorted(run.rglob(LEDGER)):
+            if other.parent != run:
+                self._find(
+                    "ledger-broken", other.relative_to(run).as_posix(), "a second ledger within the run; remove it"
+                )
         for name in self._ledger(run).latest:
             if is_inside(name) and not (run / name / MANIFEST).exists():
                 self._find("artifact-missing", name, "the ledger has it; restore the folder from a copy, or run its stage again and seal")  # fmt: skip
@@ -213,7 +245,10 @@ class Verifier:
             except DataError:
                 self._find("manifest-edited", node, f"{MANIFEST} cannot be read; restore it from a copy")
                 continue
-            if canonical(manifest) != (node.folder / MANIFEST).read_bytes():
+            for name in BESIDE:
+                if (node.folder / name).is_symlink():
+                    self._find("link-outside", node, f"{name} is a link; put the file itself there")
+            if not is_canonical(manifest, (node.folder / MANIFEST).read_bytes()):
                 self._find("manifest-edited", node, f"{MANIFEST} is not in canonical form; restore it from a copy")
             listed = {entry["path"]: entry for entry in manifest["files"]}
             tensors: dict[str, list[dict]] = {}
@@ -221,7 +256,7 @@ class Verifier:
                 tensors.setdefault(tensor["file"], []).append({k: v for k, v in tensor.items() if k != "file"})
             there = {path.relative_to(node.folder).as_posix(): path for path in walk(node.folder)}
             for name in sorted(there.keys() - listed.keys() - set(BESIDE)):
-                if not there[name].name.startswith(".nfs"):
+                if not NFS.fullmatch(there[name].name):
                     self._find("file-added", node, f"{show(name)} is not in the manifest; remove it")
             for name, entry in listed.items():
                 path = node.folder / name
@@ -229,8 +264,8 @@ class Verifier:
                     self._find("unsafe-path", node, f"{show(name)} would leave the folder; it was not read")
                 elif name not in there:
                     self._find("file-missing", node, f"{show(name)} is gone; restore it from a copy")
-                elif path.is_symlink() and not path.resolve().is_relative_to(node.folder):
-                    self._find("link-outside", node, f"{show(name)} is a link to {show(path.resolve())}; it was not read")  # fmt: skip
+                elif path.is_symlink() and not _is_below(path, node.folder):
+                    self._find("link-outside", node, f"{show(name)} is a link to {show(os.readlink(path))}; it was not read")  # fmt: skip
                 elif not path.is_file():
                     self._find("file-changed", node, f"{show(name)} is no file any more")
                 elif path.stat().st_size != entry["size"]:
@@ -240,7 +275,14 @@ class Verifier:
                 else:
                     todo.append((node, path, entry["sha256"], tensors.get(name, [])))
                     self.verdict.bytes_read += entry["size"]
-        digest: Callable[[Path], str] = self.cache.sha256 if self.cache else sha256_file
+        hashing: Callable[[Path], str] = self.cache.sha256 if self.cache else sha256_file
+
+        def digest(path: Path) -> str:
+            try:
+                return hashing(path)
+            except OSError as e:
+                return f"unreadable: {e.strerror}"
+
         for (node, path, expected, expected_tensors), found in zip(todo, parallel(digest, [path for _, path, _, _ in todo]), strict=True):  # fmt: skip
             name = path.relative_to(node.folder).as_posix()
             if found == expected:
@@ -254,7 +296,7 @@ class Verifier:
         """Which tensors of a file that differs are others."""
         try:
             _, found = hash_safetensors(path)
-        except DataError:
+        except (DataError, OSError):
             self._find("file-changed", node, f"{show(name)} is no whole safetensors file any more; restore it from a copy")  # fmt: skip
             return
         if found == expected:
@@ -270,23 +312,28 @@ class Verifier:
     def _manifest(self, node: Node) -> None:
         if node.record and node.record.manifest != node.identity:
             self._find("manifest-changed", node, f"the record is of manifest {node.record.manifest[:16]}…, this is {node.identity[:16]}…")  # fmt: skip
-        run = run_of(node.folder)
-        if run is None:
-            self._find("not-sealed", node, f"there is no {LEDGER} above it; seal its run: tunetrail audit seal RUN")
+        run = self._run_of(node.folder)
+        if not self.with_ledger:
             return
-        entry = self._ledger(run).latest.get(node.folder.relative_to(run).as_posix())
+        if run is None:
+            self._not_sealed(node, f"there is no {LEDGER} above it; seal its run: tunetrail audit seal RUN")
+            return
+        self._ledger(run)
+        entry = self.latest[run].get(node.folder.relative_to(run).as_posix())
         record = sha256_bytes(node.record.content) if node.record else None
         if entry is None:
-            self._find("not-sealed", node, f"it is not in {LEDGER}; if you trust it: tunetrail audit seal {show(run)}")
+            self._not_sealed(node, f"it is not in {LEDGER}; if you trust it: tunetrail audit seal {show(run)}")
         elif entry["manifest"] != node.identity and entry["record"] != record:
-            self._find("parent-changed" if self._has_children(node) else "not-sealed", node, "it was made again, or replaced, since it was sealed; if you trust it, seal its run again")  # fmt: skip
+            self._not_sealed(
+                node, "it was made again, or replaced, since it was sealed; if you trust it, seal its run again"
+            )
         elif entry["manifest"] != node.identity:
             self._find("manifest-changed", node, f"manifest {entry['manifest'][:16]}… was sealed, this is {node.identity[:16]}…")  # fmt: skip
         elif entry["record"] != record:
             self._find("record-changed", node, f"record {entry['record'][:16]}… was sealed, this is {(record or 'none')[:16]}…; restore {PROVENANCE} from a copy")  # fmt: skip
 
-    def _has_children(self, node: Node) -> bool:
-        return any(node in other.parents.values() for other in self.lineage.nodes.values())
+    def _not_sealed(self, node: Node, message: str) -> None:
+        self._find("policy-not-sealed" if self.policy.require_sealed else "not-sealed", node, message)
 
     def _record(self, node: Node) -> None:
         record = node.record
@@ -294,18 +341,20 @@ class Verifier:
             missing = not (node.folder / PROVENANCE).exists()
             self._find("record-missing" if missing else "record-edited", node, f"{node.fault}")
             return
-        if canonical(record.statement) != record.content:
+        if not is_canonical(record.statement, record.content):
             self._find("record-edited", node, f"{PROVENANCE} is not in canonical form; restore it from a copy")
         if self.recursive:
             self._parents(node)
             self._origins(node)
         code = record.code
-        if code.get("dirty") and not (self.has_policy and self.policy.allow_dirty):
+        if code.get("dirty") and self.policy.allow_dirty is not True:
             commit = (code.get("commit") or "")[:12]
             extra = f", {len(code['untracked'])} untracked files" if code.get("untracked") else ""
-            self._find("dirty-tree", node, f"the code differed from commit {commit}{extra}; its diff is kept in the record")  # fmt: skip
+            kept = any(b.get("name") == "code.diff" and "content" in b for b in record.run.get("byproducts", []))
+            name = "dirty-tree" if self.policy.allow_dirty is None else "policy-dirty"
+            self._find(name, node, f"the code differed from commit {commit}{extra}{'; the record has the diff' if kept else ''}")  # fmt: skip
         self._attempts(node, record.attempts)
-        run = run_of(node.folder)
+        run = self._run_of(node.folder)
         if run is not None:
             self._config(node, run, record.config_file)
 
@@ -317,16 +366,33 @@ class Verifier:
                 self._find("parent-missing", node, f"{role} ({recorded['name']}, manifest {recorded['manifest'][:16]}…) is not there; restore it from a copy")  # fmt: skip
             elif parent.identity != recorded["manifest"]:
                 self._find("parent-changed", node, f"{role} was manifest {recorded['manifest'][:16]}…, {show(parent.name)} is {parent.identity[:16]}… now; run this stage again, or restore what it was made from")  # fmt: skip
-            elif recorded["record"] and (parent.record is None or parent.record.digest != recorded["record"]):
+            elif recorded["record"] and (parent.record is None or parent.record.digest != recorded["record"]) and not self._made_again_alike(parent, recorded):  # fmt: skip
                 self._find("parent-record-changed", node, f"the record of {role} ({show(parent.name)}) is not the one it had then")  # fmt: skip
+
+    def _made_again_alike(self, parent: Node, recorded: dict) -> bool:
+        """Whether the ledger shows that the parent's stage ran again and gave the same bytes: both records were sealed."""
+        run = self._run_of(parent.folder)
+        if run is None or parent.record is None:
+            return False
+        mine = [e for e in self._ledger(run).entries if e["artifact"] == parent.folder.relative_to(run).as_posix()]
+        sealed = {(e["manifest"], e["record"]) for e in mine}
+        return {(recorded["manifest"], recorded["record"]), (parent.identity, parent.record.digest)} <= sealed
 
     def _origins(self, node: Node) -> None:
         """What came from outside the run, where it is at hand."""
         assert node.record is not None
         for role, name in (("source", "source-changed"), ("labels", "labels-changed"), ("base", "base-moved")):
             for dependency in node.record.of_role(role):
-                for path, digest in dependency["annotations"].get("files", {}).items():
-                    if Path(path).is_file() and sha256_file(Path(path)) != digest:
+                for name_from_here, digest in dependency["annotations"].get("files", {}).items():
+                    path = Path(os.path.normpath(node.folder / name_from_here))
+                    if path not in self.hashed:
+                        try:
+                            self.hashed[path] = sha256_file(path)
+                        except OSError:
+                            self.hashed[path] = ""
+                    if not self.hashed[path]:
+                        self.verdict.not_at_hand.add(show(path))
+                    elif self.hashed[path] != digest:
                         self._find(name, node, f"{show(path)} is not what was read when this was made; run the stages from there again, or restore it")  # fmt: skip
         for dependency in node.record.of_role("base"):
             asked, commit = dependency["annotations"].get("revision"), dependency["annotations"].get("commit")
@@ -340,8 +406,9 @@ class Verifier:
         for attempt in attempts:
             state = attempt.get("state_in")
             if state is not None and state["digest"] not in saved:
-                self._find("state-swapped", node, f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), which no attempt before it saved")  # fmt: skip
-            saved |= {state["digest"] for state in attempt.get("states_out", [])}
+                self._find("state-swapped", node, f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), which the attempt before it did not leave")  # fmt: skip
+            if "states_out" in attempt:  # the last two: an attempt never goes back further
+                saved = {state["digest"] for state in attempt["states_out"]}
         same = ("cpu", "gpus", "driver", "python", "torch", "world_size", "code", "packages")
         for before, after in pairwise(attempts):
             for key in same:
@@ -378,6 +445,11 @@ class Verifier:
             self.verdict.unsigned.append(name)
             if self.policy.require_signature:
                 self._find("signature-missing", node, "no key of the policy signed it")
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether a link leads to something below the folder."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _differing(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -239,10 +239,9 @@ def collect(stage: Stage) -> Run:
             )
         )
     artifacts = dict(sorted(artifacts.items(), key=lambda item: ORDER.index(kind(item[0]))))
-    verifier = Verifier(cache=stage.cache, recursive=True)
+    verifier = Verifier(cache=stage.cache, recursive=True, ledger=False)
     verdict = verifier.run(list(stage.inputs.values()))
-    # The run is sealed when it has ended, and this page is of the run.
-    audit = [finding for finding in verdict.findings if finding.name != "not-sealed"]
+    audit = verdict.findings  # the run is sealed when it has ended, and this page is of the run
     changed = (
         "parent-changed",
         "parent-record-changed",
