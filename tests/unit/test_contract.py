@@ -494,7 +494,12 @@ def test_checkpoints_go_when_the_artifact_is_there(space):
     )
     assert space.run()[0] == 0
     state = space.folder / "state" / space.states().pop()
-    assert sorted(path.name for path in state.iterdir()) == ["attempts.published.jsonl", "lock", "log.txt", "tensorboard"]
+    assert sorted(path.name for path in state.iterdir()) == [
+        "attempts.published.jsonl",
+        "lock",
+        "log.txt",
+        "tensorboard",
+    ]
 
 
 def test_half_written_rows_are_cut_off(tmp_path):
