@@ -14,12 +14,10 @@ from pathlib import Path
 from tunetrail.errors import DataError
 from tunetrail.provenance.manifest import (
     MANIFEST,
-    PROVENANCE,
     canonical,
     identity,
     is_canonical,
     sha256_bytes,
-    sha256_file,
 )
 from tunetrail.provenance.record import read_record
 
@@ -111,7 +109,8 @@ def seal(run: Path) -> Ledger:
             name = folder.relative_to(run).as_posix()
             try:
                 name.encode()
-                fits = read_record(folder).manifest == identity(folder)
+                record, manifest = read_record(folder), identity(folder)
+                fits = record.manifest == manifest
             except (DataError, UnicodeEncodeError, OSError):
                 fits = False
             if not fits:  # nobody should vouch for it
@@ -119,8 +118,8 @@ def seal(run: Path) -> Ledger:
                 continue
             now = {
                 "artifact": name,
-                "manifest": sha256_file(folder / MANIFEST),
-                "record": sha256_file(folder / PROVENANCE),
+                "manifest": manifest,
+                "record": record.digest,
             }
             before = latest.get(now["artifact"])
             if before and before | now == before:

@@ -235,7 +235,3 @@ class DigestCache:
 def _stamp(path: Path) -> tuple[int, ...]:
     s = path.stat()
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-
-
-def no_cache() -> DigestCache:
-    return DigestCache(None)

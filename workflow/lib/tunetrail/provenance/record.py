@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,20 +176,15 @@ def labels_dependency(path: Path, rows: list[dict], source: dict) -> dict:
     )  # fmt: skip
 
 
-def _relative(d: dict, start: Path) -> dict:
-    """The dependency with its files named from `start`, as parents are: a run and its raw data may be moved together."""
+def _renamed(d: dict, rename: Callable[[str], str]) -> dict:
+    """The dependency with other names for its files.
+
+    A record names them from its folder, as it names parents: a run and its raw data may be moved together.
+    """
     files = d["annotations"].get("files")
     if not files:
         return d
-    return d | {"annotations": d["annotations"] | {"files": {os.path.relpath(path, start): digest for path, digest in files.items()}}}  # fmt: skip
-
-
-def _from_here(d: dict, folder: Path) -> dict:
-    """The dependency of a record in `folder` with its files named from the current folder."""
-    files = d["annotations"].get("files")
-    if not files:
-        return d
-    return d | {"annotations": d["annotations"] | {"files": {os.path.relpath(folder / path): digest for path, digest in files.items()}}}  # fmt: skip
+    return d | {"annotations": d["annotations"] | {"files": {rename(path): digest for path, digest in files.items()}}}
 
 
 def parent_of(folder: Path) -> dict[str, Any]:
@@ -202,7 +198,9 @@ def parent_of(folder: Path) -> dict[str, Any]:
         "path": folder,
         "manifest": sha256_file(folder / MANIFEST),
         "record": record.digest if record else None,
-        "labels": [_from_here(d, folder) for d in record.of_role("labels")] if record else [],
+        "labels": [_renamed(d, lambda path: os.path.relpath(folder / path)) for d in record.of_role("labels")]
+        if record
+        else [],
     }
 
 
@@ -242,7 +240,7 @@ def build(
         }
         for role, parent in sorted(parents.items())
     ]
-    resolved += [_relative(d, output) for d in dependencies]
+    resolved += [_renamed(d, lambda path: os.path.relpath(path, output)) for d in dependencies]
     git = {"commit": code["commit"], "dirty": code["dirty"], "untracked": code["untracked"], "library": code["library"]}
     resolved.append(
         {"name": "code"}

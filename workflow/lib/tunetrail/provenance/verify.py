@@ -32,7 +32,6 @@ from tunetrail.provenance.manifest import (
     is_inside,
     parallel,
     read_manifest,
-    sha256_bytes,
     sha256_file,
     walk,
 )
@@ -320,7 +319,7 @@ class Verifier:
             return
         self._ledger(run)
         entry = self.latest[run].get(node.folder.relative_to(run).as_posix())
-        record = sha256_bytes(node.record.content) if node.record else None
+        record = node.record.digest if node.record else None
         if entry is None:
             self._not_sealed(node, f"it is not in {LEDGER}; if you trust it: tunetrail audit seal {show(run)}")
         elif entry["manifest"] != node.identity and entry["record"] != record:
