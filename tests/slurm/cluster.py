@@ -135,7 +135,9 @@ class Cluster:
         (etc / "gres.conf").write_text("".join(
             f"NodeName={name} Name=gpu File={device}\n" for name, gpus in NODES.items() for device in DEVICES[:gpus]
         ))  # fmt: skip
-        (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n")
+        (etc / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
+        )
         (etc / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(NODES)}\n")
 
     def _munge(self) -> None:
