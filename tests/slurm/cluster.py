@@ -72,7 +72,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 60) -> object:
+def until(condition: Callable[[], object], what: str, seconds: float = 120) -> object:
     """What `condition` gives once it is true. Raises AssertionError."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -93,8 +93,10 @@ class Cluster:
     # ------------------------------------------------------------------------- up and down
 
     def __enter__(self) -> "Cluster":
-        for name in ("etc", "munge", "state", *(f"spool/{node}" for node in NODES)):
+        for name in ("etc", "munge", "state", "small", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
+        # A disk that tests make full: mounted now, so that the nodes have it too.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "small", str(self.folder / "small")], check=True)
         self._configure()
         try:
             self._munge()
@@ -113,6 +115,7 @@ class Cluster:
     def __exit__(self, *_) -> None:
         for name in list(self.processes):
             self.power_off(name)
+        subprocess.run(["umount", "--lazy", str(self.folder / "small")], check=True)
         pid = self.folder / "munge/pid"
         if pid.exists():
             os.kill(int(pid.read_text()), signal.SIGTERM)
@@ -180,6 +183,16 @@ class Cluster:
         for pid in self.pids(node, "slurmd"):
             os.kill(pid, signal.SIGKILL)
 
+    def mend(self) -> None:
+        """Brings back what was powered off, cut off or drained."""
+        for node in NODES:
+            if node in self.processes and not self.pids(node, "slurmd -D"):
+                self.power_off(node)
+            if node not in self.processes:
+                self.start_node(node)
+        self.command("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME", check=False)
+        self.wait_for_nodes()
+
     # ------------------------------------------------------------------------- asking and telling
 
     def command(self, *words: str, check: bool = True) -> str:
@@ -214,7 +227,10 @@ class Cluster:
 
     def pids(self, node: str, program: str) -> list[int]:
         """Processes of this name on a node: those in its host's name space."""
-        space = os.readlink(f"/proc/{self._inside(node)}/ns/uts")
+        try:
+            space = os.readlink(f"/proc/{self._inside(node)}/ns/uts")
+        except (OSError, IndexError):  # it is off
+            return []
         found = []
         for entry in Path("/proc").iterdir():
             try:

@@ -19,6 +19,8 @@ from .cluster import Cluster, missing_programs, until
 
 CONFIG = "slurm.yaml"
 RUN = "tiny"
+HEADS: list[subprocess.Popen] = []
+"""All that were started, so that a test that fails leaves none."""
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +33,19 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     assert not reason
     with Cluster(tmp_path_factory.mktemp("slurm") / "c") as up:
         yield up
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(cluster) -> Iterator[None]:
+    """After each test no head and no job is left, and all nodes are there."""
+    yield
+    for head in HEADS:
+        head.kill()
+        head.wait()
+    HEADS.clear()
+    for job in cluster.jobs("PENDING,RUNNING,SUSPENDED"):
+        cluster.command("scancel", job["id"], check=False)
+    cluster.mend()
 
 
 @dataclasses.dataclass
@@ -49,7 +64,9 @@ class OnSlurm:
         path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
         variables = self.cluster.environment | self.environment | environment | {"PATH": path, "PYTHONPATH": str(ROOT)}
         with (self.folder / "head.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=self.folder, env=variables, stdout=log, stderr=log)
+            head = subprocess.Popen(command, cwd=self.folder, env=variables, stdout=log, stderr=log)
+        HEADS.append(head)
+        return head
 
     def wait(self, head: subprocess.Popen, seconds: float = 240) -> int:
         """The head's exit code; requeued jobs need not wait the two minutes that Slurm has them wait."""

@@ -3,6 +3,7 @@
 The stage is SFT of the tiny model, which saves after every step here.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -10,29 +11,15 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 from tunetrail.contract import read_jsonl
 
 from .cluster import until
 
 
-@pytest.fixture(autouse=True)
-def nothing_left(request, cluster):
-    """After each test: all nodes are there, and no job is."""
-    yield
-    for job in cluster.jobs("PENDING,RUNNING,SUSPENDED,COMPLETING"):
-        cluster.command("scancel", job["id"], check=False)
-    for node in cluster.processes.keys() ^ {"slurmctld", "cpu1", "cpu2", "gpu1", "gpu2", "big1"}:
-        cluster.start_node(node)
-    cluster.command("scontrol", "update", "NodeName=ALL", "State=RESUME", check=False)
-    cluster.wait_for_nodes()
-
-
 def attempts_follow_each_other(project) -> None:
     """No attempt began before the one before it had ended, by the times that the attempts themselves wrote."""
     attempts = project.record("sft").attempts
-    for a, b in zip(attempts, attempts[1:], strict=False):
+    for a, b in itertools.pairwise(attempts):
         assert a["end"] is None or a["end"] <= b["start"]
 
 
@@ -106,7 +93,7 @@ def test_a_node_cut_off_whose_trainer_works_on_makes_way(project, expected):
     [old] = project.trainers(job["nodes"])
     os.kill(old, signal.SIGSTOP)  # or it would be done before Slurm notices
     project.cluster.cut_off(job["nodes"])
-    until(lambda: project.cluster.start_now() or project.jobs("sft", "PENDING,RUNNING") and project.job()["nodes"] != job["nodes"], "it runs elsewhere", 120)  # fmt: skip
+    until(lambda: runs_elsewhere(project, job), "it runs elsewhere", 120)
     until(lambda: "was asked to save and leave" in project.said() + logs(project), "the new one asks")
     before = project.saved()[-1].name
     os.kill(old, signal.SIGCONT)
@@ -114,6 +101,11 @@ def test_a_node_cut_off_whose_trainer_works_on_makes_way(project, expected):
     assert project.ends("sft")[0].startswith("stopped for another attempt of this stage (process ")
     assert f"job {job['id']}" in project.ends("sft")[0]
     goes_on_from(project, int(before.rpartition("-")[2]))
+
+
+def runs_elsewhere(project, job: dict[str, str]) -> bool:
+    project.cluster.start_now()
+    return any(j["nodes"] not in ("", job["nodes"]) for j in project.jobs("sft", "RUNNING"))
 
 
 def logs(project) -> str:
@@ -134,3 +126,140 @@ def test_a_node_cut_off_whose_trainer_is_silent_loses_its_lease(project, expecte
     until(lambda: not Path(f"/proc/{old}").exists() or ") Z" in Path(f"/proc/{old}/stat").read_text(), "the old trainer ends")  # fmt: skip
     assert project.manifest("sft") == expected
     assert project.run("--until", "sft", "--dry-run").count("Nothing to be done") == 1
+
+
+def test_a_drained_node_finishes_what_it_has(project, expected):
+    head = project.start("--until", "sft")
+    project.wait_for_saves()
+    job = project.job()
+    project.cluster.command("scontrol", "update", f"NodeName={job['nodes']}", "State=DRAIN", "Reason=test")
+    ends_well(project, head, expected, attempts=1)
+    assert [j["id"] for j in project.jobs()] == [job["id"]]
+
+
+def test_the_controller_restarted(project, expected):
+    head = project.start("--until", "sft")
+    project.wait_for_saves()
+    project.cluster.power_off("slurmctld")
+    time.sleep(3)
+    project.cluster.start_controller()
+    ends_well(project, head, expected, attempts=1)
+
+
+def kill(head: subprocess.Popen) -> None:
+    """The head alone, as a login node that is switched off does: its jobs go on."""
+    head.kill()
+    head.wait()
+
+
+def test_the_head_killed_and_started_again(project, expected):
+    head = project.start("--until", "sft")
+    step = project.wait_for_saves()
+    first = project.job()
+    kill(head)
+    ends_well(project, project.start("--until", "sft"), expected)
+    assert "unlock" not in project.said()
+    ends = project.ends("sft")
+    if len(ends) > 1:  # the first was still at work, and made way
+        assert ends[0].startswith("stopped for another attempt of this stage")
+        goes_on_from(project, step)
+    assert {j["id"] for j in project.jobs()} >= {first["id"]}
+
+
+def test_what_a_job_finished_after_its_head_was_killed_is_not_made_again(project, expected):
+    head = project.start("--until", "sft")
+    project.wait_for_saves()
+    kill(head)
+    until(lambda: not project.jobs("sft", "RUNNING,COMPLETING"), "the job ends", 120)
+    assert project.manifest("sft") == expected
+    ends_well(project, project.start("--until", "sft"), expected, attempts=1)
+
+
+def test_a_trainer_killed_while_it_saves(project, expected):
+    head = project.start("--until", "sft")
+    step = project.wait_for_saves()
+    [trainer] = project.trainers(project.job()["nodes"])
+
+    def saving() -> bool:
+        folders = (project.folder / "state/tiny/sft").glob("*/checkpoint-*")
+        return any(not (folder / "complete.json").exists() for folder in folders)
+
+    end = time.monotonic() + 20
+    while not saving() and time.monotonic() < end:
+        pass
+    os.kill(trainer, signal.SIGKILL)
+    ends_well(project, head, expected, attempts=2)
+    assert project.ends("sft")[0] == "killed"
+    goes_on_from(project, step)
+
+
+def test_a_stage_that_never_gets_as_far_as_a_save_is_tried_three_times_in_all(project):
+    """`retries: 2`, and not more: neither the Snakemake inside the job nor Slurm adds its own."""
+    killed: set[int] = set()
+    head = project.start("--until", "sft", TUNETRAIL_CHECKPOINT_MINUTES="60")
+    while head.poll() is None:
+        for node in ("gpu1", "gpu2"):
+            for pid in project.trainers(node):
+                if pid not in killed and "sft: " in logs(project):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+        time.sleep(0.1)
+    assert head.returncode != 0
+    [attempts] = (project.folder / "state/tiny/sft").glob("*/attempts.jsonl")
+    assert len(read_jsonl(attempts)) == len(killed) == 3
+    assert [j["state"] for j in project.jobs()] == ["FAILED"] * 3
+
+
+def test_out_of_memory_it_gets_more(project, expected):
+    project.edit_profile("attempt * 32000\n    runtime: 720\n  completions", "attempt * attempt * 330\n    runtime: 720\n  completions")  # fmt: skip
+    head = project.start("--until", "sft")
+    ends_well(project, head, expected)
+    memory = [int(re.sub(r"\D", "", j["memory"])) for j in sorted(project.jobs(), key=lambda j: int(j["id"]))]
+    assert len(memory) in (2, 3)
+    assert memory == [330 * n * n for n in range(1, len(memory) + 1)]
+
+
+def test_a_full_disk_keeps_the_save_before_and_room_lets_it_go_on(project, expected):
+    small = project.cluster.folder / "small"
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small)], check=True)
+    state = project.folder / "state"
+    for path in state.iterdir():
+        path.rename(small / path.name)
+    state.rmdir()
+    state.symlink_to(small)
+    head = project.start("--until", "sft")
+    assert project.wait(head) != 0
+    assert re.search(r"sft: error: .*: No space left on device", project.said() + logs(project))
+    assert "Traceback" not in logs(project)
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)
+    saved = project.saved()
+    assert saved
+    ends_well(project, project.start("--until", "sft"), expected)
+    goes_on_from(project, int(saved[-1].name.rpartition("-")[2]))
+
+
+def test_a_corrupted_checkpoint_is_left_out_for_the_one_before(project, expected):
+    head = project.start("--until", "sft")
+    project.wait_for_saves()
+    [trainer] = project.trainers(project.job()["nodes"])
+    os.kill(trainer, signal.SIGSTOP)
+    *_, before, last = project.saved()
+    weights = last / "optimizer.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    os.kill(trainer, signal.SIGKILL)
+    ends_well(project, head, expected, attempts=2)
+    assert project.record("sft").attempts[1]["state_in"]["name"] == before.name
+
+
+def test_two_heads_at_once(project, expected):
+    first = project.start("--until", "sft")
+    until(lambda: (project.folder / "state/tiny/head").exists(), "the first has begun")
+    second = project.start("--until", "sft")
+    assert project.wait(second) == 75
+    assert re.search(
+        r"^another snakemake works on this run: state/tiny/head: in use by process", project.said(), re.MULTILINE
+    )
+    ends_well(project, first, expected, attempts=1)
+    assert len(project.jobs()) == 1

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from tunetrail import config as config_module
-from tunetrail import contract, errors
+from tunetrail import contract, errors, lease
 from tunetrail.config import KEYS_END, KEYS_START, SPLITS, Block, Config, document, expand_sweeps, schema
 from tunetrail.config import main as command
 from tunetrail.data.readers import read_demonstrations, read_preferences
@@ -112,10 +112,10 @@ def test_the_sweep_shown_has_the_names_shown():
 def test_every_split_exit_code_and_variable_is_told():
     for split in SPLITS:
         assert f"| `{split}` | " in README
-    for error in (errors.DataError, errors.ConfigError, errors.Interrupted):
+    for error in (errors.DataError, errors.ConfigError, errors.Interrupted, errors.Displaced):
         assert f"| {error.exit_code} | " in README
-    source = Path(contract.__file__).read_text(encoding="utf-8")
-    variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", source))
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (contract, lease)]
+    variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", "".join(sources)))
     assert variables == set(re.findall(r"TUNETRAIL_[A-Z_]+", README))
     assert "| `TUNETRAIL_CHECKPOINT_MINUTES` | minutes | 10 |" in README
 
