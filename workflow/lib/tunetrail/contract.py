@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +63,8 @@ from tunetrail.provenance.record import dependency, energy_joules, environment, 
 
 # What a user can mend: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
+
+ATTEMPTS = "attempts.jsonl"
 
 log = logging.getLogger("tunetrail")
 
@@ -151,7 +153,7 @@ def _process_group() -> Any:
     return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
 
 
-def _of_all_processes(value: Any) -> list[Any]:
+def of_all_processes(value: Any) -> list[Any]:
     """What every process of the stage calls this with, by rank."""
     if not (group := _process_group()):
         return [value]
@@ -183,12 +185,12 @@ class Stop:
     def requested(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = "time limit"
-        self.reason = next((reason for reason in _of_all_processes(self.reason) if reason), None)
+        self.reason = next((reason for reason in of_all_processes(self.reason) if reason), None)
         return self.reason is not None
 
     def save_due(self) -> bool:
         due = time.monotonic() - self.last_save >= self.interval
-        return self.requested() or any(_of_all_processes(due))
+        return self.requested() or any(of_all_processes(due))
 
     def saved(self) -> None:
         self.last_save = time.monotonic()
@@ -275,6 +277,11 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
+def processes() -> int:
+    """How many processes were started for this stage."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main_process() -> bool:
     """True in the one process that writes (rank 0 of a distributed stage)."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -349,21 +356,50 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     )
     (stage.work / PROVENANCE).write_bytes(record)
     _settle(stage.work)
-    old = stage.output.with_name(f".{stage.output.name}.old")
+    old = _old(stage.output)
     shutil.rmtree(old, ignore_errors=True)
     if stage.output.exists():
         stage.output.rename(old)
     stage.work.rename(stage.output)
-    # The manifest is what says "finished": it comes last, by a rename of its own.
-    pending = stage.output / f".{MANIFEST}"
-    pending.write_bytes(manifest)
-    sync(pending)
-    pending.rename(stage.output / MANIFEST)
-    sync(stage.output)
-    sync(stage.output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    stage.state.mkdir(parents=True, exist_ok=True)
+    (stage.state / MANIFEST).write_bytes(manifest)  # see _published_before
+    _finish(stage.output, manifest)
     for entry in content["files"]:  # so that whoever reads it next need not hash it again
         stage.cache.remember(stage.output / entry["path"], entry["sha256"])
+
+
+def _finish(output: Path, manifest: bytes) -> None:
+    """The manifest is what says "finished": it comes last, by a rename of its own."""
+    pending = output / f".{MANIFEST}"
+    pending.write_bytes(manifest)
+    sync(pending)
+    pending.rename(output / MANIFEST)
+    sync(output)
+    sync(output.parent)
+    shutil.rmtree(_old(output), ignore_errors=True)
+
+
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")
+
+
+def _published_before(stage: Stage) -> bool:
+    """Whether an attempt was killed when all was published but, perhaps, the manifest; then puts that in place.
+
+    Snakemake removes the manifest of a job that was killed, and the checkpoints may be gone by then.
+    """
+    pending = stage.state / MANIFEST
+    if processes() > 1 or not pending.exists():  # the others would wait for this one
+        return False
+    (stage.output / f".{MANIFEST}").unlink(missing_ok=True)
+    try:
+        manifest = read_manifest(pending)
+        if {"files": manifest["files"], "tensors": manifest["tensors"]} != build(stage.output):
+            return False
+    except DataError:
+        return False
+    _finish(stage.output, pending.read_bytes())
+    return True
 
 
 def _once(dependencies: list[dict]) -> list[dict]:
@@ -410,7 +446,18 @@ def _record(path: Path, attempts: list[dict]) -> None:
 
 
 def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
-    attempts_file = stage.state / "attempts.jsonl"
+    if not _published_before(stage):
+        _run_and_publish(stage, run)
+    for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
+        shutil.rmtree(leftover, ignore_errors=True)
+    # They are in the record; what the same state folder makes another time begins a history of its own.
+    with suppress(FileNotFoundError):  # killed after this line
+        (stage.state / ATTEMPTS).rename(stage.state / "attempts.published.jsonl")
+    (stage.state / MANIFEST).unlink()
+
+
+def _run_and_publish(stage: Stage, run: Callable[[Stage], dict]) -> None:
+    attempts_file = stage.state / ATTEMPTS
     attempts = read_finished_rows(attempts_file)
     for attempt in attempts:  # a killed attempt could not write its own end
         attempt.setdefault("ended", "killed")
@@ -442,10 +489,6 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
         _record(attempts_file, attempts)
     publish(stage, metrics, attempts)
-    # They are in the record now; what the same state folder makes another time begins a history of its own.
-    attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
-    for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
@@ -502,13 +545,19 @@ def _end_process_group() -> None:
         group.destroy_process_group()
 
 
-def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
-    """Runs a stage under the contract and returns its exit code."""
+def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distributed: bool = False) -> int:
+    """Runs a stage under the contract and returns its exit code.
+
+    Args:
+        distributed: whether the stage knows how to share its work among the processes that were started.
+    """
     args = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     name = args.config.stem
     try:
+        if processes() > 1 and not distributed:
+            raise ConfigError(f"this stage runs in one process, and {processes()} were started (WORLD_SIZE); start one")
         _execute(run, args)
     except TunetrailError as e:
         for line in str(e).split("\n"):
