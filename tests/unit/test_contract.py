@@ -4,8 +4,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pkgutil
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tunetrail import contract, stages
 from tunetrail.contract import (
     Stage,
     Stop,
@@ -760,3 +763,48 @@ def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):
     content = Path("first/big").read_text()
     Path("first/big").write_text("y" + content[1:])
     assert with_input(lambda stage: {}, "fourth") == 65
+
+
+def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypatch):
+    """Killed while it tidied up: Snakemake takes the manifest away, the checkpoints are gone, the artifact is whole."""
+    monkeypatch.chdir(tmp_path)
+    runs = []
+
+    def run(stage: Stage) -> dict:
+        runs.append(stage.name)
+        return write_big(stage)
+
+    def killed() -> None:
+        [state] = (path for path in Path("state").iterdir() if path.is_dir())
+        Path("out/manifest.json").rename(state / "manifest.json")
+
+    assert in_process(run) == 0
+    manifest, record = Path("out/manifest.json").read_bytes(), Path("out/provenance.json").read_bytes()
+    killed()
+    assert in_process(run) == 0
+    assert (len(runs), Path("out/manifest.json").read_bytes()) == (1, manifest)
+    assert Path("out/provenance.json").read_bytes() == record
+    assert in_process(run) == 0  # told to run when nothing was interrupted, it does
+    assert len(runs) == 2
+    killed()
+    Path("out/big").write_text("y" * 1000)
+    assert in_process(run) == 0
+    assert (len(runs), Path("out/manifest.json").read_bytes()) == (3, manifest)
+
+
+def test_a_stage_for_one_process_refuses_several(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert in_process(write_big) == 78
+    line = "c: error: this stage runs in one process, and 2 were started (WORLD_SIZE); start one\n"
+    assert capfd.readouterr().err == line
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(stages.__path__)])
+def test_stages_that_train_run_in_several_processes(name, monkeypatch):
+    told = []
+    monkeypatch.setattr(contract, "main", lambda run, **options: told.append(options))
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"tunetrail.stages.{name}", run_name="__main__")
+    assert told == [{"distributed": True} if name in ("sft", "reward", "dpo", "ppo") else {}]

@@ -12,7 +12,7 @@ import torch
 
 from tunetrail.config import Lora, SftConfig
 from tunetrail.contract import Stage, main, read_jsonl, write_json, write_jsonl
-from tunetrail.errors import DataError
+from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.manifest import list_files
@@ -35,6 +35,7 @@ from tunetrail.training import (
     is_complete,
     latest_checkpoint,
     mark_complete,
+    rows_at_once,
     score_labels_only,
 )
 
@@ -169,12 +170,11 @@ def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -
     return folder / "manifest.json"
 
 
-@pytest.fixture
-def workspace(tmp_path):
-    """A tiny base model, demonstrations and comparisons, as artifacts."""
+def write_workspace(folder: Path) -> str:
+    """A tiny base model, demonstrations and comparisons, as artifacts. Returns the tokenizer's digest."""
     from tunetrail.models.loading import tokenizer_digest
 
-    model = tmp_path / "base/model"
+    model = folder / "base/model"
     tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=0).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     digest = tokenizer_digest(model)
@@ -190,13 +190,19 @@ def workspace(tmp_path):
         }
         for i in range(24)
     ]  # fmt: skip
-    write_artifact(tmp_path / "base", {}, digest)
+    write_artifact(folder / "base", {}, digest)
     splits = {
-        f"{name}.jsonl": demonstrations[:n]
+        f"{name}.jsonl": [row | {"id": f"{name}-{row['id']}"} for row in demonstrations[:n]]
         for name, n in (("sft", 24), ("reward", 12), ("rl", 12), ("evaluation", 4), ("heldout", 6))
     }
-    write_artifact(tmp_path / "data", splits, digest)
-    write_artifact(tmp_path / "comparisons", {"comparisons.jsonl": comparisons}, digest)
+    write_artifact(folder / "data", splits, digest)
+    write_artifact(folder / "comparisons", {"comparisons.jsonl": comparisons}, digest)
+    return digest
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    write_workspace(tmp_path)
     return tmp_path
 
 
@@ -437,3 +443,42 @@ def test_data_that_does_not_fit_is_one_clear_line(run_stage, name, config, messa
 
 def test_sft_config_has_a_default_learning_rate():
     assert SftConfig().learning_rate == 5e-5
+
+
+def test_a_batch_is_shared_equally_among_processes():
+    def at_once(batch: int, processes: int, micro: int | None = None) -> int:
+        return rows_at_once("sft", SftConfig(batch_size=batch, micro_batch_size=micro), processes)
+
+    assert at_once(12, 1) == 12
+    assert at_once(12, 1, micro=4) == 4
+    assert at_once(12, 2) == 6
+    assert at_once(12, 2, micro=4) == 3  # not 6: it bounds the memory
+    with pytest.raises(ConfigError, match=r"sft: batch_size \(12\) must be a multiple of the 5 processes"):
+        at_once(12, 5)
+
+
+def test_sampling_goes_on_with_the_batches_it_would_have_had(workspace, monkeypatch):
+    """A killed attempt may have written one of two rows of a batch: both are sampled again, together."""
+    from tunetrail.stages import completions
+
+    batches = []
+
+    def sampled(model, prompts, keys, k, **_):
+        batches.append(keys)
+        return [[[7], [8]] for _ in keys]
+
+    monkeypatch.setattr(completions, "sample", sampled)
+    monkeypatch.chdir(workspace)
+    config = {"per_prompt": 2, "batch_size": 4, "max_new_tokens": 1}
+    (workspace / "c.json").write_text(
+        json.dumps({"stage": "completions", "seed": 5, "precision": "fp32", "config": config})
+    )
+    arguments = ["--config=c.json", "--input=model=base/manifest.json", "--input=data=data/manifest.json"]
+    assert main(completions.run, [*arguments, "--output=a/manifest.json", "--state=state"]) == 0
+    straight, batches[:] = list(batches), []
+    [rows] = (workspace / "state").glob("*/completions.jsonl")
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:3]))
+    assert main(completions.run, [*arguments, "--output=b/manifest.json", "--state=state"]) == 0
+    assert batches == straight[1:]
+    assert (workspace / "a/manifest.json").read_bytes() == (workspace / "b/manifest.json").read_bytes()

@@ -77,6 +77,7 @@ from tunetrail.provenance.record import (
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
 
 ANOTHER = "another attempt of this stage"
+ATTEMPTS = "attempts.jsonl"
 
 log = logging.getLogger("tunetrail")
 
@@ -165,7 +166,7 @@ def _process_group() -> Any:
     return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
 
 
-def _of_all_processes(value: Any) -> list[Any]:
+def of_all_processes(value: Any) -> list[Any]:
     """What every process of the stage calls this with, by rank."""
     if not (group := _process_group()):
         return [value]
@@ -203,13 +204,8 @@ class Stop:
             self.asked = time.monotonic()
             if who := next(filter(None, (lease.wanted_by() for lease in self.leases)), None):
                 self.reason = f"{ANOTHER} ({who})"
-        self.reason = next((reason for reason in _of_all_processes(self.reason) if reason), None)
+        self.reason = next((reason for reason in of_all_processes(self.reason) if reason), None)
         return self.reason is not None
-
-    def check_leases(self) -> None:
-        """Before anything is written that others read. Raises Displaced where another attempt has taken over."""
-        for lease in self.leases:
-            lease.check()
 
     def interruption(self, progress: str) -> Interrupted:
         """What to raise once `requested`, where all progress is on disk."""
@@ -219,7 +215,7 @@ class Stop:
 
     def save_due(self) -> bool:
         due = time.monotonic() - self.last_save >= self.interval
-        return self.requested() or any(_of_all_processes(due))
+        return self.requested() or any(of_all_processes(due))
 
     def saved(self) -> None:
         self.last_save = time.monotonic()
@@ -269,6 +265,13 @@ class Stage:
     tokenizer_digest: str | None = None
     part: tuple[int, int] = (0, 1)
     """(i, n): this is the i-th of n shards."""
+    leases: list[Lease] = field(default_factory=list)
+    """On state and output, in the process that writes."""
+
+    def check_leases(self) -> None:
+        """Before anything is written that others read. Raises Displaced where another attempt has taken over."""
+        for lease in self.leases:
+            lease.check()
 
     @property
     def seed(self) -> int:
@@ -304,6 +307,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(
         json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
+
+
+def processes() -> int:
+    """How many processes were started for this stage."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
@@ -362,8 +370,7 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     )
     (stage.work / PROVENANCE).write_bytes(record)
     _settle(stage.work)
-    if stage.stop:
-        stage.stop.check_leases()
+    stage.check_leases()
     old = _old(stage.output)
     shutil.rmtree(old, ignore_errors=True)
     if stage.output.exists():
@@ -397,8 +404,11 @@ def _declare_finished(output: Path, manifest: bytes) -> None:
 def finished(stage: Stage) -> bool:
     """Whether the artifact is already there, made by this code from this config and these inputs.
 
-    The record tells, and the files are hashed again. A missing manifest is then written.
+    The record tells, and the files are hashed again. A missing manifest is then written. Never with several processes,
+    since the others would wait for this one.
     """
+    if processes() > 1:
+        return False
     try:
         record = read_record(stage.output)
         (stage.output / f".{MANIFEST}").unlink(missing_ok=True)
@@ -462,7 +472,7 @@ def _record(path: Path, attempts: list[dict]) -> None:
 
 
 def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
-    attempts_file = stage.state / "attempts.jsonl"
+    attempts_file = stage.state / ATTEMPTS
     attempts = read_finished_rows(attempts_file)
     for attempt in attempts:  # a killed attempt could not write its own end
         attempt.setdefault("ended", "killed")
@@ -499,7 +509,7 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
 
 def _tidy(stage: Stage) -> None:
     """Leaves in the state of a published artifact what somebody may want to read."""
-    attempts_file = stage.state / "attempts.jsonl"
+    attempts_file = stage.state / ATTEMPTS
     if attempts_file.exists():
         # They are in the record now; what the same state folder makes another time begins a history of its own.
         attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
@@ -544,7 +554,8 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
     # Not two attempts in one state folder, and not two in one output, whatever their configs.
     with ExitStack() as leases:
         for path in (state / "lock", args.state / f"{output.name}.lock"):
-            stage.stop.leases.append(leases.enter_context(hold(path, stage.stop.requested, say)))
+            stage.leases.append(leases.enter_context(hold(path, stage.stop.requested, say)))
+        stage.stop.leases = stage.leases
         handler = logging.FileHandler(state / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
@@ -574,13 +585,19 @@ def _end_process_group() -> None:
         group.destroy_process_group()
 
 
-def main(run: Callable[[Stage], dict], argv: list[str] | None = None) -> int:
-    """Runs a stage under the contract and returns its exit code."""
+def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distributed: bool = False) -> int:
+    """Runs a stage under the contract and returns its exit code.
+
+    Args:
+        distributed: whether the stage knows how to share its work among the processes that were started.
+    """
     args = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     name = args.config.stem
     try:
+        if processes() > 1 and not distributed:
+            raise ConfigError(f"this stage runs in one process, and {processes()} were started (WORLD_SIZE); start one")
         _execute(run, args)
     except TunetrailError as e:
         for line in str(e).split("\n"):

@@ -20,8 +20,16 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config import Epochs
-from tunetrail.contract import Stage, is_main_process, sync, write_json, write_jsonl
-from tunetrail.errors import DataError
+from tunetrail.contract import (
+    Stage,
+    is_main_process,
+    of_all_processes,
+    processes,
+    sync,
+    write_json,
+    write_jsonl,
+)
+from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.scoring import gather_logprobs
 from tunetrail.progress import ProgressBar
 from tunetrail.provenance.manifest import list_files, sha256_file
@@ -54,17 +62,25 @@ def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int)
     return order
 
 
+def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
+    """Rows of a process's share of a batch that go through the model together, at most `micro_batch_size`.
+
+    Raises ConfigError where the processes cannot have equal shares, which would weigh rows differently.
+    """
+    share, rest = divmod(config.batch_size, processes)
+    if rest:
+        raise ConfigError(f"{stage}: batch_size ({config.batch_size}) must be a multiple of the {processes} processes; change either")  # fmt: skip
+    return next(n for n in range(min(config.micro_batch_size or share, share), 0, -1) if share % n == 0)
+
+
 def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
     """Keyword arguments of transformers.TrainingArguments and its TRL children."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    if config.batch_size % (micro * world):
-        micro = max(1, config.batch_size // world)
+    micro = rows_at_once(stage.name, config, processes())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.state / "tensorboard")
     return {
         "output_dir": str(stage.state),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, config.batch_size // (micro * world)),
+        "gradient_accumulation_steps": config.batch_size // (micro * processes()),
         "num_train_epochs": 1,  # epochs are laid out in the data set itself, see epoch_order
         "train_sampling_strategy": "sequential",
         "learning_rate": config.learning_rate,
@@ -81,6 +97,7 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # there are none
         "seed": derive_seed(stage.seed, stage.name) % 2**32,
     }
 
@@ -152,13 +169,14 @@ class StageCallback(TrainerCallback):
             self.bar.advance(state.global_step - self.bar.done, f"loss {float(logs['loss']):.4f}")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step < state.max_steps and self.stage.stop.save_due():
+        if self.stage.stop.save_due():  # after the last step too: what follows may take long
             control.should_save = True
             if self.stage.stop.requested():
                 self.stopping = control.should_training_stop = True
         return control
 
     def on_save(self, args, state, control, **kwargs):
+        of_all_processes(None)  # each writes its random state, and they are listed
         if is_main_process():
             mark_complete(self.stage, self.stage.state / f"checkpoint-{state.global_step}")
             keep_newest(self.stage.state)
@@ -174,7 +192,7 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
 
     The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
     """
-    stage.stop.check_leases()
+    stage.check_leases()
     write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
     for path in checkpoint.rglob("*"):  # an adapter's reference lies in a folder of its own
         if path.is_file():
@@ -205,7 +223,14 @@ def keep_newest(state: Path) -> None:
 
 
 def latest_checkpoint(stage: Stage) -> Path | None:
-    """The newest whole checkpoint, whose digest goes into the record; broken ones are removed."""
+    """The newest whole checkpoint, whose digest goes into the record; broken ones are removed.
+
+    Call it in all processes: one looks, for all.
+    """
+    return of_all_processes(_newest_whole(stage) if is_main_process() else None)[0]
+
+
+def _newest_whole(stage: Stage) -> Path | None:
     for checkpoint in reversed(_by_step(stage.state)):
         if is_complete(checkpoint):
             log.info("%s: resuming from %s", stage.name, checkpoint.name)
@@ -215,8 +240,7 @@ def latest_checkpoint(stage: Stage) -> Path | None:
             stage.note("states_out", stage.saves)
             return checkpoint
         log.info("%s: the save was interrupted; using the one before it", checkpoint)
-        if is_main_process():
-            shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint)
     return None
 
 

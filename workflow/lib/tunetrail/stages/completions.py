@@ -45,14 +45,16 @@ def run(stage: Stage) -> dict:
     mine = shard_rows(prompts, stage.part)
     done_file = stage.state / "completions.jsonl"
     done = {row["id"]: row for row in read_finished_rows(done_file)}
-    todo = [row for row in mine if row["id"] not in done]
+    # Always the same batches: of what is in one together, floating-point sums and so samples may depend.
+    per_batch = max(1, config.batch_size // config.per_prompt)
+    batches = [mine[i : i + per_batch] for i in range(0, len(mine), per_batch)]
+    todo = [rows for rows in batches if not all(row["id"] in done for row in rows)]
     model = None
     if todo:
         model = inference_weights(load_causal_lm(folder), use_bf16(stage.shared["precision"])).to(device())
-    per_batch = max(1, config.batch_size // config.per_prompt)
-    with ProgressBar("completions", len(mine), "prompts", done=len(done)) as bar, done_file.open("a") as out:
-        for start in range(0, len(todo), per_batch):
-            rows = todo[start : start + per_batch]
+    left = sum(map(len, todo))
+    with ProgressBar("completions", len(mine), "prompts", done=len(mine) - left) as bar, done_file.open("a") as out:
+        for rows in todo:
             sampled = sample(
                 model, [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
                 k=config.per_prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
@@ -70,7 +72,8 @@ def run(stage: Stage) -> dict:
                 out.write(canonical_json(done[row["id"]]) + "\n")
             out.flush()
             bar.advance(len(rows))
-            stage.stop.leave_if_requested(f"after {len(done)} of {len(mine)} prompts")
+            left -= len(rows)
+            stage.stop.leave_if_requested(f"after {len(mine) - left} of {len(mine)} prompts")
     rows = [done[row["id"]] for row in mine]
     write_jsonl(stage.work / "completions.jsonl", rows)
     kept = sum(len(row["completions"]) for row in rows)

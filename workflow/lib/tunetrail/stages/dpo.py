@@ -8,7 +8,9 @@ Writes `model/` and `history.jsonl` (chosen and rejected log-probs apart).
 
 import sys
 
+import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
@@ -37,9 +39,14 @@ class PretokenizedDpoTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, *args):
         return dataset
 
-    def _precompute_ref_logps(self, *args):
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """TRL hands them over in a file, in a temporary folder that the other processes do not see."""
         score_labels_only(self.model)  # so that policy and reference are scored alike
-        return super()._precompute_ref_logps(*args)
+        loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
+        parts = [self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch)) for batch in loader]
+        for name, column in zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*parts, strict=True), strict=True):
+            dataset = dataset.add_column(name, torch.cat(column).tolist())
+        return dataset
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoConfig) -> list[dict]:
@@ -109,4 +116,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main(run, distributed=True))

@@ -85,7 +85,7 @@ def run(stage: Stage) -> dict:
                 for key, value in row.items():
                     board.add_scalar(f"ppo/{key}", value, trainer.step)
                 bar.advance(1, f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}")
-            if trainer.step < config.steps and stage.stop.save_due():
+            if stage.stop.save_due():
                 save(stage, trainer)
                 stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
     stage.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
@@ -105,4 +105,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main(run, distributed=True))

@@ -265,4 +265,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main(run, distributed=True))

@@ -1,0 +1,190 @@
+"""Every stage that saves progress, killed with SIGKILL and run again, ends with the bytes of a run that was left alone."""
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.killed import Moment, Work, moment_in, run
+from tunetrail.contract import read_jsonl
+from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.provenance.verify import Verifier
+
+from .test_training import write_artifact, write_workspace
+
+EPOCHS = {"learning_rate": 1e-3, "batch_size": 4}
+PPO = {
+    "method": "ppo", "steps": 10, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
+    "learning_rate": 1e-3, "kl_target": 0.1,
+}  # fmt: skip
+LORA = {"lora": {"r": 2, "export_merged": True}}
+SAMPLING = {"per_prompt": 2, "batch_size": 4, "max_new_tokens": 6}
+OF_BASE = {"policy": "base", "comparisons": "comparisons"}
+# kind: (stage, its config, its inputs)
+KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
+    "sft": ("sft", EPOCHS | {"epochs": 2}, {"base": "base", "data": "data"}),
+    "sft-lora": ("sft", EPOCHS | LORA | {"epochs": 2}, {"base": "base", "data": "data"}),
+    "reward": ("reward", EPOCHS | {"epochs": 3}, OF_BASE | {"data": "data"}),
+    "reward-lora": ("reward", EPOCHS | LORA | {"epochs": 3}, OF_BASE | {"data": "data"}),
+    "dpo": ("dpo", EPOCHS | {"method": "dpo"}, OF_BASE),
+    "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo"}, OF_BASE),
+    "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
+    "completions-lora": ("completions", SAMPLING, {"model": "adapter", "data": "data"}),
+    "ppo": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
+    "ppo-bf16": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
+    "ppo-sharded": ("ppo", PPO | {"sharded": True}, {"policy": "base", "reward": "reward", "data": "data"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny base model, its reward model, an adapter on it, data, and the configs."""
+    from tunetrail.stages.reward import initialise
+
+    folder = tmp_path_factory.mktemp("killed")
+    digest = write_workspace(folder)
+    model = initialise(tiny_model(16, 1, 2, len(tiny_tokenizer()), seed=0), seed=1)
+    model.config.pad_token_id = tiny_tokenizer().pad_token_id
+    model.save_pretrained(folder / "reward/model")
+    tiny_tokenizer().save_pretrained(folder / "reward/model")
+    write_artifact(folder / "reward", {}, digest)
+    for kind, (stage, config, _) in KINDS.items():
+        precision = "bf16" if kind.endswith("bf16") else "fp32"
+        content = {"stage": stage, "seed": 5, "precision": precision, "config": config}
+        (folder / f"{kind}.json").write_text(json.dumps(content))
+    return folder
+
+
+def work_of(folder: Path, kind: str) -> Work:
+    stage, _, inputs = KINDS[kind]
+    if "adapter" in inputs.values() and not (folder / "adapter").exists():
+        assert run(work_of(folder, "sft-lora"), "adapter") == [0]
+    return Work(folder, kind, stage, inputs)
+
+
+def undisturbed(work: Work, name: str, processes: int = 1) -> bytes:
+    """The manifest of a run that was left alone."""
+    assert run(work, name, processes=processes) == [0] * processes, work.error(name)
+    assert work.report(name)["code"] == 0, work.error(name)
+    return work.manifest(name).read_bytes()
+
+
+# ----------------------------------------------------------------------------- one process
+
+AT_WORK = 14
+# In this order: what was done is not repeated.
+AFTER_WORK = ("evaluate", "evaluate", "publish", "publish")
+
+
+def saved(phases: list[str]) -> int:
+    """Steps, or batches sampled, that an attempt added to what the next one begins with."""
+    if "row" in phases:
+        return phases.count("sample") - (phases[-1] in ("sample", "row"))
+    return phases.count("tidy")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ppo-sharded"])
+def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder, kind):
+    """Fourteen attempts in a row are killed at work, and six after it, in what is left to do then: to publish."""
+    work, rng = work_of(folder, kind), random.Random(1)
+    straight, name = f"{kind}-straight", f"{kind}-killed"
+    expected = undisturbed(work, straight)
+    report = work.report(straight)
+    phases = {phase for phase, _ in report["phases"]}
+    step = "step" if "step" in phases else "sample"
+    steps = sum(phase == step for phase, _ in report["phases"])
+    done = uncertain = 0
+    for n in range(20):
+        if n == 18:
+            moment = Moment("finish", 0, 1)  # between the publishing rename and the manifest
+        elif AT_WORK <= n < 18:
+            phase = AFTER_WORK[n - AT_WORK]
+            moment = moment_in(report, phase if phase in phases else "publish", 0, rng)
+        elif n == 19:
+            moment = Moment("finish", 0, rng.randint(2, 60))  # while it tidies up
+        elif done and rng.random() < 0.1 and "tidy" in phases:
+            moment = Moment("load", 0, rng.randint(1, 300))
+        elif steps - done - uncertain > 2:  # the first or the second of its kind, so that work is left for all
+            moment = moment_in(
+                report, rng.choice(sorted(phases - {*AFTER_WORK, "finish", "over"})), rng.randrange(2), rng
+            )
+        else:
+            moment = moment_in(report, step, 0, rng)
+        assert run(work, name, moment) == [-signal.SIGKILL], moment
+        assert not work.manifest(name).exists() or (n == 19 and work.manifest(name).read_bytes() == expected)
+        seen = [phase for phase, _ in work.report(name)["phases"]]
+        done += saved(seen)
+        uncertain += seen[-1] in ("mark", "row")  # it had been saved, or nearly
+        assert done <= steps, moment
+        assert done + uncertain >= steps or n < AT_WORK, moment
+    assert undisturbed(work, name) == expected
+    assert step not in {phase for phase, _ in work.report(name)["phases"]}
+    verdict = Verifier().run([work.folder / name])
+    assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}
+
+
+# ----------------------------------------------------------------------------- two processes
+
+IN_TWO = ("sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "ppo", "ppo-sharded")
+TOLERANCE = 1e-4
+"""Of every logged number, metric and weight, which are of the order of 1: sums are added up in another order."""
+
+
+def in_two(work: Work) -> bytes:
+    """The manifest of a run in two processes that was left alone, `KIND-two`; made once."""
+    manifest = work.manifest(f"{work.kind}-two")
+    return manifest.read_bytes() if manifest.exists() else undisturbed(work, manifest.parent.name, processes=2)
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are of one form and their numbers within the tolerance."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == (pytest.approx(b, abs=TOLERANCE) if isinstance(b, float) else b)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IN_TWO if "ppo" not in kind])  # for ppo see test_distributed.py
+def test_two_processes_equal_one(folder, kind):
+    work = work_of(folder, kind)
+    in_two(work)
+    undisturbed(work, f"{kind}-one")
+    one, two = folder / f"{kind}-one", folder / f"{kind}-two"
+    rows = [read_jsonl(artifact / "history.jsonl") for artifact in (one, two)]
+    assert close(*rows), rows
+    metrics = [json.loads((artifact / "metrics.json").read_text()) for artifact in (one, two)]
+    assert close(*metrics), metrics
+    [path] = (one / "model").glob("*.safetensors")
+    weights, others = load_file(path), load_file(two / "model" / path.name)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", IN_TWO)
+def test_two_processes_of_which_one_is_killed_end_with_the_same_bytes(folder, kind):
+    work = work_of(folder, kind)
+    expected, rng, name = in_two(work), random.Random(2), f"{kind}-two-killed"
+    for rank, phase in ((1, "step"), (0, "mark"), (1, "save"), (0, "publish")):
+        moment = moment_in(work.report(f"{kind}-two", rank), phase, 0, rng)
+        assert run(work, name, moment, processes=2, rank=rank)[rank] == -signal.SIGKILL
+        assert not work.manifest(name).exists()
+    assert undisturbed(work, name, processes=2) == expected
+
+
+@pytest.mark.parametrize("kind", IN_TWO)
+def test_what_one_process_is_told_both_do(folder, kind):
+    """SIGTERM to one of two: both save and leave with 75, and the next attempt ends with the same bytes."""
+    work = work_of(folder, kind)
+    expected, name = in_two(work), f"{kind}-two-told"
+    moment = moment_in(work.report(f"{kind}-two", 1), "step", 1, random.Random(3))
+    assert run(work, name, moment, signal.SIGTERM, processes=2, rank=1) == [0, 0]
+    assert [work.report(name, rank)["code"] for rank in (0, 1)] == [75, 75]
+    assert "stopped by SIGTERM at step 2 of" in work.error(name)
+    assert undisturbed(work, name, processes=2) == expected
