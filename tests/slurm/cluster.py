@@ -180,13 +180,13 @@ class Cluster:
 
     def cut_off(self, node: str) -> None:
         """The controller hears nothing of the node any more, while its jobs go on and reach the files."""
-        for pid in self.pids(node, "slurmd"):
-            os.kill(pid, signal.SIGKILL)
+        [slurmd] = self.pids(node, "slurmd -D", start=True)
+        os.kill(slurmd, signal.SIGKILL)
 
     def mend(self) -> None:
         """Brings back what was powered off, cut off or drained."""
         for node in NODES:
-            if node in self.processes and not self.pids(node, "slurmd -D"):
+            if node in self.processes and not self.pids(node, "slurmd -D", start=True):
                 self.power_off(node)
             if node not in self.processes:
                 self.start_node(node)
@@ -225,8 +225,8 @@ class Cluster:
             if job["reason"] == "BeginTime":
                 self.command("scontrol", "update", f"JobId={job['id']}", "StartTime=now", check=False)
 
-    def pids(self, node: str, program: str) -> list[int]:
-        """Processes of this name on a node: those in its host's name space."""
+    def pids(self, node: str, words: str, start: bool = False) -> list[int]:
+        """Processes on a node (in its name space of host names) with these words in their command, or at its start."""
         try:
             space = os.readlink(f"/proc/{self._inside(node)}/ns/uts")
         except (OSError, IndexError):  # it is off
@@ -234,7 +234,10 @@ class Cluster:
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and os.readlink(entry / "ns/uts") == space and program in (entry / "cmdline").read_text().replace("\0", " "):  # fmt: skip
+                if not entry.name.isdigit() or os.readlink(entry / "ns/uts") != space:
+                    continue
+                command = (entry / "cmdline").read_text().replace("\0", " ")
+                if command.startswith(words) if start else words in command:
                     found.append(int(entry.name))
             except OSError:  # it ended meanwhile
                 continue

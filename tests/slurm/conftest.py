@@ -124,7 +124,7 @@ class OnSlurm:
 
     def trainers(self, node: str, stage: str = "sft") -> list[int]:
         """Processes of a stage on a node: the command itself, and not those that wait for it."""
-        return [pid for pid in self.cluster.pids(node, f"-m tunetrail.stages.{stage}") if b"launch" not in Path(f"/proc/{pid}/cmdline").read_bytes() and b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes() and b"snakemake" not in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+        return self.cluster.pids(node, f"python -m tunetrail.stages.{stage}", start=True)
 
     def edit_profile(self, old: str, new: str) -> None:
         path = self.folder / "profiles/slurm/config.yaml"

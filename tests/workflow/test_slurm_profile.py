@@ -95,8 +95,6 @@ def test_a_site_with_accounts_typed_gpus_and_a_preemptible_partition(tmp_path):
     assert line(found["sft"]) == "account=lab7 partition=scavenger time=720 mem=32000 cpus-per-gpu=8 gres=gpu:a100:1"
     assert line(found["ppo"]) == "account=lab7 partition=gpu time=1440 mem=64000 cpus-per-gpu=8 gres=gpu:a100:1"
     assert line(found["base"]) == "account=lab7 partition=cpu time=60 mem=16000 ntasks=1 cpus-per-task=2"
-    with path.open() as f:
-        assert "slurm-no-account" not in ProfileConfigFileParser().parse(f)
 
 
 def test_another_attempt_gets_more_memory():
