@@ -11,6 +11,7 @@ Partitions: cpu (cpu1, cpu2), gpu and preempt (gpu1, gpu2: a job in gpu takes th
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -180,13 +181,13 @@ class Cluster:
 
     def cut_off(self, node: str) -> None:
         """The controller hears nothing of the node any more, while its jobs go on and reach the files."""
-        [slurmd] = self.pids(node, "slurmd -D", start=True)
+        [slurmd] = self.pids(node, "slurmd -D")
         os.kill(slurmd, signal.SIGKILL)
 
     def mend(self) -> None:
         """Brings back what was powered off, cut off or drained."""
         for node in NODES:
-            if node in self.processes and not self.pids(node, "slurmd -D", start=True):
+            if node in self.processes and not self.pids(node, "slurmd -D"):
                 self.power_off(node)
             if node not in self.processes:
                 self.start_node(node)
@@ -225,8 +226,8 @@ class Cluster:
             if job["reason"] == "BeginTime":
                 self.command("scontrol", "update", f"JobId={job['id']}", "StartTime=now", check=False)
 
-    def pids(self, node: str, words: str, start: bool = False) -> list[int]:
-        """Processes on a node (in its name space of host names) with these words in their command, or at its start."""
+    def pids(self, node: str, command: str) -> list[int]:
+        """Processes on a node (in its name space of host names) whose command begins like this regular expression."""
         try:
             space = os.readlink(f"/proc/{self._inside(node)}/ns/uts")
         except (OSError, IndexError):  # it is off
@@ -236,8 +237,7 @@ class Cluster:
             try:
                 if not entry.name.isdigit() or os.readlink(entry / "ns/uts") != space:
                     continue
-                command = (entry / "cmdline").read_text().replace("\0", " ")
-                if command.startswith(words) if start else words in command:
+                if re.match(command, (entry / "cmdline").read_text().replace("\0", " ")):
                     found.append(int(entry.name))
             except OSError:  # it ended meanwhile
                 continue

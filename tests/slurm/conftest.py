@@ -62,7 +62,9 @@ class OnSlurm:
         """snakemake --profile slurm, in the background; what it prints goes to head.log."""
         command = [sys.executable, "-m", "tests.slurm.head", "--profile", "slurm", "--configfile", CONFIG, *options]
         path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
-        variables = self.cluster.environment | self.environment | environment | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        variables = self.cluster.environment | self.environment | environment | {
+            "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib",
+        }  # fmt: skip
         with (self.folder / "head.log").open("ab") as log:
             head = subprocess.Popen(command, cwd=self.folder, env=variables, stdout=log, stderr=log)
         HEADS.append(head)
@@ -124,7 +126,7 @@ class OnSlurm:
 
     def trainers(self, node: str, stage: str = "sft") -> list[int]:
         """Processes of a stage on a node: the command itself, and not those that wait for it."""
-        return self.cluster.pids(node, f"python -m tunetrail.stages.{stage}", start=True)
+        return self.cluster.pids(node, rf"\S*python -m tunetrail\.stages\.{stage} ")
 
     def edit_profile(self, old: str, new: str) -> None:
         path = self.folder / "profiles/slurm/config.yaml"
