@@ -22,9 +22,9 @@ class Project:
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file() and not name.startswith("tests/"):
+            if os.path.lexists(ROOT / name) and not name.startswith("tests/"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
+                shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
 
     def snakemake(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> subprocess.CompletedProcess:
         chosen = ["--configfile", config] if config else []

@@ -7,13 +7,15 @@ rule base:
         f"{LOGS}/base.log",
     benchmark:
         f"{BENCHMARKS}/base.tsv"
+    localrule: is_submitted("base")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("base"),
         state=f"{STATE}/base",
     shell:
-        "python -m tunetrail.stages.base --config {input.config}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.base --config {input.config}"
+        " --output {output.manifest} --state {params.state}"
 
 
 # Text unrelated to the task, with the base model's loss on it: what must not be forgotten.
@@ -27,10 +29,12 @@ rule retention:
         f"{LOGS}/retention.log",
     benchmark:
         f"{BENCHMARKS}/retention.tsv"
+    localrule: is_submitted("retention")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("retention"),
         state=f"{STATE}/retention",
     shell:
-        "python -m tunetrail.stages.retention --config {input.config} --input base={input.base}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.retention --config {input.config} --input base={input.base}"
+        " --output {output.manifest} --state {params.state}"

@@ -1,12 +1,15 @@
 # Shared by all: the validated config, the paths, and who feeds whom.
+import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 # As a module: Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
 import tunetrail.config as tunetrail_config
 from tunetrail.errors import TunetrailError
+from tunetrail.launch.resources import LAUNCH, SLURM
 
 
 def validated(raw):
@@ -43,6 +46,27 @@ SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
 shell.prefix(
     f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib TUNETRAIL_DIGESTS={STATE}/.digests; "
 )
+
+
+def is_submitted(rule):
+    """Whether the profile gives the rule `launcher: submitit`: it is then a local one, which submits a job of its own."""
+    given = dict(workflow.resource_settings.overwrite_resources).get(rule, {})
+    return "launcher" in given and given["launcher"].raw == "submitit"
+
+
+def launched(stage):
+    """What stands before a stage's command: see `tunetrail.launch`. As a function of the resources it is no parameter
+    whose change makes anything anew."""
+
+    def launch(wildcards, resources, threads):
+        given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
+        # Not a child of the shell's, which a signal to the job would end before the stage has saved.
+        return shlex.join(
+            ["exec", "python", "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs", "--threads"]
+            + [str(threads), "--resources", json.dumps(given)]
+        )
+
+    return launch
 
 
 wildcard_constraints:

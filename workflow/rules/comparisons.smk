@@ -10,15 +10,17 @@ rule completions:
         f"{LOGS}/completions/{{shard}}.log",
     benchmark:
         f"{BENCHMARKS}/completions/{{shard}}.tsv"
+    localrule: is_submitted("completions")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("completions"),
         state=f"{STATE}/completions",
         part=lambda wildcards: wildcards.shard.replace("-of-", "/"),
     shell:
-        "python -m tunetrail.stages.completions --part {params.part} --config {input.config}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.completions --part {params.part} --config {input.config}"
         " --input model={input.model} --input data={input.data}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        " --output {output.manifest} --state {params.state}"
 
 
 # Gather: a labeler ranks the completions of every prompt best to worst.
@@ -35,12 +37,14 @@ rule comparisons:
         f"{LOGS}/comparisons.log",
     benchmark:
         f"{BENCHMARKS}/comparisons.tsv"
+    localrule: is_submitted("comparisons")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("comparisons"),
         state=f"{STATE}/comparisons",
         shards=lambda wildcards, input: " ".join(f"--input shard{i}={path}" for i, path in enumerate(input.shards)),
     shell:
-        "python -m tunetrail.stages.comparisons --config {input.config}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.comparisons --config {input.config}"
         " --input base={input.base} --input data={input.data} {params.shards}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        " --output {output.manifest} --state {params.state}"

@@ -10,10 +10,12 @@ rule data:
         f"{LOGS}/data.log",
     benchmark:
         f"{BENCHMARKS}/data.tsv"
+    localrule: is_submitted("data")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("data"),
         state=f"{STATE}/data",
     shell:
-        "python -m tunetrail.stages.data --config {input.config} --input base={input.base}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.data --config {input.config} --input base={input.base}"
+        " --output {output.manifest} --state {params.state}"

@@ -8,11 +8,13 @@ rule evaluation:
         f"{LOGS}/evaluation/{{subject}}.log",
     benchmark:
         f"{BENCHMARKS}/evaluation/{{subject}}.tsv"
+    localrule: is_submitted("evaluation")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("evaluation"),
         state=f"{STATE}/evaluation/{{subject}}",
         inputs=lambda wildcards: input_options(evaluation_inputs(wildcards.subject)),
     shell:
-        "python -m tunetrail.stages.evaluation --config {input.config} {params.inputs}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.evaluation --config {input.config} {params.inputs}"
+        " --output {output.manifest} --state {params.state}"

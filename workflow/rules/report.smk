@@ -34,11 +34,13 @@ rule report:
         f"{LOGS}/report.log",
     benchmark:
         f"{BENCHMARKS}/report.tsv"
+    localrule: is_submitted("report")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("report"),
         state=f"{STATE}/report",
         inputs=input_options(report_inputs()),
     shell:
-        "python -m tunetrail.stages.report --config {input.config} {params.inputs}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.report --config {input.config} {params.inputs}"
+        " --output {output.manifest} --state {params.state}"

@@ -10,11 +10,13 @@ rule reward:
         f"{LOGS}/reward.log",
     benchmark:
         f"{BENCHMARKS}/reward.tsv"
+    localrule: is_submitted("reward")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("reward"),
         state=f"{STATE}/reward",
     shell:
-        "python -m tunetrail.stages.reward --config {input.config} --input policy={input.policy}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.reward --config {input.config} --input policy={input.policy}"
         " --input data={input.data} --input comparisons={input.comparisons}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        " --output {output.manifest} --state {params.state}"

@@ -9,10 +9,12 @@ rule sft:
         f"{LOGS}/sft.log",
     benchmark:
         f"{BENCHMARKS}/sft.tsv"
+    localrule: is_submitted("sft")
     conda:
         ENVIRONMENT
     params:
+        launch=launched("sft"),
         state=f"{STATE}/sft",
     shell:
-        "python -m tunetrail.stages.sft --config {input.config} --input base={input.base} --input data={input.data}"
-        " --output {output.manifest} --state {params.state} 2>&1 | tee {log}"
+        "{params.launch} --log {log} -- python -m tunetrail.stages.sft --config {input.config} --input base={input.base} --input data={input.data}"
+        " --output {output.manifest} --state {params.state}"

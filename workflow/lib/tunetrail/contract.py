@@ -10,7 +10,7 @@ and `main(run)` does the rest:
 1. every input folder is checked against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS
    files are not hashed again that have not changed, by size, inode and times, since they were hashed last;
 2. the state folder is `STATE/<fingerprint>`, the digest of the config and the input manifests, so a
-   changed hyperparameter never meets an old optimizer state; a lock keeps a second writer out;
+   changed hyperparameter never meets an old optimizer state; a lease keeps a second writer out;
 3. `run` fills `stage.work`, a sibling of the output folder, with files;
 4. `metrics.json`, `provenance.json` and, last, `manifest.json` are added, everything is fsynced and
    renamed into place: a killed stage leaves nothing that looks finished.
@@ -18,31 +18,34 @@ and `main(run)` does the rest:
 `metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times,
 hosts and attempts are in `provenance.json`, which the manifest does not list. See `tunetrail.provenance`.
 
-Exit codes: 0 done; 75 interrupted with progress saved; 65 bad data; 78 bad config; else a fault.
+An artifact that is there but for its manifest (its job was killed at the very end, or Snakemake removed the manifest of
+a job whose head had died) is not made again: `finished` compares it with what its record says.
+
+Exit codes: 0 done; 75 interrupted with progress saved; 76 another attempt has taken over; 65 bad data; 78 bad config;
+74 the disk failed; else a fault.
 """
 
 import argparse
 import errno
-import fcntl
 import json
 import logging
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tunetrail.config import canonical_json
-from tunetrail.errors import ConfigError, DataError, Interrupted, TunetrailError
+from tunetrail.errors import ConfigError, DataError, Displaced, Interrupted, TunetrailError
+from tunetrail.lease import Lease, hold
 from tunetrail.provenance.manifest import (
     BESIDE,
     MANIFEST,
@@ -54,15 +57,26 @@ from tunetrail.provenance.manifest import (
     is_inside,
     parallel,
     read_manifest,
+    sha256_bytes,
     sha256_file,
     sha256_json,
     walk,
 )
 from tunetrail.provenance.record import build as build_record
-from tunetrail.provenance.record import dependency, energy_joules, environment, parent_of
+from tunetrail.provenance.record import (
+    code_state,
+    dependency,
+    energy_joules,
+    environment,
+    exact,
+    parent_of,
+    read_record,
+)
 
 # What a user can mend: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
+
+ANOTHER = "another attempt of this stage"
 
 log = logging.getLogger("tunetrail")
 
@@ -161,7 +175,7 @@ def _of_all_processes(value: Any) -> list[Any]:
 
 
 class Stop:
-    """Says when to save and when to leave: on SIGTERM, or before the allocation's time is over.
+    """Says when to save and when to leave: on SIGTERM, before the allocation's time is over, or for another attempt.
 
     `save_due()` is asked after each step; `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every
     step) spaces the saves. Saving never changes a result, so neither does the spacing. The processes of a stage
@@ -175,6 +189,8 @@ class Stop:
         self.interval = 60 * (10 if minutes is None else minutes)
         self.last_save = time.monotonic()
         self.reason: str | None = None
+        self.leases: list[Lease] = []
+        self.asked = -math.inf
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
@@ -183,8 +199,23 @@ class Stop:
     def requested(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = "time limit"
+        if self.reason is None and self.leases and time.monotonic() - self.asked >= 1:
+            self.asked = time.monotonic()
+            if who := next(filter(None, (lease.wanted_by() for lease in self.leases)), None):
+                self.reason = f"{ANOTHER} ({who})"
         self.reason = next((reason for reason in _of_all_processes(self.reason) if reason), None)
         return self.reason is not None
+
+    def check_leases(self) -> None:
+        """Before anything is written that others read. Raises Displaced where another attempt has taken over."""
+        for lease in self.leases:
+            lease.check()
+
+    def interruption(self, progress: str) -> Interrupted:
+        """What to raise once `requested`, where all progress is on disk."""
+        if str(self.reason).startswith(ANOTHER):
+            return Displaced(f"stopped for {self.reason} {progress}; progress is saved, and it goes on")
+        return Interrupted(f"stopped by {self.reason} {progress}; progress is saved, run the same command again")
 
     def save_due(self) -> bool:
         due = time.monotonic() - self.last_save >= self.interval
@@ -196,7 +227,7 @@ class Stop:
     def leave_if_requested(self, progress: str) -> None:
         """Raises Interrupted. Call it where all progress is on disk."""
         if self.requested():
-            raise Interrupted(f"stopped by {self.reason} {progress}; progress is saved, run the same command again")
+            raise self.interruption(progress)
 
 
 # ----------------------------------------------------------------------------- the stage
@@ -301,29 +332,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Holds a lock file. Raises Interrupted when another process has it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # not ENOLCK: a file system without locks will not have them later
-            handle.seek(0)
-            raise Interrupted(
-                f"{lock}: in use by {handle.read().strip() or 'another process'}; wait for it to end, then run again"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        yield
-
-
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     """Turns `stage.work` into the artifact at `stage.output`, whole or not at all."""
     write_json(stage.work / METRICS, metrics)
     content = build(stage.work)
-    manifest = canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.tokenizer_digest} | content)
+    manifest = _manifest(stage, content)
     parents = stage.origins
     # What was learnt from labels names them, however far down they were collected.
     inherited = [d for parent in parents.values() if parent["labels"] for d in parent["labels"]]
@@ -349,21 +362,60 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     )
     (stage.work / PROVENANCE).write_bytes(record)
     _settle(stage.work)
-    old = stage.output.with_name(f".{stage.output.name}.old")
+    if stage.stop:
+        stage.stop.check_leases()
+    old = _old(stage.output)
     shutil.rmtree(old, ignore_errors=True)
     if stage.output.exists():
         stage.output.rename(old)
     stage.work.rename(stage.output)
-    # The manifest is what says "finished": it comes last, by a rename of its own.
-    pending = stage.output / f".{MANIFEST}"
-    pending.write_bytes(manifest)
-    sync(pending)
-    pending.rename(stage.output / MANIFEST)
-    sync(stage.output)
-    sync(stage.output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _declare_finished(stage.output, manifest)
     for entry in content["files"]:  # so that whoever reads it next need not hash it again
         stage.cache.remember(stage.output / entry["path"], entry["sha256"])
+
+
+def _manifest(stage: Stage, content: dict) -> bytes:
+    return canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.tokenizer_digest} | content)
+
+
+def _old(output: Path) -> Path:
+    """Where the artifact that was there before is until the new one is whole."""
+    return output.with_name(f".{output.name}.old")
+
+
+def _declare_finished(output: Path, manifest: bytes) -> None:
+    """The manifest is what says "finished": it comes last, by a rename of its own."""
+    pending = output / f".{MANIFEST}"
+    pending.write_bytes(manifest)
+    sync(pending)
+    pending.rename(output / MANIFEST)
+    sync(output)
+    sync(output.parent)
+    shutil.rmtree(_old(output), ignore_errors=True)
+
+
+def finished(stage: Stage) -> bool:
+    """Whether the artifact is already there, made by this code from this config and these inputs.
+
+    The record tells, and the files are hashed again. A missing manifest is then written.
+    """
+    try:
+        record = read_record(stage.output)
+        (stage.output / f".{MANIFEST}").unlink(missing_ok=True)
+        manifest = _manifest(stage, build(stage.output))
+    except DataError:
+        return False
+    made_from = {role: parent["manifest"] for role, parent in record.parents.items()}
+    if (
+        (record.stage, record.part) != (stage.name, f"{stage.part[0]}/{stage.part[1]}")
+        or record.config_file != exact(stage.shared | {"config": stage.config})
+        or made_from != {role: parent["manifest"] for role, parent in stage.origins.items()}
+        or record.code.get("library") != code_state()["library"]
+        or record.manifest != sha256_bytes(manifest)
+    ):
+        return False
+    _declare_finished(stage.output, manifest)
+    return True
 
 
 def _once(dependencies: list[dict]) -> list[dict]:
@@ -442,8 +494,15 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
         _record(attempts_file, attempts)
     publish(stage, metrics, attempts)
-    # They are in the record now; what the same state folder makes another time begins a history of its own.
-    attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
+    _tidy(stage)
+
+
+def _tidy(stage: Stage) -> None:
+    """Leaves in the state of a published artifact what somebody may want to read."""
+    attempts_file = stage.state / "attempts.jsonl"
+    if attempts_file.exists():
+        # They are in the record now; what the same state folder makes another time begins a history of its own.
+        attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
     for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -480,14 +539,27 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
         state.mkdir(parents=True, exist_ok=True)
         run(stage)
         return name
+    waited: list[str] = []
+
+    def say(text: str) -> None:
+        waited.append(text)
+        log.info("%s: %s", name, text)
+
     # Not two attempts in one state folder, and not two in one output, whatever their configs.
-    with _locked(state / "lock"), _locked(args.state / f"{output.name}.lock"):
+    with ExitStack() as leases:
+        for path in (state / "lock", args.state / f"{output.name}.lock"):
+            stage.stop.leases.append(leases.enter_context(hold(path, stage.stop.requested, say)))
         handler = logging.FileHandler(state / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         shutil.rmtree(stage.work, ignore_errors=True)
-        stage.work.mkdir(parents=True)
         try:
+            # Without a reason to think so nobody pays for hashing; made anew is what a user asks for by this command.
+            if (waited or not args.output.exists()) and finished(stage):
+                log.info("%s: %s is finished; nothing to do", name, output)
+                _tidy(stage)
+                return name
+            stage.work.mkdir(parents=True)
             _attempt(stage, run)
         finally:
             shutil.rmtree(stage.work, ignore_errors=True)

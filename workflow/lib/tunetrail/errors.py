@@ -28,3 +28,9 @@ class Interrupted(TunetrailError):
     """Stopped before the end with progress saved (EX_TEMPFAIL): run the same command again."""
 
     exit_code = 75
+
+
+class Displaced(Interrupted):
+    """Another attempt of the same stage has this one's place: it goes on, and nothing is to be run again."""
+
+    exit_code = 76

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config import Epochs
 from tunetrail.contract import Stage, is_main_process, sync, write_json, write_jsonl
-from tunetrail.errors import DataError, Interrupted
+from tunetrail.errors import DataError
 from tunetrail.models.scoring import gather_logprobs
 from tunetrail.progress import ProgressBar
 from tunetrail.provenance.manifest import list_files, sha256_file
@@ -174,6 +174,7 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
 
     The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
     """
+    stage.stop.check_leases()
     write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
     for path in checkpoint.rglob("*"):  # an adapter's reference lies in a folder of its own
         if path.is_file():
@@ -239,9 +240,7 @@ def train(stage: Stage, trainer: Any) -> list[dict]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopping:
         step, total = trainer.state.global_step, trainer.state.max_steps
-        raise Interrupted(
-            f"stopped by {stage.stop.reason} at step {step} of {total}; progress is saved, run the same command again"
-        )
+        raise stage.stop.interruption(f"at step {step} of {total}")
     rows = history(trainer.state.log_history)
     if not all(abs(row["loss"]) < float("inf") for row in rows):
         raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")

@@ -1,0 +1,232 @@
+"""A real Slurm cluster on this machine: slurmctld and a slurmd a node, each node in namespaces of its own.
+
+A node has its own host name, processes and mounts, so killing its first process is a loss of power, and nothing of the
+machine's own /etc is touched. Root is needed, and Debian's slurmctld, slurmd, slurm-client and munge.
+
+    with Cluster(folder) as cluster:
+        cluster.command("sinfo")
+
+Partitions: cpu (cpu1, cpu2), gpu and preempt (gpu1, gpu2: a job in gpu takes the place of one in preempt), gpu-large
+(big1, four GPUs). The GPUs are character devices that stand in for them.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "squeue", "unshare")
+NODES = {"cpu1": 0, "cpu2": 0, "gpu1": 2, "gpu2": 2, "big1": 4}
+"""Node -> its GPUs."""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
+# Each a line of slurm.conf. A requeued job would wait two minutes; see `Cluster.start_now`.
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+TaskPlugin=task/none
+ProctrackType=proctrack/{proctrack}
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherParams=OverMemoryKill
+JobAcctGatherFrequency=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SlurmdTimeout=10
+SlurmctldTimeout=10
+KillWait=10
+MinJobAge=600
+InactiveLimit=0
+GresTypes=gpu
+ReturnToService=2
+"""
+
+
+def missing_programs() -> list[str]:
+    return [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 60) -> object:
+    """What `condition` gives once it is true. Raises AssertionError."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(0.2)
+    return found
+
+
+class Cluster:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "etc/slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------------- up and down
+
+    def __enter__(self) -> "Cluster":
+        for name in ("etc", "munge", "state", *(f"spool/{node}" for node in NODES)):
+            (self.folder / name).mkdir(parents=True)
+        self._configure()
+        try:
+            self._munge()
+            self.start_controller()
+            for node in NODES:
+                self.start_node(node)
+            self.wait_for_nodes()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def wait_for_nodes(self) -> None:
+        until(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "all nodes are idle", 90)
+
+    def __exit__(self, *_) -> None:
+        for name in list(self.processes):
+            self.power_off(name)
+        pid = self.folder / "munge/pid"
+        if pid.exists():
+            os.kill(int(pid.read_text()), signal.SIGTERM)
+
+    def _configure(self) -> None:
+        cgroup = Path("/sys/fs/cgroup/freezer").is_dir()
+        ports = {name: free_port() for name in NODES}
+        lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
+        for name, gpus in NODES.items():
+            gres = f" Gres=gpu:{gpus}" if gpus else ""
+            lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 RealMemory=64000{gres}")  # fmt: skip
+        lines += [
+            "PartitionName=cpu Nodes=cpu1,cpu2 Default=YES MaxTime=1-0 PriorityTier=10",
+            "PartitionName=gpu Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=10",
+            "PartitionName=gpu-large Nodes=big1 MaxTime=1-0 PriorityTier=10",
+            "PartitionName=preempt Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
+        ]
+        etc = self.folder / "etc"
+        (etc / "slurm.conf").write_text("\n".join(lines) + "\n")
+        (etc / "gres.conf").write_text("".join(
+            f"NodeName={name} Name=gpu File={device}\n" for name, gpus in NODES.items() for device in DEVICES[:gpus]
+        ))  # fmt: skip
+        (etc / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
+        )
+        (etc / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(NODES)}\n")
+
+    def _munge(self) -> None:
+        munge = self.folder / "munge"
+        (munge / "key").write_bytes(os.urandom(128))
+        (munge / "key").chmod(0o600)
+        munge.chmod(0o755)
+        files = [f"--{kind}={munge}/{name}" for kind, name in (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
+        subprocess.run(["munged", "--force", *files], env=self.environment, check=True, capture_output=True)
+
+    def _start(self, name: str, program: str, namespaces: tuple[str, ...] = ()) -> None:
+        """Starts a program with our /etc/hosts and /etc/slurm in namespaces that end with it, and it with us."""
+        etc = self.folder / "etc"
+        setup = f"mkdir -p /etc/slurm && mount --bind {etc} /etc/slurm && mount --bind {etc}/hosts /etc/hosts"
+        if name in NODES:
+            setup += f" && hostname {name}"
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                ["unshare", "--mount", *namespaces, "sh", "-c", f"{setup} && {program}"],
+                env={k: v for k, v in self.environment.items() if k != "SLURM_CONF"}, stdout=output, stderr=output,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def start_controller(self) -> None:
+        self._start("slurmctld", "exec slurmctld -D")
+
+    def start_node(self, node: str) -> None:
+        # The first process of the node outlives slurmd: a node that the controller does not hear goes on working.
+        namespaces = ("--uts", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
+        self._start(node, f"slurmd -D -N {node} & wait; exec sleep infinity", namespaces)
+
+    def power_off(self, name: str) -> None:
+        """All processes of a node, or the controller, are gone at once."""
+        process = self.processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def cut_off(self, node: str) -> None:
+        """The controller hears nothing of the node any more, while its jobs go on and reach the files."""
+        for pid in self.pids(node, "slurmd"):
+            os.kill(pid, signal.SIGKILL)
+
+    # ------------------------------------------------------------------------- asking and telling
+
+    def command(self, *words: str, check: bool = True) -> str:
+        """Standard output of one of Slurm's commands."""
+        reply = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        assert not check or reply.returncode == 0, f"{' '.join(words)}: {reply.stderr}"
+        return reply.stdout
+
+    def node_states(self) -> dict[str, str]:
+        lines = self.command("sinfo", "-h", "-N", "-o", "%N %t", check=False).splitlines()
+        return dict(line.split() for line in lines)
+
+    def jobs(self, states: str = "all") -> list[dict[str, str]]:
+        """Every job that the controller remembers: id, state, name of its rule, partition, nodes, reason."""
+        names = ("id", "state", "comment", "partition", "nodes", "reason", "restarts")
+        lines = self.command("squeue", "-h", "-t", states, "-O", ",".join(
+            f"{field}:{width}" for field, width in (("JobID", 12), ("State", 14), ("Comment", 60), ("Partition", 14), ("NodeList", 20), ("Reason", 30), ("RestartCnt", 6))
+        )).splitlines()  # fmt: skip
+        widths = (12, 14, 60, 14, 20, 30, 6)
+        rows = []
+        for line in lines:
+            cells, at = [], 0
+            for width in widths:
+                cells.append(line[at : at + width].strip())
+                at += width
+            rows.append(dict(zip(names, cells, strict=True)))
+        return rows
+
+    def start_now(self) -> None:
+        """Lets requeued jobs begin, which would wait two minutes."""
+        for job in self.jobs("PENDING"):
+            if job["reason"] == "BeginTime":
+                self.command("scontrol", "update", f"JobId={job['id']}", "StartTime=now", check=False)
+
+    def pids(self, node: str, program: str) -> list[int]:
+        """Processes of this name on a node: those in its host's name space."""
+        space = os.readlink(f"/proc/{self._inside(node)}/ns/uts")
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.readlink(entry / "ns/uts") == space and program in (entry / "cmdline").read_text().replace("\0", " "):  # fmt: skip
+                    found.append(int(entry.name))
+            except OSError:  # it ended meanwhile
+                continue
+        return found
+
+    def _inside(self, node: str) -> int:
+        """The first process in a node's name spaces."""
+        pid = self.processes[node].pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

@@ -1,0 +1,48 @@
+"""See `tunetrail.launch`. Exit code: the stage's."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunetrail.errors import TunetrailError
+from tunetrail.launch.resources import gpus, processes
+from tunetrail.launch.supervise import option, supervise
+
+
+def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> list[str]:
+    """The command as a step of the Slurm job around us: only a step is told by SIGTERM that the job ends."""
+    n = processes(stage, resources)
+    cores = int(resources.get("cpus_per_gpu") or 0) * gpus(resources) or int(resources.get("cpus_per_task") or threads)
+    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", "--kill-on-bad-exit=0"]  # fmt: skip
+    return step + ([sys.executable, "-m", "tunetrail.launch.task"] if n > 1 else []) + command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tunetrail.launch")
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--jobs", type=Path, required=True, help="folder for the ids of submitted jobs")
+    parser.add_argument("--resources", type=json.loads, required=True, help="those of the rule, JSON")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("command", nargs="+", help="-- and the stage's command")
+    args = parser.parse_args(argv)
+    try:
+        if args.resources.get("launcher", "inline") == "submitit":
+            from tunetrail.launch.submit import launch
+
+            return launch(args.command, args.stage, args.resources, args.threads, args.jobs, args.log)
+        in_job = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+        command = _step(args.command, args.stage, args.resources, args.threads) if in_job else args.command
+        return supervise(command, args.log, option(args.command, "--state"), requeues=in_job)
+    except TunetrailError as e:
+        print(f"{args.stage}: error: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

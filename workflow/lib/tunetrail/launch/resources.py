@@ -1,0 +1,71 @@
+"""What a rule asks of Slurm, from the resources that the profile gives it."""
+
+import shlex
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+SLURM = (
+    "slurm_account", "slurm_partition", "runtime", "mem_mb", "mem_mb_per_cpu", "gpu", "gpu_model", "gres", "cpus_per_gpu",
+    "cpus_per_task", "nodes", "tasks", "tasks_per_gpu", "tasks_per_node", "constraint", "qos", "slurm_extra",
+)  # fmt: skip
+"""Resources that decide where and with what a job runs."""
+LAUNCH = ("launcher", "array")
+"""Resources of ours: `launcher` inline or submitit, `array` 1 where jobs that start together go out as one array."""
+DISTRIBUTED = ("sft", "reward", "dpo", "ppo")
+"""Stages that run as several processes, one for each GPU."""
+_SHORT = {"-A": "account", "-p": "partition", "-t": "time", "-C": "constraint", "-D": "chdir"}
+_OTHERS = {"parsable", "job-name", "output", "export", "comment", "chdir"}
+"""Of the plugin's command: what says nothing of resources."""
+
+
+class _Resources(dict):
+    """As the plugin reads them: by key and by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+def gpus(resources: Mapping[str, Any]) -> int:
+    """GPUs of the whole job, by `gpu`, or by `gres` (gpu:4, gpu:a100:4: of each node)."""
+    gres = str(resources.get("gres") or "")
+    if gres.startswith("gpu"):
+        last = gres.rpartition(":")[2]
+        return (int(last) if last.isdigit() else 1) * int(resources.get("nodes") or 1)
+    return int(resources.get("gpu") or (1 if resources.get("gpu_model") else 0))
+
+
+def processes(stage: str, resources: Mapping[str, Any]) -> int:
+    """Of one node: `tasks_per_node`, or one a GPU; 1 for stages that cannot be spread."""
+    if stage not in DISTRIBUTED:
+        return 1
+    nodes = int(resources.get("nodes") or 1)
+    return int(resources.get("tasks_per_node") or max(1, gpus(resources) // nodes))
+
+
+def sbatch_options(resources: Mapping[str, Any], threads: int) -> dict[str, str]:
+    """Long options of sbatch, as the Slurm executor plugin would give them to a rule with these resources.
+
+    The plugin's own functions write them, so that a stage gets the same from either launcher. An option without a value
+    has "".
+    """
+    # Here, since they bring pandas along.
+    from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+    from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+    job = SimpleNamespace(resources=_Resources(resources), threads=threads)
+    account, partition = resources.get("slurm_account"), resources.get("slurm_partition")
+    params = {
+        "run_uuid": "", "slurm_logfile": "", "comment_str": "", "workdir": "",
+        "account": f"-A {shlex.quote(account)}" if account else "",
+        "partition": f"-p {shlex.quote(partition)}" if partition else "",
+    }  # fmt: skip
+    words = shlex.split(get_submit_command(job, params) + set_gres_string(job))[1:]
+    options: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--") or word in _SHORT:
+            name, _, value = word.removeprefix("--").partition("=") if word.startswith("--") else (_SHORT[word], "", "")
+            options[name] = value
+        else:
+            options[name] = word
+    return {name: value for name, value in options.items() if name not in _OTHERS}

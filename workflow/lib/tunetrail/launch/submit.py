@@ -1,0 +1,218 @@
+"""A stage as a Slurm job of its own through submitit: several nodes, one id through all its attempts, found again.
+
+The launcher is a local job of Snakemake's. It submits with the resources that the profile gives the rule, writes the
+job's id into the state folder, passes the job's output on and ends with the stage's exit code. Where the head process
+died and was started again, it finds the id and waits for the job that is there instead of submitting another; where the
+stage's config or inputs are others by now, that job is cancelled first. Ctrl-C cancels. Without Slurm, submitit's local
+executor runs the same on this machine.
+"""
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.core import Job
+
+from tunetrail.errors import TunetrailError
+from tunetrail.launch.resources import processes, sbatch_options
+from tunetrail.launch.supervise import option, supervise
+from tunetrail.provenance.manifest import sha256_json
+
+POLL_SECONDS = 2.0
+GATHER_SECONDS = 3.0
+"""How long jobs wait for others of their stage to go out as one array with them."""
+SIGNAL_SECONDS = 60
+"""Before a time limit, when Slurm tells the job; the stage's own clock is earlier (contract.Stop)."""
+ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT"}  # fmt: skip
+"""States of a job that is not over."""
+
+
+class StageCommand:
+    """What each process of the job does: the stage's command, as one of the processes of torch.distributed."""
+
+    def __init__(self, command: Sequence[str], folder: Path):
+        self.command, self.folder = list(command), folder
+
+    def __call__(self) -> int:
+        os.chdir(self.folder)
+        environment = submitit.JobEnvironment()
+        if environment.num_tasks > 1:
+            # runtime.device counts the GPUs of a node: all are to be visible
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        return supervise(self.command, None, option(self.command, "--state"), requeues=environment.global_rank == 0)
+
+
+def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any], threads: int) -> Any:
+    on_each_node = processes(stage, resources)
+    if shutil.which("srun") is None:
+        local = submitit.LocalExecutor(folder)
+        local.update_parameters(timeout_min=int(resources.get("runtime") or 60), tasks_per_node=on_each_node)
+        return local
+    options = sbatch_options(resources, threads)
+    options.pop("ntasks", None)
+    cores = (
+        [f"--cpus-per-task={options['cpus-per-task']}"] if "cpus-per-task" in options else []
+    )  # srun does not inherit it
+    executor = submitit.SlurmExecutor(folder)
+    executor.update_parameters(
+        job_name=name, nodes=int(options.pop("nodes", 1)), ntasks_per_node=on_each_node, signal_delay_s=SIGNAL_SECONDS,
+        time=int(resources.get("runtime") or 60), stderr_to_stdout=True, wckey=None, srun_args=cores,
+        additional_parameters={"requeue": True} | {key: value or True for key, value in options.items() if key != "time"},
+    )  # fmt: skip
+    return executor
+
+
+def _is_alive(job: Job) -> bool:
+    if isinstance(job, submitit.LocalJob):  # its id is that of submitit's process, of this launcher or of one before
+        stat = Path(f"/proc/{job.job_id}/stat")
+        return (job._process is None or job._process.poll() is None) and stat.exists() and ") Z" not in stat.read_text()
+    reply = subprocess.run(["squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False)  # fmt: skip
+    if reply.returncode and "Invalid job id" not in reply.stderr:
+        return True  # the controller is away: nothing is known
+    return any(line.strip() in ALIVE for line in reply.stdout.splitlines())
+
+
+def _cancel(job: Job) -> None:
+    """Ends the job, which saves first, and waits for that."""
+    if isinstance(job, submitit.LocalJob):
+        os.kill(int(job.job_id), signal.SIGINT)
+    else:
+        job.cancel()
+    while _is_alive(job):
+        time.sleep(POLL_SECONDS)
+
+
+class Jobs:
+    """The ids of the jobs that were submitted, in files that outlive the launcher."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, key: str, job: Job) -> None:
+        content = {"job": job.job_id, "key": key, "local": isinstance(job, submitit.LocalJob), "tasks": job.num_tasks}
+        pending = self.folder / f".{name}"
+        pending.write_text(json.dumps(content))
+        pending.rename(self.folder / f"{name}.json")
+
+    def read(self, name: str) -> tuple[Job, str] | None:
+        """(the job, what it was submitted for) of this name; None where there is none."""
+        try:
+            content = json.loads((self.folder / f"{name}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        kind = submitit.LocalJob if content["local"] else submitit.SlurmJob
+        return kind(self.folder, content["job"], tasks=list(range(content["tasks"]))), content["key"]
+
+    def forget(self, name: str) -> None:
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _key(command: Sequence[str], resources: Mapping[str, Any]) -> str:
+    """Says of two commands whether they do the same: their words, and what their config and inputs hold."""
+    files = [command[n + 1].rpartition("=")[2] for n, word in enumerate(command) if word in ("--config", "--input")]
+    return sha256_json({"command": list(command), "files": {name: Path(name).read_text() for name in files}})
+
+
+def _submit(jobs: Jobs, name: str, key: str, command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> Job:  # fmt: skip
+    """Submits a job, or with `array` those of the stage that ask within a few seconds as one."""
+    here = Path.cwd()
+    if not resources.get("array"):
+        job = _executor(jobs.folder, f"{stage}-{name}", stage, resources, threads).submit(StageCommand(command, here))
+        jobs.write(name, key, job)
+        return job
+    wishes = jobs.folder / f"{stage}.{sha256_json({'resources': dict(resources), 'threads': threads})[:16]}"
+    wishes.mkdir(exist_ok=True)
+    pending = wishes / f".{name}"
+    pending.write_text(json.dumps({"name": name, "key": key, "command": command}))
+    pending.rename(wishes / name)
+    time.sleep(GATHER_SECONDS)
+    with (wishes / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if (wishes / name).exists():  # else another launcher has submitted it with its own
+            gathered = [json.loads(path.read_text()) for path in sorted(wishes.iterdir()) if path.name[0] != "."]
+            executor = _executor(jobs.folder, stage, stage, resources, threads)
+            for wish, job in zip(gathered, executor.map_array(StageCommand.__call__, [StageCommand(w["command"], here) for w in gathered]), strict=True):  # fmt: skip
+                jobs.write(wish["name"], wish["key"], job)
+                (wishes / wish["name"]).unlink()
+    found = jobs.read(name)
+    assert found is not None
+    return found[0]
+
+
+def _follow(job: Job, log: Path) -> int:
+    """Passes the job's output on until it is over; returns the stage's exit code."""
+    first = job.task(0)
+    output, result, seen, silent_since = first.paths.stdout, first.paths.result_pickle, 0, None
+    with log.open("ab") as sink:
+        while True:
+            alive = _is_alive(job)
+            if output.exists():
+                with output.open("rb") as f:
+                    f.seek(seen)
+                    new = f.read()
+                seen += len(new)
+                for stream in (sys.stderr.buffer, sink):
+                    stream.write(new)
+                    stream.flush()
+            if not alive and result.exists():
+                outcome, value = pickle.loads(result.read_bytes())
+                if outcome == "success":
+                    return int(value)
+                raise TunetrailError(f"job {job.job_id} failed: {str(value).strip().splitlines()[-1]}; see {output}")
+            if not alive:
+                # A result may be on its way through the file server.
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > 10:
+                    raise TunetrailError(f"job {job.job_id} ended without a result (cancelled, out of memory, or its node failed); see {output}; run the same command again")  # fmt: skip
+            time.sleep(POLL_SECONDS)
+
+
+def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads: int, folder: Path, log: Path) -> int:
+    """Submits the stage, or finds the job that was, and waits. Returns the stage's exit code.
+
+    Raises TunetrailError where the job ended without one.
+    """
+    jobs = Jobs(folder)
+    name = ".".join(option(command, "--output").parent.parts[-2:])
+    key = _key(command, resources)
+    log.write_bytes(b"")
+    job: Job | None = None
+
+    def cancel(signum: int, _: object) -> None:
+        if job is not None:
+            print(f"{stage}: cancelling job {job.job_id}", file=sys.stderr)
+            _cancel(job)
+            jobs.forget(name)
+        raise SystemExit(128 + signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, cancel)
+    found = jobs.read(name)
+    if found and _is_alive(found[0]):
+        if found[1] == key:
+            job = found[0]
+            print(f"{stage}: job {job.job_id} is there already; waiting for it", file=sys.stderr)
+        else:
+            print(
+                f"{stage}: job {found[0].job_id} works from another config or other inputs; cancelling it",
+                file=sys.stderr,
+            )
+            _cancel(found[0])
+    if job is None:
+        job = _submit(jobs, name, key, command, stage, resources, threads)
+        print(f"{stage}: submitted as job {job.job_id}", file=sys.stderr)
+    try:
+        return _follow(job, log)
+    finally:
+        jobs.forget(name)

@@ -1,0 +1,101 @@
+"""Runs a stage's command where it was launched: its output to a log, signals to it, and what follows from its end.
+
+In a Slurm job the stage is told by its own clock when to save and leave, with exit code 75 (`contract.Stop`). The job
+then goes back into the queue under the same id, so that no retry of Snakemake's is used up; but only if something was
+saved, since a stage that never gets as far as its first save would go round for ever.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from tunetrail.errors import Interrupted
+
+AGAIN = Interrupted.exit_code
+VERDICT_SECONDS = 300
+"""How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
+_NO_PROGRESS = ("log.txt", "attempts.jsonl", "lock", "events.out")
+
+
+def option(command: Sequence[str], name: str) -> Path:
+    """The value of one of a stage command's options."""
+    return Path(command[list(command).index(name) + 1])
+
+
+def progress(state: Path) -> set[tuple[str, int, int]]:
+    """What a stage has saved: path, size and time of every file that it could go on from."""
+    found = set()
+    for path in state.rglob("*"):
+        if not any(mark in path.name for mark in _NO_PROGRESS):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            if not path.is_dir():
+                found.add((str(path), stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:
+    """Passes output on as it comes; a log on a full disk must not stop a stage."""
+    while chunk := source.read1(65536):  # type: ignore[attr-defined]
+        for sink in (sys.stderr.buffer, log):
+            if sink:
+                try:
+                    sink.write(chunk)
+                    sink.flush()
+                except OSError:
+                    continue
+
+
+def requeue(job: str) -> bool:
+    """Puts this job back into the queue under its id; the job is then killed. False where Slurm refuses."""
+    reply = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if reply.returncode:
+        print(f"Slurm does not requeue job {job} ({reply.stderr.strip()})", file=sys.stderr)
+    return reply.returncode == 0
+
+
+def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: bool) -> int:
+    """Runs the command to its end and returns its exit code.
+
+    SIGTERM, SIGINT and SIGUSR2 reach it as SIGTERM: it saves and leaves.
+
+    Args:
+        log: gets the output, beside standard error; None: the output stays as it is.
+        state: the stage's state folder.
+        requeues: whether to put the Slurm job around us back into the queue when the stage left with progress saved.
+    """
+    told: list[int] = []
+    before = progress(state)
+    sink = log.open("wb") if log else None
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE if sink else None, stderr=subprocess.STDOUT if sink else None,
+        # A terminal sends Ctrl-C to all its processes, and the stage shall save first.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+
+    def pass_on(signum: int, _: object) -> None:
+        told.append(signum)
+        child.send_signal(signal.SIGTERM)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(signum, pass_on)
+    copier = threading.Thread(target=_copy, args=(child.stdout, sink), daemon=True)
+    if sink:
+        copier.start()
+    code = child.wait()
+    if sink:
+        copier.join()
+        sink.close()
+    if code == AGAIN and requeues and (job := os.environ.get("SLURM_JOB_ID")):
+        # scancel and preemption come as SIGTERM: Slurm has decided what becomes of the job, and ends it.
+        if signal.SIGTERM in told or (progress(state) - before and requeue(job)):
+            time.sleep(VERDICT_SECONDS)
+    return code if code >= 0 else 128 - code

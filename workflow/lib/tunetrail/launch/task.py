@@ -1,0 +1,26 @@
+"""One of several processes of a stage, started by srun: python -m tunetrail.launch.task COMMAND…
+
+Says to torch.distributed who and how many they are, and becomes the command.
+"""
+
+import os
+import subprocess
+import sys
+
+
+def distributed_environment() -> dict[str, str]:
+    """What torch.distributed reads (env://), from what srun says of this step."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+    step = int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])
+    return {
+        "MASTER_ADDR": hosts.split()[0],
+        "MASTER_PORT": str(20000 + step % 20000),
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+    }
+
+
+if __name__ == "__main__":
+    os.execvpe(sys.argv[1], sys.argv[1:], os.environ | distributed_environment())

@@ -1,0 +1,164 @@
+"""One writer to a folder, also where a node that was cut off works on while its job runs elsewhere.
+
+The writer holds the newest of the files NAME, NAME.2, NAME.3, …: it has a lock on it, which goes when the process
+dies, and renews its time every few seconds. Whoever comes later
+
+- takes the file over at once where its lock is free: the writer died;
+- makes the next file where the lock is held but the time was not renewed for `lease_seconds()`: the writer hangs, or its
+  node has lost the file server, which keeps the lock for it. Should it come back, `Lease.lost` tells it before it writes;
+- is refused otherwise; but if both are jobs of a cluster, it asks the writer to save and leave, and waits: the job that
+  was requeued, or submitted again, is the one that somebody waits for.
+
+Times are the file server's own, since the clocks of two nodes may differ.
+"""
+
+import fcntl
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from tunetrail.errors import Displaced, Interrupted
+
+POLL_SECONDS = 1.0
+ASKED_SECONDS = 30.0
+"""A wish to take over counts while it is renewed; whoever had it may have been cancelled."""
+
+
+def lease_seconds() -> float:
+    """How long a writer may be silent: $TUNETRAIL_LEASE_SECONDS (default 60)."""
+    return float(os.environ.get("TUNETRAIL_LEASE_SECONDS") or 60)
+
+
+def myself() -> str:
+    """How a writer is named to others."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
+
+
+def _newest(path: Path) -> tuple[int, Path]:
+    """(generation, file) of the newest lease file; the first where there is none yet."""
+    found = {1: path}
+    for other in path.parent.glob(f"{path.name}.*"):
+        if (number := other.name.rpartition(".")[2]).isdigit():
+            found[int(number)] = other
+    generation = max(found)
+    return generation, found[generation]
+
+
+def _lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # not ENOLCK: a file system without locks will not have them later
+        return False
+    return True
+
+
+def holder(path: Path) -> str | None:
+    """Who holds the lease; None where nobody does. Not to be asked by the holder: closing the file would free it."""
+    _, newest = _newest(path)
+    try:
+        with newest.open("r+") as handle:
+            return None if _lock(handle) else handle.read().strip() or "another process"
+    except FileNotFoundError:
+        return None
+
+
+class Lease:
+    """What the writer holds. Made by `hold`."""
+
+    def __init__(self, path: Path, generation: int, file: Path, handle: IO[str]):
+        self.path, self.generation, self.file, self.handle = path, generation, file, handle
+        self.wish = path.with_name(f"{path.name}.wanted")
+        self.ended = threading.Event()
+        handle.seek(0)
+        handle.truncate()
+        handle.write(myself())
+        handle.flush()
+        self.renewing = threading.Thread(target=self._renew, daemon=True)
+        self.renewing.start()
+
+    def _renew(self) -> None:
+        while not self.ended.wait(lease_seconds() / 6):
+            try:
+                os.utime(self.file)
+            except OSError:  # the file server is away: others decide by our silence
+                continue
+
+    def lost(self) -> bool:
+        """Whether another writer has taken over: then nothing may be written any more."""
+        return _newest(self.path)[0] != self.generation
+
+    def wanted_by(self) -> str | None:
+        """Who asks for the place, if somebody does."""
+        try:
+            asked = self.wish.stat().st_mtime
+            who = self.wish.read_text().strip()
+            os.utime(self.file)
+            return who if self.file.stat().st_mtime - asked < ASKED_SECONDS else None
+        except OSError:
+            return None
+
+    def check(self) -> None:
+        """Raises Displaced where another writer has taken over."""
+        if self.lost():
+            raise Displaced(f"{self.path}: another attempt has taken over while this one was silent; it goes on, this one ends")  # fmt: skip
+
+    def end(self) -> None:
+        self.ended.set()
+        self.renewing.join()
+        self.handle.close()
+
+
+def _acquire(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]) -> Lease:
+    wish, told = path.with_name(f"{path.name}.wanted"), False
+    while True:
+        generation, newest = _newest(path)
+        handle = newest.open("a+")
+        if _lock(handle):
+            if _newest(path)[0] == generation:
+                os.utime(newest)
+                wish.unlink(missing_ok=True)
+                return Lease(path, generation, newest, handle)
+            handle.close()
+            continue
+        handle.seek(0)
+        other = handle.read().strip() or "another process"
+        handle.close()
+        if not (", job " in other and ", job " in myself()) or give_up():
+            raise Interrupted(f"{newest}: in use by {other}; wait for it to end, then run again")
+        wish.write_text(myself())
+        if not told:
+            say(f"{path.parent}: {other} works on this; it was asked to save and leave")
+            told = True
+        if wish.stat().st_mtime - newest.stat().st_mtime > lease_seconds():
+            following = path.with_name(f"{path.name}.{generation + 1}")
+            try:
+                os.close(os.open(following, os.O_CREAT | os.O_EXCL, 0o666))
+                say(f"{path.parent}: {other} has been silent for {lease_seconds():.0f} s; taking over")
+            except FileExistsError:
+                pass
+            continue
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def hold(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]) -> Iterator[Lease]:
+    """Holds the lease on `path`'s folder.
+
+    Args:
+        give_up: asked while waiting for another writer to leave.
+        say: told why it waits.
+
+    Raises Interrupted when another writer has it and is not to be asked, or does not leave in time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lease = _acquire(path, give_up, say)
+    try:
+        yield lease
+    finally:
+        lease.end()
