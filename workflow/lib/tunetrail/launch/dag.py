@@ -5,9 +5,10 @@ Snakemake runs; `jobs_of` reads it from a workflow that is already loaded. No fi
 """
 
 import json
-import os
+import re
+import warnings
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,6 @@ class Job:
     """Names of the stages it waits for."""
     submitted: tuple[str, ...] = ()
     """Ids that the cluster gave it, of a run that has not ended or was killed."""
-    is_local: bool = False
-    changed: dict[str, str] = field(default_factory=dict)
 
 
 def artifact_name(path: str | Path) -> str:
@@ -52,6 +51,23 @@ def artifact_name(path: str | Path) -> str:
     'policies/ppo'
     """
     return "/".join(Path(path).parts[2:-1])
+
+
+def listed(names: list[str]) -> str:
+    """The names in one line; many of one kind are counted.
+
+    >>> listed(["sft", *(f"completions/{i}-of-9" for i in range(9))])
+    'completions (9), sft'
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        kinds.setdefault(name.partition("/")[0], []).append(name)
+    return ", ".join(f"{kind} ({len(them)})" if len(them) > 2 else ", ".join(them) for kind, them in kinds.items())
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key: shard 2 comes before shard 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
@@ -85,8 +101,7 @@ def _why(reason: Any, changes: dict[str, list[str]]) -> str:
     """
 
     def named(files: Any) -> str:
-        names = sorted({artifact_name(f) if Path(f).name == "manifest.json" else str(f) for f in files})
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return listed([artifact_name(f) if Path(f).name == "manifest.json" else str(f) for f in files])
 
     configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
     said = [f"config: {', '.join(changes[str(f)])}" if changes[str(f)] else "its config is written anew" for f in configs]  # fmt: skip
@@ -117,9 +132,9 @@ def jobs_of(workflow: Any) -> list[Job]:
         if job.rule.name == "stage_config"
     }
     found = []
-    for job in (job for level in dag.toposorted() for job in sorted(level, key=str)):
-        if not (manifest := job.output.get("manifest")):
-            continue
+    stages = [[job for job in level if job.output.get("manifest")] for level in dag.toposorted()]
+    for job in (job for level in stages for job in sorted(level, key=lambda job: _natural(job.output.manifest))):
+        manifest = job.output.manifest
         parents = {file: parent for parent, files in dag.dependencies[job].items() for file in files}
         state, part = job.params.get("state"), job.params.get("part")
         found.append(
@@ -151,6 +166,7 @@ def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
     """
     from snakemake.api import SnakemakeApi
     from snakemake.cli import get_profile_dir, parse_args
+    from snakemake.exceptions import WorkflowError
     from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
 
     if not get_profile_dir(profile) and not Path(profile, "config.yaml").exists():
@@ -165,7 +181,9 @@ def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
             _, args = parse_args(["--profile", profile, *chosen, "--dry-run"])
     except SystemExit:
         raise ConfigError(f"--profile {profile}: {said.getvalue().strip().splitlines()[-1]}") from None
-    with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL})) as api:
+    with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL}, log_level_override="ERROR")) as api:
+        # Of a resource that depends on the size of a file that is not there yet; Snakemake drops its own coroutine.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             dag = api.workflow(
                 resource_settings=ResourceSettings(
@@ -179,11 +197,9 @@ def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
                 workdir=args.directory,
             ).dag(DAGSettings(rerun_triggers=args.rerun_triggers, max_checksum_file_size=args.max_checksum_file_size))
             workflow = dag.workflow_api._workflow
-            # As Snakemake's own --summary does it: nothing is locked, and a job that another one is at does not matter.
+            # As Snakemake's own --summary does it: nothing is locked, and what another Snakemake is at does not matter.
             workflow._prepare_dag(forceall=False, ignore_incomplete=True, lock_warn_only=True)
             workflow._build_dag()
-            return jobs_of(workflow)
-        except TunetrailError:
-            raise
-        except Exception as e:
+        except WorkflowError as e:
             raise TunetrailError(f"Snakemake cannot plan this: {' '.join(str(e).split())}") from e
+        return jobs_of(workflow)
