@@ -35,7 +35,7 @@ def seconds(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProgressLine:
     """How far a stage is: `str` writes the line of its log, `parse` reads it."""
 
     label: str
@@ -56,12 +56,12 @@ class Progress:
 _LINE = re.compile(r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left  (?P<note>.*)")  # fmt: skip
 
 
-def parse(line: str) -> Progress | None:
+def parse(line: str) -> ProgressLine | None:
     """The progress that a line tells, without what a log writes before it; None where it tells none."""
     if not (found := _LINE.fullmatch(line)):
         return None
     left = None if found["left"] == "?" else seconds(found["left"])
-    return Progress(found["label"], int(found["done"]), int(found["total"]), found["unit"], float(found["rate"]), left, found["note"])  # fmt: skip
+    return ProgressLine(found["label"], int(found["done"]), int(found["total"]), found["unit"], float(found["rate"]), left, found["note"])  # fmt: skip
 
 
 class ProgressBar:
@@ -107,4 +107,4 @@ class ProgressBar:
         elif now - self.printed >= self.every or self.done >= self.total:
             self.printed = now
             left = (self.total - self.done) / rate if rate > 0 else None
-            log.info("%s", Progress(self.label, self.done, self.total, self.unit, rate, left, note))
+            log.info("%s", ProgressLine(self.label, self.done, self.total, self.unit, rate, left, note))

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from tunetrail.contract import fingerprint
 from tunetrail.errors import DataError
 from tunetrail.launch.dag import Job, jobs_of, listed
 from tunetrail.lease import holder
-from tunetrail.progress import Progress, duration, parse
+from tunetrail.progress import ProgressLine, duration, parse
 from tunetrail.provenance.manifest import read_manifest
 
 STATES = {"done": "green", "running": "cyan", "stale": "yellow", "interrupted": "yellow", "failed": "red", "waiting": "dim"}  # fmt: skip
@@ -39,7 +40,7 @@ class Standing:
     """One of STATES."""
     detail: str
     """Why it is stale, what it waits for, how far it is, or the error."""
-    progress: Progress | None = None
+    progress: ProgressLine | None = None
     left: float | None = None
     """Seconds to the end, as of now."""
     slurm_job: str | None = None
@@ -107,7 +108,7 @@ def read_attempts(folder: Path | None) -> list[dict]:
     return rows
 
 
-def latest_progress(log: Path, since: str) -> tuple[Progress, float] | None:
+def latest_progress(log: Path, since: str) -> tuple[ProgressLine, float] | None:
     """(the progress last logged, seconds to the end as of now), by an attempt that began at `since` (ISO 8601)."""
     for line in reversed(_tail(log)):
         stamp, text = line[:19], line[24:]
@@ -128,10 +129,8 @@ def submitted_jobs(job: Job) -> list[str]:
     found = list(job.submitted)
     if job.state is not None:
         name = ".".join(job.manifest.parent.parts[-2:])
-        try:
+        with suppress(OSError, ValueError, LookupError):
             found.append(json.loads(Path(*job.state.parts[:2], "jobs", f"{name}.json").read_text())["job"])
-        except (OSError, ValueError, LookupError):
-            pass
     return found
 
 
