@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
     area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
     area("plan", _plan, "what would run and why, and what it took to make what would be made again", "profiles/local")
+    doctor = area("doctor", _doctor, "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look", "profiles/slurm")  # fmt: skip
+    doctor.add_argument("--jobs", action=argparse.BooleanOptionalAction, default=True, help="also run a small job in each partition (default: yes)")  # fmt: skip
+    doctor.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for such a job to begin (default: %(default)s)")  # fmt: skip
 
     audit = areas.add_parser("audit", help="where a checkpoint came from, and whether it is still what it was")
     commands = audit.add_subparsers(required=True, metavar="COMMAND")
@@ -131,6 +134,17 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print(plan.as_text(steps))
     return SOUND
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tunetrail.launch import doctor
+    from tunetrail.launch.dag import read_dag
+
+    tell = (lambda check: None) if args.json else (lambda check: print(check, flush=True))
+    found = doctor.diagnose(read_dag(args.profile, args.configfile), args.jobs, args.wait, tell)
+    if args.json:
+        _print([vars(check) for check in found])
+    return doctor.exit_code(found)
 
 
 def _verify(args: argparse.Namespace) -> int:
