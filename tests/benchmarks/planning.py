@@ -40,7 +40,9 @@ def large(folder: Path, shards: int, policies: int) -> None:
     project = Project(folder)
     config = yaml.safe_load((project.folder / "config/examples/tiny.yaml").read_text())
     config["completions"]["shards"] = shards
-    config["policies"] = {f"dpo-{i}": {"method": "dpo", "batch_size": 8, "beta": (i + 1) / 100} for i in range(policies)}
+    config["policies"] = {
+        f"dpo-{i}": {"method": "dpo", "batch_size": 8, "beta": (i + 1) / 100} for i in range(policies)
+    }
     (folder / "large.yaml").write_text(yaml.safe_dump(config))
 
 

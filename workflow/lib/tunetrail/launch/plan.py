@@ -62,10 +62,12 @@ def _benchmarked(job: Job) -> Cost:
     unit = "GPU-hours" if n else "core-hours"
     try:
         with (job.benchmark or Path("no benchmark")).open() as f:
-            seconds = sum(float(row["s"]) for row in csv.DictReader(f, delimiter="\t"))
+            seconds = [float(row["s"]) for row in csv.DictReader(f, delimiter="\t")]
     except (OSError, ValueError, KeyError):
+        seconds = []
+    if not seconds:
         return Cost(None, unit, "neither a record nor a benchmark of it is there")
-    return Cost(seconds / 3600 * (n or job.threads), unit, str(job.benchmark), at_least=True)
+    return Cost(sum(seconds) / 3600 * (n or job.threads), unit, str(job.benchmark), at_least=True)
 
 
 def plan(jobs: list[Job]) -> list[Step]:

@@ -75,9 +75,14 @@ def _tail(path: Path | None) -> list[str]:
 
 
 def error_line(log: Path | None) -> str | None:
-    """The last line of a log that tells an error, else its last line; None where there is none."""
+    """The last line of a log that tells an error, else its last line; None where there is none.
+
+    What Slurm says of a step that ended counts where the stage itself said nothing: out of memory, for one.
+    """
     lines = _tail(log)
-    return next((line for line in reversed(lines) if _ERROR.search(line)), lines[-1] if lines else None)
+    errors = [line for line in reversed(lines) if _ERROR.search(line)]
+    own = [line for line in errors if not line.startswith(("srun:", "slurmstepd:"))]
+    return next(iter([*own, *errors, *lines[-1:]]), None)
 
 
 def state_folder(job: Job) -> Path | None:
