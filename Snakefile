@@ -29,6 +29,11 @@ include: "workflow/rules/report.smk"
 report: "workflow/report/workflow.rst"
 
 
+# One head a run. It ends with the process, unlike Snakemake's own lock, which after a crash wants --unlock.
+onstart:
+    lease_run()
+
+
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
     shell(

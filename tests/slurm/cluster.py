@@ -193,20 +193,18 @@ class Cluster:
         return dict(line.split() for line in lines)
 
     def jobs(self, states: str = "all") -> list[dict[str, str]]:
-        """Every job that the controller remembers: id, state, name of its rule, partition, nodes, reason."""
-        names = ("id", "state", "comment", "partition", "nodes", "reason", "restarts")
-        lines = self.command("squeue", "-h", "-t", states, "-O", ",".join(
-            f"{field}:{width}" for field, width in (("JobID", 12), ("State", 14), ("Comment", 60), ("Partition", 14), ("NodeList", 20), ("Reason", 30), ("RestartCnt", 6))
-        )).splitlines()  # fmt: skip
-        widths = (12, 14, 60, 14, 20, 30, 6)
-        rows = []
-        for line in lines:
-            cells, at = [], 0
-            for width in widths:
-                cells.append(line[at : at + width].strip())
-                at += width
-            rows.append(dict(zip(names, cells, strict=True)))
-        return rows
+        """Every job that the controller remembers, as it shows them."""
+        fields = {
+            "id": "JobID", "state": "State", "name": "Name", "comment": "Comment", "partition": "Partition",
+            "nodes": "NodeList", "reason": "Reason", "restarts": "RestartCnt", "gres": "tres-per-node", "folder": "WorkDir",
+            "memory": "MinMemory", "minutes": "TimeLimit", "cpus": "NumCPUs", "requeue": "Requeue",
+        }  # fmt: skip
+        width = 200
+        lines = self.command("squeue", "-h", "-t", states, "-O", ",".join(f"{f}:{width}" for f in fields.values()))
+        return [
+            {name: line[n * width : (n + 1) * width].strip() for n, name in enumerate(fields)}
+            for line in lines.splitlines()
+        ]
 
     def start_now(self) -> None:
         """Lets requeued jobs begin, which would wait two minutes."""

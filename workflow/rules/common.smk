@@ -10,6 +10,7 @@ from pathlib import Path
 import tunetrail.config as tunetrail_config
 from tunetrail.errors import TunetrailError
 from tunetrail.launch.resources import LAUNCH, SLURM
+from tunetrail.lease import hold
 
 
 def validated(raw):
@@ -49,7 +50,7 @@ shell.prefix(
 
 
 def is_submitted(rule):
-    """Whether the profile gives the rule `launcher: submitit`: it is then a local one, which submits a job of its own."""
+    """Whether the profile says so (`launcher: submitit`). The rule is then a local one that submits a job of its own."""
     given = dict(workflow.resource_settings.overwrite_resources).get(rule, {})
     return "launcher" in given and given["launcher"].raw == "submitit"
 
@@ -133,3 +134,14 @@ def report_inputs():
 def input_options(inputs):
     """The `--input role=manifest` options of a stage."""
     return " ".join(f"--input {role}={path}" for role, path in inputs.items())
+
+
+def lease_run():
+    """Keeps a second Snakemake off this run for as long as this process lives."""
+    global HEAD
+    HEAD = hold(Path(STATE, "head"), give_up=lambda: True, say=print)
+    try:
+        HEAD.__enter__()
+    except TunetrailError as error:
+        print(f"another snakemake works on this run: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

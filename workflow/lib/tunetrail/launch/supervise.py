@@ -54,12 +54,24 @@ def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:
                     continue
 
 
-def requeue(job: str) -> bool:
-    """Puts this job back into the queue under its id; the job is then killed. False where Slurm refuses."""
-    reply = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+def _slurm(*command: str) -> str | None:
+    """What one of Slurm's commands prints; None where it fails."""
+    reply = subprocess.run(command, capture_output=True, text=True, check=False)
     if reply.returncode:
-        print(f"Slurm does not requeue job {job} ({reply.stderr.strip()})", file=sys.stderr)
-    return reply.returncode == 0
+        print(f"{' '.join(command)}: {reply.stderr.strip()}", file=sys.stderr)
+        return None
+    return reply.stdout.strip()
+
+
+def await_verdict(job: str, saved: bool) -> None:
+    """What becomes of a Slurm job whose stage left before its end. Slurm kills this process where that is decided.
+
+    A job that is no longer running to Slurm was cancelled or preempted. One that is goes back into the queue under its
+    id, if its stage has saved anything.
+    """
+    state = _slurm("squeue", "-h", "-j", job, "-o", "%T")
+    if state != "RUNNING" or (saved and _slurm("scontrol", "requeue", job) is not None):
+        time.sleep(VERDICT_SECONDS)
 
 
 def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: bool) -> int:
@@ -72,7 +84,6 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
         state: the stage's state folder.
         requeues: whether to put the Slurm job around us back into the queue when the stage left with progress saved.
     """
-    told: list[int] = []
     before = progress(state)
     sink = log.open("wb") if log else None
     child = subprocess.Popen(
@@ -82,7 +93,6 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     )  # fmt: skip
 
     def pass_on(signum: int, _: object) -> None:
-        told.append(signum)
         child.send_signal(signal.SIGTERM)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -94,8 +104,6 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     if sink:
         copier.join()
         sink.close()
-    if code == AGAIN and requeues and (job := os.environ.get("SLURM_JOB_ID")):
-        # scancel and preemption come as SIGTERM: Slurm has decided what becomes of the job, and ends it.
-        if signal.SIGTERM in told or (progress(state) - before and requeue(job)):
-            time.sleep(VERDICT_SECONDS)
+    if requeues and code == AGAIN and (job := os.environ.get("SLURM_JOB_ID")):
+        await_verdict(job, bool(progress(state) - before))
     return code if code >= 0 else 128 - code

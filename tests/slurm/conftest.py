@@ -1,0 +1,176 @@
+"""A cluster, and the tiny pipeline on it, each once for all tests."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunetrail.provenance.record import Record, read_record
+
+from ..conftest import ROOT, Project
+from .cluster import Cluster, missing_programs, until
+
+CONFIG = "slurm.yaml"
+RUN = "tiny"
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    lacking = missing_programs()
+    reason = f"not found: {', '.join(lacking)}; apt-get install slurmctld slurmd slurm-client munge" if lacking else ""
+    reason = reason or ("only root can start a cluster in namespaces" if os.geteuid() else "")
+    if reason and not os.environ.get("CI"):
+        pytest.skip(reason)
+    assert not reason
+    with Cluster(tmp_path_factory.mktemp("slurm") / "c") as up:
+        yield up
+
+
+@dataclasses.dataclass
+class OnSlurm:
+    """A project whose head runs against the cluster."""
+
+    cluster: Cluster
+    folder: Path
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    # ------------------------------------------------------------------------- the head
+
+    def start(self, *options: str, **environment: str) -> subprocess.Popen:
+        """snakemake --profile slurm, in the background; what it prints goes to head.log."""
+        command = [sys.executable, "-m", "tests.slurm.head", "--profile", "slurm", "--configfile", CONFIG, *options]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
+        variables = self.cluster.environment | self.environment | environment | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        with (self.folder / "head.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=variables, stdout=log, stderr=log)
+
+    def wait(self, head: subprocess.Popen, seconds: float = 240) -> int:
+        """The head's exit code; requeued jobs need not wait the two minutes that Slurm has them wait."""
+        end = time.monotonic() + seconds
+        while head.poll() is None:
+            assert time.monotonic() < end, self.said()[-3000:]
+            self.cluster.start_now()
+            time.sleep(0.3)
+        return head.returncode
+
+    def run(self, *options: str, **environment: str) -> str:
+        assert self.wait(self.start(*options, **environment)) == 0, self.said()[-6000:]
+        return self.said()
+
+    def said(self) -> str:
+        return (self.folder / "head.log").read_text()
+
+    # ------------------------------------------------------------------------- what is there
+
+    def artifact(self, name: str) -> Path:
+        return self.folder / "results" / RUN / name
+
+    def manifest(self, name: str) -> bytes:
+        return (self.artifact(name) / "manifest.json").read_bytes()
+
+    def record(self, name: str) -> Record:
+        return read_record(self.artifact(name))
+
+    def ends(self, name: str) -> list[str]:
+        """How each attempt ended."""
+        return [attempt["ended"] for attempt in self.record(name).attempts]
+
+    def saved(self, stage: str = "sft") -> list[Path]:
+        """The whole checkpoints in a stage's state, oldest first."""
+        found = (self.folder / "state" / RUN / stage).glob("*/checkpoint-*/complete.json")
+        return sorted((p.parent for p in found), key=lambda p: int(p.name.rpartition("-")[2]))
+
+    def wait_for_saves(self, n: int = 5, stage: str = "sft") -> int:
+        """Waits until the stage has saved after its n-th step or later; returns the step."""
+        until(
+            lambda: any(int(p.name[11:]) >= n for p in self.saved(stage)), f"{stage} saves\n{self.said()[-2000:]}", 90
+        )
+        return int(self.saved(stage)[-1].name[11:])
+
+    def job(self, stage: str = "sft", states: str = "RUNNING") -> dict[str, str]:
+        """Slurm's record of the newest job of a stage in this folder."""
+        return until(lambda: self.jobs(stage, states), f"a job of {stage} is {states}")[-1]  # type: ignore[index]
+
+    def jobs(self, stage: str = "sft", states: str = "all") -> list[dict[str, str]]:
+        return [
+            j
+            for j in self.cluster.jobs(states)
+            if j["folder"] == str(self.folder) and stage in j["comment"] + j["name"]
+        ]
+
+    def trainers(self, node: str, stage: str = "sft") -> list[int]:
+        """Processes of a stage on a node: the command itself, and not those that wait for it."""
+        return [pid for pid in self.cluster.pids(node, f"-m tunetrail.stages.{stage}") if b"launch" not in Path(f"/proc/{pid}/cmdline").read_bytes() and b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes() and b"snakemake" not in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+
+    def edit_profile(self, old: str, new: str) -> None:
+        path = self.folder / "profiles/slurm/config.yaml"
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
+
+    def resources(self, rule: str, **resources: object) -> None:
+        """Gives a rule these resources beside its own."""
+        lines = "".join(f"    {name}: {value}\n" for name, value in resources.items())
+        self.edit_profile(f"  {rule}:\n    slurm_partition", f"  {rule}:\n{lines}    slurm_partition")
+
+    def configure(self, **changes: object) -> None:
+        """Replaces keys of the config (a__b=1 sets a.b)."""
+        path = self.folder / CONFIG
+        content = yaml.safe_load(path.read_text())
+        for key, value in changes.items():
+            *blocks, last = key.split("__")
+            place = content
+            for block in blocks:
+                place = place[block]
+            place[last] = value
+        path.write_text(yaml.safe_dump(content))
+
+
+def on_slurm(cluster: Cluster, folder: Path) -> OnSlurm:
+    Project(folder)
+    # Saves after every step, so that what is lost can be counted, and so that the training lasts.
+    found = OnSlurm(cluster, folder, {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"})
+    shutil.copy(ROOT / "config/examples/tiny.yaml", folder / CONFIG)
+    return found
+
+
+@pytest.fixture(scope="session")
+def prepared(cluster, tmp_path_factory) -> OnSlurm:
+    """Base model and data, and the SFT of a run that nothing disturbed, which is kept in `undisturbed`."""
+    project = on_slurm(cluster, tmp_path_factory.mktemp("prepared"))
+    project.configure(sft__epochs=12)
+    project.run("--until", "sft")
+    for name in ("results", "state"):
+        shutil.copytree(project.folder / name, project.folder / "undisturbed" / name)
+        shutil.rmtree(project.folder / name / RUN / "sft")
+    return project
+
+
+@pytest.fixture
+def project(prepared, tmp_path) -> OnSlurm:
+    """A run of its own whose SFT is still to come."""
+    folder = tmp_path / "p"
+    shutil.copytree(prepared.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("undisturbed", "head.log"))
+    return OnSlurm(prepared.cluster, folder, prepared.environment)
+
+
+@pytest.fixture
+def expected(prepared) -> bytes:
+    """The manifest of the SFT that nothing disturbed."""
+    return (prepared.folder / "undisturbed/results" / RUN / "sft/manifest.json").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def whole(cluster, tmp_path_factory) -> OnSlurm:
+    """The tiny pipeline, all of it, by the very command."""
+    project = on_slurm(cluster, tmp_path_factory.mktemp("whole"))
+    project.environment = {}
+    project.run()
+    return project
