@@ -1,5 +1,6 @@
 """Where a stage stands, from what a run leaves on disk. The runs are made up; the lease is a real one."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -128,6 +129,14 @@ def test_a_failure_before_the_first_attempt_is_one(job):
     say(j, "reward: error: results/r/sft/model: differs from its manifest; restore the file\n")
     assert look(j).state == "failed"
     assert "differs from its manifest" in look(j).detail
+
+
+def test_the_log_of_a_stage_that_ended_well_tells_no_failure(job):
+    """Its artifact was deleted since, and is to be made again."""
+    j = job(made_at=time.time())
+    say(j, "a warning\n")
+    assert look(j).state == "waiting"
+    assert look(dataclasses.replace(j, made_at=time.time() - 60)).state == "failed"
 
 
 def test_failing_once_does_not_matter_when_it_is_made_now(job):
