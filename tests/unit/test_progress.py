@@ -23,6 +23,7 @@ class Terminal(io.StringIO):
 )
 def test_what_is_written_is_read(line):
     assert parse(str(line)) == line
+    assert parse(str(line).rstrip()) == line  # a line without a note ends in blanks
 
 
 @pytest.mark.parametrize("text", ["", "sft: resuming from checkpoint-3", "sft: error: 3/9 are bad", "loss 5.2854"])

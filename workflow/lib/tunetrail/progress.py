@@ -53,7 +53,7 @@ class ProgressLine:
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {self.rate:.3g}/s, {left} left  {self.note}"
 
 
-_LINE = re.compile(r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left  (?P<note>.*)")  # fmt: skip
+_LINE = re.compile(r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left *(?P<note>.*)")  # fmt: skip
 
 
 def parse(line: str) -> ProgressLine | None:
