@@ -41,8 +41,8 @@ class Job:
     why: str = ""
     after: tuple[str, ...] = ()
     """Names of the stages it waits for."""
-    made_at: float | None = None
-    """When Snakemake last saw it made (seconds since the epoch), also where it is gone by now."""
+    begun: bool = False
+    """Snakemake has started it, and has not seen it end: it runs, or its head process died."""
     submitted: tuple[str, ...] = ()
     """Ids that the cluster gave it, of a run that has not ended or was killed."""
 
@@ -154,7 +154,7 @@ def jobs_of(workflow: Any) -> list[Job]:
                 needed=job in needed,
                 why=_why(dag.reason(job), changes) if job in needed else "",
                 after=tuple(sorted({artifact_name(f) for f, parent in parents.items() if parent in needed and parent.output.get("manifest")})),
-                made_at=record.endtime if (record := workflow.persistence.metadata(job.output[0])) else None,
+                begun=bool(workflow.persistence._filter_incomplete_keys([str(manifest)])),
                 submitted=tuple(workflow.persistence.external_jobids(job)) if job in needed else (),
             )
         )  # fmt: skip

@@ -24,8 +24,6 @@ STATES = {"done": "green", "running": "cyan", "stale": "yellow", "interrupted": 
 """State of a stage -> its colour. interrupted: it saved and left, or was asked to, and goes on when run again."""
 STARTING_SECONDS = 180
 """How long a job may import and verify before it takes its lease. One silent for longer has died."""
-EXIT_SECONDS = 10
-"""How long a stage that has published may go on writing to its log."""
 TAIL_BYTES = 2**16
 LISTED = 5
 """Stages of one rule in one state that are listed one by one; more are one line."""
@@ -159,17 +157,6 @@ def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[st
     return Standing(job.name, job.rule, "running", detail, progress, left, known, len(attempts))
 
 
-def _unfinished_log(job: Job) -> Path | None:
-    """The log of a job that has not ended well; None where there is none, or it is that of the last one that did."""
-    try:
-        written = job.log.stat().st_mtime if job.log else None
-    except FileNotFoundError:
-        return None
-    if written is None or (job.made_at is not None and written <= job.made_at + EXIT_SECONDS):
-        return None
-    return job.log
-
-
 def standing(job: Job, queue: dict[str, str], rerun: str) -> Standing:
     """Where one stage stands.
 
@@ -183,15 +170,16 @@ def standing(job: Job, queue: dict[str, str], rerun: str) -> Standing:
     folder = state_folder(job)
     attempts, ids = read_attempts(folder), submitted_jobs(job)
     own = attempts[-1].get("job_id") if attempts and "ended" not in attempts[-1] else None
-    log = _unfinished_log(job)
     if is_running(job) or any(number in queue for number in [own, *ids]):
         return _running(job, attempts, folder, queue, ids)
     if made:
         return Standing(job.name, job.rule, "stale", job.why)
-    error = error_line(log)
-    if log and not attempts and error is None and time.time() - log.stat().st_mtime < STARTING_SECONDS:
+    log = job.log if job.log and job.log.exists() else None
+    if job.begun and not attempts and log and time.time() - log.stat().st_mtime < STARTING_SECONDS:
         return Standing(job.name, job.rule, "running", "starting")
-    if attempts or log:
+    error = error_line(log)
+    # Without an attempt the log may be that of an artifact that was made well and deleted since.
+    if attempts or job.begun or (error and _ERROR.search(error)):
         ended = attempts[-1].get("ended") if attempts else None
         is_interrupted = ended is not None and not ended.startswith("failed") and ended not in ("done", "killed")
         if ended is None and attempts:
