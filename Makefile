@@ -1,14 +1,19 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
+# make status where that run stands
 # make test   set up and run every test
-# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,parts)
+# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,parts)
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test check bench schema lock clean
+.PHONY: demo status test check bench schema lock clean
 
 demo: $(VENV)/.installed
 	$(RUN) snakemake --profile profiles/local
+
+# Another run: make status RUN_OF="--configfile my.yaml --profile slurm"
+status: $(VENV)/.installed
+	@$(RUN) tunetrail status $(RUN_OF)
 
 test: $(VENV)/.tested check
 	$(RUN) python -m pytest

@@ -43,6 +43,9 @@ onsuccess:
 
 onerror:
     shell("python -m tunetrail audit seal {RESULTS} >&2 || true")
+    from tunetrail.launch.status import failure_summary
+
+    print(failure_summary(workflow, sys.argv[1:]), file=sys.stderr)
 
 
 rule all:

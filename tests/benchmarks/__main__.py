@@ -19,6 +19,7 @@ import torch
 
 from tests.benchmarks.audit import tracing, verifying
 from tests.benchmarks.parts import PARTS
+from tests.benchmarks.planning import planning
 from tests.benchmarks.workload import gemm_peak, memory_bandwidth
 from tunetrail.contract import write_json
 from tunetrail.runtime import use_bf16
@@ -122,6 +123,11 @@ def main() -> None:
             f"{'audit.trace_10000':28} {found['up_seconds']:.1f} s up, {found['reverse_seconds']:.1f} s down",
             flush=True,
         )
+    if not only or "plan" in only:
+        results["plan.2000_shards"] = planning()
+        for name, found in results["plan.2000_shards"].items():
+            if name != "artifacts":
+                print(f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the processor), peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)  # fmt: skip
     for name in PARTS:
         if only and "parts" not in only:
             break

@@ -1,5 +1,8 @@
-"""The command line: tunetrail audit …
+"""The command line.
 
+    tunetrail status                  where does the run stand: done, stale, running, failed, waiting
+    tunetrail plan                    what would run, and what would be made again that took long
+    tunetrail doctor                  can this site's Slurm run it?
     tunetrail audit verify PATH…      is it still what it was?
     tunetrail audit trace PATH        what was it made from? --reverse: what was made from this?
     tunetrail audit diff A B          what differs?
@@ -9,7 +12,8 @@
     tunetrail audit export PATH --format slsa|ro-crate|prov|spdx|model-card
     tunetrail audit card PATH         the model card
 
-Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid.
+Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid. status and plan end
+with 0, whatever they have to tell, unless they cannot.
 """
 
 import argparse
@@ -29,7 +33,22 @@ SOUND, FINDING, INCOMPLETE, WARNING = 0, 1, 2, 3
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tunetrail", description="Post-training as one auditable DAG.")
-    areas = parser.add_subparsers(required=True, metavar="audit")
+    areas = parser.add_subparsers(required=True, metavar="AREA")
+
+    def area(name: str, function: Any, about: str, profile: str) -> argparse.ArgumentParser:
+        found = areas.add_parser(name, help=about, description=about)
+        found.add_argument("--profile", default=profile, help="Snakemake's profile, by folder or name (default: %(default)s)")  # fmt: skip
+        found.add_argument("--configfile", type=Path, action="append", default=[], help="as snakemake gets it (default: config/config.yaml)")  # fmt: skip
+        found.add_argument("--json", action="store_true", help="for machines")
+        found.set_defaults(function=function)
+        return found
+
+    area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
+    area("plan", _plan, "what would run and why, and what it took to make what would be made again", "profiles/local")
+    doctor = area("doctor", _doctor, "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look", "profiles/slurm")  # fmt: skip
+    doctor.add_argument("--jobs", action=argparse.BooleanOptionalAction, default=True, help="also run a small job in each partition (default: yes)")  # fmt: skip
+    doctor.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for such a job to begin (default: %(default)s)")  # fmt: skip
+
     audit = areas.add_parser("audit", help="where a checkpoint came from, and whether it is still what it was")
     commands = audit.add_subparsers(required=True, metavar="COMMAND")
 
@@ -90,6 +109,42 @@ def _folder(path: Path) -> Path:
 
 def _print(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _status(args: argparse.Namespace) -> int:
+    from tunetrail.launch import status
+    from tunetrail.launch.dag import read_dag
+
+    rerun = status.rerun_command(args.profile, args.configfile)
+    found = status.standings(read_dag(args.profile, args.configfile), rerun)
+    if args.json:
+        _print(status.as_json(found))
+    else:
+        status.print_status(found, rerun)
+    return SOUND
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tunetrail.launch import plan
+    from tunetrail.launch.dag import read_dag
+
+    steps = plan.plan(read_dag(args.profile, args.configfile))
+    if args.json:
+        _print(plan.as_json(steps))
+    else:
+        print(plan.as_text(steps))
+    return SOUND
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tunetrail.launch import doctor
+    from tunetrail.launch.dag import read_dag
+
+    tell = (lambda check: None) if args.json else (lambda check: print(check, flush=True))
+    found = doctor.diagnose(read_dag(args.profile, args.configfile), args.jobs, args.wait, tell)
+    if args.json:
+        _print([vars(check) for check in found])
+    return doctor.exit_code(found)
 
 
 def _verify(args: argparse.Namespace) -> int:

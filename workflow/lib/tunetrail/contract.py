@@ -517,6 +517,11 @@ def _tidy(stage: Stage) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def fingerprint(content: dict, parents: dict[str, dict], part: tuple[int, ...]) -> str:
+    """The name of a stage's state folder: a digest of its config file, the manifests of its inputs (by role) and its part."""
+    return sha256_json({"config": content, "inputs": parents, "part": part})[:16]
+
+
 def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
     content = _read_stage_config(args.config)
     name = content["stage"]
@@ -524,8 +529,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
     cache = DigestCache(Path(folder) if (folder := os.environ.get("TUNETRAIL_DIGESTS")) else None)
     parents = {role: verify(Path(path), cache) for role, path in inputs.items()}
     part = tuple(int(n) for n in args.part.split("/"))
-    fingerprint = sha256_json({"config": content, "inputs": parents, "part": part})[:16]
-    state, output = args.state / fingerprint, args.output.parent
+    state, output = args.state / fingerprint(content, parents, part), args.output.parent
     stage = Stage(
         name=name,
         config=content["config"],

@@ -1,8 +1,10 @@
 """Progress that people watch: a bar on a terminal, one line every so often in a log file."""
 
 import logging
+import re
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
@@ -19,6 +21,47 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def seconds(text: str) -> int:
+    """
+    >>> seconds("1:02:05")
+    3725
+    """
+    total = 0
+    for part in text.split(":"):
+        total = total * 60 + int(part)
+    return total
+
+
+@dataclass(frozen=True)
+class ProgressLine:
+    """How far a stage is: `str` writes the line of its log, `parse` reads it."""
+
+    label: str
+    done: int
+    total: int
+    unit: str
+    rate: float
+    """Units a second."""
+    left: float | None
+    """Seconds to the end; None before the first piece."""
+    note: str = ""
+
+    def __str__(self) -> str:
+        left = "?" if self.left is None else duration(self.left)
+        return f"{self.label}: {self.done}/{self.total} {self.unit}, {self.rate:.3g}/s, {left} left  {self.note}"
+
+
+_LINE = re.compile(r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left *(?P<note>.*)")  # fmt: skip
+
+
+def parse(line: str) -> ProgressLine | None:
+    """The progress that a line tells, without what a log writes before it; None where it tells none."""
+    if not (found := _LINE.fullmatch(line)):
+        return None
+    left = None if found["left"] == "?" else seconds(found["left"])
+    return ProgressLine(found["label"], int(found["done"]), int(found["total"]), found["unit"], float(found["rate"]), left, found["note"])  # fmt: skip
 
 
 class ProgressBar:
@@ -63,7 +106,5 @@ class ProgressBar:
             self.bar.update(self.task, completed=self.done, note=f"{rate:.3g} {self.unit}/s  {note}")
         elif now - self.printed >= self.every or self.done >= self.total:
             self.printed = now
-            left = duration((self.total - self.done) / rate) if rate > 0 else "?"
-            log.info(
-                "%s: %d/%d %s, %.3g/s, %s left  %s", self.label, self.done, self.total, self.unit, rate, left, note
-            )
+            left = (self.total - self.done) / rate if rate > 0 else None
+            log.info("%s", ProgressLine(self.label, self.done, self.total, self.unit, rate, left, note))

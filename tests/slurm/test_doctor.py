@@ -1,0 +1,48 @@
+"""tunetrail doctor on a real Slurm: no finding where all is well, and what is wrong by name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import CONFIG, OnSlurm, on_slurm
+
+
+@pytest.fixture
+def site(cluster, tmp_path) -> OnSlurm:
+    return on_slurm(cluster, tmp_path)
+
+
+def doctor(project: OnSlurm, *options: str) -> tuple[int, list[str]]:
+    """(exit code, the lines that are not "ok")."""
+    command = [sys.executable, "-m", "tunetrail", "doctor", "--profile", "slurm", "--configfile", CONFIG, *options]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{project.cluster.environment['PATH']}"
+    variables = project.cluster.environment | {"PATH": path}
+    reply = subprocess.run(command, cwd=project.folder, env=variables, capture_output=True, text=True, check=False)
+    assert not reply.stderr
+    return reply.returncode, [line for line in reply.stdout.splitlines() if not line.startswith("ok ")]
+
+
+def test_the_profile_fits_the_cluster(site):
+    assert doctor(site, "--no-jobs") == (0, [])
+
+
+def test_nodes_share_the_folder_and_the_software_and_their_gpus_are_no_real_ones(site):
+    code, lines = doctor(site)
+    assert code == 1
+    assert [line.partition(":")[0] for line in lines] == ["FINDING  node of gpu", "FINDING  node of gpu-large"]
+    assert all("sees no GPU on" in line and "although Slurm gave 0" in line for line in lines)
+    assert not list(site.folder.glob(".doctor-*"))
+
+
+def test_a_profile_that_asks_for_what_is_not_there(site):
+    site.edit_profile("large: gpu-large", "large: nowhere")
+    site.edit_profile("mem_mb: attempt * 4000\n", "mem_mb: attempt * 70000\n")
+    code, lines = doctor(site, "--no-jobs")
+    assert code == 1
+    assert lines == [
+        "FINDING  partition nowhere: there is none (ppo go there); name one of cpu, gpu, gpu-large, preempt at the top of the profile",
+        "FINDING  rule best_of_n: asks for 70000 MB a node, those of cpu have at most 64000; lower mem_mb in set-resources: best_of_n of the profile, or name another partition",
+    ]

@@ -1,0 +1,220 @@
+"""The doctor's findings, each with its mend. Slurm's commands are stand-ins here; tests/slurm has the real ones."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunetrail.cli import main
+from tunetrail.errors import ConfigError
+from tunetrail.launch import doctor
+from tunetrail.launch.dag import Job
+from tunetrail.launch.doctor import FINDING, SOUND, UNKNOWN, Check
+
+SINFO = """cpu|up|1-00:00:00|64000|16|(null)|idle|2
+cpu|up|1-00:00:00|64000|16|(null)|drained|1
+gpu|up|12:00:00|128000|32|gpu:a100:4(S:0-1)|mixed|3
+large|down|infinite|512000|64|gpu:h100:8|idle|1
+broken|up|infinite|512000|64|gpu:h100:8|down*|2
+"""
+NODES = doctor.read_sinfo(SINFO)
+
+
+def wish(rule: str = "sft", **resources) -> doctor.Wish:
+    given = {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 1000, "tmpdir": "/tmp", "disk_mb": "<TBD>"} | resources
+    job = Job(rule, rule, Path("m"), None, None, None, None, {}, threads=2, resources=given, needed=True)
+    (found,) = doctor.wishes([job, job])
+    return found
+
+
+def findings(asked: doctor.Wish) -> list[str]:
+    found = doctor.misfits(asked, NODES)
+    assert all(check.level == FINDING and check.mend for check in found)
+    return [check.text for check in found]
+
+
+def test_sinfo_is_read():
+    gpu = next(n for n in NODES if n.partition == "gpu")
+    assert (gpu.up, gpu.minutes, gpu.mem_mb, gpu.cpus, gpu.gpus, gpu.count) == (True, 720, 128000, 32, {"a100": 4}, 3)
+    assert next(n for n in NODES if n.partition == "large").minutes == float("inf")
+
+
+def test_what_fits_is_no_finding():
+    assert findings(wish(gres="gpu:a100:4", cpus_per_gpu=8, mem_mb=128000, runtime=720)) == []
+    assert findings(wish(gres="gpu:2")) == []  # of any type
+
+
+@pytest.mark.parametrize(
+    ("resources", "text"),
+    [
+        ({"runtime": 721}, "asks for 721 minutes, gpu gives at most 720"),
+        ({"mem_mb": 128001}, "asks for 128001 MB a node, those of gpu have at most 128000"),
+        ({"gres": "gpu:4", "cpus_per_gpu": 9}, "asks for 36 CPUs a node, those of gpu have at most 32"),
+        ({"cpus_per_task": 33}, "asks for 33 CPUs a node, those of gpu have at most 32"),
+        ({"gres": "gpu:5"}, "asks for 5 GPUs a node, those of gpu have a100:4"),
+        ({"gres": "gpu:h100:1"}, "asks for 1 GPUs of type h100 a node, those of gpu have a100:4"),
+        ({"gpu": 16, "nodes": 2}, "asks for 8 GPUs a node, those of gpu have a100:4"),
+        ({"gres": "gpu:1", "slurm_partition": "cpu"}, "asks for 1 GPUs a node, those of cpu have none"),
+    ],
+)
+def test_what_no_node_has_is_a_finding(resources, text):
+    assert findings(wish(**resources)) == [text]
+
+
+def test_partitions_that_cannot_be_used():
+    names = ("cpu", "nowhere", "large", "broken", "")
+    asked = [dataclasses.replace(wish(f"r{n}"), partition=name) for n, name in enumerate(names)]
+    found = {check.name: check for check in doctor.check_partitions(asked, NODES)}
+    assert found["partition cpu"] == Check("partition cpu", SOUND, "up, 2 of 3 nodes work (r0)")
+    texts = {name: check.text for name, check in found.items() if check.level == FINDING}
+    assert texts == {
+        "partition nowhere": "there is none (r1 go there)",
+        "partition large": "is not up (r2 go there)",
+        "partition broken": "no node of it works: down*",
+        "partition (none)": "r4: no partition is named, and the site's default may have no GPU",
+    }
+    assert found["partition nowhere"].mend == "name one of broken, cpu, gpu, large at the top of the profile"
+
+
+def test_a_profile_without_partitions_is_none_for_slurm():
+    with pytest.raises(ConfigError, match="no rule has a slurm_partition"):
+        wish(slurm_partition=None)
+
+
+# ----------------------------------------------------------------------------- what a node told
+
+
+TOLD = {"host": "n1", "python": "3.11", "missing": [], "visible": "0", "torch_gpus": 1, "cuda": "12.8", "head": "7"}
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    path = tmp_path / ".doctor-x/gpu"
+    path.parent.mkdir()
+    path.write_text("7")
+    return path
+
+
+def read(written: Path, with_gpu: bool = True, **told) -> list[str]:
+    checks = doctor.read_told("node of gpu", TOLD | told, written, "7", with_gpu)
+    assert all(check.mend for check in checks if check.level)
+    return [check.text for check in checks if check.level]
+
+
+def test_a_node_that_has_all(written):
+    assert read(written) == []
+    assert read(written, with_gpu=False, visible="", torch_gpus=0) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        ({"disk": "[Errno 2] No such file"}, "n1 cannot read and write"),
+        ({"head": "6"}, "is not seen here within"),
+        ({"missing": ["torch (ModuleNotFoundError: No module named 'torch')"]}, "n1 cannot import torch (ModuleNotFoundError"),
+        ({"visible": ""}, "Slurm gave no GPU to a job on n1"),
+        ({"torch_gpus": 0}, "torch, built for CUDA 12.8, sees no GPU on n1 although Slurm gave 0"),
+        ({"torch_gpus": 0, "cuda": None}, "torch, built without CUDA, sees no GPU"),
+    ],
+)  # fmt: skip
+def test_a_node_that_lacks_something(written, told, text):
+    (found,) = read(written, **told)
+    assert text in found
+
+
+def test_a_file_that_does_not_show_up(written, monkeypatch):
+    monkeypatch.setattr(doctor, "SEEN_SECONDS", 0.1)
+    written.unlink()
+    (found,) = read(written)
+    assert "is not seen here within 0.1 s" in found
+
+
+# ----------------------------------------------------------------------------- with stand-in commands
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A site whose commands do what the test says; srun runs the command here."""
+    monkeypatch.chdir(tmp_path)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}/bin{os.pathsep}/usr/bin")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(commands / name) if (commands / name).exists() else None)  # fmt: skip
+
+    def put(name: str, script: str) -> None:
+        (commands / name).write_text(f"#!/bin/bash\n{script}\n")
+        (commands / name).chmod(0o755)
+
+    for name in doctor.COMMANDS:
+        put(name, "exit 0")
+    put("sinfo", f"cat <<'END'\n{SINFO}END")
+    put("srun", 'while [ "$1" != "' + sys.executable + '" ]; do shift; done; exec "$@"')
+    monkeypatch.setattr(doctor, "PROBE", doctor.PROBE.replace('"torch", "transformers", "trl", "snakemake"', ""))
+    return put
+
+
+def look(asked: list[Job], jobs: bool = False) -> tuple[int, list[Check]]:
+    told: list[Check] = []
+    found = doctor.diagnose(asked, jobs, 1, told.append)
+    assert told == found
+    return doctor.exit_code(found), [check for check in found if check.level]
+
+
+def a_job(**resources) -> Job:
+    given = {"slurm_partition": "cpu", "runtime": 60, "mem_mb": 1000} | resources
+    return Job("data", "data", Path("m"), None, None, None, None, {}, threads=2, resources=given, needed=False)
+
+
+def test_a_sound_site(site, tmp_path):
+    assert look([a_job()], jobs=True) == (0, [])
+    assert {p.name for p in tmp_path.iterdir()} == {"bin"}  # nothing is left behind
+
+
+def test_no_slurm_here(site, tmp_path):
+    (tmp_path / "bin/srun").unlink()
+    code, (check,) = look([a_job()])
+    assert (code, check.level, check.text) == (2, UNKNOWN, "not found here: srun")
+
+
+def test_a_silent_controller(site):
+    site("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
+    code, (check,) = look([a_job()])
+    assert (code, check.text) == (2, "slurm_load_partitions: Unable to contact slurm controller")
+
+
+def test_slurm_has_the_last_word(site):
+    site("sbatch", 'echo "$@" > asked; echo "allocation failure: Invalid account or account/partition combination specified" >&2; exit 1')  # fmt: skip
+    code, (check,) = look([a_job(slurm_account="nobody")])
+    assert code == 1
+    assert "(Invalid account or account/partition combination specified)" in check.text
+    assert "--test-only" in Path("asked").read_text()
+    assert "--account=nobody" in Path("asked").read_text()
+
+
+def test_a_busy_partition_is_unknown_and_not_wrong(site):
+    site("srun", "echo 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2; exit 1")
+    code, (check,) = look([a_job()], jobs=True)
+    assert (code, check.level) == (2, UNKNOWN)
+
+
+def test_a_node_without_this_environment(site):
+    site("srun", "echo 'slurmstepd: error: execve(): python: No such file or directory' >&2; exit 2")
+    code, (check,) = look([a_job()], jobs=True)
+    assert code == 1
+    assert "does not run there" in check.text
+
+
+def test_a_gpu_is_asked_for_where_a_rule_has_one(site):
+    site(
+        "srun", 'echo "$@" > asked; echo "TOLD {}"; exit 0'.format(json.dumps(TOLD | {"head": "x"}).replace('"', '\\"'))
+    )
+    look([a_job(), a_job(slurm_partition="gpu", gres="gpu:a100:4")][1:], jobs=True)
+    assert "--gres=gpu:a100:1 " in Path("asked").read_text()
+
+
+def test_the_command_says_what_is_wrong_with_its_arguments(capsys):
+    assert main(["doctor", "--profile", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("tunetrail: error: --profile nowhere: no such profile;")

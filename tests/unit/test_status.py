@@ -1,0 +1,267 @@
+"""Where a stage stands, from what a run leaves on disk. The runs are made up; the lease is a real one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tunetrail.contract import fingerprint
+from tunetrail.launch import status
+from tunetrail.launch.dag import Job, _natural, config_changes, listed
+
+RERUN = "snakemake --profile p"
+START = "2026-01-02T03:04:05+00:00"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Makes a Job in a folder of its own, with parents and output as told."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name: str = "reward", made: bool = False, needed: bool = True, **changes) -> Job:
+        manifest = Path("results/r", name, "manifest.json")
+        if made:
+            manifest.parent.mkdir(parents=True)
+            manifest.write_text("{}")
+        given = {
+            "name": name, "rule": name.partition("/")[0], "manifest": manifest, "state": Path("state/r", name),
+            "log": Path("logs/r", f"{name}.log"), "benchmark": None, "part": None, "inputs": {}, "threads": 2,
+            "resources": {}, "needed": needed,
+        }  # fmt: skip
+        return Job(**given | changes)
+
+    return make
+
+
+def attempt(job: Job, folder: str = "f" * 16, log: str = "", **row) -> Path:
+    place = job.state / folder
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "attempts.jsonl").open("a") as f:
+        f.write(json.dumps({"start": START, "job_id": None} | row) + "\n")
+    (place / "log.txt").write_text(log)
+    return place
+
+
+def say(job: Job, text: str, seconds_ago: float = 0) -> None:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.write_text(text)
+    os.utime(job.log, (time.time() - seconds_ago,) * 2)
+
+
+def look(job: Job, queue: dict[str, str] | None = None) -> status.Standing:
+    return status.standing(job, queue or {}, RERUN)
+
+
+@pytest.fixture
+def hold():
+    """Holds leases from other processes: a process does not see its own locks."""
+    holders = []
+
+    def start(job: Job) -> None:
+        code = "import sys; from pathlib import Path; from tunetrail.lease import hold\nwith hold(Path(sys.argv[1]), lambda: True, print): print('held', flush=True); sys.stdin.read()"
+        path = job.state / f"{job.manifest.parent.name}.lock"
+        holders.append(subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # fmt: skip
+        assert holders[-1].stdout.readline() == "held\n"
+
+    yield start
+    for holder in holders:
+        holder.communicate()
+
+
+def test_made_and_not_needed_is_done(job):
+    assert look(job(made=True, needed=False)).state == "done"
+
+
+def test_made_and_needed_is_stale_and_says_why(job):
+    found = look(job(made=True, why="config: beta: 0.1 -> 0.7"))
+    assert (found.state, found.detail) == ("stale", "config: beta: 0.1 -> 0.7")
+
+
+def test_a_stage_waits_for_those_before_it(job):
+    assert look(job(after=("sft", "data"))).detail == "for data, sft"
+    assert look(job()) == status.Standing("reward", "reward", "waiting", "ready to run")
+
+
+def test_an_artifact_that_nothing_needs_and_that_is_gone_is_told(job):
+    found = look(job(needed=False))
+    assert found.state == "stale"
+    assert found.rerun == f"{RERUN} -- results/r/reward/manifest.json"
+
+
+def test_a_failed_stage_has_its_error_its_log_and_how_to_run_it_again(job):
+    j = job()
+    attempt(j, ended="killed")
+    attempt(j, ended="failed: ValueError", job_id="77")
+    say(j, "loading\nTraceback (most recent call last):\n  File x\nValueError: no such thing\nsrun: error: gpu1: task 0: Exited\nbye\n")  # fmt: skip
+    found = look(j)
+    assert (found.state, found.attempts, found.slurm_job) == ("failed", 2, "77")
+    assert found.detail == "ValueError: no such thing"
+    assert status.failure_lines([found]) == [
+        "reward failed (attempt 2, Slurm job 77): ValueError: no such thing",
+        "    log    logs/r/reward.log",
+        f"    again  {RERUN} -- results/r/reward/manifest.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("a\nreward: error: x.jsonl:2: is empty\nb\n\n", "reward: error: x.jsonl:2: is empty"),
+        ("a\nslurmstepd: error: Detected 1 oom_kill event\nb\n", "slurmstepd: error: Detected 1 oom_kill event"),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", "torch.OutOfMemoryError: CUDA out of memory"),
+        ("Killed\n", "Killed"),
+        ("", None),
+    ],
+)
+def test_the_last_error_of_a_log(tmp_path, log, line):
+    (tmp_path / "log").write_text(log)
+    assert status.error_line(tmp_path / "log") == line
+
+
+def test_a_failure_before_the_first_attempt_is_one(job):
+    j = job()
+    say(j, "reward: error: results/r/sft/model: differs from its manifest; restore the file\n")
+    assert look(j).state == "failed"
+    assert "differs from its manifest" in look(j).detail
+
+
+def test_the_log_of_a_stage_that_ended_well_tells_no_failure(job):
+    """Its artifact was deleted since, and is to be made again."""
+    j = job()
+    say(j, "a warning\n")
+    assert look(j).state == "waiting"
+    say(j, "reward: error: no room\n")
+    assert look(j).state == "failed"
+
+
+def test_failing_once_does_not_matter_when_it_is_made_now(job):
+    j = job(made=True, needed=False)
+    attempt(j, ended="failed: ValueError")
+    assert look(j).state == "done"
+
+
+def test_killed_without_a_word(job):
+    j = job()
+    say(j, "")
+    place = attempt(j)
+    found = look(j)
+    assert found.state == "failed"
+    assert found.detail.startswith("killed without a word")
+    (place / "attempts.jsonl").open("a").write('{"start": "20')  # its writer is at it
+    assert look(j) == found
+
+
+def test_an_interrupted_stage_failed_nothing(job):
+    j = job()
+    attempt(j, ended="stopped by SIGTERM after step 3; progress is saved, run the same command again")
+    found = look(j)
+    assert found.state == "interrupted"
+    assert found.detail.startswith("stopped by SIGTERM")
+
+
+def test_a_running_stage_tells_how_far_it_is(job, hold):
+    j = job("policies/ppo", rule="ppo")
+    written = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    log = f"2026-01-01 00:00:00,000 ppo: 90/100 steps, 1/s, 0:10 left  \n{written},123 ppo: 40/100 steps, 0.5/s, 2:00 left  kl 0.1\n"
+    attempt(j, log=log, job_id="77")
+    assert look(j).state == "failed"
+    hold(j)
+    found = look(j)
+    assert (found.state, found.slurm_job, found.progress.done) == ("running", "77", 40)
+    assert 100 < found.left <= 120
+    assert found.detail.startswith("40/100 steps, ")
+    assert found.detail.endswith("left  kl 0.1")
+
+
+def test_progress_of_an_earlier_attempt_is_none_of_this_one(job, hold):
+    j = job()
+    written = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    later = datetime.fromtimestamp(time.time() + 60, UTC).isoformat(timespec="seconds")
+    attempt(j, log=f"{written},123 reward: 40/100 steps, 0.5/s, 2:00 left  \n", start=later)
+    hold(j)
+    assert look(j).progress is None
+    assert look(j).state == "running"
+
+
+def test_a_job_in_the_queue_is_running_and_says_what_it_waits_for(job):
+    j = job(submitted=("81",))
+    found = look(j, {"81": "PENDING (Resources)"})
+    assert (found.state, found.detail, found.slurm_job) == ("running", "PENDING (Resources)", "81")
+    assert look(j, {"82": "PENDING (Resources)"}).state == "waiting"
+
+
+def test_an_attempt_whose_slurm_job_is_known_runs(job):
+    j = job()
+    attempt(j, job_id="77")
+    assert look(j, {"77": "RUNNING"}).state == "running"
+    attempt(j, job_id="77", ended="failed: ValueError")
+    assert look(j, {"77": "RUNNING"}).state == "failed"
+
+
+def test_a_job_of_submitit_is_found_by_its_id(job):
+    j = job("policies/ppo")
+    Path("state/r/jobs").mkdir(parents=True)
+    Path("state/r/jobs/policies.ppo.json").write_text('{"job": "90"}')
+    assert look(j, {"90": "CONFIGURING"}).detail == "CONFIGURING"
+
+
+def test_a_job_that_began_just_now_starts_and_one_long_silent_failed(job):
+    j = job(begun=True)
+    say(j, "")
+    assert (look(j).state, look(j).detail) == ("running", "starting")
+    say(j, "", seconds_ago=2 * status.STARTING_SECONDS)
+    assert look(j).state == "failed"
+
+
+def test_a_shard_is_told_from_its_neighbours(job):
+    """They share a state folder, and the failure of one is not that of all."""
+    config, parents = {"stage": "completions"}, {"model": {"files": [], "schema": 1}}
+    Path("c.json").write_text(json.dumps(config))
+    Path("m.json").write_text(json.dumps(parents["model"]))
+    inputs = {"config": Path("c.json"), "model": Path("m.json")}
+    one, two = (job(f"completions/{i}-of-2", state=Path("state/r/completions"), part=f"{i}/2", inputs=inputs) for i in (0, 1))  # fmt: skip
+    attempt(one, fingerprint(config, parents, (0, 2)), ended="failed: ValueError")
+    assert (look(one).state, look(two).state) == ("failed", "waiting")
+
+
+def test_squeue_is_read_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert status.slurm_queue() == {}
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '5|RUNNING|None'\necho '6_[1-3]|PENDING|Priority'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert status.slurm_queue() == {"5": "RUNNING", "6_[1-3]": "PENDING (Priority)"}
+
+
+def test_a_change_of_config_is_told_by_key(tmp_path):
+    old = tmp_path / "c.json"
+    old.write_text('{"config": {"beta": 0.1, "lora": {"r": 4}}, "seed": 3}')
+    new = '{"config": {"beta": 0.7, "lora": {"r": 4}, "n": 2}, "seed": 4}'
+    assert config_changes(old, new) == ["beta: 0.1 -> 0.7", "n: null -> 2", "seed: 3 -> 4"]
+    assert config_changes(tmp_path / "none", new) == []
+
+
+def test_many_are_one_line():
+    members = [status.Standing(f"completions/{i}-of-9", "completions", "done", "") for i in range(9)]
+    few = [status.Standing("sft", "sft", "stale", "a"), status.Standing("dpo", "dpo", "stale", "b")]
+    groups = status.grouped([*members, *few], lambda s: (s.rule, s.state))
+    assert [status.group_name(group) for group in groups] == ["completions (9)", "sft", "dpo"]
+    assert status.shared(["a", "a"]) == "a"
+    assert status.shared(["a", "b", "c"]) == "a · 2 other reasons"
+    assert listed([s.name for s in [*members, *few]]) == "completions (9), dpo, sft"
+    assert sorted(["s/10", "s/9", "b"], key=_natural) == ["b", "s/9", "s/10"]
+
+
+def test_the_screen_has_every_stage_and_says_how_to_go_on(job, capsys):
+    failing = job()
+    attempt(failing, ended="failed: ValueError")
+    status.print_status([look(failing), look(job("sft", made=True, needed=False)), look(job("report", after=("reward",)))], RERUN)  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["reward", "failed"], ["sft", "done"], ["report", "waiting"]]
+    assert "1 done, 1 failed, 1 waiting" in lines
+    assert f"    again  {RERUN} -- results/r/reward/manifest.json" in lines
+    assert "\x1b" not in "".join(lines)  # colours are for terminals

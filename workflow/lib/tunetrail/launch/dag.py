@@ -1,0 +1,208 @@
+"""The DAG as Snakemake sees it now: every stage's job, whether it would run, and why.
+
+`read_dag` builds it in this process as a dry run does, without taking the lock, so it also works while another
+Snakemake runs; `jobs_of` reads it from a workflow that is already loaded. No file is written.
+"""
+
+import json
+import re
+import warnings
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from tunetrail.errors import ConfigError, TunetrailError
+
+EVERY_CORE = 2**20
+"""Cores enough for any rule, so that threads are what the profile asks for and not what one machine has."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make."""
+
+    name: str
+    """Its folder below results/<run>, such as `policies/ppo`."""
+    rule: str
+    manifest: Path
+    state: Path | None
+    log: Path | None
+    benchmark: Path | None
+    part: str | None
+    """`i/n` of a shard."""
+    inputs: dict[str, Path]
+    """Role -> file."""
+    threads: int
+    resources: dict[str, Any]
+    needed: bool
+    """Whether it would run."""
+    why: str = ""
+    after: tuple[str, ...] = ()
+    """Names of the stages it waits for."""
+    begun: bool = False
+    """Snakemake has started it, and has not seen it end: it runs, or its head process died."""
+    submitted: tuple[str, ...] = ()
+    """Ids that the cluster gave it, of a run that has not ended or was killed."""
+
+
+def artifact_name(path: str | Path) -> str:
+    """
+    >>> artifact_name("results/demo/policies/ppo/manifest.json")
+    'policies/ppo'
+    """
+    return "/".join(Path(path).parts[2:-1])
+
+
+def listed(names: list[str]) -> str:
+    """The names in one line; many of one kind are counted.
+
+    >>> listed(["sft", *(f"completions/{i}-of-9" for i in range(9))])
+    'completions (9), sft'
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        kinds.setdefault(name.partition("/")[0], []).append(name)
+    return ", ".join(f"{kind} ({len(them)})" if len(them) > 2 else ", ".join(them) for kind, them in kinds.items())
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key: shard 2 comes before shard 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
+
+
+def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def config_changes(old: Path, new: str) -> list[str]:
+    """Keys whose values differ between a stage's config file and what it will be, as `key: old -> new`.
+
+    A stage's own block is named by its keys alone.
+    """
+    try:
+        before, after = _flat(json.loads(old.read_text(encoding="utf-8"))), _flat(json.loads(new))
+    except (OSError, ValueError):
+        return []
+    return [
+        f"{key.removeprefix('config.')}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _why(reason: Any, changes: dict[str, list[str]]) -> str:
+    """What Snakemake gives as the reason of a job, in terms of stages.
+
+    Args:
+        changes: config file -> its keys that change.
+    """
+
+    def named(files: Any) -> str:
+        return listed([artifact_name(f) if Path(f).name == "manifest.json" else str(f) for f in files])
+
+    configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
+    said = [f"config: {', '.join(changes[str(f)])}" if changes[str(f)] else "its config is written anew" for f in configs]  # fmt: skip
+    rerun = reason.updated_input_run.difference(configs)
+    changed = reason.updated_input.difference(configs, rerun)
+    parts = [
+        ("forced", reason.forced),
+        ("not made yet", reason.missing_output),
+        ("; ".join(said), configs and not reason.missing_output),
+        (f"{named(changed)} changed", changed),
+        (f"{named(rerun)} will be made again", rerun and not reason.missing_output),
+        ("it has other inputs than before", reason.input_changed),
+        ("its command has other parameters than before", reason.params_changed),
+        ("its rule has changed", reason.code_changed),
+        ("its software environment has changed", reason.software_stack_changed),
+        ("its output is incomplete", reason.incomplete_output),
+    ]
+    return "; ".join(text for text, holds in parts if holds)
+
+
+def jobs_of(workflow: Any) -> list[Job]:
+    """The stages of a loaded workflow, parents first. Stage configs are not among them, but their changes are told."""
+    dag = workflow.dag
+    needed = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
+    changes = {
+        str(job.output[0]): config_changes(Path(job.output[0]), job.params.json)
+        for job in needed
+        if job.rule.name == "stage_config"
+    }
+    found = []
+    stages = [[job for job in level if job.output.get("manifest")] for level in dag.toposorted()]
+    for job in (job for level in stages for job in sorted(level, key=lambda job: _natural(job.output.manifest))):
+        manifest = job.output.manifest
+        parents = {file: parent for parent, files in dag.dependencies[job].items() for file in files}
+        state, part = job.params.get("state"), job.params.get("part")
+        found.append(
+            Job(
+                name=artifact_name(manifest),
+                rule=job.rule.name,
+                manifest=Path(manifest),
+                state=Path(state) if state else None,
+                log=Path(job.log[0]) if job.log else None,
+                benchmark=Path(job.benchmark) if job.benchmark else None,
+                part=part,
+                inputs={role: Path(path) for role, path in job.input.items() if isinstance(path, str)},
+                threads=job.threads,
+                resources={k: v for k, v in job.resources.items() if not k.startswith("_")},
+                needed=job in needed,
+                why=_why(dag.reason(job), changes) if job in needed else "",
+                after=tuple(sorted({artifact_name(f) for f, parent in parents.items() if parent in needed and parent.output.get("manifest")})),
+                begun=bool(workflow.persistence._filter_incomplete_keys([str(manifest)])),
+                submitted=tuple(workflow.persistence.external_jobids(job)) if job in needed else (),
+            )
+        )  # fmt: skip
+    return found
+
+
+def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
+    """The stages of the workflow in this folder. Raises ConfigError or TunetrailError where there is none to see.
+
+    Args:
+        configfiles: none: the Snakefile's default.
+    """
+    from snakemake.api import SnakemakeApi
+    from snakemake.cli import get_profile_dir, parse_args
+    from snakemake.exceptions import WorkflowError
+    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
+
+    if not get_profile_dir(profile) and not Path(profile, "config.yaml").exists():
+        raise ConfigError(f"--profile {profile}: no such profile; name a folder with a config.yaml, profiles/local for one")  # fmt: skip
+    for path in configfiles:
+        if not path.is_file():
+            raise ConfigError(f"--configfile {path}: no such file")
+    chosen = ["--configfile", *map(str, configfiles)] if configfiles else []
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            _, args = parse_args(["--profile", profile, *chosen, "--dry-run"])
+    except SystemExit:
+        raise ConfigError(f"--profile {profile}: {said.getvalue().strip().splitlines()[-1]}") from None
+    with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL}, log_level_override="ERROR")) as api:
+        # Of a resource that depends on the size of a file that is not there yet; Snakemake drops its own coroutine.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            dag = api.workflow(
+                resource_settings=ResourceSettings(
+                    cores=EVERY_CORE,
+                    overwrite_threads=args.set_threads,
+                    overwrite_resources=args.set_resources,
+                    default_resources=args.default_resources,
+                ),
+                config_settings=ConfigSettings(configfiles=args.configfile or []),
+                snakefile=args.snakefile,
+                workdir=args.directory,
+            ).dag(DAGSettings(rerun_triggers=args.rerun_triggers, max_checksum_file_size=args.max_checksum_file_size))
+            workflow = dag.workflow_api._workflow
+            # As Snakemake's own --summary does it: nothing is locked, and what another Snakemake is at does not matter.
+            workflow._prepare_dag(forceall=False, ignore_incomplete=True, lock_warn_only=True)
+            workflow._build_dag()
+        except WorkflowError as e:
+            raise TunetrailError(f"Snakemake cannot plan this: {' '.join(str(e).split())}") from e
+        return jobs_of(workflow)
