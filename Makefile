@@ -1,6 +1,6 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
 # make test   set up and run every test
-# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,parts)
+# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,saving,parts)
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"

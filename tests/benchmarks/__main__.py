@@ -122,6 +122,13 @@ def main() -> None:
             f"{'audit.trace_10000':28} {found['up_seconds']:.1f} s up, {found['reverse_seconds']:.1f} s down",
             flush=True,
         )
+    if not only or "saving" in only:
+        found = results["saving.share_of_training"] = run([sys.executable, "-m", "tests.benchmarks.saving"])
+        print(
+            f"{'saving.share_of_training':28} {found['share_of_training']:.2%}; {found['seconds']:.1f} s, "
+            f"{said(found['of_writing'])} times as long as writing its {found['bytes'] / 1e9:.1f} GB plainly",
+            flush=True,
+        )
     for name in PARTS:
         if only and "parts" not in only:
             break

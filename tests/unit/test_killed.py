@@ -110,7 +110,9 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
         elif done and rng.random() < 0.1 and "tidy" in phases:
             moment = Moment("load", 0, rng.randint(1, 300))
         elif steps - done - uncertain > 2:  # the first or the second of its kind, so that work is left for all
-            moment = moment_in(report, rng.choice(sorted(phases - {*AFTER_WORK, "finish", "over"})), rng.randrange(2), rng)
+            moment = moment_in(
+                report, rng.choice(sorted(phases - {*AFTER_WORK, "finish", "over"})), rng.randrange(2), rng
+            )
         else:
             moment = moment_in(report, step, 0, rng)
         assert run(work, name, moment) == [-signal.SIGKILL], moment
