@@ -128,6 +128,13 @@ def main() -> None:
         for name, found in results["plan.2000_shards"].items():
             if name != "artifacts":
                 print(f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the processor), peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)  # fmt: skip
+    if not only or "saving" in only:
+        found = results["saving.share_of_training"] = run([sys.executable, "-m", "tests.benchmarks.saving"])
+        print(
+            f"{'saving.share_of_training':28} {found['share_of_training']:.2%}; {found['seconds']:.1f} s, "
+            f"{said(found['of_writing'])} times as long as writing its {found['bytes'] / 1e9:.1f} GB plainly",
+            flush=True,
+        )
     for name in PARTS:
         if only and "parts" not in only:
             break

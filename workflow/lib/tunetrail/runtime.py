@@ -42,6 +42,7 @@ def prepare(*seed_parts: object) -> None:
     """What every stage that runs a model does first."""
     keep_freed_memory()
     quiet_libraries()
+    torch.serialization.set_crc32_options(False)  # checkpoints have digests; see `make bench`
     seed_everything(*seed_parts)
 
 

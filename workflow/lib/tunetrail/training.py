@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tunetrail.contract import (
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.scoring import gather_logprobs
 from tunetrail.progress import ProgressBar
-from tunetrail.provenance.manifest import list_files, sha256_file
+from tunetrail.provenance.manifest import list_files, sha256_file, walk
 from tunetrail.runtime import use_bf16
 from tunetrail.seeds import derive_seed
 
@@ -193,13 +194,15 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
     The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
     """
     stage.check_leases()
-    write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
-    for path in checkpoint.rglob("*"):  # an adapter's reference lies in a folder of its own
-        if path.is_file():
-            sync(path)
+    with ThreadPoolExecutor() as pool:  # the disk writes while the processors hash
+        written = pool.map(sync, walk(checkpoint))
+        write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
+        list(written)  # raises what went wrong
+    sync(checkpoint / f".{COMPLETE}")
     stage.saves = [*stage.saves[-1:], {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")}]
     stage.note("states_out", stage.saves)
     (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
+    sync(checkpoint)  # before the older ones go
 
 
 def is_complete(checkpoint: Path) -> bool:
