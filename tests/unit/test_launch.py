@@ -1,0 +1,147 @@
+"""Launching a stage: what Slurm is asked for, what signals do, when a job goes back into the queue."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tunetrail.launch import resources as asked
+from tunetrail.launch import supervise as supervising
+from tunetrail.launch.supervise import await_verdict, progress
+
+ROOT = Path(__file__).parents[2]
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+
+state = Path(sys.argv[sys.argv.index("--state") + 1]) / "f"
+state.mkdir(parents=True, exist_ok=True)
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+(state / "log.txt").write_text("x")
+print("working", flush=True)
+for _ in range(int(sys.argv[1]) if sys.argv[1].isdigit() else 10**6):
+    time.sleep(0.05)
+    if told:
+        (state / "checkpoint-1").write_text("saved")
+        print("saved", flush=True)
+        sys.exit(75)
+sys.exit(3)
+"""
+
+
+def launch(folder: Path, *command: str, **environment: str) -> subprocess.Popen:
+    (folder / "stage.py").write_text(STAGE)
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunetrail.launch", "--stage", "sft", "--jobs", "jobs", "--resources", "{}", "--log", "log", "--", sys.executable, "stage.py", *command, "--state", "state"],
+        cwd=folder, env=variables, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_output_goes_to_the_log_and_the_code_is_the_stages(tmp_path):
+    process = launch(tmp_path, "2")
+    assert process.communicate(timeout=60)[1] == "working\n"
+    assert process.returncode == 3
+    assert (tmp_path / "log").read_text() == "working\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_signals_reach_the_stage_as_sigterm_and_it_saves(tmp_path, signum):
+    process = launch(tmp_path)
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
+        time.sleep(0.02)
+    process.send_signal(signum)
+    assert process.communicate(timeout=60)[1].endswith("saved\n")
+    assert process.returncode == 75
+
+
+def stand_ins(folder: Path, **scripts: str) -> str:
+    """A PATH on which these programs come first."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(("state", "saved", "requeued", "waits"), [
+    ("RUNNING", True, True, True),  # the time limit: back into the queue
+    ("RUNNING", False, False, False),  # nothing saved: it would go round for ever
+    ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm has decided
+    ("", True, False, True),
+])  # fmt: skip
+def test_when_a_job_goes_back_into_the_queue(tmp_path, monkeypatch, state, saved, requeued, waits):
+    monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue=f"echo {state}", scontrol=f'echo "$@" > {tmp_path}/told'))
+    slept: list[float] = []
+    monkeypatch.setattr(supervising.time, "sleep", slept.append)
+    await_verdict("42", saved)
+    told = tmp_path / "told"
+    assert (told.read_text() if told.exists() else "") == ("requeue 42\n" if requeued else "")
+    assert bool(slept) == waits
+
+
+def test_a_job_that_slurm_does_not_requeue_ends(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue="echo RUNNING", scontrol="echo not allowed >&2; exit 1"))
+    monkeypatch.setattr(supervising.time, "sleep", lambda s: pytest.fail("it waits"))
+    await_verdict("42", True)
+    assert "scontrol requeue 42: not allowed" in capfd.readouterr().err
+
+
+def test_progress_is_what_could_be_gone_on_from(tmp_path):
+    state = tmp_path / "f"
+    (state / "tensorboard").mkdir(parents=True)
+    for name in ("log.txt", "attempts.jsonl", "lock", "lock.2", "tensorboard/events.out.tfevents.1"):
+        (state / name).write_text("x")
+    assert progress(tmp_path) == set()
+    (state / "completions.jsonl").write_text("{}\n")
+    before = progress(tmp_path)
+    (state / "completions.jsonl").write_text("{}\n{}\n")
+    assert len(progress(tmp_path) - before) == 1
+
+
+# ----------------------------------------------------------------------------- what Slurm is asked for
+
+
+@pytest.mark.parametrize(("resources", "options"), [
+    ({"slurm_partition": "cpu", "runtime": 60, "mem_mb": 8000}, {"partition": "cpu", "time": "60", "mem": "8000", "ntasks": "1", "cpus-per-task": "3"}),
+    ({"gres": "gpu:a100:4", "cpus_per_gpu": 8, "nodes": 2, "qos": "high"}, {"nodes": "2", "qos": "high", "cpus-per-gpu": "8", "gres": "gpu:a100:4"}),
+    ({"gpu": 8, "gpu_model": "h100", "slurm_account": "lab 7", "slurm_extra": "--exclusive"}, {"account": "lab 7", "cpus-per-task": "3", "exclusive": "", "gpus": "h100:8"}),
+])  # fmt: skip
+def test_resources_become_the_options_that_the_plugin_gives(resources, options):
+    assert asked.sbatch_options(resources, threads=3) == options
+
+
+@pytest.mark.parametrize(("stage", "resources", "n"), [
+    ("sft", {}, 1), ("sft", {"gres": "gpu:1"}, 1), ("ppo", {"gres": "gpu:a100:4", "nodes": 2}, 4), ("dpo", {"gpu": 8, "nodes": 2}, 4),
+    ("reward", {"gpu_model": "h100"}, 1), ("sft", {"tasks_per_node": 3}, 3), ("sft", {"gres": "gpu"}, 1),
+    ("completions", {"gres": "gpu:8"}, 1), ("evaluation", {"tasks_per_node": 2}, 1),
+])  # fmt: skip
+def test_processes_of_a_node(stage, resources, n):
+    assert asked.processes(stage, resources) == n
+
+
+def test_the_launcher_imports_no_torch():
+    """It waits beside a hundred others on a login node."""
+    script = "import sys, tunetrail.launch.__main__, tunetrail.launch.submit; print(sorted({'torch', 'transformers', 'pandas'} & sys.modules.keys()))"
+    reply = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert reply.stdout.strip() == "[]"
+
+
+def test_the_stages_that_may_be_spread_are_those_that_say_so():
+    found = {
+        p.stem for p in (ROOT / "workflow/lib/tunetrail/stages").glob("*.py") if "distributed=True" in p.read_text()
+    }
+    assert found == set(asked.DISTRIBUTED)
+
+
+def test_one_of_several_processes_says_who_it_is(tmp_path, monkeypatch):
+    path = stand_ins(tmp_path, scontrol="printf 'gpu3\\ngpu4\\n'")
+    variables = {"SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}  # fmt: skip
+    show = "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')}))"
+    reply = subprocess.run([sys.executable, "-m", "tunetrail.launch.task", sys.executable, "-c", show], env=os.environ | variables | {"PATH": path}, capture_output=True, text=True, check=True)  # fmt: skip
+    assert json.loads(reply.stdout) == {"MASTER_ADDR": "gpu3", "MASTER_PORT": "20373", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}  # fmt: skip
