@@ -176,7 +176,9 @@ def prepared(cluster, tmp_path_factory) -> OnSlurm:
 def project(prepared, tmp_path) -> OnSlurm:
     """A run of its own whose SFT is still to come."""
     folder = tmp_path / "p"
-    shutil.copytree(prepared.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("undisturbed", "head.log"))
+    shutil.copytree(
+        prepared.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("undisturbed", "head.log", "sft.log")
+    )
     return OnSlurm(prepared.cluster, folder, prepared.environment)
 
 

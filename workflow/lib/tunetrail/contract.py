@@ -268,6 +268,10 @@ class Stage:
     leases: list[Lease] = field(default_factory=list)
     """On state and output, in the process that writes."""
 
+    def is_displaced(self) -> bool:
+        """Whether another attempt has taken over: then nothing more is to be written."""
+        return any(lease.lost() for lease in self.leases)
+
     def check_leases(self) -> None:
         """Before anything is written that others read. Raises Displaced where another attempt has taken over."""
         for lease in self.leases:
@@ -502,7 +506,8 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         this |= environment() | {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
         # The counter wraps around, and then the difference says nothing.
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
-        _record(attempts_file, attempts)
+        if not stage.is_displaced():
+            _record(attempts_file, attempts)
     publish(stage, metrics, attempts)
     _tidy(stage)
 
