@@ -20,6 +20,7 @@ TEST = [
     "mypy",
     "pandas-stubs",
     "pytest",
+    "pytest-xdist",
     "roc-validator",
     "ruff",
     "snakefmt",
