@@ -127,7 +127,7 @@ class Cluster:
         lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
         for name, gpus in NODES.items():
             gres = f" Gres=gpu:{gpus}" if gpus else ""
-            lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 RealMemory=64000{gres}")  # fmt: skip
+            lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 RealMemory=128000{gres}")  # fmt: skip
         lines += [
             "PartitionName=cpu Nodes=cpu1,cpu2 Default=YES MaxTime=1-0 PriorityTier=10",
             "PartitionName=gpu Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=10",
