@@ -9,6 +9,7 @@ an interrupted save is skipped and the one before it is used.
 import functools
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -270,7 +271,8 @@ def train(stage: Stage, trainer: Any) -> list[dict]:
         step, total = trainer.state.global_step, trainer.state.max_steps
         raise stage.stop.interruption(f"at step {step} of {total}")
     rows = history(trainer.state.log_history)
-    if not all(abs(row["loss"]) < float("inf") for row in rows):
+    # Not the loss alone: a diverged model's log-probs may be infinite where a clipped loss is not.
+    if not all(math.isfinite(value) for row in rows for value in row.values()):
         raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")
     if is_main_process():
         write_jsonl(stage.work / "history.jsonl", rows)
