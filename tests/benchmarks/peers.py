@@ -63,7 +63,7 @@ def ppo(_: bool, bf16: bool) -> None:
     prompts = workload.prompt_ids("rl", workload.EPISODES)
     config = PpoConfig(
         method="ppo", critic="separate", steps=1, batch_size=workload.EPISODES, minibatch_size=workload.EPISODES,
-        epochs=workload.EPOCHS, max_new_tokens=workload.RESPONSE_TOKENS, micro_batch_size=8,
+        epochs=workload.EPOCHS, max_new_tokens=workload.RESPONSE_TOKENS, micro_batch_size=int(__import__("os").environ.get("MB","8")),
     )  # fmt: skip
     classifier = initialise(load_causal_lm(workload.MODEL), SEED)
     classifier.config.pad_token_id = tokenizer.pad_token_id
