@@ -203,7 +203,9 @@ class _HeadLogprobs(torch.autograd.Function):
             logprobs, entropies = [], []
             for x, y in zip(narrow.split(SCORED_AT_ONCE), tokens.split(SCORED_AT_ONCE), strict=True):
                 logits = x @ w.T
-                log_p = (logits.float().div_(temperature) if temperature != 1 else logits).log_softmax(-1, torch.float32)
+                log_p = (logits.float().div_(temperature) if temperature != 1 else logits).log_softmax(
+                    -1, torch.float32
+                )
                 logprobs.append(log_p.gather(1, y[:, None])[:, 0])
                 if with_entropy:
                     entropies.append(-torch.linalg.vecdot(log_p.exp(), log_p))
@@ -240,7 +242,11 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def head_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0, with_entropy: bool = False
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-prob of each token under softmax(hidden weight^T / temperature), without keeping logits for the gradient.
 
@@ -268,6 +274,47 @@ class _Norm(torch.nn.Module):
         return rms_norm(x, self.weight, self.variance_epsilon, compute_dtype(x))
 
 
+def narrow_products(model: Any, dtype: torch.dtype) -> Any:
+    """The model with the weights of its plain linear layers in `dtype`, in place, for use under autocast to `dtype`.
+
+    Autocast would cast them at each pass: the numbers are the same. What autocast leaves in float32 stays so, and so
+    does an embedding that shares its weight with the head.
+    """
+    for module in model.modules():
+        if type(module) in (torch.nn.Linear, _fused(_Projection, torch.nn.Linear)):
+            module.weight = torch.nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    return model
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer for inference, its weight laid out once as oneDNN's products want it, and not for each of them."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack(model: Any) -> Any:
+    """The bf16 model, on a CPU that computes in bf16, with its linear layers packed, in place; any other as it is.
+
+    A packed model cannot be saved, trained or moved.
+    """
+    if (
+        next(model.parameters()).device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.cpu._is_avx512_bf16_supported()
+    ):
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.Linear) and child.weight.dtype == torch.bfloat16:
+                    setattr(module, name, PackedLinear(child))
+    return model
+
+
 class _Projection(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or not torch.is_grad_enabled():
@@ -276,31 +323,56 @@ class _Projection(torch.nn.Linear):
 
 
 class _Mlp(torch.nn.Module):
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Attention(torch.nn.Module):
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    head_dim: int
+    layer_idx: int
+    scaling: float
+    attention_dropout: float
+
     def forward(
         self, hidden_states: Any, position_embeddings: Any = None, attention_mask: Any = None,
         past_key_values: Any = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         b, t, _ = hidden_states.shape
+        cached = past_key_values is not None
         if (
-            past_key_values is not None
-            or hidden_states.device.type != "cpu"
-            or t > MATERIALIZED_COLUMNS
+            hidden_states.device.type != "cpu"
+            or (t > MATERIALIZED_COLUMNS and not cached)
+            or (cached and torch.is_grad_enabled())
             or (self.training and self.attention_dropout)
         ):
             return super().forward(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
-        if attention_mask is None:
-            attention_mask = torch.ones(1, 1, t, t, dtype=torch.bool).tril()
         q, k, v = (
             project(hidden_states).view(b, t, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if cached:
+            cos, sin = (angles.float()[:, None] for angles in position_embeddings)
+            q, k = (
+                _rotated(x.transpose(1, 2), cos, sin, 1.0, x.new_empty(b, x.shape[2], t, x.shape[3])) for x in (q, k)
+            )
+            k, v = past_key_values.update(k, v.transpose(1, 2), self.layer_idx)
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None and t > 1,
+                scale=self.scaling, enable_gqa=True,
+            )  # fmt: skip
+            return self.o_proj(mixed.transpose(1, 2).reshape(b, t, -1)), None
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, t, t, dtype=torch.bool).tril()
         return self.o_proj(rotary_attention(q, k, v, *position_embeddings, attention_mask, self.scaling)), None
 
 
@@ -313,7 +385,10 @@ def _part(module: torch.nn.Module) -> type | None:
         return _Norm
     if has("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim", "attention_dropout"):
         return _Attention
-    if has("gate_proj", "up_proj", "down_proj") and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation"):
+    if has("gate_proj", "up_proj", "down_proj") and type(getattr(module, "act_fn", None)).__name__ in (
+        "SiLU",
+        "SiLUActivation",
+    ):
         return _Mlp
     return None
 
@@ -349,7 +424,7 @@ def fuse(model: Any) -> Any:
         return model
     found = [(module, part) for module in layers.modules() if (part := _part(module)) is not None]
     for module, part in found:
-        module.__class__ = _fused(part, type(module))
+        module.__class__ = _fused(part, type(module))  # type: ignore[arg-type]  # a class can be hashed
     try:
         fits = alike(hidden(), before)
     except _NOT_AS_EXPECTED:
