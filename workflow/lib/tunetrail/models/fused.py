@@ -373,7 +373,8 @@ class _Attention(torch.nn.Module):
             return self.o_proj(mixed.transpose(1, 2).reshape(b, t, -1)), None
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, t, t, dtype=torch.bool).tril()
-        return self.o_proj(rotary_attention(q, k, v, *position_embeddings, attention_mask, self.scaling)), None
+        cos, sin = position_embeddings
+        return self.o_proj(rotary_attention(q, k, v, cos, sin, attention_mask, self.scaling)), None
 
 
 def _part(module: torch.nn.Module) -> type | None:
