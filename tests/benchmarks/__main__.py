@@ -5,6 +5,11 @@ both alike. Prints a table and writes `bench.json`. Each speed is also a share o
 the work sets at the machine's best matrix product, every sequence counted whole: what is shared and computed once can
 take it above 100%. For sampling the limit is reading all weights once a step.
 
+Where a CPU has matrix units, products are so fast that the rest sets the pace, and the shares of the limit stay well
+below one half: a layer's steps between products, casting weights and gradients of float32 masters, AdamW over all of
+them, and products of few rows, which are bound by memory. So is sampling, where `generate` reads the same weights as often.
+Float32 masters, gradients and moments take twice the memory of TRL's with all in bf16.
+
 Our side runs in bf16 autocast where the CPU computes in bf16. Where it does not, what is in bf16 is not measured.
 """
 

@@ -96,6 +96,7 @@ def sampling(by_us: bool, bf16: bool) -> None:
     texts = [row["prompt"] for row in workload.rows("sft", workload.SAMPLED_AT_ONCE)]
     model = load_causal_lm(workload.MODEL).eval()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    weights = sum(p.numel() for p in model.parameters()) * (2 if bf16 else 4)
     if by_us:
         prompts = [encode(tokenizer, text) for text in texts]
         with timed() as took:
@@ -116,7 +117,6 @@ def sampling(by_us: bool, bf16: bool) -> None:
             )  # fmt: skip
         responses = output[:, inputs["input_ids"].shape[1] :]
         lengths = [int((row == eos).nonzero()[0]) + 1 if (row == eos).any() else len(row) for row in responses]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     report(took(), sum(lengths), weight_bytes=weights, longest=max(lengths))
 
 

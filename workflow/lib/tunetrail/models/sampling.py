@@ -14,14 +14,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tunetrail.models.batching import collate
+from tunetrail.models.fused import pack
 from tunetrail.models.tree import has_full_attention, prefix_tree, shares_prefixes
 from tunetrail.seeds import derive_seed
 
 
 def inference_weights(model: Any, bf16: bool) -> Any:
-    """The model for decoding: bf16 weights where autocast would be bf16, since without gradients
-    autocast casts every weight again for each token."""
-    return model.to(torch.bfloat16) if bf16 else model
+    """The model for decoding and nothing else: bf16 weights where autocast would be bf16, since without gradients
+    autocast casts every weight again for each token; on a CPU packed, since a step is over once it has read them."""
+    return pack(model.to(torch.bfloat16)) if bf16 else model
 
 
 def decoding_weights(model: Any, bf16: bool) -> Any:
@@ -136,6 +137,10 @@ def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tu
     return tokens, logprobs
 
 
+STAYING = 7 / 8
+"""Of a batch's rows: when no more than this share is unfinished, the finished ones leave it."""
+
+
 @torch.inference_mode()
 def _sample_batch(
     model: Any,
@@ -158,6 +163,7 @@ def _sample_batch(
     outputs: list[list[int]] = [[] for _ in seeds]
     logprobs: list[list[float]] = [[] for _ in seeds]
     running = torch.arange(len(seeds), device=model.device)
+    open_rows = torch.ones(len(seeds), dtype=torch.bool, device=model.device)
     for step in range(max_new_tokens):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
@@ -166,16 +172,22 @@ def _sample_batch(
         ).logits[:, -1]  # fmt: skip
         positions = positions + 1
         tokens, chosen = pick(logits, uniforms[running.cpu(), step], temperature)
-        for row, token, logprob in zip(running.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
-            outputs[row].append(token)
-            logprobs[row].append(logprob)
-        keep = tokens != eos_id
-        if not keep.any():
+        ended = tokens == eos_id
+        for row, token, logprob, is_running in zip(
+            running.tolist(), tokens.tolist(), chosen.tolist(), open_rows.tolist(), strict=True
+        ):
+            if is_running:
+                outputs[row].append(token)
+                logprobs[row].append(logprob)
+        open_rows = open_rows & ~ended
+        if not open_rows.any():
             break
-        if not keep.all():
-            indices = keep.nonzero()[:, 0]
+        # To leave costs a copy of the cache: rows leave when there are enough of them.
+        if open_rows.sum() <= STAYING * len(open_rows):
+            indices = open_rows.nonzero()[:, 0]
             cache.batch_select_indices(indices)
             running, tokens, mask, positions = running[indices], tokens[indices], mask[indices], positions[indices]
+            open_rows = open_rows[indices]
     return outputs, logprobs
 
 

@@ -6,13 +6,7 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch, collate, token_batches
-
-
-def response_logits(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """[B, R, V] float32: the logits that predict each response token, divided by the sampling temperature."""
-    r = batch.response_mask.shape[1]
-    output = model(**batch.inputs, logits_to_keep=r + 1)
-    return output.logits[:, :-1].float() / temperature
+from tunetrail.models.fused import head_logprobs, head_weight
 
 
 def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -22,8 +16,42 @@ def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """[B, R] float32: log-prob of each response token, 0 on padding."""
-    logprobs = gather_logprobs(response_logits(model, batch, temperature), batch.responses)
-    return logprobs.masked_fill(~batch.response_mask, 0.0)
+    return policy_pass(model, batch, temperature)[0]
+
+
+def policy_pass(
+    model: Any, batch: Batch, temperature: float, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """One pass of a causal language model over a batch.
+
+    Args:
+        temperature: the sampling temperature, by which logits are divided.
+        entropy: of the distributions, too; with gradients it keeps [B, R, V].
+
+    Returns:
+        log-prob of each response token and the entropies, [B, R] float32, 0 on padding; the last hidden state that
+        predicts each response token [B, R, d].
+    """
+    r, mask, tokens = batch.response_mask.shape[1], batch.response_mask, batch.responses
+    weight = None if entropy and torch.is_grad_enabled() else head_weight(model)
+    if weight is None:
+        output = model(**batch.inputs, logits_to_keep=r + 1, output_hidden_states=True)
+        hidden, logits = output.hidden_states[-1][:, -r - 1 : -1], output.logits[:, :-1].float() / temperature
+        found = gather_logprobs(logits, tokens).masked_fill(~mask, 0.0)
+        if not entropy:
+            return found, None, hidden
+        log_p = logits.log_softmax(-1)
+        return found, -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0.0), hidden
+    trunk = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+    hidden = trunk(**batch.inputs).last_hidden_state[:, -r - 1 : -1]
+    # Only where there are responses: where few are long, most of the columns are padding.
+    flat, entropies = head_logprobs(hidden[mask], weight, tokens[mask], temperature, entropy)
+    empty = flat.new_zeros(mask.shape)
+    return (
+        empty.masked_scatter(mask, flat),
+        None if entropies is None else empty.masked_scatter(mask, entropies),
+        hidden,
+    )
 
 
 # Tokens of one forward pass without gradients: on a CPU few enough for the activations to stay in its cache.

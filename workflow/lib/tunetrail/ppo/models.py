@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
-from tunetrail.models.scoring import FullPrecisionHead, gather_logprobs, response_logprobs, response_values
+from tunetrail.models.scoring import FullPrecisionHead, policy_pass, response_logprobs, response_values
 
 
 class ActorCritic(torch.nn.Module):
@@ -34,26 +34,14 @@ class ActorCritic(torch.nn.Module):
         self, batch: Batch, temperature: float, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy costs a pass over [B, R, V]."""
-        r = batch.response_mask.shape[1]
-        output = self.policy(
-            **batch.inputs,
-            logits_to_keep=r + 1,
-            output_hidden_states=self.value_head is not None,
-        )
-        logits = output.logits[:, :-1].float() / temperature
-        logprobs = gather_logprobs(logits, batch.responses)
+        logprobs, entropy, hidden = policy_pass(self.policy, batch, temperature, with_entropy)
         if self.value_head is not None:
-            values = self.value_head(output.hidden_states[-1][:, -r - 1 : -1])[..., 0].float()
+            values = self.value_head(hidden)[..., 0].float()
         elif self.critic is not None:
             values = response_values(self.critic, batch)
         else:
             values = torch.zeros_like(logprobs)
-        empty = ~batch.response_mask
-        entropy = None
-        if with_entropy:
-            log_p = logits.log_softmax(-1)
-            entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(empty, 0.0)
-        return logprobs.masked_fill(empty, 0.0), values.masked_fill(empty, 0.0), entropy
+        return logprobs, values.masked_fill(~batch.response_mask, 0.0), entropy
 
 
 class Reference:

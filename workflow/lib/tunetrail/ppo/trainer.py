@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from tunetrail.config import PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate
+from tunetrail.models.fused import narrow_products
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
 from tunetrail.ppo.engines import Engine, LocalEngine
@@ -103,6 +104,10 @@ class PPOTrainer:
         model = self._place(model, layers)
         if not self.reference.has_adapter:
             self._place(self.reference.model, layers)
+        if accelerator.mixed_precision == "bf16" and not is_sharded(self.reward_model):
+            narrow_products(self.reward_model, torch.bfloat16)  # only scored with, and only under autocast
+            if not self.reference.has_adapter:
+                narrow_products(self.reference.model, torch.bfloat16)
         self.optimizer = accelerator.prepare_optimizer(self._optimizer(model))
         self.model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))  # else DDP would wrap it
         self.engine = engine or LocalEngine(config, self.actor_critic.policy, accelerator, eos_id, pad_id)
