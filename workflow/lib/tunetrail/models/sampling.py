@@ -14,15 +14,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tunetrail.models.batching import collate
-from tunetrail.models.fused import pack
 from tunetrail.models.tree import has_full_attention, prefix_tree, shares_prefixes
 from tunetrail.seeds import derive_seed
 
 
 def inference_weights(model: Any, bf16: bool) -> Any:
-    """The model for decoding and nothing else: bf16 weights where autocast would be bf16, since without gradients
-    autocast casts every weight again for each token; on a CPU packed, since a step is over once it has read them."""
-    return pack(model.to(torch.bfloat16)) if bf16 else model
+    """The model for decoding: bf16 weights where autocast would be bf16, since without gradients
+    autocast casts every weight again for each token."""
+    return model.to(torch.bfloat16) if bf16 else model
 
 
 def decoding_weights(model: Any, bf16: bool) -> Any:

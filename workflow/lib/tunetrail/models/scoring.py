@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch, collate, token_batches
-from tunetrail.models.fused import head_logprobs, head_weight
+from tunetrail.models.head import head_logprobs, head_weight
 
 
 def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

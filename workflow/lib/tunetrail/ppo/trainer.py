@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from tunetrail.config import PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate
-from tunetrail.models.fused import narrow_products
+from tunetrail.models.head import narrow_products
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
 from tunetrail.ppo.engines import Engine, LocalEngine
