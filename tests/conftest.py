@@ -46,6 +46,14 @@ class Project:
         return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one process runs where there are several: a file, all that uses the tiny run, all that uses the cluster."""
+    for item in items:
+        folder = item.path.parent.name
+        group = {"slurm": "slurm", "workflow": "tiny", "browser": "tiny"}.get(folder, item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Project:
     """The tiny random model through every rule."""

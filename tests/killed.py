@@ -40,7 +40,7 @@ PHASES = {
     ("sampling.py", "sample"): "sample",
     ("completions.py", "unique_completions"): "row",
     ("contract.py", "publish"): "publish",
-    ("contract.py", "_finish"): "finish",
+    ("contract.py", "_declare_finished"): "finish",
 }
 """(file, function) -> the phase that a call of it begins; it lasts until the next one begins.
 
@@ -104,7 +104,7 @@ def attempt(work: Work, name: str, moment: Moment | None, sent: int, environment
         code = frame.f_code
         if code.co_name in NAMES and (phase := PHASES.get((code.co_filename.rpartition("/")[2], code.co_name))):
             begin(phase)
-        if phases and phases[-1][0] == "finish" and not any(state.glob("*/manifest.json")):
+        if phases and phases[-1][0] == "finish" and not any(state.glob("*/attempts.jsonl")):
             begin("over")
         if count == at:
             report(None)

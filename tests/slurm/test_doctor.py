@@ -39,10 +39,10 @@ def test_nodes_share_the_folder_and_the_software_and_their_gpus_are_no_real_ones
 
 def test_a_profile_that_asks_for_what_is_not_there(site):
     site.edit_profile("large: gpu-large", "large: nowhere")
-    site.edit_profile("mem_mb: attempt * 4000\n", "mem_mb: attempt * 70000\n")
+    site.edit_profile('mem_mb: ?f"min(attempt * 4000, {memory})"', "mem_mb: attempt * 140000")
     code, lines = doctor(site, "--no-jobs")
     assert code == 1
     assert lines == [
         "FINDING  partition nowhere: there is none (ppo go there); name one of cpu, gpu, gpu-large, preempt at the top of the profile",
-        "FINDING  rule best_of_n: asks for 70000 MB a node, those of cpu have at most 64000; lower mem_mb in set-resources: best_of_n of the profile, or name another partition",
+        "FINDING  rule best_of_n: asks for 140000 MB a node, those of cpu have at most 128000; lower mem_mb in set-resources: best_of_n of the profile, or name another partition",
     ]

@@ -80,8 +80,8 @@ def submitted(project, **more: object) -> None:
     ("ppo", "policies/ppo", "model/model.safetensors"),
 ])  # fmt: skip
 def test_over_two_nodes_it_gives_what_one_process_gives(whole, tmp_path, rule, artifact, weights):
-    """Within 3e-4 of each weight: the sums of floating-point numbers are in another order, and Adam's first steps on a
-    gradient of nearly 0 take its sign for it."""
+    """Up to a tenth of how far training moved the weights: the sums of floating-point numbers are in another order, and
+    Adam's first steps on a gradient of nearly 0 take its sign for it."""
     run = copy_of(whole, tmp_path / "copy")
     shutil.rmtree(run.artifact(artifact))
     shutil.rmtree(run.folder / "state/tiny" / artifact)
@@ -92,10 +92,13 @@ def test_over_two_nodes_it_gives_what_one_process_gives(whole, tmp_path, rule, a
     assert (job["state"], job["partition"], job["nodes"]) == ("COMPLETED", "gpu", "gpu[1-2]")
     [attempt] = run.record(artifact).attempts
     assert (attempt["world_size"], attempt["nodes"], attempt["job_id"]) == (2, "gpu[1-2]", job["id"])
-    assert attempt["variables"]["CUDA_VISIBLE_DEVICES"] == "0"
+    assert attempt["variables"]["CUDA_VISIBLE_DEVICES"].isdigit()
     one, two = (load_file(r.artifact(artifact) / weights) for r in (whole, run))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=3e-4, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+    before = load_file(whole.artifact("base" if rule == "sft" else "sft") / weights)
+    moved = torch.cat([(one[name] - before[name]).flatten() for name in one.keys() & before.keys()])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    assert moved.norm() > 0
+    assert apart.norm() < 0.1 * moved.norm()
 
 
 def test_a_submitted_job_is_found_again_by_the_next_head(project, expected):
@@ -134,7 +137,8 @@ def test_ctrl_c_cancels_the_job_which_saves(project):
     step = project.wait_for_saves()
     head.send_signal(signal.SIGINT)
     for child in subprocess.run(["pgrep", "-f", "tunetrail.launch --stage sft"], capture_output=True, text=True, check=False).stdout.split():  # fmt: skip
-        os.kill(int(child), signal.SIGINT)  # as a terminal does to all
+        if os.readlink(f"/proc/{child}/cwd") == str(project.folder):
+            os.kill(int(child), signal.SIGINT)  # as a terminal does to all
     head.wait(60)
     until(lambda: [j["state"] for j in project.jobs()] == ["CANCELLED"], "the job is cancelled")
     assert int(project.saved()[-1].name.rpartition("-")[2]) >= step

@@ -15,7 +15,7 @@ rule completions:
         ENVIRONMENT
     params:
         launch=launched("completions"),
-        state=f"{STATE}/completions",
+        state=f"{STATE}/completions/{{shard}}",
         part=lambda wildcards: wildcards.shard.replace("-of-", "/"),
     shell:
         "{params.launch} --log {log} -- python -m tunetrail.stages.completions --part {params.part} --config {input.config}"

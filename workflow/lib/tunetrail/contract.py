@@ -33,6 +33,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ from tunetrail.provenance.record import (
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
 
 ANOTHER = "another attempt of this stage"
+LOST = "lost"
 ATTEMPTS = "attempts.jsonl"
 
 log = logging.getLogger("tunetrail")
@@ -180,7 +182,8 @@ class Stop:
 
     `save_due()` is asked after each step; `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every
     step) spaces the saves. Saving never changes a result, so neither does the spacing. The processes of a stage
-    answer alike, since they save and leave together: what one was told holds for all.
+    answer alike, since they save and leave together: what one was told holds for all. Where another attempt has taken
+    over, asking raises Displaced in all of them, before anything is saved.
     """
 
     def __init__(self) -> None:
@@ -204,7 +207,11 @@ class Stop:
             self.asked = time.monotonic()
             if who := next(filter(None, (lease.wanted_by() for lease in self.leases)), None):
                 self.reason = f"{ANOTHER} ({who})"
+            if any(lease.lost() for lease in self.leases):
+                self.reason = LOST
         self.reason = next((reason for reason in of_all_processes(self.reason) if reason), None)
+        if self.reason == LOST:
+            raise Displaced("another attempt has taken over while this one was silent; it goes on, this one ends")
         return self.reason is not None
 
     def interruption(self, progress: str) -> Interrupted:
@@ -405,31 +412,40 @@ def _declare_finished(output: Path, manifest: bytes) -> None:
     shutil.rmtree(_old(output), ignore_errors=True)
 
 
-def finished(stage: Stage) -> bool:
+def finished(stage: Stage, declare: bool = True) -> bool:
     """Whether the artifact is already there, made by this code from this config and these inputs.
 
-    The record tells, and the files are hashed again. A missing manifest is then written. Never with several processes,
-    since the others would wait for this one.
+    The record tells, and the files are hashed again.
+
+    Args:
+        declare: also write the manifest where it is missing.
     """
-    if processes() > 1:
-        return False
     try:
         record = read_record(stage.output)
-        (stage.output / f".{MANIFEST}").unlink(missing_ok=True)
+        made_from = {role: parent["manifest"] for role, parent in record.parents.items()}
+        if (
+            (record.stage, record.part) != (stage.name, f"{stage.part[0]}/{stage.part[1]}")
+            or record.config_file != exact(stage.shared | {"config": stage.config})
+            or made_from != {role: parent["manifest"] for role, parent in stage.origins.items()}
+            or record.code.get("library") != code_state()["library"]
+        ):
+            return False
+        if declare:
+            (stage.output / f".{MANIFEST}").unlink(missing_ok=True)
         manifest = _manifest(stage, build(stage.output))
     except DataError:
         return False
-    made_from = {role: parent["manifest"] for role, parent in record.parents.items()}
-    if (
-        (record.stage, record.part) != (stage.name, f"{stage.part[0]}/{stage.part[1]}")
-        or record.config_file != exact(stage.shared | {"config": stage.config})
-        or made_from != {role: parent["manifest"] for role, parent in stage.origins.items()}
-        or record.code.get("library") != code_state()["library"]
-        or record.manifest != sha256_bytes(manifest)
-    ):
+    if record.manifest != sha256_bytes(manifest):
         return False
-    _declare_finished(stage.output, manifest)
+    if declare:
+        _declare_finished(stage.output, manifest)
     return True
+
+
+def is_finished(argv: list[str], declare: bool) -> bool:
+    """`finished` for the options of a stage's command: launchers ask it before they start several processes."""
+    args = _parse_arguments(argv)
+    return (args.output.parent / PROVENANCE).exists() and finished(_stage(args, None), declare)
 
 
 def _once(dependencies: list[dict]) -> list[dict]:
@@ -514,12 +530,12 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
 
 def _tidy(stage: Stage) -> None:
     """Leaves in the state of a published artifact what somebody may want to read."""
+    for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
+        shutil.rmtree(leftover, ignore_errors=True)
     attempts_file = stage.state / ATTEMPTS
     if attempts_file.exists():
         # They are in the record now; what the same state folder makes another time begins a history of its own.
         attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
-    for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def fingerprint(content: dict, parents: dict[str, dict], part: tuple[int, ...]) -> str:
@@ -527,33 +543,39 @@ def fingerprint(content: dict, parents: dict[str, dict], part: tuple[int, ...]) 
     return sha256_json({"config": content, "inputs": parents, "part": part})[:16]
 
 
-def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
+def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
+    """What a stage's command names, its inputs verified."""
     content = _read_stage_config(args.config)
-    name = content["stage"]
     inputs = dict(item.split("=", 1) for item in args.input)
     cache = DigestCache(Path(folder) if (folder := os.environ.get("TUNETRAIL_DIGESTS")) else None)
     parents = {role: verify(Path(path), cache) for role, path in inputs.items()}
     part = tuple(int(n) for n in args.part.split("/"))
-    state, output = args.state / fingerprint(content, parents, part), args.output.parent
-    stage = Stage(
-        name=name,
+    output = args.output.parent
+    return Stage(
+        name=content["stage"],
         config=content["config"],
         shared={k: v for k, v in content.items() if k != "config"},
         inputs={role: Path(path).parent for role, path in inputs.items()},
         output=output,
-        work=output.with_name(f".{output.name}.work"),
-        state=state,
-        stop=Stop(),
+        # Its own: one that was displaced must find nothing of the other's to spoil. No name has a tilde.
+        work=output.with_name(f".{output.name}~{socket.gethostname()}-{os.getpid()}.work"),
+        state=args.state / fingerprint(content, parents, part),
+        stop=stop,  # type: ignore[arg-type]
         parents=parents,
         origins={role: parent_of(Path(path).parent) for role, path in inputs.items()},
         tokenizer_digest=_tokenizer_of(parents),
         part=(part[0], part[1]),
         cache=cache,
     )
+
+
+def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
+    stage = _stage(args, Stop())
+    name, state, output = stage.name, stage.state, stage.output
     if not is_main_process():  # the main process locks, records and publishes for all
         state.mkdir(parents=True, exist_ok=True)
         run(stage)
-        return name
+        return
     waited: list[str] = []
 
     def say(text: str) -> None:
@@ -568,20 +590,25 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> str:
         handler = logging.FileHandler(state / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
-        shutil.rmtree(stage.work, ignore_errors=True)
+        for left in output.parent.glob(f".{output.name}~*.work"):  # by attempts that were killed
+            shutil.rmtree(left, ignore_errors=True)
         try:
             # Without a reason to think so nobody pays for hashing; made anew is what a user asks for by this command.
-            if (waited or not args.output.exists()) and finished(stage):
+            maybe = waited or not args.output.exists() or (state / ATTEMPTS).exists() or "SLURM_RESTART_COUNT" in os.environ  # fmt: skip
+            if maybe and finished(stage):
+                if (
+                    processes() > 1
+                ):  # who have begun, and would wait for this one; a launcher looks before it starts any
+                    raise Interrupted(f"{output} was finished by another attempt; run the same command again")
                 log.info("%s: %s is finished; nothing to do", name, output)
                 _tidy(stage)
-                return name
+                return
             stage.work.mkdir(parents=True)
             _attempt(stage, run)
         finally:
             shutil.rmtree(stage.work, ignore_errors=True)
             log.removeHandler(handler)
             handler.close()
-    return name
 
 
 def _end_process_group() -> None:

@@ -9,7 +9,8 @@ dies, and renews its time every few seconds. Whoever comes later
 - is refused otherwise; but if both are jobs of a cluster, it asks the writer to save and leave, and waits: the job that
   was requeued, or submitted again, is the one that somebody waits for.
 
-Times are the file server's own, since the clocks of two nodes may differ.
+Times are the file server's own, since the clocks of two nodes may differ. It was tested on
+local file systems only.
 """
 
 import fcntl
@@ -48,6 +49,15 @@ def _newest(path: Path) -> tuple[int, Path]:
             found[int(number)] = other
     generation = max(found)
     return generation, found[generation]
+
+
+def _server_time(path: Path) -> float:
+    """Seconds since the epoch by the clock of the server that has the folder."""
+    probe = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now
 
 
 def _lock(handle: IO[str]) -> bool:
@@ -97,15 +107,14 @@ class Lease:
 
     def lost(self) -> bool:
         """Whether another writer has taken over: then nothing may be written any more."""
+        _server_time(self.path)  # a folder that has just changed is read anew from its server
         return _newest(self.path)[0] != self.generation
 
     def wanted_by(self) -> str | None:
         """Who asks for the place, if somebody does."""
         try:
             asked = self.wish.stat().st_mtime
-            who = self.wish.read_text().strip()
-            os.utime(self.file)
-            return who if self.file.stat().st_mtime - asked < ASKED_SECONDS else None
+            return self.wish.read_text().strip() if _server_time(self.path) - asked < ASKED_SECONDS else None
         except OSError:
             return None
 
@@ -135,13 +144,7 @@ def _acquire(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]
         handle.seek(0)
         other = handle.read().strip() or "another process"
         handle.close()
-        if not (", job " in other and ", job " in myself()) or give_up():
-            raise Interrupted(f"{newest}: in use by {other}; wait for it to end, then run again")
-        wish.write_text(myself())
-        if not told:
-            say(f"{path.parent}: {other} works on this; it was asked to save and leave")
-            told = True
-        if wish.stat().st_mtime - newest.stat().st_mtime > lease_seconds():
+        if _server_time(path) - newest.stat().st_mtime > lease_seconds():
             following = path.with_name(f"{path.name}.{generation + 1}")
             try:
                 os.close(os.open(following, os.O_CREAT | os.O_EXCL, 0o666))
@@ -149,6 +152,12 @@ def _acquire(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]
             except FileExistsError:
                 pass
             continue
+        if not (", job " in other and ", job " in myself()) or give_up():
+            raise Interrupted(f"{newest}: in use by {other}; wait for it to end, then run again")
+        wish.write_text(myself())
+        if not told:
+            say(f"{path.parent}: {other} works on this; it was asked to save and leave")
+            told = True
         time.sleep(POLL_SECONDS)
 
 

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunetrail.errors import TunetrailError
-from tunetrail.launch.resources import gpus, processes
+from tunetrail.contract import is_finished
+from tunetrail.errors import ConfigError, TunetrailError
+from tunetrail.launch.resources import LEFT_ALONE_SECONDS, gpus, processes
 from tunetrail.launch.supervise import option, supervise
 
 
 def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> list[str]:
     """The command as a step of the Slurm job around us: only a step is told by SIGTERM that the job ends."""
     n = processes(stage, resources)
+    if int(resources.get("nodes") or 1) > 1:
+        raise ConfigError(f"nodes: {resources['nodes']} needs `launcher: submitit` in set-resources: {stage} of the profile")  # fmt: skip
     cores = int(resources.get("cpus_per_gpu") or 0) * gpus(resources) or int(resources.get("cpus_per_task") or threads)
-    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", "--kill-on-bad-exit=0"]  # fmt: skip
+    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", f"--wait={LEFT_ALONE_SECONDS}"]  # fmt: skip
     return step + ([sys.executable, "-m", "tunetrail.launch.task"] if n > 1 else []) + command
 
 
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return launch(args.command, args.stage, args.resources, args.threads, args.jobs, args.log)
         in_job = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+        if in_job and processes(args.stage, args.resources) > 1 and is_finished(args.command[3:], declare=True):
+            return 0
         command = _step(args.command, args.stage, args.resources, args.threads) if in_job else args.command
         return supervise(command, args.log, option(args.command, "--state"), requeues=in_job)
     except TunetrailError as e:

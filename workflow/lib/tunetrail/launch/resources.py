@@ -14,6 +14,8 @@ LAUNCH = ("launcher", "array")
 """Resources of ours: `launcher` inline or submitit, `array` 1 where jobs that start together go out as one array."""
 DISTRIBUTED = ("sft", "reward", "dpo", "ppo")
 """Stages that run as several processes, one for each GPU."""
+LEFT_ALONE_SECONDS = 300
+"""How long the processes of a stage may wait in a collective for one that has died."""
 _SHORT = {"-A": "account", "-p": "partition", "-t": "time", "-C": "constraint", "-D": "chdir"}
 _OTHERS = {"parsable", "job-name", "output", "export", "comment", "chdir"}
 """Of the plugin's command: what says nothing of resources."""

@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,8 +24,9 @@ from typing import Any
 import submitit
 from submitit.core.core import Job
 
+from tunetrail.contract import is_finished
 from tunetrail.errors import TunetrailError
-from tunetrail.launch.resources import processes, sbatch_options
+from tunetrail.launch.resources import LEFT_ALONE_SECONDS, gpus, processes, sbatch_options
 from tunetrail.launch.supervise import option, supervise
 from tunetrail.provenance.manifest import sha256_json
 
@@ -47,6 +49,9 @@ class StageCommand:
         os.chdir(self.folder)
         environment = submitit.JobEnvironment()
         if environment.num_tasks > 1:
+            # A node may have failed when all was published, and nothing would be left to go on from.
+            if "SLURM_RESTART_COUNT" in os.environ and is_finished(self.command[3:], environment.global_rank == 0):
+                return 0
             # runtime.device counts the GPUs of a node: all are to be visible
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         return supervise(self.command, None, option(self.command, "--state"), requeues=environment.global_rank == 0)
@@ -56,7 +61,9 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
     on_each_node = processes(stage, resources)
     if shutil.which("srun") is None:
         local = submitit.LocalExecutor(folder)
-        local.update_parameters(timeout_min=int(resources.get("runtime") or 60), tasks_per_node=on_each_node)
+        minutes = int(resources.get("runtime") or 10**6)  # without a scheduler nobody limits the time
+        # Without a number submitit hides the GPUs.
+        local.update_parameters(timeout_min=minutes, tasks_per_node=on_each_node, gpus_per_node=gpus(resources) or None)
         return local
     options = sbatch_options(resources, threads)
     options.pop("ntasks", None)
@@ -66,7 +73,8 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
     executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
         job_name=name, nodes=int(options.pop("nodes", 1)), ntasks_per_node=on_each_node, signal_delay_s=SIGNAL_SECONDS,
-        time=int(resources.get("runtime") or 60), stderr_to_stdout=True, wckey=None, srun_args=cores,
+        time=int(resources.get("runtime") or 60), stderr_to_stdout=True, wckey=None,
+        srun_args=[*cores, f"--wait={LEFT_ALONE_SECONDS}"],
         additional_parameters={"requeue": True} | {key: value or True for key, value in options.items() if key != "time"},
     )  # fmt: skip
     return executor
@@ -74,12 +82,20 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
 
 def _is_alive(job: Job) -> bool:
     if isinstance(job, submitit.LocalJob):  # its id is that of submitit's process, of this launcher or of one before
-        stat = Path(f"/proc/{job.job_id}/stat")
-        return (job._process is None or job._process.poll() is None) and stat.exists() and ") Z" not in stat.read_text()
+        return (job._process is None or job._process.poll() is None) and _process(job.job_id) is not None
     reply = subprocess.run(["squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False)  # fmt: skip
     if reply.returncode and "Invalid job id" not in reply.stderr:
         return True  # the controller is away: nothing is known
     return any(line.strip() in ALIVE for line in reply.stdout.splitlines())
+
+
+def _process(pid: str) -> str | None:
+    """Which process has this id now, by host and time of its start; None where there is none."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[18]}"  # fmt: skip
 
 
 def _cancel(job: Job) -> None:
@@ -100,7 +116,8 @@ class Jobs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, key: str, job: Job) -> None:
-        content = {"job": job.job_id, "key": key, "local": isinstance(job, submitit.LocalJob), "tasks": job.num_tasks}
+        local = _process(job.job_id) if isinstance(job, submitit.LocalJob) else None
+        content = {"job": job.job_id, "key": key, "local": local, "tasks": job.num_tasks}
         pending = self.folder / f".{name}"
         pending.write_text(json.dumps(content))
         pending.rename(self.folder / f"{name}.json")
@@ -111,14 +128,19 @@ class Jobs:
             content = json.loads((self.folder / f"{name}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
+        if content["local"] and content["local"] != _process(content["job"]):
+            return None  # it is over, and another process may have its number
         kind = submitit.LocalJob if content["local"] else submitit.SlurmJob
         return kind(self.folder, content["job"], tasks=list(range(content["tasks"]))), content["key"]
 
-    def forget(self, name: str) -> None:
-        (self.folder / f"{name}.json").unlink(missing_ok=True)
+    def forget(self, name: str, job: Job) -> None:
+        """Unless another launcher has submitted another job under this name meanwhile."""
+        found = self.read(name)
+        if found is None or found[0].job_id == job.job_id:
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
 
 
-def _key(command: Sequence[str], resources: Mapping[str, Any]) -> str:
+def _key(command: Sequence[str]) -> str:
     """Says of two commands whether they do the same: their words, and what their config and inputs hold."""
     files = [command[n + 1].rpartition("=")[2] for n, word in enumerate(command) if word in ("--config", "--input")]
     return sha256_json({"command": list(command), "files": {name: Path(name).read_text() for name in files}})
@@ -185,15 +207,21 @@ def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads
     """
     jobs = Jobs(folder)
     name = ".".join(option(command, "--output").parent.parts[-2:])
-    key = _key(command, resources)
+    key = _key(command)
     log.write_bytes(b"")
+    several = processes(stage, resources) * int(resources.get("nodes") or 1) > 1
+    if several and is_finished(command[3:], declare=True):
+        return 0
     job: Job | None = None
 
     def cancel(signum: int, _: object) -> None:
-        if job is not None:
-            print(f"{stage}: cancelling job {job.job_id}", file=sys.stderr)
-            _cancel(job)
-            jobs.forget(name)
+        for wish in jobs.folder.glob(f"{stage}.*/{name}"):
+            wish.unlink(missing_ok=True)
+        mine = jobs.read(name)  # also one that another launcher has submitted with its own
+        if mine and mine[1] == key and _is_alive(mine[0]):
+            print(f"{stage}: cancelling job {mine[0].job_id}", file=sys.stderr)
+            _cancel(mine[0])
+            jobs.forget(name, mine[0])
         raise SystemExit(128 + signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -215,4 +243,4 @@ def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads
     try:
         return _follow(job, log)
     finally:
-        jobs.forget(name)
+        jobs.forget(name, job)

@@ -63,6 +63,12 @@ def _slurm(*command: str) -> str | None:
     return reply.stdout.strip()
 
 
+def this_job() -> str | None:
+    """The id of the Slurm job around us: of an array's task its own, and not the whole array's."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
 def await_verdict(job: str, saved: bool) -> None:
     """What becomes of a Slurm job whose stage left before its end. Slurm kills this process where that is decided.
 
@@ -89,7 +95,8 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE if sink else None, stderr=subprocess.STDOUT if sink else None,
         # A terminal sends Ctrl-C to all its processes, and the stage shall save first.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        # Slurm may signal all processes of a job: only what is passed on counts.
+        preexec_fn=lambda: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGUSR2)],
     )  # fmt: skip
 
     def pass_on(signum: int, _: object) -> None:
@@ -104,6 +111,6 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     if sink:
         copier.join()
         sink.close()
-    if requeues and code == AGAIN and (job := os.environ.get("SLURM_JOB_ID")):
+    if requeues and code == AGAIN and (job := this_job()):
         await_verdict(job, bool(progress(state) - before))
     return code if code >= 0 else 128 - code

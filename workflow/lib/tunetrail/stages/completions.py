@@ -60,6 +60,7 @@ def run(stage: Stage) -> dict:
                 k=config.per_prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 seed=stage.seed, batch_size=config.batch_size, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
             )  # fmt: skip
+            stage.check_leases()
             for row, completions in zip(rows, sampled, strict=True):
                 ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
                 texts, finished = unique_completions(
