@@ -46,6 +46,7 @@ class Project:
         return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one process runs where there are several: a file, all that uses the tiny run, all that uses the cluster."""
     for item in items:

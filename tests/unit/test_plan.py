@@ -19,7 +19,7 @@ def make(folder: Path, name: str, attempts: list[dict] | None = None, benchmark:
         tsv.write_text(benchmark)
     given = {
         "name": name, "rule": name, "manifest": artifact / "manifest.json", "state": None, "log": None,
-        "benchmark": tsv, "part": None, "inputs": {}, "threads": 4, "resources": {}, "needed": True, "why": "forced",
+        "benchmark": tsv, "threads": 4, "resources": {}, "needed": True, "why": "forced",
     }  # fmt: skip
     return Job(**given | changes)
 

@@ -30,10 +30,6 @@ class Job:
     state: Path | None
     log: Path | None
     benchmark: Path | None
-    part: str | None
-    """`i/n` of a shard."""
-    inputs: dict[str, Path]
-    """Role -> file."""
     threads: int
     resources: dict[str, Any]
     needed: bool
@@ -138,7 +134,7 @@ def jobs_of(workflow: Any) -> list[Job]:
     for job in (job for level in stages for job in sorted(level, key=lambda job: _natural(job.output.manifest))):
         manifest = job.output.manifest
         parents = {file: parent for parent, files in dag.dependencies[job].items() for file in files}
-        state, part = job.params.get("state"), job.params.get("part")
+        state = job.params.get("state")
         found.append(
             Job(
                 name=artifact_name(manifest),
@@ -147,8 +143,6 @@ def jobs_of(workflow: Any) -> list[Job]:
                 state=Path(state) if state else None,
                 log=Path(job.log[0]) if job.log else None,
                 benchmark=Path(job.benchmark) if job.benchmark else None,
-                part=part,
-                inputs={role: Path(path) for role, path in job.input.items() if isinstance(path, str)},
                 threads=job.threads,
                 resources={k: v for k, v in job.resources.items() if not k.startswith("_")},
                 needed=job in needed,

@@ -13,12 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import fingerprint
-from tunetrail.errors import DataError
 from tunetrail.launch.dag import Job, jobs_of, listed
 from tunetrail.lease import holder
 from tunetrail.progress import ProgressLine, duration, parse
-from tunetrail.provenance.manifest import read_manifest
 
 STATES = {"done": "green", "running": "cyan", "stale": "yellow", "interrupted": "yellow", "failed": "red", "waiting": "dim"}  # fmt: skip
 """State of a stage -> its colour. interrupted: it saved and left, or was asked to, and goes on when run again."""
@@ -89,17 +86,8 @@ def state_folder(job: Job) -> Path | None:
     """The state of the artifact's latest attempt that has not been published; None where there is none."""
     if job.state is None:
         return None
-    if job.part is None:
-        found = list(job.state.glob("*/attempts.jsonl"))
-        return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
-    # Shards share a folder, and the name tells which is whose.
-    try:
-        content = json.loads(job.inputs["config"].read_text(encoding="utf-8"))
-        parents = {role: read_manifest(path) for role, path in job.inputs.items() if role != "config"}
-    except (OSError, ValueError, DataError):
-        return None
-    folder = job.state / fingerprint(content, parents, tuple(int(n) for n in job.part.split("/")))
-    return folder if (folder / "attempts.jsonl").exists() else None
+    found = list(job.state.glob("*/attempts.jsonl"))
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
 def read_attempts(folder: Path | None) -> list[dict]:

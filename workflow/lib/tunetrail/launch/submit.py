@@ -63,7 +63,7 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
         local = submitit.LocalExecutor(folder)
         minutes = int(resources.get("runtime") or 10**6)  # without a scheduler nobody limits the time
         # Without a number submitit hides the GPUs.
-        local.update_parameters(timeout_min=minutes, tasks_per_node=on_each_node, gpus_per_node=gpus(resources) or None)
+        local.update_parameters(timeout_min=minutes, tasks_per_node=on_each_node, gpus_per_node=gpus(resources))
         return local
     options = sbatch_options(resources, threads)
     options.pop("ntasks", None)
