@@ -25,7 +25,7 @@ NODES = doctor.read_sinfo(SINFO)
 
 def wish(rule: str = "sft", **resources) -> doctor.Wish:
     given = {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 1000, "tmpdir": "/tmp", "disk_mb": "<TBD>"} | resources
-    job = Job(rule, rule, Path("m"), None, None, None, None, {}, threads=2, resources=given, needed=True)
+    job = Job(rule, rule, Path("m"), None, None, None, threads=2, resources=given, needed=True)
     (found,) = doctor.wishes([job, job])
     return found
 
@@ -165,7 +165,7 @@ def look(asked: list[Job], jobs: bool = False) -> tuple[int, list[Check]]:
 
 def a_job(**resources) -> Job:
     given = {"slurm_partition": "cpu", "runtime": 60, "mem_mb": 1000} | resources
-    return Job("data", "data", Path("m"), None, None, None, None, {}, threads=2, resources=given, needed=False)
+    return Job("data", "data", Path("m"), None, None, None, threads=2, resources=given, needed=False)
 
 
 def test_a_sound_site(site, tmp_path):
