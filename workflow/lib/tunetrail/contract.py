@@ -46,7 +46,7 @@ from typing import Any
 
 from tunetrail.config import canonical_json
 from tunetrail.errors import ConfigError, DataError, Displaced, Interrupted, TunetrailError
-from tunetrail.lease import Lease, hold
+from tunetrail.lease import Lease, hold, lease_seconds
 from tunetrail.provenance.manifest import (
     BESIDE,
     MANIFEST,
@@ -194,7 +194,7 @@ class Stop:
         self.last_save = time.monotonic()
         self.reason: str | None = None
         self.leases: list[Lease] = []
-        self.asked = -math.inf
+        self.asked = self.looked = -math.inf
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
@@ -207,6 +207,9 @@ class Stop:
             self.asked = time.monotonic()
             if who := next(filter(None, (lease.wanted_by() for lease in self.leases)), None):
                 self.reason = f"{ANOTHER} ({who})"
+        # As often as the lease is renewed: it costs the file server a new file.
+        if self.leases and time.monotonic() - self.looked >= lease_seconds() / 6:
+            self.looked = time.monotonic()
             if any(lease.lost() for lease in self.leases):
                 self.reason = LOST
         self.reason = next((reason for reason in of_all_processes(self.reason) if reason), None)
