@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -46,13 +47,20 @@ class Project:
         return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one process runs where there are several: a file, all that uses the tiny run, all that uses the cluster."""
-    for item in items:
-        folder = item.path.parent.name
-        group = {"slurm": "slurm", "workflow": "tiny", "browser": "tiny"}.get(folder, item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
+class Together(LoadScopeScheduling):
+    """What one process runs where there are several: a file, all that uses the tiny run, all that uses the cluster.
+
+    Two clusters on one machine would share control groups. (xdist's own groups do not work with this pytest.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = file.split("/")[-2]
+        return {"slurm": "slurm", "workflow": "tiny", "browser": "tiny"}.get(folder, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Together:
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
