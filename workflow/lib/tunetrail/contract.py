@@ -541,11 +541,6 @@ def _tidy(stage: Stage) -> None:
         attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
 
 
-def fingerprint(content: dict, parents: dict[str, dict], part: tuple[int, ...]) -> str:
-    """The name of a stage's state folder: a digest of its config file, the manifests of its inputs (by role) and its part."""
-    return sha256_json({"config": content, "inputs": parents, "part": part})[:16]
-
-
 def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
     """What a stage's command names, its inputs verified."""
     content = _read_stage_config(args.config)
@@ -562,7 +557,7 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
         output=output,
         # Its own: one that was displaced must find nothing of the other's to spoil. No name has a tilde.
         work=output.with_name(f".{output.name}~{socket.gethostname()}-{os.getpid()}.work"),
-        state=args.state / fingerprint(content, parents, part),
+        state=args.state / sha256_json({"config": content, "inputs": parents, "part": part})[:16],
         stop=stop,  # type: ignore[arg-type]
         parents=parents,
         origins={role: parent_of(Path(path).parent) for role, path in inputs.items()},
