@@ -26,7 +26,7 @@ check: $(VENV)/.tested
 	$(RUN) snakemake --lint --configfile config/examples/tiny.yaml
 
 bench: $(VENV)/.tested $(VENV)-trl/.installed
-	$(RUN) snakemake --profile profiles/local --quiet --until base data
+	$(RUN) snakemake --profile profiles/local --quiet --until data
 	$(RUN) python -m tests.benchmarks
 
 # Generated files; the tests fail where they are stale.

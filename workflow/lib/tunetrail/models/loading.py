@@ -23,6 +23,7 @@ from transformers import (
 from tunetrail.config import Lora
 from tunetrail.contract import write_json
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.models.attention import plain_attention
 from tunetrail.models.head import look_at_head
 from tunetrail.models.scoring import FullPrecisionHead
 from tunetrail.models.tree import share_prefixes
@@ -79,7 +80,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     Raises DataError when that model is no longer the one the adapter was trained on.
     """
     if not is_adapter(folder):
-        return share_prefixes(look_at_head(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))))
+        model = plain_attention(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
+        return share_prefixes(look_at_head(model))
     from peft import PeftModel
 
     parent = json.loads((folder / "parent.json").read_text())
@@ -103,7 +105,7 @@ def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
 def with_full_precision_head(classifier: PreTrainedModel) -> PreTrainedModel:
     """The classifier without dropout, its score computed in float32 whatever the precision of the trunk."""
     classifier.score.__class__ = FullPrecisionHead  # same weights, same name in the saved file
-    return share_prefixes(without_dropout(classifier))
+    return share_prefixes(plain_attention(without_dropout(classifier)))
 
 
 def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_modules: list[str] | None = None) -> Any:

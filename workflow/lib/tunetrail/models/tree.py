@@ -18,6 +18,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from tunetrail.models.attention import PLAIN
+
 ROW_TOKENS = 256
 """Of a row of the tree: longer rows repeat less of what all begin with, and attend to more that no token may see."""
 WORTH_SHARING = 0.9
@@ -177,7 +179,7 @@ def _runs_as_tree(trunk: Any) -> bool:
     """Whether a tree gives what its sequences give apart: tried, after a look at what a short trial would not show."""
     config = trunk.config
     if (
-        config._attn_implementation != "sdpa"  # the others read other masks
+        config._attn_implementation not in ("sdpa", PLAIN)  # the others read other masks
         or not has_full_attention(config)
         or getattr(config, "output_router_logits", False)  # one row a token of the tree
     ):

@@ -51,7 +51,7 @@ def run(stage: Stage) -> dict:
     todo = [rows for rows in batches if not all(row["id"] in done for row in rows)]
     model = None
     if todo:
-        model = inference_weights(load_causal_lm(folder), use_bf16(stage.shared["precision"])).to(device())
+        model = inference_weights(load_causal_lm(folder).to(device()), use_bf16(stage.shared["precision"]))
     left = sum(map(len, todo))
     with ProgressBar("completions", len(mine), "prompts", done=len(mine) - left) as bar, done_file.open("a") as out:
         for rows in todo:

@@ -1,0 +1,77 @@
+"""Attention of short sequences on a CPU as plain matrix products.
+
+torch's fused attention makes no use there of a CPU's bf16 products, and its backward pass is slower still: with rows of
+a hundred or two hundred tokens the products themselves, whose scores fit in the cache, take a third of the time forwards
+and backwards (`make bench`). Longer rows, whose scores would not, and other devices keep the fused one.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PLAIN = "plain_on_cpu"
+LONGEST = 512
+"""Keys of a row; beyond it [heads, T, S] scores kept for the gradient cost more than they save."""
+
+
+def product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """softmax(scaling q k^T) v (Vaswani et al. 2017, eq. 1); the query heads that share a key head are its rows.
+
+    Args:
+        query: [B, H, T, d].
+        key: [B, G, S, d], G dividing H.
+        value: [B, G, S, e].
+        mask: [B or 1, 1, T, S], True where a token is seen; None: all are.
+
+    Returns:
+        [B, H, T, e]. What sees nothing gets a mean of the values.
+    """
+    b, heads, t, _ = query.shape
+    groups, s = key.shape[1:3]
+    q, k, v = query.reshape(b * groups, -1, query.shape[3]), key.flatten(0, 1), value.flatten(0, 1)
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+    if mask is not None:
+        seen, unseen = scores.new_tensor([0.0, torch.finfo(scores.dtype).min])
+        scores.view(b, heads, t, s).add_(torch.where(mask, seen, unseen))
+    return torch.bmm(scores.softmax(-1), v).view(b, heads, t, -1)
+
+
+def attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What transformers calls in each layer: [B, H, T, d] -> ([B, T, H, e], no weights)."""
+    t, s = query.shape[2], key.shape[2]
+    plain = (
+        query.device.type == "cpu"
+        and 1 < t <= s <= LONGEST
+        and not dropout
+        and (attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1))
+        and not any(
+            kwargs.get(name) is not None for name in ("is_causal", "position_bias", "cache", "softcap", "s_aux")
+        )
+    )
+    if not plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if attention_mask is None and getattr(module, "is_causal", True):
+        attention_mask = torch.ones(t, s, dtype=torch.bool).tril()[None, None]
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    return product_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PLAIN, attention)
+AttentionMaskInterface.register(PLAIN, sdpa_mask)
+
+
+def plain_attention(model: Any) -> Any:
+    """The model, attending by `attention` where it attended by torch's fused one and there is no GPU."""
+    if model.config._attn_implementation == "sdpa" and not torch.cuda.is_available():
+        model.set_attn_implementation(PLAIN)
+    return model
