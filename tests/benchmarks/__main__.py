@@ -3,12 +3,13 @@
 Both sides of a ratio do the same work as fresh processes that alternate, so that a noisy machine disturbs
 both alike. Prints a table and writes `bench.json`. Each speed is also a share of the limit that the arithmetic of
 the work sets at the machine's best matrix product, every sequence counted whole: what is shared and computed once can
-take it above 100%. For sampling the limit is reading all weights once a step.
+take it above 100%. Of sampling, what reading all weights once a step would take is also shown as a share of its time.
 
-Where a CPU has matrix units, products are so fast that the rest sets the pace, and the shares of the limit stay well
-below one half: a layer's steps between products, casting weights and gradients of float32 masters, AdamW over all of
-them, and products of few rows, which are bound by memory. So is sampling, where `generate` reads the same weights as often.
-Float32 masters, gradients and moments take twice the memory of TRL's with all in bf16.
+What keeps us from the limit. Sampling: products of few rows run at half of the best product's rate, and torch's
+attention of one token to its past takes a fifth of the time; at 64 rows and two cores the products alone take
+longer than reading the weights. PPO: two thirds of an update are products; the rest are the steps between them, casting
+weights and gradients of float32 masters, and AdamW over all of them. Float32 masters, gradients and moments take twice the
+memory of TRL's with all in bf16. Where a CPU has matrix units (AMX), products are faster and the rest weighs more.
 
 Our side runs in bf16 autocast where the CPU computes in bf16. Where it does not, what is in bf16 is not measured.
 """
@@ -32,14 +33,13 @@ from tunetrail.runtime import use_bf16
 TRL_PYTHON = Path(".venv-trl/bin/python")
 OURS = [sys.executable, "-m", "tests.benchmarks.peers"]
 TRL_PPO = [str(TRL_PYTHON), "-m", "tests.benchmarks.trl_ppo"]
-# case.against: (the precision of the other side, None for the one that we run in; repeats)
-PEERS = {
-    "sampling.vs_generate_64": (None, 3),
-    "sft.vs_trl": (None, 3),
-    "reward.vs_trl": (None, 3),
-    "dpo.vs_trl": (None, 3),
-    "ppo.vs_trl_fp32": ("fp32", 2),
-    "ppo.vs_trl_bf16": ("bf16", 2),
+# case -> ({name of the other side: its precision, None for the one that we run in}, rounds)
+PEERS: dict[str, tuple[dict[str, str | None], int]] = {
+    "sampling": ({"vs_generate_64": None}, 3),
+    "sft": ({"vs_trl": None}, 3),
+    "reward": ({"vs_trl": None}, 3),
+    "dpo": ({"vs_trl": None}, 3),
+    "ppo": ({"vs_trl_fp32": "fp32", "vs_trl_bf16": "bf16"}, 2),
 }
 
 
@@ -56,30 +56,43 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def compare(name: str, precision: str, peak: float, bandwidth: float) -> dict:
-    """Alternating runs of both sides; ratio above 1: we are faster."""
-    case, (other, repeats) = name.partition(".")[0], PEERS[name]
-    other = other or precision
+def rounds(case: str, precision: str) -> tuple[list[dict], dict[str, tuple[str, list[dict]]]]:
+    """Our runs, and of each other side its precision and its runs, in turns; without those that this CPU cannot do."""
+    others, n = PEERS[case]
     theirs = TRL_PPO if case == "ppo" else [*OURS, case, "stock"]
-    pairs = [(run([*OURS, case, "ours", precision]), run([*theirs, other])) for _ in range(repeats)]
-    speeds = [[side["amount"] / side["seconds"] for side in pair] for pair in pairs]
+    found = {name: (other or precision, []) for name, other in others.items() if other != "bf16" or precision == "bf16"}
+    ours = []
+    for _ in range(n):
+        ours.append(run([*OURS, case, "ours", precision]))
+        for other, runs in found.values():
+            runs.append(run([*theirs, other]))
+    return ours, found
+
+
+def compare(
+    case: str, ours: list[dict], precision: str, theirs: list[dict], other: str, peak: float, bandwidth: float
+) -> dict:
+    """Ratio above 1: we are faster, round by round."""
+    speeds = [[side["amount"] / side["seconds"] for side in pair] for pair in zip(ours, theirs, strict=True)]
     # The same data for both, however each counts it; sampling ends where it ends, so there the tokens count.
     same_work = case != "sampling"
-    ratios = [b["seconds"] / a["seconds"] if same_work else s / t for (a, b), (s, t) in zip(pairs, speeds, strict=True)]
+    ratios = [
+        b["seconds"] / a["seconds"] if same_work else s / t for a, b, (s, t) in zip(ours, theirs, speeds, strict=True)
+    ]
     found = {
         "ratio": spread(ratios),
         "unit": "episodes/s" if case == "ppo" else "tokens/s",
-        "ours": {"speed": spread([s for s, _ in speeds]), "peak_bytes": max(a["peak_bytes"] for a, _ in pairs), "precision": precision},
-        "theirs": {"speed": spread([t for _, t in speeds]), "peak_bytes": max(b["peak_bytes"] for _, b in pairs), "precision": other},
+        "ours": {"speed": spread([s for s, _ in speeds]), "peak_bytes": max(a["peak_bytes"] for a in ours), "precision": precision},
+        "theirs": {"speed": spread([t for _, t in speeds]), "peak_bytes": max(b["peak_bytes"] for b in theirs), "precision": other},
+        "share_of_limit": spread([a["flops"] / a["seconds"] / peak for a in ours]),
     }  # fmt: skip
     if case == "sampling":
         # Every decoding step reads all weights once, whatever the batch.
-        bound = [a["longest"] * a["weight_bytes"] / bandwidth for a, _ in pairs]
-        found["share_of_bandwidth_limit"] = spread([b / a["seconds"] for b, (a, _) in zip(bound, pairs, strict=True)])
-    else:
-        found["share_of_limit"] = spread([a["flops"] / a["seconds"] / peak for a, _ in pairs])
+        found["share_of_bandwidth_limit"] = spread(
+            [a["longest"] * a["weight_bytes"] / bandwidth / a["seconds"] for a in ours]
+        )
     if case == "ppo":
-        found["update_share_of_limit"] = spread([a["update_flops"] / a["update_seconds"] / peak for a, _ in pairs])
+        found["update_share_of_limit"] = spread([a["update_flops"] / a["update_seconds"] / peak for a in ours])
     return found
 
 
@@ -103,23 +116,28 @@ def main() -> None:
         results[name] = gemm_peak(dtype) / 1e9
         print(f"{name:28} {results[name]:.0f} GFLOP/s")
     peak, bandwidth = results[f"gemm.{precision}"] * 1e9, memory_bandwidth()
-    for name in PEERS:
-        if only and name.partition(".")[0] not in only:
+    for case in PEERS:
+        if only and case not in only:
             continue
-        if name.endswith("bf16") and precision != "bf16":
-            results[name] = {"ratio": None, "reason": "this CPU does not compute in bf16"}
-            print(f"{name:28} not measured: {results[name]['reason']}")
-            continue
-        found = results[name] = compare(name, precision, peak, bandwidth)
-        share = found.get("share_of_limit") or found["share_of_bandwidth_limit"]
-        print(
-            f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "
-            f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(share, True)} of the limit; peak "
-            f"{found['ours']['peak_bytes'] / 2**30:.1f} against {found['theirs']['peak_bytes'] / 2**30:.1f} GiB",
-            flush=True,
-        )
-        if "update_share_of_limit" in found:
-            print(f"{'':28} update alone: {said(found['update_share_of_limit'], True)} of the limit")
+        ours, others = rounds(case, precision)
+        for other in PEERS[case][0].keys() - others.keys():
+            results[f"{case}.{other}"] = {"ratio": None, "reason": "this CPU does not compute in bf16"}
+            print(f"{case}.{other}: not measured, this CPU does not compute in bf16")
+        for other, (their_precision, theirs) in others.items():
+            name = f"{case}.{other}"
+            found = results[name] = compare(case, ours, precision, theirs, their_precision, peak, bandwidth)
+            print(
+                f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "
+                f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(found['share_of_limit'], True)} of the limit; peak "
+                f"{found['ours']['peak_bytes'] / 2**30:.1f} against {found['theirs']['peak_bytes'] / 2**30:.1f} GiB",
+                flush=True,
+            )
+            for key, what in (
+                ("update_share_of_limit", "update alone"),
+                ("share_of_bandwidth_limit", "reading the weights alone"),
+            ):
+                if key in found:
+                    print(f"{'':28} {what}: {said(found[key], True)} of the limit", flush=True)
     if not only or "audit" in only:
         found = results["audit.vs_sha256sum"] = verifying(Path("results/demo"))
         print(f"{'audit.vs_sha256sum':28} {said(found['ratio'])} times as fast; {found['bytes_a_second'] / 1e9:.2f} GB/s over {found['bytes'] / 1e9:.2f} GB; the command {found['command_seconds']:.1f} s")  # fmt: skip

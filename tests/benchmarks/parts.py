@@ -124,10 +124,49 @@ def scoring(shared_start: bool) -> float:
     return time.perf_counter() - start
 
 
+def attending(by_products: bool) -> float:
+    """Seconds a training step in bf16 of 8 layers on 16 rows of 90 tokens, attending by products or torch's fused way."""
+    import torch
+
+    from tunetrail.models.attention import plain_attention
+
+    model = llama(layers=8)
+    if by_products:
+        plain_attention(model)
+    ids = torch.randint(0, 8192, (16, 90))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        model.zero_grad()
+
+    return seconds_a_step(step, 8)
+
+
+def decoding(packed: bool) -> float:
+    """Seconds a decoding step of 30 layers in bf16 for 16 rows, weights packed or plain."""
+    import torch
+
+    from tunetrail.models.sampling import inference_weights
+
+    model = llama(layers=30, vocab_size=49152).eval()
+    model = inference_weights(model, True) if packed else model.to(torch.bfloat16)
+    ids = torch.ones(16, 1, dtype=torch.long)
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+
+    return seconds_a_step(step, 20)
+
+
 PARTS = {
     "training step, freed memory kept / given back": training_steps,
     "fine-tuning step, logits where labels are / TRL's fused head": fine_tuning,
     "reward-model step, what sequences share computed once / repeated": reward_steps,
+    "training step in bf16, attention as products / torch's fused": attending,
+    "decoding step of 16 rows in bf16, weights packed / plain": decoding,
     "scoring, what all prompts begin with once / repeated": scoring,
 }
 

@@ -95,6 +95,7 @@ def sampling(by_us: bool, bf16: bool) -> None:
     tokenizer.padding_side = "left"
     texts = [row["prompt"] for row in workload.rows("sft", workload.SAMPLED_AT_ONCE)]
     model = load_causal_lm(workload.MODEL).eval()
+    arithmetic = Arithmetic(model)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     weights = sum(p.numel() for p in model.parameters()) * (2 if bf16 else 4)
     if by_us:
@@ -117,7 +118,8 @@ def sampling(by_us: bool, bf16: bool) -> None:
             )  # fmt: skip
         responses = output[:, inputs["input_ids"].shape[1] :]
         lengths = [int((row == eos).nonzero()[0]) + 1 if (row == eos).any() else len(row) for row in responses]
-    report(took(), sum(lengths), weight_bytes=weights, longest=max(lengths))
+    flops = arithmetic.forward(sum(len(encode(tokenizer, text)) for text in texts) + sum(lengths), sum(lengths))
+    report(took(), sum(lengths), flops=flops, weight_bytes=weights, longest=max(lengths))
 
 
 def sft(by_us: bool, bf16: bool) -> None:
