@@ -1,12 +1,15 @@
 """A cluster, and the tiny pipeline on it, each once for all tests."""
 
 import dataclasses
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,8 @@ def nothing_left(cluster) -> Iterator[None]:
     """After each test no head and no job is left, and all nodes are there."""
     yield
     for head in HEADS:
-        head.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
         head.wait()
     HEADS.clear()
     for job in cluster.jobs("PENDING,RUNNING,SUSPENDED"):
@@ -59,16 +63,25 @@ class OnSlurm:
     # ------------------------------------------------------------------------- the head
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen:
-        """snakemake --profile slurm, in the background; what it prints goes to head.log."""
+        """snakemake --profile slurm, in the background, at the head of a process group; it prints to head.log."""
         command = [sys.executable, "-m", "tests.slurm.head", "--profile", "slurm", "--configfile", CONFIG, *options]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
-        variables = self.cluster.environment | self.environment | environment | {
-            "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib",
-        }  # fmt: skip
         with (self.folder / "head.log").open("ab") as log:
-            head = subprocess.Popen(command, cwd=self.folder, env=variables, stdout=log, stderr=log)
+            head = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.variables(environment),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         HEADS.append(head)
         return head
+
+    def variables(self, more: dict[str, str]) -> dict[str, str]:
+        """The environment of a head."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
+        ours = {"PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib"}
+        return self.cluster.environment | self.environment | more | ours
 
     def wait(self, head: subprocess.Popen, seconds: float = 240) -> int:
         """The head's exit code; requeued jobs need not wait the two minutes that Slurm has them wait."""
@@ -85,6 +98,12 @@ class OnSlurm:
 
     def said(self) -> str:
         return (self.folder / "head.log").read_text()
+
+    def status(self) -> dict[str, dict]:
+        """What `tunetrail status` tells of each stage."""
+        command = [sys.executable, "-m", "tunetrail", "status", "--profile", "slurm", "--configfile", CONFIG, "--json"]
+        reply = subprocess.run(command, cwd=self.folder, env=self.variables({}), capture_output=True, text=True, check=True)  # fmt: skip
+        return {standing["name"]: standing for standing in json.loads(reply.stdout)}
 
     # ------------------------------------------------------------------------- what is there
 
@@ -124,6 +143,11 @@ class OnSlurm:
             if j["folder"] == str(self.folder) and stage in j["comment"] + j["name"]
         ]
 
+    def preempt(self) -> None:
+        """Another job wants all GPUs of two nodes for three seconds, in a partition that goes before the others."""
+        urgent = self.cluster.command("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3").strip()  # fmt: skip
+        until(lambda: any(j["id"] == urgent and j["state"] == "COMPLETED" for j in self.cluster.jobs()), "it is done")
+
     def trainers(self, node: str, stage: str = "sft") -> list[int]:
         """Processes of a stage on a node: the command itself, and not those that wait for it."""
         return self.cluster.pids(node, rf"\S*python -m tunetrail\.stages\.{stage} ")
@@ -154,16 +178,21 @@ class OnSlurm:
 
 def on_slurm(cluster: Cluster, folder: Path) -> OnSlurm:
     Project(folder)
-    # Saves after every step, so that what is lost can be counted, and so that the training lasts.
-    found = OnSlurm(cluster, folder, {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"})
     shutil.copy(ROOT / "config/examples/tiny.yaml", folder / CONFIG)
-    return found
+    return OnSlurm(cluster, folder)
 
 
 @pytest.fixture(scope="session")
-def prepared(cluster, tmp_path_factory) -> OnSlurm:
+def prepared(whole, tmp_path_factory) -> OnSlurm:
     """Base model and data, and the SFT of a run that nothing disturbed, which is kept in `undisturbed`."""
-    project = on_slurm(cluster, tmp_path_factory.mktemp("prepared"))
+    folder = tmp_path_factory.mktemp("prepared") / "p"
+    shutil.copytree(whole.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("head.log", "sft.log"))
+    for name in ("results", "state"):
+        for path in (folder / name / RUN).iterdir():
+            if path.name not in ("base", "data", "config", ".digests"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # Saves after every step, so that what is lost can be counted, and so that the training lasts.
+    project = OnSlurm(whole.cluster, folder, {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"})
     project.configure(sft__epochs=12)
     project.run("--until", "sft")
     for name in ("results", "state"):
@@ -192,6 +221,5 @@ def expected(prepared) -> bytes:
 def whole(cluster, tmp_path_factory) -> OnSlurm:
     """The tiny pipeline, all of it, by the very command."""
     project = on_slurm(cluster, tmp_path_factory.mktemp("whole"))
-    project.environment = {}
     project.run()
     return project

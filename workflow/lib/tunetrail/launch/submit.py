@@ -51,6 +51,7 @@ class StageCommand:
     def __call__(self) -> int:
         os.chdir(self.folder)
         environment = submitit.JobEnvironment()
+        environment.paths.result_pickle.unlink(missing_ok=True)  # of this job before it was requeued
         if environment.num_tasks > 1:
             # A node may have failed when all was published, and nothing would be left to go on from.
             if "SLURM_RESTART_COUNT" in os.environ and is_finished(self.command[3:], environment.global_rank == 0):
