@@ -66,8 +66,15 @@ ReturnToService=2
 """
 
 
-def missing_programs() -> list[str]:
-    return [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+def hindrance() -> str | None:
+    """Why no cluster can be started here; None where one can."""
+    lacking = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    if lacking:
+        return f"not found: {', '.join(lacking)}; apt-get install slurmctld slurmd slurm-client munge"
+    if os.geteuid():
+        return "only root can start a cluster in namespaces"
+    trial = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False)  # fmt: skip
+    return f"this container may not make namespaces: {trial.stderr.strip()}" if trial.returncode else None
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ import yaml
 from tunetrail.provenance.record import Record, read_record
 
 from ..conftest import ROOT, Project
-from .cluster import Cluster, missing_programs, until
+from .cluster import Cluster, hindrance, until
 
 CONFIG = "slurm.yaml"
 RUN = "tiny"
@@ -28,9 +28,7 @@ HEADS: list[subprocess.Popen] = []
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    lacking = missing_programs()
-    reason = f"not found: {', '.join(lacking)}; apt-get install slurmctld slurmd slurm-client munge" if lacking else ""
-    reason = reason or ("only root can start a cluster in namespaces" if os.geteuid() else "")
+    reason = hindrance()
     if reason and not os.environ.get("CI"):
         pytest.skip(reason)
     assert not reason
