@@ -83,7 +83,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 120) -> object:
+def until(condition: Callable[[], object], what: str, seconds: float = 240) -> object:
     """What `condition` gives once it is true. Raises AssertionError."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -121,7 +121,7 @@ class Cluster:
         return self
 
     def wait_for_nodes(self) -> None:
-        until(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "all nodes are idle", 90)
+        until(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "all nodes are idle")
 
     def __exit__(self, *_) -> None:
         for name in list(self.processes):

@@ -40,17 +40,22 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     assert not (reason := hindrance()), reason
     with Cluster(tmp_path_factory.mktemp("slurm") / "c") as up:
         yield up
+        end_heads()  # of a fixture that failed
+
+
+def end_heads() -> None:
+    for head in HEADS:
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+    HEADS.clear()
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(cluster) -> Iterator[None]:
     """After each test no head and no job is left, and all nodes are there."""
     yield
-    for head in HEADS:
-        with suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
-    HEADS.clear()
+    end_heads()
     for job in cluster.jobs("PENDING,RUNNING,SUSPENDED"):
         cluster.command("scancel", job["id"], check=False)
     cluster.mend()
@@ -87,7 +92,7 @@ class OnSlurm:
         ours = {"PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib"}
         return self.cluster.environment | self.environment | more | ours
 
-    def wait(self, head: subprocess.Popen, seconds: float = 240) -> int:
+    def wait(self, head: subprocess.Popen, seconds: float = 600) -> int:
         """The head's exit code; requeued jobs need not wait the two minutes that Slurm has them wait."""
         end = time.monotonic() + seconds
         while head.poll() is None:
@@ -131,9 +136,7 @@ class OnSlurm:
 
     def wait_for_saves(self, n: int = 5, stage: str = "sft") -> int:
         """Waits until the stage has saved after its n-th step or later; returns the step."""
-        until(
-            lambda: any(int(p.name[11:]) >= n for p in self.saved(stage)), f"{stage} saves\n{self.said()[-2000:]}", 90
-        )
+        until(lambda: any(int(p.name[11:]) >= n for p in self.saved(stage)), f"{stage} saves\n{self.said()[-2000:]}")
         return int(self.saved(stage)[-1].name[11:])
 
     def job(self, stage: str = "sft", states: str = "RUNNING") -> dict[str, str]:
@@ -223,7 +226,9 @@ def expected(prepared) -> bytes:
 
 @pytest.fixture(scope="session")
 def whole(cluster, tmp_path_factory) -> OnSlurm:
-    """The tiny pipeline, all of it, by the very command."""
+    """The tiny pipeline, every rule of it, by the very command."""
     project = on_slurm(cluster, tmp_path_factory.mktemp("whole"))
+    policies = yaml.safe_load((project.folder / CONFIG).read_text())["policies"]
+    project.configure(policies={name: policies[name] for name in ("dpo", "ppo", "best-of-2")})
     project.run()
     return project

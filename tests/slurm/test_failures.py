@@ -109,7 +109,7 @@ def test_a_node_cut_off_whose_trainer_works_on_makes_way(project, expected):
     os.kill(old, signal.SIGSTOP)  # or it would be done before Slurm notices
     project.cluster.cut_off(job["nodes"])
     project.cluster.declare_down(job["nodes"])
-    until(lambda: runs_elsewhere(project, job), "it runs elsewhere", 120)
+    until(lambda: runs_elsewhere(project, job), "it runs elsewhere")
     until(lambda: "was asked to save and leave" in project.said() + logs(project), "the new one asks")
     before = project.saved()[-1].name
     os.kill(old, signal.SIGCONT)
@@ -136,7 +136,7 @@ def test_a_node_cut_off_whose_trainer_is_silent_loses_its_lease(project, expecte
     os.kill(old, signal.SIGSTOP)
     project.cluster.cut_off(job["nodes"])
     project.cluster.declare_down(job["nodes"])
-    until(lambda: runs_elsewhere(project, job), "it runs elsewhere", 120)
+    until(lambda: runs_elsewhere(project, job), "it runs elsewhere")
     last = int(project.saved()[-1].name.rpartition("-")[2])
     until(lambda: project.saved() and int(project.saved()[-1].name.rpartition("-")[2]) > last + 5, "the new one trains")
     os.kill(old, signal.SIGCONT)  # in the middle of the other's training
@@ -195,7 +195,7 @@ def test_what_a_job_finished_after_its_head_was_killed_is_not_made_again(project
     head = project.start("--until", "sft")
     project.wait_for_saves()
     kill(head)
-    until(lambda: not project.jobs("sft", "RUNNING,COMPLETING"), "the job ends", 120)
+    until(lambda: not project.jobs("sft", "RUNNING,COMPLETING"), "the job ends")
     assert project.manifest("sft") == expected
     ends_well(project, project.start("--until", "sft"), expected, attempts=1)
 

@@ -146,7 +146,7 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     )
     os.kill(first, signal.SIGSTOP)
     os.kill(second, signal.SIGKILL)
-    until(lambda: project.job("sft", "all")["state"] == "FAILED", "the other is ended", 60)
+    until(lambda: project.job("sft", "all")["state"] == "FAILED", "the other is ended")
     assert project.wait(head) == 0, project.said()[-5000:]
     again = max(project.jobs(), key=lambda j: int(j["id"]))
     assert [(j["id"], j["state"]) for j in sorted(project.jobs(), key=lambda j: int(j["id"]))] == [(job["id"], "FAILED"), (again["id"], "COMPLETED")]  # fmt: skip
@@ -290,7 +290,8 @@ def test_evaluations_go_out_as_one_array_and_one_that_fails_stops_no_other(whole
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     run.resources("evaluation", launcher="submitit", array=1)
-    assert run.wait(run.start("--until", "evaluation", "--retries", "0")) != 0
+    lost = [f"results/tiny/evaluation/{subject}/manifest.json" for subject in subjects]
+    assert run.wait(run.start("--retries", "0", "--", *lost)) != 0
     assert f"{weights.relative_to(run.folder)}: differs from its manifest" in run.said()
     assert "evaluation/dpo failed" in run.said()
     array = elements(run, "evaluation")
@@ -299,7 +300,7 @@ def test_evaluations_go_out_as_one_array_and_one_that_fails_stops_no_other(whole
     for subject in ("base", "best-of-2"):
         assert run.manifest(f"evaluation/{subject}") == whole.manifest(f"evaluation/{subject}")
     weights.write_bytes(content)
-    run.run("--until", "evaluation")
+    run.run("--", *lost)
     assert len(run.jobs("evaluation")) == 4  # only what had failed
     assert run.manifest("evaluation/dpo") == whole.manifest("evaluation/dpo")
 
