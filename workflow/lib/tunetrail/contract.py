@@ -27,6 +27,7 @@ Exit codes: 0 done; 75 interrupted with progress saved; 76 another attempt has t
 
 import argparse
 import errno
+import gc
 import json
 import logging
 import math
@@ -613,9 +614,12 @@ def _end_process_group() -> None:
     """Ends the process group that the stage began, if any: one left to the interpreter's exit may abort it.
 
     "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when
-    a stage failed, since the other processes may be waiting in a collective, where this would wait with them.
+    a stage failed, since the other processes may be waiting in a collective, where this would wait with them. Nothing
+    may hold the model any more, an exception neither: where its reducer is the last to hold the group it ends it with
+    Python's lock, and waits for ever for a thread of the group that wants this lock to let a tensor go.
     """
     if group := _process_group():
+        gc.collect()
         group.destroy_process_group()
 
 
@@ -628,7 +632,7 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
     args = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    name = args.config.stem
+    name, code = args.config.stem, 0
     try:
         if processes() > 1 and not distributed:
             raise ConfigError(f"this stage runs in one process, and {processes()} were started (WORLD_SIZE); start one")
@@ -636,9 +640,9 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
     except TunetrailError as e:
         for line in str(e).split("\n"):
             print(f"{name}: {'interrupted' if isinstance(e, Interrupted) else 'error'}: {line}", file=sys.stderr)
-        if isinstance(e, Interrupted):  # all processes leave at the same step
-            _end_process_group()
-        return e.exit_code
+        if not isinstance(e, Interrupted):
+            return e.exit_code
+        code = e.exit_code  # all processes leave at the same step
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
@@ -650,4 +654,4 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         print(f"{name}: error: {args.output.parent}: No space left on device", file=sys.stderr)
         return 74
     _end_process_group()
-    return 0
+    return code
