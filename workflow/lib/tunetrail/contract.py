@@ -199,7 +199,7 @@ class Stop:
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self.reason = signal.Signals(signum).name
+        self.reason = self.reason or signal.Signals(signum).name
 
     def requested(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
@@ -213,10 +213,12 @@ class Stop:
             self.looked = time.monotonic()
             if any(lease.lost() for lease in self.leases):
                 self.reason = LOST
-        self.reason = next((reason for reason in of_all_processes(self.reason) if reason), None)
-        if self.reason == LOST:
+        agreed = next((reason for reason in of_all_processes(self.reason) if reason), None)
+        if agreed:  # else a signal may have come meanwhile, and all answer to it the next time
+            self.reason = agreed
+        if agreed == LOST:
             raise Displaced("another attempt has taken over while this one was silent; it goes on, this one ends")
-        return self.reason is not None
+        return agreed is not None
 
     def interruption(self, progress: str) -> Interrupted:
         """What to raise once `requested`, where all progress is on disk."""
