@@ -21,7 +21,8 @@ AGAIN = Interrupted.exit_code
 LEFT = (0, AGAIN, Displaced.exit_code)
 """Exit codes of a stage whose processes leave together, none of which has failed."""
 LAST_WORDS_SECONDS = 10
-"""What the first process of a stage has to end by itself where another has failed: mostly of the same error."""
+"""What the first process of a stage has to end by itself where another has failed, mostly of the same error; and what
+the others have where it leaves with them: one that srun ended would make its exit code another."""
 VERDICT_SECONDS = 300
 """How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
 _NO_PROGRESS = ("log.txt", "attempts.jsonl", "lock", "events.out")
@@ -123,11 +124,10 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
 def for_srun(code: int, rank: int) -> int:
     """The exit code by which one of a stage's processes tells srun whether to end the others, given its own.
 
-    The first one ends last, and what it says holds for all. Another one is to end them only where it has failed.
+    What the first one says holds for all. Another one is to end them only where it has failed.
     """
-    if rank == 0:
-        return code
-    if code in LEFT:
+    if rank and code in LEFT:
         return 0
-    time.sleep(LAST_WORDS_SECONDS)
+    if rank or code in LEFT[1:]:
+        time.sleep(LAST_WORDS_SECONDS)
     return code
