@@ -121,6 +121,32 @@ def gives_what_one_process_gives(one: Path, two: Path, before: Path) -> None:
     assert apart.norm() < 0.1 * moved.norm()
 
 
+def over_two_gpus(project: OnSlurm) -> None:
+    """SFT as a step of two processes on a node, whose GPUs have a type."""
+    project.edit_profile("training: gpu", "training: gpu-large")
+    project.edit_profile('type: ""', 'type: ":a100"')
+    gres = '  sft:\n    slurm_partition: ?training\n    gres: ?f"gpu{type}:'
+    project.edit_profile(f"{gres}1", f"{gres}2")
+
+
+def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(project, prepared):
+    over_two_gpus(project)
+    assert project.wait(project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.08")) == 0, project.said()[-5000:]
+    *before, last = project.record("sft").attempts
+    assert len(before) >= 1
+    assert all(attempt["ended"].startswith("stopped by time limit at step ") for attempt in before)
+    assert (last["ended"], last["world_size"]) == ("done", 2)
+    [job] = project.jobs()
+    assert (job["state"], int(job["restarts"])) == ("COMPLETED", len(before))
+    sft_gives_what_one_process_gives(project, prepared)
+
+
+def sft_gives_what_one_process_gives(project: OnSlurm, prepared: OnSlurm) -> None:
+    name = "sft/model/model.safetensors"
+    undisturbed = prepared.folder / "undisturbed/results/tiny" / name
+    gives_what_one_process_gives(undisturbed, project.artifact(name), project.artifact("base/model/model.safetensors"))
+
+
 @pytest.mark.parametrize("launcher", ["inline", "submitit"])
 def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project, prepared, launcher):
     """Inline: two on one node, with two GPUs of a type. Submitit: one on each of two nodes.
@@ -130,10 +156,7 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     """
     if launcher == "inline":
         nodes = {"big1"}
-        project.edit_profile("training: gpu", "training: gpu-large")
-        project.edit_profile('type: ""', 'type: ":a100"')
-        gres = '  sft:\n    slurm_partition: ?training\n    gres: ?f"gpu{type}:'
-        project.edit_profile(f"{gres}1", f"{gres}2")
+        over_two_gpus(project)
     else:
         nodes = {"gpu1", "gpu2"}
         submitted(project, nodes=2)
@@ -159,9 +182,7 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     assert again["nodes"] == ("big1" if launcher == "inline" else "gpu[1-2]")
     assert attempt["variables"]["CUDA_VISIBLE_DEVICES"] == ("0,1" if launcher == "inline" else "0")
     assert again["gres"] == ("gres:gpu:a100:2" if launcher == "inline" else "gres:gpu:1")
-    name = "sft/model/model.safetensors"
-    undisturbed = prepared.folder / "undisturbed/results/tiny" / name
-    gives_what_one_process_gives(undisturbed, project.artifact(name), project.artifact("base/model/model.safetensors"))
+    sft_gives_what_one_process_gives(project, prepared)
 
 
 def test_a_submitted_job_is_found_again_by_the_next_head(project, expected):
