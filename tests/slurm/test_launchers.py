@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,17 @@ def over_two_gpus(project: OnSlurm) -> None:
 
 
 def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(project, prepared):
+    """Both are stopped until the time is over, which is long enough for an attempt that is not."""
     over_two_gpus(project)
-    assert project.wait(project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.08")) == 0, project.said()[-5000:]
+    head = project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.5")
+    project.wait_for_saves()
+    both = project.trainers("big1")
+    for trainer in both:
+        os.kill(trainer, signal.SIGSTOP)
+    time.sleep(0.9 * 30)
+    for trainer in both:
+        os.kill(trainer, signal.SIGCONT)
+    assert project.wait(head) == 0, project.said()[-5000:]
     *before, last = project.record("sft").attempts
     assert len(before) >= 1
     assert all(attempt["ended"].startswith("stopped by time limit at step ") for attempt in before)
