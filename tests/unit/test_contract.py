@@ -369,6 +369,21 @@ def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_aft
         stop.leave_if_requested("after step 3")
 
 
+def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(monkeypatch):
+    """By all of them alike: the others have not heard of it."""
+
+    def agree(value):
+        signal.raise_signal(signal.SIGTERM)
+        return [value, None]
+
+    stop = Stop()
+    with monkeypatch.context() as patched:
+        patched.setattr(contract, "of_all_processes", agree)
+        assert not stop.requested()
+    assert stop.requested()
+    assert "stopped by SIGTERM at step 1" in str(stop.interruption("at step 1"))
+
+
 def test_saves_are_spaced(clock, monkeypatch):
     monkeypatch.delenv("TUNETRAIL_CHECKPOINT_MINUTES", raising=False)
     assert Stop().interval == 600

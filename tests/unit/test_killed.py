@@ -67,11 +67,18 @@ def work_of(folder: Path, kind: str) -> Work:
     return Work(folder, kind, stage, inputs)
 
 
-def undisturbed(work: Work, name: str, processes: int = 1) -> bytes:
-    """The manifest of a run that was left alone."""
+def finish(work: Work, name: str, processes: int = 1) -> bytes:
+    """Runs it to its end, left alone; returns its manifest."""
     assert run(work, name, processes=processes) == [0] * processes, work.error(name)
     assert work.report(name)["code"] == 0, work.error(name)
     return work.manifest(name).read_bytes()
+
+
+def undisturbed(work: Work, processes: int = 1) -> bytes:
+    """The manifest of a run that was left alone from its beginning, `KIND-straight` or `KIND-two`; made once."""
+    name = f"{work.kind}-{'two' if processes > 1 else 'straight'}"
+    manifest = work.manifest(name)
+    return manifest.read_bytes() if manifest.exists() else finish(work, name, processes)
 
 
 # ----------------------------------------------------------------------------- one process
@@ -93,7 +100,7 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
     """Fourteen attempts in a row are killed at work, and six after it, in what is left to do then: to publish."""
     work, rng = work_of(folder, kind), random.Random(1)
     straight, name = f"{kind}-straight", f"{kind}-killed"
-    expected = undisturbed(work, straight)
+    expected = undisturbed(work)
     report = work.report(straight)
     phases = {phase for phase, _ in report["phases"]}
     step = "step" if "step" in phases else "sample"
@@ -122,7 +129,7 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
         uncertain += seen[-1] in ("mark", "row")  # it had been saved, or nearly
         assert done <= steps, moment
         assert done + uncertain >= steps or n < AT_WORK, moment
-    assert undisturbed(work, name) == expected
+    assert finish(work, name) == expected
     assert step not in {phase for phase, _ in work.report(name)["phases"]}
     verdict = Verifier().run([work.folder / name])
     assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}
@@ -133,12 +140,6 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
 IN_TWO = ("sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "ppo", "ppo-sharded")
 TOLERANCE = 1e-4
 """Of every logged number, metric and weight, which are of the order of 1: sums are added up in another order."""
-
-
-def in_two(work: Work) -> bytes:
-    """The manifest of a run in two processes that was left alone, `KIND-two`; made once."""
-    manifest = work.manifest(f"{work.kind}-two")
-    return manifest.read_bytes() if manifest.exists() else undisturbed(work, manifest.parent.name, processes=2)
 
 
 def close(a: Any, b: Any) -> bool:
@@ -153,9 +154,9 @@ def close(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("kind", [kind for kind in IN_TWO if "ppo" not in kind])  # for ppo see test_distributed.py
 def test_two_processes_equal_one(folder, kind):
     work = work_of(folder, kind)
-    in_two(work)
-    undisturbed(work, f"{kind}-one")
-    one, two = folder / f"{kind}-one", folder / f"{kind}-two"
+    undisturbed(work)
+    undisturbed(work, processes=2)
+    one, two = folder / f"{kind}-straight", folder / f"{kind}-two"
     rows = [read_jsonl(artifact / "history.jsonl") for artifact in (one, two)]
     assert close(*rows), rows
     metrics = [json.loads((artifact / "metrics.json").read_text()) for artifact in (one, two)]
@@ -168,23 +169,16 @@ def test_two_processes_equal_one(folder, kind):
 
 
 @pytest.mark.parametrize("kind", IN_TWO)
-def test_two_processes_of_which_one_is_killed_end_with_the_same_bytes(folder, kind):
+def test_two_processes_of_which_one_is_told_or_killed_end_with_the_same_bytes(folder, kind):
+    """SIGTERM to one of two: both save and leave with 75. Then one after the other is killed."""
     work = work_of(folder, kind)
-    expected, rng, name = in_two(work), random.Random(2), f"{kind}-two-killed"
+    expected, rng, name = undisturbed(work, processes=2), random.Random(2), f"{kind}-two-killed"
+    moment = moment_in(work.report(f"{kind}-two", 1), "step", 1, rng)
+    assert run(work, name, moment, signal.SIGTERM, processes=2, rank=1) == [0, 0]
+    assert [work.report(name, rank)["code"] for rank in (0, 1)] == [75, 75]
+    assert "stopped by SIGTERM at step 2 of" in work.error(name)
     for rank, phase in ((1, "step"), (0, "mark"), (1, "save"), (0, "publish")):
         moment = moment_in(work.report(f"{kind}-two", rank), phase, 0, rng)
         assert run(work, name, moment, processes=2, rank=rank)[rank] == -signal.SIGKILL
         assert not work.manifest(name).exists()
-    assert undisturbed(work, name, processes=2) == expected
-
-
-@pytest.mark.parametrize("kind", IN_TWO)
-def test_what_one_process_is_told_both_do(folder, kind):
-    """SIGTERM to one of two: both save and leave with 75, and the next attempt ends with the same bytes."""
-    work = work_of(folder, kind)
-    expected, name = in_two(work), f"{kind}-two-told"
-    moment = moment_in(work.report(f"{kind}-two", 1), "step", 1, random.Random(3))
-    assert run(work, name, moment, signal.SIGTERM, processes=2, rank=1) == [0, 0]
-    assert [work.report(name, rank)["code"] for rank in (0, 1)] == [75, 75]
-    assert "stopped by SIGTERM at step 2 of" in work.error(name)
-    assert undisturbed(work, name, processes=2) == expected
+    assert finish(work, name, processes=2) == expected

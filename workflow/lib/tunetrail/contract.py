@@ -27,6 +27,7 @@ Exit codes: 0 done; 75 interrupted with progress saved; 76 another attempt has t
 
 import argparse
 import errno
+import gc
 import json
 import logging
 import math
@@ -75,7 +76,7 @@ from tunetrail.provenance.record import (
 )
 
 # What a user can mend: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 ANOTHER = "another attempt of this stage"
 LOST = "lost"
@@ -198,7 +199,7 @@ class Stop:
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self.reason = signal.Signals(signum).name
+        self.reason = self.reason or signal.Signals(signum).name
 
     def requested(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
@@ -212,10 +213,12 @@ class Stop:
             self.looked = time.monotonic()
             if any(lease.lost() for lease in self.leases):
                 self.reason = LOST
-        self.reason = next((reason for reason in of_all_processes(self.reason) if reason), None)
-        if self.reason == LOST:
+        agreed = next((reason for reason in of_all_processes(self.reason) if reason), None)
+        if agreed:  # else a signal may have come meanwhile, and all answer to it the next time
+            self.reason = agreed
+        if agreed == LOST:
             raise Displaced("another attempt has taken over while this one was silent; it goes on, this one ends")
-        return self.reason is not None
+        return agreed is not None
 
     def interruption(self, progress: str) -> Interrupted:
         """What to raise once `requested`, where all progress is on disk."""
@@ -613,9 +616,12 @@ def _end_process_group() -> None:
     """Ends the process group that the stage began, if any: one left to the interpreter's exit may abort it.
 
     "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when
-    a stage failed, since the other processes may be waiting in a collective, where this would wait with them.
+    a stage failed, since the other processes may be waiting in a collective, where this would wait with them. Nothing
+    may hold the model any more, an exception neither: where its reducer is the last to hold the group it ends it with
+    Python's lock, and waits for ever for a thread of the group that wants this lock to let a tensor go.
     """
     if group := _process_group():
+        gc.collect()
         group.destroy_process_group()
 
 
@@ -628,7 +634,7 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
     args = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    name = args.config.stem
+    name, code = args.config.stem, 0
     try:
         if processes() > 1 and not distributed:
             raise ConfigError(f"this stage runs in one process, and {processes()} were started (WORLD_SIZE); start one")
@@ -636,9 +642,9 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
     except TunetrailError as e:
         for line in str(e).split("\n"):
             print(f"{name}: {'interrupted' if isinstance(e, Interrupted) else 'error'}: {line}", file=sys.stderr)
-        if isinstance(e, Interrupted):  # all processes leave at the same step
-            _end_process_group()
-        return e.exit_code
+        if not isinstance(e, Interrupted):
+            return e.exit_code
+        code = e.exit_code  # all processes leave at the same step
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
@@ -650,4 +656,4 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         print(f"{name}: error: {args.output.parent}: No space left on device", file=sys.stderr)
         return 74
     _end_process_group()
-    return 0
+    return code
