@@ -5,6 +5,11 @@
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl`, `heldout.jsonl` and, where preferences
 came with the data, `comparisons.jsonl`. `metrics.json` is the data card. Each file is in a seeded order, so
 that a limit takes a random prefix.
+
+Contamination, in the card: {"ngram": words, "limit", "rows": evaluation rows looked at, "dropped", "overlap":
+{"mean", "max"} of the rows kept, "histogram": {"edges", "counts"}, "worst": [{"id", "overlap", "split"}]}. The overlap
+of an evaluation row is the share of its n-grams that some row of a training split has; `contamination.jsonl` has
+all of them.
 """
 
 import sys

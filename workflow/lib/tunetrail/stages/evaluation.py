@@ -9,7 +9,23 @@ distinct-n, likelihood of unrelated text, log-probs of preferred and dispreferre
 probes. Gold score and win rate are also measured on greedy decoding, where a policy that only became surer
 of what it said before does not gain. Where no SFT model was trained, the base model stands in its place.
 
-Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
+An interval is {"mean", "low", "high", "n"}, 95% by bootstrap over prompts. In metrics.json, null where not measured:
+
+    win_rate_vs_sft, greedy_win_rate_vs_sft
+                  interval with "wins", "ties", "losses", and "group_low", "group_high", "groups" by bootstrap over
+                  source groups
+    kl_to_sft     interval with "se" and "estimator"
+    retention     {"nll", "perplexity", "change_vs_base": intervals; "choices": {"accuracy", "change_vs_base":
+                  intervals, "chance"}}
+    frontier      of dpo and ppo: {"prompts", "rule": how the final model was chosen, "points": [{"step", "chosen",
+                  "kl": interval with "se", "reward", "gold": intervals}]}, one for each checkpoint the policy kept
+                  and the final one, all on the same prompts
+    best_of_n     of the model that policies start from: {"samples", "prompts", "points": [{"n", "kl_bound",
+                  "reward", "gold": intervals}]}, n = 1, 2, 4, 8, 16, on the prompts of `frontier`
+
+Writes `samples.jsonl` (a row a prompt), `probes.json`, `retention.jsonl` and `choices.jsonl` (a row a text, a row a
+question, each beside the base model's), `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the
+held-out pairs).
 """
 
 import json

@@ -6,7 +6,19 @@ Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al.
 last token; the mean score of demonstrations is subtracted (`reward_bias` in the model's config).
 Evaluated on held-out prompts, beside "the longer wins".
 
-Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind every number).
+Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind every number). Of metrics.json:
+
+    accuracy, accuracy_longer_wins, accuracy_by_labeler.<name>, accuracy_by_source.<source>
+                  interval {"mean", "low", "high", "n"} over prompts
+    accuracy_by_confidence
+                  the reliability diagram: [{"low", "high": of the bin, "confidence", "accuracy", "accuracy_low",
+                  "accuracy_high": 95%, "n"}]
+    ece           expected calibration error; ece_interval {"mean", "low", "high", "n"}
+    ceiling       what labelers' agreement allows: {"labelers", "agreement": interval, how often two labelers who
+                  both decide on a pair agree, "majority": interval, how often a labeler agrees with the majority of
+                  the others}; null with one labeler
+    length_correlation, length_correlation_of_margins
+                  Spearman's, of scores with length and of margins with the difference in length
 """
 
 import sys
