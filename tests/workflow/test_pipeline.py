@@ -23,7 +23,7 @@ from ..conftest import ROOT, SHARED, Project
 
 TINY = "results/tiny"
 ARTIFACTS = [
-    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "report",
+    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "tournament", "report",
     *(f"policies/{name}" for name in ("dpo", "ppo", "ppo-lora", "best-of-2")),
     *(f"evaluation/{name}" for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2")),
 ]  # fmt: skip
@@ -126,7 +126,7 @@ def edited(project: Project, **changes) -> str:
 
 def test_a_new_beta_reruns_that_policy_its_evaluation_and_the_report(tiny_run):
     assert tiny_run.pending(edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7})) == {
-        "stage_config": 1, "dpo": 1, "evaluation": 1, "report": 1, "all": 1,
+        "stage_config": 1, "dpo": 1, "evaluation": 1, "tournament": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 
@@ -220,7 +220,8 @@ def rules(output: dict) -> set[str]:
 
 def test_the_default_has_every_node(project):
     assert rules(project.pending(config=None)) == {
-        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation", "report",
+        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation",
+        "tournament", "report",
     }  # fmt: skip
 
 
@@ -234,6 +235,7 @@ def test_preferences_from_a_file_skip_sampling_and_the_reward_model(project):
         "retention",
         "dpo",
         "evaluation",
+        "tournament",
         "report",
     }
 
