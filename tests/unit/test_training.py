@@ -184,7 +184,7 @@ def write_workspace(folder: Path) -> str:
     ]
     comparisons = [
         {
-            "id": str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
+            "id": f"heldout-{i // 4}" if i % 4 == 3 else str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
             "completions": ["x" * (i % 3 + 2), "y", "zz"], "finished": [True, True, False],
             "rankings": [{"labeler": "a", "ranks": [1, 2, 3], "order": [0, 1, 2], "time": None, "scores": None}],
         }
@@ -217,7 +217,7 @@ STAGES = {
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
     ),
     "dpo": (
-        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3},
+        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3, "checkpoints": 8},
         {"policy": "base", "comparisons": "comparisons"},
     ),
     "reward-lora": (
@@ -225,7 +225,13 @@ STAGES = {
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
     ),
     "dpo-lora": (
-        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "lora": {"r": 2}},
+        {
+            "method": "dpo",
+            "learning_rate": 1e-3,
+            "batch_size": 6,
+            "lora": {"r": 2, "export_merged": True},
+            "checkpoints": 1,
+        },
         {"policy": "base", "comparisons": "comparisons"},
     ),
 }
@@ -275,6 +281,13 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     code, error, stopped = run_stage(name, "stopped")
     assert code == 0, error
     assert stopped.read_bytes() == straight.read_bytes()
+    if "checkpoints" in STAGES[name][0]:
+        kept = sorted(int(path.name) for path in (stopped.parent / "checkpoints").iterdir())
+        assert kept == (list(range(1, 9)) if name == "dpo" else [4])
+        folders = (stopped.parent / "checkpoints" / str(kept[-1]), stopped.parent)
+        weights = (load_causal_lm(folder / "model").parameters() for folder in folders)
+        assert not all(torch.equal(kept, last) for kept, last in zip(*weights, strict=True))
+        assert not list((stopped.parent / "checkpoints").glob("*/merged"))
     # Neither what was resumed nor a merged adapter alarms the audit.
     verdict = Verifier().run([stopped.parent])
     assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}

@@ -1008,7 +1008,9 @@ def _line(error: Any, source: str) -> list[str]:
     elif kind == "string_pattern_mismatch":
         what = f"{_PATTERNS[error['ctx']['pattern']]}, got {given}"
     else:
-        message = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
+        message = (
+            error["msg"].removeprefix("Input should be ").removeprefix("String should ").removeprefix("List should ")
+        )
         prefix = "must be " if error["msg"].startswith("Input should be ") else "should "
         what = f"{_WORDS.get(kind, prefix + message)}, got {given}"
     return [f"{source}: {key}: {what}"]

@@ -8,7 +8,7 @@ def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
         before, after: rows of `models.sentence_probe`.
 
     Returns:
-        [{"position", "token", "before", "after", "tokens": [{"token", "before", "after"}]}], the tokens that rose most
+        [{"position", "token", "before", "after", "tokens": [{"id", "token", "before", "after"}]}], the tokens that rose most
         first; a probability is None where the token is not in that model's list.
     """
     rows = []
@@ -17,6 +17,7 @@ def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
         ids = dict.fromkeys(entry["id"] for row in (was, now) for entry in row["top"][:top])
         tokens = [
             {
+                "id": i,
                 "token": (probs[0].get(i) or probs[1][i])["token"],
                 "before": probs[0].get(i, {}).get("prob"),
                 "after": probs[1].get(i, {}).get("prob"),

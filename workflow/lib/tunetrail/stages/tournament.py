@@ -34,7 +34,7 @@ with 95% bounds by bootstrap over n prompts, and by bootstrap over the source gr
                      held-out pairs}], from base to the reference and from there to each policy
 
 Writes `probes.json`: {"pairs": [{"before", "after", "positions": [{"position", "token", "before", "after":
-probability of the token that is there, "tokens": [{"token", "before", "after"}] the likeliest of both, null where
+probability of the token that is there, "tokens": [{"id", "token", "before", "after"}] the likeliest of both, null where
 not among a model's 50 likeliest}]}]}; and `judgements.jsonl` with a judge.
 """
 
