@@ -22,11 +22,13 @@ from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 from tunetrail.stages.reward import (
     KWiseCollator,
+    ceiling,
     evaluate,
     heldout_pairs,
     initialise,
     kwise_loss,
     kwise_scores,
+    reliability,
 )
 from tunetrail.training import (
     COMPLETE,
@@ -98,13 +100,64 @@ def test_reward_metrics_by_hand():
         {"id": "b", "group": "g", "completions": ["x", "long one"], "rankings": [{"labeler": "l", "ranks": [1, 2]}, {"labeler": "m", "ranks": [1, 1]}]},
         {"id": "c", "group": "g", "completions": ["x", "y"], "rankings": [{"labeler": "m", "ranks": [2, 1]}]},
     ]  # fmt: skip
-    pairs = heldout_pairs(rows, [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])])
+    scores = [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])]
+    pairs = heldout_pairs(rows, scores, {"a": "web", "b": "book", "c": "web"})
     assert [round(p["margin"], 3) for p in pairs] == [2.0, -1.0, 3.0]  # the tie decides nothing
     metrics = evaluate(pairs, seed=0)
     assert metrics["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert metrics["accuracy_longer_wins"]["mean"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert metrics["accuracy_by_labeler"]["m"]["mean"] == 1
     assert metrics["accuracy_by_labeler"]["l"]["mean"] == 0.5
+    assert metrics["accuracy_by_source"]["web"]["mean"] == 1
+    assert metrics["accuracy_by_source"]["book"]["mean"] == 0
+
+
+def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
+    """A model that is right as often as it says, and one that is twice as sure as it may be."""
+    random = np.random.default_rng(0)
+    margins = random.exponential(1.0, size=4000)
+    right = random.random(4000) < 1 / (1 + np.exp(-margins))
+    pairs = [{"id": str(i // 2), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))]  # fmt: skip
+    calibrated = reliability(pairs, seed=0)
+    assert all(row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"])  # fmt: skip
+    covered = [row["accuracy_low"] <= row["confidence"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"]]  # fmt: skip
+    assert sum(covered) >= len(covered) - 2
+    assert calibrated["ece"] < 0.03
+    sure = reliability([pair | {"margin": 2 * pair["margin"]} for pair in pairs], seed=0)
+    assert sure["ece_interval"]["low"] <= sure["ece"] <= sure["ece_interval"]["high"]
+    assert sure["ece_interval"]["low"] > calibrated["ece"]
+
+
+def test_the_ceiling_is_what_labelers_agree_on():
+    def row(name, *ranks):
+        return {"id": name, "rankings": [{"labeler": str(i), "ranks": list(r)} for i, r in enumerate(ranks)]}
+
+    # Three labelers on one pair: two agree, one does not. A fourth prompt's tie decides nothing.
+    rows = [row("a", [1, 2], [1, 2], [2, 1]), row("b", [1, 2], [1, 1], [1, 2])]
+    found = ceiling(rows, seed=0)
+    assert found["labelers"] == 3
+    assert found["agreement"]["mean"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+    # a: each of the two meets a split vote, the third a majority against it; b: both are seconded.
+    assert found["majority"]["mean"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
+    assert ceiling([row("a", [1, 2])], seed=0) is None
+
+
+def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
+    """Each is wrong on one pair in five: two agree on 0.8² + 0.2², one with nine others as often as it is right."""
+    random = np.random.default_rng(0)
+    wrong = random.random((600, 10)) < 0.2
+    rows = [
+        {
+            "id": str(i),
+            "rankings": [{"labeler": str(j), "ranks": [2, 1] if w else [1, 2]} for j, w in enumerate(prompt)],
+        }
+        for i, prompt in enumerate(wrong)
+    ]
+    found = ceiling(rows, seed=0)
+    assert found["agreement"]["mean"] == pytest.approx(0.68, abs=0.015)
+    assert found["majority"]["mean"] == pytest.approx(
+        0.8 - 0.6 * 0.0196, abs=0.02
+    )  # nine others are wrong 2% of the time
 
 
 def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
