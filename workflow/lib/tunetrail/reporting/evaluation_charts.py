@@ -4,6 +4,7 @@ Each takes what a metrics file holds and gives a spec, or None where nothing was
 to its colour's name, as `reporting.collect.Model.series` has it; `narrow` is for a phone.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -197,7 +198,7 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
             if t[when] is not None
         ]  # fmt: skip
         labels = {row["place"]: row["token"] for row in rows}
-        expression = f"{list(labels.values())!r}[datum.value]"
+        expression = f"{json.dumps(list(labels.values()))}[datum.value]"
         axis = alt.Axis(title=None, grid=False, labelExpr=expression, labelFontSize=10, labelColor=INK, labelLimit=80)
         chart = alt.Chart(_data(rows)).mark_bar(height=5).encode(
             y=alt.Y("place:O", axis=axis),
