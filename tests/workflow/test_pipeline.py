@@ -86,6 +86,37 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
     )
 
 
+def test_checkpoints_are_on_the_frontier_and_load(tiny_run, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tiny_run.folder)
+    for name, steps in (("dpo", [2, 3]), ("ppo", [2]), ("ppo-lora", [1, 2])):
+        points = metrics(tiny_run, f"evaluation/{name}")["frontier"]["points"]
+        assert [(p["step"], p["chosen"]) for p in points] == [(step, step == steps[-1]) for step in steps]
+        assert all(p["kl"]["n"] == p["reward"]["n"] == p["gold"]["n"] == 4 for p in points)
+        for step in steps[:-1]:
+            AutoModelForCausalLM.from_pretrained(f"{TINY}/policies/{name}/checkpoints/{step}/model")
+    assert [p["n"] for p in metrics(tiny_run, "evaluation/sft")["best_of_n"]["points"]] == [1, 2, 4, 8, 16]
+
+
+def test_everyone_met_everyone(tiny_run):
+    found = metrics(tiny_run, "tournament")
+    assert found["subjects"] == ["base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2"]
+    assert len(found["sampled"]["pairs"]) == 15
+    assert len(found["greedy"]["pairs"]) == 10  # best-of-n has no greedy responses
+    for pair in found["sampled"]["pairs"]:
+        if pair["second"] == "sft":
+            assert pair["win_rate"] == metrics(tiny_run, f"evaluation/{pair['first']}")["win_rate_vs_sft"]
+    adapters = {tuple(row["adapters"]) for row in found["forgetting"]}
+    assert ("lora", "full") in adapters
+
+
+def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run):
+    found = tiny_run.pending(edited(tiny_run, lm_eval={"tasks": ["arc_easy"]}))
+    assert (found["lm_eval"], found["report"]) == (5, 1)
+    assert not found.keys() & {"evaluation", "tournament", "dpo"}
+
+
 def test_best_of_n_picks_what_the_reward_model_prefers(tiny_run):
     assert (
         metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"]

@@ -215,7 +215,10 @@ def ceiling(rows: list[dict], seed: int) -> dict | None:
 
 
 def reliability(pairs: list[dict], seed: int, bins: int = 20) -> dict:
-    """Expected calibration error and the bins of the diagram, with intervals over prompts."""
+    """Expected calibration error and the bins of the diagram, with intervals over prompts.
+
+    Of few pairs the error, a mean of absolute values, lies too high, and the interval with it.
+    """
     margins = np.array([pair["margin"] for pair in pairs])
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     correct = np.where(margins == 0, 0.5, margins > 0)
