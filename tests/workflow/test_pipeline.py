@@ -186,7 +186,7 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
     lost, ranked, kept = (results / f"{name}/manifest.json" for name in ("completions/1-of-2", "comparisons", "completions/0-of-2"))  # fmt: skip
     before, kept_time = [lost.read_bytes(), ranked.read_bytes()], kept.stat().st_mtime_ns
     shutil.rmtree(project.folder / "state/tiny/completions")  # or the shard would find its samples there
-    for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "report"):
+    for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "tournament", "report"):
         shutil.rmtree(results / name)
     pending = project.pending()
     assert (pending["completions"], pending["comparisons"]) == (1, 1)

@@ -211,6 +211,8 @@ def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
     pending = folder.with_name(f"{step}.new")
     shutil.rmtree(pending, ignore_errors=True)
     save(pending)
+    for path in walk(pending):  # whoever finds the folder takes it for whole
+        sync(path)
     stage.check_leases()
     pending.rename(folder)
 
