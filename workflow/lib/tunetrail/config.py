@@ -691,7 +691,8 @@ class TournamentConfig(Block):
     """Every model against every other on the evaluation prompts, by gold score and by a judge."""
 
     judge: LlmJudge | None = Field(
-        default=None, description="a language model that compares the sampled responses too; a local one wants a GPU for this rule"
+        default=None,
+        description="a language model that compares the sampled responses too; a local one wants a GPU for this rule",
     )
 
 
