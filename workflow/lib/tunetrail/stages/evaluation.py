@@ -37,7 +37,7 @@ held-out pairs).
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class Samples:
 
     examples: list[Example]
     """[N * K] (prompt ids, response ids)"""
-    texts: list[str] = field(default_factory=list)
+    texts: list[str]
     """[N * K]"""
     gold: list[float] | None = None
     """[N * K]; None where there is no gold scorer."""
@@ -108,7 +108,7 @@ class Evaluator:
     """One model under evaluation, with what it is compared to."""
 
     def __init__(self, stage: Stage, rows: list[dict]):
-        self.stage, self.config, self.rows = stage, EvaluationConfig(**stage.config), rows
+        self.stage, self.config = stage, EvaluationConfig(**stage.config)
         self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
         policy = stage.inputs["model"] / "policy.json"
         self.n = json.loads(policy.read_text())["n"] if policy.exists() else 1
