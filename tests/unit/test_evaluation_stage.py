@@ -10,7 +10,7 @@ import torch
 
 from tunetrail.contract import main, read_jsonl, write_json
 from tunetrail.evaluation import stats
-from tunetrail.evaluation.models import kl_divergences, logprobs_of
+from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
 from tunetrail.models.batching import collate, encode
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
@@ -267,3 +267,13 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         assert i or asked["first_wins"] == 1
     assert len(read_jsonl(folder / "tournament/judgements.jsonl")) == 4
     assert run(folder, "tournament", "plain") == 0
+
+
+def test_the_right_choice_is_the_likeliest_a_token(folder):
+    """What a model would say itself is likelier than what it would not, also where that is shorter."""
+    model, eos = load_causal_lm(folder / "base/model").eval(), load_tokenizer(folder / "base/model").eos_token_id
+    ((own,),) = sample(model, [[5, 6]], ["x"], k=1, max_new_tokens=4, temperature=0, seed=0, batch_size=1, eos_id=eos, pad_id=0)  # fmt: skip
+    with torch.no_grad():
+        unlikely = int(model(torch.tensor([[5, 6]])).logits[0, -1].argmin())
+    questions = [{"prompt_ids": [5, 6], "choices": [[unlikely], own], "answer": answer} for answer in (0, 1)]
+    assert right_choices(model, questions, 0, "fp32") == [False, True]
