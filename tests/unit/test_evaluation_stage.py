@@ -215,13 +215,13 @@ def test_multiple_choice_has_the_answer_once_and_others_answers():
     import random
 
     examples = [([i], [10 + i]) for i in range(6)] + [([9], [10])]  # two prompts share an answer
-    rows = multiple_choice(examples, random.Random(0))
+    rows = multiple_choice(examples, [1], random.Random(0))
     for row, (prompt, answer) in zip(rows, examples, strict=True):
         assert row["prompt_ids"] == prompt
         assert row["choices"][row["answer"]] == answer
         assert len({tuple(choice) for choice in row["choices"]}) == 4
     assert len({row["answer"] for row in rows}) > 1
-    assert multiple_choice(examples[:3], random.Random(0)) == []
+    assert multiple_choice(examples[:3], [1], random.Random(0)) == []
 
 
 def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
@@ -269,11 +269,19 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
     assert run(folder, "tournament", "plain") == 0
 
 
-def test_the_right_choice_is_the_likeliest_a_token(folder):
-    """What a model would say itself is likelier than what it would not, also where that is shorter."""
-    model, eos = load_causal_lm(folder / "base/model").eval(), load_tokenizer(folder / "base/model").eos_token_id
-    ((own,),) = sample(model, [[5, 6]], ["x"], k=1, max_new_tokens=4, temperature=0, seed=0, batch_size=1, eos_id=eos, pad_id=0)  # fmt: skip
-    with torch.no_grad():
-        unlikely = int(model(torch.tensor([[5, 6]])).logits[0, -1].argmin())
-    questions = [{"prompt_ids": [5, 6], "choices": [[unlikely], own], "answer": answer} for answer in (0, 1)]
-    assert right_choices(model, questions, 0, "fp32") == [False, True]
+def test_the_right_choice_is_what_the_question_makes_likelier(folder):
+    """By brute force; what is likely whatever was asked does not count."""
+    model = load_causal_lm(folder / "base/model").eval()
+    prompt, neutral = [5, 6, 7], [9]
+    given, bare = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, neutral))
+    choices = [[int(given.argmax())], [int((given - bare).argmax())], [8, 3], [11, 12, 2]]
+
+    def logp(context, choice):
+        ids = torch.tensor([context + choice])
+        rows = model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1).detach()
+        return float(rows.gather(1, torch.tensor(choice)[:, None]).sum())
+
+    gains = [logp(prompt, choice) - logp(neutral, choice) for choice in choices]
+    questions = [{"prompt_ids": prompt, "neutral_ids": neutral, "choices": choices, "answer": i} for i in range(4)]
+    assert right_choices(model, questions, 0, "fp32") == [gain == max(gains) for gain in gains]
+    assert max(gains) == gains[1] > gains[0]  # although the first is the likeliest token of all
