@@ -285,3 +285,16 @@ def test_the_right_choice_is_what_the_question_makes_likelier(folder):
     questions = [{"prompt_ids": prompt, "neutral_ids": neutral, "choices": choices, "answer": i} for i in range(4)]
     assert right_choices(model, questions, 0, "fp32") == [gain == max(gains) for gain in gains]
     assert max(gains) == gains[1] > gains[0]  # although the first is the likeliest token of all
+
+
+def test_blocks_of_a_text_file_are_continued(folder, monkeypatch):
+    (folder / "text.txt").write_text(" ".join(f"word{i}" for i in range(200)))
+    block = {"source": "file", "path": "text.txt", "prompts": 6, "max_new_tokens": 9}
+    monkeypatch.setitem(RUNS, "of-a-file", ("retention", block, {"base": "base"}, {}))
+    assert run(folder, "of-a-file") == 0
+    texts, questions = (read_jsonl(folder / f"of-a-file/{name}.jsonl") for name in ("retention", "choices"))
+    for text, question in zip(texts, questions, strict=True):
+        whole = question["prompt_ids"] + question["choices"][question["answer"]]
+        assert whole == text["prompt_ids"] + text["response_ids"]
+        assert len(question["choices"]) == 4
+    assert metrics(folder, "of-a-file")["questions"] == 6
