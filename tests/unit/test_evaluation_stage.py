@@ -113,7 +113,7 @@ def test_the_win_rate_and_its_match_say_the_same(folder):
     assert found["groups"] == len({row["group"] for row in rows}) == 4
     sampled = metrics(folder, "tournament")["sampled"]
     pairs = {(row["first"], row["second"]): row for row in sampled["pairs"]}
-    assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("best", "dpo")}
+    assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("dpo", "best")}
     assert pairs["dpo", "base"]["win_rate"] == pytest.approx(found)
     assert [row["name"] for row in metrics(folder, "tournament")["greedy"]["scores"]] == [
         "base",
@@ -188,9 +188,9 @@ def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
 
 def test_probes_have_the_likeliest_tokens_of_both(folder):
     probes = json.loads((folder / "tournament/probes.json").read_text())["pairs"]
-    assert [(p["before"], p["after"]) for p in probes] == [("base", "dpo"), ("base", "best")]
+    assert [(p["before"], p["after"]) for p in probes] == [("base", "best"), ("base", "dpo")]
     before, after = (json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo"))  # fmt: skip
-    position = probes[0]["positions"][4]
+    position = probes[1]["positions"][4]
     assert position["before"] == before[5]["prob"]
     probs = {t["id"]: t["before"] for t in position["tokens"]}
     assert all(probs[t["id"]] == t["prob"] for t in before[5]["top"][:8])

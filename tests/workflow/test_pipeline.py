@@ -101,7 +101,7 @@ def test_checkpoints_are_on_the_frontier_and_load(tiny_run, monkeypatch):
 
 def test_everyone_met_everyone(tiny_run):
     found = metrics(tiny_run, "tournament")
-    assert found["subjects"] == ["base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2"]
+    assert found["subjects"] == ["base", "sft", "best-of-2", "dpo", "ppo", "ppo-lora"]
     assert len(found["sampled"]["pairs"]) == 15
     assert len(found["greedy"]["pairs"]) == 10  # best-of-n has no greedy responses
     for pair in found["sampled"]["pairs"]:
