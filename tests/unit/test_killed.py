@@ -19,7 +19,7 @@ from .test_training import write_artifact, write_workspace
 
 EPOCHS = {"learning_rate": 1e-3, "batch_size": 4}
 PPO = {
-    "method": "ppo", "steps": 10, "checkpoints": 3, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
+    "method": "ppo", "steps": 10, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
 LORA = {"lora": {"r": 2, "export_merged": True}}
@@ -36,8 +36,12 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
     "completions-lora": ("completions", SAMPLING, {"model": "adapter", "data": "data"}),
     "ppo": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
-    "ppo-bf16": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
-    "ppo-sharded": ("ppo", PPO | {"sharded": True}, {"policy": "base", "reward": "reward", "data": "data"}),
+    "ppo-bf16": ("ppo", PPO | {"checkpoints": 3}, {"policy": "base", "reward": "reward", "data": "data"}),
+    "ppo-sharded": (
+        "ppo",
+        PPO | {"sharded": True, "checkpoints": 3},
+        {"policy": "base", "reward": "reward", "data": "data"},
+    ),
 }
 
 
