@@ -29,7 +29,7 @@ def run(tiny_run, tmp_path_factory):
 def test_the_head_process_sealed_the_run_and_the_copy_is_sound(run):
     verdict = Verifier(recursive=True).run([run])
     assert verdict.findings == []
-    assert len(verdict.artifacts) == len(artifacts(run)) == 19
+    assert len(verdict.artifacts) == len(artifacts(run)) == 20
     assert verdict.bytes_read > 5e6
 
 
@@ -50,7 +50,7 @@ def test_records_have_what_an_auditor_asks_for(run):
     evaluation = read_record(run / "evaluation/dpo")
     assert evaluation.statement["subject"][1]["digest"] == {"sha256": read_record(run / "policies/dpo").manifest}
     tensors = read_manifest(run / "policies/dpo/manifest.json")["tensors"]
-    assert len(tensors) == 20
+    assert len(tensors) == 2 * 20  # of the model and of its checkpoint
     assert {t["dtype"] for t in tensors} == {"F32"}
 
 

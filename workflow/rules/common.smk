@@ -42,6 +42,9 @@ ENVIRONMENT = "../../envs/tunetrail.yaml"
 BEFORE = "sft" if CONFIG.sft else "base"  # the model every policy starts from and is compared to
 SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)] if CONFIG.completions else []
 SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
+TRAINED = [  # best-of-n has no weights of its own
+    name for name in SUBJECTS if name not in CONFIG.policies or CONFIG.policies[name].method != "best_of_n"
+]
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
 shell.prefix(
@@ -136,7 +139,20 @@ def report_inputs():
     }
     inputs |= {stage: manifest(stage) for stage, block in blocks.items() if block}
     inputs |= {f"policy.{name}": manifest(f"policies/{name}") for name in CONFIG.policies}
-    return inputs | {f"evaluation.{subject}": manifest(f"evaluation/{subject}") for subject in SUBJECTS}
+    inputs |= evaluations() | {"tournament": manifest("tournament")}
+    if CONFIG.lm_eval:
+        inputs |= {f"lm_eval.{subject}": manifest(f"lm_eval/{subject}") for subject in TRAINED}
+    return inputs
+
+
+def evaluations():
+    """Role -> manifest of the evaluation of every model."""
+    return {f"evaluation.{subject}": manifest(f"evaluation/{subject}") for subject in SUBJECTS}
+
+
+def tournament_inputs():
+    """Sorted: the order of policies in the config changes nothing."""
+    return {"base": manifest("base")} | dict(sorted(evaluations().items()))
 
 
 def input_options(inputs):
