@@ -13,12 +13,10 @@ from tunetrail.contract import main, write_json, write_jsonl
 from tunetrail.provenance.manifest import build, canonical, identity
 from tunetrail.provenance.record import read_record
 from tunetrail.reporting import numbers
-from tunetrail.reporting import charts
 from tunetrail.reporting.charts import smooth
-from tunetrail.provenance.manifest import DigestCache
-from tunetrail.reporting.collect import Artifact, Model, collect, together
+from tunetrail.reporting.collect import Artifact, Model
 from tunetrail.reporting.figures import FIGURES
-from tunetrail.reporting.page import boilerplate, differences, draw, render
+from tunetrail.reporting.page import boilerplate
 from tunetrail.reporting.verdict import outcome, sentence
 from tunetrail.stages.report import run
 

@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         found.set_defaults(function=function)
         return found
 
-    area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
+    status = area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
+    status.add_argument("--watch", action="store_true", help="a screen that follows the run: progress, rates, curves")
     area("plan", _plan, "what would run and why, and what it took to make what would be made again", "profiles/local")
     doctor = area("doctor", _doctor, "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look", "profiles/slurm")  # fmt: skip
     doctor.add_argument("--jobs", action=argparse.BooleanOptionalAction, default=True, help="also run a small job in each partition (default: yes)")  # fmt: skip
@@ -122,8 +123,13 @@ def _status(args: argparse.Namespace) -> int:
     from tunetrail.launch import status
     from tunetrail.launch.dag import read_dag
 
-    rerun = status.rerun_command(args.profile, args.configfile)
-    found = status.standings(read_dag(args.profile, args.configfile), rerun)
+    rerun, jobs = status.rerun_command(args.profile, args.configfile), read_dag(args.profile, args.configfile)
+    if args.watch:
+        from tunetrail.launch.watch import follow
+
+        follow(jobs, rerun)
+        return SOUND
+    found = status.standings(jobs, rerun)
     if args.json:
         _print(status.as_json(found))
     else:

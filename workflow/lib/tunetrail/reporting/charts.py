@@ -311,7 +311,7 @@ def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...
 def _resumed(artifact: Artifact) -> list[dict]:
     """The segments of a history that attempts after the first trained; the last goes to its end."""
     steps = [*artifact.resumed_at, artifact.history[-1]["step"]]
-    spans = zip(steps, steps[1:], strict=False)
+    spans = itertools.pairwise(steps)
     return [{"from": a, "to": b, "tip": f"resumed from step {a}"} for a, b in spans if a < b]
 
 
