@@ -94,7 +94,9 @@ class Watch:
 
     def _now(self) -> list[Job]:
         """The jobs less those whose artifact was made since, which nobody needs to make or waits for any more."""
-        made = {job.name for job in self.jobs if job.needed and _written(job.manifest) not in (None, self._seen[job.name])}
+        made = {
+            job.name for job in self.jobs if job.needed and _written(job.manifest) not in (None, self._seen[job.name])
+        }
         return [
             replace(job, needed=job.needed and job.name not in made, after=tuple(n for n in job.after if n not in made))
             for job in self.jobs
@@ -163,7 +165,15 @@ def screen(watch: Watch, found: list[tuple[Standing, Curve]], now: datetime, hei
         told = _curves(curve) if alone else Text()
         if not told and where.state != "done":
             told = Text(shared([w.detail for w, _ in group]), style="dim")
-        cells: list[Text | ProgressBar | str] = [name, Text(where.state, style=STATES[where.state]), "", "", "", "", told]
+        cells: list[Text | ProgressBar | str] = [
+            name,
+            Text(where.state, style=STATES[where.state]),
+            "",
+            "",
+            "",
+            "",
+            told,
+        ]
         if alone and progress:
             cells[2] = ProgressBar(total=progress.total, completed=progress.done, width=12)
             cells[3] = f"{progress.done}/{progress.total}"
