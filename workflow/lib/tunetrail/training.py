@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import math
-import os
 import random
 import shutil
 from collections.abc import Callable, Sequence

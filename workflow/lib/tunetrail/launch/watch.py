@@ -5,6 +5,7 @@ few milliseconds, and asks Slurm every `QUEUE_SECONDS`. Curves of running stages
 logs, those of ended ones of `history.jsonl`.
 """
 
+import itertools
 import math
 import re
 import time
@@ -54,7 +55,7 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     values = [value for value in values if math.isfinite(value)]
     parts = min(width, len(values))
     edges = [i * len(values) // parts for i in range(parts + 1)] if parts else []
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means, default=0), max(means, default=0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
