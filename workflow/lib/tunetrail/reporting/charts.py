@@ -37,7 +37,7 @@ PLOT = {False: 500, True: 140}
 CONFIG = {
     "background": PAPER,
     "font": FONT,
-    "padding": {"left": 4, "top": 4, "right": 36, "bottom": 4},  # a browser without these fonts sets wider letters
+    "padding": {"left": 10, "top": 4, "right": 36, "bottom": 4},  # a browser without these fonts sets wider letters
     "view": {"stroke": None},
     "axis": {
         "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11,
