@@ -54,7 +54,7 @@ def test_nothing_is_wider_than_the_screen(tiny_run, tmp_path, width):
 
 
 KEYS = """<script>addEventListener('load', () => {
-  const press = (key) => document.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
+  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
   const seen = [];
   for (const key of ['j', 'j', 'k', '/']) { press(key); seen.push(document.activeElement.id); }
   const mark = document.querySelector("#figure-gold .wide [role='graphics-symbol'][aria-label*='mean']");

@@ -66,7 +66,7 @@ function go(section) {
 }
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
-  const edge = (section) => section.getBoundingClientRect().top - 60; // below the bar of links
+  const edge = (section) => section.getBoundingClientRect().top - 52; // below the bar of links
   if (event.key === "j") go(sections.find((section) => edge(section) > 5));
   else if (event.key === "k") go(sections.findLast((section) => edge(section) < -5));
   else if (event.key === "t") scrollTo(0, 0);
