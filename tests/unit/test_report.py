@@ -1,5 +1,6 @@
 """The report: every number on the page is one of a metrics file, what is missing says so, nothing is loaded."""
 
+import ast
 import html
 import json
 import math
@@ -21,6 +22,7 @@ from tunetrail.reporting.page import boilerplate, differences, draw, render
 from tunetrail.reporting.verdict import outcome, sentence
 from tunetrail.stages.report import run
 
+from ..conftest import ROOT
 from ..records import ATTEMPT, seal_folder
 
 SENTENCE = [
@@ -379,6 +381,14 @@ def test_the_specs_are_the_golden_ones(found):
     if os.environ.get("TUNETRAIL_GOLDEN") == "write":
         golden.write_text(text, encoding="utf-8")
     assert json.loads(text) == json.loads(golden.read_text(encoding="utf-8"))
+
+
+def test_every_figure_has_a_place_in_snakemakes_report_and_a_caption():
+    rules = (ROOT / "workflow/rules/report.smk").read_text()
+    listed = ast.literal_eval(re.search(r"FIGURES = (\{.*?\n\})", rules, re.DOTALL)[1])
+    assert list(listed) == list(FIGURES)
+    for name in (*FIGURES, "report", "workflow"):
+        assert len((ROOT / f"workflow/report/{name}.rst").read_text()) > 100
 
 
 def test_what_was_trained_after_a_resumption_is_shaded(found):
