@@ -10,7 +10,7 @@ import torch
 
 from tunetrail.contract import main, read_jsonl, write_json
 from tunetrail.evaluation import stats
-from tunetrail.evaluation.models import kl_divergences, logprobs_of
+from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
 from tunetrail.models.batching import collate, encode
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
@@ -113,8 +113,8 @@ def test_the_win_rate_and_its_match_say_the_same(folder):
     assert found["groups"] == len({row["group"] for row in rows}) == 4
     sampled = metrics(folder, "tournament")["sampled"]
     pairs = {(row["first"], row["second"]): row for row in sampled["pairs"]}
-    assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("best", "dpo")}
-    assert pairs["dpo", "base"]["win_rate"] == found
+    assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("dpo", "best")}
+    assert pairs["dpo", "base"]["win_rate"] == pytest.approx(found)
     assert [row["name"] for row in metrics(folder, "tournament")["greedy"]["scores"]] == [
         "base",
         "dpo",
@@ -188,9 +188,9 @@ def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
 
 def test_probes_have_the_likeliest_tokens_of_both(folder):
     probes = json.loads((folder / "tournament/probes.json").read_text())["pairs"]
-    assert [(p["before"], p["after"]) for p in probes] == [("base", "dpo"), ("base", "best")]
+    assert [(p["before"], p["after"]) for p in probes] == [("base", "best"), ("base", "dpo")]
     before, after = (json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo"))  # fmt: skip
-    position = probes[0]["positions"][4]
+    position = probes[1]["positions"][4]
     assert position["before"] == before[5]["prob"]
     probs = {t["id"]: t["before"] for t in position["tokens"]}
     assert all(probs[t["id"]] == t["prob"] for t in before[5]["top"][:8])
@@ -215,13 +215,13 @@ def test_multiple_choice_has_the_answer_once_and_others_answers():
     import random
 
     examples = [([i], [10 + i]) for i in range(6)] + [([9], [10])]  # two prompts share an answer
-    rows = multiple_choice(examples, random.Random(0))
+    rows = multiple_choice(examples, [1], random.Random(0))
     for row, (prompt, answer) in zip(rows, examples, strict=True):
         assert row["prompt_ids"] == prompt
         assert row["choices"][row["answer"]] == answer
         assert len({tuple(choice) for choice in row["choices"]}) == 4
     assert len({row["answer"] for row in rows}) > 1
-    assert multiple_choice(examples[:3], random.Random(0)) == []
+    assert multiple_choice(examples[:3], [1], random.Random(0)) == []
 
 
 def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
@@ -267,3 +267,34 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         assert i or asked["first_wins"] == 1
     assert len(read_jsonl(folder / "tournament/judgements.jsonl")) == 4
     assert run(folder, "tournament", "plain") == 0
+
+
+def test_the_right_choice_is_what_the_question_makes_likelier(folder):
+    """By brute force; what is likely whatever was asked does not count."""
+    model = load_causal_lm(folder / "base/model").eval()
+    prompt, neutral = [5, 6, 7], [9]
+    given, bare = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, neutral))
+    choices = [[int(given.argmax())], [int((given - bare).argmax())], [8, 3], [11, 12, 2]]
+
+    def logp(context, choice):
+        ids = torch.tensor([context + choice])
+        rows = model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1).detach()
+        return float(rows.gather(1, torch.tensor(choice)[:, None]).sum())
+
+    gains = [logp(prompt, choice) - logp(neutral, choice) for choice in choices]
+    questions = [{"prompt_ids": prompt, "neutral_ids": neutral, "choices": choices, "answer": i} for i in range(4)]
+    assert right_choices(model, questions, 0, "fp32") == [gain == max(gains) for gain in gains]
+    assert max(gains) == gains[1] > gains[0]  # although the first is the likeliest token of all
+
+
+def test_blocks_of_a_text_file_are_continued(folder, monkeypatch):
+    (folder / "text.txt").write_text(" ".join(f"word{i}" for i in range(200)))
+    block = {"source": "file", "path": "text.txt", "prompts": 6, "max_new_tokens": 9}
+    monkeypatch.setitem(RUNS, "of-a-file", ("retention", block, {"base": "base"}, {}))
+    assert run(folder, "of-a-file") == 0
+    texts, questions = (read_jsonl(folder / f"of-a-file/{name}.jsonl") for name in ("retention", "choices"))
+    for text, question in zip(texts, questions, strict=True):
+        whole = question["prompt_ids"] + question["choices"][question["answer"]]
+        assert whole == text["prompt_ids"] + text["response_ids"]
+        assert len(question["choices"]) == 4
+    assert metrics(folder, "of-a-file")["questions"] == 6

@@ -31,13 +31,17 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "sft-lora": ("sft", EPOCHS | LORA | {"epochs": 2}, {"base": "base", "data": "data"}),
     "reward": ("reward", EPOCHS | {"epochs": 3}, OF_BASE | {"data": "data"}),
     "reward-lora": ("reward", EPOCHS | LORA | {"epochs": 3}, OF_BASE | {"data": "data"}),
-    "dpo": ("dpo", EPOCHS | {"method": "dpo"}, OF_BASE),
-    "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo"}, OF_BASE),
+    "dpo": ("dpo", EPOCHS | {"method": "dpo", "checkpoints": 2}, OF_BASE),
+    "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
     "completions-lora": ("completions", SAMPLING, {"model": "adapter", "data": "data"}),
     "ppo": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
-    "ppo-bf16": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
-    "ppo-sharded": ("ppo", PPO | {"sharded": True}, {"policy": "base", "reward": "reward", "data": "data"}),
+    "ppo-bf16": ("ppo", PPO | {"checkpoints": 3}, {"policy": "base", "reward": "reward", "data": "data"}),
+    "ppo-sharded": (
+        "ppo",
+        PPO | {"sharded": True, "checkpoints": 3},
+        {"policy": "base", "reward": "reward", "data": "data"},
+    ),
 }
 
 

@@ -44,9 +44,10 @@ def test_bradley_terry_of_two_is_the_log_odds_and_finite_where_one_never_lost():
 def test_bradley_terry_scores_cover_the_true_strengths():
     truth, covered = {"base": -0.6, "sft": 0.0, "dpo": 0.3, "ppo": 0.9}, []
     for seed in range(250):
-        found = matches.scores(list(truth), "sft", simulated(truth, 120, seed), list(range(120)), 300, seed)
-        assert found[1]["score"] == {"mean": 0, "low": 0, "high": 0, "n": 120, "group_low": 0, "group_high": 0, "groups": 120}  # fmt: skip
-        covered += [row["score"]["low"] <= truth[row["name"]] <= row["score"]["high"] for row in found if row["name"] != "sft"]  # fmt: skip
+        outcome_of = simulated(truth, 120, seed)
+        found = stats.bootstrap_of(lambda c, o=outcome_of: matches.strengths(list(truth), "sft", o, c), range(120), 300, seed)  # fmt: skip
+        assert (found[1]["mean"], found[1]["low"], found[1]["high"]) == (0, 0, 0)
+        covered += [score["low"] <= truth[name] <= score["high"] for name, score in zip(truth, found, strict=True) if name != "sft"]  # fmt: skip
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
@@ -109,6 +110,7 @@ def test_a_match_by_hand():
     for pair, row in pairs.items():
         outcome = outcome_of[pair]
         assert row["win_rate"]["mean"] == pytest.approx(outcome.mean())
+        assert row["win_rate"]["low"] == pytest.approx(stats.win_rate(outcome, [i // 2 for i in range(60)], 200, 0)["low"])  # fmt: skip
         assert row["win_rate"]["wins"] + row["win_rate"]["ties"] + row["win_rate"]["losses"] == 60
     assert pairs["ppo", "sft"]["significant"]
     assert not pairs["dpo", "sft"]["significant"]

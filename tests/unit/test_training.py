@@ -35,6 +35,7 @@ from tunetrail.training import (
     epoch_order,
     history,
     is_complete,
+    kept_steps,
     latest_checkpoint,
     mark_complete,
     rows_at_once,
@@ -172,6 +173,12 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert max(spreads) <= 3
     assert order[:40] != order[40:80]
     assert order == epoch_order(lengths, 8, 3, seed=1)
+
+
+def test_kept_steps_are_spread_and_never_the_last():
+    assert kept_steps(12, 3) == [3, 6, 9]
+    assert kept_steps(2, 5) == [1]
+    assert kept_steps(1, 1) == kept_steps(9, 0) == []
 
 
 def test_sft_labels_only_the_completion_and_all_of_raw_text():

@@ -50,7 +50,7 @@ def test_records_have_what_an_auditor_asks_for(run):
     evaluation = read_record(run / "evaluation/dpo")
     assert evaluation.statement["subject"][1]["digest"] == {"sha256": read_record(run / "policies/dpo").manifest}
     tensors = read_manifest(run / "policies/dpo/manifest.json")["tensors"]
-    assert len(tensors) == 20
+    assert len(tensors) == 2 * 20  # of the model and of its checkpoint
     assert {t["dtype"] for t in tensors} == {"F32"}
 
 

@@ -147,7 +147,8 @@ def evaluations():
 
 
 def tournament_inputs():
-    return {"base": manifest("base")} | evaluations()
+    """Sorted: the order of policies in the config changes nothing."""
+    return {"base": manifest("base")} | dict(sorted(evaluations().items()))
 
 
 def input_options(inputs):

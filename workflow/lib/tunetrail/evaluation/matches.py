@@ -9,14 +9,7 @@ from itertools import combinations
 import numpy as np
 from scipy.special import expit
 
-from tunetrail.evaluation.stats import (
-    Interval,
-    bootstrap_of,
-    holm,
-    minimum_detectable,
-    sign_flip_p,
-    win_rate,
-)
+from tunetrail.evaluation.stats import bootstrap_of, holm, mean_of, minimum_detectable, sign_flip_p, tally
 
 Outcomes = dict[tuple[str, str], np.ndarray]
 """(first, second) -> [n]."""
@@ -120,53 +113,46 @@ def match(
         for members in families.values()
         for pair, p in zip(members, holm([p_values[pair] for pair in members]), strict=True)
     }
+    gaps = {(a, b): np.subtract(lengths[a], lengths[b]) for a, b in outcome_of}
+    rates = mean_of(np.stack(list(outcome_of.values()), 1))
+    plays = reference in subjects and len(subjects) > 1
+
+    def everything(counts: np.ndarray) -> np.ndarray:
+        """[B, P + P + K]: win rates, win rates at equal lengths, strengths; the resamples are drawn once for all."""
+        controlled = [length_controlled(outcome, gaps[pair], counts) for pair, outcome in outcome_of.items()]
+        scores = [strengths(subjects, reference, outcome_of, counts)] if plays else []
+        return np.concatenate([rates(counts), *controlled, *scores], 1)
+
+    intervals = iter(bootstrap_of(everything, groups, n_resamples, seed))
+    win_rates, controlled = ({pair: next(intervals) for pair in outcome_of} for _ in range(2))
 
     def row(pair: tuple[str, str]) -> dict:
-        outcome, gap = outcome_of[pair], np.subtract(lengths[pair[0]], lengths[pair[1]])
-
-        def at_equal_lengths(counts: np.ndarray) -> np.ndarray:
-            return length_controlled(outcome, gap, counts)
-
         name = family(pair[1], reference)
         return {
             "first": pair[0],
             "second": pair[1],
             "family": name,
-            "win_rate": win_rate(outcome, groups, n_resamples, seed),
-            "length_controlled": bootstrap_of(at_equal_lengths, groups, n_resamples, seed)[0],
+            "win_rate": win_rates[pair] | tally(outcome_of[pair]),
+            "length_controlled": controlled[pair],
             "p": p_values[pair],
             "p_holm": corrected[pair],
             "significant": corrected[pair] < 0.05,
-            "minimum_detectable": minimum_detectable(outcome, groups, len(families[name])),
+            "minimum_detectable": minimum_detectable(outcome_of[pair], groups, len(families[name])),
         }
 
     return {
         "prompts": len(groups),
         "groups": len(set(groups)),
         "pairs": [row(pair) for pair in outcome_of],
-        "scores": scores(subjects, reference, outcome_of, groups, n_resamples, seed),
+        "scores": [{"name": name, "score": next(intervals)} for name in subjects] if plays else [],
     }
 
 
-def scores(
-    subjects: Sequence[str],
-    reference: str,
-    outcome_of: Outcomes,
-    groups: Sequence[Hashable],
-    n_resamples: int,
-    seed: int,
-) -> list[dict]:
-    """[{"name", "score"}]: Bradley-Terry strengths with their intervals; empty where the reference did not play."""
-    if reference not in subjects or len(subjects) < 2:
-        return []
-    k, n, place = len(subjects), len(groups), {name: i for i, name in enumerate(subjects)}
-    wins = np.zeros((n, k, k))
+def strengths(subjects: Sequence[str], reference: str, outcome_of: Outcomes, counts: np.ndarray) -> np.ndarray:
+    """[B, K]: Bradley-Terry strengths, from outcomes [n] and how often each prompt was drawn [B, n]."""
+    k, place = len(subjects), {name: i for i, name in enumerate(subjects)}
+    wins = np.zeros((len(counts), k, k))
     for (first, second), outcome in outcome_of.items():
-        wins[:, place[first], place[second]] = outcome
-        wins[:, place[second], place[first]] = 1 - outcome
-
-    def strengths(counts: np.ndarray) -> np.ndarray:
-        return bradley_terry((counts @ wins.reshape(n, k * k)).reshape(-1, k, k), place[reference])
-
-    found: list[Interval] = bootstrap_of(strengths, groups, n_resamples, seed)
-    return [{"name": name, "score": score} for name, score in zip(subjects, found, strict=True)]
+        wins[:, place[first], place[second]] = counts @ outcome
+        wins[:, place[second], place[first]] = counts @ (1 - outcome)
+    return bradley_terry(wins, place[reference])

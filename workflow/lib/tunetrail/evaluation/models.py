@@ -131,15 +131,21 @@ def sentence_probe(model: Any, tokenizer: Any, sentence: str, top: int = 50) -> 
 def right_choices(
     model: Any, questions: list[dict], pad_id: int, precision: str, max_tokens: int | None = None
 ) -> list[bool]:
-    """Whether the answer is the likeliest choice by log-prob a token, of each multiple-choice question.
+    """Whether the question makes the answer likelier than it makes the other choices, of each multiple-choice question.
+
+    log p(choice | prompt) - log p(choice | neutral prompt) (Holtzman et al. 2021): the likelihood alone prefers what is
+    short or common, whatever was asked.
 
     Args:
-        questions: with "prompt_ids", "choices" (token ids of each) and "answer", an index.
+        questions: with "prompt_ids", "neutral_ids", "choices" (token ids of each) and "answer", an index.
     """
-    examples = [(row["prompt_ids"], choice) for row in questions for choice in row["choices"]]
-    nlls = iter(mean_nlls(model, examples, pad_id, precision, max_tokens))
+    asked = [(row["prompt_ids"], choice) for row in questions for choice in row["choices"]]
+    bare = dict.fromkeys((tuple(row["neutral_ids"]), tuple(choice)) for row in questions for choice in row["choices"])
+    examples = asked + [(list(prompt), list(choice)) for prompt, choice in bare]
+    logps = [float(row.sum()) for row in logprobs_of(model, examples, pad_id, precision, max_tokens=max_tokens)]
+    given, unasked = iter(logps), dict(zip(bare, logps[len(asked) :], strict=True))
     found = []
     for row in questions:
-        scores = [next(nlls) for _ in row["choices"]]
-        found.append(scores.index(min(scores)) == row["answer"])
+        gains = [next(given) - unasked[tuple(row["neutral_ids"]), tuple(choice)] for choice in row["choices"]]
+        found.append(gains.index(max(gains)) == row["answer"])
     return found

@@ -84,9 +84,9 @@ def bootstrap_of(
 
 
 def mean_of(values: Sequence[float] | np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The mean of [n] values as a statistic for `bootstrap_of`."""
-    column = np.asarray(values, dtype=float)[:, None]
-    return lambda counts: counts @ column / counts.sum(1, keepdims=True)
+    """The mean of [n] values, or of each of the K columns of [n, K], as a statistic for `bootstrap_of`."""
+    columns = np.asarray(values, dtype=float).reshape(len(values), -1)
+    return lambda counts: counts @ columns / counts.sum(1, keepdims=True)
 
 
 def outcomes(ours: Sequence[float], theirs: Sequence[float], tie: float = 0.0) -> np.ndarray:
@@ -109,10 +109,12 @@ def win_rate(
     """
     if not len(outcome):
         return None
-    (interval,) = bootstrap_of(mean_of(outcome), groups, n_resamples, seed)
-    return interval | {
-        name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))
-    }
+    return bootstrap_of(mean_of(outcome), groups, n_resamples, seed)[0] | tally(outcome)
+
+
+def tally(outcome: np.ndarray) -> dict[str, int]:
+    """ "wins", "ties" and "losses" of [n] outcomes."""
+    return {name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
 
 
 def group_sums(values: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:

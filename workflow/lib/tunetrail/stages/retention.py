@@ -26,7 +26,7 @@ from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
 
-CHOICES = 4
+CHOICES, NEUTRAL = 4, "Say something."
 
 
 def general_questions() -> dict[str, str]:
@@ -44,11 +44,14 @@ def general_questions() -> dict[str, str]:
     return dict(sorted(questions.items()))
 
 
-def multiple_choice(examples: list[tuple[list[int], list[int]]], rng: random.Random) -> list[dict]:
+def multiple_choice(examples: list[tuple[list[int], list[int]]], neutral: list[int], rng: random.Random) -> list[dict]:
     """Each (prompt ids, answer ids) with its own answer among those of three others, in random order.
 
+    Args:
+        neutral: ids of a prompt that asks nothing, beside which an answer's likelihood is seen.
+
     Returns:
-        [{"id", "prompt_ids", "choices", "answer": index}]; fewer than CHOICES distinct answers make no question.
+        [{"id", "prompt_ids", "neutral_ids", "choices", "answer": index}]; fewer than CHOICES distinct answers make no question.
     """
     answers = [list(answer) for answer in dict.fromkeys(tuple(answer) for _, answer in examples)]
     if len(answers) < CHOICES:
@@ -57,7 +60,9 @@ def multiple_choice(examples: list[tuple[list[int], list[int]]], rng: random.Ran
     for i, (prompt, answer) in enumerate(examples):
         choices = [answer, *rng.sample([other for other in answers if other != answer], CHOICES - 1)]
         rng.shuffle(choices)
-        rows.append({"id": str(i), "prompt_ids": prompt, "choices": choices, "answer": choices.index(answer)})
+        rows.append(
+            {"id": str(i), "prompt_ids": prompt, "neutral_ids": neutral, "choices": choices, "answer": choices.index(answer)}
+        )  # fmt: skip
     return rows
 
 
@@ -77,16 +82,16 @@ def run(stage: Stage) -> dict:
         examples = [(block[:1], block[1:]) for block in rng.sample(blocks, min(config.prompts, len(blocks)))]
         texts = [{"text": tokenizer.decode(p + r)} for p, r in examples]
         halves = [(p + r[: len(r) // 2], r[len(r) // 2 :]) for p, r in examples]
-        questions = multiple_choice([half for half in halves if half[1]], rng)
+        questions = multiple_choice([half for half in halves if half[1]], examples[0][0], rng)
     else:
         answered = general_questions()
         asked = rng.sample(list(answered), min(config.prompts, len(answered)))
-        rendered = asked
+        rendered, neutral = asked, NEUTRAL
         if tokenizer.chat_template:
-            rendered = [render(tokenizer, [{"role": "user", "content": question}]) for question in asked]
+            *rendered, neutral = (render(tokenizer, [{"role": "user", "content": q}]) for q in [*asked, NEUTRAL])
         prompts = [encode(tokenizer, text) for text in rendered]
         written = [encode_response(tokenizer, answered[question]) for question in asked]
-        questions = multiple_choice(list(zip(prompts, written, strict=True)), rng)
+        questions = multiple_choice(list(zip(prompts, written, strict=True)), encode(tokenizer, neutral), rng)
         with ProgressBar("retention", len(prompts), "questions") as bar:
             answers = sample(
                 decoding_weights(model, use_bf16(precision)), prompts, asked,

@@ -10,7 +10,7 @@ Nothing is sampled here, and no model is run unless `tournament.judge` names one
 with 95% bounds by bootstrap over n prompts, and by bootstrap over the source groups that the prompts come from
 (`groups` of them; null for a single group). Of `forgetting` it has no group bounds. metrics.json:
 
-    subjects       [name], base, sft, then the policies; `first` of a pair stands later in this list than `second`
+    subjects       [name], base, sft, then the policies by name; `first` of a pair stands later in this list than `second`
     reference      "sft", or "base" where none was trained
     sampled, greedy, judge
                    a match by gold score of sampled responses, by gold score of greedy ones, and by a language model's
@@ -118,7 +118,8 @@ def judged(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> tupl
 def run(stage: Stage) -> dict:
     config = TournamentConfig(**stage.config)
     tie, n_resamples = stage.shared["evaluation.tie"], stage.shared["evaluation.bootstrap"]
-    subjects = [role.partition(".")[2] for role in stage.inputs if role.startswith("evaluation.")]
+    evaluated = [role.partition(".")[2] for role in stage.inputs if role.startswith("evaluation.")]
+    subjects = sorted(evaluated, key=lambda name: (name != "base", name != "sft", name))
     reference = "sft" if "sft" in subjects else "base"
     samples = read(stage, subjects, "samples.jsonl")
     for subject, rows in samples.items():
