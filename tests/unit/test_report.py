@@ -560,6 +560,7 @@ def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
     page = words((folder / "report.html").read_text())
     assert code == 0
     assert "The base model has random weights" in page
+    assert "Nothing records how these came to be: data." in page
     assert "no record" in page
     for name in FIGURES:
         assert numbers.NOT_MEASURED in (folder / "figures" / f"{name}.svg").read_text()

@@ -175,6 +175,8 @@ class Run:
         if kind := artifact.config.get("labeler"):
             return kind
         kinds = {re.sub(r"-\d+$", "", name) for name in artifact.metrics.get("labelers") or {}}
+        if not kinds:
+            return "not recorded"
         return next((kind for kind in SIMULATED_LABELERS if kind in kinds), "recorded")
 
     def findings(self, artifact: Artifact) -> list[Finding]:

@@ -69,6 +69,8 @@ def _banners(run: Run) -> list[str]:
         found.append(
             "The base model has random weights, for tests: no result here says anything about language models."
         )
+    if unrecorded := [role for role, a in run.artifacts.items() if a.state == "unrecorded"]:
+        found.append(f"Nothing records how these came to be: {', '.join(unrecorded)}.")
     altered = [role for role, a in run.artifacts.items() if a.state == "altered"]
     if altered:
         found.append(f"The record does not belong to the files it lies beside: {', '.join(altered)}.")
