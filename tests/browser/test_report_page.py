@@ -51,3 +51,31 @@ def test_nothing_is_wider_than_the_screen(tiny_run, tmp_path, width):
         assert int(title.split()[1]) <= 0
     else:
         pytest.fail(f"the probe did not run; the title is {title!r}")
+
+
+KEYS = """<script>addEventListener('load', () => {
+  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
+  const seen = [];
+  for (const key of ['j', 'j', 'k', '/']) { press(key); seen.push(document.activeElement.id); }
+  const mark = document.querySelector("#figure-gold .wide [role='graphics-symbol'][aria-label*='mean']");
+  mark.dispatchEvent(new PointerEvent('pointerover', { bubbles: true }));
+  const tip = document.getElementById('tip');
+  seen.push(!tip.hidden && tip.textContent === mark.getAttribute('aria-label'));
+  seen.push(document.querySelectorAll('.chart title').length);
+  document.title = `seen ${seen.join(' ')}`;
+})</script></body>"""
+
+
+@needs_browser
+def test_keys_and_tooltips(tiny_run, tmp_path):
+    page = tmp_path / "probe.html"
+    page.write_text((tiny_run.folder / "results/tiny/report/report.html").read_text().replace("</body>", KEYS))
+    reply = chromium(f"--user-data-dir={tmp_path}/profile", "--window-size=1280,900", "--dump-dom", page.as_uri())
+    assert "<title>seen results reward-kl results filter true 0</title>" in reply.stdout
+
+
+@needs_browser
+def test_it_prints_all_of_it_and_no_controls(tiny_run, tmp_path):
+    page, pdf = tiny_run.folder / "results/tiny/report/report.html", tmp_path / "page.pdf"
+    chromium(f"--user-data-dir={tmp_path}/profile", f"--print-to-pdf={pdf}", "--no-pdf-header-footer", page.as_uri())
+    assert 5 <= pdf.read_bytes().count(b"/Type /Page\n") <= 60

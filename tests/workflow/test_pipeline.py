@@ -170,8 +170,8 @@ def test_a_new_sample_size_in_the_report_reruns_the_report(tiny_run):
 def test_snakemakes_own_report_has_the_page_and_the_figures(tiny_run):
     tiny_run.run("--report", "snakemake-report.html")
     html = (tiny_run.folder / "snakemake-report.html").read_text()
-    assert "win_rates.svg" in html
-    assert "report.html" in html
+    for text in ("report.html", "win_rates.svg", "Reward and KL", "Bradley-Terry strengths", "The whole run"):
+        assert text in html
 
 
 def test_the_page_is_one_small_file(tiny_run):

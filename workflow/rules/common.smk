@@ -11,6 +11,8 @@ import tunetrail.config as tunetrail_config
 from tunetrail.errors import ConfigError, Interrupted, TunetrailError
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.lease import hold
+from tunetrail.trackers import VARIABLE as REPORT_TO
+from tunetrail.trackers import check as check_trackers
 
 
 def validated(raw):
@@ -26,6 +28,7 @@ def validated(raw):
 
             tunetrail_config.check_files(parsed, source)
             check_sources(parsed.data)
+            check_trackers(parsed.report_to, source)
         return parsed
     except TunetrailError as error:
         print(error, file=sys.stderr)
@@ -48,7 +51,8 @@ TRAINED = [  # best-of-n has no weights of its own
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib TUNETRAIL_DIGESTS={STATE}/.digests; "
+    f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib TUNETRAIL_DIGESTS={STATE}/.digests"
+    f" {REPORT_TO}={','.join(CONFIG.report_to)}; "
 )
 
 

@@ -1,14 +1,20 @@
-FIGURES = [
-    "win_rates",
-    "gold",
-    "preferences",
-    "reward_kl",
-    "over_optimisation",
-    "learning",
-    "probes",
-    "forgetting",
-    "reward_model",
-]
+FIGURES = {  # name -> where `snakemake --report` lists it
+    "win_rates": ("Win rates", "Against SFT"),
+    "win_rates_base": ("Win rates", "Against the base model"),
+    "win_matrix": ("Win rates", "Everyone against everyone"),
+    "strengths": ("Win rates", "Bradley-Terry strengths"),
+    "gold": ("Win rates", "Gold scores"),
+    "reward_kl": ("Reward and KL", "Frontier"),
+    "over_optimisation": ("Reward and KL", "During PPO"),
+    "learning": ("Learning curves", "Every trained stage"),
+    "probes": ("Probes", "Next tokens, base and SFT"),
+    "preferences": ("Preferences", "Log-probabilities"),
+    "preference_shift": ("Preferences", "What training moved"),
+    "reward_accuracy": ("Reward model", "Accuracy"),
+    "calibration": ("Reward model", "Reliability"),
+    "forgetting": ("Forgetting", "Unrelated text and multiple choice"),
+    "contamination": ("Data", "Overlap with training texts"),
+}
 
 
 rule report:
@@ -20,15 +26,17 @@ rule report:
         page=report(
             f"{RESULTS}/report/report.html",
             category="Report",
+            labels={"figure": "The whole run"},
             caption="../report/report.rst",
         ),
         figures=[
             report(
                 f"{RESULTS}/report/figures/{name}.svg",
-                category="Figures",
+                category=category,
+                labels={"figure": label},
                 caption=f"../report/{name}.rst",
             )
-            for name in FIGURES
+            for name, (category, label) in FIGURES.items()
         ],
     log:
         f"{LOGS}/report.log",

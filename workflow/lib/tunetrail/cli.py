@@ -1,8 +1,9 @@
 """The command line.
 
-    tunetrail status                  where does the run stand: done, stale, running, failed, waiting
+    tunetrail status                  where does the run stand: done, stale, running, failed, waiting; --watch: live
     tunetrail plan                    what would run, and what would be made again that took long
     tunetrail doctor                  can this site's Slurm run it?
+    tunetrail compare RUN RUN…        one page across runs
     tunetrail audit verify PATH…      is it still what it was?
     tunetrail audit trace PATH        what was it made from? --reverse: what was made from this?
     tunetrail audit diff A B          what differs?
@@ -43,11 +44,18 @@ def _parser() -> argparse.ArgumentParser:
         found.set_defaults(function=function)
         return found
 
-    area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
+    status = area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
+    status.add_argument("--watch", action="store_true", help="a screen that follows the run: progress, rates, curves")
     area("plan", _plan, "what would run and why, and what it took to make what would be made again", "profiles/local")
     doctor = area("doctor", _doctor, "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look", "profiles/slurm")  # fmt: skip
     doctor.add_argument("--jobs", action=argparse.BooleanOptionalAction, default=True, help="also run a small job in each partition (default: yes)")  # fmt: skip
     doctor.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for such a job to begin (default: %(default)s)")  # fmt: skip
+
+    compare = areas.add_parser("compare", help="the report's page across runs, and what they differ in")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders such as results/demo")
+    compare.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
+    compare.add_argument("--samples", type=int, default=20, help="prompts shown side by side (default: %(default)s)")
+    compare.set_defaults(function=_compare)
 
     audit = areas.add_parser("audit", help="where a checkpoint came from, and whether it is still what it was")
     commands = audit.add_subparsers(required=True, metavar="COMMAND")
@@ -115,8 +123,13 @@ def _status(args: argparse.Namespace) -> int:
     from tunetrail.launch import status
     from tunetrail.launch.dag import read_dag
 
-    rerun = status.rerun_command(args.profile, args.configfile)
-    found = status.standings(read_dag(args.profile, args.configfile), rerun)
+    rerun, jobs = status.rerun_command(args.profile, args.configfile), read_dag(args.profile, args.configfile)
+    if args.watch:
+        from tunetrail.launch.watch import follow
+
+        follow(jobs, rerun)
+        return SOUND
+    found = status.standings(jobs, rerun)
     if args.json:
         _print(status.as_json(found))
     else:
@@ -145,6 +158,21 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         _print([vars(check) for check in found])
     return doctor.exit_code(found)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from tunetrail.reporting.collect import collect, inputs_of, together
+    from tunetrail.reporting.figures import FIGURES
+    from tunetrail.reporting.page import draw, render
+
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigError(f"compare {' '.join(map(str, args.runs))}: name two or more runs whose folders have different names")  # fmt: skip
+    page, cache = args.output.parent, DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests")))
+    runs = together([collect(name, inputs_of(run), page, cache) for name, run in zip(names, args.runs, strict=True)])
+    args.output.write_text(render(runs, draw(runs, FIGURES), None, args.samples), encoding="utf-8")
+    print(args.output)
+    return SOUND
 
 
 def _verify(args: argparse.Namespace) -> int:

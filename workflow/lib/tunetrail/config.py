@@ -726,6 +726,11 @@ class Config(Block):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="bf16: autocast over fp32 weights; auto: where the hardware has it"
     )
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default=["tensorboard"],
+        description="where to watch training while it goes on; nothing is read back, and changing it trains nothing "
+        "again. All but the first are packages to install",
+    )
     base: BaseModelConfig = Field(description="the model to start from")
     data: DataConfig = Field(description="what to learn from")
     sft: SftConfig | None = Field(

@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import math
-import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from tunetrail.progress import ProgressBar
 from tunetrail.provenance.manifest import list_files, sha256_file, walk
 from tunetrail.runtime import use_bf16
 from tunetrail.seeds import derive_seed
+from tunetrail.trackers import trainer_options
 
 log = logging.getLogger("tunetrail")
 
@@ -79,8 +79,7 @@ def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
 def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
     """Keyword arguments of transformers.TrainingArguments and its TRL children."""
     micro = rows_at_once(stage.name, config, processes())
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.state / "tensorboard")
-    return {
+    return trainer_options(stage.output, stage.state) | {
         "output_dir": str(stage.state),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": config.batch_size // (micro * processes()),
@@ -97,7 +96,6 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",  # StageCallback decides
-        "report_to": ["tensorboard"],
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # there are none

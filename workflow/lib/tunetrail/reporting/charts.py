@@ -1,22 +1,26 @@
 """The figures, as Altair charts turned into SVG without a browser.
 
-Each `FIGURES[name](run, narrow)` gives a Vega-Lite spec, or None where nothing was measured. Colours are written
-literally, so that the page can turn them with CSS in dark mode; the bytes depend on the numbers only.
+A function of the runs of a page (mostly one) gives a Vega-Lite spec, or None where nothing was measured; `narrow` is
+for a phone. Colours are written literally, so that the page can turn them with CSS in dark mode; the bytes depend on
+the numbers only.
 """
 
+import html
 import itertools
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 import vl_convert
 
 from tunetrail.reporting.collect import Artifact, Model, Run
-from tunetrail.reporting.numbers import NOT_MEASURED, interval, percent_interval
+from tunetrail.reporting.numbers import NOT_MEASURED, interval
 
 Spec = dict[str, Any]
+Runs = Sequence[Run]
 Chart = Any  # Altair's kinds of charts share no base class with what is used here
 
 # Okabe and Ito's palette, told apart with any colour vision; page.css has the same with lighter twins for dark mode.
@@ -24,7 +28,7 @@ COLOURS = {
     "base": "#7a828a", "sft": "#22272b",
     "p0": "#0072b2", "p1": "#d55e00", "p2": "#009e73", "p3": "#cc79a7", "p4": "#e69f00", "p5": "#56b4e9",
 }  # fmt: skip
-INK, MUTED, LINE, PAPER = "#22272b", "#66707a", "#dfe3e7", "#ffffff"
+INK, MUTED, LINE, PAPER, SHADE = "#22272b", "#66707a", "#dfe3e7", "#ffffff", "#e69f00"
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 PLOT = {False: 500, True: 140}
 """Width of a plot in pixels, by `narrow` (a phone)."""
@@ -33,7 +37,7 @@ PLOT = {False: 500, True: 140}
 CONFIG = {
     "background": PAPER,
     "font": FONT,
-    "padding": {"left": 4, "top": 4, "right": 20, "bottom": 4},  # a browser without these fonts sets wider letters
+    "padding": {"left": 10, "top": 4, "right": 36, "bottom": 4},  # a browser without these fonts sets wider letters
     "view": {"stroke": None},
     "axis": {
         "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11,
@@ -48,7 +52,63 @@ def svg(spec: Spec | None) -> str:
     if spec is None:
         words = alt.Chart(_data([{}])).mark_text(text=NOT_MEASURED, color=MUTED, fontSize=13, fontStyle="italic")
         spec = grid([[words.properties(width=240, height=40)]])
-    return vl_convert.vegalite_to_svg(spec | {"config": CONFIG})
+    return _MARK.sub(_titled, vl_convert.vegalite_to_svg(spec | {"config": CONFIG}))
+
+
+_MARK = re.compile(r'<(path|line|text) aria-label="([^"]*)" role="graphics-symbol" aria-roledescription="([^"]*)"([^>]*?)(/?)>')  # fmt: skip
+_WORDS = {"kl": "KL", "prob": "probability", "n": "pairs"}
+_UNSAID = (
+    "colour",
+    "fill",
+    "shape",
+    "ink",
+    "line",
+    "dashed",
+    "chosen",
+    "place",
+    "at",
+    "label",
+    "token",
+    "text",
+    "first",
+)
+
+
+def _titled(mark: re.Match) -> str:
+    """A mark with what it shows as its title, which is the tooltip; Vega tells it as `field: value; field: value`."""
+    element, label, kind, rest, closed = mark.groups()
+    said = _said(html.unescape(label))
+    if kind == "line mark" or not said:  # of a line Vega tells the first point alone
+        return f"<{element}{rest}{closed}>"
+    title = html.escape(said)
+    end = f"<title>{title}</title>" + (f"</{element}>" if closed else "")
+    return f'<{element} role="graphics-symbol" aria-label="{title}"{rest}>{end}'
+
+
+def _said(label: str) -> str:
+    """
+    >>> _said("mean: 58.333333%; label: dpo; fill: #0072b2"), _said("dpo, step 3: loss 0.61")
+    ('dpo: mean 58.3%', 'dpo, step 3: loss 0.61')
+    """
+    found = dict(item.partition(": ")[::2] for item in label.split("; ") if ": " in item)
+    if not found or " " in next(iter(found)):  # a description of our own
+        return label
+    names = " ".join(found[key] for key in ("label", "token", "first") if found.get(key))
+    if found.get("text"):
+        return f"{names}: {found['text']}".removeprefix(": ")
+    values = [f"{_WORDS.get(k, k.replace('_', ' '))} {_short(v)}" for k, v in found.items() if k not in _UNSAID]
+    return ": ".join(filter(None, [names, ", ".join(values)]))
+
+
+def _short(value: str) -> str:
+    """
+    >>> _short("0.291013598443"), _short("58.333333%"), _short("sft")
+    ('0.291', '58.3%', 'sft')
+    """
+    try:
+        return f"{float(value.rstrip('%').replace('−', '-')):.3g}".replace("-", "−") + "%" * value.endswith("%")
+    except ValueError:
+        return value
 
 
 def grid(rows: list[list[Chart]], across: int = 0, down: int = 0) -> Spec:
@@ -139,95 +199,38 @@ def dots(rows: list[dict], width: int, title: str, reference: float | None = Non
 # ----------------------------------------------------------------------------- results
 
 
-def win_rates(run: Run, narrow: bool) -> Spec | None:
-    rows = [
-        _row(m.name, m.interval("win_rate_vs_sft"), percent_interval(m.interval("win_rate_vs_sft")), m.series)
-        for m in run.models
-        if m.name != "sft"
-    ]
-    axis = {"format": "%", "domain": [0, 1]}
-    chart = dots(rows, PLOT[narrow], "win rate against sft, ties count half", reference=0.5, **axis)
-    return chart and grid([[chart]])
-
-
-def gold(run: Run, narrow: bool) -> Spec | None:
+def gold(runs: Runs, narrow: bool) -> Spec | None:
     """Two panels, one below the other: sampled responses and greedy ones."""
     keys = {"gold": "Sampled", "greedy_gold": "Decoded greedily"}
-    found = [value for key in keys for m in run.models if (value := m.interval(key))]
+    models = [m for run in runs for m in run.models]
+    found = [value for key in keys for m in models if (value := m.interval(key))]
     if not found:
         return None
     low, high = min(value["low"] for value in found), max(value["high"] for value in found)
     margin = 0.06 * (high - low) or 0.5
     panels = []
     for key, title in keys.items():
-        measured = [m for m in run.models if m.interval(key) or key == "gold"]
+        measured = [m for m in models if m.interval(key) or key == "gold"]
         rows = [_row(m.name, m.interval(key), interval(m.interval(key), 1), m.series) for m in measured]
         if chart := dots(rows, PLOT[narrow], "gold score", domain=[low - margin, high + margin]):
             panels.append([alt.layer(chart, _title(title))])
     return grid(panels, down=26)
 
 
-def forgetting(run: Run, narrow: bool) -> Spec | None:
-    rows = []
-    for model in run.models:
-        if model.name == "base":
-            continue
-        change = (model.metrics.get("retention") or {}).get("change_vs_base")
-        adapter = model.metrics.get("adapter")
-        label = f"{model.name} ({'LoRA' if adapter == 'lora' else adapter})" if adapter else model.name
-        rows.append(_row(label, change, interval(change, 3, sign=True), model.series, hollow=adapter == "lora"))
-    chart = dots(rows, PLOT[narrow], "change of NLL, nats a token (right: forgotten)", reference=0)
-    return chart and grid([[chart]])
-
-
-def reward_kl(run: Run, narrow: bool) -> Spec | None:
-    """Two panels, reward-model score and gold score, over the KL to SFT on a square-root scale."""
-    panels = []
-    for key, title in (("reward", "Reward-model score"), ("gold", "Gold score")):
-        rows = []
-        for model in run.models:
-            kl, score = model.interval("kl_to_sft"), model.interval(key)
-            if model.name == "sft":  # its KL to itself is 0 by definition
-                kl = {"mean": 0, "low": 0, "high": 0}
-            if kl is None or score is None:
-                continue
-            shape = "diamond" if model.metrics.get("method") == "best_of_n" else "circle"
-            rows.append(
-                {"label": wrap(model.name), "colour": COLOURS[model.series], "shape": shape}
-                | {f"kl_{end}": max(0, kl[end]) for end in ("mean", "low", "high")}
-                | {end: score[end] for end in ("mean", "low", "high")}
-            )
-        if all(row["label"] == "sft" for row in rows):
-            continue
-        base = alt.Chart(_data(rows))
-        top = max(row["kl_high"] for row in rows)
-        x = alt.X(
-            "kl_mean:Q",
-            scale=alt.Scale(type="sqrt", domain=[0, 1.25 * top or 1], nice=False),
-            axis=alt.Axis(title="KL to sft, nats a response (√ scale)", tickCount=5),
-        )
-        y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
-        layers = [
-            base.mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=_colour()),
-            base.mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"), x2="kl_high:Q", y=y, color=_colour()),
-            base.mark_point(size=95, filled=True, opacity=1).encode(x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None)),
-            base.mark_text(align="left", dx=8, dy=-9, fontSize=12, fontWeight="bold", lineBreak="\n").encode(x=x, y=y, text="label:N", color=_colour()),
-        ]  # fmt: skip
-        panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))
-    return _beside(panels, narrow) if panels else None
-
-
-def over_optimisation(run: Run, narrow: bool) -> Spec | None:
+def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
     """Two panels, reward-model score and gold score of PPO's episodes (where it was watched), along the way that training took them."""
-    learners = [(m, run.artifacts.get(f"policy.{m.name}")) for m in run.policies if m.metrics.get("method") == "ppo"]
+    learners = [m for run in runs for m in run.policies if m.metrics.get("method") == "ppo"]
     panels = []
     for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
         rows: list[dict] = []
-        for model, artifact in learners:
-            points = [row for row in (artifact.history if artifact else []) if row.get(key) is not None]
+        for model in learners:
+            points = [row for row in (model.trained.history if model.trained else []) if row.get(key) is not None]
             kls, scores = (_means([row[name] for row in points]) for name in ("kl", key))
             rows += [
-                {"step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name, "colour": COLOURS[model.series]}
+                {
+                    "step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name, "colour": COLOURS[model.series],
+                    "tip": f"{model.name}, step {row['step']}: score {score:.4g}, KL {kl:.3g}",
+                }
                 for row, kl, score in _thinned(list(zip(points, kls, scores, strict=True)))
             ]  # fmt: skip
         if not rows:
@@ -236,7 +239,7 @@ def over_optimisation(run: Run, narrow: bool) -> Spec | None:
         base = alt.Chart(_data(rows)).encode(
             x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8), axis=alt.Axis(title="KL to sft, nats an episode (√ scale)", tickCount=5)),
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
-            color=_colour(), detail="line:N", order="step:Q",
+            color=_colour(), detail="line:N", order="step:Q", description="tip:N",
         )  # fmt: skip
         layers = [base.mark_line(strokeWidth=1.5, opacity=0.6), base.mark_point(filled=True, opacity=1, size=40 if few else 10)]  # fmt: skip
         if few:
@@ -285,42 +288,60 @@ def _thinned(points: list) -> list:
     return points[:: math.ceil(len(points) / MOST_POINTS) or 1]
 
 
-def _curve_rows(artifact: Artifact, colour: str, keys: tuple[str, ...]) -> list[dict]:
+HANDLES = 40
+"""Points of a curve that have a tooltip."""
+
+
+def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...]) -> list[dict]:
     rows = []
     for key in keys:
         points = [(row["step"], row[key]) for row in artifact.history if row.get(key) is not None]
         means, dashed = _means([value for _, value in points]), key == "logps/rejected"
-        for (step, value), mean in _thinned(list(zip(points, means, strict=True))):
-            rows.append({"step": step, "value": value, "mean": mean, "colour": colour, "line": f"{artifact.role} {key}", "dashed": dashed})  # fmt: skip
+        thinned = _thinned(list(zip(points, means, strict=True)))
+        for i, ((step, value), mean) in enumerate(thinned):
+            rows.append(
+                {
+                    "step": step, "value": value, "mean": mean, "colour": colour, "line": f"{name} {key}", "dashed": dashed,
+                    "handle": i % math.ceil(len(thinned) / HANDLES) == 0, "tip": f"{name}, step {step}: {key.rpartition('/')[2]} {value:.4g}",
+                }
+            )  # fmt: skip
     return rows
 
 
-def learning(run: Run, narrow: bool) -> Spec | None:
-    """Small multiples; policies of one method share their panels."""
-    by_stage: dict[str, list[tuple[Artifact, str]]] = {}
-    series = {f"policy.{m.name}": m.series for m in run.policies} | {"sft": "sft", "reward": "base"}
-    for role, artifact in run.artifacts.items():
-        if role in series and artifact.history:
-            stage = artifact.stage if role.startswith("policy.") else role
-            by_stage.setdefault(stage, []).append((artifact, COLOURS[series[role]]))
+def _resumed(artifact: Artifact) -> list[dict]:
+    """The segments of a history that attempts after the first trained; the last goes to its end."""
+    steps = [*artifact.resumed_at, artifact.history[-1]["step"]]
+    spans = itertools.pairwise(steps)
+    return [{"from": a, "to": b, "tip": f"resumed from step {a}"} for a, b in spans if a < b]
+
+
+def learning(runs: Runs, narrow: bool) -> Spec | None:
+    """Small multiples; policies of one method share their panels. What was trained after a resumption is shaded."""
+    by_stage: dict[str, list[tuple[Artifact, str, str]]] = {}
+    for i, run in enumerate(runs):
+        for role in ("sft", "reward"):
+            if (artifact := run.artifacts.get(role)) and artifact.history:
+                colour = COLOURS["sft"] if len(runs) == 1 else list(COLOURS.values())[2 + i % 6]
+                by_stage.setdefault(role, []).append((artifact, role if len(runs) == 1 else run.name, colour))
+        for model in run.policies:
+            if model.trained and model.trained.history:
+                by_stage.setdefault(model.trained.stage, []).append((model.trained, model.name, COLOURS[model.series]))
     rows_of_panels = []
     for stages in (("sft", "reward"), ("dpo",), ("ppo",)):
         panels = []
         for stage in stages:
+            learners = by_stage.get(stage, [])
+            spans = [span for artifact, _, _ in learners for span in _resumed(artifact)]
             for title, keys, reference in CURVES[stage]:
-                rows = [
-                    row for artifact, colour in by_stage.get(stage, []) for row in _curve_rows(artifact, colour, keys)
-                ]
+                rows = [row for learner in learners for row in _curve_rows(*learner, keys)]
                 if rows:
-                    panels.append(_curve(f"{stage}: {title}", rows, reference, 125 if narrow else 142))
+                    panels.append(_curve(f"{stage}: {title}", rows, reference, spans, 125 if narrow else 142))
         rows_of_panels += [panels[i : i + 2] for i in range(0, len(panels), 2)] if narrow else [panels]
     rows_of_panels = [panels for panels in rows_of_panels if panels]
-    if not rows_of_panels:
-        return None
-    return grid(rows_of_panels, across=10, down=14)
+    return grid(rows_of_panels, across=10, down=14) if rows_of_panels else None
 
 
-def _curve(title: str, rows: list[dict], reference: float | None, width: int) -> Chart:
+def _curve(title: str, rows: list[dict], reference: float | None, resumed: list[dict], width: int) -> Chart:
     base = alt.Chart(_data(rows))
     steps = sorted({row["step"] for row in rows})
     ticks: dict[str, Any] = {"tickCount": 3} if len(steps) > 4 else {"values": steps}
@@ -332,13 +353,16 @@ def _curve(title: str, rows: list[dict], reference: float | None, width: int) ->
             x=x, y=alt.Y("value:Q", scale=scale, axis=axis), color=_colour(), detail="line:N"
         ),
         base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("mean:Q"), color=_colour(), detail="line:N", strokeDash=dash),
+        base.transform_filter(alt.datum.handle)
+        .mark_point(size=22, filled=True, opacity=1 if len(steps) <= 12 else 0)  # of few steps each is shown
+        .encode(x=x, y=alt.Y("value:Q"), color=_colour(), description="tip:N"),
     ]
-    if len(steps) <= 12:  # few steps: show each
-        layers.append(base.mark_point(size=22, filled=True, opacity=1).encode(x=x, y=alt.Y("value:Q"), color=_colour()))
     if reference is not None:
-        layers.insert(
-            0, alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y=alt.Y("at:Q"))
-        )
+        line = alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
+        layers.insert(0, line.encode(y=alt.Y("at:Q")))
+    if resumed:
+        shade = alt.Chart(_data(resumed)).mark_rect(color=SHADE, opacity=0.18)
+        layers.insert(0, shade.encode(x=alt.X("from:Q"), x2="to:Q", description="tip:N"))
     return alt.layer(*layers, _title(title, 11)).properties(width=width, height=95)
 
 
@@ -346,44 +370,16 @@ def _curve(title: str, rows: list[dict], reference: float | None, width: int) ->
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line ends to be seen."""
-    return token.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
+    """A token with its spaces and line ends to be seen; what cannot be printed, and no SVG may hold, as its code.
+
+    >>> visible(" a\\n\\x06")
+    '␣a⏎\\\\x06'
+    """
+    token = token.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token)
 
 
-def probes(run: Run, narrow: bool) -> Spec | None:
-    """A row of bars a model: the probability of each token of the sentence, in reading order."""
-    rows = [
-        {"model": m.name, "place": i, "token": visible(position["token"]), "prob": position["prob"], "colour": COLOURS[m.series]}
-        for m in run.models
-        for i, position in enumerate(m.sentence)
-        if position.get("prob") is not None
-    ]  # fmt: skip
-    if not rows:
-        return None
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    labels = {row["place"]: row["token"] for row in rows}
-    step = 11 if narrow else 24
-    label = f"{json.dumps([labels.get(i, '') for i in range(max(labels) + 1)])}[datum.value]"
-    panels = []
-    for name in names:
-        last = name == names[-1]
-        axis = alt.Axis(
-            title=None, labels=last, labelExpr=label, labelAngle=-60, labelFontSize=10, labelColor=INK, grid=False
-        )
-        panels.append(
-            alt.Chart(_data([row for row in rows if row["model"] == name]), title=alt.Title(name, fontSize=11))
-            .mark_bar(size=step - 6)
-            .encode(
-                x=alt.X("place:O", axis=axis),
-                y=alt.Y("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, values=[0, 0.5, 1])),
-                color=_colour(),
-            )
-            .properties(width=alt.Step(step), height=50)
-        )
-    return grid([[panel] for panel in panels], down=6)
-
-
-def preferences(run: Run, narrow: bool) -> Spec | None:
+def preferences(runs: Runs, narrow: bool) -> Spec | None:
     """A panel a probe and one for the held-out pairs: log-probability of the preferred (full dot) and the other response."""
     panels: dict[str, list[dict]] = {}
 
@@ -397,10 +393,11 @@ def preferences(run: Run, narrow: bool) -> Spec | None:
             }
             panels.setdefault(panel, []).append(row)
 
-    for model in run.models:
+    models = [model for run in runs for model in run.models]
+    for model in models:
         for probe in model.preferences:
             add(probe["prompt"], model, probe["preferred_logp"], probe["dispreferred_logp"])
-    for model in run.models:
+    for model in models:
         pairs = model.metrics.get("comparisons") or {}
         chosen, rejected = pairs.get("chosen_logps") or {}, pairs.get("rejected_logps") or {}
         add("Held-out pairs, mean", model, chosen.get("mean"), rejected.get("mean"))
@@ -419,61 +416,3 @@ def preferences(run: Run, narrow: bool) -> Spec | None:
         ]
         drawn.append(alt.layer(*layers).properties(width=230 if narrow else 560, height=alt.Step(28)))
     return grid([[chart] for chart in drawn], down=14) if drawn else None
-
-
-# ----------------------------------------------------------------------------- reward model
-
-
-def reward_model(run: Run, narrow: bool) -> Spec | None:
-    """Accuracies with intervals beside their baselines, and the reliability diagram."""
-    metrics = run.metrics("reward")
-    if not metrics:
-        return None
-    measured = [
-        ("reward model", metrics.get("accuracy"), "p0"),
-        ("the longer wins", metrics.get("accuracy_longer_wins"), "base"),
-    ]
-    by_labeler = metrics.get("accuracy_by_labeler") or {}
-    measured += [(f"by {name}", value, "p0") for name, value in sorted(by_labeler.items())]
-    rows = [
-        _row(label, value, percent_interval(value), series, hollow=i > 1)
-        for i, (label, value, series) in enumerate(measured)
-    ]
-    panels = []
-    if accuracies := dots(rows, 120 if narrow else 225, "accuracy on unseen prompts", reference=0.5, format="%"):
-        panels.append(alt.layer(accuracies, _title("Accuracy")))
-    if bins := metrics.get("accuracy_by_confidence"):
-        panels.append(_reliability(bins))
-    return _beside(panels, narrow) if panels else None
-
-
-def _reliability(bins: list[dict]) -> Chart:
-    low = min(0.5, min(row["accuracy"] for row in bins), min(row["confidence"] for row in bins))
-    low = max(0.0, math.floor(10 * low - 0.5) / 10)  # room for the labels below the dots
-    scale = alt.Scale(domain=[low, 1], nice=False, zero=False)
-    axis: dict[str, Any] = {"format": "%", "values": [i / 20 for i in range(0, 21, 2 if low >= 0.4 else 5)]}
-    few = len(bins) <= 6  # labels of more would cover each other
-    rows = [row | {"label": f"n={row['n']}" if few else ""} for row in bins]
-    base = alt.Chart(_data(rows))
-    x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the reward model", **axis))
-    y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, **axis))
-    diagonal = alt.Chart(_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
-    return alt.layer(
-        diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
-        base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=alt.Size("n:Q", scale=alt.Scale(domainMin=0, range=[15, 260]), legend=None)),
-        base.mark_text(dy=18, fontSize=10, color=MUTED).encode(x=x, y=y, text="label:N"),
-        _title("How often it is right, by confidence"),
-    ).properties(width=205, height=180)  # fmt: skip
-
-
-FIGURES: dict[str, Callable[[Run, bool], Spec | None]] = {
-    "win_rates": win_rates,
-    "gold": gold,
-    "reward_kl": reward_kl,
-    "over_optimisation": over_optimisation,
-    "learning": learning,
-    "probes": probes,
-    "preferences": preferences,
-    "reward_model": reward_model,
-    "forgetting": forgetting,
-}

@@ -8,16 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import Stage, read_jsonl
+from tunetrail.contract import read_jsonl
 from tunetrail.errors import DataError
-from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, identity
-from tunetrail.provenance.picture import svg
+from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCache, identity
 from tunetrail.provenance.record import Record, read_record
 from tunetrail.provenance.verify import Finding, Verifier
 
-ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation")
+ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation", "tournament")
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("reference", "reward_model", "llm")
+CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved")
+"""Findings of the audit that make an artifact stale, and not unsound."""
 POLICY_COLOURS = 6
 """Distinct colours for policies in the palette; a seventh policy takes the first one again."""
 
@@ -76,6 +77,12 @@ class Artifact:
             return "stale"
         return "resumed" if len(self.attempts) > 1 else "done"
 
+    @property
+    def resumed_at(self) -> list[int]:
+        """Steps from which attempts after the first went on; one that found no saved state began at 0."""
+        states = [(a.get("state_in") or {}).get("name", "") for a in self.attempts[1:]]
+        return [int(step) if (step := name.rpartition("-")[2]).isdigit() else 0 for name in states]
+
     @cached_property
     def history(self) -> list[dict]:
         path = self.folder / "history.jsonl"
@@ -87,14 +94,26 @@ class Model:
     """A model that was evaluated."""
 
     name: str
+    """As it is shown: on a page of several runs the run's name stands before."""
     series: str
     """`base`, `sft`, `p0` … `p5`: its colour everywhere."""
     artifact: Artifact
+    """Its evaluation."""
     samples: list[dict]
     sentence: list[dict]
     preferences: list[dict]
-    best_of: int | None
-    """n of best-of-n."""
+    trained: Artifact | None = None
+    """The policy; None for base and sft."""
+
+    @property
+    def subject(self) -> str:
+        """Its name in its run."""
+        return self.artifact.role.partition(".")[2]
+
+    @property
+    def best_of(self) -> int | None:
+        """n of best-of-n."""
+        return self.trained.config.get("n") if self.trained else None
 
     @property
     def metrics(self) -> dict:
@@ -115,8 +134,8 @@ class Run:
     """Role -> the roles it was made from -> what they were to it."""
     audit: list[Finding]
     """What does not hold, or may not please a policy."""
-    picture: str
-    """SVG of the lineage."""
+    signed: bool
+    """Whether every artifact has a signature beside it."""
     models: list[Model]
     """base, sft, then the policies in the order of the config."""
 
@@ -125,11 +144,27 @@ class Run:
         return artifact.metrics if artifact else None
 
     def model(self, name: str) -> Model | None:
-        return next((m for m in self.models if m.name == name), None)
+        return next((m for m in self.models if m.subject == name), None)
 
     @property
     def policies(self) -> list[Model]:
-        return [m for m in self.models if m.series not in ("base", "sft")]
+        return [m for m in self.models if m.subject not in ("base", "sft")]
+
+    @property
+    def tournament(self) -> dict:
+        """What was measured where all evaluations met; empty where they did not."""
+        return self.metrics("tournament") or {}
+
+    def match_of(self, model: Model) -> dict | None:
+        """How the model's sampled responses did against sft, with the significance among all policies; None for others."""
+        pairs = (self.tournament.get("sampled") or {}).get("pairs", [])
+        return next((pair for pair in pairs if (pair["first"], pair["second"]) == (model.subject, "sft")), None)
+
+    @cached_property
+    def shifts(self) -> list[dict]:
+        """Next-token probabilities of the probe sentence before and after, of each pair of models."""
+        artifact = self.artifacts.get("tournament")
+        return (read_json(artifact.folder / "probes.json") or {}).get("pairs", []) if artifact else []
 
     @property
     def labeler(self) -> str | None:
@@ -140,6 +175,8 @@ class Run:
         if kind := artifact.config.get("labeler"):
             return kind
         kinds = {re.sub(r"-\d+$", "", name) for name in artifact.metrics.get("labelers") or {}}
+        if not kinds:
+            return "not recorded"
         return next((kind for kind in SIMULATED_LABELERS if kind in kinds), "recorded")
 
     def findings(self, artifact: Artifact) -> list[Finding]:
@@ -212,48 +249,65 @@ def link(artifacts: dict[str, Artifact], page: Path) -> dict[str, dict[str, str]
 def kind(role: str) -> str:
     """The one of ORDER that a role belongs to."""
     start = role.partition(".")[0]
-    return "data" if start == "retention" else start if start in ORDER else "policy"
+    return {"retention": "data", "lm_eval": "tournament"}.get(start, start if start in ORDER else "policy")
 
 
-def collect(stage: Stage) -> Run:
-    """Reads the inputs of the report stage."""
-    artifacts = {role: load(role, folder, stage.output) for role, folder in stage.inputs.items()}
-    parents = link(artifacts, stage.output)
-    evaluated = [role.partition(".")[2] for role in stage.inputs if role.startswith("evaluation.")]
-    policies = [name for name in evaluated if name not in ("base", "sft")]
+def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) -> Run:
+    """Reads a run.
+
+    Args:
+        inputs: role -> folder of the artifacts the page is about.
+        page: folder the page will be in.
+        cache: digests of files that have not changed since they were hashed.
+    """
+    artifacts = {role: load(role, folder, page) for role, folder in inputs.items()}
+    parents = link(artifacts, page)
+    evaluated = [role.partition(".")[2] for role in inputs if role.startswith("evaluation.")]
+    policies = [subject for subject in evaluated if subject not in ("base", "sft")]
     models = []
-    for name in [n for n in ("base", "sft") if n in evaluated] + policies:
-        artifact = artifacts[f"evaluation.{name}"]
+    for subject in [n for n in ("base", "sft") if n in evaluated] + policies:
+        artifact = artifacts[f"evaluation.{subject}"]
         probes = read_json(artifact.folder / "probes.json") or {}
         samples = artifact.folder / "samples.jsonl"
-        trained = artifacts.get(f"policy.{name}")
         models.append(
             Model(
-                name=name,
-                series=name if name in ("base", "sft") else f"p{policies.index(name) % POLICY_COLOURS}",
+                name=subject,
+                series=subject if subject in ("base", "sft") else f"p{policies.index(subject) % POLICY_COLOURS}",
                 artifact=artifact,
                 samples=read_jsonl(samples) if samples.exists() else [],
                 sentence=probes.get("sentence") or [],
                 preferences=probes.get("preferences") or [],
-                best_of=trained.config.get("n") if trained else None,
+                trained=artifacts.get(f"policy.{subject}"),
             )
         )
     artifacts = dict(sorted(artifacts.items(), key=lambda item: ORDER.index(kind(item[0]))))
-    verifier = Verifier(cache=stage.cache, recursive=True, ledger=False)
-    verdict = verifier.run(list(stage.inputs.values()))
-    audit = verdict.findings  # the run is sealed when it has ended, and this page is of the run
-    changed = (
-        "parent-changed",
-        "parent-record-changed",
-        "labels-changed",
-        "source-changed",
-        "base-moved",
-    )  # it is stale
-    unsound = {f.folder for f in audit if f.severity == "error" and f.name not in changed}
+    # No ledger: the run is sealed when it has ended, and this page is of the run.
+    audit = Verifier(cache=cache, recursive=True, ledger=False).run(list(inputs.values())).findings
+    unsound = {f.folder for f in audit if f.severity == "error" and f.name not in CHANGED}
     for artifact in artifacts.values():
         artifact.unsound = str(artifact.folder.resolve()) in unsound
-    picture = svg(
-        verifier.nodes, {Path(f.folder) for f in audit if f.folder and f.severity == "error"},
-        {a.folder.resolve(): f"{a.href}{PROVENANCE}" for a in artifacts.values()},
-    )  # fmt: skip
-    return Run(stage.output.parent.name, artifacts, parents, audit, picture, models)
+    signed = all((a.folder / SIGNATURE).exists() for a in artifacts.values())
+    return Run(name, artifacts, parents, audit, signed, models)
+
+
+def inputs_of(run: Path) -> dict[str, Path]:
+    """Role -> folder of the artifacts below `results/<run>`, as the report's rule names them. Raises DataError."""
+    one = ("base", "data", "sft", "comparisons", "reward", "retention", "tournament")
+    found = {name: run / name for name in one}
+    for role, name in (("policy", "policies"), ("evaluation", "evaluation"), ("lm_eval", "lm_eval")):
+        found |= {f"{role}.{path.name}": path for path in sorted((run / name).glob("*/"))}
+    found = {role: path for role, path in found.items() if (path / MANIFEST).exists()}
+    if not any(role.startswith("evaluation.") for role in found):
+        raise DataError(f"{run}: no model of this run has been evaluated; name a folder such as results/demo")
+    return found
+
+
+def together(runs: list[Run]) -> list[Run]:
+    """The runs with names and colours that tell their models apart."""
+    policies = [model for run in runs for model in run.policies]
+    for i, model in enumerate(policies):
+        model.series = f"p{i % POLICY_COLOURS}"
+    for run in runs:
+        for model in run.models:
+            model.name = f"{run.name}-{model.subject}"
+    return runs

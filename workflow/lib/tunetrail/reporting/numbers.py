@@ -34,13 +34,13 @@ def interval(value: dict | None, digits: int = 2, sign: bool = False) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def percent(value: float | None, digits: int = 0) -> str:
+def percent(value: float | None, digits: int = 0, sign: bool = False) -> str:
     """A share as percent.
 
     >>> percent(0.583)
     '58%'
     """
-    return NOT_MEASURED if value is None else f"{number(100 * value, digits)}%"
+    return NOT_MEASURED if value is None else f"{number(100 * value, digits, sign)}%"
 
 
 def percent_interval(value: dict | None) -> str:

@@ -1,4 +1,4 @@
-// Everything is readable without this script; it adds choosing a token, filtering and sorting.
+// Everything is readable without this script; it adds choosing a token, filtering and sorting, keys and tooltips.
 "use strict";
 document.documentElement.classList.add("js");
 
@@ -55,3 +55,37 @@ if (list) {
   sort.addEventListener("change", update);
   filter.form.addEventListener("submit", (event) => event.preventDefault());
 }
+
+// j and k go from section to section, t to the top, / to the filter.
+const sections = [...document.querySelectorAll("main > section")];
+function go(section) {
+  if (!section) return;
+  section.scrollIntoView();
+  section.tabIndex = -1;
+  section.focus({ preventScroll: true });
+}
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
+  const edge = (section) => section.getBoundingClientRect().top - 52; // below the bar of links
+  if (event.key === "j") go(sections.find((section) => edge(section) > 5));
+  else if (event.key === "k") go(sections.findLast((section) => edge(section) < -5));
+  else if (event.key === "t") scrollTo(0, 0);
+  else if (event.key === "/" && list) document.getElementById("filter").focus();
+  else return;
+  event.preventDefault();
+});
+
+// The title of a mark is its tooltip without a script, late and never on a touch screen; here it comes at once.
+const tip = document.body.appendChild(Object.assign(document.createElement("div"), { id: "tip", hidden: true }));
+document.querySelectorAll(".chart title").forEach((title) => title.remove());
+for (const kind of ["pointerover", "pointerdown"]) {
+  document.addEventListener(kind, (event) => {
+    const mark = event.target.closest(".chart [aria-label][role='graphics-symbol']");
+    tip.hidden = !mark;
+    if (!mark) return;
+    tip.textContent = mark.getAttribute("aria-label");
+    tip.style.left = `${Math.max(4, Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 4))}px`;
+    tip.style.top = `${event.clientY > innerHeight - 60 ? event.clientY - tip.offsetHeight - 12 : event.clientY + 14}px`;
+  });
+}
+addEventListener("scroll", () => (tip.hidden = true), { passive: true });

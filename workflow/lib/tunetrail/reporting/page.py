@@ -4,21 +4,22 @@ The order of the sections is in page.html.j2. Numbers are formatted by `numbers.
 computed here but differences and sums of what the metrics files hold.
 """
 
+import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from tunetrail.provenance.manifest import SIGNATURE
 from tunetrail.reporting import charts, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run
+from tunetrail.reporting.figures import Figure
 
 HERE = Path(__file__).parent
-TOP = 5
+TOP = 6
 """Next tokens listed at each position of the probe sentence."""
 
 
@@ -46,8 +47,16 @@ FILTERS = {
 } | {"visible": charts.visible}
 
 
-def banners(run: Run) -> list[str]:
-    """What a reader must know before any number."""
+def banners(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What a reader must know before any number, and of which runs."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for text in _banners(run):
+            found.setdefault(text, []).append(run.name)
+    return list(found.items())
+
+
+def _banners(run: Run) -> list[str]:
     found = []
     if run.labeler in SIMULATED_LABELERS:
         ranked = {
@@ -60,6 +69,8 @@ def banners(run: Run) -> list[str]:
         found.append(
             "The base model has random weights, for tests: no result here says anything about language models."
         )
+    if unrecorded := [role for role, a in run.artifacts.items() if a.state == "unrecorded"]:
+        found.append(f"Nothing records how these came to be: {', '.join(unrecorded)}.")
     altered = [role for role, a in run.artifacts.items() if a.state == "altered"]
     if altered:
         found.append(f"The record does not belong to the files it lies beside: {', '.join(altered)}.")
@@ -93,12 +104,16 @@ def code(run: Run) -> list[tuple[str, bool]]:
     return list(found.items())
 
 
-def marks(run: Run) -> list[str]:
-    """What a reader of the audit should know of a run whose files are all what they were."""
+def marks(run: Run) -> list[tuple[str, bool]]:
+    """What the audit of the run says in a few words, and whether it is good news."""
     names = {finding.name for finding in run.audit}
-    signed = all((a.folder / SIGNATURE).exists() for a in run.artifacts.values())
+    unsound = any(finding.severity == "error" for finding in run.audit)
     known = (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT"))
-    return ([] if signed else ["UNSIGNED"]) + [mark for name, mark in known if name in names]
+    return [
+        ("NOT VERIFIED", False) if unsound else ("VERIFIED", True),
+        ("SIGNED", True) if run.signed else ("UNSIGNED", False),
+        *((mark, False) for name, mark in known if name in names),
+    ]
 
 
 def software(run: Run) -> list[tuple[str, list[str]]]:
@@ -119,28 +134,31 @@ def sentence_sum(model: Model) -> float | None:
     return sum(math.log(p) for p in probs) if probs else None
 
 
-def positions(run: Run) -> list[dict[str, Any]]:
-    """The probe sentence: for each position the token and, for each model, its probability and the likeliest tokens."""
-    probed = [m for m in run.models if m.sentence]
-    if not probed:
-        return []
-    return [
-        {
-            "token": position["token"],
-            "models": [
-                {"model": m, "prob": m.sentence[i].get("prob"), "top": (m.sentence[i].get("top") or [])[:TOP]}
-                for m in probed
-                if i < len(m.sentence)
-            ],
-        }
-        for i, position in enumerate(probed[0].sentence)
-    ]
+def positions(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The probe sentence: for each position the token, its probability under each model, and what training moved.
+
+    A shift is of two models, before and after: the likeliest tokens of both, what rose most first.
+    """
+    probed = [m for run in runs for m in run.models if m.sentence]
+    found = [
+        {"token": position["token"], "models": [(m, m.sentence[i].get("prob")) for m in probed if i < len(m.sentence)], "shifts": []}
+        for i, position in enumerate(probed[0].sentence if probed else [])
+    ]  # fmt: skip
+    for run in runs:
+        for pair in run.shifts:
+            before, after = run.model(pair["before"]), run.model(pair["after"])
+            for row in pair["positions"][: len(found)]:
+                likeliest = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:TOP]
+                tokens = [token for token in row["tokens"] if token in likeliest]
+                probs = {"was": row["before"], "now": row["after"]}
+                found[row["position"]]["shifts"].append({"before": before, "after": after, "tokens": tokens} | probs)
+    return found
 
 
-def preference_rows(run: Run) -> list[dict[str, Any]]:
+def preference_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each preference probe with the log-probabilities of each model."""
     found: dict[str, dict[str, Any]] = {}
-    for model in run.models:
+    for model in (m for run in runs for m in run.models):
         for probe in model.preferences:
             row = found.setdefault(probe["prompt"], probe | {"models": []})
             preferred, other = probe["preferred_logp"], probe["dispreferred_logp"]
@@ -161,30 +179,30 @@ def boilerplate(prompts: list[str]) -> tuple[str, str]:
     return start, end[cut:] if cut >= 0 else ""
 
 
-def samples(run: Run, limit: int) -> dict[str, Any]:
-    """The first `limit` prompts with what each model answered."""
-    sampled = [m for m in run.models if m.samples]
+def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
+    """The first `limit` prompts with what each model answered, beside sft of its run."""
+    sampled = [(run, m) for run in runs for m in run.models if m.samples]
     if not sampled:
         return {"rows": [], "start": "", "end": "", "total": 0}
-    answers = {m.name: {row["id"]: row for row in m.samples} for m in sampled}
-    first = sampled[0].samples
+    answers = {m.name: {row["id"]: row for row in m.samples} for _, m in sampled}
+    first = sampled[0][1].samples
     start, end = boilerplate([row["prompt"] for row in first])
     rows = []
     for row in first[:limit]:
-        theirs = [(m, answers[m.name][row["id"]]) for m in sampled if row["id"] in answers[m.name]]
-        sft = answers.get("sft", {}).get(row["id"])
+        theirs = []
+        for run, m in sampled:
+            if answer := answers[m.name].get(row["id"]):
+                sft = run.model("sft")
+                base_line = answers[sft.name].get(row["id"]) if sft and sft.samples else None
+                gains = {key: None if m is sft else _gain(answer, base_line, key) for key in ("gold", "reward")}
+                theirs.append({"model": m, "gains": gains} | answer)
         rows.append(
             {
                 "id": row["id"],
                 "prompt": row["prompt"][len(start) : len(row["prompt"]) - len(end)],
                 "reference": row.get("reference"),
-                "answers": [{"model": m, "gain": _gain(a, sft, "gold")} | a for m, a in theirs],
-                "gains": {
-                    f"{key} {m.name}": _gain(a, sft, key)
-                    for m, a in theirs
-                    if m.name != "sft"
-                    for key in ("gold", "reward")
-                },
+                "answers": theirs,
+                "gains": {f"{key} {a['model'].name}": gain for a in theirs for key, gain in a["gains"].items()},
             }
         )
     return {"rows": rows, "start": start, "end": end, "total": len(first)}
@@ -196,16 +214,53 @@ def _gain(answer: dict, sft: dict | None, key: str) -> float | None:
     return answer[key] - sft[key]
 
 
-def sources(run: Run, roles: Iterable[str]) -> list[tuple[str, str]]:
-    """(role, start of its manifest digest): what a figure was drawn from."""
-    return [(role, run.artifacts[role].manifest[:12]) for role in roles if role in run.artifacts]
+def _flat(content: Mapping, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
-def render(run: Run, figures: dict[str, tuple[str, str]], title: str | None, limit: int) -> str:
-    """The HTML.
+def made_with(run: Run) -> dict[str, str]:
+    """What a run was made with, by name: the config of every artifact, code, software and machines."""
+    found = {
+        name: value
+        for role, artifact in run.artifacts.items()
+        for name, value in _flat(artifact.config, f"config of {role}: ").items()
+    }
+    attempts = [attempt for artifact in run.artifacts.values() for attempt in artifact.attempts]
+    for key in ("host", "cpu", "gpus", "driver"):
+        values = {", ".join(v) if isinstance(v := attempt.get(key), list) else v for attempt in attempts}
+        found[key] = ", ".join(sorted(filter(None, values))) or "none"
+    found["base model"] = base_model(run)
+    found["code"] = ", ".join(f"{commit[:12]}{' DIRTY' if dirty else ''}" for commit, dirty in code(run))
+    found |= {name: " and ".join(versions) for name, versions in software(run)}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What the runs were not all made with: its name and, for each run, the value; a dash where a run has none."""
+    made = [made_with(run) for run in runs]
+    names = dict.fromkeys(name for one in made for name in one)
+    rows = [(name, [one.get(name, "–") for one in made]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def sources(runs: Sequence[Run], wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """(role, start of its manifest digest) of the artifacts a figure was drawn from."""
+    return [(role, a.manifest[:12]) for run in runs for role, a in run.artifacts.items() if wanted(role)]
+
+
+def draw(runs: Sequence[Run], figures: Mapping[str, Figure]) -> dict[str, tuple[str, str]]:
+    """Name -> SVG for a wide screen and for a phone."""
+    return {name: (charts.svg(spec(runs, False)), charts.svg(spec(runs, True))) for name, spec in figures.items()}
+
+
+def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str | None, limit: int) -> str:
+    """The HTML, of one run or of several side by side.
 
     Args:
-        figures: name -> SVG for a wide screen and for a phone, both ours and therefore not escaped.
+        figures: from `draw`; they are ours and therefore not escaped.
         limit: prompts shown side by side.
     """
     environment = jinja2.Environment(
@@ -217,31 +272,33 @@ def render(run: Run, figures: dict[str, tuple[str, str]], title: str | None, lim
     )
     environment.filters |= FILTERS
     read = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))  # noqa: E731
-    evaluations = [m.artifact.role for m in run.models]
+    models = [model for run in runs for model in run.models]
+    policies = [model for run in runs for model in run.policies]
+    ppo = {f"policy.{m.subject}" for m in policies if m.metrics.get("method") == "ppo"}
     return environment.get_template("page.html.j2").render(
-        run=run,
-        title=title or run.name,
+        runs=runs,
+        several=len(runs) > 1,
+        title=title or ", ".join(run.name for run in runs),
         css=read("page.css"),
         js=read("page.js"),
         figures={name: tuple(Markup(picture) for picture in pair) for name, pair in figures.items()},
-        dag=dag.layout(run),
-        banners=banners(run),
-        base_model=base_model(run),
-        code=code(run),
-        software=software(run),
-        errors=any(finding.severity == "error" for finding in run.audit),
-        marks=marks(run),
-        picture=Markup(run.picture),
-        learners=[m for m in run.policies if (a := run.artifacts.get(f"policy.{m.name}")) and a.history],
-        outcomes=[(m, verdict.outcome(m.interval("win_rate_vs_sft"))) for m in run.policies],
-        sentences=verdict.sentences(run),
-        folder=f"results/{run.name}",
-        positions=positions(run),
+        dag=dag.layout,
+        banners=banners,
+        base_model=base_model,
+        code=code,
+        software=software,
+        marks=marks,
+        models=models,
+        policies=policies,
+        learners=[m for m in policies if m.trained and m.trained.history],
+        outcomes=[(m, verdict.outcome(m.interval("win_rate_vs_sft"), run.match_of(m))) for run in runs for m in run.policies],
+        sentences=[text for run in runs for text in verdict.sentences(run)],
+        positions=positions(runs),
         sentence_sum=sentence_sum,
-        preference_rows=preference_rows(run),
-        samples=samples(run, limit),
-        evaluations=sources(run, evaluations),
-        ppo_learners=sources(run, [f"policy.{m.name}" for m in run.policies if m.metrics.get("method") == "ppo"]),
-        trained=sources(run, [r for r, a in run.artifacts.items() if a.history]),
-        sources=lambda *roles: sources(run, roles),
-    )
+        preference_rows=preference_rows(runs),
+        samples=samples(runs, limit),
+        differences=differences(runs) if len(runs) > 1 else [],
+        ppo_learners=sources(runs, lambda role: role in ppo),
+        trained=sources(runs, lambda role: role in ("sft", "reward") or role.startswith("policy.")),
+        sources=lambda *starts: sources(runs, lambda role: role.partition(".")[0] in starts),
+    )  # fmt: skip

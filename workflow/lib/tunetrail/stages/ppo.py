@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 from tunetrail.config import Lora, PpoConfig
 from tunetrail.contract import Stage, is_main_process, main, write_jsonl
@@ -31,6 +30,7 @@ from tunetrail.ppo.trainer import PPOTrainer
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
+from tunetrail.trackers import accelerator_options, tracking
 from tunetrail.training import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
 
 
@@ -68,7 +68,9 @@ def run(stage: Stage) -> dict:
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(policy)
     accelerator = Accelerator(
-        mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no", cpu=device().type == "cpu"
+        mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no",
+        cpu=device().type == "cpu",
+        **accelerator_options(stage.state),
     )
     engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
     trainer = PPOTrainer(
@@ -85,13 +87,12 @@ def run(stage: Stage) -> dict:
         save_causal_lm(policy, parent, folder, lora, parent, stage.parents["policy"], whole)
 
     unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
-    board = SummaryWriter(str(stage.state / "tensorboard")) if is_main_process() else None
-    with ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1) as bar:
+    bar = ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1)
+    with bar, tracking(accelerator, stage.output, stage.state):
         while trainer.step < config.steps:
             row = trainer.iterate()
-            if board:
-                for key, value in row.items():
-                    board.add_scalar(f"ppo/{key}", value, trainer.step)
+            accelerator.log({f"ppo/{key}": value for key, value in row.items()}, trainer.step)
+            if is_main_process():
                 bar.advance(1, f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}")
             if trainer.step in kept_steps(config.steps, config.checkpoints):
                 whole = whole_state(trainer.model, "policy")  # of all processes

@@ -5,26 +5,26 @@
         --output results/RUN/report/manifest.json --state state/RUN/report
 
 Writes `report.html`, which loads nothing and opens from disk, and `figures/<name>.svg`, one for each
-name in `tunetrail.reporting.charts.FIGURES`, always.
+name in `tunetrail.reporting.figures.FIGURES`, always.
 """
 
 import sys
 
 from tunetrail.config import ReportConfig
 from tunetrail.contract import Stage, main
-from tunetrail.reporting.charts import FIGURES, svg
 from tunetrail.reporting.collect import collect
-from tunetrail.reporting.page import render
+from tunetrail.reporting.figures import FIGURES
+from tunetrail.reporting.page import draw, render
 
 
 def run(stage: Stage) -> dict:
     config = ReportConfig(**stage.config)
-    found = collect(stage)
-    figures = {name: (svg(draw(found, False)), svg(draw(found, True))) for name, draw in FIGURES.items()}
+    found = collect(stage.output.parent.name, stage.inputs, stage.output, stage.cache)
+    figures = draw([found], FIGURES)
     (stage.work / "figures").mkdir()
     for name, (wide, _) in figures.items():
         (stage.work / "figures" / f"{name}.svg").write_text(wide, encoding="utf-8")
-    (stage.work / "report.html").write_text(render(found, figures, config.title, config.samples), encoding="utf-8")
+    (stage.work / "report.html").write_text(render([found], figures, config.title, config.samples), encoding="utf-8")
     return {m.name: {key: m.interval(key) for key in ("win_rate_vs_sft", "gold")} for m in found.models}
 
 

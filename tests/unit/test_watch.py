@@ -1,0 +1,122 @@
+"""The live screen of a run, from what a run leaves on disk."""
+
+import json
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tunetrail.launch import watch
+from tunetrail.launch.dag import Job
+from tunetrail.launch.status import STATES
+from tunetrail.progress import ProgressLine
+
+
+def job(name: str, needed: bool = True, after: tuple[str, ...] = ()) -> Job:
+    rule, manifest = name.partition("/")[0], Path("results/r", name, "manifest.json")
+    return Job(name, rule, manifest, Path("state/r", name), None, None, 2, {}, needed, after=after)
+
+
+def publish(stage: Job, history: list[dict]) -> None:
+    stage.manifest.parent.mkdir(parents=True)
+    stage.manifest.with_name("history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    stage.manifest.write_text("{}")
+
+
+def start(stage: Job, notes: list[str]) -> None:
+    """An attempt that has begun and told its progress."""
+    folder = stage.state / ("f" * 16)
+    folder.mkdir(parents=True)
+    (folder / "attempts.jsonl").write_text(json.dumps({"start": "2026-01-02T03:04:05+00:00", "job_id": "77"}) + "\n")
+    stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S},000"
+    lines = [f"{stamp} {ProgressLine('ppo', i + 1, 40, 'steps', 0.5, 60.0, note)}" for i, note in enumerate(notes)]
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+
+
+def shown(seen: watch.Watch, width: int = 130, height: int = 40) -> str:
+    console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(watch.screen(seen, seen.look(), datetime(2026, 1, 2, 3, 4, 5), height))
+    return console.export_text()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(watch, "slurm_queue", lambda: {"77": "RUNNING"})
+
+
+def test_a_running_stage_has_progress_rate_time_left_curves_and_its_slurm_job():
+    ppo = job("policies/ppo")
+    notes = [f"score {0.1 * i:.3f}  kl {i:.2f}  finished 90%" for i in range(8)]
+    start(ppo, notes)  # its Slurm job is in the queue
+    text = shown(watch.Watch([ppo], "again"))
+    line = next(line for line in text.splitlines() if line.startswith("policies/ppo"))
+    for part in ("running", "8/40", "0.5 steps/s", "reward ▁▂▃▄▅▆▇█ 0.7", "KL ▁▂▃▄▅▆▇█ 7", "77 running"):
+        assert part in line
+    assert "0:59" in line or "1:00" in line
+
+
+def test_a_stage_made_since_is_done_and_nobody_waits_for_it_any_more():
+    sft, dpo = job("sft"), job("policies/dpo", after=("sft",))
+    seen = watch.Watch([sft, dpo], "again")
+    assert "for sft" in shown(seen)
+    publish(sft, [{"step": i, "loss": 4.0 - i} for i in range(4)])
+    text = shown(seen)
+    assert text.startswith("1 done, 1 waiting")
+    assert "loss █▆▃▁ 1" in text
+    assert "for sft" not in text
+    assert "ready to run" in text
+
+
+def test_a_stage_that_is_stale_stays_so_until_it_is_made_again():
+    sft = job("sft")
+    publish(sft, [])
+    seen = watch.Watch([replace(sft, why="config: seed: 0 -> 1")], "again")
+    assert "seed: 0 -> 1" in shown(seen)
+    time.sleep(0.01)
+    sft.manifest.write_text("{ }")
+    assert shown(seen).startswith("1 done")
+
+
+def test_what_failed_is_told_with_its_log():
+    sft = job("sft")
+    folder = sft.state / ("f" * 16)
+    folder.mkdir(parents=True)
+    (folder / "attempts.jsonl").write_text(json.dumps({"start": "2026-01-02T03:04:05+00:00", "ended": "failed: boom"}) + "\n")  # fmt: skip
+    text = shown(watch.Watch([sft], "snakemake"))
+    assert "1 failed" in text
+    assert "sft failed (attempt 1): failed: boom" in text
+    assert "again  snakemake -- results/r/sft/manifest.json" in text
+
+
+def test_more_stages_than_lines_have_the_done_ones_in_one():
+    jobs = [job(f"stage{i}", needed=False) for i in range(30)]
+    for stage in jobs:
+        publish(stage, [])
+    text = shown(watch.Watch(jobs, "again"), height=24)
+    assert "done (30)" in text
+    assert "stage7" not in text
+
+
+def test_slurm_is_asked_seldom(monkeypatch):
+    asked = []
+    monkeypatch.setattr(watch, "slurm_queue", lambda: asked.append(1) or {})
+    seen = watch.Watch([job("sft")], "again")
+    for _ in range(20):
+        seen.look()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [1.0], [1.0, float("inf"), 3.0], list(range(1000))])
+def test_a_sparkline_is_never_wider_than_asked_and_takes_any_numbers(values):
+    line = watch.sparkline(values, width=12)
+    assert len(line) <= 12
+    assert set(line) <= set(watch.BLOCKS)
+    assert (line == "") == (not [v for v in values if v == v])
+
+
+def test_every_state_has_its_colour():
+    assert set(STATES) == {"done", "running", "stale", "interrupted", "failed", "waiting"}
