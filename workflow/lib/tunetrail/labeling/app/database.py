@@ -178,6 +178,16 @@ class Database:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
             yield connection
 
+    def scrub(self, table: str) -> None:
+        """Removes what was deleted from a table also from the database's files."""
+        if self.lite:
+            connection = self.engine.raw_connection()
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            connection.close()
+            return
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as alone:
+            alone.exec_driver_sql(f"VACUUM {table}")
+
     def _create(self) -> None:
         with self.writing() as connection:
             tables.create_all(connection)

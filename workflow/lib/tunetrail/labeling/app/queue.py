@@ -16,10 +16,18 @@ import sqlalchemy as sa
 from tunetrail.labeling.app.answers import REASONS, TEXT, Answer, Refused, as_answer, seconds
 from tunetrail.labeling.app.database import assignments, events, places
 from tunetrail.labeling.app.store import Settings, Store
-from tunetrail.labeling.ranks import generator
+from tunetrail.labeling.ranks import generator, pairwise_agreement
 
 GAP = 5
 """A task is not shown again to its labeler before so many others."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of an answer."""
+
+    event: int
+    training: bool
 
 
 @dataclass(frozen=True)
@@ -171,8 +179,8 @@ def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
         return expires
 
 
-def submit(store: Store, labeler: str, nonce: str, sent: dict) -> int:
-    """Stores an answer and returns its event's number; the same answer sent again changes nothing.
+def submit(store: Store, labeler: str, nonce: str, sent: dict) -> Stored:
+    """Stores an answer; the same answer sent again changes nothing.
 
     Raises Refused for a task that is not this labeler's, an answer that cannot be, another answer under a used
     nonce, and a lease that ended when others had taken the task.
@@ -180,7 +188,8 @@ def submit(store: Store, labeler: str, nonce: str, sent: dict) -> int:
     with store.writing() as connection:
         row = _given(connection, labeler, nonce)
         task = store.task(connection, row.task)
-        return _finish(store, connection, row, task, as_answer(sent, task["kind"], len(task["completions"])), None)
+        answer = as_answer(sent, task["kind"], len(task["completions"]))
+        return Stored(_finish(store, connection, row, task, answer, None), row.purpose == "training")
 
 
 def skip(store: Store, labeler: str, nonce: str, reason: str, comment: str = "", spent: float = 0) -> int:
@@ -234,12 +243,10 @@ def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
     Returns the nonce under which it is open again, None where there was nothing to undo.
     """
     with store.writing() as connection:
-        on = sa.select(places.c.task)
-        mine = _mine(labeler).where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(on))
-        mine = mine.where(assignments.c.purpose != "training")  # its solution has been seen
+        mine = _recent(labeler).where(assignments.c.purpose != "training")  # its solution has been seen
         if event is not None:
             mine = mine.where(assignments.c.event == event)
-        row = connection.execute(mine.order_by(assignments.c.event.desc()).limit(1)).first()
+        row = connection.execute(mine.limit(1)).first()
         if row is None:
             return None
         said = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one())  # fmt: skip
@@ -248,8 +255,6 @@ def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
         draft = {key: said[key] for key in ("all_bad", "comment", "text", "seconds")}
         draft |= {key: [said[key][i] for i in shown] if said[key] else None for key in ("ranks", "ratings", "flags")}
         now, nonce = time.time(), secrets.token_urlsafe(16)
-        if waiting := _open(connection, labeler):  # comes after what was taken back
-            _set(connection, waiting.nonce, opened=min(waiting.opened, now - 1))
         _set(connection, row.nonce, state="undone")
         values = row._asdict() | {
             "nonce": nonce, "state": "open", "opened": now, "expires": now + 60 * store.settings(connection).lease_minutes,
@@ -259,13 +264,36 @@ def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
         return nonce
 
 
-def finished(store: Store, labeler: str, most: int = 12) -> list[dict]:
-    """A labeler's last answers to the tasks that are on, the newest first: {"event", "task", "purpose", "skipped"}."""
+def _recent(labeler: str) -> sa.Select:
+    on = sa.select(places.c.task)
+    mine = _mine(labeler).where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(on))
+    return mine.order_by(assignments.c.event.desc())
+
+
+def finished(store: Store, labeler: str, most: int = 10) -> list[dict]:
+    """A labeler's last answers to the tasks that are on, the newest first: {"event", "prompt", "state", "purpose"}."""
     with store.reading() as connection:
-        on = sa.select(places.c.task)
-        mine = _mine(labeler).where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(on))
-        rows = connection.execute(mine.order_by(assignments.c.event.desc()).limit(most)).all()
         return [
-            {"event": row.event, "prompt": store.task(connection, row.task)["prompt"], "kind": row.state, "purpose": row.purpose}
-            for row in rows
+            {"event": row.event, "prompt": store.task(connection, row.task)["prompt"], "state": row.state, "purpose": row.purpose}
+            for row in connection.execute(_recent(labeler).limit(most))
         ]  # fmt: skip
+
+
+def feedback(store: Store, labeler: str, event: int) -> dict | None:
+    """A training task with its solution, all in the order shown: {"prompt", "outputs", "ranks", "gold", "order": by
+    the solution, "agreement"}.
+
+    None where the event is not a training answer of this labeler.
+    """
+    with store.reading() as connection:
+        mine = _recent(labeler).where(assignments.c.event == event, assignments.c.purpose == "training")
+        row = connection.execute(mine.where(assignments.c.state == "answered")).first()
+        if row is None:
+            return None
+        given = _assignment(store, connection, row)
+        said = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == event)).scalar_one())
+    ranks, gold = ([values[i] for i in given.shown] for values in (said["ranks"], given.task["gold"]["ranks"]))
+    return {
+        "prompt": given.task["prompt"], "outputs": given.outputs, "ranks": ranks, "gold": gold,
+        "order": sorted(range(len(gold)), key=lambda n: gold[n]), "agreement": pairwise_agreement([[ranks, gold]]),
+    }  # fmt: skip

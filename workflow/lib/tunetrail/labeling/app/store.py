@@ -66,10 +66,13 @@ class Settings:
             raise ConfigError(f"labeling setting lease_minutes: {self.lease_minutes} must be above 0")
 
     @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    @classmethod
     def of(cls, settings: dict) -> "Settings":
-        known = {f.name for f in fields(cls)}
-        if unknown := set(settings) - known:
-            raise ConfigError(f"labeling setting {min(unknown)!r}: unknown; there are {', '.join(sorted(known))}")
+        if unknown := set(settings) - set(cls.names()):
+            raise ConfigError(f"labeling setting {min(unknown)!r}: unknown; there are {', '.join(cls.names())}")
         return cls(**settings)
 
     @property
