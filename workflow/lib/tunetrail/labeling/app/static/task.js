@@ -91,6 +91,9 @@ export function start(current, keys) {
     act();
   });
   skipDialog.querySelector("[data-close]").addEventListener("click", () => skipDialog.close("cancel"));
+  for (const dialog of [skipDialog, helpDialog]) {
+    dialog.addEventListener("close", () => { if (dialog.contains(document.activeElement)) document.activeElement.blur(); });
+  }
   skipDialog.addEventListener("close", () => {
     if (skipDialog.returnValue !== "skip") return;
     const reason = skipDialog.querySelector("[name=reason]:checked").value;
