@@ -114,7 +114,7 @@ def _open(connection: sa.Connection, labeler: str) -> sa.Row | None:
 
 def next_task(store: Store, labeler: str) -> Assignment | None:
     """The task that a labeler has open, or a new one; None where nothing is left for them."""
-    with store.writing() as connection:
+    with store.writing(durable=False) as connection:
         settings, now = store.settings(connection), time.time()
         expires = now + 60 * settings.lease_minutes
         row = _open(connection, labeler)
@@ -168,7 +168,7 @@ def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
     text = json.dumps(draft)
     if len(text) > 4 * TEXT:
         raise Refused("the draft is too long", 413)
-    with store.writing() as connection:
+    with store.writing(durable=False) as connection:
         row, settings, now = _given(connection, labeler, nonce), store.settings(connection), time.time()
         if row.state != "open":
             raise Refused("this task is no longer open", 409)

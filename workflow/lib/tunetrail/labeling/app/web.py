@@ -69,6 +69,10 @@ class Frame:
         await self.app(scope, receive, framed)
 
 
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 async def _body(request: Request) -> dict:
     """The JSON object that was sent. Raises Refused."""
     content = b""
@@ -77,7 +81,7 @@ async def _body(request: Request) -> dict:
         if len(content) > LARGEST:
             raise Refused(f"more than {LARGEST // 1024} KiB were sent", 413)
     try:
-        sent = json.loads(content)
+        sent = json.loads(content, parse_constant=_not_json)
     except (ValueError, RecursionError):
         sent = None
     if request.headers.get("content-type", "").partition(";")[0] != "application/json" or not isinstance(sent, dict):
