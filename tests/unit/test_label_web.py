@@ -193,7 +193,7 @@ def test_scripts_in_prompts_outputs_and_guidelines_stay_text(store, ada):
     fenced = f"```{SCRIPT}\n{SCRIPT}\n```\n<a href='javascript:x'>"
     store.publish([ranking(SCRIPT, prompt=fenced, completions=[SCRIPT, fenced])], {"guidelines": SCRIPT})
     nonce, _ = ada.open()
-    ada.post("draft", {"nonce": nonce, "draft": {"comment": f'"\'>{SCRIPT}'}})
+    ada.post("draft", {"nonce": nonce, "draft": {"comment": f"\"'>{SCRIPT}"}})
     for path in ("", "task", "guidelines"):
         reply = ada.get(path)
         assert reply.status_code == 200
@@ -226,7 +226,9 @@ def test_a_body_that_is_too_large_is_refused(store, ada, chunked):
 def test_what_is_no_json_object_is_refused(ada, content):
     headers = {"x-csrf-token": ada.csrf, "content-type": "application/json"}
     assert ada.client.post("/submit", content=content, headers=headers).status_code == 400
-    assert ada.client.post("/submit", content=b"{}", headers=headers | {"content-type": "text/plain"}).status_code == 400
+    assert (
+        ada.client.post("/submit", content=b"{}", headers=headers | {"content-type": "text/plain"}).status_code == 400
+    )
 
 
 def test_without_a_session_nothing_is_shown_and_nothing_stored(store, ada):
