@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -109,12 +110,14 @@ class Scripted:
         self.stored.append(json.loads(said)["event"])
 
     def work(self, most: int, pause: float = 0.0) -> None:
+        """Ranks so many tasks, resting about `pause` seconds before and after each page."""
+        random = Random(self.token)
         for n in range(most):
-            time.sleep(pause)
+            time.sleep(pause * 2 * random.random())
             if (given := self.task()) is None:
                 return
             nonce, k = given
-            time.sleep(pause)
+            time.sleep(pause * 2 * random.random())
             self.submit(nonce, [(i + n) % k + 1 for i in range(k)])
 
 

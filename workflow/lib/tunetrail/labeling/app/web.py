@@ -7,6 +7,7 @@ shown, and the nonce of the assignment is all that a page knows of its task.
 import hmac
 import json
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tunetrail import __version__
 from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.answers import COMMENT, FLAGS, REASONS, TEXT, Refused
-from tunetrail.labeling.app.store import Store
+from tunetrail.labeling.app.store import Settings, Store
+from tunetrail.reporting.numbers import duration, percent_interval
 
 HERE = Path(__file__).parent
 COOKIE = "tunetrail_label"
@@ -104,7 +106,7 @@ class Pages:
         self.requests = access.Rate(per_minute=300, burst=120)
         self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel all come from one address
         self.templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-        self.templates.filters["markdown"] = markdown
+        self.templates.filters |= {"markdown": markdown, "share": percent_interval, "duration": duration}
         self.templates.globals |= {"base": prefix, "version": __version__}
 
     def page(self, name: str, request: Request, status: int = 200, **values: Any) -> Response:
@@ -159,7 +161,7 @@ class Pages:
 
     # What they see
 
-    def _settings(self):
+    def _settings(self) -> Settings:
         with self.store.reading() as connection:
             return self.store.settings(connection)
 
@@ -194,9 +196,15 @@ class Pages:
         return self.page("guidelines.html.j2", request, settings=self._settings())
 
     async def quality(self, request: Request) -> Response:
-        progress = await run_in_threadpool(self.store.progress)
-        fault = await run_in_threadpool(self.store.fault)
-        return self.page("quality.html.j2", request, progress=progress, fault=fault, head=self.store.head())
+        found = await run_in_threadpool(self._quality)
+        return self.page("quality.html.j2", request, **found)
+
+    def _quality(self) -> dict[str, Any]:
+        from tunetrail.labeling.quality import quality_page  # what draws takes seconds to load
+
+        head, progress = self.store.head(), self.store.progress()
+        found = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
+        return {"found": found, "progress": progress, "fault": self.store.fault(), "head": head}
 
     # What they do
 
