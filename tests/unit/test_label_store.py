@@ -61,7 +61,18 @@ def test_undo_is_an_event_and_gives_the_task_back(store):
     assert [event["kind"] for event in store.events()] == ["publish", "ranking", "undo", "ranking"]
 
 
-@pytest.mark.parametrize("statement", ["UPDATE events SET kind = 'x'", "DELETE FROM events", "UPDATE tasks SET id = 'x'", "DELETE FROM tasks"])  # fmt: skip
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE events SET kind = 'x'",
+        "DELETE FROM events",
+        "INSERT OR REPLACE INTO events SELECT number, 'x', labeler, nonce, content, digest FROM events",
+        "INSERT OR REPLACE INTO events SELECT 99, 'x', labeler, nonce, content, digest FROM events",
+        "UPDATE tasks SET id = 'x'",
+        "DELETE FROM tasks",
+        "REPLACE INTO tasks SELECT digest, 'x', content FROM tasks",
+    ],
+)
 def test_the_database_refuses_to_change_what_was(store, statement):
     store.publish([ranking("a")])
     with pytest.raises(sa.exc.DatabaseError, match="only ever added"), store.writing() as connection:
@@ -74,7 +85,7 @@ def test_a_chain_that_was_edited_behind_the_databases_back_is_found(store):
     answer(store, "human-1")
     answer(store, "human-1")
     with store.writing() as connection:
-        connection.execute(sa.text("DROP TRIGGER events_no_UPDATE"))
+        connection.execute(sa.text("DROP TRIGGER events_no_update"))
         content = json.loads(connection.execute(sa.text("SELECT content FROM events WHERE number = 2")).scalar())
         content["ranks"] = [3, 2, 1]
         connection.execute(sa.text("UPDATE events SET content = :c WHERE number = 2"), {"c": json.dumps(content)})

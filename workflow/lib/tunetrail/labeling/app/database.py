@@ -199,15 +199,23 @@ class Database:
         with self.writing() as connection:
             tables.create_all(connection)
             for table in AUDITED:
-                for statement in self._refusals(table.name):
+                for statement in self._refusals(table):
                     connection.execute(sa.text(statement))
 
-    def _refusals(self, table: str) -> list[str]:
+    def _refusals(self, table: sa.Table) -> list[str]:
+        """What makes the database refuse to change or delete rows."""
         if self.lite:
+            unique = " OR ".join(f"{c.name} = NEW.{c.name}" for c in table.c if c.unique or c.primary_key)
+            clauses = {
+                "update": "UPDATE",
+                "delete": "DELETE",
+                "replace": "INSERT",  # INSERT OR REPLACE deletes without asking the trigger above
+            }
+            taken = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {unique})"
             return [
-                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{what} BEFORE {what} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} are only ever added'); END"
-                for what in ("UPDATE", "DELETE")
+                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{what} BEFORE {clause} ON {table} "
+                f"{taken if what == 'replace' else ''} BEGIN SELECT RAISE(ABORT, '{table} are only ever added'); END"
+                for what, clause in clauses.items()
             ]
         return [
             "CREATE OR REPLACE FUNCTION tunetrail_refuse() RETURNS trigger LANGUAGE plpgsql AS "
