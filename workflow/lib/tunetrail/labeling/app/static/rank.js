@@ -101,7 +101,7 @@ function become(next) {
 function choose(output) {
   chosen = output;
   draw();
-  cards[output].scrollIntoView({ block: "nearest" });
+  cards[output].querySelector("header").scrollIntoView({ block: "nearest" });
   say(`${letter(output)} chosen, ${standing(output)}`);
 }
 
