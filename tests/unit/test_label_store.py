@@ -152,7 +152,7 @@ def test_what_enough_labelers_skipped_is_wanted_no_more(store):
     for labeler in ("human-1", "human-2"):
         given = queue.next_task(store, labeler)
         assert given.task["id"] == "a"
-        queue.skip(store, labeler, given.nonce, "broken", "the prompt is cut off")
+        queue.skip(store, labeler, given.nonce, {"reason": "broken", "comment": "the prompt is cut off"})
     assert queue.next_task(store, "human-3").task["id"] == "b"
     assert [row["skipped"] for row in store.labels()] == ["broken", "broken"]
     assert store.progress() | {"retired": 1, "skips": 2, "settled": False} == store.progress()
@@ -186,6 +186,23 @@ def test_answers_stay_with_tasks_whose_content_stays(store):
     assert queue.next_task(store, "human-1").task["completions"] == ranking("a", 4)["completions"]
     store.publish([ranking("a"), ranking("b")])
     assert {row["task"] for row in store.labels()} == {"a", "b"}
+
+
+def test_time_goes_on_counting_where_an_answer_is_taken_back(store, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    store.publish([ranking("a"), ranking("b")])
+    given = queue.next_task(store, "human-1")
+    now[0] += 40
+    queue.submit(store, "human-1", given.nonce, {"ranks": [1, 2, 3], "seconds": 30})
+    assert queue.next_task(store, "human-1").task["id"] == "b"
+    queue.undo(store, "human-1")
+    again = queue.next_task(store, "human-1")
+    assert (again.task["id"], again.draft["seconds"]) == ("a", 30)
+    now[0] += 10
+    queue.submit(store, "human-1", again.nonce, {"ranks": [1, 2, 3], "seconds": 35})
+    assert store.labels()[0]["seconds"] == 35
+    assert queue.next_task(store, "human-1").task["id"] == "b"
 
 
 def test_every_event_says_what_was_shown_under_which_guidelines(store):

@@ -159,7 +159,7 @@ def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
     for path, body in (
         ("submit", {"nonce": nonce, "answer": {"ranks": [1, 2, 3]}}),
         ("draft", {"nonce": nonce, "draft": {}}),
-        ("skip", {"nonce": nonce, "reason": "broken", "comment": ""}),
+        ("skip", {"nonce": nonce, "skip": {"reason": "broken"}}),
         ("submit", {"nonce": "a", "answer": {"ranks": [1, 2, 3]}}),
         ("submit", {"nonce": INJECTION, "answer": {"ranks": [1, 2, 3]}}),
     ):
@@ -170,12 +170,31 @@ def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
     assert everything(store)[0][:-1] == before[0]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *((path, {"nonce": nonce, "answer": {"ranks": [1, 2, 3]}, "draft": {}, "skip": {"reason": "broken"}})
+          for path in ("submit", "draft", "skip") for nonce in ("\0", "\ud800", "é" * 10_000, 1, None, ["x"])),
+        *(("undo", {"event": event}) for event in (10**30, -1, "1", 1.5, True, [])),
+        *(("skip", {"skip": why}) for why in ({}, {"reason": ["broken"]}, {"reason": "broken", "comment": "\ud800"},
+                                             {"reason": "broken", "comment": "\0"}, {"reason": "broken", "seconds": -1})),
+    ],
+)  # fmt: skip
+def test_what_names_nothing_changes_nothing(store, ada, path, body):
+    nonce, _ = ada.open()
+    before = everything(store)
+    headers = {"x-csrf-token": ada.csrf, "content-type": "application/json"}
+    reply = ada.client.post(f"/{path}", content=json.dumps({"nonce": nonce} | body), headers=headers)
+    assert reply.status_code in (400, 404, 422)
+    assert everything(store) == before
+
+
 def test_sql_in_every_field_is_text(store):
     ada = Labeler(store, INJECTION)
     store.publish([ranking(INJECTION, prompt=INJECTION, completions=[INJECTION, "x"]), {"id": "d", "kind": "demonstration", "prompt": "p"}], {"guidelines": INJECTION})  # fmt: skip
     nonce, _ = ada.open()
     assert ada.post("draft", {"nonce": nonce, "draft": {"comment": INJECTION, INJECTION: INJECTION}}).status_code == 200
-    assert ada.post("skip", {"nonce": nonce, "reason": INJECTION, "comment": INJECTION}).status_code == 422
+    assert ada.post("skip", {"nonce": nonce, "skip": {"reason": INJECTION, "comment": INJECTION}}).status_code == 422
     assert ada.submit(nonce, ranks=[1, 2], flags=[[INJECTION], []]).status_code == 422
     assert ada.submit(nonce, ranks=[1, 2], comment=INJECTION).status_code == 200
     nonce, _ = ada.open()

@@ -223,15 +223,14 @@ class Pages:
 
     async def skip(self, request: Request) -> Response:
         sent = await _body(request)
-        nonce, reason, comment = (_field(sent, name, str) for name in ("nonce", "reason", "comment"))
-        spent, me = sent.get("seconds", 0), request.state.session.pseudonym
-        event = await run_in_threadpool(queue.skip, self.store, me, nonce, reason, comment, spent)
+        nonce, why = _field(sent, "nonce", str), _field(sent, "skip", dict)
+        event = await run_in_threadpool(queue.skip, self.store, request.state.session.pseudonym, nonce, why)
         return JSONResponse({"event": event, "next": f"{self.prefix}/task?stored={event}"})
 
     async def undo(self, request: Request) -> Response:
         event = (await _body(request)).get("event")
-        if event is not None and type(event) is not int:
-            raise Refused("'event' is no whole number", 400)
+        if event is not None and not (type(event) is int and 0 < event < 2**31):
+            raise Refused("'event' is no event's number", 400)
         if await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event) is None:
             raise Refused("there is nothing to take back", 409)
         return JSONResponse({"next": f"{self.prefix}/task"})

@@ -97,7 +97,7 @@ export function start(current, keys) {
   skipDialog.addEventListener("close", () => {
     if (skipDialog.returnValue !== "skip") return;
     const reason = skipDialog.querySelector("[name=reason]:checked").value;
-    send("skip", { reason, comment: document.getElementById("skip-comment").value, seconds });
+    send("skip", { skip: { reason, comment: document.getElementById("skip-comment").value, seconds } });
   });
   document.getElementById("help-open").addEventListener("click", askHelp);
   const comment = document.getElementById("comment");
