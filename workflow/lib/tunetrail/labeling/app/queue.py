@@ -230,10 +230,10 @@ def _finish(store: Store, connection: sa.Connection, row: sa.Row, task: dict, an
     return number
 
 
-def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
+def undo(store: Store, labeler: str, event: int | None = None) -> bool:
     """Takes a labeler's answer back (by default their last) and opens it again with what they had said, as a draft.
 
-    Returns the nonce under which it is open again, None where there was nothing to undo.
+    Returns whether there was something to take back.
     """
     with store.writing() as connection:
         mine = _recent(labeler).where(assignments.c.purpose != "training")  # its solution has been seen
@@ -241,7 +241,7 @@ def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
             mine = mine.where(assignments.c.event == event)
         row = connection.execute(mine.limit(1)).first()
         if row is None:
-            return None
+            return False
         said = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one())  # fmt: skip
         store.append(connection, "undo", labeler, None, undoes=row.event, task=said["task"])
         shown = json.loads(row.shown)
@@ -251,7 +251,7 @@ def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
         expires = time.time() + 60 * store.settings(connection).lease_minutes + 1  # later than what was open
         again = {"nonce": secrets.token_urlsafe(16), "state": "open", "expires": expires, "draft": json.dumps(draft), "event": None}  # fmt: skip
         connection.execute(assignments.insert().values(row._asdict() | again))
-        return again["nonce"]
+        return True
 
 
 def _recent(labeler: str) -> sa.Select:

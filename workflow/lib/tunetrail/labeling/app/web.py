@@ -231,7 +231,7 @@ class Pages:
         event = (await _body(request)).get("event")
         if event is not None and not (type(event) is int and 0 < event < 2**31):
             raise Refused("'event' is no event's number", 400)
-        if await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event) is None:
+        if not await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event):
             raise Refused("there is nothing to take back", 409)
         return JSONResponse({"next": f"{self.prefix}/task"})
 
