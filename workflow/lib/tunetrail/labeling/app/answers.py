@@ -67,7 +67,7 @@ def _text(value: Any, most: int, name: str) -> str:
     return value.replace("\r\n", "\n")
 
 
-def seconds(value: Any) -> float:
+def _seconds(value: Any) -> float:
     _need(type(value) in (int, float) and 0 <= value < 1e7, "seconds must be a number")
     return round(float(value), 1)
 
@@ -76,7 +76,7 @@ def as_answer(sent: dict, kind: str, k: int) -> Answer:
     """Reads what was sent for a task of this kind with k outputs. Raises Refused."""
     allowed = {"seconds", "comment"} | ({"ranks", "ratings", "flags", "all_bad"} if kind == "ranking" else {"text"})
     _need(set(sent) <= allowed, f"unknown key {min(set(sent) - allowed, default='')!r}")
-    spent, comment = seconds(sent.get("seconds", 0)), _text(sent.get("comment", ""), COMMENT, "the comment")
+    spent, comment = _seconds(sent.get("seconds", 0)), _text(sent.get("comment", ""), COMMENT, "the comment")
     if kind == "demonstration":
         text = _text(sent.get("text"), TEXT, "the answer")
         _need(text.strip() != "", "the answer is empty")
@@ -94,3 +94,12 @@ def as_answer(sent: dict, kind: str, k: int) -> Answer:
     _need(good and all(isinstance(mark, str) and mark in FLAGS for marks in flags for mark in marks), "unknown flag")
     _need(type(all_bad) is bool, "all_bad must be true or false")
     return Answer(ranks, ratings, [sorted(set(marks)) for marks in flags], all_bad, comment, None, spent)
+
+
+def as_skip(sent: dict) -> tuple[str, Answer]:
+    """Reads why a task is skipped, and an answer without content. Raises Refused."""
+    _need(set(sent) <= {"reason", "comment", "seconds"}, "unknown key")
+    reason = sent.get("reason")
+    _need(isinstance(reason, str) and reason in REASONS, "unknown reason")
+    comment = _text(sent.get("comment", ""), COMMENT, "the comment")
+    return str(reason), Answer(None, None, [], False, comment, None, _seconds(sent.get("seconds", 0)))

@@ -156,14 +156,15 @@ class Database:
         @sa.event.listens_for(self.engine, "connect")
         def connect(connection, _record):  # the driver's own transactions begin too late
             connection.isolation_level = None
-            for pragma in (f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+            for pragma in (f"journal_mode={journal}", "secure_delete=ON"):
                 connection.execute(f"PRAGMA {pragma}").close()
 
         @sa.event.listens_for(self.engine, "begin")
         def begin(connection):
             # Two that read before they write would both chain to the same event; the lock comes first.
-            alone = connection.get_execution_options().get("alone")
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if alone else "BEGIN")
+            options = connection.get_execution_options()
+            connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options.get('durable') else 'NORMAL'}")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("alone") else "BEGIN")
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -171,10 +172,16 @@ class Database:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """A transaction: all of it is stored at the end, or nothing where an error leaves the block."""
-        with self._turn, self.engine.connect().execution_options(alone=True) as connection, connection.begin():
+    def writing(self, durable: bool = True) -> Iterator[sa.Connection]:
+        """A transaction: all of it is stored at the end, or nothing where an error leaves the block.
+
+        What is not durable may be lost, whole, when the machine loses power; it does not wait for the disk.
+        """
+        options = {"alone": True, "durable": durable}
+        with self._turn, self.engine.connect().execution_options(**options) as connection, connection.begin():
             if not self.lite:
+                if not durable:
+                    connection.execute(sa.text("SET LOCAL synchronous_commit = off"))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
             yield connection
 
@@ -192,15 +199,23 @@ class Database:
         with self.writing() as connection:
             tables.create_all(connection)
             for table in AUDITED:
-                for statement in self._refusals(table.name):
-                    connection.exec_driver_sql(statement)
+                for statement in self._refusals(table):
+                    connection.execute(sa.text(statement))
 
-    def _refusals(self, table: str) -> list[str]:
+    def _refusals(self, table: sa.Table) -> list[str]:
+        """What makes the database refuse to change or delete rows."""
         if self.lite:
+            unique = " OR ".join(f"{c.name} = NEW.{c.name}" for c in table.c if c.unique or c.primary_key)
+            clauses = {
+                "update": "UPDATE",
+                "delete": "DELETE",
+                "replace": "INSERT",  # INSERT OR REPLACE deletes without asking the trigger above
+            }
+            taken = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {unique})"
             return [
-                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{what} BEFORE {what} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} are only ever added'); END"
-                for what in ("UPDATE", "DELETE")
+                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{what} BEFORE {clause} ON {table} "
+                f"{taken if what == 'replace' else ''} BEGIN SELECT RAISE(ABORT, '{table} are only ever added'); END"
+                for what, clause in clauses.items()
             ]
         return [
             "CREATE OR REPLACE FUNCTION tunetrail_refuse() RETURNS trigger LANGUAGE plpgsql AS "

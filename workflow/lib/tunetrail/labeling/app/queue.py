@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from tunetrail.labeling.app.answers import REASONS, TEXT, Answer, Refused, as_answer, seconds
+from tunetrail.labeling.app.answers import TEXT, Answer, Refused, as_answer, as_skip
 from tunetrail.labeling.app.database import assignments, events, places
 from tunetrail.labeling.app.store import Settings, Store
 from tunetrail.labeling.ranks import generator, pairwise_agreement
@@ -87,34 +87,29 @@ def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: fl
     every = settings.repeat_every
     if every and counts["repeat"] < counts["label"] // every:
         repeated = {row.task for row in done if row.purpose == "repeat"}
-        first = [row.task for row in done[: max(0, len(done) - GAP)] if row.purpose == "label" and row.state == "answered"]  # fmt: skip
-        if left := [task for task in first if task not in repeated]:
-            return left[
-                int(generator(settings.seed, "repeat", labeler, counts["repeat"]).integers(len(left)))
-            ], "repeat"
+        earlier = [row for row in done[:-GAP] if row.purpose == "label" and row.state == "answered"]
+        if left := [row.task for row in earlier if row.task not in repeated]:
+            drawn = generator(settings.seed, "repeat", labeler, counts["repeat"]).integers(len(left))
+            return left[int(drawn)], "repeat"
     of_task = sa.select(sa.func.count()).where(assignments.c.task == places.c.task, assignments.c.purpose == "label")
     answered = of_task.where(assignments.c.state == "answered").scalar_subquery()
     skipped = of_task.where(assignments.c.state == "skipped").scalar_subquery()
     leased = of_task.where(assignments.c.state == "open", assignments.c.expires > now).scalar_subquery()
-    plain = (
-        sa.select(places.c.task)
-        .where(~places.c.gold, unseen, answered + leased < settings.overlap, skipped < settings.skips)
-        .order_by(places.c.position)
-        .limit(1)
-    )
-    found = connection.execute(plain).scalar()
+    free = sa.and_(~places.c.gold, unseen, answered + leased < settings.overlap, skipped < settings.skips)
+    found = connection.execute(sa.select(places.c.task).where(free).order_by(places.c.position).limit(1)).scalar()
     return (found, "label") if found else None
 
 
 def _open(connection: sa.Connection, labeler: str) -> sa.Row | None:
+    """What a labeler has before them; after an undo that is what was taken back, and what was open waits."""
     on = sa.select(places.c.task)
     mine = _mine(labeler).where(assignments.c.state == "open", assignments.c.task.in_(on))
-    return connection.execute(mine.order_by(assignments.c.opened.desc()).limit(1)).first()
+    return connection.execute(mine.order_by(assignments.c.expires.desc()).limit(1)).first()
 
 
 def next_task(store: Store, labeler: str) -> Assignment | None:
     """The task that a labeler has open, or a new one; None where nothing is left for them."""
-    with store.writing() as connection:
+    with store.writing(durable=False) as connection:
         settings, now = store.settings(connection), time.time()
         expires = now + 60 * settings.lease_minutes
         row = _open(connection, labeler)
@@ -157,7 +152,8 @@ def _set(connection: sa.Connection, nonce: str, **values) -> None:
 
 def _given(connection: sa.Connection, labeler: str, nonce: str) -> sa.Row:
     """The assignment of this nonce. Raises Refused where this labeler was not given it."""
-    row = connection.execute(_mine(labeler).where(assignments.c.nonce == str(nonce))).first()
+    possible = nonce.isascii() and nonce.isprintable()
+    row = connection.execute(_mine(labeler).where(assignments.c.nonce == nonce)).first() if possible else None
     if row is None:
         raise Refused("this task was not given to you", 404)
     return row
@@ -168,7 +164,7 @@ def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
     text = json.dumps(draft)
     if len(text) > 4 * TEXT:
         raise Refused("the draft is too long", 413)
-    with store.writing() as connection:
+    with store.writing(durable=False) as connection:
         row, settings, now = _given(connection, labeler, nonce), store.settings(connection), time.time()
         if row.state != "open":
             raise Refused("this task is no longer open", 409)
@@ -192,15 +188,12 @@ def submit(store: Store, labeler: str, nonce: str, sent: dict) -> Stored:
         return Stored(_finish(store, connection, row, task, answer, None), row.purpose == "training")
 
 
-def skip(store: Store, labeler: str, nonce: str, reason: str, comment: str = "", spent: float = 0) -> int:
-    """Passes a task on; it does not come back to this labeler."""
-    if reason not in REASONS:
-        raise Refused("unknown reason")
+def skip(store: Store, labeler: str, nonce: str, sent: dict) -> int:
+    """Passes a task on, {"reason", "comment", "seconds"}; it does not come back to this labeler."""
+    reason, empty = as_skip(sent)
     with store.writing() as connection:
         row = _given(connection, labeler, nonce)
-        task = store.task(connection, row.task)
-        empty = Answer(None, None, [], False, comment[:1000], None, seconds(spent))
-        return _finish(store, connection, row, task, empty, reason)
+        return _finish(store, connection, row, store.task(connection, row.task), empty, reason)
 
 
 def _finish(store: Store, connection: sa.Connection, row: sa.Row, task: dict, answer: Answer, skipped: str | None) -> int:  # fmt: skip
@@ -237,10 +230,10 @@ def _finish(store: Store, connection: sa.Connection, row: sa.Row, task: dict, an
     return number
 
 
-def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
+def undo(store: Store, labeler: str, event: int | None = None) -> bool:
     """Takes a labeler's answer back (by default their last) and opens it again with what they had said, as a draft.
 
-    Returns the nonce under which it is open again, None where there was nothing to undo.
+    Returns whether there was something to take back.
     """
     with store.writing() as connection:
         mine = _recent(labeler).where(assignments.c.purpose != "training")  # its solution has been seen
@@ -248,20 +241,17 @@ def undo(store: Store, labeler: str, event: int | None = None) -> str | None:
             mine = mine.where(assignments.c.event == event)
         row = connection.execute(mine.limit(1)).first()
         if row is None:
-            return None
+            return False
         said = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one())  # fmt: skip
         store.append(connection, "undo", labeler, None, undoes=row.event, task=said["task"])
         shown = json.loads(row.shown)
         draft = {key: said[key] for key in ("all_bad", "comment", "text", "seconds")}
         draft |= {key: [said[key][i] for i in shown] if said[key] else None for key in ("ranks", "ratings", "flags")}
-        now, nonce = time.time(), secrets.token_urlsafe(16)
         _set(connection, row.nonce, state="undone")
-        values = row._asdict() | {
-            "nonce": nonce, "state": "open", "opened": now, "expires": now + 60 * store.settings(connection).lease_minutes,
-            "draft": json.dumps(draft), "event": None,
-        }  # fmt: skip
-        connection.execute(assignments.insert().values(values))
-        return nonce
+        expires = time.time() + 60 * store.settings(connection).lease_minutes + 1  # later than what was open
+        again = {"nonce": secrets.token_urlsafe(16), "state": "open", "expires": expires, "draft": json.dumps(draft), "event": None}  # fmt: skip
+        connection.execute(assignments.insert().values(row._asdict() | again))
+        return True
 
 
 def _recent(labeler: str) -> sa.Select:

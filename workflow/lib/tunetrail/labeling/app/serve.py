@@ -56,6 +56,8 @@ def serve(store: Store, host: str, port: int, prefix: str) -> int:
     if local:
         print(f"tunnel     ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.getfqdn()}")
     print("labelers   tunetrail label add NAME gives each a link; Ctrl-C ends this, and nothing is lost", flush=True)
-    config = uvicorn.Config(application(store, prefix), log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75
+    )
     uvicorn.Server(config).run(sockets=[sock])
     return 0

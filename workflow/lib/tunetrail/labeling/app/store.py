@@ -225,6 +225,12 @@ class Store:
     def task(self, connection: sa.Connection, digest: str) -> dict:
         return json.loads(connection.execute(sa.select(tasks.c.content).where(tasks.c.digest == digest)).scalar_one())
 
+    def tasks(self) -> list[dict]:
+        """The tasks that are on, in order."""
+        on = sa.select(tasks.c.content).join(places, places.c.task == tasks.c.digest).order_by(places.c.position)
+        with self.reading() as connection:
+            return [json.loads(content) for content in connection.execute(on).scalars()]
+
     # What follows from the events
 
     def labels(self) -> list[dict]:

@@ -7,6 +7,7 @@ shown, and the nonce of the assignment is all that a page knows of its task.
 import hmac
 import json
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tunetrail import __version__
 from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.answers import COMMENT, FLAGS, REASONS, TEXT, Refused
-from tunetrail.labeling.app.store import Store
+from tunetrail.labeling.app.store import Settings, Store
+from tunetrail.reporting.numbers import duration, percent_interval
 
 HERE = Path(__file__).parent
 COOKIE = "tunetrail_label"
@@ -69,6 +71,10 @@ class Frame:
         await self.app(scope, receive, framed)
 
 
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 async def _body(request: Request) -> dict:
     """The JSON object that was sent. Raises Refused."""
     content = b""
@@ -77,7 +83,7 @@ async def _body(request: Request) -> dict:
         if len(content) > LARGEST:
             raise Refused(f"more than {LARGEST // 1024} KiB were sent", 413)
     try:
-        sent = json.loads(content)
+        sent = json.loads(content, parse_constant=_not_json)
     except (ValueError, RecursionError):
         sent = None
     if request.headers.get("content-type", "").partition(";")[0] != "application/json" or not isinstance(sent, dict):
@@ -100,7 +106,7 @@ class Pages:
         self.requests = access.Rate(per_minute=300, burst=120)
         self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel all come from one address
         self.templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-        self.templates.filters["markdown"] = markdown
+        self.templates.filters |= {"markdown": markdown, "share": percent_interval, "duration": duration}
         self.templates.globals |= {"base": prefix, "version": __version__}
 
     def page(self, name: str, request: Request, status: int = 200, **values: Any) -> Response:
@@ -155,7 +161,7 @@ class Pages:
 
     # What they see
 
-    def _settings(self):
+    def _settings(self) -> Settings:
         with self.store.reading() as connection:
             return self.store.settings(connection)
 
@@ -190,9 +196,15 @@ class Pages:
         return self.page("guidelines.html.j2", request, settings=self._settings())
 
     async def quality(self, request: Request) -> Response:
-        progress = await run_in_threadpool(self.store.progress)
-        fault = await run_in_threadpool(self.store.fault)
-        return self.page("quality.html.j2", request, progress=progress, fault=fault, head=self.store.head())
+        found = await run_in_threadpool(self._quality)
+        return self.page("quality.html.j2", request, **found)
+
+    def _quality(self) -> dict[str, Any]:
+        from tunetrail.labeling.quality import quality_page  # what draws takes seconds to load
+
+        head, progress = self.store.head(), self.store.progress()
+        found = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
+        return {"found": found, "progress": progress, "fault": self.store.fault(), "head": head}
 
     # What they do
 
@@ -211,16 +223,15 @@ class Pages:
 
     async def skip(self, request: Request) -> Response:
         sent = await _body(request)
-        nonce, reason, comment = (_field(sent, name, str) for name in ("nonce", "reason", "comment"))
-        spent, me = sent.get("seconds", 0), request.state.session.pseudonym
-        event = await run_in_threadpool(queue.skip, self.store, me, nonce, reason, comment, spent)
+        nonce, why = _field(sent, "nonce", str), _field(sent, "skip", dict)
+        event = await run_in_threadpool(queue.skip, self.store, request.state.session.pseudonym, nonce, why)
         return JSONResponse({"event": event, "next": f"{self.prefix}/task?stored={event}"})
 
     async def undo(self, request: Request) -> Response:
         event = (await _body(request)).get("event")
-        if event is not None and type(event) is not int:
-            raise Refused("'event' is no whole number", 400)
-        if await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event) is None:
+        if event is not None and not (type(event) is int and 0 < event < 2**31):
+            raise Refused("'event' is no event's number", 400)
+        if not await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event):
             raise Refused("there is nothing to take back", 409)
         return JSONResponse({"next": f"{self.prefix}/task"})
 

@@ -14,10 +14,12 @@ async function enter() {
 }
 
 form.addEventListener("submit", event => { event.preventDefault(); enter(); });
-if (location.hash.length > 1) {
+function fromLink() {
+  if (location.hash.length < 2) return;
   field.value = location.hash.slice(1);
   history.replaceState(null, "", location.pathname);
   enter();
-} else {
-  field.focus();
 }
+addEventListener("hashchange", fromLink); // a link pasted while this page is open
+field.focus();
+fromLink();

@@ -30,7 +30,7 @@ function standing(output) {
   const n = ranks(order, K)[output];
   if (!n) return "not placed";
   const ties = order.groups[n - 1].filter(other => other !== output).map(letter);
-  return `${n} of ${order.groups.length}${ties.length ? `, tied with ${ties.join(", ")}` : ""}`;
+  return `rank ${n}${ties.length ? `, tied with ${ties.join(", ")}` : ""}`;
 }
 
 // Drawing
@@ -101,7 +101,7 @@ function become(next) {
 function choose(output) {
   chosen = output;
   draw();
-  cards[output].scrollIntoView({ block: "nearest" });
+  cards[output].querySelector("header").scrollIntoView({ block: "nearest" });
   say(`${letter(output)} chosen, ${standing(output)}`);
 }
 

@@ -91,10 +91,13 @@ export function start(current, keys) {
     act();
   });
   skipDialog.querySelector("[data-close]").addEventListener("click", () => skipDialog.close("cancel"));
+  for (const dialog of [skipDialog, helpDialog]) {
+    dialog.addEventListener("close", () => { if (dialog.contains(document.activeElement)) document.activeElement.blur(); });
+  }
   skipDialog.addEventListener("close", () => {
     if (skipDialog.returnValue !== "skip") return;
     const reason = skipDialog.querySelector("[name=reason]:checked").value;
-    send("skip", { reason, comment: document.getElementById("skip-comment").value, seconds });
+    send("skip", { skip: { reason, comment: document.getElementById("skip-comment").value, seconds } });
   });
   document.getElementById("help-open").addEventListener("click", askHelp);
   const comment = document.getElementById("comment");
