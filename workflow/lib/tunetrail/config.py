@@ -449,7 +449,7 @@ class HumanLabeler(Block):
     def _keys_fit(self):
         if urlsplit(self.store).password:
             raise ValueError(
-                "store: holds a password, which would get into records; put it into ~/.pgpass or $PGPASSWORD"
+                "store holds a password, which would get into records; put it into ~/.pgpass or $PGPASSWORD"
             )
         if self.training and not self.gold:
             raise ValueError("training needs gold: a file of tasks with known ranks")
