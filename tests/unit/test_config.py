@@ -483,6 +483,12 @@ def test_variants_of_the_demo_differ_where_they_say_so_only(name):
         )
 
 
+def test_the_example_with_people_is_the_demo_but_for_the_labelers():
+    demo, people = (parse(read_yaml(ROOT / "config" / p)) for p in ("config.yaml", "examples/human-labels.yaml"))
+    differing = {key for key in type(demo).model_fields if getattr(demo, key) != getattr(people, key)}
+    assert differing == {"run", "comparisons"}
+
+
 def test_the_lora_example_trains_no_full_weights():
     config = parse(read_yaml(ROOT / "config/examples/demo-lora.yaml"))
     trained = [config.sft, config.reward, *(p for p in config.policies.values() if p.method != "best_of_n")]

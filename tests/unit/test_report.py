@@ -14,8 +14,8 @@ from tunetrail.provenance.manifest import build, canonical, identity
 from tunetrail.provenance.record import read_record
 from tunetrail.reporting import numbers
 from tunetrail.reporting.charts import FIGURES, smooth
-from tunetrail.reporting.collect import Artifact, Model
-from tunetrail.reporting.page import boilerplate
+from tunetrail.reporting.collect import Artifact, Model, Run
+from tunetrail.reporting.page import banners, boilerplate
 from tunetrail.reporting.verdict import outcome, sentence
 from tunetrail.stages.report import run
 
@@ -351,6 +351,18 @@ def test_what_models_write_is_escaped(tmp_path, draw_only):
     assert html.escape(attack, quote=False).replace("'", "&#39;") in page
     assert "<b>title</b>" not in page
     assert page.count("<script>") == 1
+
+
+@pytest.mark.parametrize(
+    ("labelers", "said"),
+    [
+        ({"human-1": {}, "human-12": {}}, ["Labels are human: comparisons were ranked by 2 people."]),
+        ({"recorded": {}}, []),
+    ],
+)
+def test_labels_by_people_are_said_to_be(labelers, said):
+    ranked = Artifact("comparisons", Path("c"), "c/", "0" * 64, {"labelers": labelers}, None)
+    assert banners(Run("r", {"comparisons": ranked}, {}, [], "", [])) == said
 
 
 def test_missing_measurements_say_so(tmp_path, draw_only):

@@ -140,7 +140,7 @@ class Run:
         if kind := artifact.config.get("labeler"):
             return kind
         kinds = {re.sub(r"-\d+$", "", name) for name in artifact.metrics.get("labelers") or {}}
-        return next((kind for kind in SIMULATED_LABELERS if kind in kinds), "recorded")
+        return next((kind for kind in (*SIMULATED_LABELERS, "human") if kind in kinds), "recorded")
 
     def findings(self, artifact: Artifact) -> list[Finding]:
         """What the audit found about one artifact."""
