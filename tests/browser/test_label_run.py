@@ -22,6 +22,11 @@ browser, pytestmark = test_label_page.browser, test_label_page.pytestmark
 TINY = Path("results/tiny")
 
 
+def seen(text: str) -> int:
+    """How many characters of a text HTML keeps: random models write any."""
+    return len(text.replace("\0", "").replace("\r\n", "\n"))
+
+
 def rank(desk: Desk) -> bool:
     """Ranks the task before this labeler by keys, the longer the better and a tie where two are of one length.
 
@@ -32,9 +37,9 @@ def rank(desk: Desk) -> bool:
     if not (texts := outputs.all_text_contents()):
         return False
     length = None
-    for place in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-        desk.press("abcdefghi"[place], *(["t"] if len(texts[place]) == length else []))
-        length = len(texts[place])
+    for place in sorted(range(len(texts)), key=lambda i: -seen(texts[i])):
+        desk.press("abcdefghi"[place], *(["t"] if seen(texts[place]) == length else []))
+        length = seen(texts[place])
     desk.submitted()
     return True
 
@@ -83,9 +88,8 @@ def test_the_run_waits_for_three_people_and_its_reward_model_names_them(
     rows = read_jsonl(TINY / "comparisons/comparisons.jsonl")
     for row in rows:
         (ranking,) = row["rankings"]
-        longest = max(row["completions"], key=len)
-        assert ranking["ranks"][row["completions"].index(longest)] == 1
-    assert json.loads((TINY / "comparisons/metrics.json").read_text())["longer_wins"] == 1
+        lengths = [seen(text) for text in row["completions"]]
+        assert ranking["ranks"] == [1 + len({other for other in lengths if other > length}) for length in lengths]
     assert main(["audit", "trace", "--reverse", "labeler:human-2", "--in", str(TINY)]) == 0
     assert "results/tiny/reward" in capsys.readouterr().out
     assert main(["audit", "verify", "--recursive", str(TINY / "reward")]) in (0, 3)
