@@ -17,6 +17,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("CI"):
     raise RuntimeError("chromium is not installed; .ci/run installs it")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+expect.set_options(timeout=20_000)
 MARKUP = '# Title\n\n```python\ndef f(x):\n    return "<b>" + x\n```\n<script>window.stolen = 1</script><img src=x onerror="window.stolen = 1">\n\n[link](https://example.org)'
 
 
@@ -47,8 +48,9 @@ class Desk:
     def __init__(self, browser: Browser, store: Store, address: str, admin: bool = False, **context):
         self.pseudonym, self.token = access.add_labeler(store, "Ada", admin)
         self.address, self.said = address, []
-        self.page: Page = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context)).new_page()
-        self.page.set_default_timeout(8000)
+        still = {"reduced_motion": "reduce", "viewport": {"width": 1280, "height": 900}}
+        self.page: Page = browser.new_context(**(still | context)).new_page()
+        self.page.set_default_timeout(30_000)
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.goto(f"{address}/enter#{self.token}")

@@ -15,7 +15,7 @@ from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import COOKIE, LARGEST, application
 
 INJECTION = "'); DROP TABLE events; --"
-SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1))"
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1)) ![b](https://c.example/d.png) [e](https://f.example)"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ class Labeler:
 
     def open(self) -> tuple[str, int]:
         """The nonce and the number of outputs of the task before them."""
-        page = self.get("task").text
+        page = self.before = self.get("task").text
         return re.search(r'data-nonce="([^"]+)"', page)[1], page.count('<article class="output')
 
     def submit(self, nonce: str, **answer):
@@ -63,17 +63,22 @@ def everything(store: Store) -> list:
 
 
 def test_a_ranking_goes_in_by_what_is_shown_and_comes_out_in_the_tasks_order(store, ada):
+    store.publish([ranking("a", 9)])  # of nine no order is its own inverse by chance
     nonce, k = ada.open()
-    reply = ada.submit(nonce, ranks=[1, 2, 2], ratings=[7, None, 1], flags=[[], ["harmful"], []], all_bad=True, comment="x", seconds=1e6)  # fmt: skip
-    assert (k, reply.status_code, reply.json()["next"]) == (3, 200, "/task?stored=2")
+    ranks, ratings = [3, 1, 2, 2, 4, 5, 6, 7, 8], [7, None, 1, 2, 3, 4, 5, 6, 7]
+    flags = [[], ["harmful"], [], [], [], [], [], [], ["violent"]]
+    reply = ada.submit(nonce, ranks=ranks, ratings=ratings, flags=flags, all_bad=True, comment="x", seconds=1e6)
+    assert (k, reply.status_code, reply.json()["next"]) == (9, 200, "/task?stored=3")
     (row,) = store.labels()
-    assert [row["ranks"][i] for i in row["shown"]] == [1, 2, 2]
-    assert [row["ratings"][i] for i in row["shown"]] == [7, None, 1]
-    assert [row["flags"][i] for i in row["shown"]] == [[], ["harmful"], []]
+    shown = [int(n) for n in re.findall(r"<p>a, output (\d)</p>", ada.before)]
+    assert row["shown"] == shown
+    assert [shown[i] for i in shown] != list(range(9))
+    for key, sent in (("ranks", ranks), ("ratings", ratings), ("flags", flags)):
+        assert [row[key][i] for i in shown] == sent
     assert row["all_bad"] is True
     assert row["seconds"] < 60, "nobody can have worked longer than the task was open"
-    page = ada.get("task?stored=2").text
-    assert "Stored as event 2." in page
+    page = ada.get("task?stored=3").text
+    assert "Stored as event 3." in page
 
 
 def test_the_page_does_not_know_which_output_is_which(store, ada):
