@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.labels import ranking, served
-from tunetrail.labeling.app import access
+from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.database import assignments
 from tunetrail.labeling.app.store import Store
 
@@ -95,7 +95,10 @@ def test_ranking_by_keys_alone(ada, store):
     ada.open()
     ada.press("Enter")
     expect(ada.page.locator("#alert")).to_have_text("Not placed yet: A, B, C, D.")
+    ada.press("t")
+    expect(ada.page.locator("#alert")).to_have_text("Choose an output first: press its letter.")
     ada.press("c", "a", "b")
+    expect(ada.page.locator("#alert")).to_be_hidden()
     assert ada.tray() == "C A B | D"
     ada.press("t")
     assert ada.tray() == "C AB | D"
@@ -310,7 +313,7 @@ def test_a_link_pasted_while_the_entrance_is_open(browser, store, address):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_wider_than_the_screen_and_text_stands_out(browser, store, address, width, scheme):
+def test_nothing_is_wider_than_the_screen_and_dark_is_dark(browser, store, address, width, scheme):
     long = "x" * 400
     store.publish([ranking("l", 9, prompt=long) | {"completions": [f"{n} {long}\n\n    {long}" for n in range(9)]}], {"guidelines": f"# G\n\n{long}"})  # fmt: skip
     desk = Desk(browser, store, address, admin=True, viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -344,6 +347,38 @@ def test_what_screen_readers_are_told(ada):
     chip.focus()
     ada.press("ArrowRight")
     expect(page.locator("#groups").get_by_role("button", name="Output A, rank 2")).to_be_focused()
+    page.locator("#unplaced [data-chip='3']").focus()
+    ada.press("Enter")
+    assert ada.tray() == "C A D | B", "a button that has the focus does what it says"
+    ada.press("z")
     snapshot = page.locator("body").aria_snapshot()
     for line in ('list "Ranking, best first"', 'region "Outputs"', "Rating, 1 bad to 7 excellent", 'button "Submit'):
         assert line in snapshot
+
+
+def test_the_quality_page(browser, store, address):
+    gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 3]}) for n in range(2)]
+    store.publish([*gold, *(ranking(f"t{n}", 2 + n % 4) for n in range(12))], {"overlap": 3, "gold_every": 6, "repeat_every": 6})  # fmt: skip
+    for name in ("human-1", "human-2"):
+        while given := queue.next_task(store, name):
+            queue.submit(store, name, given.nonce, {"ranks": [i + 1 for i in given.shown]})  # always the task's order
+    desk = Desk(browser, store, address, admin=True)
+    page = desk.page
+    page.goto(f"{address}/quality")
+    assert page.locator(".chart svg").count() == 4
+    for figure in page.locator(".chart svg").all():
+        assert figure.bounding_box()["width"] > 200
+    expect(page.locator(".facts")).to_contain_text("24 of 36")
+    expect(page.locator("tbody").first).to_contain_text("human-2")
+    row = page.get_by_role("row", name="human-1").locator("td").all_inner_texts()
+    assert row[:2] == ["12", "0"]
+    assert row[2].startswith("100%"), "agrees with gold"
+    assert row[3].startswith("100%"), "agrees with itself"
+    expect(page.locator(".chain")).to_contain_text(f"The chain of events is whole. Its head: {store.head()}")
+    with store.writing() as connection:
+        connection.exec_driver_sql("DROP TRIGGER events_no_update")
+        connection.exec_driver_sql("UPDATE events SET labeler = 'human-2' WHERE number = 2")
+    page.reload()
+    expect(page.locator(".chain")).to_contain_text("broken: event 2 is not what was written")
+    assert desk.said == []
+    page.context.close()

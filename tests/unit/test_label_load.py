@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-import sqlalchemy as sa
 
 from tests.labels import Scripted, at_once, postgres, postgres_programs, ranking, served_alone
 from tunetrail.labeling.app import access, queue
@@ -49,10 +48,6 @@ def test_twenty_labelers_at_once_lose_nothing(url):
     assert len({(row["task"], row["labeler"]) for row in rows}) == len(rows)
     per_task = [sum(row["task"] == task["id"] for row in rows) for task in tasks(10)]
     assert per_task == [2] * 10
-    with pytest.raises(sa.exc.DatabaseError, match="only ever added"), store.writing() as connection:
-        connection.execute(sa.text("UPDATE events SET kind = 'x'"))
-    with pytest.raises(sa.exc.DatabaseError, match="only ever added"), store.writing() as connection:
-        connection.execute(sa.text("DELETE FROM tasks"))
 
 
 @pytest.mark.parametrize("seed", range(3))

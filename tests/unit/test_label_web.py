@@ -14,13 +14,14 @@ from tunetrail.labeling.app.database import labelers, names, sessions
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import COOKIE, LARGEST, application
 
+on_both = pytest.mark.parametrize("store", ["lite", "postgresql"], indirect=True)
 INJECTION = "'); DROP TABLE events; --"
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1)) ![b](https://c.example/d.png) [e](https://f.example)"
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
-    store = Store(f"sqlite:///{tmp_path}/labels.db")
+def store(request) -> Store:
+    store = request.getfixturevalue(getattr(request, "param", "lite"))
     store.publish([ranking("a"), ranking("b", 4), ranking("c", 2)], {"overlap": 2})
     return store
 
@@ -100,6 +101,7 @@ def test_two_labelers_see_different_orders_and_one_task_goes_to_no_more_than_its
     assert given[0].shown != given[1].shown
 
 
+@on_both
 def test_submitting_twice_stores_once_and_a_used_nonce_takes_nothing_else(store, ada):
     nonce, _ = ada.open()
     first = ada.submit(nonce, ranks=[1, 2, 3], seconds=1)
@@ -157,6 +159,7 @@ def test_numbers_and_texts_that_json_alone_allows_are_refused(store, ada):
     assert everything(store) == before
 
 
+@on_both
 def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
     bob = Labeler(store, "Bob")
     nonce, _ = ada.open()
@@ -175,6 +178,7 @@ def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
     assert everything(store)[0][:-1] == before[0]
 
 
+@on_both
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -194,6 +198,7 @@ def test_what_names_nothing_changes_nothing(store, ada, path, body):
     assert everything(store) == before
 
 
+@on_both
 def test_sql_in_every_field_is_text(store):
     ada = Labeler(store, INJECTION)
     store.publish([ranking(INJECTION, prompt=INJECTION, completions=[INJECTION, "x"]), {"id": "d", "kind": "demonstration", "prompt": "p"}], {"guidelines": INJECTION})  # fmt: skip
