@@ -209,7 +209,9 @@ def test_two_labelers_at_once_and_a_lease_that_runs_out(ada, browser, store, add
     bob.open()
     assert (ada.page.locator(".output").count(), bob.page.locator(".output").count()) == (4, 2)
     with store.writing() as connection:  # Ada goes to lunch
-        connection.execute(sa.update(assignments).where(assignments.c.labeler == ada.pseudonym).values(expires=time.time() - 1))  # fmt: skip
+        connection.execute(
+            sa.update(assignments).where(assignments.c.labeler == ada.pseudonym).values(expires=time.time() - 1)
+        )
     bob.press("a", "b")
     bob.submitted()
     assert bob.page.locator(".output").count() == 4, "Ada's task is free again"
@@ -279,7 +281,9 @@ def test_markdown_and_code_are_shown_and_scripts_are_not_run(ada, store):
     assert page.evaluate("window.stolen") is None
     ada.press("v")
     assert MARKUP in page.locator(".raw:visible").all_inner_texts()
-    page.evaluate("() => { const s = document.createElement('script'); s.textContent = 'window.stolen = 2'; document.body.append(s); }")  # fmt: skip
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.stolen = 2'; document.body.append(s); }"
+    )
     assert page.evaluate("window.stolen") is None, "the policy forbids scripts in the page"
     assert any("Content Security Policy" in line for line in ada.said)
     ada.said.clear()
@@ -315,7 +319,10 @@ def test_a_link_pasted_while_the_entrance_is_open(browser, store, address):
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_is_wider_than_the_screen_and_dark_is_dark(browser, store, address, width, scheme):
     long = "x" * 400
-    store.publish([ranking("l", 9, prompt=long) | {"completions": [f"{n} {long}\n\n    {long}" for n in range(9)]}], {"guidelines": f"# G\n\n{long}"})  # fmt: skip
+    store.publish(
+        [ranking("l", 9, prompt=long) | {"completions": [f"{n} {long}\n\n    {long}" for n in range(9)]}],
+        {"guidelines": f"# G\n\n{long}"},
+    )
     desk = Desk(browser, store, address, admin=True, viewport={"width": width, "height": 800}, color_scheme=scheme)
     for path in ("", "task", "guidelines", "quality", "feedback"):
         desk.page.goto(f"{address}/{path}")
@@ -358,7 +365,9 @@ def test_what_screen_readers_are_told(ada):
 
 def test_the_quality_page(browser, store, address):
     gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 3]}) for n in range(2)]
-    store.publish([*gold, *(ranking(f"t{n}", 2 + n % 4) for n in range(12))], {"overlap": 3, "gold_every": 6, "repeat_every": 6})  # fmt: skip
+    store.publish(
+        [*gold, *(ranking(f"t{n}", 2 + n % 4) for n in range(12))], {"overlap": 3, "gold_every": 6, "repeat_every": 6}
+    )
     for name in ("human-1", "human-2"):
         while given := queue.next_task(store, name):
             queue.submit(store, name, given.nonce, {"ranks": [i + 1 for i in given.shown]})  # always the task's order

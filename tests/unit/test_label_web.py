@@ -201,7 +201,13 @@ def test_what_names_nothing_changes_nothing(store, ada, path, body):
 @on_both
 def test_sql_in_every_field_is_text(store):
     ada = Labeler(store, INJECTION)
-    store.publish([ranking(INJECTION, prompt=INJECTION, completions=[INJECTION, "x"]), {"id": "d", "kind": "demonstration", "prompt": "p"}], {"guidelines": INJECTION})  # fmt: skip
+    store.publish(
+        [
+            ranking(INJECTION, prompt=INJECTION, completions=[INJECTION, "x"]),
+            {"id": "d", "kind": "demonstration", "prompt": "p"},
+        ],
+        {"guidelines": INJECTION},
+    )
     nonce, _ = ada.open()
     assert ada.post("draft", {"nonce": nonce, "draft": {"comment": INJECTION, INJECTION: INJECTION}}).status_code == 200
     assert ada.post("skip", {"nonce": nonce, "skip": {"reason": INJECTION, "comment": INJECTION}}).status_code == 422
@@ -245,7 +251,9 @@ def test_a_body_that_is_too_large_is_refused(store, ada, chunked):
     body = json.dumps({"nonce": nonce, "answer": {"ranks": [1, 2, 3], "comment": "x" * LARGEST}}).encode()
     content = (body[i : i + 10_000] for i in range(0, len(body), 10_000)) if chunked else body
     for path in ("submit", "draft", "enter"):
-        reply = ada.client.post(f"/{path}", content=content, headers={"x-csrf-token": ada.csrf, "content-type": "application/json"})  # fmt: skip
+        reply = ada.client.post(
+            f"/{path}", content=content, headers={"x-csrf-token": ada.csrf, "content-type": "application/json"}
+        )
         assert reply.status_code == 413
         content = body
     assert everything(store) == before

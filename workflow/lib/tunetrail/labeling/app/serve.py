@@ -42,7 +42,9 @@ def listening(host: str, port: int) -> socket.socket:
         sock.bind(address)
         sock.listen(128)
     except OSError as e:
-        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({e.strerror}); try another --port") from None  # fmt: skip
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there ({e.strerror}); try another --port"
+        ) from None
     return sock
 
 
@@ -61,7 +63,10 @@ def serve(store: Store, host: str, port: int, prefix: str) -> int:
     for warning in store.database.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not local:
-        print(f"warning: {host} is open to the network, and what is sent is not encrypted. Put a proxy with TLS before it, or leave --host out and use the tunnel", file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {host} is open to the network, and what is sent is not encrypted. Put a proxy with TLS before it, or leave --host out and use the tunnel",
+            file=sys.stderr,
+        )
     progress = store.progress()
     print(f"labels     {store.database.shown}")
     print(f"tasks      {progress['tasks']}, of {progress['wanted']} answers {progress['have']} are there")
