@@ -332,6 +332,25 @@ def test_nothing_is_wider_than_the_screen_and_dark_is_dark(browser, store, addre
     desk.page.context.close()
 
 
+def touch_drag(page: Page, what: str, where: str) -> None:
+    """A finger that moves; Playwright itself can only tap."""
+    touch = page.context.new_cdp_session(page)
+
+    def send(kind: str, *at: float) -> None:
+        points = [{"x": at[0], "y": at[1]}] if at else []
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def middle(selector: str) -> tuple[float, float]:
+        box = page.locator(selector).bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    x, y = middle(what)
+    send("touchStart", x, y)
+    send("touchMove", x, y - 20)
+    send("touchMove", *middle(where))
+    send("touchEnd")
+
+
 def test_by_touch_on_a_phone(browser, store, address):
     desk = Desk(browser, store, address, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
     page = desk.open()
@@ -339,6 +358,9 @@ def test_by_touch_on_a_phone(browser, store, address):
         page.locator("#unplaced").get_by_text(letter, exact=True).tap()
     page.get_by_role("button", name="Better").tap()
     assert desk.tray() == "B A CD | "
+    touch_drag(page, "#groups [data-chip='1']", "#groups [data-drop='before 3']")
+    assert desk.tray() == "A CD B | "
+    touch_drag(page, "#groups [data-chip='1']", "#groups [data-drop='before 0']")
     page.locator("#submit").tap()
     page.wait_for_url("**/task?stored=*")
     assert [by_letters(row) for row in store.labels()] == ["B A CD"]
