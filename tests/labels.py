@@ -145,7 +145,13 @@ def postgres() -> Iterator[str]:
     other = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
     if other:
         shutil.chown(folder, "nobody", "nogroup")
-    run = {"cwd": folder, "capture_output": True, "text": True, "check": True, "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}} | other  # fmt: skip
+    run = {
+        "cwd": folder,
+        "capture_output": True,
+        "text": True,
+        "check": True,
+        "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
+    } | other
     data = str(folder / "data")
     control = [str(programs / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log")]
     options = f"-k {folder} -c listen_addresses='' -c max_connections=100"

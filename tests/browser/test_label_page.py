@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.labels import ranking, served
-from tunetrail.labeling.app import access
+from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.database import assignments
 from tunetrail.labeling.app.store import Store
 
@@ -17,6 +17,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("CI"):
     raise RuntimeError("chromium is not installed; .ci/run installs it")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+expect.set_options(timeout=20_000)
 MARKUP = '# Title\n\n```python\ndef f(x):\n    return "<b>" + x\n```\n<script>window.stolen = 1</script><img src=x onerror="window.stolen = 1">\n\n[link](https://example.org)'
 
 
@@ -47,8 +48,9 @@ class Desk:
     def __init__(self, browser: Browser, store: Store, address: str, admin: bool = False, **context):
         self.pseudonym, self.token = access.add_labeler(store, "Ada", admin)
         self.address, self.said = address, []
-        self.page: Page = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context)).new_page()
-        self.page.set_default_timeout(8000)
+        still = {"reduced_motion": "reduce", "viewport": {"width": 1280, "height": 900}}
+        self.page: Page = browser.new_context(**(still | context)).new_page()
+        self.page.set_default_timeout(30_000)
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.goto(f"{address}/enter#{self.token}")
@@ -93,7 +95,10 @@ def test_ranking_by_keys_alone(ada, store):
     ada.open()
     ada.press("Enter")
     expect(ada.page.locator("#alert")).to_have_text("Not placed yet: A, B, C, D.")
+    ada.press("t")
+    expect(ada.page.locator("#alert")).to_have_text("Choose an output first: press its letter.")
     ada.press("c", "a", "b")
+    expect(ada.page.locator("#alert")).to_be_hidden()
     assert ada.tray() == "C A B | D"
     ada.press("t")
     assert ada.tray() == "C AB | D"
@@ -204,7 +209,9 @@ def test_two_labelers_at_once_and_a_lease_that_runs_out(ada, browser, store, add
     bob.open()
     assert (ada.page.locator(".output").count(), bob.page.locator(".output").count()) == (4, 2)
     with store.writing() as connection:  # Ada goes to lunch
-        connection.execute(sa.update(assignments).where(assignments.c.labeler == ada.pseudonym).values(expires=time.time() - 1))  # fmt: skip
+        connection.execute(
+            sa.update(assignments).where(assignments.c.labeler == ada.pseudonym).values(expires=time.time() - 1)
+        )
     bob.press("a", "b")
     bob.submitted()
     assert bob.page.locator(".output").count() == 4, "Ada's task is free again"
@@ -274,7 +281,9 @@ def test_markdown_and_code_are_shown_and_scripts_are_not_run(ada, store):
     assert page.evaluate("window.stolen") is None
     ada.press("v")
     assert MARKUP in page.locator(".raw:visible").all_inner_texts()
-    page.evaluate("() => { const s = document.createElement('script'); s.textContent = 'window.stolen = 2'; document.body.append(s); }")  # fmt: skip
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.stolen = 2'; document.body.append(s); }"
+    )
     assert page.evaluate("window.stolen") is None, "the policy forbids scripts in the page"
     assert any("Content Security Policy" in line for line in ada.said)
     ada.said.clear()
@@ -308,9 +317,12 @@ def test_a_link_pasted_while_the_entrance_is_open(browser, store, address):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_wider_than_the_screen_and_text_stands_out(browser, store, address, width, scheme):
+def test_nothing_is_wider_than_the_screen_and_dark_is_dark(browser, store, address, width, scheme):
     long = "x" * 400
-    store.publish([ranking("l", 9, prompt=long) | {"completions": [f"{n} {long}\n\n    {long}" for n in range(9)]}], {"guidelines": f"# G\n\n{long}"})  # fmt: skip
+    store.publish(
+        [ranking("l", 9, prompt=long) | {"completions": [f"{n} {long}\n\n    {long}" for n in range(9)]}],
+        {"guidelines": f"# G\n\n{long}"},
+    )
     desk = Desk(browser, store, address, admin=True, viewport={"width": width, "height": 800}, color_scheme=scheme)
     for path in ("", "task", "guidelines", "quality", "feedback"):
         desk.page.goto(f"{address}/{path}")
@@ -320,6 +332,25 @@ def test_nothing_is_wider_than_the_screen_and_text_stands_out(browser, store, ad
     desk.page.context.close()
 
 
+def touch_drag(page: Page, what: str, where: str) -> None:
+    """A finger that moves; Playwright itself can only tap."""
+    touch = page.context.new_cdp_session(page)
+
+    def send(kind: str, *at: float) -> None:
+        points = [{"x": at[0], "y": at[1]}] if at else []
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def middle(selector: str) -> tuple[float, float]:
+        box = page.locator(selector).bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    x, y = middle(what)
+    send("touchStart", x, y)
+    send("touchMove", x, y - 20)
+    send("touchMove", *middle(where))
+    send("touchEnd")
+
+
 def test_by_touch_on_a_phone(browser, store, address):
     desk = Desk(browser, store, address, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
     page = desk.open()
@@ -327,6 +358,9 @@ def test_by_touch_on_a_phone(browser, store, address):
         page.locator("#unplaced").get_by_text(letter, exact=True).tap()
     page.get_by_role("button", name="Better").tap()
     assert desk.tray() == "B A CD | "
+    touch_drag(page, "#groups [data-chip='1']", "#groups [data-drop='before 3']")
+    assert desk.tray() == "A CD B | "
+    touch_drag(page, "#groups [data-chip='1']", "#groups [data-drop='before 0']")
     page.locator("#submit").tap()
     page.wait_for_url("**/task?stored=*")
     assert [by_letters(row) for row in store.labels()] == ["B A CD"]
@@ -342,6 +376,40 @@ def test_what_screen_readers_are_told(ada):
     chip.focus()
     ada.press("ArrowRight")
     expect(page.locator("#groups").get_by_role("button", name="Output A, rank 2")).to_be_focused()
+    page.locator("#unplaced [data-chip='3']").focus()
+    ada.press("Enter")
+    assert ada.tray() == "C A D | B", "a button that has the focus does what it says"
+    ada.press("z")
     snapshot = page.locator("body").aria_snapshot()
     for line in ('list "Ranking, best first"', 'region "Outputs"', "Rating, 1 bad to 7 excellent", 'button "Submit'):
         assert line in snapshot
+
+
+def test_the_quality_page(browser, store, address):
+    gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 3]}) for n in range(2)]
+    store.publish(
+        [*gold, *(ranking(f"t{n}", 2 + n % 4) for n in range(12))], {"overlap": 3, "gold_every": 6, "repeat_every": 6}
+    )
+    for name in ("human-1", "human-2"):
+        while given := queue.next_task(store, name):
+            queue.submit(store, name, given.nonce, {"ranks": [i + 1 for i in given.shown]})  # always the task's order
+    desk = Desk(browser, store, address, admin=True)
+    page = desk.page
+    page.goto(f"{address}/quality")
+    assert page.locator(".chart svg").count() == 4
+    for figure in page.locator(".chart svg").all():
+        assert figure.bounding_box()["width"] > 200
+    expect(page.locator(".facts")).to_contain_text("24 of 36")
+    expect(page.locator("tbody").first).to_contain_text("human-2")
+    row = page.get_by_role("row", name="human-1").locator("td").all_inner_texts()
+    assert row[:2] == ["12", "0"]
+    assert row[2].startswith("100%"), "agrees with gold"
+    assert row[3].startswith("100%"), "agrees with itself"
+    expect(page.locator(".chain")).to_contain_text(f"The chain of events is whole. Its head: {store.head()}")
+    with store.writing() as connection:
+        connection.exec_driver_sql("DROP TRIGGER events_no_update")
+        connection.exec_driver_sql("UPDATE events SET labeler = 'human-2' WHERE number = 2")
+    page.reload()
+    expect(page.locator(".chain")).to_contain_text("broken: event 2 is not what was written")
+    assert desk.said == []
+    page.context.close()

@@ -15,9 +15,9 @@ from tunetrail.labeling.app.answers import Refused
 from tunetrail.labeling.app.store import START, Store
 
 
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(f"sqlite:///{tmp_path}/labels.db")
+@pytest.fixture(params=["lite", "postgresql"])
+def store(request) -> Store:
+    return request.getfixturevalue(request.param)
 
 
 def answer(store: Store, labeler: str, ranks: list[int] | None = None, **more) -> dict:
@@ -61,35 +61,51 @@ def test_undo_is_an_event_and_gives_the_task_back(store):
     assert [event["kind"] for event in store.events()] == ["publish", "ranking", "undo", "ranking"]
 
 
+CHANGES = ["UPDATE events SET kind = 'x'", "DELETE FROM events", "UPDATE tasks SET id = 'x'", "DELETE FROM tasks"]
+
+
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE events SET kind = 'x'",
-        "DELETE FROM events",
+        *CHANGES,
         "INSERT OR REPLACE INTO events SELECT number, 'x', labeler, nonce, content, digest FROM events",
         "INSERT OR REPLACE INTO events SELECT 99, 'x', labeler, nonce, content, digest FROM events",
-        "UPDATE tasks SET id = 'x'",
-        "DELETE FROM tasks",
         "REPLACE INTO tasks SELECT digest, 'x', content FROM tasks",
     ],
 )
-def test_the_database_refuses_to_change_what_was(store, statement):
+def test_sqlite_refuses_to_change_what_was(lite, statement):
+    refuses(lite, statement)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *CHANGES,
+        "TRUNCATE events",
+        "INSERT INTO events SELECT * FROM events ON CONFLICT (number) DO UPDATE SET kind = 'x'",
+    ],
+)
+def test_postgresql_refuses_to_change_what_was(postgresql, statement):
+    refuses(postgresql, statement)
+
+
+def refuses(store: Store, statement: str) -> None:
     store.publish([ranking("a")])
     with pytest.raises(sa.exc.DatabaseError, match="only ever added"), store.writing() as connection:
         connection.execute(sa.text(statement))
     assert store.fault() is None
 
 
-def test_a_chain_that_was_edited_behind_the_databases_back_is_found(store):
-    store.publish([ranking("a"), ranking("b")])
-    answer(store, "human-1")
-    answer(store, "human-1")
-    with store.writing() as connection:
+def test_a_chain_that_was_edited_behind_the_databases_back_is_found(lite):
+    lite.publish([ranking("a"), ranking("b")])
+    answer(lite, "human-1")
+    answer(lite, "human-1")
+    with lite.writing() as connection:
         connection.execute(sa.text("DROP TRIGGER events_no_update"))
         content = json.loads(connection.execute(sa.text("SELECT content FROM events WHERE number = 2")).scalar())
         content["ranks"] = [3, 2, 1]
         connection.execute(sa.text("UPDATE events SET content = :c WHERE number = 2"), {"c": json.dumps(content)})
-    assert store.fault() == "event 2 is not what was written"
+    assert lite.fault() == "event 2 is not what was written"
 
 
 @pytest.mark.parametrize(

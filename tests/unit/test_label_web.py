@@ -14,13 +14,14 @@ from tunetrail.labeling.app.database import labelers, names, sessions
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import COOKIE, LARGEST, application
 
+on_both = pytest.mark.parametrize("store", ["lite", "postgresql"], indirect=True)
 INJECTION = "'); DROP TABLE events; --"
-SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1))"
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1)) ![b](https://c.example/d.png) [e](https://f.example)"
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
-    store = Store(f"sqlite:///{tmp_path}/labels.db")
+def store(request) -> Store:
+    store = request.getfixturevalue(getattr(request, "param", "lite"))
     store.publish([ranking("a"), ranking("b", 4), ranking("c", 2)], {"overlap": 2})
     return store
 
@@ -44,7 +45,7 @@ class Labeler:
 
     def open(self) -> tuple[str, int]:
         """The nonce and the number of outputs of the task before them."""
-        page = self.get("task").text
+        page = self.before = self.get("task").text
         return re.search(r'data-nonce="([^"]+)"', page)[1], page.count('<article class="output')
 
     def submit(self, nonce: str, **answer):
@@ -63,17 +64,22 @@ def everything(store: Store) -> list:
 
 
 def test_a_ranking_goes_in_by_what_is_shown_and_comes_out_in_the_tasks_order(store, ada):
+    store.publish([ranking("a", 9)])  # of nine no order is its own inverse by chance
     nonce, k = ada.open()
-    reply = ada.submit(nonce, ranks=[1, 2, 2], ratings=[7, None, 1], flags=[[], ["harmful"], []], all_bad=True, comment="x", seconds=1e6)  # fmt: skip
-    assert (k, reply.status_code, reply.json()["next"]) == (3, 200, "/task?stored=2")
+    ranks, ratings = [3, 1, 2, 2, 4, 5, 6, 7, 8], [7, None, 1, 2, 3, 4, 5, 6, 7]
+    flags = [[], ["harmful"], [], [], [], [], [], [], ["violent"]]
+    reply = ada.submit(nonce, ranks=ranks, ratings=ratings, flags=flags, all_bad=True, comment="x", seconds=1e6)
+    assert (k, reply.status_code, reply.json()["next"]) == (9, 200, "/task?stored=3")
     (row,) = store.labels()
-    assert [row["ranks"][i] for i in row["shown"]] == [1, 2, 2]
-    assert [row["ratings"][i] for i in row["shown"]] == [7, None, 1]
-    assert [row["flags"][i] for i in row["shown"]] == [[], ["harmful"], []]
+    shown = [int(n) for n in re.findall(r"<p>a, output (\d)</p>", ada.before)]
+    assert row["shown"] == shown
+    assert [shown[i] for i in shown] != list(range(9))
+    for key, sent in (("ranks", ranks), ("ratings", ratings), ("flags", flags)):
+        assert [row[key][i] for i in shown] == sent
     assert row["all_bad"] is True
     assert row["seconds"] < 60, "nobody can have worked longer than the task was open"
-    page = ada.get("task?stored=2").text
-    assert "Stored as event 2." in page
+    page = ada.get("task?stored=3").text
+    assert "Stored as event 3." in page
 
 
 def test_the_page_does_not_know_which_output_is_which(store, ada):
@@ -95,6 +101,7 @@ def test_two_labelers_see_different_orders_and_one_task_goes_to_no_more_than_its
     assert given[0].shown != given[1].shown
 
 
+@on_both
 def test_submitting_twice_stores_once_and_a_used_nonce_takes_nothing_else(store, ada):
     nonce, _ = ada.open()
     first = ada.submit(nonce, ranks=[1, 2, 3], seconds=1)
@@ -152,6 +159,7 @@ def test_numbers_and_texts_that_json_alone_allows_are_refused(store, ada):
     assert everything(store) == before
 
 
+@on_both
 def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
     bob = Labeler(store, "Bob")
     nonce, _ = ada.open()
@@ -170,6 +178,7 @@ def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
     assert everything(store)[0][:-1] == before[0]
 
 
+@on_both
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -189,9 +198,16 @@ def test_what_names_nothing_changes_nothing(store, ada, path, body):
     assert everything(store) == before
 
 
+@on_both
 def test_sql_in_every_field_is_text(store):
     ada = Labeler(store, INJECTION)
-    store.publish([ranking(INJECTION, prompt=INJECTION, completions=[INJECTION, "x"]), {"id": "d", "kind": "demonstration", "prompt": "p"}], {"guidelines": INJECTION})  # fmt: skip
+    store.publish(
+        [
+            ranking(INJECTION, prompt=INJECTION, completions=[INJECTION, "x"]),
+            {"id": "d", "kind": "demonstration", "prompt": "p"},
+        ],
+        {"guidelines": INJECTION},
+    )
     nonce, _ = ada.open()
     assert ada.post("draft", {"nonce": nonce, "draft": {"comment": INJECTION, INJECTION: INJECTION}}).status_code == 200
     assert ada.post("skip", {"nonce": nonce, "skip": {"reason": INJECTION, "comment": INJECTION}}).status_code == 422
@@ -235,7 +251,9 @@ def test_a_body_that_is_too_large_is_refused(store, ada, chunked):
     body = json.dumps({"nonce": nonce, "answer": {"ranks": [1, 2, 3], "comment": "x" * LARGEST}}).encode()
     content = (body[i : i + 10_000] for i in range(0, len(body), 10_000)) if chunked else body
     for path in ("submit", "draft", "enter"):
-        reply = ada.client.post(f"/{path}", content=content, headers={"x-csrf-token": ada.csrf, "content-type": "application/json"})  # fmt: skip
+        reply = ada.client.post(
+            f"/{path}", content=content, headers={"x-csrf-token": ada.csrf, "content-type": "application/json"}
+        )
         assert reply.status_code == 413
         content = body
     assert everything(store) == before

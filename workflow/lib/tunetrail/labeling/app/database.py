@@ -131,8 +131,12 @@ class Database:
             path.parent.mkdir(parents=True, exist_ok=True)
             network = network_file_system(path)
             if network:
-                self.warnings.append(f"{path}: on a network file system ({network}), where SQLite's locks cannot be relied upon. Serve from one machine only and keep copies, or use a local disk or postgresql://")  # fmt: skip
-            self.engine = sa.create_engine(self.url, pool_size=40, connect_args={"timeout": 30, "check_same_thread": False})  # fmt: skip
+                self.warnings.append(
+                    f"{path}: on a network file system ({network}), where SQLite's locks cannot be relied upon. Serve from one machine only and keep copies, or use a local disk or postgresql://"
+                )
+            self.engine = sa.create_engine(
+                self.url, pool_size=40, connect_args={"timeout": 30, "check_same_thread": False}
+            )
             # A write-ahead log needs memory shared by all who open it, which a network file system does not give.
             self._listen("DELETE" if network else "WAL")
         else:
@@ -143,7 +147,9 @@ class Database:
         try:
             self._create()
         except SQLAlchemyError as e:
-            raise ConfigError(f"{self.shown}: cannot be opened ({str(getattr(e, 'orig', e)).strip().splitlines()[0]})") from None  # fmt: skip
+            raise ConfigError(
+                f"{self.shown}: cannot be opened ({str(getattr(e, 'orig', e)).strip().splitlines()[0]})"
+            ) from None
         if self.lite:
             os.chmod(str(self.url.database), 0o600)
 

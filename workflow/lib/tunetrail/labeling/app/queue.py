@@ -75,14 +75,20 @@ def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: fl
         .order_by(assignments.c.event)
     ).all()
     counts = Counter(row.purpose for row in done)
-    unseen = ~sa.exists().where(assignments.c.task == places.c.task, assignments.c.labeler == labeler, assignments.c.state != "undone")  # fmt: skip
+    unseen = ~sa.exists().where(
+        assignments.c.task == places.c.task, assignments.c.labeler == labeler, assignments.c.state != "undone"
+    )
     gold = sa.select(places.c.task).where(places.c.gold, unseen).order_by(places.c.position).limit(1)
     if counts["training"] < settings.training and (found := connection.execute(gold).scalar()):
         return found, "training"
     if settings.per_labeler is not None and counts["label"] >= settings.per_labeler:
         return None
     every = settings.gold_every
-    if every and counts["gold"] < (counts["label"] + every // 2) // every and (found := connection.execute(gold).scalar()):  # fmt: skip
+    if (
+        every
+        and counts["gold"] < (counts["label"] + every // 2) // every
+        and (found := connection.execute(gold).scalar())
+    ):
         return found, "gold"
     every = settings.repeat_every
     if every and counts["repeat"] < counts["label"] // every:
@@ -196,7 +202,9 @@ def skip(store: Store, labeler: str, nonce: str, sent: dict) -> int:
         return _finish(store, connection, row, store.task(connection, row.task), empty, reason)
 
 
-def _finish(store: Store, connection: sa.Connection, row: sa.Row, task: dict, answer: Answer, skipped: str | None) -> int:  # fmt: skip
+def _finish(
+    store: Store, connection: sa.Connection, row: sa.Row, task: dict, answer: Answer, skipped: str | None
+) -> int:
     settings, now, shown = store.settings(connection), time.time(), json.loads(row.shown)
 
     def in_task_order(values: list | None) -> list | None:
@@ -208,7 +216,9 @@ def _finish(store: Store, connection: sa.Connection, row: sa.Row, task: dict, an
         "all_bad": answer.all_bad, "comment": answer.comment, "text": answer.text, "skipped": skipped,
     }  # fmt: skip
     if row.state in ("answered", "skipped"):
-        before = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one())  # fmt: skip
+        before = json.loads(
+            connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one()
+        )
         if before | said == before:
             return row.event
         raise Refused("you have answered this task already; undo that answer to change it", 409)
@@ -242,14 +252,22 @@ def undo(store: Store, labeler: str, event: int | None = None) -> bool:
         row = connection.execute(mine.limit(1)).first()
         if row is None:
             return False
-        said = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one())  # fmt: skip
+        said = json.loads(
+            connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one()
+        )
         store.append(connection, "undo", labeler, None, undoes=row.event, task=said["task"])
         shown = json.loads(row.shown)
         draft = {key: said[key] for key in ("all_bad", "comment", "text", "seconds")}
         draft |= {key: [said[key][i] for i in shown] if said[key] else None for key in ("ranks", "ratings", "flags")}
         _set(connection, row.nonce, state="undone")
         expires = time.time() + 60 * store.settings(connection).lease_minutes + 1  # later than what was open
-        again = {"nonce": secrets.token_urlsafe(16), "state": "open", "expires": expires, "draft": json.dumps(draft), "event": None}  # fmt: skip
+        again = {
+            "nonce": secrets.token_urlsafe(16),
+            "state": "open",
+            "expires": expires,
+            "draft": json.dumps(draft),
+            "event": None,
+        }
         connection.execute(assignments.insert().values(row._asdict() | again))
         return True
 

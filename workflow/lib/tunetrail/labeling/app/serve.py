@@ -1,5 +1,6 @@
 """Serving the page: one process, which is plenty for twenty labelers."""
 
+import contextlib
 import getpass
 import ipaddress
 import re
@@ -11,6 +12,18 @@ import uvicorn
 from tunetrail.errors import ConfigError
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import application
+
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def _this_machine() -> str:
+    """Its name as others may know it."""
+    name = socket.getfqdn()
+    return socket.gethostname() if name.startswith("localhost") else name
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_loopback(host: str) -> bool:
@@ -29,7 +42,9 @@ def listening(host: str, port: int) -> socket.socket:
         sock.bind(address)
         sock.listen(128)
     except OSError as e:
-        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({e.strerror}); try another --port") from None  # fmt: skip
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there ({e.strerror}); try another --port"
+        ) from None
     return sock
 
 
@@ -42,22 +57,26 @@ def serve(store: Store, host: str, port: int, prefix: str) -> int:
         raise ConfigError(f"{store.database.shown}: {fault}; restore it from a copy")
     sock = listening(host, port)
     port = sock.getsockname()[1]
-    local = _is_loopback(host)
-    address = f"http://{'127.0.0.1' if local else host}:{port}{prefix}"
+    local, here = _is_loopback(host), _this_machine()
+    address = f"http://{_in_url(here if host in EVERYWHERE else host)}:{port}{prefix}"
     store.note("address", address)
     for warning in store.database.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not local:
-        print(f"warning: {host} is open to the network, and what is sent is not encrypted. Put a proxy with TLS before it, or leave --host out and use the tunnel", file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {host} is open to the network, and what is sent is not encrypted. Put a proxy with TLS before it, or leave --host out and use the tunnel",
+            file=sys.stderr,
+        )
     progress = store.progress()
     print(f"labels     {store.database.shown}")
     print(f"tasks      {progress['tasks']}, of {progress['wanted']} answers {progress['have']} are there")
     print(f"page       {address}/")
     if local:
-        print(f"tunnel     ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.getfqdn()}")
+        print(f"tunnel     ssh -N -L {port}:{_in_url(host)}:{port} {getpass.getuser()}@{here}")
     print("labelers   tunetrail label add NAME gives each a link; Ctrl-C ends this, and nothing is lost", flush=True)
     config = uvicorn.Config(
         application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75
     )
-    uvicorn.Server(config).run(sockets=[sock])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[sock])
     return 0

@@ -58,7 +58,14 @@ class Settings:
     """Of the order in which completions are shown."""
 
     def __post_init__(self) -> None:
-        for name, low in {"overlap": 1, "skips": 1, "training": 0, "gold_every": 0, "repeat_every": 0, "per_labeler": 1}.items():  # fmt: skip
+        for name, low in {
+            "overlap": 1,
+            "skips": 1,
+            "training": 0,
+            "gold_every": 0,
+            "repeat_every": 0,
+            "per_labeler": 1,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"labeling setting {name}: {value} is too small; at least {low}")
@@ -95,7 +102,10 @@ def checked_task(task: Any, where: str) -> dict:
         need(isinstance(full.get(key), str) and full[key] != "", f"'{key}' must be a text")
     need(full["kind"] in ("ranking", "demonstration"), "'kind' must be ranking or demonstration")
     completions = full["completions"]
-    need(isinstance(completions, list) and all(isinstance(c, str) for c in completions), "'completions' must be a list of texts")  # fmt: skip
+    need(
+        isinstance(completions, list) and all(isinstance(c, str) for c in completions),
+        "'completions' must be a list of texts",
+    )
     need(full["draft"] is None or isinstance(full["draft"], str), "'draft' must be a text or null")
     if full["kind"] == "demonstration":
         need(full["gold"] is None, "a demonstration has no 'gold'")
@@ -105,7 +115,7 @@ def checked_task(task: Any, where: str) -> dict:
     if full["gold"] is not None:
         ranks: Any = full["gold"].get("ranks") if isinstance(full["gold"], dict) else None
         good = isinstance(ranks, list) and len(ranks) == k and all(type(r) is int for r in ranks) and gapless(ranks)
-        need(good, f"'gold' must be {{'ranks': [{k} whole numbers from 1 (best), equal for ties, no gaps]}}")  # fmt: skip
+        need(good, f"'gold' must be {{'ranks': [{k} whole numbers from 1 (best), equal for ties, no gaps]}}")
     return full
 
 
@@ -132,10 +142,20 @@ class Store:
 
     def append(self, connection: sa.Connection, kind: str, labeler: str | None, nonce: str | None, **content) -> int:
         """Adds an event inside a writing transaction and returns its number."""
-        last = connection.execute(sa.select(events.c.number, events.c.digest).order_by(events.c.number.desc()).limit(1)).first()  # fmt: skip
+        last = connection.execute(
+            sa.select(events.c.number, events.c.digest).order_by(events.c.number.desc()).limit(1)
+        ).first()
         number, previous = (last.number + 1, last.digest) if last else (1, START)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        whole = {"number": number, "previous": previous, "kind": kind, "at": at, "labeler": labeler, "nonce": nonce, "version": __version__} | content  # fmt: skip
+        whole = {
+            "number": number,
+            "previous": previous,
+            "kind": kind,
+            "at": at,
+            "labeler": labeler,
+            "nonce": nonce,
+            "version": __version__,
+        } | content
         text = canonical(whole)
         connection.execute(
             events.insert().values(
@@ -181,7 +201,10 @@ class Store:
 
         Raises DataError for a bad task, or two with one id; ConfigError for a bad setting.
         """
-        full = [checked_task(row, f"task {row.get('id') if isinstance(row, dict) else n!r}") for n, row in enumerate(rows, 1)]  # fmt: skip
+        full = [
+            checked_task(row, f"task {row.get('id') if isinstance(row, dict) else n!r}")
+            for n, row in enumerate(rows, 1)
+        ]
         again = [name for name, n in Counter(task["id"] for task in full).items() if n > 1]
         if again:
             raise DataError(f"task {again[0]!r}: two tasks have this id")
@@ -247,11 +270,28 @@ class Store:
             if event["kind"] == "undo":
                 current.pop(event["undoes"], None)
             elif event.get("task_digest") in on:
-                keys = ("task", "labeler", "ranks", "ratings", "flags", "all_bad", "comment", "text", "shown", "seconds", "skipped", "at")  # fmt: skip
+                keys = (
+                    "task",
+                    "labeler",
+                    "ranks",
+                    "ratings",
+                    "flags",
+                    "all_bad",
+                    "comment",
+                    "text",
+                    "shown",
+                    "seconds",
+                    "skipped",
+                    "at",
+                )
                 row = {key: event[key] for key in keys}
                 purpose = event["purpose"]
                 row |= {"kind": event["task_kind"], "event": event["number"]}
-                row |= {"repeat": purpose == "repeat", "training": purpose == "training", "gold": purpose in ("gold", "training")}  # fmt: skip
+                row |= {
+                    "repeat": purpose == "repeat",
+                    "training": purpose == "training",
+                    "gold": purpose in ("gold", "training"),
+                }
                 current[event["number"]] = row
         return list(current.values())
 

@@ -105,7 +105,13 @@ class Pages:
         self.store, self.prefix = store, prefix
         self.requests = access.Rate(per_minute=300, burst=120)
         self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel all come from one address
-        self.templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+        self.templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
         self.templates.filters |= {"markdown": markdown, "share": percent_interval, "duration": duration}
         self.templates.globals |= {"base": prefix, "version": __version__}
 
@@ -116,7 +122,9 @@ class Pages:
 
     # Who is asking
 
-    def guarded(self, handler: Callable[..., Awaitable[Response]], admin: bool = False) -> Callable[[Request], Awaitable[Response]]:  # fmt: skip
+    def guarded(
+        self, handler: Callable[..., Awaitable[Response]], admin: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
         """A handler for those who have entered: rates, and the CSRF token where something may change."""
 
         async def guarded(request: Request) -> Response:
@@ -127,7 +135,9 @@ class Pages:
                 raise Refused("your session has ended; open your link in another tab, then try again here", 401)
             if not self.requests.allows(who.pseudonym):
                 raise Refused("too many requests; wait a moment", 429)
-            if request.method == "POST" and not hmac.compare_digest(request.headers.get("x-csrf-token", "").encode(), who.csrf.encode()):  # fmt: skip
+            if request.method == "POST" and not hmac.compare_digest(
+                request.headers.get("x-csrf-token", "").encode(), who.csrf.encode()
+            ):
                 raise Refused("this page is of another session; load it again", 403)
             if admin and not who.admin:
                 raise Refused("for admins only", 403)
@@ -161,15 +171,18 @@ class Pages:
 
     # What they see
 
-    def _settings(self) -> Settings:
-        with self.store.reading() as connection:
-            return self.store.settings(connection)
+    async def _settings(self) -> Settings:
+        def read() -> Settings:
+            with self.store.reading() as connection:
+                return self.store.settings(connection)
+
+        return await run_in_threadpool(read)
 
     async def home(self, request: Request) -> Response:
         me = request.state.session.pseudonym
         progress = await run_in_threadpool(self.store.progress)
         last = await run_in_threadpool(queue.finished, self.store, me)
-        return self.page("home.html.j2", request, progress=progress, last=last, settings=self._settings())
+        return self.page("home.html.j2", request, progress=progress, last=last, settings=await self._settings())
 
     async def task(self, request: Request) -> Response:
         me = request.state.session.pseudonym
@@ -180,8 +193,8 @@ class Pages:
             return self.page("done.html.j2", request, notice=notice)
         name = "rank.html.j2" if given.task["kind"] == "ranking" else "write.html.j2"
         return self.page(
-            name, request, given=given, letters="ABCDEFGHI", notice=notice, settings=self._settings(), flags=FLAGS,
-            reasons=REASONS, most={"comment": COMMENT, "text": TEXT}, draft=json.dumps(given.draft or {}),
+            name, request, given=given, letters="ABCDEFGHI", notice=notice, settings=await self._settings(),
+            flags=FLAGS, reasons=REASONS, most={"comment": COMMENT, "text": TEXT}, draft=json.dumps(given.draft or {}),
         )  # fmt: skip
 
     async def feedback(self, request: Request) -> Response:
@@ -193,7 +206,7 @@ class Pages:
         return self.page("feedback.html.j2", request, letters="ABCDEFGHI", **found)
 
     async def guidelines(self, request: Request) -> Response:
-        return self.page("guidelines.html.j2", request, settings=self._settings())
+        return self.page("guidelines.html.j2", request, settings=await self._settings())
 
     async def quality(self, request: Request) -> Response:
         found = await run_in_threadpool(self._quality)

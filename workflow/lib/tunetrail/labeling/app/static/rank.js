@@ -100,6 +100,7 @@ function become(next) {
 
 function choose(output) {
   chosen = output;
+  warn("");
   draw();
   cards[output].querySelector("header").scrollIntoView({ block: "nearest" });
   say(`${letter(output)} chosen, ${standing(output)}`);
@@ -111,7 +112,7 @@ function press(output) {
 }
 
 const withChosen = act => () => {
-  if (chosen === null) say("Choose an output first: press its letter.");
+  if (chosen === null) warn("Choose an output first: press its letter.");
   else act(chosen);
 };
 
@@ -124,7 +125,7 @@ function stepBack() {
 }
 
 function rate(n) {
-  if (chosen === null) { say("Choose an output first: press its letter."); return; }
+  if (chosen === null) { warn("Choose an output first: press its letter."); return; }
   const box = cards[chosen].querySelector(`[data-rating][value="${n}"]`);
   if (!box) return;
   box.checked = !box.checked;

@@ -84,8 +84,8 @@ export function start(current, keys) {
     if (typing(event.target)) return;
     const act = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!act) return;
-    // Enter and arrows on a control do what they do there.
-    const own = event.target.matches("button, a, summary, input") && !event.target.matches("[data-chip], #submit");
+    // Enter and arrows on a control do what they do there; on what is chosen already Enter submits.
+    const own = event.target.matches("button, a, summary, input") && !event.target.matches("[aria-pressed=true], #submit");
     if ((event.key === "Enter" && own) || (event.key.startsWith("Arrow") && event.target.matches("input"))) return;
     event.preventDefault();
     act();
