@@ -11,6 +11,8 @@ on. Once every task has its quota of rankings the answers are exported, and the 
 Until then Waiting is raised. Names of labelers are in neither; they are known by pseudonyms.
 """
 
+from dataclasses import asdict
+
 from tunetrail.config import HumanLabeler
 from tunetrail.contract import Stage, write_jsonl
 from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
@@ -23,25 +25,21 @@ RUN = "run"
 """The note in a store that says whose tasks it holds."""
 
 
-def settings_of(config: HumanLabeler, seed: int) -> dict:
+def settings_of(config: HumanLabeler, seed: int) -> Settings:
     """The settings that tasks are published with. Raises ConfigError."""
-    given = config.model_dump(include=set(Settings.names()))
-    if config.guidelines:
-        try:
-            given["guidelines"] = config.guidelines.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"comparisons.guidelines: {config.guidelines}: cannot be read ({e})") from None
-    else:
-        given["guidelines"] = ""
-    return given | {"seed": seed}
+    try:
+        guidelines = config.guidelines.read_text(encoding="utf-8") if config.guidelines else ""
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"comparisons.guidelines: {config.guidelines}: cannot be read ({e})") from None
+    return Settings.of(config.model_dump(include=set(Settings.names())) | {"guidelines": guidelines, "seed": seed})
 
 
-def publish(store: Store, tasks: list[dict], config: HumanLabeler, run: str, seed: int) -> None:
+def claim(store: Store, run: str) -> None:
     """Raises ConfigError where the store holds the tasks of another run, whose labelers would lose theirs."""
     if (other := store.noted(RUN)) not in (None, run):
-        raise ConfigError(f"comparisons.store: {config.store} holds the tasks of the run {other}; name another store")
+        shown = store.database.shown
+        raise ConfigError(f"comparisons.store: {shown} holds the tasks of the run {other}; name another store")
     store.note(RUN, run)
-    store.publish(tasks, settings_of(config, seed))
 
 
 def snapshot(store: Store) -> tuple[str, list[dict], list[dict], dict]:
@@ -62,7 +60,9 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
     """Raises Waiting before the quota is reached, DataError for a store that was tampered with, ConfigError."""
     store = Store(config.store)
     tasks = stage.rows("tasks", "tasks.jsonl")
-    publish(store, tasks, config, stage.output.parent.name, stage.seed)
+    settings = settings_of(config, stage.seed)
+    claim(store, stage.output.parent.name)
+    store.publish(tasks, asdict(settings))
     if fault := store.fault():
         raise DataError(f"comparisons.store: {config.store}: {fault}; restore it from a copy")
     head, events, labels, progress = snapshot(store)
@@ -81,6 +81,6 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
         source={
             "events": len(events),
             "chain_head": head,
-            "guideline": next(e["settings"] for e in reversed(events) if e["kind"] == "publish")["guidelines"],
+            "guideline": settings.guidelines_digest if settings.guidelines else None,
         },
     )
