@@ -151,7 +151,8 @@ BAD = [
     ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop' or 'sft', got 'kto'"),
     ("policies.dpo.loss", "exo_pair", "policies.dpo: loss exo_pair needs label_smoothing above 0"),
     ("policies.dpo", {"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "policies.dpo: label_smoothing has no effect with loss ipo; remove it"),
-    ("comparisons", {"labeler": "human"}, "comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm"),
+    ("comparisons", {"labeler": "human", "store": "postgresql://ann:secret@db/labels"}, "comparisons: store holds a password, which would get into records; put it into ~/.pgpass or $PGPASSWORD"),
+    ("comparisons", {"labeler": "human", "training": 2}, "comparisons: training needs gold: a file of tasks with known ranks"),
     ("comparisons", {"labeler": "llm", "endpoint": "http://x/v1"}, "comparisons: model is needed with endpoint"),
     ("comparisons", {"labeler": "llm"}, "comparisons: give either endpoint (with model) or path (a local model)"),
     ("comparisons", {"labeler": "reward_model"}, "comparisons: give either path (a local folder) or repo (a hub repository with its revision)"),
@@ -487,6 +488,12 @@ def test_variants_of_the_demo_differ_where_they_say_so_only(name):
         assert getattr(variant, block) == getattr(demo, block), (
             f"config/examples/{name}.yaml: {block} differs from the demo's"
         )
+
+
+def test_the_example_with_people_is_the_demo_but_for_the_labelers():
+    demo, people = (parse(read_yaml(ROOT / "config" / p)) for p in ("config.yaml", "examples/human-labels.yaml"))
+    differing = {key for key in type(demo).model_fields if getattr(demo, key) != getattr(people, key)}
+    assert differing == {"run", "comparisons"}
 
 
 def test_the_lora_example_trains_no_full_weights():

@@ -16,9 +16,9 @@ from tunetrail.provenance.manifest import DigestCache, build, canonical, identit
 from tunetrail.provenance.record import read_record
 from tunetrail.reporting import charts, numbers
 from tunetrail.reporting.charts import smooth
-from tunetrail.reporting.collect import Artifact, Model, collect, together
+from tunetrail.reporting.collect import Artifact, Model, Run, collect, together
 from tunetrail.reporting.figures import FIGURES
-from tunetrail.reporting.page import boilerplate, differences, draw, render
+from tunetrail.reporting.page import banners, boilerplate, differences, draw, render
 from tunetrail.reporting.verdict import outcome, sentence
 from tunetrail.stages.report import run
 
@@ -535,6 +535,19 @@ def test_what_models_write_is_escaped(tmp_path, draw_only):
     assert html.escape(attack, quote=False).replace("'", "&#39;") in page
     assert "<b>title</b>" not in page
     assert page.count("<script>") == 1
+
+
+@pytest.mark.parametrize(
+    ("labelers", "said"),
+    [
+        ({"human-1": {}, "human-12": {}}, ["Labels are human: comparisons were ranked by 2 people."]),
+        ({"recorded": {}}, []),
+    ],
+)
+def test_labels_by_people_are_said_to_be(labelers, said):
+    ranked = Artifact("comparisons", Path("c"), "c/", "0" * 64, {"labelers": labelers}, None)
+    run = Run("r", {"comparisons": ranked}, {}, [], False, [])
+    assert [text for text, _ in banners([run]) if text.startswith("Labels")] == said
 
 
 def test_missing_measurements_say_so(tmp_path, draw_only):

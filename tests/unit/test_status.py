@@ -163,6 +163,16 @@ def test_an_interrupted_stage_failed_nothing(job):
     assert found.detail.startswith("stopped by SIGTERM")
 
 
+def test_a_stage_that_waits_for_people_has_not_failed_and_says_how_far_they_are(job):
+    j = job(made=True, begun=True)
+    attempt(j, ended="waiting for people: 3 of 28 rankings are there; start …")
+    found = look(j)
+    assert (found.state, found.detail) == ("waiting", "for people: 3 of 28 rankings are there; start …")
+    assert status.failed([found]) == []
+    upstream = look(job("other", after=("sft",)))
+    assert upstream.detail == "for sft"
+
+
 def test_a_running_stage_tells_how_far_it_is(job, hold):
     j = job("policies/ppo", rule="ppo")
     written = datetime.now().strftime("%Y-%m-%d %H:%M:%S")

@@ -278,6 +278,12 @@ def test_a_sweep_is_a_list_in_the_config(project):
     assert (found["dpo"], found["sft"], found["evaluation"]) == (4, 1, 6)
 
 
+def test_people_are_given_tasks(project):
+    found = project.pending(config="config/examples/human-labels.yaml")
+    assert (found["tasks"], found["comparisons"], found["reward"]) == (1, 1, 1)
+    assert "tasks" not in project.pending()
+
+
 @pytest.mark.parametrize("name", ["demo-lora", "llama-8b-h100"])
 def test_examples_dry_run(project, name):
     assert "ppo" in project.pending(config=f"config/examples/{name}.yaml")

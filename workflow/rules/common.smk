@@ -44,6 +44,7 @@ ENVIRONMENT = "../../envs/tunetrail.yaml"
 
 BEFORE = "sft" if CONFIG.sft else "base"  # the model every policy starts from and is compared to
 SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)] if CONFIG.completions else []
+HUMAN = CONFIG.comparisons is not None and CONFIG.comparisons.labeler == "human"
 SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
 TRAINED = [  # best-of-n has no weights of its own
     name for name in SUBJECTS if name not in CONFIG.policies or CONFIG.policies[name].method != "best_of_n"
@@ -137,6 +138,7 @@ def report_inputs():
     inputs = {"base": manifest("base"), "data": manifest("data")}
     blocks = {
         "sft": CONFIG.sft,
+        "tasks": HUMAN,
         "comparisons": CONFIG.completions,
         "reward": CONFIG.reward,
         "retention": CONFIG.retention,
@@ -162,6 +164,10 @@ def tournament_inputs():
 def input_options(inputs):
     """The `--input role=manifest` options of a stage."""
     return " ".join(f"--input {role}={path}" for role, path in inputs.items())
+
+
+def shard_options(manifests):
+    return input_options({f"shard{i}": path for i, path in enumerate(manifests)})
 
 
 def lease_run():

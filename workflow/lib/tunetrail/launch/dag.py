@@ -155,6 +155,21 @@ def jobs_of(workflow: Any) -> list[Job]:
     return found
 
 
+def forget_failed(workflow: Any) -> None:
+    """Makes Snakemake forget the jobs of a workflow that failed or never began, and whose artifact is not there.
+
+    Of a job that failed it removes the manifest and keeps the checksums of its inputs. Where what was made from an earlier
+    artifact is there still, it would say the next time that nothing is to be done, whatever has changed upstream.
+    """
+    dag, persistence = workflow.dag, workflow.persistence
+    for job in dag.jobs:
+        manifest = job.output.get("manifest")
+        if not manifest or Path(manifest).exists() or not dag.needrun(job) or dag.finished(job):
+            continue
+        if not persistence._filter_incomplete_keys([str(manifest)]):  # else it may still run on the cluster
+            persistence.cleanup(job)
+
+
 def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
     """The stages of the workflow in this folder. Raises ConfigError or TunetrailError where there is none to see.
 

@@ -14,7 +14,9 @@ from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCa
 from tunetrail.provenance.record import Record, read_record
 from tunetrail.provenance.verify import Finding, Verifier
 
-ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation", "tournament")
+ORDER = (
+    "base", "data", "sft", "completions", "tasks", "comparisons", "reward", "policy", "evaluation", "tournament",
+)  # fmt: skip
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("reference", "reward_model", "llm")
 CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved")
@@ -177,7 +179,7 @@ class Run:
         kinds = {re.sub(r"-\d+$", "", name) for name in artifact.metrics.get("labelers") or {}}
         if not kinds:
             return "not recorded"
-        return next((kind for kind in SIMULATED_LABELERS if kind in kinds), "recorded")
+        return next((kind for kind in (*SIMULATED_LABELERS, "human") if kind in kinds), "recorded")
 
     def findings(self, artifact: Artifact) -> list[Finding]:
         """What the audit found about one artifact."""

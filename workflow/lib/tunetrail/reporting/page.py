@@ -65,6 +65,9 @@ def _banners(run: Run) -> list[str]:
             "llm": "a language model",
         }
         found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.")
+    if run.labeler == "human":
+        people = (run.metrics("comparisons") or {}).get("labelers") or {}
+        found.append(f"Labels are human: comparisons were ranked by {len(people)} people.")
     if ((run.metrics("base") or {}).get("source") or {}).get("source") == "random":
         found.append(
             "The base model has random weights, for tests: no result here says anything about language models."
