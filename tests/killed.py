@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import wait
@@ -119,26 +120,23 @@ def attempt(work: Work, name: str, moment: Moment | None, sent: int, environment
     report(code)
 
 
-def run(
-    work: Work, name: str, moment: Moment | None = None, sent: int = signal.SIGKILL, processes: int = 1, rank: int = 0
-) -> list[int | None]:
-    """Exit codes of an attempt in fresh processes over gloo, which do not pay for imports.
+def together(target: Callable[..., None], arguments: list[tuple]) -> list[int | None]:
+    """Exit codes of a function in fresh processes over gloo, which do not pay for imports.
+
+    Where one process fails the others are killed, as launchers do.
 
     Args:
-        moment: when the process of this rank sends itself the signal. Where one process fails the others are killed,
-            as launchers do.
+        arguments: of each process, which gets its environment variables as one more.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(arguments))}
     children = []
-    for i in range(processes):
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-        ours = {"RANK": str(i), "LOCAL_RANK": str(i)}
-        environment = group | ours if processes > 1 else {}
-        arguments = (work, name, moment if i == rank else None, sent, environment)
-        children.append(context.Process(target=attempt, args=arguments))
+    for i, own in enumerate(arguments):
+        environment = group | {"RANK": str(i), "LOCAL_RANK": str(i)} if len(arguments) > 1 else {}
+        children.append(context.Process(target=target, args=(*own, environment)))
         children[-1].start()
     running = {child.sentinel: child for child in children}
     while running:
@@ -149,6 +147,13 @@ def run(
     for child in children:
         child.join()
     return [child.exitcode for child in children]
+
+
+def run(
+    work: Work, name: str, moment: Moment | None = None, sent: int = signal.SIGKILL, processes: int = 1, rank: int = 0
+) -> list[int | None]:
+    """Exit codes of an attempt, whose process of this rank sends itself the signal at the moment."""
+    return together(attempt, [(work, name, moment if i == rank else None, sent) for i in range(processes)])
 
 
 def lengths(report: dict) -> dict[tuple[str, int], int]:

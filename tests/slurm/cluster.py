@@ -6,8 +6,9 @@ machine's own /etc is touched. Root is needed, and Debian's slurmctld, slurmd, s
     with Cluster(folder) as cluster:
         cluster.command("sinfo")
 
-Partitions: cpu (cpu1, cpu2), gpu and preempt (gpu1, gpu2: a job in gpu takes the place of one in preempt), gpu-large
-(big1, four GPUs). The GPUs are character devices that stand in for them.
+Partitions: cpu (cpu1, cpu2), gpu, preempt and spot (gpu1, gpu2: a job in gpu takes the place of one in the others, which is
+requeued, or in spot cancelled), gpu-large (big1, four GPUs with a type). The GPUs are character devices that stand in for
+them. Slurm's accounting is off and sacct is there, as on many a small site.
 """
 
 import os
@@ -23,6 +24,8 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "squeue", "unshare")
 NODES = {"cpu1": 0, "cpu2": 0, "gpu1": 2, "gpu2": 2, "big1": 4}
 """Node -> its GPUs."""
+TYPES = {"big1": "a100"}
+"""Node -> the type of its GPUs."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
 # Each a line of slurm.conf. A requeued job would wait two minutes; see `Cluster.start_now`.
 CONF = """
@@ -63,8 +66,15 @@ ReturnToService=2
 """
 
 
-def missing_programs() -> list[str]:
-    return [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+def hindrance() -> str | None:
+    """Why no cluster can be started here; None where one can."""
+    lacking = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    if lacking:
+        return f"not found: {', '.join(lacking)}; apt-get install slurmctld slurmd slurm-client munge"
+    if os.geteuid():
+        return "only root can start a cluster in namespaces"
+    trial = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False)  # fmt: skip
+    return f"this container may not make namespaces: {trial.stderr.strip()}" if trial.returncode else None
 
 
 def free_port() -> int:
@@ -73,7 +83,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 120) -> object:
+def until(condition: Callable[[], object], what: str, seconds: float = 240) -> object:
     """What `condition` gives once it is true. Raises AssertionError."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -111,7 +121,7 @@ class Cluster:
         return self
 
     def wait_for_nodes(self) -> None:
-        until(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "all nodes are idle", 90)
+        until(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "all nodes are idle")
 
     def __exit__(self, *_) -> None:
         for name in list(self.processes):
@@ -126,18 +136,20 @@ class Cluster:
         ports = {name: free_port() for name in NODES}
         lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
         for name, gpus in NODES.items():
-            gres = f" Gres=gpu:{gpus}" if gpus else ""
+            gres = f" Gres=gpu:{TYPES[name]}:{gpus}" if name in TYPES else f" Gres=gpu:{gpus}" if gpus else ""
             lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 RealMemory=128000{gres}")  # fmt: skip
         lines += [
             "PartitionName=cpu Nodes=cpu1,cpu2 Default=YES MaxTime=1-0 PriorityTier=10",
             "PartitionName=gpu Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=10",
             "PartitionName=gpu-large Nodes=big1 MaxTime=1-0 PriorityTier=10",
             "PartitionName=preempt Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
+            "PartitionName=spot Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=1 PreemptMode=CANCEL GraceTime=0",
         ]
         etc = self.folder / "etc"
         (etc / "slurm.conf").write_text("\n".join(lines) + "\n")
         (etc / "gres.conf").write_text("".join(
-            f"NodeName={name} Name=gpu File={device}\n" for name, gpus in NODES.items() for device in DEVICES[:gpus]
+            f"NodeName={name} Name=gpu {f'Type={TYPES[name]} ' if name in TYPES else ''}File={device}\n"
+            for name, gpus in NODES.items() for device in DEVICES[:gpus]
         ))  # fmt: skip
         (etc / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
@@ -184,6 +196,10 @@ class Cluster:
         [slurmd] = self.pids(node, "slurmd -D")
         os.kill(slurmd, signal.SIGKILL)
 
+    def declare_down(self, node: str) -> None:
+        """What the controller does by itself half a minute after it heard a node last, and a health check at once."""
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=silent")
+
     def mend(self) -> None:
         """Brings back what was powered off, cut off or drained."""
         for node in NODES:
@@ -212,6 +228,7 @@ class Cluster:
             "id": "JobID", "state": "State", "name": "Name", "comment": "Comment", "partition": "Partition",
             "nodes": "NodeList", "reason": "Reason", "restarts": "RestartCnt", "gres": "tres-per-node", "folder": "WorkDir",
             "memory": "MinMemory", "minutes": "TimeLimit", "cpus": "NumCPUs", "requeue": "Requeue",
+            "array": "ArrayJobID",
         }  # fmt: skip
         width = 200
         lines = self.command("squeue", "-h", "-t", states, "-O", ",".join(f"{f}:{width}" for f in fields.values()))

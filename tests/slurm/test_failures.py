@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tunetrail.contract import read_jsonl
+from tunetrail.contract import parse_time_left, read_jsonl
 from tunetrail.lease import holder
 
 from .cluster import until
@@ -57,12 +57,7 @@ def test_preempted_by_a_higher_partition_it_is_requeued_under_its_id(project, ex
     step = project.wait_for_saves()
     job = project.job()
     assert job["partition"] == "preempt"
-    urgent = project.cluster.command("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3").strip()  # fmt: skip
-    until(lambda: project.jobs("sft", "PENDING"), "it is back in the queue")
-    until(
-        lambda: any(j["id"] == urgent and j["state"] == "COMPLETED" for j in project.cluster.jobs()),
-        "the other is done",
-    )
+    project.preempt()
     ends_well(project, head, expected, attempts=2)
     goes_on_from(project, step)
     assert [(j["id"], j["restarts"]) for j in project.jobs()] == [(job["id"], "1")]
@@ -77,15 +72,22 @@ def test_the_time_limit_may_come_several_times(project, expected):
     assert [int(j["restarts"]) for j in project.jobs()] == [len(ends) - 1]  # one job, and no retry of Snakemake's
 
 
-def test_slurms_own_time_limit(project):
-    """One minute, and a training that takes longer: it leaves before, by what squeue says is left."""
+def test_slurms_own_time_limit(project, expected):
+    """One minute, for most of which the trainer is stopped: it leaves before its end, by what squeue says is left."""
     project.resources("sft", runtime=1)
     project.edit_profile("    runtime: 720\n  completions", "  completions")
-    project.configure(sft__epochs=70)
-    project.run("--until", "sft")
+    head = project.start("--until", "sft")
+    step = project.wait_for_saves()
+    job = project.job()
+    [trainer] = project.trainers(job["nodes"])
+    os.kill(trainer, signal.SIGSTOP)
+    until(lambda: (parse_time_left(project.cluster.command("squeue", "-h", "-j", job["id"], "-o", "%L").strip()) or 0) < 8 / 60, "nearly over")  # fmt: skip
+    os.kill(trainer, signal.SIGCONT)
+    ends_well(project, head, expected, attempts=2)
     assert project.ends("sft")[0].startswith("stopped by time limit at step ")
+    goes_on_from(project, step)
     [job] = project.jobs()
-    assert (job["state"], int(job["restarts"]), job["minutes"]) == ("COMPLETED", len(project.ends("sft")) - 1, "1:00")
+    assert (job["state"], job["restarts"], job["minutes"]) == ("COMPLETED", "1", "1:00")
 
 
 def test_a_node_without_power(project, expected):
@@ -106,7 +108,8 @@ def test_a_node_cut_off_whose_trainer_works_on_makes_way(project, expected):
     [old] = project.trainers(job["nodes"])
     os.kill(old, signal.SIGSTOP)  # or it would be done before Slurm notices
     project.cluster.cut_off(job["nodes"])
-    until(lambda: runs_elsewhere(project, job), "it runs elsewhere", 120)
+    project.cluster.declare_down(job["nodes"])
+    until(lambda: runs_elsewhere(project, job), "it runs elsewhere")
     until(lambda: "was asked to save and leave" in project.said() + logs(project), "the new one asks")
     before = project.saved()[-1].name
     os.kill(old, signal.SIGCONT)
@@ -132,7 +135,8 @@ def test_a_node_cut_off_whose_trainer_is_silent_loses_its_lease(project, expecte
     [old] = project.trainers(job["nodes"])
     os.kill(old, signal.SIGSTOP)
     project.cluster.cut_off(job["nodes"])
-    until(lambda: runs_elsewhere(project, job), "it runs elsewhere", 120)
+    project.cluster.declare_down(job["nodes"])
+    until(lambda: runs_elsewhere(project, job), "it runs elsewhere")
     last = int(project.saved()[-1].name.rpartition("-")[2])
     until(lambda: project.saved() and int(project.saved()[-1].name.rpartition("-")[2]) > last + 5, "the new one trains")
     os.kill(old, signal.SIGCONT)  # in the middle of the other's training
@@ -171,7 +175,13 @@ def test_the_head_killed_and_started_again(project, expected):
     head = project.start("--until", "sft")
     step = project.wait_for_saves()
     first = project.job()
+    [trainer] = project.trainers(first["nodes"])
+    os.kill(trainer, signal.SIGSTOP)
     kill(head)
+    sft = project.status()["sft"]
+    assert (sft["state"], sft["slurm_job"]) == ("running", first["id"])
+    assert re.match(r"\d+/96 steps, .* left", sft["detail"])
+    os.kill(trainer, signal.SIGCONT)
     ends_well(project, project.start("--until", "sft"), expected)
     assert "unlock" not in project.said()
     ends = project.ends("sft")
@@ -185,7 +195,7 @@ def test_what_a_job_finished_after_its_head_was_killed_is_not_made_again(project
     head = project.start("--until", "sft")
     project.wait_for_saves()
     kill(head)
-    until(lambda: not project.jobs("sft", "RUNNING,COMPLETING"), "the job ends", 120)
+    until(lambda: not project.jobs("sft", "RUNNING,COMPLETING"), "the job ends")
     assert project.manifest("sft") == expected
     ends_well(project, project.start("--until", "sft"), expected, attempts=1)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from tunetrail.contract import verify
 
 from .cluster import until
 from .conftest import CONFIG, OnSlurm
-from .test_failures import ends_well, goes_on_from, kill
+from .test_failures import ends_well, goes_on_from
 
 # The profile's own partition of each rule, as its first lines name them.
 PARTITIONS = {
@@ -69,19 +70,29 @@ def test_a_branch_that_fails_for_good_stops_no_other(whole, tmp_path):
 # ----------------------------------------------------------------------------- submitit
 
 
+def interrupt(head: subprocess.Popen) -> None:
+    """Ctrl-C: a terminal sends it to the head and all that it has started."""
+    os.killpg(head.pid, signal.SIGINT)
+    head.wait(60)
+
+
+def kill_all(head: subprocess.Popen) -> None:
+    """The head and its launchers, as a login node that is switched off does."""
+    os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
+
+
 def submitted(project, **more: object) -> None:
     project.resources("sft", launcher="submitit", **more)
 
 
 @pytest.mark.parametrize(("rule", "artifact", "weights"), [
-    ("sft", "sft", "model/model.safetensors"),
     ("reward", "reward", "model/model.safetensors"),
     ("dpo", "policies/dpo", "model/model.safetensors"),
     ("ppo", "policies/ppo", "model/model.safetensors"),
 ])  # fmt: skip
 def test_over_two_nodes_it_gives_what_one_process_gives(whole, tmp_path, rule, artifact, weights):
-    """Up to a tenth of how far training moved the weights: the sums of floating-point numbers are in another order, and
-    Adam's first steps on a gradient of nearly 0 take its sign for it."""
+    """For SFT see the test below."""
     run = copy_of(whole, tmp_path / "copy")
     shutil.rmtree(run.artifact(artifact))
     shutil.rmtree(run.folder / "state/tiny" / artifact)
@@ -93,12 +104,64 @@ def test_over_two_nodes_it_gives_what_one_process_gives(whole, tmp_path, rule, a
     [attempt] = run.record(artifact).attempts
     assert (attempt["world_size"], attempt["nodes"], attempt["job_id"]) == (2, "gpu[1-2]", job["id"])
     assert attempt["variables"]["CUDA_VISIBLE_DEVICES"].isdigit()
-    one, two = (load_file(r.artifact(artifact) / weights) for r in (whole, run))
-    before = load_file(whole.artifact("base" if rule == "sft" else "sft") / weights)
-    moved = torch.cat([(one[name] - before[name]).flatten() for name in one.keys() & before.keys()])
-    apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    gives_what_one_process_gives(
+        whole.artifact(artifact) / weights,
+        run.artifact(artifact) / weights,
+        whole.artifact("sft") / weights,
+    )
+
+
+def gives_what_one_process_gives(one: Path, two: Path, before: Path) -> None:
+    """Up to a tenth of how far training moved the weights: the sums of floating-point numbers are in another order, and
+    Adam's first steps on a gradient of nearly 0 take its sign for it."""
+    ours, theirs, start = map(load_file, (one, two, before))
+    moved = torch.cat([(ours[name] - start[name]).flatten() for name in ours.keys() & start.keys()])
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
     assert moved.norm() > 0
     assert apart.norm() < 0.1 * moved.norm()
+
+
+@pytest.mark.parametrize("launcher", ["inline", "submitit"])
+def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project, prepared, launcher):
+    """Inline: two on one node, with two GPUs of a type. Submitit: one on each of two nodes.
+
+    The first is stopped, as if it waited in a collective for the second, which is killed. Both go on in another job, and
+    give what one process gives.
+    """
+    if launcher == "inline":
+        nodes = {"big1"}
+        project.edit_profile("training: gpu", "training: gpu-large")
+        project.edit_profile('type: ""', 'type: ":a100"')
+        gres = '  sft:\n    slurm_partition: ?training\n    gres: ?f"gpu{type}:'
+        project.edit_profile(f"{gres}1", f"{gres}2")
+    else:
+        nodes = {"gpu1", "gpu2"}
+        submitted(project, nodes=2)
+    head = project.start("--until", "sft")
+    step = project.wait_for_saves()
+    job = project.job()
+    first, second = sorted(
+        (pid for node in nodes for pid in project.trainers(node)),
+        key=lambda pid: re.search(rb"\0RANK=(\d)", Path(f"/proc/{pid}/environ").read_bytes())[1],
+    )
+    os.kill(first, signal.SIGSTOP)
+    os.kill(second, signal.SIGKILL)
+    until(lambda: project.job("sft", "all")["state"] == "FAILED", "the other is ended")  # and not after --wait, 300 s
+    assert project.wait(head) == 0, project.said()[-5000:]
+    again = max(project.jobs(), key=lambda j: int(j["id"]))
+    assert [(j["id"], j["state"]) for j in sorted(project.jobs(), key=lambda j: int(j["id"]))] == [(job["id"], "FAILED"), (again["id"], "COMPLETED")]  # fmt: skip
+    if launcher == "submitit":
+        assert f"process 1 of job {job['id']} ended with 137, and so the others were ended" in project.said()
+    assert project.ends("sft") == ["killed", "done"]
+    goes_on_from(project, step)
+    attempt = project.record("sft").attempts[-1]
+    assert (attempt["world_size"], attempt["job_id"]) == (2, again["id"])
+    assert again["nodes"] == ("big1" if launcher == "inline" else "gpu[1-2]")
+    assert attempt["variables"]["CUDA_VISIBLE_DEVICES"] == ("0,1" if launcher == "inline" else "0")
+    assert again["gres"] == ("gres:gpu:a100:2" if launcher == "inline" else "gres:gpu:1")
+    name = "sft/model/model.safetensors"
+    undisturbed = prepared.folder / "undisturbed/results/tiny" / name
+    gives_what_one_process_gives(undisturbed, project.artifact(name), project.artifact("base/model/model.safetensors"))
 
 
 def test_a_submitted_job_is_found_again_by_the_next_head(project, expected):
@@ -106,8 +169,7 @@ def test_a_submitted_job_is_found_again_by_the_next_head(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
     job = project.job()
-    subprocess.run(["pkill", "-KILL", "-P", str(head.pid)], check=False)
-    kill(head)
+    kill_all(head)
     ends_well(project, project.start("--until", "sft"), expected, attempts=1)
     assert [j["id"] for j in project.jobs()] == [job["id"]]
     assert f"sft: job {job['id']} is there already; waiting for it" in project.said()
@@ -119,11 +181,7 @@ def test_a_submitted_job_is_requeued_under_its_id(project, expected):
     head = project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.1")
     step = project.wait_for_saves()
     job = project.job()
-    urgent = project.cluster.command("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3").strip()  # fmt: skip
-    until(
-        lambda: any(j["id"] == urgent and j["state"] == "COMPLETED" for j in project.cluster.jobs()),
-        "the other is done",
-    )
+    project.preempt()
     ends_well(project, head, expected)
     goes_on_from(project, step)
     assert [j["id"] for j in project.jobs()] == [job["id"]]
@@ -135,30 +193,119 @@ def test_ctrl_c_cancels_the_job_which_saves(project):
     submitted(project)
     head = project.start("--until", "sft")
     step = project.wait_for_saves()
-    head.send_signal(signal.SIGINT)
-    for child in subprocess.run(["pgrep", "-f", "tunetrail.launch --stage sft"], capture_output=True, text=True, check=False).stdout.split():  # fmt: skip
-        if os.readlink(f"/proc/{child}/cwd") == str(project.folder):
-            os.kill(int(child), signal.SIGINT)  # as a terminal does to all
-    head.wait(60)
+    interrupt(head)
     until(lambda: [j["state"] for j in project.jobs()] == ["CANCELLED"], "the job is cancelled")
     assert int(project.saved()[-1].name.rpartition("-")[2]) >= step
 
 
-def test_shards_go_out_as_one_array(whole, tmp_path):
-    """Of a finished run whose completions are lost: the same bytes, from one job with two tasks."""
+def test_a_job_that_is_preempted_for_good_is_submitted_again(project, expected):
+    """Where a partition's preempted jobs are cancelled. An inline one Snakemake would wait for: see the doctor."""
+    project.edit_profile("training: gpu", "training: spot")
+    submitted(project)
+    head = project.start("--until", "sft")
+    step = project.wait_for_saves()
+    project.preempt()
+    ends_well(project, head, expected, attempts=2)
+    goes_on_from(project, step)
+    assert sorted(j["state"] for j in project.jobs()) == ["COMPLETED", "PREEMPTED"]
+
+
+# ----------------------------------------------------------------------------- arrays
+
+
+@pytest.fixture
+def sampling(whole, tmp_path) -> OnSlurm:
+    """A finished run whose completions, two shards, are lost. They are to be made again by one array."""
     run = copy_of(whole, tmp_path / "copy")
     shutil.rmtree(run.artifact("completions"))
     shutil.rmtree(run.folder / "state/tiny/completions")
     run.resources("completions", launcher="submitit", array=1)
-    run.run("--until", "completions", "--forcerun", "completions")
-    jobs = run.jobs("completions")
-    assert len(jobs) == 2
-    assert {run.record(f"completions/{shard}").attempts[0]["job_id"] for shard in ("0-of-2", "1-of-2")} == {
-        j["id"] for j in jobs
-    }
-    assert len({j["name"] for j in jobs}) == 1
-    for shard in ("0-of-2", "1-of-2"):
+    return run
+
+
+SHARDS = ("0-of-2", "1-of-2")
+
+
+def elements(run: OnSlurm, stage: str = "completions", states: str = "all") -> list[dict[str, str]]:
+    """The jobs of the stage's newest array in this folder."""
+    jobs = run.jobs(stage, states)
+    newest = max((j["array"] for j in jobs), key=int, default="")
+    return [j for j in jobs if j["array"] == newest]
+
+
+def sample(run: OnSlurm) -> subprocess.Popen:
+    """Starts a head, and waits until both elements run."""
+    head = run.start("--until", "completions", "--forcerun", "completions")
+    until(lambda: len(elements(run, states="RUNNING")) == 2, "both run")
+    return head
+
+
+def have_the_same_bytes(run: OnSlurm, whole: OnSlurm) -> None:
+    """Both shards, each by an element of the newest array."""
+    ids = {run.record(f"completions/{shard}").attempts[-1]["job_id"] for shard in SHARDS}
+    assert ids == {j["id"] for j in elements(run)}
+    for shard in SHARDS:
         assert run.manifest(f"completions/{shard}") == whole.manifest(f"completions/{shard}")
+    assert not run.jobs("", "PENDING,RUNNING,SUSPENDED")
+
+
+def test_ctrl_c_cancels_all_of_an_array_and_a_killed_head_finds_all_of_it_again(sampling, whole):
+    interrupt(sample(sampling))
+    until(lambda: [j["state"] for j in elements(sampling)] == ["CANCELLED"] * 2, "both are cancelled")
+    head = sample(sampling)
+    trainers = until(lambda: len(found := [p for node in ("gpu1", "gpu2") for p in sampling.trainers(node, "completions")]) == 2 and found, "both work")  # fmt: skip
+    for trainer in trainers:
+        os.kill(trainer, signal.SIGSTOP)
+    there = elements(sampling)
+    kill_all(head)
+    head = sampling.start("--until", "completions", "--forcerun", "completions")
+    until(lambda: sampling.said().count("is there already; waiting for it") == 2, "both are found")
+    for trainer in trainers:
+        os.kill(trainer, signal.SIGCONT)
+    assert sampling.wait(head) == 0, sampling.said()[-5000:]
+    assert {j["id"] for j in elements(sampling)} == {j["id"] for j in there}
+    assert len(sampling.jobs("completions")) == 4  # two of them cancelled
+    have_the_same_bytes(sampling, whole)
+
+
+def test_elements_of_an_array_are_requeued_each_under_its_id(sampling, whole):
+    """Preempted, and then at their time limit after each batch."""
+    sampling.edit_profile("training: gpu", "training: preempt")
+    sampling.edit_profile("    array: 1\n    slurm_partition: ?gpu", "    array: 1\n    slurm_partition: ?training")
+    sampling.environment |= {"TUNETRAIL_TIME_LIMIT": "0"}
+    head = sample(sampling)
+    there = elements(sampling)
+    sampling.preempt()
+    assert sampling.wait(head) == 0, sampling.said()[-5000:]
+    assert {j["id"] for j in sampling.jobs("completions")} == {j["id"] for j in there}
+    assert all(int(j["restarts"]) >= 2 and j["state"] == "COMPLETED" for j in elements(sampling))
+    for shard in SHARDS:
+        assert "stopped by time limit after 14 of 14 prompts" in str(sampling.ends(f"completions/{shard}"))
+    have_the_same_bytes(sampling, whole)
+
+
+def test_evaluations_go_out_as_one_array_and_one_that_fails_stops_no_other(whole, tmp_path):
+    run = copy_of(whole, tmp_path / "copy")
+    subjects = ("base", "dpo", "best-of-2")
+    for subject in subjects:
+        shutil.rmtree(run.artifact(f"evaluation/{subject}"))
+    weights = run.artifact("policies/dpo") / "model/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    run.resources("evaluation", launcher="submitit", array=1)
+    lost = [f"results/tiny/evaluation/{subject}/manifest.json" for subject in subjects]
+    assert run.wait(run.start("--retries", "0", "--", *lost)) != 0
+    assert f"{weights.relative_to(run.folder)}: differs from its manifest" in run.said()
+    assert "evaluation/dpo failed" in run.said()
+    array = elements(run, "evaluation")
+    assert sorted(j["state"] for j in array) == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert len(run.jobs("evaluation")) == 3
+    for subject in ("base", "best-of-2"):
+        assert run.manifest(f"evaluation/{subject}") == whole.manifest(f"evaluation/{subject}")
+    weights.write_bytes(content)
+    run.run("--", *lost)
+    assert len(run.jobs("evaluation")) == 4  # only what had failed
+    assert run.manifest("evaluation/dpo") == whole.manifest("evaluation/dpo")
 
 
 def test_without_slurm_submitit_runs_it_here(project, tmp_path):
@@ -169,7 +316,7 @@ def test_without_slurm_submitit_runs_it_here(project, tmp_path):
             (tools / program.name).symlink_to(program)
     profile = project.folder / "profiles/local/config.yaml"
     profile.write_text(
-        profile.read_text().replace("  sft: {mem_mb: 5000}", "  sft: {mem_mb: 5000, launcher: submitit}")
+        profile.read_text().replace("default-resources:\n", "default-resources:\n  launcher: submitit\n")
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     command = [

@@ -1,45 +1,31 @@
 """PPO across two processes over gloo, with whole models (DDP) or sharded ones (FSDP), gives what one process gives, up
 to the order of additions."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from .test_ppo import make_trainer
-
-SCRIPT = """
-import json
-import sys
-import torch
-from tests.unit.test_ppo import make_trainer
+from tests.killed import together
 from tunetrail.ppo.sharding import gathered
 
-trainer = make_trainer(**json.loads(sys.argv[2]))
-mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())
-share = mine / sum(p.numel() for p in trainer.model.parameters())
-trainer.iterate()
-trainer.iterate()
-with gathered(trainer.model):
-    if trainer.accelerator.is_main_process:
-        weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
-        torch.save({"weights": weights, "history": trainer.history, "share": share}, sys.argv[1])
-torch.distributed.destroy_process_group()
-"""
+from .test_ppo import make_trainer
 
 
-def two_processes(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in two processes over gloo."""
-    root = Path(__file__).parents[2]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*launcher, str(script), *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+def two_iterations(path: Path, changes: dict, environment: dict[str, str]) -> None:
+    """As one of several processes; the first writes what came out."""
+    os.environ |= environment | {"ACCELERATE_USE_CPU": "true"}
+    trainer = make_trainer(**changes)
+    mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())
+    share = mine / sum(p.numel() for p in trainer.model.parameters())
+    trainer.iterate()
+    trainer.iterate()
+    with gathered(trainer.model):
+        if trainer.accelerator.is_main_process:
+            weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
+            torch.save({"weights": weights, "history": trainer.history, "share": share}, path)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("changes", [
@@ -51,10 +37,7 @@ def two_processes(script: Path, *arguments: str) -> subprocess.CompletedProcess[
     {"sharded": True, "advantage": "rloo", "completions_per_prompt": 2, "ptx_coef": 0.5},
 ])  # fmt: skip
 def test_two_processes_equal_one(tmp_path, changes):
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    reply = two_processes(script, str(tmp_path / "two.pt"), json.dumps(changes))
-    assert reply.returncode == 0, reply.stderr[-3000:]
+    assert together(two_iterations, [(tmp_path / "two.pt", changes)] * 2) == [0, 0]
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["share"] == pytest.approx(0.5, abs=0.05) if changes.get("sharded") else two["share"] == 1
 

@@ -84,16 +84,41 @@ def test_a_profile_without_partitions_is_none_for_slurm():
         wish(slurm_partition=None)
 
 
+PARTITIONS = """PartitionName=cpu Nodes=c1,c2 PreemptMode=CANCEL PriorityTier=1
+PartitionName=gpu Nodes=g1 PreemptMode=CANCEL PriorityTier=2
+PartitionName=scavenger Nodes=g1 PreemptMode=CANCEL PriorityTier=1
+PartitionName=again Nodes=g1 PreemptMode=REQUEUE PriorityTier=1
+"""
+
+
+def test_only_a_partition_below_another_on_its_nodes_loses_jobs_and_only_without_submitit():
+    on = "cpu|c1\ncpu|c2\ngpu|g1\nscavenger|g1\nagain|g1\n"
+    asked = [wish(f"of_{name}", slurm_partition=name) for name in ("cpu", "gpu", "scavenger", "again")]
+    [found] = doctor.check_preemption(asked, PARTITIONS, on)
+    assert found.name == "partition scavenger"
+    assert found.text.startswith("jobs of gpu cancel those of it (PreemptMode=CANCEL)")
+    assert "(of_scavenger go there)" in found.text
+    launched = [wish("sft", slurm_partition="scavenger", launcher="submitit")]
+    assert doctor.check_preemption(launched, PARTITIONS, on) == []
+
+
+@pytest.mark.parametrize(("age", "sacct", "n"), [("60 sec", True, 0), ("59 sec", True, 1), ("59 sec", False, 0)])
+def test_a_controller_that_forgets_soon(monkeypatch, age, sacct, n):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/sacct" if sacct else None)
+    found = doctor.check_job_age(f"Configuration data\nMinJobAge               = {age}\n")
+    assert [check.level for check in found] == [FINDING] * n
+
+
 # ----------------------------------------------------------------------------- what a node told
 
 
-TOLD = {"host": "n1", "python": "3.11", "missing": [], "visible": "0", "torch_gpus": 1, "cuda": "12.8", "head": "7"}
+TOLD = {"host": "n1", "python": "3.11", "missing": [], "visible": "0", "torch_gpus": 1, "cuda": "12.8", "head": "7", "lock": "held"}  # fmt: skip
 
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    path = tmp_path / ".doctor-x/gpu"
-    path.parent.mkdir()
+    path = tmp_path / ".doctor-x/gpu/told"
+    path.parent.mkdir(parents=True)
     path.write_text("7")
     return path
 
@@ -114,6 +139,8 @@ def test_a_node_that_has_all(written):
     [
         ({"disk": "[Errno 2] No such file"}, "n1 cannot read and write"),
         ({"head": "6"}, "is not seen here within"),
+        ({"lock": "free"}, "n1 does not see a lock that is held here"),
+        ({"lock": "[Errno 38] Function not implemented"}, "has no locks on n1 ([Errno 38] Function not implemented)"),
         ({"missing": ["torch (ModuleNotFoundError: No module named 'torch')"]}, "n1 cannot import torch (ModuleNotFoundError"),
         ({"visible": ""}, "Slurm gave no GPU to a job on n1"),
         ({"torch_gpus": 0}, "torch, built for CUDA 12.8, sees no GPU on n1 although Slurm gave 0"),
@@ -150,7 +177,7 @@ def site(tmp_path, monkeypatch):
 
     for name in doctor.COMMANDS:
         put(name, "exit 0")
-    put("sinfo", f"cat <<'END'\n{SINFO}END")
+    put("sinfo", f"[[ $* == *-N* ]] || cat <<'END'\n{SINFO}END")
     put("srun", 'while [ "$1" != "' + sys.executable + '" ]; do shift; done; exec "$@"')
     monkeypatch.setattr(doctor, "PROBE", doctor.PROBE.replace('"torch", "transformers", "trl", "snakemake"', ""))
     return put
@@ -171,6 +198,13 @@ def a_job(**resources) -> Job:
 def test_a_sound_site(site, tmp_path):
     assert look([a_job()], jobs=True) == (0, [])
     assert {p.name for p in tmp_path.iterdir()} == {"bin"}  # nothing is left behind
+
+
+def test_a_file_system_whose_locks_nodes_do_not_see(site, monkeypatch):
+    monkeypatch.setattr(doctor.fcntl, "lockf", lambda *_: None)
+    code, (check,) = look([a_job()], jobs=True)
+    assert code == 1
+    assert "does not see a lock that is held here" in check.text
 
 
 def test_no_slurm_here(site, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tunetrail.errors import TunetrailError
 from tunetrail.launch import resources as asked
+from tunetrail.launch import submit
 from tunetrail.launch import supervise as supervising
 from tunetrail.launch.supervise import await_verdict, progress
 
@@ -139,9 +142,116 @@ def test_the_stages_that_may_be_spread_are_those_that_say_so():
     assert found == set(asked.DISTRIBUTED)
 
 
-def test_one_of_several_processes_says_who_it_is(tmp_path, monkeypatch):
+def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.CompletedProcess:
+    """Runs a command as srun would one of four processes on two nodes."""
     path = stand_ins(tmp_path, scontrol="printf 'gpu3\\ngpu4\\n'")
-    variables = {"SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}  # fmt: skip
+    variables = {"SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}  # fmt: skip
+    return subprocess.run([sys.executable, "-m", "tunetrail.launch.task", sys.executable, "-c", *command, "--state", "state"], env=os.environ | variables | {"PATH": path}, capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_one_of_several_processes_says_who_it_is(tmp_path):
     show = "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')}))"
-    reply = subprocess.run([sys.executable, "-m", "tunetrail.launch.task", sys.executable, "-c", show], env=os.environ | variables | {"PATH": path}, capture_output=True, text=True, check=True)  # fmt: skip
+    reply = one_of_several(tmp_path, 3, show)
     assert json.loads(reply.stdout) == {"MASTER_ADDR": "gpu3", "MASTER_PORT": "20373", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "code", "told"), [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)])  # fmt: skip
+def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path, monkeypatch, rank, code, told):
+    """With --kill-on-bad-exit. Another than the first waits for that one's own last words before it speaks."""
+    slept: list[float] = []
+    monkeypatch.setattr(supervising.time, "sleep", slept.append)
+    end = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
+    own = supervising.supervise([sys.executable, "-c", end], None, tmp_path, requeues=False)
+    assert supervising.for_srun(own, rank) == told
+    assert bool(slept) == (rank > 0 and told > 0)
+
+
+def test_what_one_of_several_ends_with_is_its_commands(tmp_path):
+    assert one_of_several(tmp_path, 0, "raise SystemExit(3)").returncode == 3
+
+
+# ----------------------------------------------------------------------------- submitit
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from tunetrail.launch import submit
+
+submit.shutil.which = str
+submit.GATHER_SECONDS = 60
+submit._submit(submit.Jobs(Path("jobs")), sys.argv[1], "key", ["command", sys.argv[1]], "completions", {"array": 1}, 1)
+"""
+
+
+class Slurm:
+    """Stands in for submitit's executor."""
+
+    def __init__(self):
+        self.submitted: list[list[str]] = []
+
+    def map_array(self, function, commands):
+        self.submitted.append([stage.command[1] for stage in commands])
+        return [submit.submitit.SlurmJob("jobs", f"7_{n}", tasks=[0]) for n in range(len(commands))]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Slurm:
+    monkeypatch.chdir(tmp_path)
+    found = Slurm()
+    monkeypatch.setattr(submit, "_executor", lambda *_: found)
+    monkeypatch.setattr(submit.shutil, "which", str)
+    monkeypatch.setattr(submit, "GATHER_SECONDS", 0)
+    return found
+
+
+def test_an_array_has_those_who_ask_and_wait_and_none_whose_launcher_was_killed(tmp_path, slurm):
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    dead, waiting = (subprocess.Popen([sys.executable, "launcher.py", name], cwd=tmp_path) for name in ("dead", "waiting"))  # fmt: skip
+    try:
+        while len(list(tmp_path.glob("jobs/completions.*/*"))) < 2:
+            assert dead.poll() is None
+            time.sleep(0.05)
+        dead.kill()
+        dead.wait()
+        jobs = submit.Jobs(Path("jobs"))
+        job = submit._submit(jobs, "mine", "key", ["command", "mine"], "completions", {"array": 1}, 1)
+    finally:
+        waiting.kill()
+        waiting.wait()
+    assert slurm.submitted == [["mine", "waiting"]]
+    assert job.job_id == "7_0"
+    assert jobs.read("waiting")[0].job_id == "7_1"
+    assert jobs.read("dead") is None
+
+
+def test_a_signal_while_it_submits_waits_until_the_id_is_written(tmp_path, slurm, monkeypatch):
+    came: list[str] = []
+    jobs = submit.Jobs(Path("jobs"))
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(jobs.read("mine")[0].job_id))
+    write = slurm.map_array
+    monkeypatch.setattr(slurm, "map_array", lambda *a: (os.kill(os.getpid(), signal.SIGINT), write(*a))[1])
+    try:
+        submit._submit(jobs, "mine", "key", ["command", "mine"], "completions", {"array": 1}, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == ["7_0"]
+
+
+def left(folder: Path, task: int, value: object) -> None:
+    """The result that submitit keeps of one process of job 7."""
+    (folder / f"7_{task}_result.pkl").write_bytes(pickle.dumps(value))
+
+
+def test_the_first_process_tells_how_a_job_ended_and_where_it_was_ended_another_does(tmp_path):
+    job = submit.submitit.SlurmJob(tmp_path, "7", tasks=[0, 1])
+    assert submit._outcome(job) is None
+    left(tmp_path, 1, ("success", 75))  # it left with the others, who were requeued
+    assert submit._outcome(job) is None
+    left(tmp_path, 1, ("success", 137))
+    with pytest.raises(TunetrailError, match=r"process 1 of job 7 ended with 137, .*; see \S*7_1_log.out"):
+        submit._outcome(job)
+    left(tmp_path, 0, ("success", 65))
+    assert submit._outcome(job) == 65
+    left(tmp_path, 0, ("error", "Traceback\n  x\nValueError: no"))
+    with pytest.raises(TunetrailError, match="job 7 failed: ValueError: no; see"):
+        submit._outcome(job)

@@ -1,5 +1,6 @@
 """Who may write to a folder: one, and when another may take its place."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunetrail import lease as lease_module
-from tunetrail.errors import Displaced, Interrupted
+from tunetrail.errors import DiskError, Displaced, Interrupted
 from tunetrail.lease import hold, holder
 
 HOLD = """
@@ -146,3 +147,16 @@ def test_of_two_that_take_over_one_gets_it(tmp_path):
         assert lease.lost()
         with pytest.raises(Displaced):
             lease.check()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_in_one_line(tmp_path, monkeypatch, number):
+    """Lustre without -o flock says ENOSYS, NFS whose lock server is away ENOLCK."""
+
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lease_module.fcntl, "lockf", lockf)
+    with pytest.raises(DiskError, match=r"lock: its file system has no locks \(.*; put the clone on one that has"), hold(tmp_path / "lock", lambda: True, print):  # fmt: skip
+        pass
+    assert DiskError.exit_code == 74

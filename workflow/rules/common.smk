@@ -8,8 +8,8 @@ from pathlib import Path
 
 # As a module: Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
 import tunetrail.config as tunetrail_config
-from tunetrail.errors import TunetrailError
-from tunetrail.launch.resources import LAUNCH, SLURM
+from tunetrail.errors import ConfigError, Interrupted, TunetrailError
+from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.lease import hold
 
 
@@ -51,8 +51,16 @@ shell.prefix(
 
 def is_submitted(rule):
     """Whether the profile says so (`launcher: submitit`). The rule is then a local one that submits a job of its own."""
-    given = dict(workflow.resource_settings.overwrite_resources).get(rule, {})
-    return "launcher" in given and given["launcher"].raw == "submitit"
+    settings = workflow.resource_settings
+    for given in (dict(settings.overwrite_resources).get(rule), settings.default_resources):
+        if given and "launcher" in given:
+            if (launcher := given["launcher"].raw) not in LAUNCHERS:
+                print(
+                    f"the profile: launcher of {rule}: {launcher!r} is none of {', '.join(LAUNCHERS)}", file=sys.stderr
+                )
+                sys.exit(ConfigError.exit_code)
+            return launcher == "submitit"
+    return False
 
 
 def launched(stage):
@@ -142,6 +150,9 @@ def lease_run():
     HEAD = hold(Path(STATE, "head"), give_up=lambda: True, say=print)
     try:
         HEAD.__enter__()
-    except TunetrailError as error:
+    except Interrupted as error:
         print(f"another snakemake works on this run: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except TunetrailError as error:
+        print(error, file=sys.stderr)
         sys.exit(error.exit_code)

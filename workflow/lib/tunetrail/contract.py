@@ -75,7 +75,7 @@ from tunetrail.provenance.record import (
 )
 
 # What a user can mend: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 ANOTHER = "another attempt of this stage"
 LOST = "lost"

@@ -34,3 +34,9 @@ class Displaced(Interrupted):
     """Another attempt of the same stage has this one's place: it goes on, and nothing is to be run again."""
 
     exit_code = 76
+
+
+class DiskError(TunetrailError):
+    """A file cannot be read or written as it must be (EX_IOERR)."""
+
+    exit_code = 74

@@ -13,6 +13,7 @@ Times are the file server's own, since the clocks of two nodes may differ. It wa
 local file systems only.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from tunetrail.errors import Displaced, Interrupted
+from tunetrail.errors import DiskError, Displaced, Interrupted
 
 POLL_SECONDS = 1.0
 ASKED_SECONDS = 30.0
@@ -61,10 +62,15 @@ def _server_time(path: Path) -> float:
 
 
 def _lock(handle: IO[str]) -> bool:
+    """Whether nobody else has it. Raises DiskError on a file system without locks, which will not have them later."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # not ENOLCK: a file system without locks will not have them later
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise DiskError(f"{handle.name}: its file system has no locks ({e.strerror}), and two writers could meet; put the clone on one that has (Lustre is mounted with -o flock), `tunetrail doctor` looks") from None  # fmt: skip
     return True
 
 

@@ -265,6 +265,7 @@ def train(stage: Stage, trainer: Any) -> list[dict]:
     callback = StageCallback(stage)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
+    trainer.create_model_card = lambda *_, **__: None  # TRL's, with every save; ours is `tunetrail audit card`
     checkpoint = latest_checkpoint(stage)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopping:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunetrail.contract import is_finished
 from tunetrail.errors import ConfigError, TunetrailError
-from tunetrail.launch.resources import LEFT_ALONE_SECONDS, gpus, processes
+from tunetrail.launch.resources import SRUN, gpus, processes
 from tunetrail.launch.supervise import option, supervise
 
 
@@ -21,7 +21,7 @@ def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads:
     if int(resources.get("nodes") or 1) > 1:
         raise ConfigError(f"nodes: {resources['nodes']} needs `launcher: submitit` in set-resources: {stage} of the profile")  # fmt: skip
     cores = int(resources.get("cpus_per_gpu") or 0) * gpus(resources) or int(resources.get("cpus_per_task") or threads)
-    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", f"--wait={LEFT_ALONE_SECONDS}"]  # fmt: skip
+    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", *SRUN]  # fmt: skip
     return step + ([sys.executable, "-m", "tunetrail.launch.task"] if n > 1 else []) + command
 
 

@@ -4,6 +4,7 @@ Each check ends as one `Check`; what does not hold comes with its mend. What a r
 from the profile, written by the same code as its sbatch line; the last word on it has `sbatch --test-only`.
 """
 
+import fcntl
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ COMMANDS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 SOUND, FINDING, UNKNOWN = 0, 1, 2
 UP = ("idle", "mixed", "allocated", "completing", "reserved", "planned")
 """States of a node that runs jobs, or will once others end."""
+MIN_JOB_AGE = 60
+"""Seconds; three times the profile's slurm-init-seconds-before-status-checks."""
 SEEN_SECONDS = 60
 """How long a file from a node may take to show up here; also the profile's latency-wait."""
 
@@ -100,6 +104,7 @@ class Wish:
     gpus: dict[str, int]
     options: dict[str, str]
     """Of sbatch."""
+    launcher: str = "inline"
 
 
 def wishes(jobs: list[Job]) -> list[Wish]:
@@ -112,7 +117,7 @@ def wishes(jobs: list[Job]) -> list[Wish]:
         cpus = int(given.get("cpus_per_gpu") or 0) * math.ceil(n / nodes) or int(given.get("cpus_per_task") or job.threads)  # fmt: skip
         found.setdefault(
             job.rule,
-            Wish(job.rule, str(given.get("slurm_partition", "")), float(given.get("runtime") or 0), int(given.get("mem_mb") or 0), cpus, kinds, sbatch_options(given, job.threads)),
+            Wish(job.rule, str(given.get("slurm_partition", "")), float(given.get("runtime") or 0), int(given.get("mem_mb") or 0), cpus, kinds, sbatch_options(given, job.threads), str(job.resources.get("launcher") or "inline")),
         )  # fmt: skip
     if not any(wish.partition for wish in found.values()):
         raise ConfigError("no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as profiles/slurm")  # fmt: skip
@@ -187,6 +192,44 @@ def check_partitions(asked: list[Wish], nodes: list[Nodes]) -> list[Check]:
     return found
 
 
+def read_settings(text: str) -> dict[str, str]:
+    """`Name = value` lines of `scontrol show config`, or the `Name=value` words of one of `scontrol -o show partition`.
+
+    >>> read_settings("PartitionName=gpu PreemptMode=CANCEL")["PreemptMode"]
+    'CANCEL'
+    """
+    return dict(re.findall(r"^(\w+) *= (.*)$", text, re.MULTILINE) or re.findall(r"(\w+)=(\S*)", text))
+
+
+def check_preemption(asked: list[Wish], partitions: str, nodes: str) -> list[Check]:
+    """Partitions where a job that is preempted is not requeued: nothing tells Snakemake that it is gone.
+
+    Args:
+        partitions: `scontrol -o show partition`.
+        nodes: the lines `partition|node` of `sinfo -h -a -N -o %R|%N`.
+    """
+    of = {found["PartitionName"]: found for found in map(read_settings, partitions.splitlines()) if found}
+    tier = {name: int(found["PriorityTier"]) for name, found in of.items()}
+    on: dict[str, set[str]] = {}
+    for name, node in (line.split("|") for line in nodes.splitlines()):
+        on.setdefault(name, set()).add(node)
+    found = []
+    for name in sorted({wish.partition for wish in asked if wish.launcher == "inline"} & of.keys()):
+        above = sorted(other for other in of if tier[other] > tier[name] and on.get(other, set()) & on.get(name, set()))
+        if above and of[name]["PreemptMode"].startswith("CANCEL"):
+            rules = ", ".join(wish.rule for wish in asked if wish.partition == name and wish.launcher == "inline")
+            found.append(Check(f"partition {name}", FINDING, f"jobs of {', '.join(above)} cancel those of it (PreemptMode=CANCEL), and snakemake would wait for them for ever ({rules} go there)", "give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that requeues"))  # fmt: skip
+    return found
+
+
+def check_job_age(config: str) -> list[Check]:
+    """Whether the controller remembers jobs that are over for long enough (`scontrol show config`), where sacct is there."""
+    age = re.match(r"\d+", read_settings(config).get("MinJobAge", ""))
+    if age and int(age[0]) < MIN_JOB_AGE and shutil.which("sacct"):
+        return [Check("scontrol show config", FINDING, f"Slurm forgets a job {age[0]} s after its end (MinJobAge); snakemake then asks sacct, which never tells of a cancelled job", f"set slurm-init-seconds-before-status-checks in the profile to a third of that, or ask the site for {MIN_JOB_AGE}")]  # fmt: skip
+    return []
+
+
 def check_request(wish: Wish) -> Check:
     """What Slurm itself says of the rule's sbatch line. Nothing is submitted."""
     options = [f"--{name}={value}" if value else f"--{name}" for name, value in wish.options.items()]
@@ -203,13 +246,25 @@ def check_request(wish: Wish) -> Check:
 # ----------------------------------------------------------------------------- on a node
 
 PROBE = """
-import importlib, json, os, platform, sys
+import fcntl, importlib, json, os, platform, sys
 folder, name = sys.argv[1], sys.argv[2]
 told = {"host": platform.node(), "python": sys.version.split()[0], "missing": [], "visible": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
 try:
     told["head"] = open(os.path.join(folder, "head")).read()
-    with open(os.path.join(folder, name), "w") as f:
+    work = os.path.join(folder, "." + name)
+    os.mkdir(work)
+    with open(os.path.join(work, ".told"), "w") as f:
         f.write(told["head"])
+    os.rename(work, os.path.join(folder, name))
+    os.rename(os.path.join(folder, name, ".told"), os.path.join(folder, name, "told"))
+    with open(os.path.join(folder, "lock"), "r+") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            told["lock"] = "free"
+        except (BlockingIOError, PermissionError):
+            told["lock"] = "held"
+        except OSError as e:
+            told["lock"] = str(e)
 except OSError as e:
     told["disk"] = str(e)
 for module in ("tunetrail.contract", "torch", "transformers", "trl", "snakemake"):
@@ -222,7 +277,10 @@ told["torch_gpus"] = torch.cuda.device_count() if torch and hasattr(torch, "cuda
 told["cuda"] = getattr(torch.version, "cuda", None) if torch and hasattr(torch, "version") else None
 print("TOLD " + json.dumps(told))
 """
-"""What runs on a node. Python's own library will do, since whether ours is there is the question."""
+"""What runs on a node: publishes a file as a stage does, and looks for the lock that the doctor holds, as leases are.
+
+Python's own library will do, since whether ours is there is the question.
+"""
 
 
 def check_node(wish: Wish, folder: Path, wait_seconds: float) -> list[Check]:
@@ -241,15 +299,16 @@ def check_node(wish: Wish, folder: Path, wait_seconds: float) -> list[Check]:
         if code == 124 or "immediate" in said.lower() or "Unable to allocate" in said:
             return [Check(name, UNKNOWN, f"no job ran within {wait_seconds:.0f} s ({_last(said)})", "look again when it is less busy, or with a longer --wait")]  # fmt: skip
         return [Check(name, FINDING, f"{sys.executable} does not run there ({_last(said)})", "put the environment and the clone on a file system that the nodes mount")]  # fmt: skip
-    return read_told(name, json.loads(line.removeprefix("TOLD ")), folder / wish.partition, (folder / "head").read_text(), bool(gres))  # fmt: skip
+    return read_told(name, json.loads(line.removeprefix("TOLD ")), folder / wish.partition / "told", (folder / "head").read_text(), bool(gres))  # fmt: skip
 
 
 def _shows_up(path: Path, content: str, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        # Listing the folder makes a file server's client look again.
-        if path.name in {p.name for p in path.parent.iterdir()} and path.read_text() == content:
-            return True
+        with suppress(FileNotFoundError):
+            # Listing a folder makes a file server's client look again.
+            if all(p in p.parent.iterdir() for p in (path.parent, path)) and path.read_text() == content:
+                return True
         time.sleep(0.5)
     return False
 
@@ -260,12 +319,16 @@ def read_told(name: str, told: dict[str, Any], written: Path, content: str, with
     Args:
         written: the file that it wrote in the shared folder, and that has `content` then.
     """
-    host, shared = told["host"], written.parent.parent
+    host, shared = told["host"], written.parents[2]
     found = []
     if "disk" in told:
         found.append(Check(name, FINDING, f"{host} cannot read and write {shared} ({told['disk']})", "clone to a file system that the nodes mount and you may write to"))  # fmt: skip
     elif told["head"] != content or not _shows_up(written, content, SEEN_SECONDS):
         found.append(Check(name, FINDING, f"what {host} writes to {shared} is not seen here within {SEEN_SECONDS} s", "clone to a file system that all nodes share, or raise latency-wait in the profile"))  # fmt: skip
+    elif told["lock"] == "free":
+        found.append(Check(name, FINDING, f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both write", "clone to a file system with locks across nodes (NFS not mounted with nolock, Lustre with -o flock)"))  # fmt: skip
+    elif told["lock"] != "held":
+        found.append(Check(name, FINDING, f"{shared} has no locks on {host} ({told['lock']}), and no stage starts without", "clone to a file system with locks across nodes (Lustre is mounted with -o flock)"))  # fmt: skip
     if told["missing"]:
         found.append(Check(name, FINDING, f"{host} cannot import {', '.join(told['missing'])}", "install envs/requirements.txt where the nodes see it, and start from that environment"))  # fmt: skip
     if with_gpu and not told["visible"]:
@@ -301,6 +364,8 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
         return found
     nodes = read_sinfo(out)
     add(check_partitions(asked, nodes))
+    add(check_preemption(asked, _run(["scontrol", "-o", "show", "partition"], 60)[1], _run(["sinfo", "-h", "-a", "-N", "-o", "%R|%N"], 60)[1]))  # fmt: skip
+    add(check_job_age(_run(["scontrol", "show", "config"], 60)[1]))
     there = {n.partition for n in nodes}
     for wish in asked:
         if wish.partition in there:
@@ -311,8 +376,11 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=Path.cwd()) as name:
             folder = Path(name)
             (folder / "head").write_text(f"{time.time_ns()}")
-            for partition in sorted(chosen):
-                add(check_node(chosen[partition], folder, wait_seconds))
+            with (folder / "lock").open("w") as lock:
+                with suppress(OSError):  # without locks the nodes tell
+                    fcntl.lockf(lock, fcntl.LOCK_EX)
+                for partition in sorted(chosen):
+                    add(check_node(chosen[partition], folder, wait_seconds))
     return found
 
 

@@ -12,10 +12,12 @@ SLURM = (
 """Resources that decide where and with what a job runs."""
 LAUNCH = ("launcher", "array")
 """Resources of ours: `launcher` inline or submitit, `array` 1 where jobs that start together go out as one array."""
+LAUNCHERS = ("inline", "submitit")
 DISTRIBUTED = ("sft", "reward", "dpo", "ppo")
 """Stages that run as several processes, one for each GPU."""
-LEFT_ALONE_SECONDS = 300
-"""How long the processes of a stage may wait in a collective for one that has died."""
+SRUN = ("--kill-on-bad-exit=1", "--wait=300")
+"""Of several processes: where one fails the others, which may wait for it in a collective, are ended; where it is done
+the first, which publishes, has this many seconds more."""
 _SHORT = {"-A": "account", "-p": "partition", "-t": "time", "-C": "constraint", "-D": "chdir"}
 _OTHERS = {"parsable", "job-name", "output", "export", "comment", "chdir"}
 """Of the plugin's command: what says nothing of resources."""

@@ -7,6 +7,7 @@ stage's config or inputs are others by now, that job is cancelled first. Ctrl-C 
 executor runs the same on this machine.
 """
 
+import atexit
 import fcntl
 import json
 import os
@@ -17,7 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from submitit.core.core import Job
 
 from tunetrail.contract import is_finished
 from tunetrail.errors import TunetrailError
-from tunetrail.launch.resources import LEFT_ALONE_SECONDS, gpus, processes, sbatch_options
-from tunetrail.launch.supervise import option, supervise
+from tunetrail.launch.resources import SRUN, gpus, processes, sbatch_options
+from tunetrail.launch.supervise import LEFT, for_srun, option, supervise
 from tunetrail.provenance.manifest import sha256_json
 
 POLL_SECONDS = 2.0
@@ -35,6 +37,7 @@ GATHER_SECONDS = 3.0
 """How long jobs wait for others of their stage to go out as one array with them."""
 SIGNAL_SECONDS = 60
 """Before a time limit, when Slurm tells the job; the stage's own clock is earlier (contract.Stop)."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT"}  # fmt: skip
 """States of a job that is not over."""
 
@@ -48,13 +51,17 @@ class StageCommand:
     def __call__(self) -> int:
         os.chdir(self.folder)
         environment = submitit.JobEnvironment()
+        environment.paths.result_pickle.unlink(missing_ok=True)  # of this job before it was requeued
         if environment.num_tasks > 1:
             # A node may have failed when all was published, and nothing would be left to go on from.
             if "SLURM_RESTART_COUNT" in os.environ and is_finished(self.command[3:], environment.global_rank == 0):
                 return 0
             # runtime.device counts the GPUs of a node: all are to be visible
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        return supervise(self.command, None, option(self.command, "--state"), requeues=environment.global_rank == 0)
+        code = supervise(self.command, None, option(self.command, "--state"), requeues=environment.global_rank == 0)
+        # submitit ends with 0 whatever this returns, and srun would not see that a process has failed.
+        atexit.register(os._exit, for_srun(code, environment.global_rank))
+        return code
 
 
 def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any], threads: int) -> Any:
@@ -74,7 +81,7 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
     executor.update_parameters(
         job_name=name, nodes=int(options.pop("nodes", 1)), ntasks_per_node=on_each_node, signal_delay_s=SIGNAL_SECONDS,
         time=int(resources.get("runtime") or 60), stderr_to_stdout=True, wckey=None,
-        srun_args=[*cores, f"--wait={LEFT_ALONE_SECONDS}"],
+        srun_args=[*cores, *SRUN],
         additional_parameters={"requeue": True} | {key: value or True for key, value in options.items() if key != "time"},
     )  # fmt: skip
     return executor
@@ -146,23 +153,48 @@ def _key(command: Sequence[str]) -> str:
     return sha256_json({"command": list(command), "files": {name: Path(name).read_text() for name in files}})
 
 
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Signals wait for the end of this block: a job whose id nobody has written down could not be cancelled."""
+    came: list[int] = []
+    before = {signum: signal.signal(signum, lambda n, _: came.append(n)) for signum in STOPPING}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for came_first in came[:1]:
+            signal.raise_signal(came_first)
+
+
+@contextmanager
+def _alone(wishes: Path) -> Iterator[None]:
+    """One launcher at a time reads and grants the wishes in a folder."""
+    with (wishes / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _submit(jobs: Jobs, name: str, key: str, command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> Job:  # fmt: skip
     """Submits a job, or with `array` those of the stage that ask within a few seconds as one."""
     here = Path.cwd()
-    if not resources.get("array"):
-        job = _executor(jobs.folder, f"{stage}-{name}", stage, resources, threads).submit(StageCommand(command, here))
-        jobs.write(name, key, job)
+    if not resources.get("array") or shutil.which("srun") is None:
+        with _unbroken():
+            executor = _executor(jobs.folder, f"{stage}-{name}", stage, resources, threads)
+            job = executor.submit(StageCommand(command, here))
+            jobs.write(name, key, job)
         return job
     wishes = jobs.folder / f"{stage}.{sha256_json({'resources': dict(resources), 'threads': threads})[:16]}"
     wishes.mkdir(exist_ok=True)
-    pending = wishes / f".{name}"
-    pending.write_text(json.dumps({"name": name, "key": key, "command": command}))
+    pending, me = wishes / f".{name}", str(os.getpid())
+    pending.write_text(json.dumps({"name": name, "key": key, "command": command, "launcher": [me, _process(me)]}))
     pending.rename(wishes / name)
     time.sleep(GATHER_SECONDS)
-    with (wishes / ".lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with _unbroken(), _alone(wishes):
         if (wishes / name).exists():  # else another launcher has submitted it with its own
-            gathered = [json.loads(path.read_text()) for path in sorted(wishes.iterdir()) if path.name[0] != "."]
+            asked = [json.loads(path.read_text()) for path in sorted(wishes.iterdir()) if path.name[0] != "."]
+            # Nobody would wait for the job of a launcher that was killed. One on another host submits its own.
+            gathered = [wish for wish in asked if _process(wish["launcher"][0]) == wish["launcher"][1]]
             executor = _executor(jobs.folder, stage, stage, resources, threads)
             for wish, job in zip(gathered, executor.map_array(StageCommand.__call__, [StageCommand(w["command"], here) for w in gathered]), strict=True):  # fmt: skip
                 jobs.write(wish["name"], wish["key"], job)
@@ -172,10 +204,34 @@ def _submit(jobs: Jobs, name: str, key: str, command: list[str], stage: str, res
     return found[0]
 
 
+def _withdraw(jobs: Jobs, stage: str, name: str) -> None:
+    """Takes a wish back; one that another launcher is just granting is a job once this returns."""
+    for wish in jobs.folder.glob(f"{stage}.*/{name}"):
+        with _alone(wish.parent):
+            wish.unlink(missing_ok=True)
+
+
+def _outcome(job: Job) -> int | None:
+    """The stage's exit code, as its first process has left it; None where it has not.
+
+    Raises TunetrailError where submitit or another of its processes failed, which ends them all.
+    """
+    for n in range(job.num_tasks):
+        paths = job.task(n).paths
+        if paths.result_pickle.exists():
+            outcome, value = pickle.loads(paths.result_pickle.read_bytes())
+            if outcome != "success":
+                raise TunetrailError(f"job {job.job_id} failed: {str(value).strip().splitlines()[-1]}; see {paths.stdout}")  # fmt: skip
+            if n == 0:
+                return int(value)
+            if value not in LEFT:
+                raise TunetrailError(f"process {n} of job {job.job_id} ended with {value}, and so the others were ended; see {paths.stdout}")  # fmt: skip
+    return None
+
+
 def _follow(job: Job, log: Path) -> int:
     """Passes the job's output on until it is over; returns the stage's exit code."""
-    first = job.task(0)
-    output, result, seen, silent_since = first.paths.stdout, first.paths.result_pickle, 0, None
+    output, seen, silent_since = job.task(0).paths.stdout, 0, None
     with log.open("ab") as sink:
         while True:
             alive = _is_alive(job)
@@ -187,11 +243,8 @@ def _follow(job: Job, log: Path) -> int:
                 for stream in (sys.stderr.buffer, sink):
                     stream.write(new)
                     stream.flush()
-            if not alive and result.exists():
-                outcome, value = pickle.loads(result.read_bytes())
-                if outcome == "success":
-                    return int(value)
-                raise TunetrailError(f"job {job.job_id} failed: {str(value).strip().splitlines()[-1]}; see {output}")
+            if not alive and (code := _outcome(job)) is not None:
+                return code
             if not alive:
                 # A result may be on its way through the file server.
                 silent_since = silent_since or time.monotonic()
@@ -215,8 +268,7 @@ def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads
     job: Job | None = None
 
     def cancel(signum: int, _: object) -> None:
-        for wish in jobs.folder.glob(f"{stage}.*/{name}"):
-            wish.unlink(missing_ok=True)
+        _withdraw(jobs, stage, name)
         mine = jobs.read(name)  # also one that another launcher has submitted with its own
         if mine and mine[1] == key and _is_alive(mine[0]):
             print(f"{stage}: cancelling job {mine[0].job_id}", file=sys.stderr)
@@ -224,7 +276,7 @@ def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads
             jobs.forget(name, mine[0])
         raise SystemExit(128 + signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOPPING:
         signal.signal(signum, cancel)
     found = jobs.read(name)
     if found and _is_alive(found[0]):

@@ -15,9 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from tunetrail.errors import Interrupted
+from tunetrail.errors import Displaced, Interrupted
 
 AGAIN = Interrupted.exit_code
+LEFT = (0, AGAIN, Displaced.exit_code)
+"""Exit codes of a stage whose processes leave together, none of which has failed."""
+LAST_WORDS_SECONDS = 10
+"""What the first process of a stage has to end by itself where another has failed: mostly of the same error."""
 VERDICT_SECONDS = 300
 """How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
 _NO_PROGRESS = ("log.txt", "attempts.jsonl", "lock", "events.out")
@@ -114,3 +118,16 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     if requeues and code == AGAIN and (job := this_job()):
         await_verdict(job, bool(progress(state) - before))
     return code if code >= 0 else 128 - code
+
+
+def for_srun(code: int, rank: int) -> int:
+    """The exit code by which one of a stage's processes tells srun whether to end the others, given its own.
+
+    The first one ends last, and what it says holds for all. Another one is to end them only where it has failed.
+    """
+    if rank == 0:
+        return code
+    if code in LEFT:
+        return 0
+    time.sleep(LAST_WORDS_SECONDS)
+    return code

@@ -1,11 +1,13 @@
 """One of several processes of a stage, started by srun: python -m tunetrail.launch.task COMMAND…
 
-Says to torch.distributed who and how many they are, and becomes the command.
+Says to torch.distributed who and how many they are, runs the command, and tells srun how it ended.
 """
 
 import os
 import subprocess
 import sys
+
+from tunetrail.launch.supervise import for_srun, option, supervise
 
 
 def distributed_environment() -> dict[str, str]:
@@ -22,5 +24,10 @@ def distributed_environment() -> dict[str, str]:
     }
 
 
+def main(command: list[str]) -> int:
+    os.environ |= distributed_environment()
+    return for_srun(supervise(command, None, option(command, "--state"), requeues=False), int(os.environ["RANK"]))
+
+
 if __name__ == "__main__":
-    os.execvpe(sys.argv[1], sys.argv[1:], os.environ | distributed_environment())
+    sys.exit(main(sys.argv[1:]))
