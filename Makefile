@@ -1,7 +1,7 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
 # make status where that run stands
 # make test   set up and run every test
-# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,parts)
+# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,labels,parts)
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"

@@ -19,6 +19,8 @@ TEST = [
     "jsonschema",
     "mypy",
     "pandas-stubs",
+    "playwright",
+    "psycopg[binary]",
     "pytest",
     "pytest-xdist",
     "roc-validator",
@@ -58,9 +60,8 @@ def closure(names: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    needed = closure(
-        [*(distribution("tunetrail").requires or []), "setuptools"]
-    )  # setuptools builds the package itself
+    needed = closure(["tunetrail", "setuptools"])  # setuptools builds the package itself
+    del needed["tunetrail"]
     extra = {name: version for name, version in closure(TEST).items() if name not in needed}
     pins = [f"{name}=={version}" for name, version in sorted(needed.items())]
     (HERE / "requirements.txt").write_text("# make lock\n" + "\n".join(pins) + "\n")

@@ -158,6 +158,10 @@ def main() -> None:
             f"{said(found['of_writing'])} times as long as writing its {found['bytes'] / 1e9:.1f} GB plainly",
             flush=True,
         )
+    if not only or "labels" in only:
+        found = results["labels.submit"] = run([sys.executable, "-m", "tests.benchmarks.labels"])
+        for name, case in found.items():
+            print(f"{'labels.submit':28} {name}: median {case['median_ms']:.1f} ms, 95% within {case['p95_ms']:.0f} ms, of {case['rankings']} rankings by 20 labelers", flush=True)  # fmt: skip
     for name in PARTS:
         if only and "parts" not in only:
             break

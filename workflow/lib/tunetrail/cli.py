@@ -3,6 +3,9 @@
     tunetrail status                  where does the run stand: done, stale, running, failed, waiting
     tunetrail plan                    what would run, and what would be made again that took long
     tunetrail doctor                  can this site's Slurm run it?
+    tunetrail label serve             the page on which people rank outputs and write answers
+    tunetrail label add NAME          a labeler: a pseudonym and the link with which they enter; list, renew, forget
+    tunetrail label verify            is the chain of events whole?
     tunetrail audit verify PATH…      is it still what it was?
     tunetrail audit trace PATH        what was it made from? --reverse: what was made from this?
     tunetrail audit diff A B          what differs?
@@ -48,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = area("doctor", _doctor, "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look", "profiles/slurm")  # fmt: skip
     doctor.add_argument("--jobs", action=argparse.BooleanOptionalAction, default=True, help="also run a small job in each partition (default: yes)")  # fmt: skip
     doctor.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for such a job to begin (default: %(default)s)")  # fmt: skip
+
+    _label_commands(areas.add_parser("label", help="people rank outputs and write answers, on a page of their own"))
 
     audit = areas.add_parser("audit", help="where a checkpoint came from, and whether it is still what it was")
     commands = audit.add_subparsers(required=True, metavar="COMMAND")
@@ -102,6 +107,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _label_commands(label: argparse.ArgumentParser) -> None:
+    commands = label.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, about: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=about, description=about)
+        found.add_argument("--store", default="state/labels.db", help="where labels are kept: a file, or postgresql://… (default: %(default)s)")  # fmt: skip
+        found.set_defaults(function=function)
+        return found
+
+    serve = command("serve", _label_serve, "serve the page, to this machine only unless --host says otherwise")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0: any that is free)")
+    serve.add_argument("--prefix", default="", help="path under which a proxy serves it, such as /labels")
+    serve.add_argument("--tasks", type=Path, help="JSONL to publish first; without it, what is published is served")
+    settings = serve.add_argument_group("how tasks are handed out (with --tasks)")
+    settings.add_argument("--overlap", type=int, help="labelers a task (default: 1)")
+    settings.add_argument("--per-labeler", type=int, help="the most answers of one labeler")
+    settings.add_argument("--lease-minutes", type=float, help="how long an untouched task stays with its labeler (default: 30)")  # fmt: skip
+    settings.add_argument("--skips", type=int, help="a task that so many skipped goes to nobody else (default: 2)")
+    settings.add_argument("--training", type=int, help="so many gold tasks come first, with feedback (default: 0)")
+    settings.add_argument("--gold-every", type=int, help="a gold task comes after so many others; 0: none (default: 10)")  # fmt: skip
+    settings.add_argument("--repeat-every", type=int, help="a task comes again after so many others; 0: none (default: 20)")  # fmt: skip
+    settings.add_argument("--ratings", action=argparse.BooleanOptionalAction, help="ask for ratings from 1 to 7 too (default: yes)")  # fmt: skip
+    settings.add_argument("--seed", type=int, help="of the order in which outputs are shown (default: 0)")
+    settings.add_argument("--guidelines", type=Path, help="markdown file for labelers")
+
+    add = command("add", _label_add, "add a labeler; prints the pseudonym and the link with which they enter")
+    add.add_argument("name", help="kept apart from the pseudonym, and can be deleted")
+    add.add_argument("--admin", action="store_true", help="may see the quality page")
+    command("list", _label_list, "who labels")
+    for name, function, about in (
+        ("renew", _label_renew, "give a labeler another link; the old one ends"),
+        ("forget", _label_forget, "delete a labeler's name and link; their answers stay, under the pseudonym"),
+    ):
+        command(name, function, about).add_argument("pseudonym")
+    command("verify", _label_verify, "whether the chain of events is whole; prints its head")
+
+
 def _folder(path: Path) -> Path:
     """An artifact may be named by its folder or its manifest."""
     return path.parent if path.is_file() else path
@@ -145,6 +188,72 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         _print([vars(check) for check in found])
     return doctor.exit_code(found)
+
+
+def _label_serve(args: argparse.Namespace) -> int:
+    from tunetrail.labeling.app.serve import serve
+    from tunetrail.labeling.app.store import Settings, Store, read_tasks
+
+    given = {name: value for name in Settings.names() if (value := getattr(args, name)) is not None}
+    if args.guidelines:
+        given["guidelines"] = args.guidelines.read_text(encoding="utf-8")
+    if given and not args.tasks:
+        raise ConfigError(f"--{min(given).replace('_', '-')}: settings are published with tasks; add --tasks FILE")
+    store = Store(args.store)
+    if args.tasks:
+        store.publish(read_tasks(args.tasks), given)
+    return serve(store, args.host, args.port, args.prefix)
+
+
+def _label_link(store: Any, token: str) -> str:
+    return f"{store.noted('address') or 'http://127.0.0.1:8000'}/enter#{token}"
+
+
+def _label_add(args: argparse.Namespace) -> int:
+    from tunetrail.labeling.app.access import add_labeler
+    from tunetrail.labeling.app.store import Store
+
+    store = Store(args.store)
+    pseudonym, token = add_labeler(store, args.name, args.admin)
+    print(f"{pseudonym}: {_label_link(store, token)}")
+    return SOUND
+
+
+def _label_list(args: argparse.Namespace) -> int:
+    from tunetrail.labeling.app.access import roster
+    from tunetrail.labeling.app.store import Store
+
+    for one in roster(Store(args.store)):
+        state = "" if one["active"] else "  may not enter"
+        print(f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {one['name'] or '(name deleted)'}{state}")  # fmt: skip
+    return SOUND
+
+
+def _label_renew(args: argparse.Namespace) -> int:
+    from tunetrail.labeling.app.access import renew_token
+    from tunetrail.labeling.app.store import Store
+
+    store = Store(args.store)
+    print(f"{args.pseudonym}: {_label_link(store, renew_token(store, args.pseudonym))}")
+    return SOUND
+
+
+def _label_forget(args: argparse.Namespace) -> int:
+    from tunetrail.labeling.app.access import forget
+    from tunetrail.labeling.app.store import Store
+
+    forget(Store(args.store), args.pseudonym)
+    print(f"{args.pseudonym}: name and link deleted")
+    return SOUND
+
+
+def _label_verify(args: argparse.Namespace) -> int:
+    from tunetrail.labeling.app.store import Store
+
+    store = Store(args.store)
+    fault = store.fault()
+    print(f"{store.database.shown}: {fault or 'the chain is whole'}, head {store.head()}")
+    return FINDING if fault else SOUND
 
 
 def _verify(args: argparse.Namespace) -> int:

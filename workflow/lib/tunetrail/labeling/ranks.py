@@ -36,6 +36,11 @@ def dense(ranks: Sequence[float]) -> list[int]:
     return ranks_from_scores([-r for r in ranks])
 
 
+def gapless(ranks: Sequence[int]) -> bool:
+    """Whether ranks are 1, 2, … with ties, and none is left out."""
+    return set(ranks) == set(range(1, len(set(ranks)) + 1))
+
+
 def pair_outcomes(ranks: Sequence[int]) -> np.ndarray:
     """Outcomes of all pairs i < j, [K(K-1)/2]: 1 where i is better, -1 where j is, 0 for a tie."""
     r = np.asarray(ranks)

@@ -1,0 +1,220 @@
+"""The labeling store: tasks, the chain of events, the queue."""
+
+import hashlib
+import json
+
+import pytest
+import rfc8785
+import sqlalchemy as sa
+
+from tests.labels import ranking
+from tunetrail import __version__
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.labeling.app import queue
+from tunetrail.labeling.app.answers import Refused
+from tunetrail.labeling.app.store import START, Store
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(f"sqlite:///{tmp_path}/labels.db")
+
+
+def answer(store: Store, labeler: str, ranks: list[int] | None = None, **more) -> dict:
+    """Answers a labeler's next task; ranks are in the task's order."""
+    given = queue.next_task(store, labeler)
+    k = len(given.shown)
+    ranks = ranks or list(range(1, k + 1))
+    queue.submit(store, labeler, given.nonce, {"ranks": [ranks[i] for i in given.shown], **more})
+    return given.task
+
+
+def test_an_answer_comes_back_in_the_tasks_order(store):
+    store.publish([ranking("a"), ranking("b", 2)], {"overlap": 2})
+    assert store.labels() == []
+    answer(store, "human-1", [2, 1, 2])
+    (row,) = store.labels()
+    assert (row["task"], row["labeler"], row["ranks"], sorted(row["shown"])) == ("a", "human-1", [2, 1, 2], [0, 1, 2])
+    assert store.progress() | {"wanted": 4, "have": 1, "complete": 0} == store.progress()
+    assert store.fault() is None
+
+
+def test_publishing_the_same_again_changes_nothing(store):
+    assert store.head() == START
+    store.publish([ranking("a")], {"overlap": 2})
+    head = store.head()
+    store.publish([ranking("a")], {"overlap": 2})
+    assert store.head() == head
+    store.publish([ranking("a")], {"overlap": 3})
+    assert store.head() != head
+
+
+def test_undo_is_an_event_and_gives_the_task_back(store):
+    store.publish([ranking("a")])
+    answer(store, "human-1", [1, 2, 2])
+    assert queue.undo(store, "human-1")
+    assert store.labels() == []
+    again = queue.next_task(store, "human-1")
+    assert [again.draft["ranks"][again.shown.index(i)] for i in range(3)] == [1, 2, 2]
+    answer(store, "human-1", [3, 2, 1])
+    assert [row["ranks"] for row in store.labels()] == [[3, 2, 1]]
+    assert [event["kind"] for event in store.events()] == ["publish", "ranking", "undo", "ranking"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE events SET kind = 'x'",
+        "DELETE FROM events",
+        "INSERT OR REPLACE INTO events SELECT number, 'x', labeler, nonce, content, digest FROM events",
+        "INSERT OR REPLACE INTO events SELECT 99, 'x', labeler, nonce, content, digest FROM events",
+        "UPDATE tasks SET id = 'x'",
+        "DELETE FROM tasks",
+        "REPLACE INTO tasks SELECT digest, 'x', content FROM tasks",
+    ],
+)
+def test_the_database_refuses_to_change_what_was(store, statement):
+    store.publish([ranking("a")])
+    with pytest.raises(sa.exc.DatabaseError, match="only ever added"), store.writing() as connection:
+        connection.execute(sa.text(statement))
+    assert store.fault() is None
+
+
+def test_a_chain_that_was_edited_behind_the_databases_back_is_found(store):
+    store.publish([ranking("a"), ranking("b")])
+    answer(store, "human-1")
+    answer(store, "human-1")
+    with store.writing() as connection:
+        connection.execute(sa.text("DROP TRIGGER events_no_update"))
+        content = json.loads(connection.execute(sa.text("SELECT content FROM events WHERE number = 2")).scalar())
+        content["ranks"] = [3, 2, 1]
+        connection.execute(sa.text("UPDATE events SET content = :c WHERE number = 2"), {"c": json.dumps(content)})
+    assert store.fault() == "event 2 is not what was written"
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (ranking("a", 1), "task 'a': a ranking needs 2 to 9 completions, here are 1"),
+        (ranking("a", gold={"ranks": [1, 3, 3]}), "task 'a': 'gold' must be"),
+        (ranking("a", model="x"), "task 'a': unknown key 'model'"),
+    ],
+)
+def test_a_bad_task_is_one_line(store, task, message):
+    with pytest.raises(DataError, match=message):
+        store.publish([task])
+    with pytest.raises(ConfigError, match="overlap: 0 is too small"):
+        store.publish([], {"overlap": 0})
+
+
+def purposes(store: Store, labeler: str, most: int = 100) -> list[tuple[str, str]]:
+    """Answers all of a labeler's tasks; (id, purpose) in the order they came."""
+    found = []
+    while len(found) < most and (given := queue.next_task(store, labeler)):
+        found.append((given.task["id"], given.purpose))
+        queue.submit(store, labeler, given.nonce, {"ranks": list(range(1, len(given.shown) + 1))})
+    return found
+
+
+def test_gold_training_and_repeats_come_between_the_others(store):
+    gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 2]}) for n in range(4)]
+    plain = [ranking(f"t{n:02}", 5) for n in range(30)]
+    store.publish([*gold, *plain], {"training": 1, "gold_every": 10, "repeat_every": 10})
+    came = purposes(store, "human-1")
+    assert came[0] == ("g0", "training")
+    assert [name for name, purpose in came if purpose == "label"] == [task["id"] for task in plain]
+    assert [n for n, (_, purpose) in enumerate(came) if purpose == "gold"] == [6, 18, 30]  # after 5, 15, 25 others
+    assert [name for name, purpose in came if purpose == "gold"] == ["g1", "g2", "g3"]
+    again = [(n, name) for n, (name, purpose) in enumerate(came) if purpose == "repeat"]
+    first = {name: n for n, (name, purpose) in enumerate(came) if purpose == "label"}
+    assert len(again) == 3
+    assert len({name for _, name in again}) == 3
+    assert all(n - first[name] > queue.GAP for n, name in again)
+    rows = store.labels()
+    assert [row["task"] for row in rows if row["repeat"]] == [name for _, name in again]
+    by_task = {row["task"]: row["shown"] for row in rows if not row["repeat"]}
+    assert any(row["shown"] != by_task[row["task"]] for row in rows if row["repeat"]), "shown in another order"
+    assert store.progress() | {"have": 30, "complete": 30, "settled": True} == store.progress()
+
+
+def test_quotas_of_tasks_and_of_labelers(store):
+    store.publish([ranking(f"t{n}") for n in range(4)], {"overlap": 2, "per_labeler": 3})
+    assert len(purposes(store, "human-1")) == 3
+    assert len(purposes(store, "human-2")) == 3
+    assert [name for name, _ in purposes(store, "human-3")] == ["t3"]
+    assert store.progress() | {"wanted": 8, "have": 7, "complete": 3, "settled": False} == store.progress()
+    assert [name for name, _ in purposes(store, "human-4")] == ["t3"]
+    assert store.progress()["settled"]
+
+
+def test_what_enough_labelers_skipped_is_wanted_no_more(store):
+    store.publish([ranking("a"), ranking("b")], {"skips": 2})
+    for labeler in ("human-1", "human-2"):
+        given = queue.next_task(store, labeler)
+        assert given.task["id"] == "a"
+        queue.skip(store, labeler, given.nonce, {"reason": "broken", "comment": "the prompt is cut off"})
+    assert queue.next_task(store, "human-3").task["id"] == "b"
+    assert [row["skipped"] for row in store.labels()] == ["broken", "broken"]
+    assert store.progress() | {"retired": 1, "skips": 2, "settled": False} == store.progress()
+    queue.undo(store, "human-2")
+    assert store.progress()["retired"] == 0
+
+
+def test_an_expired_lease_is_renewed_where_nobody_else_took_the_task(store, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    store.publish([ranking("a")], {"lease_minutes": 10})
+    given = queue.next_task(store, "human-1")
+    assert queue.next_task(store, "human-2") is None
+    now[0] += 601
+    assert queue.next_task(store, "human-2").task["id"] == "a"
+    with pytest.raises(Refused, match="had run out"):
+        queue.submit(store, "human-1", given.nonce, {"ranks": [1, 2, 3]})
+    now[0] += 601  # the other left too
+    queue.save_draft(store, "human-1", given.nonce, {"comment": "back"})
+    assert queue.next_task(store, "human-2") is None, "the draft took the lease again"
+    queue.submit(store, "human-1", given.nonce, {"ranks": [1, 2, 3]})
+    assert len(store.labels()) == 1
+
+
+def test_answers_stay_with_tasks_whose_content_stays(store):
+    store.publish([ranking("a"), ranking("b")])
+    answer(store, "human-1")
+    answer(store, "human-1")
+    store.publish([ranking("b"), ranking("a", 4)])
+    assert [row["task"] for row in store.labels()] == ["b"]
+    assert queue.next_task(store, "human-1").task["completions"] == ranking("a", 4)["completions"]
+    store.publish([ranking("a"), ranking("b")])
+    assert {row["task"] for row in store.labels()} == {"a", "b"}
+
+
+def test_time_goes_on_counting_where_an_answer_is_taken_back(store, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    store.publish([ranking("a"), ranking("b")])
+    given = queue.next_task(store, "human-1")
+    now[0] += 40
+    queue.submit(store, "human-1", given.nonce, {"ranks": [1, 2, 3], "seconds": 30})
+    assert queue.next_task(store, "human-1").task["id"] == "b"
+    queue.undo(store, "human-1")
+    again = queue.next_task(store, "human-1")
+    assert (again.task["id"], again.draft["seconds"]) == ("a", 30)
+    now[0] += 10
+    queue.submit(store, "human-1", again.nonce, {"ranks": [1, 2, 3], "seconds": 35})
+    assert store.labels()[0]["seconds"] == 35
+    assert queue.next_task(store, "human-1").task["id"] == "b"
+
+
+def test_every_event_says_what_was_shown_under_which_guidelines(store):
+    store.publish([ranking("a", 9)], {"guidelines": "Be fair."})
+    answer(store, "human-1")
+    published, event = store.events()
+    assert published["settings"]["guidelines"] == "Be fair."
+    assert event["guidelines"] == hashlib.sha256(b"Be fair.").hexdigest()
+    assert sorted(event["shown"]) == list(range(9))
+    assert event["version"] == __version__
+    with store.reading() as connection:
+        content = store.task(connection, event["task_digest"])
+    assert hashlib.sha256(rfc8785.dumps(content)).hexdigest() == event["task_digest"]
+    assert hashlib.sha256(rfc8785.dumps(event)).hexdigest() == store.head()
+    assert event["previous"] == hashlib.sha256(rfc8785.dumps(published)).hexdigest()

@@ -1,0 +1,142 @@
+"""Who may enter: a token a labeler, exchanged for a cookie. Only digests of either are stored.
+
+Both are random, so a plain sha256 keeps them: there is no short list of likely ones to try.
+"""
+
+import secrets
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from threading import Lock
+
+import sqlalchemy as sa
+
+from tunetrail.errors import ConfigError
+from tunetrail.labeling.app.database import assignments, events, labelers, names, sessions
+from tunetrail.labeling.app.store import Store
+from tunetrail.provenance.manifest import sha256_bytes
+
+SESSION_HOURS = 12
+
+
+@dataclass(frozen=True)
+class Session:
+    """Someone who has entered."""
+
+    pseudonym: str
+    admin: bool
+    csrf: str
+
+
+def _digest(secret: str) -> str:
+    return sha256_bytes(secret.encode(errors="replace"))
+
+
+def add_labeler(store: Store, name: str, admin: bool = False) -> tuple[str, str]:
+    """A new pseudonym and its token, which is not stored and cannot be shown again."""
+    if not name.strip():
+        raise ConfigError("a labeler needs a name; it is kept apart and can be deleted")
+    token = secrets.token_urlsafe(24)
+    with store.writing() as connection:
+        number = connection.execute(sa.select(sa.func.count()).select_from(labelers)).scalar_one() + 1
+        pseudonym = f"human-{number}"  # rows are never deleted, so no pseudonym comes again
+        role = "admin" if admin else "labeler"
+        connection.execute(labelers.insert().values(pseudonym=pseudonym, role=role, token=_digest(token)))
+        connection.execute(names.insert().values(pseudonym=pseudonym, name=name.strip()))
+    return pseudonym, token
+
+
+def _known(connection: sa.Connection, pseudonym: str) -> None:
+    if not connection.execute(sa.select(labelers.c.role).where(labelers.c.pseudonym == pseudonym)).first():
+        raise ConfigError(f"{pseudonym}: no such labeler; tunetrail label list shows them")
+
+
+def renew_token(store: Store, pseudonym: str) -> str:
+    """Another token instead of the old one, whose sessions end."""
+    token = secrets.token_urlsafe(24)
+    with store.writing() as connection:
+        _known(connection, pseudonym)
+        connection.execute(labelers.update().where(labelers.c.pseudonym == pseudonym).values(token=_digest(token)))
+        connection.execute(sessions.delete().where(sessions.c.pseudonym == pseudonym))
+    return token
+
+
+def forget(store: Store, pseudonym: str) -> None:
+    """Deletes a labeler's name and keeps them out. What they answered stays under the pseudonym."""
+    with store.writing() as connection:
+        _known(connection, pseudonym)
+        connection.execute(names.delete().where(names.c.pseudonym == pseudonym))
+        connection.execute(labelers.update().where(labelers.c.pseudonym == pseudonym).values(token=None))
+        connection.execute(sessions.delete().where(sessions.c.pseudonym == pseudonym))
+        connection.execute(
+            assignments.update()
+            .where(assignments.c.labeler == pseudonym, assignments.c.state == "open")
+            .values(state="undone", draft=None)
+        )
+    store.database.scrub("names")
+
+
+def roster(store: Store) -> list[dict]:
+    """{"pseudonym", "role", "name" or None, "active", "events"} of all labelers."""
+    done = sa.select(sa.func.count()).where(events.c.labeler == labelers.c.pseudonym).scalar_subquery()
+    query = sa.select(labelers, names.c.name, done.label("events")).join_from(
+        labelers, names, names.c.pseudonym == labelers.c.pseudonym, isouter=True
+    )
+    with store.reading() as connection:
+        return [
+            {"pseudonym": r.pseudonym, "role": r.role, "name": r.name, "active": r.token is not None, "events": r.events}
+            for r in connection.execute(query.order_by(sa.func.length(labelers.c.pseudonym), labelers.c.pseudonym))
+        ]  # fmt: skip
+
+
+def enter(store: Store, token: str) -> str | None:
+    """A cookie for a token; None for a wrong one."""
+    with store.writing() as connection:
+        known = connection.execute(sa.select(labelers.c.pseudonym).where(labelers.c.token == _digest(token))).scalar()
+        if known is None:
+            return None
+        cookie, now = secrets.token_urlsafe(24), time.time()
+        connection.execute(sessions.delete().where(sessions.c.expires < now))
+        connection.execute(
+            sessions.insert().values(
+                cookie=_digest(cookie), pseudonym=known, csrf=secrets.token_urlsafe(24), expires=now + 3600 * SESSION_HOURS
+            )
+        )  # fmt: skip
+        return cookie
+
+
+def session(store: Store, cookie: str | None) -> Session | None:
+    """Whose cookie this is; None for a wrong one and one whose time is over."""
+    if not cookie:
+        return None
+    query = sa.select(sessions, labelers.c.role).join(labelers, labelers.c.pseudonym == sessions.c.pseudonym)
+    with store.reading() as connection:
+        row = connection.execute(query.where(sessions.c.cookie == _digest(cookie))).first()
+    if row is None or row.expires < time.time():
+        return None
+    return Session(row.pseudonym, row.role == "admin", row.csrf)
+
+
+def leave(store: Store, cookie: str) -> None:
+    with store.writing() as connection:
+        connection.execute(sessions.delete().where(sessions.c.cookie == _digest(cookie)))
+
+
+class Rate:
+    """At most `burst` at once and `per_minute` in the long run, for each key."""
+
+    def __init__(self, per_minute: float, burst: int):
+        self.speed, self.burst = per_minute / 60, burst
+        self._left: dict[str, tuple[float, float]] = defaultdict(lambda: (burst, 0.0))
+        self._lock = Lock()
+
+    def allows(self, key: str, now: float | None = None) -> bool:
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            left, then = self._left[key]
+            left = min(self.burst, left + (now - then) * self.speed)
+            allowed = left >= 1
+            self._left[key] = (left - allowed, now)
+            if len(self._left) > 10_000:  # addresses of one sitting; whoever is left out starts afresh
+                self._left.clear()
+            return allowed

@@ -1,0 +1,225 @@
+"""The tables, and how they are opened.
+
+`tasks` and `events` are the audit trail: rows are added, and the database refuses to change or delete them. The others
+are working state: which tasks are on, who works on what, who may log in. `names` alone ties a pseudonym to a person.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from tunetrail.errors import ConfigError
+
+tables = sa.MetaData()
+
+tasks = sa.Table(
+    "tasks",
+    tables,
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("id", sa.Text, nullable=False),
+    sa.Column("content", sa.Text, nullable=False),  # canonical JSON; its sha256 is the digest
+)
+events = sa.Table(
+    "events",
+    tables,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("labeler", sa.Text),
+    sa.Column("nonce", sa.Text, unique=True),
+    sa.Column("content", sa.Text, nullable=False),  # canonical JSON, holds the digest of the event before
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),  # its sha256
+)
+AUDITED = (tasks, events)
+
+places = sa.Table(  # the tasks that are on, in order
+    "places",
+    tables,
+    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("task", sa.String(64), nullable=False, unique=True),
+    sa.Column("gold", sa.Boolean, nullable=False),
+)
+assignments = sa.Table(  # a task as one labeler has it before them
+    "assignments",
+    tables,
+    sa.Column("nonce", sa.Text, primary_key=True),
+    sa.Column("task", sa.String(64), nullable=False),
+    sa.Column("labeler", sa.Text, nullable=False),
+    sa.Column("purpose", sa.Text, nullable=False),  # label | gold | training | repeat
+    sa.Column("state", sa.Text, nullable=False),  # open | answered | skipped | undone
+    sa.Column("shown", sa.Text, nullable=False),
+    sa.Column("opened", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("draft", sa.Text),
+    sa.Column("event", sa.Integer),
+    sa.Index("assignments_task", "task", "labeler"),
+    sa.Index("assignments_labeler", "labeler", "state"),
+)
+labelers = sa.Table(
+    "labelers",
+    tables,
+    sa.Column("pseudonym", sa.Text, primary_key=True),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("token", sa.String(64), unique=True),  # sha256; null: may no longer enter
+)
+names = sa.Table(
+    "names", tables, sa.Column("pseudonym", sa.Text, primary_key=True), sa.Column("name", sa.Text, nullable=False)
+)
+sessions = sa.Table(
+    "sessions",
+    tables,
+    sa.Column("cookie", sa.String(64), primary_key=True),  # sha256
+    sa.Column("pseudonym", sa.Text, nullable=False),
+    sa.Column("csrf", sa.Text, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+)
+notes = sa.Table(  # where the page was last served
+    "notes", tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
+)
+
+NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "afs", "9p", "fuse.sshfs", "glusterfs", "orangefs",
+           "pvfs", "panfs", "wekafs", "fuse.glusterfs", "fuse.ceph")  # fmt: skip
+LOCK = 0x7475_6E65
+"""PostgreSQL's advisory lock under which events are added."""
+
+
+def network_file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """The type of the network file system that holds a path; None where it is local, or nothing is known."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return None
+    real, found, longest = os.path.realpath(path), "", -1
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].replace("\\040", " ")
+        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= longest:  # a later mount covers an earlier one
+            found, longest = after.split()[0], len(mount)
+    return found if found.startswith(NETWORK) else None
+
+
+def as_url(store: str) -> sa.URL:
+    """A store's URL; a plain path is an SQLite file. Raises ConfigError for databases that are neither."""
+    try:
+        url = sa.make_url(store if "://" in store else f"sqlite:///{store}")
+    except SQLAlchemyError:
+        raise ConfigError(f"{store}: not a database's URL; give a path or postgresql://user@host/name") from None
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise ConfigError(f"{url.render_as_string()}: labels are kept in SQLite or PostgreSQL, not in {url.drivername}")
+    if url.drivername == "sqlite" and not url.database:
+        raise ConfigError(f"{store}: name the file, as in sqlite:///state/labels.db")
+    return url
+
+
+class Database:
+    """An open database. `reading` sees one moment; `writing` is alone, in this process and among others."""
+
+    def __init__(self, store: str):
+        self.url = as_url(store)
+        self.lite = self.url.drivername == "sqlite"
+        self.warnings: list[str] = []
+        self._turn = threading.Lock()  # waits in order of arrival, where SQLite would poll
+        if self.lite:
+            path = Path(str(self.url.database))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            network = network_file_system(path)
+            if network:
+                self.warnings.append(f"{path}: on a network file system ({network}), where SQLite's locks cannot be relied upon. Serve from one machine only and keep copies, or use a local disk or postgresql://")  # fmt: skip
+            self.engine = sa.create_engine(self.url, pool_size=40, connect_args={"timeout": 30, "check_same_thread": False})  # fmt: skip
+            # A write-ahead log needs memory shared by all who open it, which a network file system does not give.
+            self._listen("DELETE" if network else "WAL")
+        else:
+            try:
+                self.engine = sa.create_engine(self.url, pool_size=20, max_overflow=20, pool_pre_ping=True)
+            except ModuleNotFoundError:
+                raise ConfigError(f"{self.shown}: PostgreSQL needs its driver: pip install 'psycopg[binary]'") from None
+        try:
+            self._create()
+        except SQLAlchemyError as e:
+            raise ConfigError(f"{self.shown}: cannot be opened ({str(getattr(e, 'orig', e)).strip().splitlines()[0]})") from None  # fmt: skip
+        if self.lite:
+            os.chmod(str(self.url.database), 0o600)
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password."""
+        return self.url.render_as_string()
+
+    def _listen(self, journal: str) -> None:
+        @sa.event.listens_for(self.engine, "connect")
+        def connect(connection, _record):  # the driver's own transactions begin too late
+            connection.isolation_level = None
+            for pragma in (f"journal_mode={journal}", "secure_delete=ON"):
+                connection.execute(f"PRAGMA {pragma}").close()
+
+        @sa.event.listens_for(self.engine, "begin")
+        def begin(connection):
+            # Two that read before they write would both chain to the same event; the lock comes first.
+            options = connection.get_execution_options()
+            connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options.get('durable') else 'NORMAL'}")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("alone") else "BEGIN")
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self, durable: bool = True) -> Iterator[sa.Connection]:
+        """A transaction: all of it is stored at the end, or nothing where an error leaves the block.
+
+        What is not durable may be lost, whole, when the machine loses power; it does not wait for the disk.
+        """
+        options = {"alone": True, "durable": durable}
+        with self._turn, self.engine.connect().execution_options(**options) as connection, connection.begin():
+            if not self.lite:
+                if not durable:
+                    connection.execute(sa.text("SET LOCAL synchronous_commit = off"))
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
+            yield connection
+
+    def scrub(self, table: str) -> None:
+        """Removes what was deleted from a table also from the database's files."""
+        if self.lite:
+            connection = self.engine.raw_connection()
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            connection.close()
+            return
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as alone:
+            alone.exec_driver_sql(f"VACUUM {table}")
+
+    def _create(self) -> None:
+        with self.writing() as connection:
+            tables.create_all(connection)
+            for table in AUDITED:
+                for statement in self._refusals(table):
+                    connection.execute(sa.text(statement))
+
+    def _refusals(self, table: sa.Table) -> list[str]:
+        """What makes the database refuse to change or delete rows."""
+        if self.lite:
+            unique = " OR ".join(f"{c.name} = NEW.{c.name}" for c in table.c if c.unique or c.primary_key)
+            clauses = {
+                "update": "UPDATE",
+                "delete": "DELETE",
+                "replace": "INSERT",  # INSERT OR REPLACE deletes without asking the trigger above
+            }
+            taken = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {unique})"
+            return [
+                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{what} BEFORE {clause} ON {table} "
+                f"{taken if what == 'replace' else ''} BEGIN SELECT RAISE(ABORT, '{table} are only ever added'); END"
+                for what, clause in clauses.items()
+            ]
+        return [
+            "CREATE OR REPLACE FUNCTION tunetrail_refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION '% are only ever added', TG_TABLE_NAME; END $$",
+            f"CREATE OR REPLACE TRIGGER {table}_fixed BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+            "FOR EACH STATEMENT EXECUTE FUNCTION tunetrail_refuse()",
+        ]

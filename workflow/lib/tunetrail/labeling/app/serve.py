@@ -1,0 +1,77 @@
+"""Serving the page: one process, which is plenty for twenty labelers."""
+
+import contextlib
+import getpass
+import ipaddress
+import re
+import socket
+import sys
+
+import uvicorn
+
+from tunetrail.errors import ConfigError
+from tunetrail.labeling.app.store import Store
+from tunetrail.labeling.app.web import application
+
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def _this_machine() -> str:
+    """Its name as others may know it."""
+    name = socket.getfqdn()
+    return socket.gethostname() if name.startswith("localhost") else name
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConfigError where the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as e:
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({e.strerror}); try another --port") from None  # fmt: skip
+    return sock
+
+
+def serve(store: Store, host: str, port: int, prefix: str) -> int:
+    """Serves until it is told to stop."""
+    prefix = prefix.rstrip("/")
+    if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
+        raise ConfigError(f"--prefix {prefix}: must be a path such as /labels")
+    if fault := store.fault():
+        raise ConfigError(f"{store.database.shown}: {fault}; restore it from a copy")
+    sock = listening(host, port)
+    port = sock.getsockname()[1]
+    local, here = _is_loopback(host), _this_machine()
+    address = f"http://{_in_url(here if host in EVERYWHERE else host)}:{port}{prefix}"
+    store.note("address", address)
+    for warning in store.database.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not local:
+        print(f"warning: {host} is open to the network, and what is sent is not encrypted. Put a proxy with TLS before it, or leave --host out and use the tunnel", file=sys.stderr)  # fmt: skip
+    progress = store.progress()
+    print(f"labels     {store.database.shown}")
+    print(f"tasks      {progress['tasks']}, of {progress['wanted']} answers {progress['have']} are there")
+    print(f"page       {address}/")
+    if local:
+        print(f"tunnel     ssh -N -L {port}:{_in_url(host)}:{port} {getpass.getuser()}@{here}")
+    print("labelers   tunetrail label add NAME gives each a link; Ctrl-C ends this, and nothing is lost", flush=True)
+    config = uvicorn.Config(
+        application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[sock])
+    return 0

@@ -1,0 +1,294 @@
+"""The audit trail: what was asked, and every event since, each chained to the one before by its sha256.
+
+An event's content is canonical JSON: {"number", "previous", "kind", "at", "labeler", "version", ...}. Its kinds:
+
+    publish        the tasks that are on from now (digest of their list) and the settings, guidelines included
+    ranking        a labeler's order of a task's completions, with how they were shown
+    demonstration  a labeler's answer to a prompt
+    skip           a labeler passed a task on, and why
+    undo           a labeler took one of their own events back
+
+Current answers are what a replay of the events gives; nothing else is believed.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from tunetrail import __version__
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.labeling.app.database import Database, events, notes, places, tasks
+from tunetrail.labeling.ranks import gapless
+from tunetrail.provenance.manifest import canonical, sha256_bytes
+
+START = "0" * 64
+"""What the first event is chained to."""
+MOST = 9
+"""Outputs of a task."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are handed out."""
+
+    overlap: int = 1
+    """Labelers a task."""
+    per_labeler: int | None = None
+    """The most answers of one labeler; None: no limit."""
+    lease_minutes: float = 30
+    """How long an untouched task stays with its labeler."""
+    skips: int = 2
+    """A task that so many labelers skipped is given to nobody else."""
+    training: int = 0
+    """So many gold tasks come first, with feedback."""
+    gold_every: int = 10
+    """A gold task comes after so many others; 0: none."""
+    repeat_every: int = 20
+    """A task comes a second time after so many others; 0: none."""
+    ratings: bool = True
+    """Ask for a rating from 1 to 7 too; it stays optional."""
+    guidelines: str = ""
+    """Markdown."""
+    seed: int = 0
+    """Of the order in which completions are shown."""
+
+    def __post_init__(self) -> None:
+        for name, low in {"overlap": 1, "skips": 1, "training": 0, "gold_every": 0, "repeat_every": 0, "per_labeler": 1}.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"labeling setting {name}: {value} is too small; at least {low}")
+        if self.lease_minutes <= 0:
+            raise ConfigError(f"labeling setting lease_minutes: {self.lease_minutes} must be above 0")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    @classmethod
+    def of(cls, settings: dict) -> "Settings":
+        if unknown := set(settings) - set(cls.names()):
+            raise ConfigError(f"labeling setting {min(unknown)!r}: unknown; there are {', '.join(cls.names())}")
+        return cls(**settings)
+
+    @property
+    def guidelines_digest(self) -> str:
+        return sha256_bytes(self.guidelines.encode())
+
+
+def checked_task(task: Any, where: str) -> dict:
+    """A task with all its keys. Raises DataError naming the place and what is wrong."""
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise DataError(f"{where}: {message}")
+
+    need(isinstance(task, dict), "must be a JSON object")
+    full = {"kind": "ranking", "completions": [], "draft": None, "gold": None, "split": ""} | task
+    unknown = set(full) - {"id", "kind", "prompt", "completions", "draft", "gold", "split"}
+    need(not unknown, f"unknown key {min(unknown, default='')!r}")
+    for key in ("id", "prompt"):
+        need(isinstance(full.get(key), str) and full[key] != "", f"'{key}' must be a text")
+    need(full["kind"] in ("ranking", "demonstration"), "'kind' must be ranking or demonstration")
+    completions = full["completions"]
+    need(isinstance(completions, list) and all(isinstance(c, str) for c in completions), "'completions' must be a list of texts")  # fmt: skip
+    need(full["draft"] is None or isinstance(full["draft"], str), "'draft' must be a text or null")
+    if full["kind"] == "demonstration":
+        need(full["gold"] is None, "a demonstration has no 'gold'")
+        return full
+    k = len(completions)
+    need(2 <= k <= MOST, f"a ranking needs 2 to {MOST} completions, here are {k}")
+    if full["gold"] is not None:
+        ranks: Any = full["gold"].get("ranks") if isinstance(full["gold"], dict) else None
+        good = isinstance(ranks, list) and len(ranks) == k and all(type(r) is int for r in ranks) and gapless(ranks)
+        need(good, f"'gold' must be {{'ranks': [{k} whole numbers from 1 (best), equal for ties, no gaps]}}")  # fmt: skip
+    return full
+
+
+def read_tasks(path) -> list[dict]:
+    """The tasks of a JSONL file. Raises DataError naming the line."""
+    found = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                found.append(checked_task(json.loads(line), f"{path}:{number}"))
+            except ValueError:
+                raise DataError(f"{path}:{number}: not JSON") from None
+    return found
+
+
+class Store:
+    """Tasks, events and what follows from them. All methods may be called by several threads and processes at once."""
+
+    def __init__(self, store: str):
+        self.database = Database(store)
+        self.reading, self.writing = self.database.reading, self.database.writing
+
+    # The chain
+
+    def append(self, connection: sa.Connection, kind: str, labeler: str | None, nonce: str | None, **content) -> int:
+        """Adds an event inside a writing transaction and returns its number."""
+        last = connection.execute(sa.select(events.c.number, events.c.digest).order_by(events.c.number.desc()).limit(1)).first()  # fmt: skip
+        number, previous = (last.number + 1, last.digest) if last else (1, START)
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        whole = {"number": number, "previous": previous, "kind": kind, "at": at, "labeler": labeler, "nonce": nonce, "version": __version__} | content  # fmt: skip
+        text = canonical(whole)
+        connection.execute(
+            events.insert().values(
+                number=number, kind=kind, labeler=labeler, nonce=nonce, content=text.decode(), digest=sha256_bytes(text)
+            )
+        )
+        return number
+
+    def events(self) -> Iterator[dict]:
+        """The contents of all events in order."""
+        with self.reading() as connection:
+            for content in connection.execute(sa.select(events.c.content).order_by(events.c.number)).scalars():
+                yield json.loads(content)
+
+    def head(self) -> str:
+        """The digest of the last event."""
+        with self.reading() as connection:
+            digest = sa.select(events.c.digest).order_by(events.c.number.desc()).limit(1)
+            return connection.execute(digest).scalar() or START
+
+    def fault(self) -> str | None:
+        """What is wrong with the first event that is not what was written; None where the chain is whole."""
+        previous, number = START, 0
+        with self.reading() as connection:
+            for row in connection.execute(sa.select(events).order_by(events.c.number)):
+                number += 1
+                content = json.loads(row.content)
+                columns = {key: getattr(row, key) for key in ("number", "kind", "labeler", "nonce")}
+                if sha256_bytes(row.content.encode()) != row.digest or content | columns != content:
+                    return f"event {row.number} is not what was written"
+                if row.number != number or content["previous"] != previous:
+                    return f"event {row.number} does not follow the event before it"
+                previous = row.digest
+            for row in connection.execute(sa.select(tasks)):
+                if sha256_bytes(row.content.encode()) != row.digest:
+                    return f"task {row.id} is not what was published"
+        return None
+
+    # Tasks
+
+    def publish(self, rows: list[dict], settings: dict | None = None) -> None:
+        """Makes these the tasks that are on. Answers to a task of the same content stay.
+
+        Raises DataError for a bad task, or two with one id; ConfigError for a bad setting.
+        """
+        full = [checked_task(row, f"task {row.get('id') if isinstance(row, dict) else n!r}") for n, row in enumerate(rows, 1)]  # fmt: skip
+        again = [name for name, n in Counter(task["id"] for task in full).items() if n > 1]
+        if again:
+            raise DataError(f"task {again[0]!r}: two tasks have this id")
+        chosen = Settings.of(settings or {})
+        contents = [canonical(task) for task in full]
+        digests = [sha256_bytes(content) for content in contents]
+        now = {"tasks": sha256_bytes(canonical(digests)), "settings": asdict(chosen)}
+        with self.writing() as connection:
+            before = self._published(connection)
+            if before and before | now == before:
+                return
+            known = set(connection.execute(sa.select(tasks.c.digest)).scalars())
+            new = [
+                {"digest": digest, "id": task["id"], "content": content.decode()}
+                for digest, task, content in zip(digests, full, contents, strict=True)
+                if digest not in known
+            ]
+            if new:
+                connection.execute(tasks.insert(), new)
+            connection.execute(places.delete())
+            if full:
+                connection.execute(
+                    places.insert(),
+                    [
+                        {"position": n, "task": digest, "gold": task["gold"] is not None}
+                        for n, (digest, task) in enumerate(zip(digests, full, strict=True))
+                    ],
+                )
+            self.append(connection, "publish", None, None, count=len(full), **now)
+
+    @staticmethod
+    def _published(connection: sa.Connection) -> dict | None:
+        last = sa.select(events.c.content).where(events.c.kind == "publish").order_by(events.c.number.desc()).limit(1)
+        content = connection.execute(last).scalar()
+        return json.loads(content) if content else None
+
+    def settings(self, connection: sa.Connection) -> Settings:
+        published = self._published(connection)
+        return Settings(**published["settings"]) if published else Settings()
+
+    def task(self, connection: sa.Connection, digest: str) -> dict:
+        return json.loads(connection.execute(sa.select(tasks.c.content).where(tasks.c.digest == digest)).scalar_one())
+
+    def tasks(self) -> list[dict]:
+        """The tasks that are on, in order."""
+        on = sa.select(tasks.c.content).join(places, places.c.task == tasks.c.digest).order_by(places.c.position)
+        with self.reading() as connection:
+            return [json.loads(content) for content in connection.execute(on).scalars()]
+
+    # What follows from the events
+
+    def labels(self) -> list[dict]:
+        """The current answers to the tasks that are on, in the order they were given.
+
+        {"task", "kind", "labeler", "ranks" [K] or None (1 best, in the task's order), "ratings" [K] or None,
+        "flags" [K] lists, "all_bad", "comment", "text" or None, "shown" [K], "seconds", "repeat", "gold", "training",
+        "skipped": reason or None, "at": UTC, "event": number}
+        """
+        with self.reading() as connection:
+            on = set(connection.execute(sa.select(places.c.task)).scalars())
+        current: dict[int, dict] = {}
+        for event in self.events():
+            if event["kind"] == "undo":
+                current.pop(event["undoes"], None)
+            elif event.get("task_digest") in on:
+                keys = ("task", "labeler", "ranks", "ratings", "flags", "all_bad", "comment", "text", "shown", "seconds", "skipped", "at")  # fmt: skip
+                row = {key: event[key] for key in keys}
+                purpose = event["purpose"]
+                row |= {"kind": event["task_kind"], "event": event["number"]}
+                row |= {"repeat": purpose == "repeat", "training": purpose == "training", "gold": purpose in ("gold", "training")}  # fmt: skip
+                current[event["number"]] = row
+        return list(current.values())
+
+    def progress(self) -> dict:
+        """How far labeling is, over the tasks that are no gold.
+
+        {"tasks", "overlap", "wanted": answers, "have": answers up to the overlap, "complete": tasks, "retired": tasks
+        that too many skipped, "skips", "labelers": {pseudonym: answers}, "settled": nothing is wanted any more}
+        """
+        with self.reading() as connection:
+            settings = self.settings(connection)
+            plain = sa.select(tasks.c.id).join(places, places.c.task == tasks.c.digest).where(~places.c.gold)
+            ids = list(connection.execute(plain).scalars())
+        rows = [row for row in self.labels() if not (row["gold"] or row["repeat"])]
+        answers = Counter(row["task"] for row in rows if row["skipped"] is None)
+        skips = Counter(row["task"] for row in rows if row["skipped"] is not None)
+        complete = sum(answers[name] >= settings.overlap for name in ids)
+        retired = sum(answers[name] < settings.overlap and skips[name] >= settings.skips for name in ids)
+        return {
+            "tasks": len(ids),
+            "overlap": settings.overlap,
+            "wanted": settings.overlap * len(ids),
+            "have": sum(min(answers[name], settings.overlap) for name in ids),
+            "complete": complete,
+            "retired": retired,
+            "skips": sum(skips.values()),
+            "labelers": dict(sorted(Counter(row["labeler"] for row in rows if row["skipped"] is None).items())),
+            "settled": complete + retired == len(ids),
+        }
+
+    # Notes
+
+    def note(self, key: str, value: str) -> None:
+        with self.writing() as connection:
+            connection.execute(notes.delete().where(notes.c.key == key))
+            connection.execute(notes.insert().values(key=key, value=value))
+
+    def noted(self, key: str) -> str | None:
+        with self.reading() as connection:
+            return connection.execute(sa.select(notes.c.value).where(notes.c.key == key)).scalar()

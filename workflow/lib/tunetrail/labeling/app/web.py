@@ -1,0 +1,267 @@
+"""The pages. All that changes something is a POST of JSON with the session's CSRF token.
+
+Pages never hold what a model is called or where an output stands in the task: outputs go by the place at which they are
+shown, and the nonce of the assignment is all that a page knows of its task.
+"""
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tunetrail import __version__
+from tunetrail.labeling.app import access, queue
+from tunetrail.labeling.app.answers import COMMENT, FLAGS, REASONS, TEXT, Refused
+from tunetrail.labeling.app.store import Settings, Store
+from tunetrail.reporting.numbers import duration, percent_interval
+
+HERE = Path(__file__).parent
+COOKIE = "tunetrail_label"
+LARGEST = 256 * 1024
+"""Bytes of a request's body."""
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+# Outputs are shown in full: HTML stays text, a link shows where it leads, and nothing is loaded from elsewhere.
+_markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+_markdown.disable(["image", "link", "autolink", "reference", "html_inline", "html_block"])
+
+
+def markdown(text: str) -> Markup:
+    """A text that may be markdown, as safe HTML."""
+    return Markup(_markdown.render(text))
+
+
+class Frame:
+    """Around all routes: takes the prefix off, if a proxy left it on, and adds the headers."""
+
+    def __init__(self, app: ASGIApp, prefix: str):
+        self.app, self.prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def framed(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                kept = [(name, value) for name, value in message["headers"] if name != b"server"]
+                more = HEADERS | {"cache-control": "no-cache" if "/static/" in scope["path"] else "no-store"}
+                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in more.items()]
+            await send(message)
+
+        if scope["type"] == "http" and self.prefix and (scope["path"] + "/").startswith(self.prefix + "/"):
+            scope = {**scope, "path": scope["path"][len(self.prefix) :] or "/", "raw_path": b""}
+        await self.app(scope, receive, framed)
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+async def _body(request: Request) -> dict:
+    """The JSON object that was sent. Raises Refused."""
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > LARGEST:
+            raise Refused(f"more than {LARGEST // 1024} KiB were sent", 413)
+    try:
+        sent = json.loads(content, parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        sent = None
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json" or not isinstance(sent, dict):
+        raise Refused("not a JSON object", 400)
+    return sent
+
+
+def _field(sent: dict, name: str, kind: type, default: Any = None) -> Any:
+    value = sent.get(name, default)
+    if type(value) is not kind:
+        raise Refused(f"{name!r} is missing or no {kind.__name__}", 400)
+    return value
+
+
+class Pages:
+    """The handlers, over a store."""
+
+    def __init__(self, store: Store, prefix: str):
+        self.store, self.prefix = store, prefix
+        self.requests = access.Rate(per_minute=300, burst=120)
+        self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel all come from one address
+        self.templates = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+        self.templates.filters |= {"markdown": markdown, "share": percent_interval, "duration": duration}
+        self.templates.globals |= {"base": prefix, "version": __version__}
+
+    def page(self, name: str, request: Request, status: int = 200, **values: Any) -> Response:
+        who = getattr(request.state, "session", None)
+        html = self.templates.get_template(name).render(who=who, **values)
+        return HTMLResponse(html, status)
+
+    # Who is asking
+
+    def guarded(self, handler: Callable[..., Awaitable[Response]], admin: bool = False) -> Callable[[Request], Awaitable[Response]]:  # fmt: skip
+        """A handler for those who have entered: rates, and the CSRF token where something may change."""
+
+        async def guarded(request: Request) -> Response:
+            who = await run_in_threadpool(access.session, self.store, request.cookies.get(COOKIE))
+            if who is None:
+                if request.method == "GET":
+                    return RedirectResponse(f"{self.prefix}/enter", 303)
+                raise Refused("your session has ended; open your link in another tab, then try again here", 401)
+            if not self.requests.allows(who.pseudonym):
+                raise Refused("too many requests; wait a moment", 429)
+            if request.method == "POST" and not hmac.compare_digest(request.headers.get("x-csrf-token", "").encode(), who.csrf.encode()):  # fmt: skip
+                raise Refused("this page is of another session; load it again", 403)
+            if admin and not who.admin:
+                raise Refused("for admins only", 403)
+            request.state.session = who
+            return await handler(request)
+
+        return guarded
+
+    async def entrance(self, request: Request) -> Response:
+        return self.page("enter.html.j2", request)
+
+    async def enter(self, request: Request) -> Response:
+        if not self.entries.allows(request.client.host if request.client else ""):
+            raise Refused("too many attempts; wait a minute", 429)
+        token = _field(await _body(request), "token", str)
+        cookie = await run_in_threadpool(access.enter, self.store, token.strip())
+        if cookie is None:
+            raise Refused("this token is not known; ask for a new link", 401)
+        reply = JSONResponse({"next": f"{self.prefix}/"})
+        reply.set_cookie(
+            COOKIE, cookie, path=self.prefix or "/", httponly=True, samesite="strict", secure=request.url.scheme == "https",
+            max_age=3600 * access.SESSION_HOURS,
+        )  # fmt: skip
+        return reply
+
+    async def leave(self, request: Request) -> Response:
+        await run_in_threadpool(access.leave, self.store, request.cookies[COOKIE])
+        reply = JSONResponse({"next": f"{self.prefix}/enter"})
+        reply.delete_cookie(COOKIE, path=self.prefix or "/")
+        return reply
+
+    # What they see
+
+    def _settings(self) -> Settings:
+        with self.store.reading() as connection:
+            return self.store.settings(connection)
+
+    async def home(self, request: Request) -> Response:
+        me = request.state.session.pseudonym
+        progress = await run_in_threadpool(self.store.progress)
+        last = await run_in_threadpool(queue.finished, self.store, me)
+        return self.page("home.html.j2", request, progress=progress, last=last, settings=self._settings())
+
+    async def task(self, request: Request) -> Response:
+        me = request.state.session.pseudonym
+        given = await run_in_threadpool(queue.next_task, self.store, me)
+        stored = request.query_params.get("stored", "")
+        notice = f"Stored as event {int(stored)}." if stored.isascii() and stored.isdigit() and len(stored) < 10 else ""
+        if given is None:
+            return self.page("done.html.j2", request, notice=notice)
+        name = "rank.html.j2" if given.task["kind"] == "ranking" else "write.html.j2"
+        return self.page(
+            name, request, given=given, letters="ABCDEFGHI", notice=notice, settings=self._settings(), flags=FLAGS,
+            reasons=REASONS, most={"comment": COMMENT, "text": TEXT}, draft=json.dumps(given.draft or {}),
+        )  # fmt: skip
+
+    async def feedback(self, request: Request) -> Response:
+        event = request.query_params.get("event", "")
+        number = int(event) if event.isascii() and event.isdigit() and len(event) < 10 else 0
+        found = await run_in_threadpool(queue.feedback, self.store, request.state.session.pseudonym, number)
+        if found is None:
+            raise Refused("there is no such training task of yours", 404)
+        return self.page("feedback.html.j2", request, letters="ABCDEFGHI", **found)
+
+    async def guidelines(self, request: Request) -> Response:
+        return self.page("guidelines.html.j2", request, settings=self._settings())
+
+    async def quality(self, request: Request) -> Response:
+        found = await run_in_threadpool(self._quality)
+        return self.page("quality.html.j2", request, **found)
+
+    def _quality(self) -> dict[str, Any]:
+        from tunetrail.labeling.quality import quality_page  # what draws takes seconds to load
+
+        head, progress = self.store.head(), self.store.progress()
+        found = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
+        return {"found": found, "progress": progress, "fault": self.store.fault(), "head": head}
+
+    # What they do
+
+    async def draft(self, request: Request) -> Response:
+        sent = await _body(request)
+        nonce, draft = _field(sent, "nonce", str), _field(sent, "draft", dict)
+        expires = await run_in_threadpool(queue.save_draft, self.store, request.state.session.pseudonym, nonce, draft)
+        return JSONResponse({"expires": expires})
+
+    async def submit(self, request: Request) -> Response:
+        sent = await _body(request)
+        nonce, answer = _field(sent, "nonce", str), _field(sent, "answer", dict)
+        stored = await run_in_threadpool(queue.submit, self.store, request.state.session.pseudonym, nonce, answer)
+        page = f"feedback?event={stored.event}" if stored.training else f"task?stored={stored.event}"
+        return JSONResponse({"event": stored.event, "next": f"{self.prefix}/{page}"})
+
+    async def skip(self, request: Request) -> Response:
+        sent = await _body(request)
+        nonce, why = _field(sent, "nonce", str), _field(sent, "skip", dict)
+        event = await run_in_threadpool(queue.skip, self.store, request.state.session.pseudonym, nonce, why)
+        return JSONResponse({"event": event, "next": f"{self.prefix}/task?stored={event}"})
+
+    async def undo(self, request: Request) -> Response:
+        event = (await _body(request)).get("event")
+        if event is not None and not (type(event) is int and 0 < event < 2**31):
+            raise Refused("'event' is no event's number", 400)
+        if not await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event):
+            raise Refused("there is nothing to take back", 409)
+        return JSONResponse({"next": f"{self.prefix}/task"})
+
+    async def refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        if request.method == "GET":
+            return self.page("refused.html.j2", request, error.status, message=str(error))
+        return JSONResponse({"error": str(error)}, error.status)
+
+    async def missing(self, request: Request, error: Exception) -> Response:
+        return await self.refused(request, Refused("there is no such page", getattr(error, "status_code", 404)))
+
+    async def fault(self, request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": "a fault of the server; nothing was stored. Try again"}, 500)
+
+
+def application(store: Store, prefix: str = "") -> Starlette:
+    """The page as an ASGI application, under a path prefix such as /labels ('' for none)."""
+    pages = Pages(store, prefix)
+    guarded = pages.guarded
+    routes = [
+        Route("/enter", pages.entrance),
+        Route("/enter", pages.enter, methods=["POST"]),
+        Route("/", guarded(pages.home)),
+        Route("/task", guarded(pages.task)),
+        Route("/feedback", guarded(pages.feedback)),
+        Route("/guidelines", guarded(pages.guidelines)),
+        Route("/quality", guarded(pages.quality, admin=True)),
+        *(Route(f"/{name}", guarded(getattr(pages, name)), methods=["POST"]) for name in ("leave", "draft", "submit", "skip", "undo")),
+        Mount("/static", StaticFiles(directory=HERE / "static")),
+    ]  # fmt: skip
+    handlers: Any = {Refused: pages.refused, 404: pages.missing, 405: pages.missing, 500: pages.fault}
+    return Starlette(routes=routes, middleware=[Middleware(Frame, prefix=prefix)], exception_handlers=handlers)
