@@ -145,7 +145,6 @@ def test_one_labeler_has_no_agreement(compare):
         ([ROWS[0], ROWS[1], ROWS[0]], {}, 65, "row r3 is in shard0 too"),
         (ROWS, {"tie": 100.0}, 65, "every pair is a tie"),
         ([ROWS[0], make_row("no-reference", ref=None)], {}, 65, "row no-reference has no reference text"),
-        (ROWS, {"labeler": "human"}, 78, "human is not available yet"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line_and_leave_nothing(compare, capfd, rows, options, code, message):

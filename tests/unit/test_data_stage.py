@@ -10,6 +10,7 @@ from tunetrail.config import DataConfig, FileSource
 from tunetrail.contract import main, read_jsonl, write_json
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import list_files
+from tunetrail.provenance.record import read_record
 from tunetrail.stages import data
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -93,6 +94,18 @@ def test_a_shared_system_message_makes_no_near_duplicates():
     system = {"role": "system", "content": " ".join(f"rule{i}" for i in range(200))}
     chats = [{"messages": [system, {"role": "user", "content": prompt(i)}, {"role": "assistant", "content": "a"}]} for i in range(60)]  # fmt: skip
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", chats)], max_prompt_tokens=2000)).code == 0
+
+
+def test_who_wrote_demonstrations_is_in_the_rows_and_the_record():
+    rows = [{"prompt": prompt(i), "completion": "a"} | ({"labeler": f"human-{i % 2}"} if i % 3 else {}) for i in range(60)]  # fmt: skip
+    done = Prepared(DataConfig(demonstrations=[file("d.jsonl", rows)]))
+    authors = {row["prompt"]: row.get("labeler") for row in rows}
+    read = [(row["prompt"], row.get("labeler")) for split in SPLITS for row in done[split]]
+    assert len({labeler for _, labeler in read}) == 3
+    assert all(authors[next(p for p in authors if p in text)] == labeler for text, labeler in read)
+    by_split = {d["name"]: d["annotations"] for d in read_record(Path("data")).of_role("labels")}
+    assert by_split["sft.jsonl"]["labelers"] == ["human-0", "human-1"]
+    assert by_split["sft.jsonl"]["demonstrations"] == sum("labeler" in row for row in done["sft"])
 
 
 def test_raw_text_is_not_lost():

@@ -41,6 +41,7 @@ ENVIRONMENT = "../../envs/tunetrail.yaml"
 
 BEFORE = "sft" if CONFIG.sft else "base"  # the model every policy starts from and is compared to
 SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)] if CONFIG.completions else []
+HUMAN = CONFIG.comparisons is not None and CONFIG.comparisons.labeler == "human"
 SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
@@ -142,6 +143,10 @@ def report_inputs():
 def input_options(inputs):
     """The `--input role=manifest` options of a stage."""
     return " ".join(f"--input {role}={path}" for role, path in inputs.items())
+
+
+def shard_options(manifests):
+    return input_options({f"shard{i}": path for i, path in enumerate(manifests)})
 
 
 def lease_run():

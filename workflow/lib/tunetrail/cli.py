@@ -6,6 +6,7 @@
     tunetrail label serve             the page on which people rank outputs and write answers
     tunetrail label add NAME          a labeler: a pseudonym and the link with which they enter; list, renew, forget
     tunetrail label verify            is the chain of events whole?
+    tunetrail label export --format F the answers as jsonl, trl, label-studio, argilla or demonstrations; import FILE
     tunetrail audit verify PATH…      is it still what it was?
     tunetrail audit trace PATH        what was it made from? --reverse: what was made from this?
     tunetrail audit diff A B          what differs?
@@ -143,6 +144,17 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
     ):
         command(name, function, about).add_argument("pseudonym")
     command("verify", _label_verify, "whether the chain of events is whole; prints its head")
+    export = command("export", _label_export, "the rankings that count, or the demonstrations, for other tools")
+    formats = ("jsonl", "trl", "label-studio", "argilla")
+    export.add_argument("--format", required=True, choices=(*formats, "demonstrations"))
+    imported = commands.add_parser("import", help="rankings of other tools as JSONL that data.preferences and the labeler `recorded` read")  # fmt: skip
+    imported.add_argument("path", type=Path)
+    imported.add_argument("--format", required=True, choices=formats)
+    imported.add_argument("--tasks", action="store_true", help="write tasks for `label serve --tasks` instead, to be ranked here")  # fmt: skip
+    imported.set_defaults(function=_label_import)
+    for one in (export, imported):
+        one.add_argument("--output", type=Path, help="file (default: standard output)")
+        one.set_defaults(json=False)
 
 
 def _folder(path: Path) -> Path:
@@ -254,6 +266,26 @@ def _label_verify(args: argparse.Namespace) -> int:
     fault = store.fault()
     print(f"{store.database.shown}: {fault or 'the chain is whole'}, head {store.head()}")
     return FINDING if fault else SOUND
+
+
+def _label_export(args: argparse.Namespace) -> int:
+    from tunetrail.labeling import exchange
+    from tunetrail.labeling.app.store import Store
+
+    store = Store(args.store)
+    tasks, labels = store.tasks(), store.labels()
+    if args.format == "demonstrations":
+        return _written(exchange.written(exchange.demonstrations(tasks, labels), "jsonl"), args)
+    rows = exchange.EXPORT[args.format](exchange.items_of(tasks, labels))
+    return _written(exchange.written(rows, args.format), args)
+
+
+def _label_import(args: argparse.Namespace) -> int:
+    from tunetrail.labeling import exchange
+
+    items = exchange.read(args.path, args.format)
+    rows = exchange.as_tasks(items) if args.tasks else exchange.to_jsonl(items)
+    return _written(exchange.written(rows, "jsonl"), args)
 
 
 def _verify(args: argparse.Namespace) -> int:

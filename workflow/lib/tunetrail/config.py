@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -421,9 +422,38 @@ class LlmLabeler(Block):
 
 
 class HumanLabeler(Block):
-    """People rank the outputs on a page of their own; not available yet."""
+    """People rank the outputs on a page of their own, `tunetrail label serve`; the run waits for them."""
 
     labeler: Literal["human"]
+    store: Text = Field(
+        default="state/labels.db",
+        description="where answers are kept: an SQLite file, or `postgresql://user@host/name` with the password in `~/.pgpass` or `$PGPASSWORD`. Each run needs its own",
+    )
+    overlap: Count = Field(default=1, description="labelers a task; the quota is so many rankings of every task")
+    per_labeler: Count | None = Field(default=None, description="the most rankings of one labeler; null: no limit")
+    skips: Count = Field(default=2, description="a task that so many labelers skipped is left out of the comparisons")
+    lease_minutes: Positive = Field(default=30, description="how long an untouched task stays with its labeler")
+    guidelines: Path | None = Field(default=None, description="a Markdown file that labelers read; null: none")
+    gold: Path | None = Field(
+        default=None,
+        description="a JSONL file of tasks with known ranks, `{id, prompt, completions, gold: {ranks}}`, to measure labelers by; null: none",
+    )
+    training: NonNegativeInt = Field(default=0, description="so many gold tasks come first, with feedback")
+    gold_every: NonNegativeInt = Field(default=10, description="a gold task comes after so many others; 0: none")
+    repeat_every: NonNegativeInt = Field(
+        default=20, description="a task comes again, unmarked, after so many others; 0: none"
+    )
+    ratings: Flag = Field(default=True, description="also offer a rating from 1 to 7 for each output")
+
+    @model_validator(mode="after")
+    def _keys_fit(self):
+        if urlsplit(self.store).password:
+            raise ValueError(
+                "store holds a password, which would get into records; put it into ~/.pgpass or $PGPASSWORD"
+            )
+        if self.training and not self.gold:
+            raise ValueError("training needs gold: a file of tasks with known ranks")
+        return self
 
 
 ComparisonsConfig = Annotated[
@@ -763,10 +793,6 @@ class Config(Block):
                 )
             if policy.method == "ppo" and policy.ptx_coef and data.shares.sft == 0:
                 problems.append(f"policies.{name}: ptx_coef needs demonstrations, but data.shares.sft is 0")
-        if isinstance(self.comparisons, HumanLabeler):
-            problems.append(
-                "comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm"
-            )
         for key, block, limit in (("sft", self.sft, data.limits.sft), ("reward", self.reward, data.limits.reward)):
             if block is not None and limit is not None and limit < block.batch_size:
                 problems.append(
@@ -1017,6 +1043,10 @@ def stage_config(config: Config, stage: str) -> dict:
             evaluation of `base`, `sft` or a policy.
     """
     stage, _, name = stage.partition(".")
+    if stage == "tasks":  # of the labelers' block only what changes the tasks
+        assert isinstance(config.comparisons, HumanLabeler)
+        gold = config.comparisons.model_dump(mode="json", include={"gold"})
+        return {"stage": stage, "seed": config.seed, "config": gold}
     block = config.policies[name] if stage == "policies" else getattr(config, stage)
     resolved = {
         "stage": block.method if stage == "policies" else stage,

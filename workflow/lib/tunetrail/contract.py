@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.config import canonical_json
-from tunetrail.errors import ConfigError, DataError, Displaced, Interrupted, TunetrailError
+from tunetrail.errors import ConfigError, DataError, Displaced, Interrupted, TunetrailError, Waiting
 from tunetrail.lease import Lease, hold, lease_seconds
 from tunetrail.provenance.manifest import (
     BESIDE,
@@ -496,7 +496,8 @@ def _record(path: Path, attempts: list[dict]) -> None:
 
 def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
     attempts_file = stage.state / ATTEMPTS
-    attempts = read_finished_rows(attempts_file)
+    # One that found people at work did nothing, and there may be one an hour.
+    attempts = [a for a in read_finished_rows(attempts_file) if not str(a.get("ended")).startswith(Waiting.word)]
     for attempt in attempts:  # a killed attempt could not write its own end
         attempt.setdefault("ended", "killed")
         attempt.setdefault("end", None)
@@ -514,6 +515,9 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
     try:
         metrics = run(stage)
         this["ended"] = "done"
+    except Waiting as e:
+        this["ended"] = f"{e.word} {e}"
+        raise
     except Interrupted as e:
         this["ended"] = str(e)
         raise
@@ -635,7 +639,7 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         _execute(run, args)
     except TunetrailError as e:
         for line in str(e).split("\n"):
-            print(f"{name}: {'interrupted' if isinstance(e, Interrupted) else 'error'}: {line}", file=sys.stderr)
+            print(f"{name}: {e.word}: {line}", file=sys.stderr)
         if isinstance(e, Interrupted):  # all processes leave at the same step
             _end_process_group()
         return e.exit_code

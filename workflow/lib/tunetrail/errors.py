@@ -10,6 +10,7 @@ class TunetrailError(Exception):
     """A mistake the user can mend. `exit_code` follows sysexits.h."""
 
     exit_code = 1
+    word = "error"
 
 
 class DataError(TunetrailError):
@@ -28,6 +29,17 @@ class Interrupted(TunetrailError):
     """Stopped before the end with progress saved (EX_TEMPFAIL): run the same command again."""
 
     exit_code = 75
+    word = "interrupted"
+
+
+class Waiting(Interrupted):
+    """People have not finished: nothing was lost and nothing can be done before they have."""
+
+    word = "waiting"
+
+
+PEOPLE = "for people"
+"""What the message of Waiting begins with."""
 
 
 class Displaced(Interrupted):

@@ -1,6 +1,7 @@
 """Readers: every source as checked rows, whatever its format and shape.
 
-A demonstration row is `{"text", "group"}` or `{"messages", "completion", "group"}`; a preference row is
+A demonstration row is `{"text", "group"}` or `{"messages", "completion", "group"}`, with `labeler` where the source names
+who wrote it; a preference row is
 `{"messages", "completions", "rankings", "group"}`. `messages` is what the model is shown, a single
 prompt being one message of the user. Nothing here needs a tokenizer, so files can be checked before
 any job starts.
@@ -238,6 +239,12 @@ def _user(prompt: str) -> list[dict]:
     return [{"role": "user", "content": prompt}]
 
 
+def _signed(row: dict) -> list[dict]:
+    """A demonstration with its author, where one is named."""
+    author = {} if row.get("labeler") in (None, "") else {"labeler": _labeler(row)}
+    return [found | author for found in _demonstration(row)]
+
+
 def _demonstration(row: dict) -> list[dict]:
     """One row in any of the three shapes; a chat gives a row for every turn of the assistant."""
     shapes = [
@@ -395,7 +402,7 @@ def demonstrations(source: Any, invalid: list[str] | None = None) -> Iterator[tu
                 if text.strip():
                     yield f"topics:{name}", {"text": text.strip(), "group": name}
         case _:
-            yield from _read(source, _demonstration, invalid)
+            yield from _read(source, _signed, invalid)
 
 
 def preferences(source: FileSource | HubSource, invalid: list[str] | None = None) -> Iterator[tuple[str, dict]]:

@@ -9,21 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from tunetrail.contract import Stage
-from tunetrail.errors import ConfigError
-from tunetrail.labeling import llm, recorded, reference, reward_model
+from tunetrail.labeling import human, llm, recorded, reference, reward_model
 from tunetrail.labeling.labels import Labels
-
-
-def _human(rows: list[dict], config: Any, stage: Stage) -> Labels:
-    raise ConfigError(
-        "comparisons.labeler: human is not available yet; choose reference, recorded, reward_model or llm"
-    )
-
 
 LABELERS: dict[str, Callable[[list[dict], Any, Stage], Labels]] = {
     "reference": reference.rank,
     "recorded": recorded.rank,
     "reward_model": reward_model.rank,
     "llm": llm.rank,
-    "human": _human,
+    "human": human.rank,
 }

@@ -29,7 +29,7 @@ from tunetrail.config import LlmLabeler, canonical_json
 from tunetrail.contract import Stage, read_finished_rows
 from tunetrail.errors import ConfigError, Interrupted
 from tunetrail.labeling.labels import Labels
-from tunetrail.labeling.prompts import ChatTurn, chat_turn
+from tunetrail.labeling.prompts import ChatTurn, chat_turn, shown_prompt
 from tunetrail.labeling.ranks import generator, ranks_from_scores
 from tunetrail.progress import ProgressBar
 from tunetrail.provenance.manifest import list_files, sha256_json
@@ -173,13 +173,6 @@ def local_judge(path: Path, precision: str) -> Judge:
 
 
 # ----------------------------------------------------------------------------- asking
-
-
-def shown_prompt(rendered: str, turn: ChatTurn | None) -> str:
-    """The prompt as the judge sees it: the user's own words where they are all there is, else the rendered text."""
-    if turn and rendered.count(turn.header) == 1:
-        return turn.message(rendered) or rendered
-    return rendered
 
 
 def ask_row(row: dict, guideline: str, judge: Judge, turn: ChatTurn | None) -> dict:

@@ -41,3 +41,10 @@ def chat_turn(base: Path) -> ChatTurn | None:
     from transformers import AutoTokenizer
 
     return ChatTurn.of(AutoTokenizer.from_pretrained(base / "model"))
+
+
+def shown_prompt(rendered: str, turn: ChatTurn | None) -> str:
+    """The prompt as who ranks sees it: the user's own words where they are all there is, else the rendered text."""
+    if turn and rendered.count(turn.header) == 1:
+        return turn.message(rendered) or rendered
+    return rendered

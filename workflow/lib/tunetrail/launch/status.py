@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tunetrail.errors import PEOPLE, Waiting
 from tunetrail.launch.dag import Job, jobs_of, listed
 from tunetrail.lease import holder
 from tunetrail.progress import ProgressLine, duration, parse
@@ -160,6 +161,8 @@ def standing(job: Job, queue: dict[str, str], rerun: str) -> Standing:
     own = attempts[-1].get("job_id") if attempts and "ended" not in attempts[-1] else None
     if is_running(job) or any(number in queue for number in [own, *ids]):
         return _running(job, attempts, folder, queue, ids)
+    if attempts and not job.after and str(attempts[-1].get("ended")).startswith(Waiting.word):
+        return Standing(job.name, job.rule, "waiting", attempts[-1]["ended"].removeprefix(f"{Waiting.word} "))
     if made:
         return Standing(job.name, job.rule, "stale", job.why)
     log = job.log if job.log and job.log.exists() else None
@@ -255,12 +258,15 @@ def as_json(found: list[Standing]) -> list[dict[str, Any]]:
     return [asdict(s) for s in found]
 
 
-def failure_summary(workflow: Any, arguments: list[str]) -> str:
-    """What failed in a workflow that has just ended, to be its last words.
+def failure_summary(workflow: Any, arguments: list[str]) -> tuple[str, int]:
+    """(what failed or waits for people in a workflow that has just ended, to be its last words; its exit code).
 
     Args:
         arguments: what snakemake was started with.
     """
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    found = failed(standings([job for job in jobs_of(workflow) if job.needed], shlex.join(["snakemake", *options])))
-    return "\n".join(["", *failure_lines(found), f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"])  # fmt: skip
+    found = standings([job for job in jobs_of(workflow) if job.needed], shlex.join(["snakemake", *options]))
+    people = [f"{s.name} waits {s.detail}" for s in found if s.state == "waiting" and s.detail.startswith(PEOPLE)]
+    broken, again = failed(found), f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"
+    code = Waiting.exit_code if people and not broken else 1
+    return "\n".join(["", *failure_lines(broken), *people, again]), code

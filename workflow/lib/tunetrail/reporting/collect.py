@@ -15,7 +15,7 @@ from tunetrail.provenance.picture import svg
 from tunetrail.provenance.record import Record, read_record
 from tunetrail.provenance.verify import Finding, Verifier
 
-ORDER = ("base", "data", "sft", "completions", "comparisons", "reward", "policy", "evaluation")
+ORDER = ("base", "data", "sft", "completions", "tasks", "comparisons", "reward", "policy", "evaluation")
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("reference", "reward_model", "llm")
 POLICY_COLOURS = 6

@@ -4,7 +4,8 @@
         --input base=…/manifest.json --input shard0=…/manifest.json --input shard1=…/manifest.json \\
         --output results/RUN/comparisons/manifest.json --state state/RUN/comparisons
 
-Writes `comparisons.jsonl`, sorted by (split, id): the rows of the shards with "rankings" added.
+Writes `comparisons.jsonl`, sorted by (split, id): the rows of the shards with "rankings" added. Where people rank there
+is the input `tasks`, and `labels.jsonl` and `events.jsonl` are written too: see `tunetrail.labeling.human`.
 """
 
 import json
@@ -48,6 +49,11 @@ def gather(stage: Stage) -> list[dict]:
     return sorted(rows, key=lambda row: (row["split"], row["id"]))
 
 
+def comparable(rows: list[dict]) -> list[dict]:
+    """The rows that have two distinct completions."""
+    return [row for row in rows if len(set(row["completions"])) > 1]
+
+
 def duplicates_removed(stage: Stage) -> int:
     """How many repeated or empty completions the shards dropped."""
     return sum(
@@ -88,7 +94,7 @@ def run(stage: Stage) -> dict:
     """Raises DataError where too little is left to compare, and what the labeler raises."""
     config: Any = TypeAdapter(ComparisonsConfig).validate_python(stage.config)
     gathered = gather(stage)
-    rows = [row for row in gathered if len(set(row["completions"])) > 1]
+    rows = comparable(gathered)
     usable = sum(row["split"] == "reward" for row in rows)
     if usable < MIN_PROMPTS:
         raise DataError(
@@ -96,7 +102,12 @@ def run(stage: Stage) -> dict:
             f"two distinct completions, at least {MIN_PROMPTS} are needed; raise data.limits.reward or completions.temperature"
         )
     labels = LABELERS[config.labeler](rows, config, stage)
-    rows = [row | {"rankings": rankings} for row, rankings in zip(rows, labels.rankings, strict=True)]
+    # People may skip a row.
+    rows = [row | {"rankings": found} for row, found in zip(rows, labels.rankings, strict=True) if found]
+    if (ranked := sum(row["split"] == "reward" for row in rows)) < MIN_PROMPTS:
+        raise DataError(
+            f"comparisons: only {ranked} prompts of the reward split were ranked, at least {MIN_PROMPTS} are needed"
+        )
     metrics = summarize(rows)
     if metrics["ties"] == 1:
         raise DataError(

@@ -9,6 +9,7 @@ that a limit takes a random prefix.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -157,7 +158,7 @@ def one_each(rows: list[dict]) -> list[dict]:
 
 
 def prompt_row(row: dict) -> dict:
-    common = {key: row[key] for key in ("id", "group", "source")}
+    common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row}
     if "text" in row:
         return common | {"text": row["text"]}
     completion = best(row) if row["kind"] == "preferences" else row["completion"]
@@ -180,6 +181,13 @@ def source_dependency(source: dict) -> dict:
         )
     return dependency(
         "source", source["source"], reason="the manifest has the digests of the rows that were read", **about
+    )
+
+
+def authors_dependency(path: Path, authors: list[str]) -> dict:
+    """Who wrote demonstrations of a split, for the record of all that is learnt from them."""
+    return dependency(
+        "labels", path.name, sha256_file(path), demonstrations=len(authors), labelers=sorted(set(authors))
     )
 
 
@@ -235,6 +243,8 @@ def run(stage: Stage) -> dict:
                 )
             comparisons += compared
         write_jsonl(stage.work / f"{split}.jsonl", [prompt_row(row) for row in mine])
+        if authors := [row["labeler"] for row in mine if "labeler" in row]:
+            stage.dependencies.append(authors_dependency(stage.work / f"{split}.jsonl", authors))
         prompts = [row for row in mine if "prompt" in row]
         card["splits"][split] = {
             "rows": len(mine),

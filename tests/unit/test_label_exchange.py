@@ -1,0 +1,209 @@
+"""Labels to other tools and back."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunetrail.cli import main
+from tunetrail.config import FileSource
+from tunetrail.data.readers import read_demonstrations, read_preferences
+from tunetrail.errors import DataError
+from tunetrail.labeling import exchange, recorded
+from tunetrail.labeling.app import queue
+from tunetrail.labeling.app.store import Store
+from tunetrail.labeling.ranks import dense
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+NAMES = ["human-1", "human-2", "human-10"]
+
+
+@st.composite
+def items(draw, all_tied: bool = True) -> list[exchange.Item]:
+    """Tasks of 2 to 9 distinct texts that some labelers ranked, with ties."""
+    found = []
+    for n in range(draw(st.integers(1, 3))):
+        texts = draw(st.lists(TEXT, min_size=2, max_size=9, unique=True))
+        k, rankings = len(texts), []
+        for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True)):
+            ranks = dense(draw(st.lists(st.integers(1, k), min_size=k, max_size=k)))
+            if not all_tied and len(set(ranks)) == 1:
+                ranks[0] = 2
+            ranking = {"labeler": name, "ranks": ranks, "order": draw(st.permutations(range(k))), "time": "2026-01-01"}
+            extras = {"ratings": None, "flags": [[]] * k, "all_bad": False, "comment": "é", "seconds": 1.5}
+            rankings.append(ranking | extras)
+        found.append({"id": f"t{n}", "prompt": draw(TEXT), "completions": texts, "rankings": rankings})
+    return found
+
+
+def there_and_back(given: list[exchange.Item], form: str, folder) -> list[exchange.Item]:
+    path = folder / form
+    path.write_text(exchange.written(exchange.EXPORT[form](given), form), encoding="utf-8")
+    return exchange.read(path, form)
+
+
+def ranks_by_text(found: list[exchange.Item]) -> dict:
+    """What every format must keep: who gave which text of which prompt which rank."""
+    return {
+        (item["id"], item["prompt"], ranking["labeler"]): dict(zip(item["completions"], ranking["ranks"], strict=True))
+        for item in found
+        for ranking in item["rankings"]
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exchange")
+
+
+@given(given=items())
+def test_jsonl_loses_nothing(folder, given):
+    assert there_and_back(given, "jsonl", folder) == given
+
+
+@pytest.mark.parametrize("form", ["label-studio", "argilla"])
+@given(given=items())
+def test_ranks_ties_and_labelers_come_back(folder, form, given):
+    assert ranks_by_text(there_and_back(given, form, folder)) == ranks_by_text(given)
+
+
+@given(given=items(all_tied=False))
+def test_trl_pairs_tell_all_ranks_unless_all_are_tied(folder, given):
+    found = there_and_back(given, "trl", folder)
+    assert ranks_by_text(found) == ranks_by_text(given)
+    assert len(found) == len(given)  # two labelers' pairs are of one task
+
+
+def item(ranks: list[int], order: list[int] | None = None) -> exchange.Item:
+    texts = ["a", "b", "c"][: len(ranks)]
+    ranking = {"labeler": "human-1", "ranks": ranks} | ({"order": order} if order else {})
+    return {"id": "t", "prompt": "p", "completions": texts, "rankings": [ranking]}
+
+
+def test_what_a_tie_becomes():
+    tied, all_tied = item([2, 1, 1], [0, 2, 1]), item([1, 1, 1])
+    pairs = [(row["chosen"], row["rejected"]) for row in exchange.to_trl([tied])]
+    assert pairs == [("b", "a"), ("c", "a")]
+    assert exchange.to_trl([all_tied]) == []
+    (task,) = exchange.to_label_studio([tied])
+    assert task["annotations"][0]["result"][0]["value"] == {"ranker": {"1": ["1", "2"], "2": ["0"]}}
+    (record,) = exchange.to_argilla([tied])
+    assert record["responses"]["ranking"][0]["value"] == ["response-3", "response-2", "response-1"]  # c was shown first
+    assert record["responses"]["ranks"][0]["value"] == "2 1 1"
+
+
+def test_what_other_tools_write_is_read(tmp_path):
+    """As their documents show it: other keys beside ours, no labeler of ours, strict orders, ties as Argilla 1 has them."""
+    studio = [
+        {
+            "id": 7, "data": {"prompt": "p", "items": [{"id": "blog", "title": "a"}, {"id": "mdn", "title": "b"}]},
+            "annotations": [
+                {"completed_by": {"id": 3, "email": "ann@lab.example"}, "result": [{"from_name": "rank", "to_name": "items", "type": "ranker", "value": {"ranker": {"rank": ["mdn", "blog"]}}}]},
+                {"completed_by": 4, "was_cancelled": True, "result": []},
+                {"completed_by": 5, "result": [{"from_name": "rank", "to_name": "items", "type": "ranker", "value": {"ranker": {"_": [], "1": ["blog", "mdn"]}}}]},
+            ],
+        }
+    ]  # fmt: skip
+    (tmp_path / "ls").write_text(json.dumps(studio))
+    (found,) = exchange.read(tmp_path / "ls", "label-studio")
+    assert (found["id"], found["completions"]) == ("7", ["a", "b"])
+    assert found["rankings"] == [{"labeler": "ann@lab.example", "ranks": [2, 1]}, {"labeler": "5", "ranks": [1, 1]}]
+
+    fields = {"prompt": "p", "response-1": "a", "response-2": "b", "response-3": "c"}
+    values = [
+        ["response-3", "response-1", "response-2"],
+        [{"value": "response-1", "rank": 1}, {"value": "response-2", "rank": 2}, {"value": "response-3", "rank": 1}],
+    ]
+    record = {
+        "fields": fields,
+        "responses": {"ranking": [{"value": v, "user_id": f"u{n}"} for n, v in enumerate(values)]},
+    }
+    (tmp_path / "a").write_text(json.dumps([record]))
+    (found,) = exchange.read(tmp_path / "a", "argilla")
+    assert [(r["labeler"], r["ranks"]) for r in found["rankings"]] == [("u0", [2, 3, 1]), ("u1", [1, 2, 1])]
+
+    (tmp_path / "trl").write_text('{"prompt": "p", "chosen": "y", "rejected": "x"}\n' * 2)
+    assert ranks_by_text(exchange.read(tmp_path / "trl", "trl")) == {
+        ("line-1", "p", "recorded"): {"y": 1, "x": 2},
+        ("line-2", "p", "recorded"): {"y": 1, "x": 2},
+    }
+
+
+PAIR = {"id": "t", "prompt": "p", "labeler": "l"}
+BAD = [
+    ("jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}\n{"prompt": "p"', "bad: is not JSON"),
+    ("jsonl", '\n{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}', "bad:2: needs a rank from 1 for each"),
+    ("trl", '{"prompt": "p", "chosen": "a"}', "bad:1: 'rejected' must be a text"),
+    ("trl", "\n".join(json.dumps(PAIR | {"chosen": a, "rejected": b}) for a, b in ("ab", "bc", "ca")), "bad:1: the pairs of id 't' by l are those of no ranking"),
+    ("trl", "[]", "bad:1: 'list' object has no attribute"),
+    ("label-studio", "{}", "bad: is not a JSON list"),
+    ("label-studio", '[{"data": {"items": []}}]', "bad:1: 'completions' must be a list"),
+    ("label-studio", '[{}]', "bad:1: has no 'data'"),
+    ("label-studio", json.dumps([{"data": {"prompt": "p", "items": [{"id": "0", "body": "a"}, {"id": "1", "body": "b"}]}, "annotations": [{"result": [{"from_name": "rank", "value": {"ranker": {"1": ["0"], "_": ["1"]}}}]}]}]), "bad:1: bucket '_'"),
+    ("argilla", json.dumps([{"fields": {"prompt": "p", "response-1": "a", "response-2": "b"}, "responses": {"ranking": [{"value": ["response-1"], "user_id": "u"}]}}]), "bad:1: a response does not rank every completion once"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "content", "message"), BAD)
+def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, form, content, message):
+    (tmp_path / "bad").write_text(content)
+    with pytest.raises(DataError) as error:
+        exchange.read(tmp_path / "bad", form)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def store(tmp_path) -> str:
+    """One ranking with a tie, one gold task, one skip and one demonstration."""
+    path = f"{tmp_path}/labels.db"
+    store = Store(path)
+    tasks = [
+        {"id": "r", "prompt": "Rank.", "completions": ["a", "b", "c"]},
+        {"id": "s", "prompt": "Skip.", "completions": ["a", "b"]},
+        {"id": "d", "kind": "demonstration", "prompt": "Write."},
+        {"id": "g", "prompt": "Gold.", "completions": ["a", "b"], "gold": {"ranks": [1, 2]}},
+    ]
+    store.publish(tasks, {"gold_every": 1})
+    while task := queue.next_task(store, "human-1"):
+        if task.task["id"] == "s":
+            queue.skip(store, "human-1", task.nonce, {"reason": "unclear"})
+            continue
+        ranks = [
+            {"a": 2, "b": 1, "c": 2}[text] if len(task.shown) == 3 else i + 1 for i, text in enumerate(task.outputs)
+        ]
+        answer = {"text": "Written by a person."} if task.task["kind"] == "demonstration" else {"ranks": ranks}
+        queue.submit(store, "human-1", task.nonce, answer)
+    assert len(store.labels()) == 4
+    return path
+
+
+def test_what_is_exported_can_be_trained_on(store, tmp_path):
+    ranked, written = tmp_path / "ranked.jsonl", tmp_path / "written.jsonl"
+    assert main(["label", "export", "--store", store, "--format", "jsonl", "--output", str(ranked)]) == 0
+    (row,) = read_preferences(FileSource(source="file", path=ranked))
+    assert row["messages"] == [{"role": "user", "content": "Rank."}]
+    assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [("human-1", [2, 1, 2])]
+    assert recorded.read_rankings(ranked, {})["Rank."][0].ranks == [2, 1, 2]
+
+    assert main(["label", "export", "--store", store, "--format", "demonstrations", "--output", str(written)]) == 0
+    (row,) = read_demonstrations(FileSource(source="file", path=written))
+    assert (row["completion"], row["labeler"]) == ("Written by a person.", "human-1")
+
+
+def test_from_one_tool_through_ours_to_the_page(store, tmp_path, capsys):
+    path = tmp_path / "ls.json"
+    assert main(["label", "export", "--store", store, "--format", "label-studio", "--output", str(path)]) == 0
+    assert main(["label", "import", str(path), "--format", "label-studio"]) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["labeler"], row["ranks"]) == ("human-1", [2, 1, 2])
+    assert main(["label", "import", str(path), "--format", "label-studio", "--tasks", "--output", str(tmp_path / "tasks")]) == 0  # fmt: skip
+    tasks = [json.loads(line) for line in (tmp_path / "tasks").read_text().splitlines()]
+    Store(f"{tmp_path}/other.db").publish(tasks)
+    assert tasks == [{"id": "r", "prompt": "Rank.", "completions": ["a", "b", "c"]}]
+    assert main(["label", "import", str(tmp_path / "tasks"), "--format", "argilla"]) == 2
+    assert "tasks: is not a JSON list" in capsys.readouterr().err

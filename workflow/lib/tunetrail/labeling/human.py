@@ -1,0 +1,86 @@
+"""People who rank on a page of their own: `tunetrail label serve`.
+
+The tasks that the stage `tasks` wrote are published in the store, which does nothing where they are the ones that are
+on. Once every task has its quota of rankings the answers are exported, and the artifact holds beside its comparisons
+
+    labels.jsonl   every current answer as `Store.labels` gives it, with those that do not count: gold tasks, training,
+                   repeats and skips
+    events.jsonl   the whole chain of events up to then, a line each; the sha256 of a line is named by the next one, and
+                   that of the last is the chain's head, which the record of everything learnt from the labels holds
+
+Until then Waiting is raised. Names of labelers are in neither; they are known by pseudonyms.
+"""
+
+from tunetrail.config import HumanLabeler
+from tunetrail.contract import Stage, write_jsonl
+from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
+from tunetrail.labeling.app.store import Settings, Store
+from tunetrail.labeling.labels import Labels
+from tunetrail.labeling.quality import by_task, counted, measure
+from tunetrail.provenance.manifest import canonical
+
+RUN = "run"
+"""The note in a store that says whose tasks it holds."""
+
+
+def settings_of(config: HumanLabeler, seed: int) -> dict:
+    """The settings that tasks are published with. Raises ConfigError."""
+    given = config.model_dump(include=set(Settings.names()))
+    if config.guidelines:
+        try:
+            given["guidelines"] = config.guidelines.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"comparisons.guidelines: {config.guidelines}: cannot be read ({e})") from None
+    else:
+        given["guidelines"] = ""
+    return given | {"seed": seed}
+
+
+def publish(store: Store, tasks: list[dict], config: HumanLabeler, run: str, seed: int) -> None:
+    """Raises ConfigError where the store holds the tasks of another run, whose labelers would lose theirs."""
+    if (other := store.noted(RUN)) not in (None, run):
+        raise ConfigError(f"comparisons.store: {config.store} holds the tasks of the run {other}; name another store")
+    store.note(RUN, run)
+    store.publish(tasks, settings_of(config, seed))
+
+
+def snapshot(store: Store) -> tuple[str, list[dict], list[dict], dict]:
+    """(head, events, labels, progress), all of one moment though people go on."""
+    while True:
+        head = store.head()
+        found = head, list(store.events()), store.labels(), store.progress()
+        if store.head() == head:
+            return found
+
+
+def ranking_of(label: dict) -> dict:
+    """A label as the ranking of a comparison row."""
+    return {"labeler": label["labeler"], "ranks": label["ranks"], "order": label["shown"], "time": label["at"], "scores": None}  # fmt: skip
+
+
+def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
+    """Raises Waiting before the quota is reached, DataError for a store that was tampered with, ConfigError."""
+    store = Store(config.store)
+    tasks = stage.rows("tasks", "tasks.jsonl")
+    publish(store, tasks, config, stage.output.parent.name, stage.seed)
+    if fault := store.fault():
+        raise DataError(f"comparisons.store: {config.store}: {fault}; restore it from a copy")
+    head, events, labels, progress = snapshot(store)
+    if not progress["settled"]:
+        raise Waiting(
+            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings are there; start their page with "
+            f"`tunetrail label serve --store {config.store}`, and run the same command again when they have finished"
+        )
+    write_jsonl(stage.work / "labels.jsonl", labels)
+    (stage.work / "events.jsonl").write_bytes(b"".join(canonical(event) + b"\n" for event in events))
+    answers = by_task(counted(labels))
+    measured = measure(labels, tasks)
+    return Labels(
+        [[ranking_of(label) for label in answers.get(row["id"], [])] for row in rows],
+        metrics={"quality": measured | {"outliers": len(measured["outliers"])}, "skips": progress["skips"]},
+        source={
+            "events": len(events),
+            "chain_head": head,
+            "guideline": next(e["settings"] for e in reversed(events) if e["kind"] == "publish")["guidelines"],
+        },
+    )
