@@ -105,6 +105,8 @@ BAD = [
     ("policies", None, "policies: is empty; give it keys, or remove it where it is optional"),
     ("data", None, "data: is empty; give it keys, or remove it where it is optional"),
     ("evaluation.sentence", "", "evaluation.sentence: must not be empty, got ''"),
+    ("tournament.judge", {"model": "m"}, "tournament.judge: give either endpoint (with model) or path (a local model)"),
+    ("lm_eval", {"tasks": []}, "lm_eval.tasks: should have at least 1 item after validation, not 0, got []"),
     ("sft.lora", {"target_modules": 5}, "sft.lora.target_modules: must be all-linear or a list of layer names, got 5"),
     ("sft.lora", {"target_modules": []}, "sft.lora.target_modules: must be all-linear or a list of layer names, got []"),
     ("comparisons", {"labeler": "llm", "endpoint": "localhost:8000", "model": "m"}, "comparisons.endpoint: must start with http:// or https://, got 'localhost:8000'"),
@@ -397,6 +399,7 @@ def test_a_sweep_may_turn_something_off():
 STAGES = ["base", "data", "sft", "completions", "comparisons", "reward", "retention", "report"]
 STAGES += [f"policies.{name}" for name in GOOD["policies"]]
 STAGES += [f"evaluation.{name}" for name in ("base", "sft", *GOOD["policies"])]
+STAGES += ["tournament"]
 RUN_A_MODEL = [stage for stage in STAGES if stage not in ("base", "data", "report")]
 EVALUATIONS = [stage for stage in STAGES if stage.startswith("evaluation")]
 
@@ -412,7 +415,9 @@ EVALUATIONS = [stage for stage in STAGES if stage.startswith("evaluation")]
         ("data.limits", {"sft": 100}, ["data"]),
         ("data.chat", False, ["data", *EVALUATIONS]),
         ("data.system", "Be brief.", ["data", *EVALUATIONS]),
-        ("evaluation.bootstrap", 100, EVALUATIONS),
+        ("evaluation.bootstrap", 100, [*EVALUATIONS, "tournament"]),
+        ("evaluation.frontier_prompts", 8, EVALUATIONS),
+        ("tournament", {"judge": {"endpoint": "http://localhost/v1", "model": "m"}}, ["tournament"]),
         ("retention", {"prompts": 8}, ["retention"]),
         ("report", {"title": "t"}, ["report"]),
         ("precision", "fp32", RUN_A_MODEL),
@@ -443,6 +448,8 @@ def test_what_a_stage_is_told_of_itself():
     assert stage_config(config, "policies.dpo")["stage"] == "dpo"
     assert stage_config(config, "evaluation.bon")["subject"] == {"name": "bon", "method": "best_of_n"}
     assert stage_config(config, "evaluation.base")["subject"] == {"name": "base", "method": "base"}
+    tested = parse(changed("lm_eval", {"tasks": ["arc_easy"]}))
+    assert stage_config(tested, "lm_eval.dpo")["subject"] == "dpo"
     assert canonical_json(stage_config(config, "policies.bon")) == (
         '{"config":{"method":"best_of_n","n":4},"precision":"auto","seed":0,"stage":"best_of_n"}'
     )

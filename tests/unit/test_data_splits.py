@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunetrail.config import SPLITS, Shares
-from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, shuffled
+from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, overlaps, shuffled
 from tunetrail.errors import DataError
 
 KINDS = st.sampled_from(["preferences", "demonstrations", "text"])
@@ -123,3 +123,21 @@ def test_five_thousand_rows_take_seconds():
     found = duplicates_across(texts, splits, 0.9)
     assert time.process_time() - start < 15
     assert len(found) == sum(split == "sft" for split in splits[:1000])
+
+
+def test_overlap_is_the_share_of_n_grams_in_training_texts():
+    trained = {"sft": ["one two three four five", "Nine, ten!"], "reward": [], "rl": ["two three four five six seven"]}
+    prompts = ["One two THREE, four.", "three four five six eight", "a b c d e", "nine ten", "six seven eight nine"]
+    assert overlaps(prompts, trained, 3) == [
+        (1.0, "sft"), (2 / 3, "rl"), (0.0, None), (None, None), (0.0, None)
+    ]  # fmt: skip
+
+
+def test_overlap_equals_brute_force():
+    rng, words = random.Random(0), "abcdef"
+    prompts, texts = ([" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(60)] for _ in range(2))
+    for prompt, (share, split) in zip(prompts, overlaps(prompts, {"sft": texts, "rl": []}, 4), strict=True):
+        grams = {prompt[i : i + 7] for i in range(0, len(prompt) - 6, 2)}
+        found = [any(gram in text for text in texts) for gram in grams]
+        assert share == (sum(found) / len(grams) if grams else None)
+        assert split == ("sft" if any(found) else None)

@@ -117,6 +117,43 @@ def test_raw_text_is_not_lost():
     assert {split: sum("prompt" in row for row in done[split]) for split in SPLITS} == {"sft": 30, "reward": 9, "rl": 9, "evaluation": 6, "heldout": 6}  # fmt: skip
 
 
+def largely(i: int) -> dict:
+    """Fifty prompts with 14 words of their own; the last 9 with an ending that the others have too, 24 words long."""
+    own = " ".join(f"{WORDS[k]}{i}" for k in range(10)) + f" {i}a {i}b {i}c {i}d"
+    ending = " ".join(f"e{k}" for k in range(24)) if i >= 41 else f"{i}e"
+    return {"prompt": f"{own} {ending}", "completion": f"{i}", "group": f"{i}"}
+
+
+def test_evaluation_prompts_that_training_texts_contain_are_reported_and_left_out(capfd):
+    rows = [largely(i) for i in range(50)]
+
+    def prepared(**options):
+        source = file("d.jsonl", rows, group="group")
+        return Prepared(DataConfig(demonstrations=[source], near_duplicate=1.0, overlap_words=8, **options))
+
+    kept = prepared(max_overlap=1.0)
+    shared = [row["id"] for row in kept["evaluation"] if int(row["completion"]) >= 41]
+    assert shared, "the seed gives evaluation none of the nine; take another"
+    found = kept.card["contamination"]
+    assert [row["id"] for row in found["worst"]] == sorted(shared)
+    assert found["max"] == pytest.approx(17 / 31)  # of 38 words: 31 sequences of eight, 17 of them within the ending
+    assert found["mean"] == pytest.approx(len(shared) * 17 / 31 / found["prompts"])
+    assert sum(found["histogram"]["counts"]) == found["prompts"] == len(kept["evaluation"])
+    assert {row["id"]: row["overlap"] for row in read_jsonl(Path("data/contamination.jsonl"))}.keys() == {row["id"] for row in kept["evaluation"]}  # fmt: skip
+
+    dropped = prepared(max_overlap=0.5, duplicates="drop")
+    assert dropped.card["dropped"]["contaminated"] == dropped.card["contamination"]["dropped"] == len(shared)
+    assert {row["id"] for row in dropped["evaluation"]} == {row["id"] for row in kept["evaluation"]} - set(shared)
+    assert dropped.card["contamination"]["max"] == 0
+
+    capfd.readouterr()
+    assert prepared(max_overlap=0.5).code == 65
+    assert (
+        f"{len(shared)} evaluation prompts are largely in the training texts, such as d.jsonl:"
+        in capfd.readouterr().err
+    )
+
+
 # ----------------------------------------------------------------------------- preferences
 
 

@@ -63,7 +63,7 @@ def test_every_key_is_in_the_readme_with_its_true_default(block):
             assert json.loads(default.strip("`")) == field.default
         else:  # too long for a table
             assert isinstance(field.default, BaseModel | list | str)
-            assert len(str(field.default)) > 20
+            assert len(str(field.default)) > 20 or isinstance(field.default, BaseModel)
 
 
 @pytest.mark.parametrize("block", REACHABLE, ids=lambda block: block.__name__)

@@ -19,7 +19,7 @@ from .test_training import write_artifact, write_workspace
 
 EPOCHS = {"learning_rate": 1e-3, "batch_size": 4}
 PPO = {
-    "method": "ppo", "steps": 10, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
+    "method": "ppo", "steps": 10, "checkpoints": 3, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
 LORA = {"lora": {"r": 2, "export_merged": True}}
@@ -31,8 +31,8 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "sft-lora": ("sft", EPOCHS | LORA | {"epochs": 2}, {"base": "base", "data": "data"}),
     "reward": ("reward", EPOCHS | {"epochs": 3}, OF_BASE | {"data": "data"}),
     "reward-lora": ("reward", EPOCHS | LORA | {"epochs": 3}, OF_BASE | {"data": "data"}),
-    "dpo": ("dpo", EPOCHS | {"method": "dpo"}, OF_BASE),
-    "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo"}, OF_BASE),
+    "dpo": ("dpo", EPOCHS | {"method": "dpo", "checkpoints": 2}, OF_BASE),
+    "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
     "completions-lora": ("completions", SAMPLING, {"model": "adapter", "data": "data"}),
     "ppo": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),

@@ -694,7 +694,7 @@ def test_local_judge_compares_the_next_tokens(stage, tmp_path):
     def verdict_of(name):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        return llm.local_judge(tmp_path / name, "fp32")([question, question])
+        return llm.local_judge(tmp_path / name, "fp32", "comparisons")([question, question])
 
     assert verdict_of("judge") == [likelier] * 2
     with torch.no_grad():  # the question has neither letter, so exchanging their embeddings exchanges their odds
@@ -709,7 +709,7 @@ def test_local_judge_compares_the_next_tokens(stage, tmp_path):
 
 def test_local_judge_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"comparisons.path: .* cannot be loaded as a language model"):
-        llm.local_judge(tmp_path, "fp32")
+        llm.local_judge(tmp_path, "fp32", "comparisons")
 
 
 # ----------------------------------------------------------------------------- registry

@@ -67,35 +67,158 @@ def test_group_interval_covers_clustered_data_where_rows_alone_do_not():
     assert _coverage(clustered, 0, trials=300) < 0.6
 
 
+def win_rate(ours, theirs, tie=0.0, groups=None):
+    return stats.win_rate(stats.outcomes(ours, theirs, tie), groups or list(range(len(ours))))
+
+
 def test_win_rate_counts_ties_half():
-    result = stats.win_rate([3, 2, 1, 5], [1, 2, 2, 1])
+    result = win_rate([3, 2, 1, 5], [1, 2, 2, 1])
     assert (result["wins"], result["ties"], result["losses"], result["n"]) == (2, 1, 1, 4)
     assert result["mean"] == 0.625
     assert result["low"] < 0.625 < result["high"]
 
 
 def test_win_rate_tie_is_inclusive():
-    assert stats.win_rate([3], [1], tie=2)["ties"] == 1
-    assert stats.win_rate([3.1], [1], tie=2)["wins"] == 1
-    assert stats.win_rate([1], [3.1], tie=2)["losses"] == 1
+    assert stats.outcomes([3, 3.1, 1], [1, 1, 3.1], tie=2).tolist() == [0.5, 1, 0]
 
 
 def test_win_rate_of_the_other_side_is_the_complement():
     random = np.random.default_rng(0)
     ours, theirs = random.integers(0, 5, size=50), random.integers(0, 4, size=50)
-    there, back = stats.win_rate(ours, theirs), stats.win_rate(theirs, ours)
+    there, back = win_rate(ours, theirs), win_rate(theirs, ours)
     assert there["mean"] == pytest.approx(1 - back["mean"])
     assert (there["wins"], there["losses"]) == (back["losses"], back["wins"])
     assert there["low"] == pytest.approx(1 - back["high"])
-    assert stats.win_rate([], []) is None
+    assert win_rate([], []) is None
 
 
 def test_dpo_against_ppo_on_256_prompts_is_not_significant():
     """61.7% against 57.0% (Rafailov et al. 2023): the intervals overlap, each about 6 points to a side."""
-    dpo, ppo = (stats.win_rate([1] * wins + [0] * (256 - wins), [0.5] * 256) for wins in (158, 146))
+    dpo, ppo = (win_rate([1] * wins + [0] * (256 - wins), [0.5] * 256) for wins in (158, 146))
     assert dpo["mean"] == pytest.approx(0.617, abs=1e-3)
     assert dpo["low"] < ppo["high"]
     assert dpo["high"] - dpo["mean"] == pytest.approx(1.96 * math.sqrt(0.617 * 0.383 / 256), abs=0.012)
+
+
+def test_bootstrap_of_the_mean_is_the_bootstrap():
+    random = np.random.default_rng(0)
+    values, groups = random.normal(size=200), random.integers(0, 30, size=200)
+    (found,) = stats.bootstrap_of(stats.mean_of(values), groups, 20_000, seed=0)
+    rows, clusters = (stats.bootstrap(values, 20_000, 1, groups=g) for g in (None, groups))
+    assert found["mean"] == pytest.approx(rows["mean"])
+    assert [found["low"], found["high"]] == pytest.approx([rows["low"], rows["high"]], abs=0.01)
+    assert [found["group_low"], found["group_high"]] == pytest.approx([clusters["low"], clusters["high"]], abs=0.015)
+    assert (found["n"], found["groups"]) == (200, 30)
+
+
+def test_bootstrap_of_rows_of_one_group_has_no_bounds_over_groups():
+    (found,) = stats.bootstrap_of(stats.mean_of([1.0, 2.0, 3.0]), ["a"] * 3, 100, seed=0)
+    assert (found["group_low"], found["group_high"], found["groups"]) == (None, None, 1)
+
+
+def test_win_rate_intervals_cover_95_times_in_100():
+    """With ties, and with prompts that come in groups: of the latter only the interval over groups covers."""
+    random, trials, n = np.random.default_rng(3), 4000, 200
+    chances, groups = [0.5, 0.2, 0.3], np.repeat(np.arange(50), 4)
+    alone = random.choice([1, 0.5, 0], size=(trials, n), p=chances)
+    together = random.choice([1, 0.5, 0], size=(trials, 50), p=chances)[:, groups]
+
+    def coverage(outcomes, ends):
+        found = stats.bootstrap_of(
+            lambda counts: counts @ outcomes.T / n, groups, 2000, seed=1
+        )  # of all trials at once
+        return np.mean([interval[f"{ends}low"] <= 0.6 <= interval[f"{ends}high"] for interval in found])
+
+    assert 0.93 <= coverage(alone, "") <= 0.97
+    assert 0.93 <= coverage(together, "group_") <= 0.97
+    assert coverage(together, "") < 0.75
+
+
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(9, 3, 0), (40, 20, 11), (5, 5, 2), (0, 7, 0)])
+def test_sign_flip_is_the_sign_test(wins, losses, ties):
+    from scipy.stats import binomtest
+
+    outcome = np.array([1] * wins + [0] * losses + [0.5] * ties)
+    p = stats.sign_flip_p(outcome, range(len(outcome)))
+    assert p == pytest.approx(binomtest(wins, wins + losses).pvalue, abs=0.01 if wins + losses > 12 else 1e-9)
+
+
+def test_sign_flip_of_groups_is_one_flip_a_group():
+    """Five groups of ten that all agree: 2 of 32 flips are as far from balance."""
+    outcome, groups = np.ones(50), np.repeat(np.arange(5), 10)
+    assert stats.sign_flip_p(outcome, groups) == pytest.approx(2 / 32)
+    assert stats.sign_flip_p(outcome, range(50)) < 0.001
+    assert stats.sign_flip_p(np.full(8, 0.5), range(8)) == 1
+    assert stats.sign_flip_p(outcome, ["a"] * 50) == 1  # one group shows nothing
+
+
+def test_sign_flip_is_uniform_where_nobody_is_better():
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 2)
+    outcomes = random.choice([1, 0], size=(150, 40))[:, groups]
+    p = np.array([stats.sign_flip_p(outcome, groups, seed=1) for outcome in outcomes])
+    assert 0.01 <= np.mean(p < 0.05) <= 0.09
+
+
+def test_holm_by_hand_and_between_bonferroni_and_nothing():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.6, 0.5]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+    p = np.random.default_rng(0).random(20) ** 3
+    corrected = np.array(stats.holm(p))
+    assert (p <= corrected).all()
+    assert (corrected <= np.minimum(1, 20 * p) + 1e-12).all()
+    assert (np.diff(corrected[np.argsort(p)]) >= 0).all()
+
+
+def test_holm_raises_a_false_alarm_in_one_family_of_twenty():
+    p = np.random.default_rng(1).random((4000, 6))
+    assert 0.04 <= np.mean([min(stats.holm(row)) < 0.05 for row in p]) <= 0.06
+
+
+@pytest.mark.parametrize("tests", [1, 4])
+def test_minimum_detectable_difference_is_found_four_times_in_five(tests):
+    """Drawn with a true win rate that far above one half, a z test at 5% over the tests finds it in 80% of the trials."""
+    from scipy.stats import norm
+
+    random, n = np.random.default_rng(0), 200
+    detectable = stats.minimum_detectable(random.permutation([1.0, 0.0] * (n // 2)), range(n), tests)
+    assert detectable == pytest.approx((norm.ppf(1 - 0.025 / tests) + norm.ppf(0.8)) * 0.5 / np.sqrt(n - 1), rel=1e-6)
+    drawn = random.random((20_000, n)) < 0.5 + detectable
+    z = (drawn.mean(1) - 0.5) / (drawn.std(1) / np.sqrt(n))
+    assert np.mean(np.abs(z) > norm.ppf(1 - 0.025 / tests)) == pytest.approx(0.8, abs=0.03)
+
+
+def test_minimum_detectable_difference_grows_with_the_groups():
+    outcome = np.repeat(np.random.default_rng(0).choice([0.0, 1.0], size=50), 4)
+    alone, grouped = (stats.minimum_detectable(outcome, g) for g in (range(200), np.repeat(np.arange(50), 4)))
+    assert grouped == pytest.approx(2 * alone, rel=0.02)
+    assert stats.minimum_detectable(np.ones(9), range(9)) is None
+    assert stats.minimum_detectable(np.array([0.0, 1.0]), ["a", "a"]) is None
+
+
+def test_best_of_n_from_many_samples_equals_all_subsets():
+    random = np.random.default_rng(0)
+    proxy, gold = random.normal(size=(2, 1, 6))
+    for n in (1, 2, 3, 6):
+        best = [max(rows, key=proxy[0].__getitem__) for rows in itertools.combinations(range(6), n)]
+        assert stats.best_of_n_weights(6, n).sum() == pytest.approx(1)
+        assert stats.best_of_n_values(proxy, proxy, n) == pytest.approx(proxy[0, best].mean())
+        assert stats.best_of_n_values(proxy, gold, n) == pytest.approx(gold[0, best].mean())
+
+
+def test_best_of_n_is_unbiased():
+    """The best of 4 standard normal numbers is 1.0294 on average."""
+    draws = np.random.default_rng(0).normal(size=(20_000, 16))
+    assert stats.best_of_n_values(draws, draws, 4).mean() == pytest.approx(1.0294, abs=0.01)
+
+
+def test_standard_error_equals_scipy():
+    from scipy.stats import sem
+
+    values = np.random.default_rng(0).normal(size=30).tolist()
+    assert stats.standard_error(values) == pytest.approx(sem(values))
+    assert stats.standard_error([1.0]) is None
 
 
 def test_expected_calibration_error_by_hand():

@@ -22,17 +22,20 @@ from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 from tunetrail.stages.reward import (
     KWiseCollator,
+    ceiling,
     evaluate,
     heldout_pairs,
     initialise,
     kwise_loss,
     kwise_scores,
+    reliability,
 )
 from tunetrail.training import (
     COMPLETE,
     epoch_order,
     history,
     is_complete,
+    kept_steps,
     latest_checkpoint,
     mark_complete,
     rows_at_once,
@@ -98,13 +101,64 @@ def test_reward_metrics_by_hand():
         {"id": "b", "group": "g", "completions": ["x", "long one"], "rankings": [{"labeler": "l", "ranks": [1, 2]}, {"labeler": "m", "ranks": [1, 1]}]},
         {"id": "c", "group": "g", "completions": ["x", "y"], "rankings": [{"labeler": "m", "ranks": [2, 1]}]},
     ]  # fmt: skip
-    pairs = heldout_pairs(rows, [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])])
+    scores = [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])]
+    pairs = heldout_pairs(rows, scores, {"a": "web", "b": "book", "c": "web"})
     assert [round(p["margin"], 3) for p in pairs] == [2.0, -1.0, 3.0]  # the tie decides nothing
     metrics = evaluate(pairs, seed=0)
     assert metrics["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert metrics["accuracy_longer_wins"]["mean"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert metrics["accuracy_by_labeler"]["m"]["mean"] == 1
     assert metrics["accuracy_by_labeler"]["l"]["mean"] == 0.5
+    assert metrics["accuracy_by_source"]["web"]["mean"] == 1
+    assert metrics["accuracy_by_source"]["book"]["mean"] == 0
+
+
+def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
+    """A model that is right as often as it says, and one that is twice as sure as it may be."""
+    random = np.random.default_rng(0)
+    margins = random.exponential(1.0, size=4000)
+    right = random.random(4000) < 1 / (1 + np.exp(-margins))
+    pairs = [{"id": str(i // 2), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))]  # fmt: skip
+    calibrated = reliability(pairs, seed=0)
+    assert all(row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"])  # fmt: skip
+    covered = [row["accuracy_low"] <= row["confidence"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"]]  # fmt: skip
+    assert sum(covered) >= len(covered) - 2
+    assert calibrated["ece"] < 0.03
+    sure = reliability([pair | {"margin": 2 * pair["margin"]} for pair in pairs], seed=0)
+    assert sure["ece_interval"]["low"] <= sure["ece"] <= sure["ece_interval"]["high"]
+    assert sure["ece_interval"]["low"] > calibrated["ece"]
+
+
+def test_the_ceiling_is_what_labelers_agree_on():
+    def row(name, *ranks):
+        return {"id": name, "rankings": [{"labeler": str(i), "ranks": list(r)} for i, r in enumerate(ranks)]}
+
+    # Three labelers on one pair: two agree, one does not. A fourth prompt's tie decides nothing.
+    rows = [row("a", [1, 2], [1, 2], [2, 1]), row("b", [1, 2], [1, 1], [1, 2])]
+    found = ceiling(rows, seed=0)
+    assert found["labelers"] == 3
+    assert found["agreement"]["mean"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+    # a: each of the two meets a split vote, the third a majority against it; b: both are seconded.
+    assert found["majority"]["mean"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
+    assert ceiling([row("a", [1, 2])], seed=0) is None
+
+
+def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
+    """Each is wrong on one pair in five: two agree on 0.8² + 0.2², one with nine others as often as it is right."""
+    random = np.random.default_rng(0)
+    wrong = random.random((600, 10)) < 0.2
+    rows = [
+        {
+            "id": str(i),
+            "rankings": [{"labeler": str(j), "ranks": [2, 1] if w else [1, 2]} for j, w in enumerate(prompt)],
+        }
+        for i, prompt in enumerate(wrong)
+    ]
+    found = ceiling(rows, seed=0)
+    assert found["agreement"]["mean"] == pytest.approx(0.68, abs=0.015)
+    assert found["majority"]["mean"] == pytest.approx(
+        0.8 - 0.6 * 0.0196, abs=0.02
+    )  # nine others are wrong 2% of the time
 
 
 def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
@@ -119,6 +173,12 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert max(spreads) <= 3
     assert order[:40] != order[40:80]
     assert order == epoch_order(lengths, 8, 3, seed=1)
+
+
+def test_kept_steps_are_spread_and_never_the_last():
+    assert kept_steps(12, 3) == [3, 6, 9]
+    assert kept_steps(2, 5) == [1]
+    assert kept_steps(1, 1) == kept_steps(9, 0) == []
 
 
 def test_sft_labels_only_the_completion_and_all_of_raw_text():
@@ -184,7 +244,7 @@ def write_workspace(folder: Path) -> str:
     ]
     comparisons = [
         {
-            "id": str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
+            "id": f"heldout-{i // 4}" if i % 4 == 3 else str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
             "completions": ["x" * (i % 3 + 2), "y", "zz"], "finished": [True, True, False],
             "rankings": [{"labeler": "a", "ranks": [1, 2, 3], "order": [0, 1, 2], "time": None, "scores": None}],
         }
@@ -217,7 +277,7 @@ STAGES = {
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
     ),
     "dpo": (
-        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3},
+        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3, "checkpoints": 8},
         {"policy": "base", "comparisons": "comparisons"},
     ),
     "reward-lora": (
@@ -225,7 +285,13 @@ STAGES = {
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
     ),
     "dpo-lora": (
-        {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "lora": {"r": 2}},
+        {
+            "method": "dpo",
+            "learning_rate": 1e-3,
+            "batch_size": 6,
+            "lora": {"r": 2, "export_merged": True},
+            "checkpoints": 1,
+        },
         {"policy": "base", "comparisons": "comparisons"},
     ),
 }
@@ -275,6 +341,13 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     code, error, stopped = run_stage(name, "stopped")
     assert code == 0, error
     assert stopped.read_bytes() == straight.read_bytes()
+    if "checkpoints" in STAGES[name][0]:
+        kept = sorted(int(path.name) for path in (stopped.parent / "checkpoints").iterdir())
+        assert kept == (list(range(1, 9)) if name == "dpo" else [4])
+        folders = (stopped.parent / "checkpoints" / str(kept[-1]), stopped.parent)
+        weights = (load_causal_lm(folder / "model").parameters() for folder in folders)
+        assert not all(torch.equal(kept, last) for kept, last in zip(*weights, strict=True))
+        assert not list((stopped.parent / "checkpoints").glob("*/merged"))
     # Neither what was resumed nor a merged adapter alarms the audit.
     verdict = Verifier().run([stopped.parent])
     assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}

@@ -29,7 +29,7 @@ def run(tiny_run, tmp_path_factory):
 def test_the_head_process_sealed_the_run_and_the_copy_is_sound(run):
     verdict = Verifier(recursive=True).run([run])
     assert verdict.findings == []
-    assert len(verdict.artifacts) == len(artifacts(run)) == 19
+    assert len(verdict.artifacts) == len(artifacts(run)) == 20
     assert verdict.bytes_read > 5e6
 
 

@@ -23,7 +23,7 @@ from ..conftest import ROOT, SHARED, Project
 
 TINY = "results/tiny"
 ARTIFACTS = [
-    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "report",
+    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "tournament", "report",
     *(f"policies/{name}" for name in ("dpo", "ppo", "ppo-lora", "best-of-2")),
     *(f"evaluation/{name}" for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2")),
 ]  # fmt: skip
@@ -86,6 +86,39 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
     )
 
 
+def test_checkpoints_are_on_the_frontier_and_load(tiny_run, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tiny_run.folder)
+    for name, steps in (("dpo", [2, 3]), ("ppo", [2]), ("ppo-lora", [1, 2])):
+        points = metrics(tiny_run, f"evaluation/{name}")["frontier"]["points"]
+        assert [(p["step"], p["chosen"]) for p in points] == [(step, step == steps[-1]) for step in steps]
+        assert all(p["kl"]["n"] == p["reward"]["n"] == p["gold"]["n"] == 4 for p in points)
+        for step in steps[:-1]:
+            AutoModelForCausalLM.from_pretrained(f"{TINY}/policies/{name}/checkpoints/{step}/model")
+    assert [p["n"] for p in metrics(tiny_run, "evaluation/sft")["best_of_n"]["points"]] == [1, 2, 4, 8, 16]
+
+
+def test_everyone_met_everyone(tiny_run):
+    found = metrics(tiny_run, "tournament")
+    assert found["subjects"] == ["base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2"]
+    assert len(found["sampled"]["pairs"]) == 15
+    assert len(found["greedy"]["pairs"]) == 10  # best-of-n has no greedy responses
+    for pair in found["sampled"]["pairs"]:
+        if pair["second"] == "sft":
+            assert pair["win_rate"] == pytest.approx(
+                metrics(tiny_run, f"evaluation/{pair['first']}")["win_rate_vs_sft"]
+            )
+    adapters = {tuple(row["adapters"]) for row in found["forgetting"]}
+    assert ("lora", "full") in adapters
+
+
+def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run):
+    found = tiny_run.pending(edited(tiny_run, lm_eval={"tasks": ["arc_easy"]}))
+    assert (found["lm_eval"], found["report"]) == (5, 1)
+    assert not found.keys() & {"evaluation", "tournament", "dpo"}
+
+
 def test_best_of_n_picks_what_the_reward_model_prefers(tiny_run):
     assert (
         metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"]
@@ -126,7 +159,7 @@ def edited(project: Project, **changes) -> str:
 
 def test_a_new_beta_reruns_that_policy_its_evaluation_and_the_report(tiny_run):
     assert tiny_run.pending(edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7})) == {
-        "stage_config": 1, "dpo": 1, "evaluation": 1, "report": 1, "all": 1,
+        "stage_config": 1, "dpo": 1, "evaluation": 1, "tournament": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 
@@ -155,7 +188,7 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
     lost, ranked, kept = (results / f"{name}/manifest.json" for name in ("completions/1-of-2", "comparisons", "completions/0-of-2"))  # fmt: skip
     before, kept_time = [lost.read_bytes(), ranked.read_bytes()], kept.stat().st_mtime_ns
     shutil.rmtree(project.folder / "state/tiny/completions")  # or the shard would find its samples there
-    for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "report"):
+    for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "tournament", "report"):
         shutil.rmtree(results / name)
     pending = project.pending()
     assert (pending["completions"], pending["comparisons"]) == (1, 1)
@@ -220,7 +253,8 @@ def rules(output: dict) -> set[str]:
 
 def test_the_default_has_every_node(project):
     assert rules(project.pending(config=None)) == {
-        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation", "report",
+        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation",
+        "tournament", "report",
     }  # fmt: skip
 
 
@@ -234,6 +268,7 @@ def test_preferences_from_a_file_skip_sampling_and_the_reward_model(project):
         "retention",
         "dpo",
         "evaluation",
+        "tournament",
         "report",
     }
 

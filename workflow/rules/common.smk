@@ -43,6 +43,9 @@ BEFORE = "sft" if CONFIG.sft else "base"  # the model every policy starts from a
 SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)] if CONFIG.completions else []
 HUMAN = CONFIG.comparisons is not None and CONFIG.comparisons.labeler == "human"
 SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
+TRAINED = [  # best-of-n has no weights of its own
+    name for name in SUBJECTS if name not in CONFIG.policies or CONFIG.policies[name].method != "best_of_n"
+]
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
 shell.prefix(
@@ -137,7 +140,19 @@ def report_inputs():
     }
     inputs |= {stage: manifest(stage) for stage, block in blocks.items() if block}
     inputs |= {f"policy.{name}": manifest(f"policies/{name}") for name in CONFIG.policies}
-    return inputs | {f"evaluation.{subject}": manifest(f"evaluation/{subject}") for subject in SUBJECTS}
+    inputs |= evaluations() | {"tournament": manifest("tournament")}
+    if CONFIG.lm_eval:
+        inputs |= {f"lm_eval.{subject}": manifest(f"lm_eval/{subject}") for subject in TRAINED}
+    return inputs
+
+
+def evaluations():
+    """Role -> manifest of the evaluation of every model."""
+    return {f"evaluation.{subject}": manifest(f"evaluation/{subject}") for subject in SUBJECTS}
+
+
+def tournament_inputs():
+    return {"base": manifest("base")} | evaluations()
 
 
 def input_options(inputs):

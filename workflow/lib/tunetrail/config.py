@@ -255,6 +255,14 @@ class DataConfig(Block):
     duplicates: Literal["error", "drop"] = Field(
         default="error", description="duplicates across splits: stop, or leave out the one that would be trained on"
     )
+    overlap_words: Count = Field(
+        default=8, description="length of the word n-grams by which evaluation prompts are looked for in training texts"
+    )
+    max_overlap: Fraction = Field(
+        default=0.5,
+        description="share of an evaluation prompt's n-grams that training texts may have; above it `duplicates` says "
+        "whether to stop or to leave the prompt out. 1: all are kept, and reported",
+    )
 
     @model_validator(mode="after")
     def _some_data(self):
@@ -396,10 +404,9 @@ class RewardModelLabeler(Block):
         return self
 
 
-class LlmLabeler(Block):
+class LlmJudge(Block):
     """A language model judges pairs, each in both orders: give `endpoint` and `model`, or `path`."""
 
-    labeler: Literal["llm"]
     endpoint: Url | None = Field(default=None, description="OpenAI-compatible base URL, ending in /v1")
     model: Text | None = Field(default=None, description="the endpoint's model name")
     path: Path | None = Field(default=None, description="local folder of a causal language model, instead of endpoint")
@@ -409,8 +416,6 @@ class LlmLabeler(Block):
     guideline: Text = Field(
         default="Which of the two responses answers the prompt better?", description="what the judge is asked"
     )
-    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
-    noise: Fraction = Field(default=0.0, description="share of the verdicts replaced by a coin flip")
 
     @model_validator(mode="after")
     def _one_judge(self):
@@ -419,6 +424,14 @@ class LlmLabeler(Block):
         if self.endpoint and not self.model:
             raise ValueError("model is needed with endpoint")
         return self
+
+
+class LlmLabeler(LlmJudge):
+    """A language model ranks by judging pairs, each in both orders: give `endpoint` and `model`, or `path`."""
+
+    labeler: Literal["llm"]
+    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
+    noise: Fraction = Field(default=0.0, description="share of the verdicts replaced by a coin flip")
 
 
 class HumanLabeler(Block):
@@ -471,6 +484,9 @@ DpoLoss = Literal[
 DPO_LOSSES = get_args(DpoLoss)
 
 
+Checkpoints = Annotated[NonNegativeInt, Field(description="models kept at equal distances along the way and evaluated like the last; each takes its room")]  # fmt: skip
+
+
 class DpoConfig(Epochs):
     """Direct preference optimisation (Rafailov et al. 2023) by TRL's DPOTrainer."""
 
@@ -487,6 +503,7 @@ class DpoConfig(Epochs):
     pairs_per_prompt: Count | None = Field(
         default=None, description="pairs of a prompt at most, the widest gaps in rank first; null: all"
     )
+    checkpoints: Checkpoints = 0
 
     @model_validator(mode="after")
     def _smoothing_fits(self):
@@ -530,6 +547,7 @@ class PpoConfig(Training):
         default=1, description="episodes of each prompt in a batch, which share its prefill; a divisor of batch_size"
     )
     steps: Count = Field(description="iterations of rollout and update; raise it while reward still rises")
+    checkpoints: Checkpoints = 0
     schedule: Literal["constant", "linear"] = Field(
         default="constant", description="of the learning rates; linear: down to 0 over all steps"
     )
@@ -683,6 +701,10 @@ class EvaluationConfig(Sampling):
     bootstrap: Annotated[Integer, Field(ge=100)] = Field(
         default=2000, description="resamples of the prompts behind each 95% interval"
     )
+    frontier_prompts: Count | None = Field(
+        default=64,
+        description="prompts that a policy's checkpoints answer, and 16 times the model they start from; null: all",
+    )
     batch_tokens: Count | None = Field(
         default=None,
         description="tokens of a forward pass when scoring; lower it where memory runs out; null: 4096 on a GPU, 2048 on a CPU",
@@ -693,6 +715,25 @@ class EvaluationConfig(Sampling):
     preferences: list[PreferenceProbe] = Field(
         default=PREFERENCE_PROBES, description="probes: log-probs of a preferred and a dispreferred response"
     )
+
+
+class TournamentConfig(Block):
+    """Every model against every other on the evaluation prompts, by gold score and by a judge."""
+
+    judge: LlmJudge | None = Field(
+        default=None,
+        description="a language model that compares the sampled responses too; a local one wants a GPU for this rule",
+    )
+
+
+class LmEvalConfig(Block):
+    """Tasks of the language-model evaluation harness on every model. Needs its package: `pip install lm-eval`."""
+
+    tasks: Annotated[list[Text], Field(min_length=1)] = Field(description="names of tasks, as `[arc_easy, lambada]`")
+    include_path: Path | None = Field(default=None, description="a folder of YAML files that define further tasks")
+    few_shot: NonNegativeInt | None = Field(default=None, description="examples in each prompt; null: the task's own")
+    limit: Count | None = Field(default=None, description="documents of each task, at most; for trying out")
+    batch_size: Count = Field(default=8, description="requests of a forward pass; lower it where memory runs out")
 
 
 class ReportConfig(Block):
@@ -734,6 +775,12 @@ class Config(Block):
         default=RetentionConfig(), description="unrelated text that must not be forgotten; null: not measured"
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="of base, sft and every policy")
+    tournament: TournamentConfig = Field(
+        default=TournamentConfig(), description="every model against every other, where all evaluations meet"
+    )
+    lm_eval: LmEvalConfig | None = Field(
+        default=None, description="tasks of the evaluation harness on every model; null: none"
+    )
     report: ReportConfig = Field(default=ReportConfig(), description="the page about the run")
 
     @field_validator("policies")
@@ -988,7 +1035,9 @@ def _line(error: Any, source: str) -> list[str]:
     elif kind == "string_pattern_mismatch":
         what = f"{_PATTERNS[error['ctx']['pattern']]}, got {given}"
     else:
-        message = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
+        message = (
+            error["msg"].removeprefix("Input should be ").removeprefix("String should ").removeprefix("List should ")
+        )
         prefix = "must be " if error["msg"].startswith("Input should be ") else "should "
         what = f"{_WORDS.get(kind, prefix + message)}, got {given}"
     return [f"{source}: {key}: {what}"]
@@ -1009,7 +1058,9 @@ def parse(content: dict, source: str = "config") -> Config:
 
 def check_files(config: Config, source: str = "config") -> None:
     """Raises ConfigError for every path in the config that does not exist, or is a folder where a file is due."""
-    models = {"base.path"} | ({"comparisons.path"} if not isinstance(config.comparisons, RecordedLabeler) else set())
+    models = {"base.path", "tournament.judge.path", "lm_eval.include_path"} | (
+        {"comparisons.path"} if not isinstance(config.comparisons, RecordedLabeler) else set()
+    )
     problems = []
     for key, path in config.files().items():
         if not path.exists():
@@ -1031,16 +1082,27 @@ def load(path: Path) -> Config:
 # The keys of other blocks that a stage reads, besides its own block, the seed and (if it runs a model) the precision.
 _ALSO_READS = {
     "evaluation": ("data.chat", "data.system"),
+    "tournament": ("evaluation.tie", "evaluation.bootstrap"),
 }
-_RUNS_MODEL = ("sft", "completions", "comparisons", "reward", "policies", "retention", "evaluation")
+_RUNS_MODEL = (
+    "sft",
+    "completions",
+    "comparisons",
+    "reward",
+    "policies",
+    "retention",
+    "evaluation",
+    "tournament",
+    "lm_eval",
+)
 
 
 def stage_config(config: Config, stage: str) -> dict:
     """What one stage may see, as JSON-able values: its own block and the few shared keys it reads.
 
     Args:
-        stage: `base`, `data`, `sft`, …; `policies.<name>` for one policy; `evaluation.<name>` for the
-            evaluation of `base`, `sft` or a policy.
+        stage: `base`, `data`, `sft`, …; `policies.<name>` for one policy; `evaluation.<name>` and `lm_eval.<name>`
+            for those of `base`, `sft` or a policy.
     """
     stage, _, name = stage.partition(".")
     if stage == "tasks":  # of the labelers' block only what changes the tasks
@@ -1055,6 +1117,8 @@ def stage_config(config: Config, stage: str) -> dict:
     }
     if stage in _RUNS_MODEL:
         resolved["precision"] = config.precision
+    if stage == "lm_eval":
+        resolved["subject"] = name
     if stage == "evaluation":
         method = config.policies[name].method if name in config.policies else name
         resolved["subject"] = {"name": name, "method": method}
@@ -1114,6 +1178,9 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("retention", "", RetentionConfig),
     ("evaluation", "", EvaluationConfig),
     ("evaluation.preferences[]", "", PreferenceProbe),
+    ("tournament", "", TournamentConfig),
+    ("tournament.judge", "", LlmJudge),
+    ("lm_eval", "", LmEvalConfig),
     ("report", "", ReportConfig),
 ]
 

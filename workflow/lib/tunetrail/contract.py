@@ -80,6 +80,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 ANOTHER = "another attempt of this stage"
 LOST = "lost"
 ATTEMPTS = "attempts.jsonl"
+KEPT = "kept"
+"""Folder of the state for models of steps along the way, which the artifact gets too."""
 
 log = logging.getLogger("tunetrail")
 
@@ -539,6 +541,7 @@ def _tidy(stage: Stage) -> None:
     """Leaves in the state of a published artifact what somebody may want to read."""
     for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
         shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(stage.state / KEPT, ignore_errors=True)
     attempts_file = stage.state / ATTEMPTS
     if attempts_file.exists():
         # They are in the record now; what the same state folder makes another time begins a history of its own.

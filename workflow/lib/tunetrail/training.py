@@ -13,7 +13,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config import Epochs
 from tunetrail.contract import (
+    KEPT,
     Stage,
     is_main_process,
     of_all_processes,
@@ -187,6 +188,50 @@ class StageCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.__exit__(None, None, None)
+
+
+def kept_steps(total: int, count: int) -> list[int]:
+    """At most `count` steps at equal distances before the last of `total`.
+
+    >>> kept_steps(12, 3), kept_steps(2, 5)
+    ([3, 6, 9], [1])
+    """
+    return sorted({round(total * i / (count + 1)) for i in range(1, count + 1)} - {0, total})
+
+
+def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
+    """Saves the model of this step for good, beside what is saved to resume from. Call it in the process that writes.
+
+    Args:
+        save: fills a folder.
+    """
+    folder = stage.state / KEPT / str(step)
+    if folder.exists():  # an earlier attempt came this far, with the same bytes
+        return
+    pending = folder.with_name(f"{step}.new")
+    shutil.rmtree(pending, ignore_errors=True)
+    save(pending)
+    for path in walk(pending):  # whoever finds the folder takes it for whole
+        sync(path)
+    stage.check_leases()
+    pending.rename(folder)
+
+
+def publish_kept(stage: Stage) -> None:
+    """Puts the kept models into the artifact; a copy, since this attempt may yet be killed."""
+    if (stage.state / KEPT).exists():
+        shutil.copytree(stage.state / KEPT, stage.work / "checkpoints", ignore=shutil.ignore_patterns("*.new"))
+
+
+class KeepCallback(TrainerCallback):
+    """Keeps models along the way."""
+
+    def __init__(self, stage: Stage, count: int, save: Callable[[Any, Path], None]):
+        self.stage, self.count, self.save = stage, count, save
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if is_main_process() and state.global_step in kept_steps(state.max_steps, self.count):
+            keep(self.stage, state.global_step, functools.partial(self.save, model))
 
 
 def mark_complete(stage: Stage, checkpoint: Path) -> None:

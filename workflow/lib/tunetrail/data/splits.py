@@ -1,8 +1,9 @@
 """Splitting by source group, and refusing duplicates across splits."""
 
 import random
+import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -109,6 +110,36 @@ def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: fl
             found |= {i: kept for i in rows if splits[i] != splits[kept] and i not in found}
         index.insert(text, signature)
     return [(kept, i) for i, kept in sorted(found.items())]
+
+
+TRAINED = ("sft", "reward", "rl")
+"""Splits that something is trained on."""
+
+
+def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """Word n-grams, case and punctuation aside; a shorter text has none."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def overlaps(
+    prompts: Sequence[str], trained: Mapping[str, Sequence[str]], n: int
+) -> list[tuple[float | None, str | None]]:
+    """Of each evaluation prompt the share of its n-grams that a text of any training split has (as Brown et al. 2020,
+    appendix C, look for them), and the split that most of them are in.
+
+    Returns:
+        (share, split); (None, None) for a prompt of fewer than n words, (0, None) where no text has any.
+    """
+    rows = [ngrams(prompt, n) for prompt in prompts]
+    wanted = set().union(*rows)  # training texts may be many: only what is asked for is kept of them
+    seen = {split: set().union(*(ngrams(text, n) & wanted for text in texts)) for split, texts in trained.items()}
+    anywhere = set().union(*seen.values())
+    found: list[tuple[float | None, str | None]] = []
+    for grams in rows:
+        share = len(grams & anywhere) / len(grams) if grams else None
+        found.append((share, max(seen, key=lambda split: len(grams & seen[split])) if share else None))
+    return found
 
 
 def shuffled(rows: Sequence[dict], seed: int, split: str) -> list[dict]:

@@ -1,10 +1,12 @@
-"""What a language model thinks of given texts: losses, log-probs, next-token probabilities."""
+"""What a language model thinks of given texts: losses, log-probs, next-token probabilities, distance to another."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from tunetrail.models.batching import Batch
+from tunetrail.models.head import SCORED_AT_ONCE, head_weight
 from tunetrail.models.scoring import map_batches, response_logprobs, sequence_scores
 from tunetrail.runtime import autocast, device
 
@@ -44,6 +46,50 @@ def reward_scores(
     return [float(score) for score in map_batches(function, prompts, responses, pad_id, device(), max_tokens)]
 
 
+def next_token_log_probs(model: Any, batch: Batch, temperature: float) -> Iterator[torch.Tensor]:
+    """The distributions that predict each response token of a batch, row by row: chunks [n, V] float32.
+
+    The head is computed in float32 where it is a plain one: bf16 logits would add a distance of their own.
+    """
+    r, mask, weight = batch.response_mask.shape[1], batch.response_mask, head_weight(model)
+    if weight is None:
+        parts = model(**batch.inputs, logits_to_keep=r + 1).logits[:, :-1][mask].split(SCORED_AT_ONCE)
+    else:
+        parts = model.base_model(**batch.inputs).last_hidden_state[:, -r - 1 : -1][mask].split(SCORED_AT_ONCE)
+    for part in parts:
+        with torch.autocast(part.device.type, enabled=False):
+            logits = part.float() if weight is None else part.float() @ weight.float().T
+        yield (logits / temperature).log_softmax(-1)
+
+
+def kl_divergences(
+    model: Any,
+    reference: Any,
+    examples: list[tuple[list[int], list[int]]],
+    pad_id: int,
+    precision: str,
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
+) -> list[float]:
+    """Of each response that `model` sampled the KL of model to reference along it, in nats.
+
+    At every step the whole next-token distributions are compared, instead of the two log-probs of the token that was
+    drawn: the Rao-Blackwellised estimate (Amini, Vieira and Cotterell 2025). It has the same mean over responses and
+    never more variance; it is 0 for equal models, since both are scored by the same pass; and unlike exp(-d) - 1 + d
+    no single token can dominate it.
+    """
+
+    def function(batch: Batch) -> torch.Tensor:
+        with autocast(precision):
+            pairs = zip(*(next_token_log_probs(m, batch, temperature) for m in (model, reference)), strict=True)
+            flat = torch.cat([(ours.exp() * (ours - theirs)).sum(-1) for ours, theirs in pairs])
+        return flat.new_zeros(batch.response_mask.shape).masked_scatter(batch.response_mask, flat)
+
+    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
+    rows = map_batches(function, prompts, responses, pad_id, device(), max_tokens)
+    return [max(0.0, float(row.sum())) for row in rows]
+
+
 def mean_nlls(
     model: Any,
     examples: list[tuple[list[int], list[int]]],
@@ -74,9 +120,26 @@ def sentence_probe(model: Any, tokenizer: Any, sentence: str, top: int = 50) -> 
                 "token": tokenizer.decode([ids[position]]),
                 "prob": probs[position - 1, ids[position]].item(),
                 "top": [
-                    {"token": tokenizer.decode([token]), "prob": prob}
+                    {"id": token, "token": tokenizer.decode([token]), "prob": prob}
                     for prob, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
                 ],
             }
         )
     return rows
+
+
+def right_choices(
+    model: Any, questions: list[dict], pad_id: int, precision: str, max_tokens: int | None = None
+) -> list[bool]:
+    """Whether the answer is the likeliest choice by log-prob a token, of each multiple-choice question.
+
+    Args:
+        questions: with "prompt_ids", "choices" (token ids of each) and "answer", an index.
+    """
+    examples = [(row["prompt_ids"], choice) for row in questions for choice in row["choices"]]
+    nlls = iter(mean_nlls(model, examples, pad_id, precision, max_tokens))
+    found = []
+    for row in questions:
+        scores = [next(nlls) for _ in row["choices"]]
+        found.append(scores.index(min(scores)) == row["answer"])
+    return found

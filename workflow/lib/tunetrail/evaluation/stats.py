@@ -4,10 +4,12 @@ A value that cannot be measured (no data, a constant) is None, never 0.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+
+Interval = dict[str, Any]
 
 _BLOCK = 1 << 20  # indices drawn at once: bounds the memory of a bootstrap over many prompts
 
@@ -44,30 +46,130 @@ def bootstrap(
     return {"mean": float(x.mean()), "low": float(low), "high": float(high), "n": len(x)}
 
 
-def win_rate(
-    ours: Sequence[float],
-    theirs: Sequence[float],
-    tie: float = 0.0,
-    n_resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[Hashable] | None = None,
-) -> dict[str, Any] | None:
-    """How often our score beats theirs on the same prompt; a gap of at most `tie` is a tie and counts half.
+def bootstrap_of(
+    statistic: Callable[[np.ndarray], np.ndarray], groups: Sequence[Hashable], n_resamples: int, seed: int
+) -> list[Interval]:
+    """Bootstrap intervals of any statistics of n rows, over rows and over the groups that rows belong to.
 
     Args:
-        ours, theirs: [n], a score for each prompt.
+        statistic: [B, n] (how often each row was drawn) -> [B, K].
+        groups: [n].
 
     Returns:
-        The bootstrap interval over prompts (or groups) with "wins", "ties", "losses"; None for no prompts.
+        K times {"mean": the statistic of the rows themselves, "low", "high", "n", "group_low", "group_high",
+        "groups"}; the group's bounds are None where all rows are of one group.
     """
+    _, member = np.unique([str(g) for g in groups], return_inverse=True)
+    n, random = len(member), np.random.default_rng(seed)
+    size = int(member.max()) + 1
+
+    def bounds(units: int, spread: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        block = max(1, _BLOCK // n)
+        drawn = [
+            statistic(spread(random.multinomial(units, np.full(units, 1 / units), min(block, n_resamples - start))))
+            for start in range(0, n_resamples, block)
+        ]
+        return np.percentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
+
+    estimates = statistic(np.ones((1, n)))[0]
+    rows = bounds(n, lambda counts: counts)
+    clusters = bounds(size, lambda counts: counts[:, member]) if size > 1 else np.full_like(rows, None, dtype=object)
+    return [
+        {
+            "mean": float(mean), "low": float(low), "high": float(high), "n": n,
+            "group_low": g_low, "group_high": g_high, "groups": size,
+        }
+        for mean, low, high, g_low, g_high in zip(estimates, *rows, *clusters.tolist(), strict=True)
+    ]  # fmt: skip
+
+
+def mean_of(values: Sequence[float] | np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The mean of [n] values, or of each of the K columns of [n, K], as a statistic for `bootstrap_of`."""
+    columns = np.asarray(values, dtype=float).reshape(len(values), -1)
+    return lambda counts: counts @ columns / counts.sum(1, keepdims=True)
+
+
+def outcomes(ours: Sequence[float], theirs: Sequence[float], tie: float = 0.0) -> np.ndarray:
+    """[n]: 1 where our score is the higher one, 0 where theirs is, one half where they lie within `tie`."""
     gap = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    outcome = np.where(np.abs(gap) <= tie, 0.5, gap > 0)
-    interval = bootstrap(outcome.tolist(), n_resamples, seed, groups)
-    if interval is None:
+    return np.where(np.abs(gap) <= tie, 0.5, gap > 0)
+
+
+def win_rate(
+    outcome: np.ndarray, groups: Sequence[Hashable], n_resamples: int = 2000, seed: int = 0
+) -> Interval | None:
+    """How often we win, prompt by prompt; a tie counts half.
+
+    Args:
+        outcome: [n] of 1, 0.5, 0, see `outcomes`.
+        groups: [n], the source group of each prompt.
+
+    Returns:
+        The intervals over prompts and groups of `bootstrap_of` with "wins", "ties", "losses"; None for no prompts.
+    """
+    if not len(outcome):
         return None
-    return interval | {
-        name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))
-    }
+    return bootstrap_of(mean_of(outcome), groups, n_resamples, seed)[0] | tally(outcome)
+
+
+def tally(outcome: np.ndarray) -> dict[str, int]:
+    """ "wins", "ties" and "losses" of [n] outcomes."""
+    return {name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
+
+
+def group_sums(values: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
+    """[n], [n] -> [G]: the sum of each group's values."""
+    _, member = np.unique([str(g) for g in groups], return_inverse=True)
+    return np.bincount(member, values)
+
+
+def sign_flip_p(outcome: np.ndarray, groups: Sequence[Hashable], seed: int = 0) -> float:
+    """Two-sided p-value that neither side is the better one: if so, each group's outcomes could as well be the other's.
+
+    Fisher's randomisation test with whole groups as units, exact where all flips can be listed, else 9,999 of them.
+    With groups of one prompt it is the exact sign test.
+
+    Args:
+        outcome: [n] of 1, 0.5, 0.
+    """
+    from scipy.stats import permutation_test
+
+    sums = group_sums(2 * outcome - 1, groups)
+    sums = sums[sums != 0]  # turned around they are the same
+    if len(sums) < 2:
+        return 1.0
+    result = permutation_test((sums,), np.sum, permutation_type="samples", vectorized=True, batch=1000, rng=seed)
+    return float(min(1.0, result.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of m tests such that under 0.05 with 95% confidence none is a false alarm (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, highest = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = highest
+    return corrected
+
+
+def minimum_detectable(
+    values: np.ndarray, groups: Sequence[Hashable], tests: int = 1, power: float = 0.8
+) -> float | None:
+    """How far the true mean must lie from the hypothesis to be shown with this power, at 5% over so many tests.
+
+    (z(1 - 0.05/(2 tests)) + z(power)) standard errors, with the standard error that groups of dependent values have
+    (Liang and Zeger 1986). None for a constant or a single group.
+    """
+    from scipy.stats import norm
+
+    sums = group_sums(values - values.mean(), groups)
+    if len(sums) < 2 or not sums.any():
+        return None
+    error = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values)
+    return float((norm.ppf(1 - 0.05 / (2 * tests)) + norm.ppf(power)) * error)
 
 
 def expected_calibration_error(
@@ -116,6 +218,31 @@ def best_of_n_kl(n: int) -> float:
     Exact only where no two samples tie.
     """
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n_weights(samples: int, n: int) -> np.ndarray:
+    """[samples]: probability that the sample of each rank, worst first, is the best of n drawn without replacement.
+
+    With them the mean over sorted samples is the unbiased estimate of what best-of-n gets (Nakano et al. 2021, app. I):
+    C(i - 1, n - 1) / C(samples, n) for rank i.
+    """
+    return np.array([math.comb(i, n - 1) for i in range(samples)]) / math.comb(samples, n)
+
+
+def best_of_n_values(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    """[P]: the expected value of the best of n samples by `proxy`, of each prompt.
+
+    Args:
+        proxy: [P, S], the score that chooses.
+        values: [P, S], what is measured of the chosen one; `proxy` itself or a gold score.
+    """
+    order = np.argsort(proxy, axis=1, kind="stable")
+    return np.take_along_axis(values, order, 1) @ best_of_n_weights(proxy.shape[1], n)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def expected_accuracy(accuracy: float, label_noise: float) -> float:

@@ -25,7 +25,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from tunetrail.config import LlmLabeler, canonical_json
+from tunetrail.config import LlmJudge, LlmLabeler, canonical_json
 from tunetrail.contract import Stage, read_finished_rows
 from tunetrail.errors import ConfigError, Interrupted
 from tunetrail.labeling.labels import Labels
@@ -80,15 +80,18 @@ def scores_from_outcomes(outcomes: dict[tuple[int, int], int], k: int) -> list[f
 # ----------------------------------------------------------------------------- judges
 
 
-def endpoint_judge(config: LlmLabeler) -> Judge:
+def endpoint_judge(config: LlmJudge, key: str) -> Judge:
     """A judge behind an OpenAI-compatible `/chat/completions`, asked at temperature 0.
 
     The key is read from the environment variable `api_key_env`; without one no key is sent, as servers
     on one's own machine want it. HTTP 429 and 5xx and lost connections are tried again with growing
     pauses, then raise Interrupted; any other HTTP error raises ConfigError.
+
+    Args:
+        key: of the judge in the config, for messages.
     """
     url = f"{str(config.endpoint).rstrip('/')}/chat/completions"
-    key = os.environ.get(config.api_key_env)
+    secret = os.environ.get(config.api_key_env)
 
     def post(question: str) -> bytes:
         body = {
@@ -98,8 +101,10 @@ def endpoint_judge(config: LlmLabeler) -> Judge:
             "max_tokens": 16,
         }
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if key:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")  # a redirect must not carry it elsewhere
+        if secret:
+            request.add_unredirected_header(
+                "Authorization", f"Bearer {secret}"
+            )  # a redirect must not carry it elsewhere
         for pause in (*BACKOFF_SECONDS, None):
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
@@ -109,8 +114,8 @@ def endpoint_judge(config: LlmLabeler) -> Judge:
                 trouble = f"HTTP {e.code} {e.reason}"
                 if e.code != 429 and e.code < 500:
                     raise ConfigError(
-                        f"comparisons.endpoint: {url} refused the request ({trouble}); check endpoint, model "
-                        f"and the key in ${config.api_key_env} ({'set' if key else 'not set'})"
+                        f"{key}.endpoint: {url} refused the request ({trouble}); check endpoint, model "
+                        f"and the key in ${config.api_key_env} ({'set' if secret else 'not set'})"
                     ) from None
             except (OSError, http.client.HTTPException) as e:  # no connection, a timeout, a reply cut short
                 trouble = str(getattr(e, "reason", e))
@@ -124,7 +129,7 @@ def endpoint_judge(config: LlmLabeler) -> Judge:
             answer = json.loads(reply)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             raise ConfigError(
-                f"comparisons.endpoint: {url} answered without choices[0].message.content; is it OpenAI-compatible?"
+                f"{key}.endpoint: {url} answered without choices[0].message.content; is it OpenAI-compatible?"
             ) from None
         return parse_verdict(answer or "")
 
@@ -135,7 +140,7 @@ def endpoint_judge(config: LlmLabeler) -> Judge:
     return judge
 
 
-def local_judge(path: Path, precision: str) -> Judge:
+def local_judge(path: Path, precision: str, key: str) -> Judge:
     """A causal language model in a folder: the verdict is the likelier next token of `A` and `B`. Raises ConfigError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,12 +154,12 @@ def local_judge(path: Path, precision: str) -> Judge:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"comparisons.path: {path}: cannot be loaded as a language model: {reason}") from None
+        raise ConfigError(f"{key}.path: {path}: cannot be loaded as a language model: {reason}") from None
     model.to(device()).eval()
     letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     if any(len(ids) != 1 for ids in letters):
         raise ConfigError(
-            f"comparisons.path: {path}: its tokenizer has no single tokens for 'A' and 'B'; choose another judge"
+            f"{key}.path: {path}: its tokenizer has no single tokens for 'A' and 'B'; choose another judge"
         )
 
     @torch.inference_mode()
@@ -195,7 +200,7 @@ def ask_rows(rows: list[dict], ask: Callable[[dict], dict], stage: Stage) -> dic
     answers = {answer["id"]: answer for answer in read_finished_rows(path)}
     todo = [row for row in rows if row["id"] not in answers]
     with (
-        ProgressBar("comparisons", len(rows), "prompts", done=len(answers)) as bar,
+        ProgressBar(stage.name, len(rows), "prompts", done=len(answers)) as bar,
         path.open("a", encoding="utf-8") as f,
     ):
         for row in todo:
@@ -205,6 +210,25 @@ def ask_rows(rows: list[dict], ask: Callable[[dict], dict], stage: Stage) -> dic
             f.flush()
             bar.advance()
     return answers
+
+
+def judge_rows(rows: list[dict], config: LlmJudge, stage: Stage, key: str) -> tuple[dict[str, dict], dict[str, Any]]:
+    """(answers by row id, who judged). Raises Interrupted where the endpoint stays silent or time is over, ConfigError
+    for an unfit judge.
+
+    Args:
+        rows: with "id", "prompt", "completions".
+        key: of the judge in the config, for messages.
+    """
+    turn = chat_turn(stage.inputs["base"])
+    if config.path:
+        judge = local_judge(config.path, stage.shared.get("precision", "auto"), key)
+        source: dict[str, Any] = {"path": str(config.path), "digest": sha256_json(list_files(config.path))}
+    else:
+        judge = endpoint_judge(config, key)
+        source = {"endpoint": config.endpoint, "model": config.model}
+    answers = ask_rows(rows, lambda row: ask_row(row, config.guideline, judge, turn), stage)
+    return answers, source | {"guideline": sha256_json(config.guideline)}
 
 
 def rankings_of(answer: dict, k: int, config: LlmLabeler, seed: int) -> list[dict]:
@@ -232,19 +256,12 @@ def rankings_of(answer: dict, k: int, config: LlmLabeler, seed: int) -> list[dic
 
 def rank(rows: list[dict], config: LlmLabeler, stage: Stage) -> Labels:
     """Raises Interrupted where the endpoint stays silent or time is over, ConfigError for an unfit judge."""
-    turn = chat_turn(stage.inputs["base"])
-    if config.path:
-        judge = local_judge(config.path, stage.shared.get("precision", "auto"))
-        source: dict[str, Any] = {"path": str(config.path), "digest": sha256_json(list_files(config.path))}
-    else:
-        judge = endpoint_judge(config)
-        source = {"endpoint": config.endpoint, "model": config.model}
-    answers = ask_rows(rows, lambda row: ask_row(row, config.guideline, judge, turn), stage)
+    answers, source = judge_rows(rows, config, stage, "comparisons")
     verdicts = [
         v for row in rows for *_, forward, backward in answers[row["id"]]["verdicts"] for v in (forward, backward)
     ]
     return Labels(
         [rankings_of(answers[row["id"]], len(row["completions"]), config, stage.seed) for row in rows],
         metrics={"verdicts": len(verdicts), "unparsed": verdicts.count(None)},
-        source=source | {"guideline": sha256_json(config.guideline)},
+        source=source,
     )

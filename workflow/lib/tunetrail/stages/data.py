@@ -5,6 +5,15 @@
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl`, `heldout.jsonl` and, where preferences
 came with the data, `comparisons.jsonl`. `metrics.json` is the data card. Each file is in a seeded order, so
 that a limit takes a random prefix.
+
+The overlap of an evaluation prompt is the share of its word n-grams that a text of a training split (sft, reward, rl)
+has, before any limit. `contamination.jsonl` has {"id", "overlap": null for a prompt of fewer words, "split": where
+most of them are} of the prompts that models are evaluated on, and the card
+
+    contamination  {"words": n, "limit", "dropped": prompts over it, "prompts", "too_short", "mean", "max", "histogram":
+                   {"edges", "counts"}, "worst": [{"id", "overlap", "split"}], ten with an overlap at most}
+
+What the base model was trained on nobody here knows.
 """
 
 import sys
@@ -12,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
@@ -19,7 +29,7 @@ from tunetrail.config import SPLITS, DataConfig, DocstringSource
 from tunetrail.contract import Stage, log, main, write_jsonl
 from tunetrail.data.chat import render, with_system
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
-from tunetrail.data.splits import assign_splits, duplicates_across, histogram, shuffled
+from tunetrail.data.splits import TRAINED, assign_splits, duplicates_across, histogram, overlaps, shuffled
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency
@@ -137,6 +147,53 @@ def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
     return [row for i, row in enumerate(rows) if i not in dropped]
 
 
+def without_contamination(rows: list[dict], config: DataConfig) -> list[dict]:
+    """The rows, evaluation prompts with their "overlap", less those over the limit. Raises DataError where duplicates
+    is `error`."""
+    trained: dict[str, list[str]] = {split: [] for split in TRAINED}
+    for row in rows:
+        if row["split"] in trained:
+            answers = row.get("completions") or [row.get("completion", "")]
+            trained[row["split"]] += [compared_text(row), *answers]
+    asked = [row for row in rows if row["split"] == "evaluation" and "text" not in row]
+    found = overlaps([compared_text(row) for row in asked], trained, config.overlap_words)
+    for row, overlap in zip(asked, found, strict=True):
+        row["overlap"] = overlap
+    over = [row for row in asked if (row["overlap"][0] or 0) > config.max_overlap]
+    if over and config.duplicates == "error":
+        share, split = over[0]["overlap"]
+        raise DataError(
+            f"{len(over)} evaluation prompts are largely in the training texts, such as {over[0]['where']} "
+            f"({compared_text(over[0])[:40]!r}: {share:.0%} of its {config.overlap_words}-word sequences, most in {split}); "
+            "set data.duplicates to drop, give them one group, or raise data.max_overlap"
+        )
+    dropped = {id(row) for row in over}
+    return [row for row in rows if id(row) not in dropped]
+
+
+def contamination(rows: list[dict], dropped: int, config: DataConfig) -> dict:
+    """For the card, of the evaluation prompts in use: see the module's docstring."""
+    shares = [row["overlap"][0] for row in rows if row["overlap"][0] is not None]
+    counts, edges = np.histogram(shares, bins=10, range=(0, 1))
+    worst = sorted((row for row in rows if row["overlap"][0]), key=lambda row: (-row["overlap"][0], row["id"]))[:10]
+    return {
+        "words": config.overlap_words,
+        "limit": config.max_overlap,
+        "dropped": dropped,
+        "prompts": len(rows),
+        "too_short": len(rows) - len(shares),
+        "mean": float(np.mean(shares)) if shares else None,
+        "max": max(shares, default=None),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "worst": [overlap_row(row) for row in worst],
+    }
+
+
+def overlap_row(row: dict) -> dict:
+    share, split = row["overlap"]
+    return {"id": row["id"], "overlap": share, "split": split}
+
+
 def merged(rows: list[dict]) -> list[dict]:
     """One row for each id. Rankings of the same completions, a file for each labeler say, are joined."""
     found: dict[str, dict] = {}
@@ -207,12 +264,16 @@ def run(stage: Stage) -> dict:
         row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
     kept = without_leaks(rows, config)
     dropped["duplicates"] = len(rows) - len(kept)
+    clean = without_contamination(kept, config)
+    dropped["contaminated"] = len(kept) - len(clean)
+    kept = clean
     kept = merged(kept)
 
     card: dict[str, Any] = {
         "splits": {},
         "sources": sources,
         "comparisons": None,
+        "contamination": None,
         "dropped": dropped,
         "rows_read": total,
     }
@@ -234,6 +295,9 @@ def run(stage: Stage) -> dict:
                 f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {len(split_of)} groups are too few for these shares: "
                 f"add data, name a finer data group, or set the share to 0"
             )
+        if split == "evaluation":
+            card["contamination"] = contamination(mine, dropped["contaminated"], config)
+            write_jsonl(stage.work / "contamination.jsonl", [overlap_row(row) for row in mine])
         if split in ("reward", "heldout"):
             compared = [comparison_row(row) for row in mine if row["kind"] == "preferences"]
             if config.preferences and not compared and getattr(config.shares, split) > 0:

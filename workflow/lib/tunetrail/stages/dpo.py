@@ -3,10 +3,14 @@
     python -m tunetrail.stages.dpo --config C.json --input policy=… --input comparisons=… --output … --state …
 
 The reference log-probs are computed once, before training. Log-probs are summed over the response.
-Writes `model/` and `history.jsonl` (chosen and rejected log-probs apart).
+Writes `model/`, `history.jsonl` (chosen and rejected log-probs apart) and `checkpoints/<step>/model` where
+`checkpoints` asks for some.
 """
 
+import functools
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 
-from tunetrail.config import DpoConfig
+from tunetrail.config import DpoConfig, Lora
 from tunetrail.contract import Stage, is_main_process, main
 from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
@@ -30,7 +34,7 @@ from tunetrail.models.loading import (
 )
 from tunetrail.runtime import prepare
 from tunetrail.seeds import derive_seed
-from tunetrail.training import epoch_order, score_labels_only, train, trainer_arguments
+from tunetrail.training import KeepCallback, epoch_order, publish_kept, score_labels_only, train, trainer_arguments
 
 
 class PretokenizedDpoTrainer(DPOTrainer):
@@ -101,11 +105,17 @@ def run(stage: Stage) -> dict:
         train_dataset=Dataset.from_list([examples[i] for i in order]),
         processing_class=tokenizer,
     )
+
+    def save(model: Any, folder: Path, lora: Lora | None) -> None:
+        save_causal_lm(trainer.accelerator.unwrap_model(model), parent, folder, lora, parent, stage.parents["policy"])
+
+    unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
+    trainer.add_callback(KeepCallback(stage, config.checkpoints, functools.partial(save, lora=unmerged)))
     history = train(stage, trainer)
     if not is_main_process():
         return {}
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    save_causal_lm(model, parent, stage.work, config.lora, parent, stage.parents["policy"])
+    save(trainer.model, stage.work, config.lora)
+    publish_kept(stage)
     return {
         "train_loss": history[-1]["loss"],
         "accuracy": history[-1]["rewards/accuracies"],

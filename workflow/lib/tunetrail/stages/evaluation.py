@@ -5,55 +5,109 @@
 
 Samples at the configured temperature and measures: gold score (the labeler's scorer, never the reward
 model), reward-model score, win rate against the SFT model on the same prompts, KL to it, length,
-distinct-n, likelihood of unrelated text, log-probs of preferred and dispreferred responses, and the
-probes. Gold score and win rate are also measured on greedy decoding, where a policy that only became surer
-of what it said before does not gain. Where no SFT model was trained, the base model stands in its place.
+distinct-n, likelihood of unrelated text and a multiple-choice task, log-probs of preferred and dispreferred
+responses, and the probes. Gold score and win rate are also measured on greedy decoding, where a policy that only
+became surer of what it said before does not gain. Where no SFT model was trained, the base model stands in its place.
 
-Writes `samples.jsonl`, `probes.json`, `retention.jsonl`.
+The frontier: a policy's training may keep checkpoints at fixed steps (`policies.<name>.checkpoints`); each of them
+answers the first `frontier_prompts` prompts here, as the final model did, so that all points of all policies are on
+prompts that no stage has seen and none depends on when a save happened to be due. The yardstick is best-of-n on the
+same prompts, from 16 samples each of the SFT model. The final model is the last one, whatever the curve says: a
+point chosen by looking at the curve would need other prompts to be measured on.
+
+An interval is {"mean", "low", "high", "n"}, 95% by bootstrap over prompts. In metrics.json, null where not measured:
+
+    win_rate_vs_sft, greedy_win_rate_vs_sft
+                  interval with "wins", "ties", "losses", and "group_low", "group_high", "groups" by bootstrap over
+                  source groups
+    kl_to_sft     interval with "se" and "estimator"
+    retention     {"nll", "perplexity", "change_vs_base": intervals; "choices": {"accuracy", "change_vs_base":
+                  intervals, "chance"}}
+    frontier      of dpo and ppo: {"prompts", "rule": how the final model was chosen, "points": [{"step", "chosen",
+                  "kl": interval with "se", "reward", "gold": intervals}]}, one for each checkpoint the policy kept
+                  and the final one, all on the same prompts
+    best_of_n     of the model that policies start from: {"samples", "prompts", "points": [{"n", "kl_bound",
+                  "reward", "gold": intervals}]}, n = 1, 2, 4, 8, 16, on the prompts of `frontier`
+
+Writes `samples.jsonl` (a row a prompt), `probes.json`, `retention.jsonl` and `choices.jsonl` (a row a text, a row a
+question, each beside the base model's), `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the
+held-out pairs).
 """
 
 import json
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunetrail.config import EvaluationConfig
 from tunetrail.contract import Stage, main, write_json, write_jsonl
 from tunetrail.data.chat import render, with_system
 from tunetrail.errors import DataError
-from tunetrail.evaluation.models import logprobs_of, mean_nlls, reward_scores, sentence_probe
-from tunetrail.evaluation.stats import best_of_n_kl, bootstrap, distinct_n, win_rate
+from tunetrail.evaluation.models import (
+    kl_divergences,
+    logprobs_of,
+    mean_nlls,
+    reward_scores,
+    right_choices,
+    sentence_probe,
+)
+from tunetrail.evaluation.stats import (
+    best_of_n_kl,
+    best_of_n_values,
+    bootstrap,
+    distinct_n,
+    outcomes,
+    standard_error,
+    win_rate,
+)
+from tunetrail.labeling.chrf import chrf
 from tunetrail.models.batching import encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import is_adapter, load_causal_lm, load_reward_model, load_tokenizer
-from tunetrail.models.sampling import decoding_weights, sample_with_logprobs
+from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.progress import ProgressBar
+from tunetrail.provenance.manifest import METRICS
 from tunetrail.runtime import device, prepare, use_bf16
 
 Example = tuple[list[int], list[int]]
 
+BEST_OF = (1, 2, 4, 8, 16)
+"""n of the yardstick; the last is how many samples of a prompt are drawn."""
+RULE = "the last step, fixed before training"
+"""How the final model is chosen among the checkpoints."""
+
 
 @dataclass
 class Samples:
-    """One response to each of N prompts."""
+    """K responses to each of N prompts, in a row for each prompt."""
 
     examples: list[Example]
-    """(prompt ids, response ids)"""
-    logprobs: list[torch.Tensor] | None
-    """Of each response's tokens, at the temperature they were sampled at; None of best-of-n, whose KL is known."""
-    reward: list[float] | None
-    """The reward model's score; None where there is no reward model."""
-    greedy: list[list[int]] | None
-    """The greedy response; None for best-of-n, which has none, and where no gold score would be taken of it."""
+    """[N * K] (prompt ids, response ids)"""
+    texts: list[str]
+    """[N * K]"""
+    gold: list[float] | None = None
+    """[N * K]; None where there is no gold scorer."""
+    reward: list[float] | None = None
+    """[N * K], the reward model's score; None where there is no reward model."""
+    kl: list[float] | None = None
+    """[N * K], to the SFT model; None where it was not measured."""
+
+    def __getitem__(self, rows: list[int]) -> "Samples":
+        def pick(values: Any) -> Any:
+            return values and [values[i] for i in rows]
+
+        return Samples(*(pick(v) for v in (self.examples, self.texts, self.gold, self.reward, self.kl)))
 
 
 class Evaluator:
     """One model under evaluation, with what it is compared to."""
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: Stage, rows: list[dict]):
         self.stage, self.config = stage, EvaluationConfig(**stage.config)
         self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
         policy = stage.inputs["model"] / "policy.json"
@@ -63,69 +117,137 @@ class Evaluator:
         self.tokenizer = load_tokenizer(self.folder)
         self.pad_id = self.tokenizer.pad_token_id
         self.model = load_causal_lm(self.folder).to(device()).eval()
+        self.prompts = [encode(self.tokenizer, row["prompt"]) for row in rows]
+        self.some = rows[: self.config.frontier_prompts]
+        """The prompts of frontier and best-of-n: the file is in random order."""
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
 
-    def logprobs(self, model: Any, examples: list[Example], temperature: float = 1.0) -> list[torch.Tensor]:
-        return logprobs_of(model, examples, self.pad_id, self.precision, temperature, self.config.batch_tokens)
+    def logprobs(self, model: Any, examples: list[Example]) -> list[torch.Tensor]:
+        return logprobs_of(model, examples, self.pad_id, self.precision, 1.0, self.config.batch_tokens)
 
-    def interval(self, values: list[float]) -> dict | None:
-        return bootstrap(values, self.config.bootstrap, self.stage.seed)
+    def interval(self, values: Any) -> dict | None:
+        return bootstrap(values, self.config.bootstrap, self.stage.seed) if values else None
 
-    def reward_scores(self, examples: list[Example]) -> list[float] | None:
-        if "reward" not in self.stage.inputs:
-            return None
-        reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
-        return reward_scores(reward_model, examples, self.pad_id, self.precision, self.config.batch_tokens)
+    # ------------------------------------------------------------------------- samples
 
-    def samples(self, rows: list[dict]) -> "Samples":
-        """Responses to all prompts; of best-of-n the best by the reward model."""
-        config, prompts = self.config, [encode(self.tokenizer, row["prompt"]) for row in rows]
-        decoder = decoding_weights(self.model, use_bf16(self.precision))
-        greedy_first = self.n == 1 and config.gold is not None  # nothing else is made of it
-        sampled, logprobs = sample_with_logprobs(
-            decoder, prompts, [row["id"] for row in rows], k=self.n + greedy_first, greedy_first=greedy_first,
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=self.stage.seed,
-            batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
+    def sampled(self, model: Any, rows: list[dict], k: int, greedy: bool = False) -> tuple[Samples, Samples | None]:
+        """K responses to each of the first prompts with their gold scores; also the greedy ones."""
+        config = self.config
+        found = sample(
+            decoding_weights(model, use_bf16(self.precision)), self.prompts[: len(rows)], [row["id"] for row in rows],
+            k=k + greedy, greedy_first=greedy, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            seed=self.stage.seed, batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
         )  # fmt: skip
-        del decoder
-        self.bar.advance(1, "sampled")
-        greedy = [responses[0] for responses in sampled] if greedy_first else None
-        examples = [(p, r) for p, responses in zip(prompts, sampled, strict=True) for r in responses[greedy_first:]]
-        scores = self.reward_scores(examples)
-        if self.n > 1 and scores is not None:
-            best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(examples), self.n)]
-            return Samples([examples[i] for i in best], None, [scores[i] for i in best], None)
-        return Samples(examples, [torch.tensor(found[-1]) for found in logprobs], scores, greedy)
+        drawn = self.scored([responses[greedy:] for responses in found], rows)
+        return drawn, self.scored([responses[:1] for responses in found], rows) if greedy else None
 
-    def kl(self, samples: "Samples") -> list[float] | None:
-        """KL to the SFT model of each response in nats, the k3 estimate summed over its tokens; None for itself."""
-        if "sft" not in self.stage.inputs or samples.logprobs is None:
-            return None
+    def scored(self, responses: list[list[list[int]]], rows: list[dict]) -> Samples:
+        flat = [response for of_prompt in responses for response in of_prompt]
+        owners = [i for i, of_prompt in enumerate(responses) for _ in of_prompt]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(flat, skip_special_tokens=True)]
+        gold = self.config.gold and [chrf(t, rows[i]["completion"]) for t, i in zip(texts, owners, strict=True)]
+        return Samples([(self.prompts[i], r) for r, i in zip(flat, owners, strict=True)], texts, gold or None)
+
+    def reward(self, several: list[Samples]) -> None:
+        """Fills in the reward model's scores."""
+        if "reward" not in self.stage.inputs or not several:
+            return
+        reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
+        for samples in several:
+            samples.reward = reward_scores(
+                reward_model, samples.examples, self.pad_id, self.precision, self.config.batch_tokens
+            )
+
+    def kl(self, several: list[tuple[Samples, Path | None]]) -> None:
+        """Fills in the KL to the SFT model, of samples of this model (None) or of that in a folder."""
+        if "sft" not in self.stage.inputs or self.n > 1:
+            return
         reference = load_causal_lm(self.stage.inputs["sft"] / "model").to(device()).eval()
-        ref_logprobs = self.logprobs(reference, samples.examples, self.config.temperature)
-        gaps = [a - b for a, b in zip(samples.logprobs, ref_logprobs, strict=True)]
-        return [float(((-d).expm1() + d).sum()) for d in gaps]
+        for samples, folder in several:
+            model = self.model if folder is None else load_causal_lm(folder).to(device()).eval()
+            samples.kl = kl_divergences(
+                model, reference, samples.examples, self.pad_id, self.precision, self.config.temperature,
+                self.config.batch_tokens,
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------- frontier
+
+    def kept(self) -> dict[int, Path]:
+        """Step -> model folder of the checkpoints that training kept."""
+        folder = self.stage.inputs["model"] / "checkpoints"
+        return {int(path.name): path / "model" for path in sorted(folder.glob("*"), key=lambda path: int(path.name))}
+
+    def point(self, samples: Samples) -> dict:
+        return {
+            "kl": with_error(self.interval(samples.kl), samples.kl),
+            "reward": self.interval(samples.reward),
+            "gold": self.interval(samples.gold),
+        }
+
+    def frontier(self, samples: Samples, kept: dict[int, Samples]) -> dict | None:
+        """See the module's docstring."""
+        if self.subject["method"] not in ("dpo", "ppo"):
+            return None
+        last = json.loads((self.stage.inputs["model"] / METRICS).read_text())["steps"]
+        points = [{"step": step, "chosen": False} | self.point(found) for step, found in kept.items()]
+        final = self.point(samples[list(range(len(self.some)))])
+        return {"prompts": len(self.some), "rule": RULE, "points": [*points, {"step": last, "chosen": True} | final]}
+
+    def best_of_n(self, samples: Samples | None) -> dict | None:
+        """See the module's docstring."""
+        if samples is None or samples.reward is None:
+            return None
+        proxy = np.reshape(samples.reward, (-1, max(BEST_OF)))
+        gold = None if samples.gold is None else np.reshape(samples.gold, proxy.shape)
+        points = [
+            {
+                "n": n,
+                "kl_bound": best_of_n_kl(n),
+                "reward": self.interval(best_of_n_values(proxy, proxy, n).tolist()),
+                "gold": None if gold is None else self.interval(best_of_n_values(proxy, gold, n).tolist()),
+            }
+            for n in BEST_OF
+        ]
+        return {"samples": max(BEST_OF), "prompts": len(self.some), "points": points}
+
+    # ------------------------------------------------------------------------- what else it knows
 
     def retention(self) -> dict | None:
-        """Loss on unrelated text, and its change since the base model, row by row."""
+        """Loss on unrelated text and a multiple-choice task, and their change since the base model, row by row."""
         if "retention" not in self.stage.inputs:
             return None
-        rows = self.stage.rows("retention", "retention.jsonl")
+        rows, questions = (self.stage.rows("retention", name) for name in ("retention.jsonl", "choices.jsonl"))
         texts = [(row["prompt_ids"], row["response_ids"]) for row in rows]
         nlls = mean_nlls(self.model, texts, self.pad_id, self.precision, self.config.batch_tokens)
         changes = [nll - row["base_nll"] for nll, row in zip(nlls, rows, strict=True)]
+        correct = right_choices(self.model, questions, self.pad_id, self.precision, self.config.batch_tokens)
+        gains = [float(ours) - row["base_correct"] for ours, row in zip(correct, questions, strict=True)]
         write_jsonl(
             self.stage.work / "retention.jsonl",
             [{"id": r["id"], "nll": n, "base_nll": r["base_nll"]} for r, n in zip(rows, nlls, strict=True)],
         )
-        is_base = self.subject["name"] == "base"
-        return {"nll": self.interval(nlls), "change_vs_base": None if is_base else self.interval(changes)}
+        write_jsonl(
+            self.stage.work / "choices.jsonl",
+            [{"id": r["id"], "correct": c, "base_correct": r["base_correct"]} for r, c in zip(questions, correct, strict=True)],
+        )  # fmt: skip
+        is_base, nll = self.subject["name"] == "base", self.interval(nlls)
+        choices = {
+            "accuracy": self.interval([float(c) for c in correct]),
+            "change_vs_base": None if is_base else self.interval(gains),
+            "chance": sum(1 / len(row["choices"]) for row in questions) / len(questions),
+        } if questions else None  # fmt: skip
+        return {
+            "nll": nll,
+            "perplexity": nll and nll | {end: math.exp(nll[end]) for end in ("mean", "low", "high")},
+            "change_vs_base": None if is_base else self.interval(changes),
+            "choices": choices,
+        }
 
     def comparisons(self) -> dict | None:
         """Log-probs of chosen and rejected responses on held-out pairs, and how often chosen is the likelier."""
         if "comparisons" not in self.stage.inputs:
             return None
-        chosen, rejected, ids = [], [], []
+        chosen, rejected, rows = [], [], []
         for row in self.stage.rows("comparisons", "comparisons.jsonl"):
             pairs = decided_pairs(preference_targets(row["rankings"]))
             if row["split"] != "heldout" or not pairs:
@@ -134,9 +256,16 @@ class Evaluator:
             winner, loser = ((prompt, responses[i]) for i in pairs[0])
             chosen.append(winner)
             rejected.append(loser)
-            ids.append(row["id"])
+            rows.append(row)
         logps = [float(row.sum()) for row in self.logprobs(self.model, chosen + rejected)]
-        chosen_logps, rejected_logps = logps[: len(ids)], logps[len(ids) :]
+        chosen_logps, rejected_logps = logps[: len(rows)], logps[len(rows) :]
+        write_jsonl(
+            self.stage.work / "pairs.jsonl",
+            [
+                {"id": row["id"], "group": row["group"], "chosen_logp": c, "rejected_logp": r}
+                for row, c, r in zip(rows, chosen_logps, rejected_logps, strict=True)
+            ],
+        )
         return {
             "chosen_logps": self.interval(chosen_logps),
             "rejected_logps": self.interval(rejected_logps),
@@ -165,12 +294,9 @@ class Evaluator:
         }
 
 
-def gold_scores(config: EvaluationConfig, completions: list[str] | None, references: list[str]) -> list[float] | None:
-    if config.gold is None or completions is None:
-        return None
-    from tunetrail.labeling.chrf import chrf
-
-    return [chrf(c, r) for c, r in zip(completions, references, strict=True)]
+def with_error(interval: dict | None, values: list[float] | None) -> dict | None:
+    """A KL's interval with the standard error of its mean."""
+    return interval and interval | {"se": standard_error(values or []), "estimator": "rao-blackwell"}
 
 
 def run(stage: Stage) -> dict:
@@ -181,12 +307,24 @@ def run(stage: Stage) -> dict:
         raise DataError(
             "evaluation: the evaluation split has no prompts; raise data.shares.evaluation or data.limits.evaluation"
         )
-    evaluator = Evaluator(stage)
+    evaluator = Evaluator(stage, rows)
     config, subject, interval = evaluator.config, evaluator.subject, evaluator.interval
+    is_reference, kept = "sft" not in stage.inputs, evaluator.kept()
     with evaluator.bar as bar:
-        samples = evaluator.samples(rows)
+        # The greedy response is compared by its gold score alone; best-of-n has none.
+        samples, greedy = evaluator.sampled(evaluator.model, rows, evaluator.n, evaluator.n == 1 and bool(config.gold))
+        many = evaluator.sampled(evaluator.model, evaluator.some, max(BEST_OF))[0] if is_reference and "reward" in stage.inputs else None  # fmt: skip
+        along = {
+            step: evaluator.sampled(load_causal_lm(folder).to(device()).eval(), evaluator.some, 1)[0]
+            for step, folder in kept.items()
+        }
+        bar.advance(1, "sampled")
+        evaluator.reward([samples, *along.values(), *([many] if many else [])])
+        if evaluator.n > 1 and samples.reward is not None:
+            score = samples.reward.__getitem__
+            samples = samples[[max(range(i, i + evaluator.n), key=score) for i in range(0, len(samples.texts), evaluator.n)]]  # fmt: skip
         bar.advance(1, "scored")
-        kl = evaluator.kl(samples)
+        evaluator.kl([(samples, None), *((along[step], folder) for step, folder in kept.items())])
         bar.advance(1, "compared")
         retention = evaluator.retention()
         comparisons = evaluator.comparisons()
@@ -194,20 +332,16 @@ def run(stage: Stage) -> dict:
         write_json(stage.work / "probes.json", evaluator.probes())
         bar.advance(1, "probed")
 
-    def texts(responses: list[list[int]]) -> list[str]:
-        return [text.strip() for text in evaluator.tokenizer.batch_decode(responses, skip_special_tokens=True)]
-
     responses = [response for _, response in samples.examples]
     finished = [response[-1] == evaluator.tokenizer.eos_token_id for response in responses]
-    references = [row["completion"] for row in rows]
-    completions, greedy_completions = texts(responses), texts(samples.greedy) if samples.greedy else None
-    gold, greedy_gold = (gold_scores(config, found, references) for found in (completions, greedy_completions))
     columns = {
-        "completion": completions, "gold": gold, "greedy": greedy_completions, "greedy_gold": greedy_gold, "reward": samples.reward,
-        "kl": kl, "length": list(map(len, responses)), "finished": finished,
+        "completion": samples.texts, "gold": samples.gold, "greedy": greedy and greedy.texts,
+        "greedy_gold": greedy and greedy.gold, "reward": samples.reward, "kl": samples.kl,
+        "length": list(map(len, responses)), "greedy_length": greedy and [len(r) for _, r in greedy.examples],
+        "finished": finished,
     }  # fmt: skip
     table = [
-        {"id": row["id"], "prompt": row["prompt"], "reference": row["completion"]}
+        {"id": row["id"], "group": row["group"], "prompt": row["prompt"], "reference": row["completion"]}
         | {name: values and values[i] for name, values in columns.items()}
         for i, row in enumerate(rows)
     ]
@@ -218,14 +352,13 @@ def run(stage: Stage) -> dict:
         if ours is None or "sft_evaluation" not in stage.inputs:
             return None
         theirs = {row["id"]: row[column] for row in stage.rows("sft_evaluation", "samples.jsonl")}
-        return win_rate(ours, [theirs[row["id"]] for row in rows], config.tie, config.bootstrap, stage.seed)
+        outcome = outcomes(ours, [theirs[row["id"]] for row in rows], config.tie)
+        return win_rate(outcome, [row["group"] for row in rows], config.bootstrap, stage.seed)
 
-    divergence: dict | None = None
+    divergence = with_error(interval(samples.kl), samples.kl)
     if evaluator.n > 1:
         bound = best_of_n_kl(evaluator.n)
-        divergence = {"mean": bound, "low": bound, "high": bound, "n": len(rows), "estimator": "analytic bound"}
-    elif kl is not None:
-        divergence = (interval(kl) or {}) | {"estimator": "k3"}
+        divergence = {"mean": bound, "low": bound, "high": bound, "n": len(rows), "se": None, "estimator": "analytic bound"}  # fmt: skip
     return {
         "policy": subject["name"],
         "method": subject["method"],
@@ -235,12 +368,14 @@ def run(stage: Stage) -> dict:
         if subject["name"] == "base" or evaluator.n > 1
         else "full",
         "n_prompts": len(rows),
-        "gold": interval(gold) if gold else None,
-        "greedy_gold": interval(greedy_gold) if greedy_gold else None,
-        "reward": interval(samples.reward) if samples.reward else None,
-        "win_rate_vs_sft": wins(gold, "gold"),
-        "greedy_win_rate_vs_sft": wins(greedy_gold, "greedy_gold"),
+        "gold": interval(samples.gold),
+        "greedy_gold": interval(greedy.gold) if greedy else None,
+        "reward": interval(samples.reward),
+        "win_rate_vs_sft": wins(samples.gold, "gold"),
+        "greedy_win_rate_vs_sft": wins(greedy.gold if greedy else None, "greedy_gold"),
         "kl_to_sft": divergence,
+        "frontier": evaluator.frontier(samples, along),
+        "best_of_n": evaluator.best_of_n(many),
         "length": interval([float(len(r)) for r in responses]),
         "distinct_1": distinct_n(responses, 1),
         "distinct_2": distinct_n(responses, 2),

@@ -2,15 +2,17 @@
 
     python -m tunetrail.stages.ppo --config C.json --input policy=… --input data=… --input reward=… --output … --state …
 
-Writes `model/` and `history.jsonl`.
+Writes `model/`, `history.jsonl` and `checkpoints/<step>/model` where `checkpoints` asks for some.
 """
 
+import functools
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
-from tunetrail.config import PpoConfig
+from tunetrail.config import Lora, PpoConfig
 from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.models.batching import encode, encode_response
@@ -29,7 +31,7 @@ from tunetrail.ppo.trainer import PPOTrainer
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
-from tunetrail.training import keep_newest, latest_checkpoint, mark_complete
+from tunetrail.training import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
 
 
 def save(stage: Stage, trainer: PPOTrainer) -> None:
@@ -77,6 +79,12 @@ def run(stage: Stage) -> dict:
     )  # fmt: skip
     if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)
+
+    def write(folder: Path, lora: Lora | None, whole: dict | None) -> None:
+        policy = trainer.actor_critic.policy
+        save_causal_lm(policy, parent, folder, lora, parent, stage.parents["policy"], whole)
+
+    unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
     board = SummaryWriter(str(stage.state / "tensorboard")) if is_main_process() else None
     with ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1) as bar:
         while trainer.step < config.steps:
@@ -85,6 +93,10 @@ def run(stage: Stage) -> dict:
                 for key, value in row.items():
                     board.add_scalar(f"ppo/{key}", value, trainer.step)
                 bar.advance(1, f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}")
+            if trainer.step in kept_steps(config.steps, config.checkpoints):
+                whole = whole_state(trainer.model, "policy")  # of all processes
+                if is_main_process():
+                    keep(stage, trainer.step, functools.partial(write, lora=unmerged, whole=whole))
             if stage.stop.save_due():
                 save(stage, trainer)
                 stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
@@ -92,7 +104,8 @@ def run(stage: Stage) -> dict:
     state = whole_state(trainer.model, "policy")
     if not is_main_process():
         return {}
-    save_causal_lm(trainer.actor_critic.policy, parent, stage.work, config.lora, parent, stage.parents["policy"], state)
+    write(stage.work, config.lora, state)
+    publish_kept(stage)
     write_jsonl(stage.work / "history.jsonl", trainer.history)
     last = trainer.history[-1]
     return {

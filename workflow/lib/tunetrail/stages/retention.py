@@ -4,7 +4,8 @@
 
 `source: chatterbot`: general questions (chatterbot-corpus, BSD) with the base model's own greedy answers;
 `source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss
-on it (`base_nll`, nats a token), so that every later model is compared row by row.
+on it (`base_nll`, nats a token), so that every later model is compared row by row; and `choices.jsonl`, a
+multiple-choice task: which of four answers belongs to a question (of four continuations to the start of a block).
 """
 
 import random
@@ -17,28 +18,47 @@ from tunetrail.config import RetentionConfig
 from tunetrail.contract import Stage, main, write_jsonl
 from tunetrail.data.chat import render
 from tunetrail.errors import DataError
-from tunetrail.evaluation.models import mean_nlls
-from tunetrail.models.batching import encode
+from tunetrail.evaluation.models import mean_nlls, right_choices
+from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.progress import ProgressBar
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
 
+CHOICES = 4
 
-def general_questions() -> list[str]:
-    """Every question of chatterbot-corpus in English that is not about programming, sorted."""
+
+def general_questions() -> dict[str, str]:
+    """Question -> the answer people wrote, of chatterbot-corpus in English, sorted, without those about programming."""
     import chatterbot_corpus
 
-    questions = set()
-    for path in (Path(chatterbot_corpus.__file__).parent / "data" / "english").glob("*.yml"):
+    questions: dict[str, str] = {}
+    for path in sorted((Path(chatterbot_corpus.__file__).parent / "data" / "english").glob("*.yml")):
         if path.stem in ("coding", "computers", "ai"):
             continue
         for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
-            first = str(conversation[0]).strip()
-            if first.endswith("?"):
-                questions.add(first)
-    return sorted(questions)
+            first, *answers = (str(turn).strip() for turn in conversation)
+            if first.endswith("?") and answers and answers[0]:
+                questions.setdefault(first, answers[0])
+    return dict(sorted(questions.items()))
+
+
+def multiple_choice(examples: list[tuple[list[int], list[int]]], rng: random.Random) -> list[dict]:
+    """Each (prompt ids, answer ids) with its own answer among those of three others, in random order.
+
+    Returns:
+        [{"id", "prompt_ids", "choices", "answer": index}]; fewer than CHOICES distinct answers make no question.
+    """
+    answers = [list(answer) for answer in dict.fromkeys(tuple(answer) for _, answer in examples)]
+    if len(answers) < CHOICES:
+        return []
+    rows = []
+    for i, (prompt, answer) in enumerate(examples):
+        choices = [answer, *rng.sample([other for other in answers if other != answer], CHOICES - 1)]
+        rng.shuffle(choices)
+        rows.append({"id": str(i), "prompt_ids": prompt, "choices": choices, "answer": choices.index(answer)})
+    return rows
 
 
 def run(stage: Stage) -> dict:
@@ -56,16 +76,20 @@ def run(stage: Stage) -> dict:
             raise DataError(f"retention.path: {config.path} holds no text")
         examples = [(block[:1], block[1:]) for block in rng.sample(blocks, min(config.prompts, len(blocks)))]
         texts = [{"text": tokenizer.decode(p + r)} for p, r in examples]
+        halves = [(p + r[: len(r) // 2], r[len(r) // 2 :]) for p, r in examples]
+        questions = multiple_choice([half for half in halves if half[1]], rng)
     else:
-        questions = general_questions()
-        questions = rng.sample(questions, min(config.prompts, len(questions)))
-        rendered = questions
+        answered = general_questions()
+        asked = rng.sample(list(answered), min(config.prompts, len(answered)))
+        rendered = asked
         if tokenizer.chat_template:
-            rendered = [render(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+            rendered = [render(tokenizer, [{"role": "user", "content": question}]) for question in asked]
         prompts = [encode(tokenizer, text) for text in rendered]
+        written = [encode_response(tokenizer, answered[question]) for question in asked]
+        questions = multiple_choice(list(zip(prompts, written, strict=True)), rng)
         with ProgressBar("retention", len(prompts), "questions") as bar:
             answers = sample(
-                decoding_weights(model, use_bf16(precision)), prompts, questions,
+                decoding_weights(model, use_bf16(precision)), prompts, asked,
                 k=1, max_new_tokens=config.max_new_tokens, temperature=0, seed=stage.seed, batch_size=config.batch_size,
                 eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, on_batch=bar.advance,
             )  # fmt: skip
@@ -81,7 +105,18 @@ def run(stage: Stage) -> dict:
         for i, (text, (prompt, response), nll) in enumerate(zip(texts, examples, nlls, strict=True))
     ]
     write_jsonl(stage.work / "retention.jsonl", rows)
-    return {"source": config.source, "rows": len(rows), "base_nll": sum(row["base_nll"] for row in rows) / len(rows)}
+    correct = right_choices(model, questions, tokenizer.pad_token_id, precision)
+    write_jsonl(
+        stage.work / "choices.jsonl",
+        [row | {"base_correct": right} for row, right in zip(questions, correct, strict=True)],
+    )
+    return {
+        "source": config.source,
+        "rows": len(rows),
+        "base_nll": sum(row["base_nll"] for row in rows) / len(rows),
+        "questions": len(questions),
+        "base_accuracy": sum(correct) / len(correct) if correct else None,
+    }
 
 
 if __name__ == "__main__":

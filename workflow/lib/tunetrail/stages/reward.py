@@ -6,7 +6,19 @@ Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al.
 last token; the mean score of demonstrations is subtracted (`reward_bias` in the model's config).
 Evaluated on held-out prompts, beside "the longer wins".
 
-Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind every number).
+Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind every number). Of metrics.json:
+
+    accuracy, accuracy_longer_wins, accuracy_by_labeler.<name>, accuracy_by_source.<source>
+                  interval {"mean", "low", "high", "n"} over prompts
+    accuracy_by_confidence
+                  the reliability diagram: [{"low", "high": of the bin, "confidence", "accuracy", "accuracy_low",
+                  "accuracy_high": 95%, "n"}]
+    ece           expected calibration error; ece_interval {"mean", "low", "high", "n"}
+    ceiling       what labelers' agreement allows: {"labelers", "agreement": interval, how often two labelers who
+                  both decide on a pair agree, "majority": interval, how often a labeler agrees with the majority of
+                  the others}; null with one labeler
+    length_correlation, length_correlation_of_margins
+                  Spearman's, of scores with length and of margins with the difference in length
 """
 
 import sys
@@ -22,7 +34,8 @@ from tunetrail.config import RewardConfig
 from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import reward_scores
-from tunetrail.evaluation.stats import bootstrap, expected_calibration_error, spearman
+from tunetrail.evaluation.stats import bootstrap, bootstrap_of, expected_calibration_error, spearman
+from tunetrail.labeling.ranks import pair_outcomes
 from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import (
@@ -140,8 +153,12 @@ def initialise(causal_lm: Any, seed: int) -> Any:
     return with_full_precision_head(model)
 
 
-def heldout_pairs(rows: list[dict], scores: list[np.ndarray]) -> list[dict]:
-    """One row for each pair each labeler decided: who won, by how much the model agrees, who is longer."""
+def heldout_pairs(rows: list[dict], scores: list[np.ndarray], sources: dict[str, str]) -> list[dict]:
+    """One row for each pair each labeler decided: who won, by how much the model agrees, who is longer.
+
+    Args:
+        sources: row id -> which of the data's sources it came from.
+    """
     pairs = []
     for row, score in zip(rows, scores, strict=True):
         for ranking in row["rankings"]:
@@ -152,6 +169,7 @@ def heldout_pairs(rows: list[dict], scores: list[np.ndarray]) -> list[dict]:
                     {
                         "id": row["id"],
                         "group": row["group"],
+                        "source": sources[row["id"]],
                         "labeler": ranking["labeler"],
                         "margin": margin,
                         "longer": longer,
@@ -166,24 +184,81 @@ def accuracy(pairs: list[dict], key: str, seed: int) -> dict | None:
     return bootstrap(values, 2000, seed, groups=[pair["id"] for pair in pairs])
 
 
-def evaluate(pairs: list[dict], seed: int) -> dict:
-    """Accuracy with intervals, by labeler and by confidence, calibration, and the length baseline."""
+def ceiling(rows: list[dict], seed: int) -> dict | None:
+    """How often labelers who decide on a pair agree, with one another and with the majority of the others.
+
+    No model can agree with a labeler much more often than labelers do with each other: its accuracy is to be read
+    beside this.
+
+    Args:
+        rows: comparison rows.
+    """
+    agreements: list[tuple[str, float]] = []
+    majorities: list[tuple[str, float]] = []
+    for row in rows:
+        outcomes = np.array([pair_outcomes(ranking["ranks"]) for ranking in row["rankings"]])  # [labelers, pairs]
+        for i, own in enumerate(outcomes):
+            for other in outcomes[i + 1 :]:
+                both = (own != 0) & (other != 0)
+                agreements += [(row["id"], float(same)) for same in (own == other)[both]]
+            votes = np.sign(outcomes.sum(0) - own)
+            # Of a split vote nobody knows: it is a coin's toss.
+            majorities += [(row["id"], (1 + vote * mine) / 2) for vote, mine in zip(votes, own, strict=True) if mine]
+    if not agreements:
+        return None
+
+    def over_prompts(values: list[tuple[str, float]]) -> dict | None:
+        return bootstrap([value for _, value in values], 2000, seed, groups=[i for i, _ in values])
+
+    labelers = {ranking["labeler"] for row in rows for ranking in row["rankings"]}
+    return {"labelers": len(labelers), "agreement": over_prompts(agreements), "majority": over_prompts(majorities)}
+
+
+def reliability(pairs: list[dict], seed: int, bins: int = 20) -> dict:
+    """Expected calibration error and the bins of the diagram, with intervals over prompts.
+
+    Of few pairs the error, a mean of absolute values, lies too high, and the interval with it.
+    """
     margins = np.array([pair["margin"] for pair in pairs])
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     correct = np.where(margins == 0, 0.5, margins > 0)
-    ece, by_confidence = expected_calibration_error(confidence.tolist(), correct.tolist(), bins=20)
-    labelers = sorted({pair["labeler"] for pair in pairs})
+    ece, rows = expected_calibration_error(confidence.tolist(), correct.tolist(), bins)
+    ids = [pair["id"] for pair in pairs]
+    bin_of = np.array([next(i for i, row in enumerate(rows) if p <= row["high"]) for p in confidence])
+    for i, row in enumerate(rows):
+        mine = np.flatnonzero(bin_of == i)
+        interval = bootstrap(correct[mine], 2000, seed, groups=[ids[j] for j in mine]) or {}
+        row |= {f"accuracy_{end}": interval.get(end) for end in ("low", "high")}
+
+    def error(counts: np.ndarray) -> np.ndarray:
+        gaps = [np.abs(counts @ np.where(bin_of == i, confidence - correct, 0)) for i in range(len(rows))]
+        return (sum(gaps) / counts.sum(1))[:, None]
+
+    interval = bootstrap_of(error, ids, 2000, seed)[0]
+    low, high = ("low", "high") if interval["groups"] == 1 else ("group_low", "group_high")
+    return {
+        "accuracy_by_confidence": rows,
+        "ece": ece,
+        "ece_interval": {"mean": ece, "low": interval[low], "high": interval[high], "n": len(pairs)},
+    }
+
+
+def evaluate(pairs: list[dict], seed: int) -> dict:
+    """Accuracy with intervals, by labeler, source and confidence, calibration, and the length baseline."""
+    margins = np.array([pair["margin"] for pair in pairs])
+
+    def accuracy_by(key: str) -> dict:
+        values = sorted({pair[key] for pair in pairs})
+        return {value: accuracy([p for p in pairs if p[key] == value], "margin", seed) for value in values}
+
     return {
         "pairs": len(pairs),
         "accuracy": accuracy(pairs, "margin", seed),
         "accuracy_longer_wins": accuracy(pairs, "longer", seed),
-        "accuracy_by_labeler": {
-            name: accuracy([p for p in pairs if p["labeler"] == name], "margin", seed) for name in labelers
-        },
-        "accuracy_by_confidence": by_confidence,
-        "ece": ece,
+        "accuracy_by_labeler": accuracy_by("labeler"),
+        "accuracy_by_source": accuracy_by("source"),
         "length_correlation_of_margins": spearman(margins, np.array([pair["longer"] for pair in pairs])),
-    }
+    } | reliability(pairs, seed)
 
 
 def run(stage: Stage) -> dict:
@@ -246,11 +321,13 @@ def run(stage: Stage) -> dict:
     sequences = [(e["prompt"], response) for e in tokens for response in e["responses"]]
     flat_scores = np.array(reward_scores(model, sequences, pad_id, precision))
     splits = np.cumsum([len(e["responses"]) for e in tokens])[:-1]
-    pairs = heldout_pairs(heldout, np.split(flat_scores, splits))
+    sources = {row["id"]: row["source"] for row in stage.rows("data", "heldout.jsonl")}
+    pairs = heldout_pairs(heldout, np.split(flat_scores, splits), sources)
     write_jsonl(stage.work / "pairs.jsonl", pairs)
     return (
         evaluate(pairs, stage.seed)
         | {
+            "ceiling": ceiling(heldout, stage.seed),
             "train_loss": history[-1]["loss"],
             "steps": len(history),
             "prompts": len(examples),

@@ -1,0 +1,279 @@
+"""Evaluation and tournament of tiny models: every number against the rows it was made from."""
+
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tunetrail.contract import main, read_jsonl, write_json
+from tunetrail.evaluation import stats
+from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
+from tunetrail.evaluation.probes import shift
+from tunetrail.models.batching import collate, encode
+from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from tunetrail.models.sampling import sample
+from tunetrail.models.scoring import sequence_scores
+from tunetrail.models.tiny import tiny_model
+from tunetrail.stages.retention import multiple_choice
+
+from .test_training import write_workspace
+
+EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3}
+RUNS = {  # stage of each artifact, its config block, its inputs by role, and what else it is told
+    "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data", "comparisons": "comparisons"}, {}),
+    "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base", "comparisons": "comparisons"}, {}),
+    "best": ("best_of_n", {"method": "best_of_n", "n": 3}, {"policy": "base", "reward": "reward"}, {}),
+    "retention": ("retention", {"prompts": 8, "max_new_tokens": 6}, {"base": "base"}, {}),
+    **{
+        f"evaluation/{name}": (
+            "evaluation",
+            EVALUATION,
+            {"model": name, "data": "data", "reward": "reward", "retention": "retention", "comparisons": "comparisons"}
+            | ({} if name == "base" else {"sft": "base", "sft_evaluation": "evaluation/base"}),
+            {"subject": {"name": name, "method": method}, "data.chat": False, "data.system": None},
+        )
+        for name, method in (("base", "base"), ("dpo", "dpo"), ("best", "best_of_n"))
+    },
+    "tournament": (
+        "tournament",
+        {},
+        {"base": "base", "evaluation.base": "evaluation/base", "evaluation.dpo": "evaluation/dpo", "evaluation.best": "evaluation/best"},
+        {"evaluation.tie": 0.0, "evaluation.bootstrap": 100},
+    ),
+}  # fmt: skip
+
+
+def run(folder, name, state="state", **changes):
+    """Runs one of RUNS in this process; gives its exit code."""
+    stage, block, inputs, shared = RUNS[name]
+    content = {"stage": stage, "seed": 5, "precision": "fp32", "config": block} | shared | changes
+    write_json(folder / "config.json", content)
+    module = importlib.import_module(f"tunetrail.stages.{stage}")
+    options = [f"--input={role}={path}/manifest.json" for role, path in inputs.items()]
+    output = f"--output={name}/manifest.json"
+    return main(module.run, ["--config=config.json", *options, output, f"--state={state}/{name}"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All of RUNS, and the current folder for as long as the tests last."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_workspace(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in RUNS:
+            assert run(folder, name) == 0, name
+        yield folder
+
+
+def metrics(folder, name):
+    return json.loads((folder / name / "metrics.json").read_text())
+
+
+def test_kl_is_that_of_the_whole_distributions(folder):
+    """Against a sum over the vocabulary at every prefix, at a temperature."""
+    model, reference = load_causal_lm(folder / "dpo/model"), load_causal_lm(folder / "base/model")
+    examples = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12, 13])]
+    found = kl_divergences(model, reference, examples, 0, "fp32", temperature=0.7)
+    for (prompt, response), kl in zip(examples, found, strict=True):
+        ids = torch.tensor([prompt + response])
+        p, q = ((m(ids).logits.detach()[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1) for m in (model, reference))
+        assert kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+        assert kl > 0
+    assert kl_divergences(model, model, examples, 0, "fp32") == [0, 0]
+
+
+def test_kl_has_the_mean_of_other_estimates_and_less_variance(folder):
+    """On 3,000 responses of two tokens from a model that is far from its reference."""
+    model, reference = tiny_model(16, 1, 2, 24, seed=0).eval(), tiny_model(16, 1, 2, 24, seed=1).eval()
+    for m, scale in ((model, 30), (reference, 15)):
+        m.get_output_embeddings().weight.data.mul_(scale)
+    keys = [str(i) for i in range(3000)]
+    responses = sample(model, [[5, 6]] * 3000, keys, k=1, max_new_tokens=2, temperature=1.0, seed=0, batch_size=1000, eos_id=23, pad_id=0)  # fmt: skip
+    examples = [([5, 6], response) for (response,) in responses]
+    full = np.array(kl_divergences(model, reference, examples, 0, "fp32"))
+    ours, theirs = (logprobs_of(m, examples, 0, "fp32") for m in (model, reference))
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    k1, k3 = (np.array([float(f(d).sum()) for d in gaps]) for f in (lambda d: d, lambda d: (-d).expm1() + d))
+    assert full.mean() > 0.05
+    for other in (k1, k3):
+        assert full.mean() == pytest.approx(other.mean(), abs=4 * math.hypot(*map(stats.standard_error, (full, other))))
+        assert full.std() < other.std()
+
+
+def test_the_win_rate_and_its_match_say_the_same(folder):
+    rows, theirs = (read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in ("dpo", "base"))
+    assert [row["id"] for row in rows] == [row["id"] for row in theirs]
+    outcome = stats.outcomes([r["gold"] for r in rows], [r["gold"] for r in theirs])
+    found = metrics(folder, "evaluation/dpo")["win_rate_vs_sft"]
+    assert found["mean"] == pytest.approx(outcome.mean())
+    assert found["groups"] == len({row["group"] for row in rows}) == 4
+    sampled = metrics(folder, "tournament")["sampled"]
+    pairs = {(row["first"], row["second"]): row for row in sampled["pairs"]}
+    assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("best", "dpo")}
+    assert pairs["dpo", "base"]["win_rate"] == pytest.approx(found)
+    assert [row["name"] for row in metrics(folder, "tournament")["greedy"]["scores"]] == [
+        "base",
+        "dpo",
+    ]  # best has none
+    assert metrics(folder, "tournament")["judge"] is None
+
+
+def test_the_frontier_has_every_checkpoint_and_the_last_model_on_the_same_prompts(folder):
+    found = metrics(folder, "evaluation/dpo")
+    points = found["frontier"]["points"]
+    assert [(p["step"], p["chosen"]) for p in points] == [(3, False), (6, False), (9, True)]
+    assert found["frontier"]["prompts"] == 3
+    rows = read_jsonl(folder / "evaluation/dpo/samples.jsonl")[:3]
+    for key in ("kl", "reward", "gold"):
+        assert points[-1][key]["mean"] == pytest.approx(np.mean([row[key] for row in rows]), abs=1e-6)
+        assert all(p[key]["n"] == 3 for p in points)
+    assert found["kl_to_sft"]["se"] == pytest.approx(stats.standard_error([r["kl"] for r in read_jsonl(folder / "evaluation/dpo/samples.jsonl")]))  # fmt: skip
+    assert metrics(folder, "evaluation/base")["frontier"] is None
+    assert metrics(folder, "evaluation/best")["frontier"] is None
+
+
+def test_a_checkpoint_is_scored_as_its_own_model_would_be(folder):
+    """One prompt of the middle checkpoint, sampled, scored and compared by hand."""
+    tokenizer, row = load_tokenizer(folder / "base/model"), read_jsonl(folder / "data/evaluation.jsonl")[0]
+    model = load_causal_lm(folder / "dpo/checkpoints/6/model").eval()
+    points = []
+    for row in read_jsonl(folder / "data/evaluation.jsonl")[:3]:
+        prompt = encode(tokenizer, row["prompt"])
+        ((response,),) = sample(model, [prompt], [row["id"]], k=1, max_new_tokens=6, temperature=1.0, seed=5, batch_size=1, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)  # fmt: skip
+        reward = load_reward_model(folder / "reward/model").eval()
+        with torch.no_grad():
+            score = float(sequence_scores(reward, collate([prompt], [response], 0)))
+        (kl,) = kl_divergences(model, load_causal_lm(folder / "base/model"), [(prompt, response)], 0, "fp32")
+        points.append((score, kl))
+    found = metrics(folder, "evaluation/dpo")["frontier"]["points"][1]
+    assert [found["reward"]["mean"], found["kl"]["mean"]] == pytest.approx(np.mean(points, 0).tolist(), abs=1e-4)
+
+
+def test_the_yardstick_rises_with_n_and_has_its_bound(folder):
+    found = metrics(folder, "evaluation/base")["best_of_n"]
+    assert (found["samples"], found["prompts"]) == (16, 3)
+    assert [p["n"] for p in found["points"]] == [1, 2, 4, 8, 16]
+    assert [p["kl_bound"] for p in found["points"]] == [stats.best_of_n_kl(n) for n in (1, 2, 4, 8, 16)]
+    rewards = [p["reward"]["mean"] for p in found["points"]]
+    assert rewards == sorted(rewards)
+    assert metrics(folder, "evaluation/dpo")["best_of_n"] is None
+
+
+def test_forgetting_is_a_difference_text_by_text(folder):
+    retention = metrics(folder, "evaluation/dpo")["retention"]
+    rows = read_jsonl(folder / "evaluation/dpo/retention.jsonl")
+    assert retention["perplexity"]["mean"] == pytest.approx(math.exp(np.mean([r["nll"] for r in rows])))
+    assert retention["choices"]["chance"] == 0.25
+    base = metrics(folder, "evaluation/base")["retention"]
+    assert base["choices"]["accuracy"]["mean"] == pytest.approx(metrics(folder, "retention")["base_accuracy"])
+    pairs = {(row["first"], row["second"]): row for row in metrics(folder, "tournament")["forgetting"]}
+    assert pairs["dpo", "base"]["nll"]["mean"] == pytest.approx(retention["change_vs_base"]["mean"])
+    assert pairs["dpo", "base"]["choices"]["mean"] == pytest.approx(retention["choices"]["change_vs_base"]["mean"])
+    assert pairs["dpo", "base"]["adapters"] == ["full", None]
+
+
+def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
+    (found,) = [row for row in metrics(folder, "tournament")["preferences"] if row["after"] == "dpo"]
+    before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
+    for name in ("chosen", "rejected"):
+        changes = [b[f"{name}_logp"] - a[f"{name}_logp"] for a, b in zip(before, after, strict=True)]
+        assert found[name]["mean"] == pytest.approx(np.mean(changes))
+    assert found["margin"]["mean"] == pytest.approx(found["chosen"]["mean"] - found["rejected"]["mean"])
+    assert found["margin"]["mean"] > 0  # that is what was trained
+
+
+def test_probes_have_the_likeliest_tokens_of_both(folder):
+    probes = json.loads((folder / "tournament/probes.json").read_text())["pairs"]
+    assert [(p["before"], p["after"]) for p in probes] == [("base", "dpo"), ("base", "best")]
+    before, after = (json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo"))  # fmt: skip
+    position = probes[0]["positions"][4]
+    assert position["before"] == before[5]["prob"]
+    probs = {t["id"]: t["before"] for t in position["tokens"]}
+    assert all(probs[t["id"]] == t["prob"] for t in before[5]["top"][:8])
+    assert {t["id"] for t in after[5]["top"][:8]} <= probs.keys()
+
+
+def test_shift_by_hand():
+    def row(prob, *top):
+        return {"position": 1, "token": "x", "prob": prob, "top": [{"id": i, "token": t, "prob": p} for i, t, p in top]}
+
+    before = [{}, row(0.2, (1, "a", 0.5), (2, "b", 0.3), (3, "x", 0.2))]
+    after = [{}, row(0.6, (3, "x", 0.6), (1, "a", 0.3), (4, "c", 0.1))]
+    (found,) = shift(before, after, top=2)
+    assert found["tokens"] == [
+        {"id": 3, "token": "x", "before": 0.2, "after": 0.6},
+        {"id": 1, "token": "a", "before": 0.5, "after": 0.3},
+        {"id": 2, "token": "b", "before": 0.3, "after": None},
+    ]  # what rose most first; c is among the two likeliest of neither
+
+
+def test_multiple_choice_has_the_answer_once_and_others_answers():
+    import random
+
+    examples = [([i], [10 + i]) for i in range(6)] + [([9], [10])]  # two prompts share an answer
+    rows = multiple_choice(examples, random.Random(0))
+    for row, (prompt, answer) in zip(rows, examples, strict=True):
+        assert row["prompt_ids"] == prompt
+        assert row["choices"][row["answer"]] == answer
+        assert len({tuple(choice) for choice in row["choices"]}) == 4
+    assert len({row["answer"] for row in rows}) > 1
+    assert multiple_choice(examples[:3], random.Random(0)) == []
+
+
+def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
+    from tunetrail.stages import tournament
+
+    real = tournament.read
+    monkeypatch.setattr(
+        tournament, "read", lambda stage, subjects, name: {s: dict(list(rows.items())[s == "dpo" :]) for s, rows in real(stage, subjects, name).items()}
+    )  # fmt: skip
+    assert run(folder, "tournament", "other", **{"evaluation.bootstrap": 101}) == 65
+    assert "tournament: dpo was evaluated on other prompts than base" in capfd.readouterr().err
+
+
+def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
+    """One that always likes what it reads first decides nothing; one that likes length decides everything."""
+    from tunetrail.labeling import llm
+
+    def judge(verdict):
+        def of(config, key):
+            assert key == "tournament.judge"
+            return lambda questions: [verdict(*q.partition("Response A:")[2].partition("Response B:")[::2]) for q in questions]  # fmt: skip
+
+        return of
+
+    def longer(a, b):
+        a, b = len(a.strip()), len(b.partition("Answer with")[0].strip())
+        return "tie" if a == b else "A" if a > b else "B"
+
+    settings = {"config": {"judge": {"endpoint": "http://localhost/v1", "model": "m"}}}
+    monkeypatch.setattr(llm, "chat_turn", lambda base: None)
+    for i, verdict in enumerate((lambda a, b: "A", longer)):
+        monkeypatch.setattr(llm, "endpoint_judge", judge(verdict))
+        assert run(folder, "tournament", f"judged{i}", **settings) == 0
+        found = metrics(folder, "tournament")
+        rows = {name: read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in found["subjects"]}
+        for pair in found["judge"]["pairs"]:
+            a, b = ([len(row["completion"]) for row in rows[pair[side]]] for side in ("first", "second"))
+            expected = stats.outcomes(a, b).mean() if i else 0.5
+            assert pair["win_rate"]["mean"] == pytest.approx(expected)
+        asked = found["judge_verdicts"]
+        assert asked["verdicts"] == 2 * 3 * 4
+        assert asked["inconsistent"] == (0 if i else 12)
+        assert i or asked["first_wins"] == 1
+    assert len(read_jsonl(folder / "tournament/judgements.jsonl")) == 4
+    assert run(folder, "tournament", "plain") == 0
+
+
+def test_the_right_choice_is_the_likeliest_a_token(folder):
+    """What a model would say itself is likelier than what it would not, also where that is shorter."""
+    model, eos = load_causal_lm(folder / "base/model").eval(), load_tokenizer(folder / "base/model").eos_token_id
+    ((own,),) = sample(model, [[5, 6]], ["x"], k=1, max_new_tokens=4, temperature=0, seed=0, batch_size=1, eos_id=eos, pad_id=0)  # fmt: skip
+    with torch.no_grad():
+        unlikely = int(model(torch.tensor([[5, 6]])).logits[0, -1].argmin())
+    questions = [{"prompt_ids": [5, 6], "choices": [[unlikely], own], "answer": answer} for answer in (0, 1)]
+    assert right_choices(model, questions, 0, "fp32") == [False, True]

@@ -1,0 +1,158 @@
+"""Everyone against everyone: pairs, strengths and win rates at equal lengths, from outcomes prompt by prompt.
+
+An outcome is 1 where the first of a pair wins, 0 where the second does, one half for a tie.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from scipy.special import expit
+
+from tunetrail.evaluation.stats import bootstrap_of, holm, mean_of, minimum_detectable, sign_flip_p, tally
+
+Outcomes = dict[tuple[str, str], np.ndarray]
+"""(first, second) -> [n]."""
+
+NEWTON_STEPS, LONGEST_STEP = 30, 1.0
+LENGTH_PENALTY = 0.01
+"""On both coefficients: finite where one side wins everything, and of no weight beside a dozen prompts."""
+
+
+def pairs_of(subjects: Sequence[str]) -> list[tuple[str, str]]:
+    """Every pair; first is the one that comes later in the pipeline."""
+    return [(second, first) for first, second in combinations(subjects, 2)]
+
+
+def bradley_terry(wins: np.ndarray, reference: int, prior: float = 0.5) -> np.ndarray:
+    """Strengths s in log-odds, sigmoid(s_i - s_j) being the chance that i beats j (Bradley and Terry 1952).
+
+    The maximum of the likelihood by Newton's method.
+
+    Args:
+        wins: [B, K, K], of i over j, a tie one half to each.
+        reference: index of the one whose strength is 0.
+        prior: added to the wins of both sides of every pair, as one tie more is: without it the strength of who never
+            lost would be infinite.
+
+    Returns:
+        [B, K].
+    """
+    k = wins.shape[-1]
+    wins = wins + prior * (1 - np.eye(k))
+    games = wins + wins.swapaxes(-1, -2)
+    free = np.arange(k) != reference
+    strengths = np.zeros(wins.shape[:-1])
+    for _ in range(NEWTON_STEPS):
+        chance = expit(strengths[..., :, None] - strengths[..., None, :])
+        gradient = (wins - games * chance).sum(-1)
+        curvature = games * chance * (1 - chance)
+        laplacian = curvature.sum(-1)[..., None] * np.eye(k) - curvature
+        step = np.linalg.solve(laplacian[..., free, :][..., free], gradient[..., free, None])[..., 0]
+        strengths[..., free] += step.clip(-LONGEST_STEP, LONGEST_STEP)
+        if np.abs(step).max() < 1e-10:
+            break
+    return strengths
+
+
+def length_controlled(outcome: np.ndarray, gap: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The win rate there would be were both responses equally long (Dubois et al. 2024, eq. 1 without instructions).
+
+    Logistic regression of the outcome on tanh(gap / its standard deviation); the win rate at a gap of 0.
+
+    Args:
+        outcome: [n].
+        gap: [n], first's length less second's.
+        counts: [B, n], how often each prompt was drawn.
+
+    Returns:
+        [B, 1].
+    """
+    scale = gap.std()
+    x = np.stack([np.ones(len(gap)), np.tanh(gap / scale) if scale else np.zeros(len(gap))])  # [2, n]
+    squares = (x[:, None] * x[None]).reshape(4, -1)
+    coefficients = np.zeros((len(counts), 2))
+    for _ in range(NEWTON_STEPS):
+        chance = expit(coefficients @ x)
+        gradient = (counts * (outcome - chance)) @ x.T - LENGTH_PENALTY * coefficients
+        hessian = ((counts * chance * (1 - chance)) @ squares.T).reshape(-1, 2, 2) + LENGTH_PENALTY * np.eye(2)
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        coefficients += step.clip(-LONGEST_STEP, LONGEST_STEP)
+        if np.abs(step).max() < 1e-8:
+            break
+    return expit(coefficients[:, :1])
+
+
+def family(second: str, reference: str) -> str:
+    """What a pair is corrected together with: all against base, all against the reference, or policies among themselves."""
+    return second if second in ("base", reference) else "policies"
+
+
+def match(
+    subjects: Sequence[str],
+    reference: str,
+    outcome_of: Outcomes,
+    lengths: Mapping[str, Sequence[float]],
+    groups: Sequence[Hashable],
+    n_resamples: int,
+    seed: int,
+) -> dict:
+    """A match as `stages.tournament` describes it, less its tie.
+
+    Args:
+        outcome_of: of all `pairs_of(subjects)`.
+        lengths: [n] of each subject.
+        groups: [n], the source group of each prompt.
+    """
+    families: dict[str, list[tuple[str, str]]] = {}
+    for pair in outcome_of:
+        families.setdefault(family(pair[1], reference), []).append(pair)
+    p_values = {pair: sign_flip_p(outcome, groups, seed) for pair, outcome in outcome_of.items()}
+    corrected = {
+        pair: p
+        for members in families.values()
+        for pair, p in zip(members, holm([p_values[pair] for pair in members]), strict=True)
+    }
+    gaps = {(a, b): np.subtract(lengths[a], lengths[b]) for a, b in outcome_of}
+    rates = mean_of(np.stack(list(outcome_of.values()), 1))
+    plays = reference in subjects and len(subjects) > 1
+
+    def everything(counts: np.ndarray) -> np.ndarray:
+        """[B, P + P + K]: win rates, win rates at equal lengths, strengths; the resamples are drawn once for all."""
+        controlled = [length_controlled(outcome, gaps[pair], counts) for pair, outcome in outcome_of.items()]
+        scores = [strengths(subjects, reference, outcome_of, counts)] if plays else []
+        return np.concatenate([rates(counts), *controlled, *scores], 1)
+
+    intervals = iter(bootstrap_of(everything, groups, n_resamples, seed))
+    win_rates, controlled = ({pair: next(intervals) for pair in outcome_of} for _ in range(2))
+
+    def row(pair: tuple[str, str]) -> dict:
+        name = family(pair[1], reference)
+        return {
+            "first": pair[0],
+            "second": pair[1],
+            "family": name,
+            "win_rate": win_rates[pair] | tally(outcome_of[pair]),
+            "length_controlled": controlled[pair],
+            "p": p_values[pair],
+            "p_holm": corrected[pair],
+            "significant": corrected[pair] < 0.05,
+            "minimum_detectable": minimum_detectable(outcome_of[pair], groups, len(families[name])),
+        }
+
+    return {
+        "prompts": len(groups),
+        "groups": len(set(groups)),
+        "pairs": [row(pair) for pair in outcome_of],
+        "scores": [{"name": name, "score": next(intervals)} for name in subjects] if plays else [],
+    }
+
+
+def strengths(subjects: Sequence[str], reference: str, outcome_of: Outcomes, counts: np.ndarray) -> np.ndarray:
+    """[B, K]: Bradley-Terry strengths, from outcomes [n] and how often each prompt was drawn [B, n]."""
+    k, place = len(subjects), {name: i for i, name in enumerate(subjects)}
+    wins = np.zeros((len(counts), k, k))
+    for (first, second), outcome in outcome_of.items():
+        wins[:, place[first], place[second]] = counts @ outcome
+        wins[:, place[second], place[first]] = counts @ (1 - outcome)
+    return bradley_terry(wins, place[reference])

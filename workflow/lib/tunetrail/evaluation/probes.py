@@ -1,0 +1,31 @@
+"""What training did to the next token: two models' probes of one sentence, side by side."""
+
+
+def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
+    """For each position the tokens that are among the `top` likeliest of either model, with both probabilities.
+
+    Args:
+        before, after: rows of `models.sentence_probe`.
+
+    Returns:
+        [{"position", "token", "before", "after", "tokens": [{"id", "token", "before", "after"}]}], the tokens that rose most
+        first; a probability is None where the token is not in that model's list.
+    """
+    rows = []
+    for was, now in zip(before[1:], after[1:], strict=True):  # nothing is before the first token
+        probs = [{entry["id"]: entry for entry in row["top"]} for row in (was, now)]
+        ids = dict.fromkeys(entry["id"] for row in (was, now) for entry in row["top"][:top])
+        tokens = [
+            {
+                "id": i,
+                "token": (probs[0].get(i) or probs[1][i])["token"],
+                "before": probs[0].get(i, {}).get("prob"),
+                "after": probs[1].get(i, {}).get("prob"),
+            }
+            for i in ids
+        ]
+        tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
+        rows.append(
+            {"position": now["position"], "token": now["token"], "before": was["prob"], "after": now["prob"], "tokens": tokens}
+        )  # fmt: skip
+    return rows

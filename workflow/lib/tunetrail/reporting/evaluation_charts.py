@@ -1,0 +1,276 @@
+"""The figures of `stages.tournament`, the frontier, the reward model and contamination, as Vega-Lite specs.
+
+Each takes what a metrics file holds and gives a spec, or None where nothing was measured. `series` maps a model's name
+to its colour's name, as `reporting.collect.Model.series` has it; `narrow` is for a phone.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+
+from tunetrail.reporting.charts import (
+    COLOURS,
+    INK,
+    MUTED,
+    PAPER,
+    PLOT,
+    Chart,
+    Spec,
+    _beside,
+    _colour,
+    _data,
+    _row,
+    _title,
+    dots,
+    grid,
+    visible,
+    wrap,
+)
+from tunetrail.reporting.numbers import interval, number, percent, percent_interval
+
+Series = Mapping[str, str]
+BEFORE, AFTER = "#7a828a", "#0072b2"
+ACROSS = {False: 4, True: 1}
+"""Positions of a sentence side by side, by `narrow`."""
+
+
+def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
+    """How often the row's model beats the column's; bold and starred where that is no chance."""
+    if not match or not match["pairs"]:
+        return None
+    rows = []
+    for pair in match["pairs"]:
+        star = "*" if pair["significant"] else ""
+        for first, second, mean in (
+            (pair["first"], pair["second"], pair["win_rate"]["mean"]),
+            (pair["second"], pair["first"], 1 - pair["win_rate"]["mean"]),
+        ):
+            text = f"{percent(mean)}{star}"
+            rows.append({"first": first, "second": second, "rate": mean, "text": text, "ink": INK if abs(mean - 0.5) < 0.3 else PAPER})  # fmt: skip
+    names = list(dict.fromkeys(name for pair in reversed(match["pairs"]) for name in (pair["first"], pair["second"])))
+    order = [score["name"] for score in match["scores"]] or names
+    label: dict[str, Any] = {
+        "labelFontSize": 12,
+        "labelColor": INK,
+        "labelLimit": 110 if narrow else 170,
+        "grid": False,
+    }
+    base = alt.Chart(_data(rows)).encode(
+        y=alt.Y("first:N", sort=order, axis=alt.Axis(title=None, **label)),
+        x=alt.X("second:N", sort=order, axis=alt.Axis(title=None, orient="top", labelAngle=-40, **label)),
+    )
+    colour = alt.Color("rate:Q", legend=None, scale=alt.Scale(domain=[0, 0.5, 1], range=["#d55e00", "#f3f4f5", "#0072b2"], interpolate="rgb"))  # fmt: skip
+    cells = base.mark_rect(stroke=PAPER, strokeWidth=2).encode(color=colour)
+    words = base.mark_text(fontSize=11 if narrow else 12).encode(text="text:N", color=alt.Color("ink:N", scale=None))
+    step = 40 if narrow else 62
+    chart = alt.layer(cells, words).resolve_scale(color="independent")
+    return grid([[chart.properties(width=alt.Step(step), height=alt.Step(34))]])
+
+
+def strengths(match: dict | None, series: Series, narrow: bool) -> Spec | None:
+    """Bradley-Terry scores."""
+    rows = [
+        _row(score["name"], score["score"], interval(score["score"], 2, sign=True), series[score["name"]])
+        for score in (match or {}).get("scores", [])
+    ]
+    chart = dots(rows, PLOT[narrow], "strength in log-odds, 0 is the model all started from", reference=0)
+    return chart and grid([[chart]])
+
+
+def length_controlled(match: dict | None, opponent: str, series: Series, narrow: bool) -> Spec | None:
+    """Win rates against one model, as counted (full) and at equal lengths (hollow)."""
+    rows = []
+    for pair in (match or {}).get("pairs", []):
+        if pair["second"] == opponent:
+            for key, more in (("win_rate", ""), ("length_controlled", ", equal length")):
+                name, value = pair["first"], pair[key]
+                row = _row(name, value, percent_interval(value), series[name], hollow=key != "win_rate")
+                rows.append(row | {"label": f"{wrap(name)}{more}"})
+    axis = {"format": "%", "domain": [0, 1]}
+    chart = dots(rows, PLOT[narrow], f"win rate against {opponent}, ties count half", reference=0.5, **axis)
+    return chart and grid([[chart]])
+
+
+# ----------------------------------------------------------------------------- frontier
+
+
+def frontier(evaluations: Mapping[str, dict], series: Series, narrow: bool) -> Spec | None:
+    """Reward-model and gold score over the KL to SFT: the checkpoints of each policy in the order of training, the
+    chosen one with its intervals, and best-of-n as the yardstick.
+
+    Args:
+        evaluations: metrics of each model's evaluation.
+    """
+    yardstick = next((m["best_of_n"] for m in evaluations.values() if m.get("best_of_n")), None)
+    panels = []
+    for key, title in (("reward", "Reward-model score"), ("gold", "Gold score")):
+        rows: list[dict] = []
+        for name, metrics in evaluations.items():
+            found = (metrics.get("frontier") or {}).get("points", [])
+            points = [p for p in found if p["kl"] and p[key]]
+            rows += [
+                {
+                    "line": name, "order": p["step"], "colour": COLOURS[series[name]], "shape": "circle", "chosen": p["chosen"],
+                    "label": wrap(name) if p["chosen"] else "", "kl": max(0, p["kl"]["mean"]), "kl_low": max(0, p["kl"]["low"]),
+                    "kl_high": p["kl"]["high"], "mean": p[key]["mean"], "low": p[key]["low"], "high": p[key]["high"],
+                }
+                for p in points
+            ]  # fmt: skip
+        if not rows:
+            continue
+        for p in (yardstick or {}).get("points", []):
+            if p[key]:
+                rows.append(
+                    {
+                        "line": "best of n", "order": p["n"], "colour": MUTED, "shape": "diamond", "chosen": False, "label": f"n={p['n']}",
+                        "kl": p["kl_bound"], "kl_low": p["kl_bound"], "kl_high": p["kl_bound"], **{end: p[key][end] for end in ("mean", "low", "high")},
+                    }
+                )  # fmt: skip
+        panels.append(alt.layer(*_frontier_layers(rows), _title(title)).properties(width=270 if narrow else 310, height=240))  # fmt: skip
+    return _beside(panels, narrow) if panels else None
+
+
+def _frontier_layers(rows: list[dict]) -> list[Chart]:
+    top = max(row["kl_high"] if row["chosen"] else row["kl"] for row in rows)
+    base = alt.Chart(_data(rows))
+    x = alt.X("kl:Q", scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False), axis=alt.Axis(title="KL to sft, nats a response (√ scale)", tickCount=5))  # fmt: skip
+    y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
+    chosen, labelled = alt.datum.chosen, alt.datum.label != ""
+    return [
+        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=_colour(), detail="line:N", order="order:Q"),
+        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=_colour()),
+        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"), x2="kl_high:Q", y=y, color=_colour()),
+        base.mark_point(filled=True, opacity=1).encode(
+            x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None), size=alt.condition(chosen, alt.value(110), alt.value(35)),
+        ),
+        base.transform_filter(labelled).mark_text(align="left", dx=8, dy=-9, fontSize=11, lineBreak="\n").encode(x=x, y=y, text="label:N", color=_colour()),
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- what was forgotten, what moved
+
+
+def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -> Spec | None:
+    """Against one model: the change of loss on unrelated text, and of accuracy in the multiple-choice task."""
+    panels = []
+    for key, title, axis, sign in (
+        ("nll", "Loss on unrelated text", "nats a token more than {} (right: forgotten)", 3),
+        ("choices", "Multiple choice", "accuracy less that of {} (left: forgotten)", 2),
+    ):
+        rows = []
+        for pair in pairs:
+            if pair["second"] != opponent:
+                continue
+            adapter = pair["adapters"][0]
+            label = f"{pair['first']} ({'LoRA' if adapter == 'lora' else adapter})" if adapter else pair["first"]
+            rows.append(_row(label, pair[key], interval(pair[key], sign, sign=True), series[pair["first"]], hollow=adapter == "lora"))  # fmt: skip
+        if chart := dots(rows, PLOT[narrow], axis.format(opponent), reference=0):
+            panels.append([alt.layer(chart, _title(title))])
+    return grid(panels, down=26) if panels else None
+
+
+def preference_shift(changes: list[dict], series: Series, narrow: bool) -> Spec | None:
+    """How far the log-probs of chosen (full) and rejected (hollow) responses to held-out prompts moved."""
+    rows = []
+    for change in changes:
+        for key in ("chosen", "rejected"):
+            value, name = change[key], f"{change['after']}: {key}"
+            rows.append(_row(name, value, interval(value, 1, sign=True), series[change["after"]], hollow=key == "rejected"))  # fmt: skip
+    chart = dots(rows, PLOT[narrow], "change of the log-prob of a response, nats", reference=0)
+    return chart and grid([[chart]])
+
+
+def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
+    """For each position of the sentence the likeliest next tokens before (grey) and after (blue), bars side by side;
+    what rose most on top. The token that is there is marked by an arrow."""
+    positions = (pair or {}).get("positions") or []
+    panels, across = [], ACROSS[narrow]
+    for place, position in enumerate(positions):
+        tokens = sorted(position["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:top]
+        tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
+        rows = [
+            {"place": i, "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}", "when": when, "prob": t[when]}
+            for i, t in enumerate(tokens)
+            for when in ("before", "after")
+            if t[when] is not None
+        ]  # fmt: skip
+        labels = {row["place"]: row["token"] for row in rows}
+        expression = f"{json.dumps(list(labels.values()))}[datum.value]"
+        axis = alt.Axis(title=None, grid=False, labelExpr=expression, labelFontSize=10, labelColor=INK, labelLimit=80)
+        chart = alt.Chart(_data(rows)).mark_bar(height=5).encode(
+            y=alt.Y("place:O", axis=axis),
+            yOffset=alt.YOffset("when:N", sort=["before", "after"]),
+            x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1], labels=place >= len(positions) - across)),
+            color=alt.Color("when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])),
+        )  # fmt: skip
+        title = f"{position['position']}. {visible(position['token'])}"
+        panels.append(alt.layer(chart, _title(title, 10)).properties(width=200 if narrow else 92, height=alt.Step(8)))
+    rows_of = [panels[i : i + across] for i in range(0, len(panels), across)]
+    return grid(rows_of, across=8, down=12) if panels else None
+
+
+# ----------------------------------------------------------------------------- reward model and data
+
+
+def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
+    """Accuracy of the reward model, by source and by labeler, beside what length alone gets and what labelers' agreement
+    allows."""
+    if not metrics:
+        return None
+    ceiling = metrics.get("ceiling") or {}
+    measured: list[tuple[str, Any, str]] = [
+        ("reward model", metrics.get("accuracy"), "p0"),
+        ("the longer wins", metrics.get("accuracy_longer_wins"), "base"),
+        ("two labelers agree", ceiling.get("agreement"), "sft"),
+        ("labeler and majority", ceiling.get("majority"), "sft"),
+    ]
+    for by, word in (("source", "on"), ("labeler", "by")):
+        found = metrics.get(f"accuracy_by_{by}") or {}
+        measured += [(f"{word} {name}", value, "p0") for name, value in sorted(found.items())]
+    rows = [
+        _row(label, value, percent_interval(value), series, hollow=i > 3)
+        for i, (label, value, series) in enumerate(measured)
+        if value or i == 0
+    ]
+    chart = dots(rows, PLOT[narrow], "accuracy on unseen prompts", reference=0.5, format="%")
+    return chart and grid([[chart]])
+
+
+def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
+    """The reliability diagram with an interval a bin, and the expected calibration error."""
+    bins = (metrics or {}).get("accuracy_by_confidence")
+    if not metrics or not bins:
+        return None
+    lowest = min(0.5, *(row.get("accuracy_low") or row["accuracy"] for row in bins))
+    low = max(0.0, math.floor(10 * lowest) / 10)
+    scale = alt.Scale(domain=[low, 1], nice=False, zero=False)
+    axis: dict[str, Any] = {"format": "%", "tickCount": 5}
+    base = alt.Chart(_data(bins))
+    x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the reward model", **axis))
+    y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, **axis))
+    diagonal = alt.Chart(_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
+    size = alt.Size("n:Q", scale=alt.Scale(domainMin=0, range=[15, 260]), legend=None)
+    return grid([[alt.layer(
+        diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
+        base.mark_rule(color=COLOURS["p0"], strokeWidth=2, opacity=0.6).encode(x=x, y=alt.Y("accuracy_low:Q", scale=scale), y2="accuracy_high:Q"),
+        base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=size),
+        _title(f"How often it is right; calibration error {number(metrics['ece'], 3)}"),
+    ).properties(width=240 if narrow else 300, height=240)]])  # fmt: skip
+
+
+def contamination(card: dict | None, narrow: bool) -> Spec | None:
+    """How many evaluation prompts share how much with the training texts."""
+    found = (card or {}).get("contamination")
+    if not found or not sum(found["histogram"]["counts"]):
+        return None
+    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+    rows = [{"low": a, "high": b, "prompts": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+    bars = alt.Chart(_data(rows)).mark_bar(color=COLOURS["p0"]).encode(
+        x=alt.X("low:Q", bin="binned", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=f"share of a prompt's {found['words']}-word sequences in training texts", format="%", tickCount=5)),
+        x2="high:Q", y=alt.Y("prompts:Q", axis=alt.Axis(title="prompts", tickCount=4, format="d")),
+    )  # fmt: skip
+    limit = alt.Chart(_data([{"at": found["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="at:Q")
+    return grid([[alt.layer(bars, limit).properties(width=240 if narrow else 420, height=120)]])
