@@ -93,7 +93,11 @@ def test_length_control_changes_nothing_where_lengths_are_equal():
 def test_there_is_no_win_rate_at_equal_lengths_where_no_lengths_are_equal():
     """One side is longer by 20 tokens on nearly all prompts; that says nothing about a gap of 0."""
     random = np.random.default_rng(0)
-    gaps = {"longer": random.normal(20, 3, size=2000), "both": random.normal(20, 14, size=2000), "equal": np.zeros(2000)}
+    gaps = {
+        "longer": random.normal(20, 3, size=2000),
+        "both": random.normal(20, 14, size=2000),
+        "equal": np.zeros(2000),
+    }
     outcome = (random.random(2000) < 0.9).astype(float)
     for name, gap in gaps.items():
         lengths = {"sft": np.full(2000, 40.0), "dpo": 40 + gap}

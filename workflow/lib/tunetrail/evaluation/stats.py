@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 Interval = dict[str, Any]
+Groups = Sequence[Hashable] | np.ndarray
+"""What each value belongs to."""
 
 _BLOCK = 1 << 20  # indices drawn at once: bounds the memory of a bootstrap over many prompts
 
@@ -118,13 +120,13 @@ def tally(outcome: np.ndarray) -> dict[str, int]:
     return {name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
 
 
-def group_sums(values: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
+def group_sums(values: np.ndarray, groups: Groups) -> np.ndarray:
     """[n], [n] -> [G]: the sum of each group's values."""
     _, member = np.unique([str(g) for g in groups], return_inverse=True)
     return np.bincount(member, values)
 
 
-def sign_flip_p(outcome: np.ndarray, groups: Sequence[Hashable], seed: int = 0) -> float:
+def sign_flip_p(outcome: np.ndarray, groups: Groups, seed: int = 0) -> float:
     """Two-sided p-value that neither side is the better one: if so, each group's outcomes could as well be the other's.
 
     Fisher's randomisation test with whole groups as units: all flips where they are at most 9,999 (13 groups that are
@@ -156,7 +158,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def standard_error(deviations: Sequence[float] | np.ndarray, groups: Sequence[Hashable]) -> float | None:
+def standard_error(deviations: Sequence[float] | np.ndarray, groups: Groups) -> float | None:
     """Of a mean of values that depend on one another within a group (Liang and Zeger 1986); None for a single group.
 
     Args:
@@ -169,9 +171,7 @@ def standard_error(deviations: Sequence[float] | np.ndarray, groups: Sequence[Ha
     return math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(deviations)
 
 
-def minimum_detectable(
-    outcome: np.ndarray, groups: Sequence[Hashable], tests: int = 1, power: float = 0.8
-) -> float | None:
+def minimum_detectable(outcome: np.ndarray, groups: Groups, tests: int = 1, power: float = 0.8) -> float | None:
     """How far the true win rate must lie from one half for `sign_flip_p` to show it with this power, at 5% over so many
     tests: (z(1 - 0.05/(2 tests)) + z(power)) standard errors under the hypothesis that it is one half.
 
