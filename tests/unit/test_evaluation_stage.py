@@ -19,6 +19,8 @@ from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tok
 from tunetrail.models.sampling import sample
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model
+from tunetrail.provenance.manifest import sha256_file
+from tunetrail.provenance.record import read_record
 from tunetrail.stages.evaluation import Evaluator, Samples
 from tunetrail.stages.retention import multiple_choice
 from tunetrail.stages.tournament import verdict_outcomes
@@ -31,6 +33,7 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
     "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base", "comparisons": "comparisons"}, {}),
     "best": ("best_of_n", {"method": "best_of_n", "n": 3}, {"policy": "base", "reward": "reward"}, {}),
     "retention": ("retention", {"prompts": 8, "max_new_tokens": 6}, {"base": "base"}, {}),
+    "text": ("retention", {"source": "file", "path": "text.txt", "prompts": 4, "max_new_tokens": 6}, {"base": "base"}, {}),
     **{
         f"evaluation/{name}": (
             "evaluation",
@@ -66,6 +69,7 @@ def folder(tmp_path_factory):
     """All of RUNS, and the current folder for as long as the tests last."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_workspace(folder)
+    (folder / "text.txt").write_text("a text of one's own, and not a short one")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in RUNS:
@@ -224,6 +228,11 @@ def test_forgetting_is_a_difference_text_by_text(folder):
     assert pairs["dpo", "base"]["nll"]["mean"] == pytest.approx(retention["change_vs_base"]["mean"])
     assert pairs["dpo", "base"]["choices"]["mean"] == pytest.approx(retention["choices"]["change_vs_base"]["mean"])
     assert pairs["dpo", "base"]["adapters"] == ["full", None]
+
+
+def test_a_text_of_ones_own_is_in_the_record(folder):
+    (source,) = read_record(folder / "text").of_role("text")
+    assert source["annotations"]["files"] == {"../text.txt": sha256_file(folder / "text.txt")}
 
 
 def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
