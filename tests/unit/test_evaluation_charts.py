@@ -8,7 +8,7 @@ import vl_convert
 
 from tunetrail.evaluation import matches, stats
 from tunetrail.reporting import evaluation_charts as charts
-from tunetrail.reporting.numbers import percent
+from tunetrail.reporting.numbers import NOT_MEASURED, percent
 
 NAMES = ["base", "sft", "dpo", "ppo"]
 SERIES = {"base": "base", "sft": "sft", "dpo": "p0", "ppo": "p1"}
@@ -132,6 +132,12 @@ def test_the_diagram_begins_where_a_bin_does():
     assert begin(0.0, 0.5) == 0
     assert begin(None, 0.32) == 0.3
     assert begin(0.55, 0.7) == 0.5
+
+
+def test_a_win_rate_that_lengths_do_not_allow_reads_so(match):
+    pairs = [pair | {"length_controlled": None} for pair in match["pairs"]]
+    rows = rows_of(charts.length_controlled(match | {"pairs": pairs}, "sft", SERIES, False))
+    assert [row["text"] for row in rows if "equal length" in str(row.get("label"))] == [NOT_MEASURED] * 2
 
 
 def test_the_frontier_marks_the_chosen_point_and_the_yardstick():

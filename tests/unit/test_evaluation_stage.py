@@ -325,6 +325,11 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         assert asked["inconsistent"] == (0 if i else 12)
         assert i or asked["first_wins"] == 1
     assert len(read_jsonl(folder / "tournament/judgements.jsonl")) == 4
+    monkeypatch.setattr(llm, "endpoint_judge", judge(lambda a, b: None))
+    assert run(folder, "tournament", "silent", **settings) == 0
+    found = metrics(folder, "tournament")
+    assert found["judge"] is None
+    assert found["judge_verdicts"] == {"verdicts": 24, "unparsed": 24, "inconsistent": 0, "first_wins": None}
     assert run(folder, "tournament", "plain") == 0
 
 
