@@ -137,7 +137,7 @@ def evaluator(folder, name, rows):
             config=EVALUATION,
             seed=5,
             shared={"precision": "fp32", "subject": {"name": name, "method": method}},
-            inputs={"model": folder / name, "sft": folder / "base"},
+            inputs={"model": folder / name, "sft": folder / "base", "reward": folder / "reward"},
         ),  # type: ignore[arg-type]
         rows,
     )
@@ -154,6 +154,16 @@ def test_best_of_n_does_not_choose_among_what_it_is_compared_to(folder):
 
     assert not any(set(ours) & set(theirs) for ours, theirs in zip(drawn("best", 3), drawn("base", 1), strict=True))
     assert drawn("base", 3)[0][0] == drawn("base", 1)[0][0]
+
+
+def test_best_of_n_is_what_the_reward_model_prefers(folder):
+    rows = read_jsonl(folder / "data/evaluation.jsonl")
+    found = evaluator(folder, "best", rows)
+    samples, _ = found.sampled(found.model, rows, 3)
+    found.reward([samples])
+    best = np.reshape(samples.reward, (-1, 3)).argmax(1)
+    chosen = read_jsonl(folder / "evaluation/best/samples.jsonl")
+    assert [row["completion"] for row in chosen] == [samples.texts[3 * i + b] for i, b in enumerate(best)]
 
 
 def test_a_kl_that_is_a_bound_has_no_interval_but_what_the_bound_says(folder):

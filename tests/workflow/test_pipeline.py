@@ -133,13 +133,6 @@ def test_files_that_are_measured_on_are_inputs(project):
     assert "tasks/own.yaml" in inputs["lm_eval"]
 
 
-def test_best_of_n_picks_what_the_reward_model_prefers(tiny_run):
-    assert (
-        metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"]
-        > metrics(tiny_run, "evaluation/sft")["reward"]["mean"]
-    )
-
-
 def test_a_finished_run_has_nothing_to_do(tiny_run):
     assert tiny_run.pending() == {}
     assert "Nothing to be done" in tiny_run.run()
