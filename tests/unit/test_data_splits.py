@@ -133,11 +133,21 @@ def test_overlap_is_the_share_of_n_grams_in_training_texts():
     ]  # fmt: skip
 
 
+def test_a_short_prompt_is_looked_for_as_a_whole():
+    """In one piece and in order, from three words on."""
+    trained = {"sft": ["we know how to count to ten by heart", "ten to count"], "reward": [], "rl": []}
+    prompts = ["How to count?", "to ten", "count to", "ten by now", "count ten by heart", "to count to ten by heart"]
+    assert overlaps(prompts, trained, 8) == [
+        (1.0, "sft"), (None, None), (None, None), (0.0, None), (0.0, None), (1.0, "sft")
+    ]  # fmt: skip
+
+
 def test_overlap_equals_brute_force():
     rng, words = random.Random(0), "abcdef"
     prompts, texts = ([" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(60)] for _ in range(2))
     for prompt, (share, split) in zip(prompts, overlaps(prompts, {"sft": texts, "rl": []}, 4), strict=True):
-        grams = {prompt[i : i + 7] for i in range(0, len(prompt) - 6, 2)}
+        size = min(7, max(5, len(prompt)))  # of four words of a letter, or of three where there are no more
+        grams = {prompt[i : i + size] for i in range(0, len(prompt) - size + 1, 2)}
         found = [any(gram in text for text in texts) for gram in grams]
         assert share == (sum(found) / len(grams) if grams else None)
         assert split == ("sft" if any(found) else None)

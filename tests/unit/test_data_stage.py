@@ -141,17 +141,35 @@ def test_evaluation_prompts_that_training_texts_contain_are_reported_and_left_ou
     assert sum(found["histogram"]["counts"]) == found["prompts"] == len(kept["evaluation"])
     assert {row["id"]: row["overlap"] for row in read_jsonl(Path("data/contamination.jsonl"))}.keys() == {row["id"] for row in kept["evaluation"]}  # fmt: skip
 
+    heldout = sum(int(row["completion"]) >= 41 for row in kept["heldout"])
+    assert heldout, "the seed gives heldout none of the nine; take another"
+
     dropped = prepared(max_overlap=0.5, duplicates="drop")
-    assert dropped.card["dropped"]["contaminated"] == dropped.card["contamination"]["dropped"] == len(shared)
+    assert dropped.card["contamination"]["dropped"] == len(shared)
+    assert dropped.card["contamination"]["heldout"]["dropped"] == heldout
+    assert dropped.card["dropped"]["contaminated"] == len(shared) + heldout
+    assert not any(int(row["completion"]) >= 41 for row in dropped["heldout"])
     assert {row["id"] for row in dropped["evaluation"]} == {row["id"] for row in kept["evaluation"]} - set(shared)
     assert dropped.card["contamination"]["max"] == 0
 
     capfd.readouterr()
     assert prepared(max_overlap=0.5).code == 65
     assert (
-        f"{len(shared)} evaluation prompts are largely in the training texts, such as d.jsonl:"
+        f"{len(shared) + heldout} evaluation and held-out prompts are largely in the training texts, such as d.jsonl:"
         in capfd.readouterr().err
     )
+
+
+def test_a_contaminated_prompt_counts_once():
+    """Though it has three answers; the rows are counted beside it."""
+    rows = [largely(i) | {"completion": f"{i} {k}"} for i in range(50) for k in range(3)]
+    source = file("d.jsonl", rows, group="group")
+    done = Prepared(DataConfig(demonstrations=[source], near_duplicate=1.0, overlap_words=8, duplicates="drop"))
+    found = done.card["contamination"]
+    prompts = found["dropped"] + found["heldout"]["dropped"]
+    assert found["dropped"] > 0
+    assert done.card["dropped"]["contaminated"] == 3 * prompts
+    assert found["heldout"]["prompts"] == len({row["prompt"] for row in done["heldout"]})
 
 
 # ----------------------------------------------------------------------------- preferences

@@ -3,10 +3,12 @@
 import importlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import sem
 
 from tunetrail.contract import main, read_jsonl, write_json
 from tunetrail.evaluation import stats
@@ -17,7 +19,11 @@ from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tok
 from tunetrail.models.sampling import sample
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model
+from tunetrail.provenance.manifest import sha256_file
+from tunetrail.provenance.record import read_record
+from tunetrail.stages.evaluation import Evaluator, Samples
 from tunetrail.stages.retention import multiple_choice
+from tunetrail.stages.tournament import verdict_outcomes
 
 from .test_training import write_workspace
 
@@ -27,6 +33,7 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
     "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base", "comparisons": "comparisons"}, {}),
     "best": ("best_of_n", {"method": "best_of_n", "n": 3}, {"policy": "base", "reward": "reward"}, {}),
     "retention": ("retention", {"prompts": 8, "max_new_tokens": 6}, {"base": "base"}, {}),
+    "text": ("retention", {"source": "file", "path": "text.txt", "prompts": 4, "max_new_tokens": 6}, {"base": "base"}, {}),
     **{
         f"evaluation/{name}": (
             "evaluation",
@@ -62,6 +69,7 @@ def folder(tmp_path_factory):
     """All of RUNS, and the current folder for as long as the tests last."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_workspace(folder)
+    (folder / "text.txt").write_text("a text of one's own, and not a short one")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in RUNS:
@@ -100,7 +108,7 @@ def test_kl_has_the_mean_of_other_estimates_and_less_variance(folder):
     k1, k3 = (np.array([float(f(d).sum()) for d in gaps]) for f in (lambda d: d, lambda d: (-d).expm1() + d))
     assert full.mean() > 0.05
     for other in (k1, k3):
-        assert full.mean() == pytest.approx(other.mean(), abs=4 * math.hypot(*map(stats.standard_error, (full, other))))
+        assert full.mean() == pytest.approx(other.mean(), abs=4 * math.hypot(*map(sem, (full, other))))
         assert full.std() < other.std()
 
 
@@ -122,6 +130,61 @@ def test_the_win_rate_and_its_match_say_the_same(folder):
     assert metrics(folder, "tournament")["judge"] is None
 
 
+def evaluator(folder, name, rows):
+    method = "best_of_n" if name == "best" else "dpo"
+    return Evaluator(
+        SimpleNamespace(
+            config=EVALUATION,
+            seed=5,
+            shared={"precision": "fp32", "subject": {"name": name, "method": method}},
+            inputs={"model": folder / name, "sft": folder / "base", "reward": folder / "reward"},
+        ),  # type: ignore[arg-type]
+        rows,
+    )
+
+
+def test_best_of_n_does_not_choose_among_what_it_is_compared_to(folder):
+    """Else it could not lose: of 4 samples of a perfect proxy one is the opponent's, and 80% of wins become 87%."""
+    rows = read_jsonl(folder / "data/evaluation.jsonl")
+
+    def drawn(name, k):
+        found = evaluator(folder, name, rows)
+        samples, _ = found.sampled(found.model, rows, k)
+        return [[tuple(response) for _, response in samples.examples[i : i + k]] for i in range(0, k * len(rows), k)]
+
+    assert not any(set(ours) & set(theirs) for ours, theirs in zip(drawn("best", 3), drawn("base", 1), strict=True))
+    assert drawn("base", 3)[0][0] == drawn("base", 1)[0][0]
+
+
+def test_best_of_n_is_what_the_reward_model_prefers(folder):
+    rows = read_jsonl(folder / "data/evaluation.jsonl")
+    found = evaluator(folder, "best", rows)
+    samples, _ = found.sampled(found.model, rows, 3)
+    found.reward([samples])
+    best = np.reshape(samples.reward, (-1, 3)).argmax(1)
+    chosen = read_jsonl(folder / "evaluation/best/samples.jsonl")
+    assert [row["completion"] for row in chosen] == [samples.texts[3 * i + b] for i, b in enumerate(best)]
+
+
+def test_a_kl_that_is_a_bound_has_no_interval_but_what_the_bound_says(folder):
+    found = metrics(folder, "evaluation/best")["kl_to_sft"]
+    assert found == {"mean": stats.best_of_n_kl(3), "low": 0, "high": stats.best_of_n_kl(3), "n": 4, "se": None, "estimator": "analytic bound"}  # fmt: skip
+
+
+def test_prompts_of_a_source_group_are_resampled_together(folder):
+    rows = read_jsonl(folder / "data/evaluation.jsonl")
+    values, groups = [0.0, 0.1, 1.0, 1.1], ["a", "a", "b", "b"]
+    grouped = evaluator(folder, "base", [row | {"group": g} for row, g in zip(rows, groups, strict=True)])
+    assert grouped.over_prompts(values) == stats.bootstrap(values, 100, 5, groups)
+    divergence = grouped.divergence(Samples([], [], kl=values))
+    assert divergence["low"] == grouped.over_prompts(values)["low"]
+    # two groups, whose sums lie 1 below and 1 above what they would be: sqrt(2/1 * (1 + 1)) / 4
+    assert divergence["se"] == pytest.approx(0.5)
+    assert sem(values) < 0.3
+    one = evaluator(folder, "base", [row | {"group": "a"} for row in rows])
+    assert one.over_prompts(values) == stats.bootstrap(values, 100, 5)
+
+
 def test_the_frontier_has_every_checkpoint_and_the_last_model_on_the_same_prompts(folder):
     found = metrics(folder, "evaluation/dpo")
     points = found["frontier"]["points"]
@@ -131,7 +194,8 @@ def test_the_frontier_has_every_checkpoint_and_the_last_model_on_the_same_prompt
     for key in ("kl", "reward", "gold"):
         assert points[-1][key]["mean"] == pytest.approx(np.mean([row[key] for row in rows]), abs=1e-6)
         assert all(p[key]["n"] == 3 for p in points)
-    assert found["kl_to_sft"]["se"] == pytest.approx(stats.standard_error([r["kl"] for r in read_jsonl(folder / "evaluation/dpo/samples.jsonl")]))  # fmt: skip
+    kl = np.array([row["kl"] for row in read_jsonl(folder / "evaluation/dpo/samples.jsonl")])
+    assert found["kl_to_sft"]["se"] == pytest.approx(stats.standard_error(kl - kl.mean(), range(len(kl))))
     assert metrics(folder, "evaluation/base")["frontier"] is None
     assert metrics(folder, "evaluation/best")["frontier"] is None
 
@@ -174,6 +238,11 @@ def test_forgetting_is_a_difference_text_by_text(folder):
     assert pairs["dpo", "base"]["nll"]["mean"] == pytest.approx(retention["change_vs_base"]["mean"])
     assert pairs["dpo", "base"]["choices"]["mean"] == pytest.approx(retention["choices"]["change_vs_base"]["mean"])
     assert pairs["dpo", "base"]["adapters"] == ["full", None]
+
+
+def test_a_text_of_ones_own_is_in_the_record(folder):
+    (source,) = read_record(folder / "text").of_role("text")
+    assert source["annotations"]["files"] == {"../text.txt": sha256_file(folder / "text.txt")}
 
 
 def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
@@ -266,7 +335,21 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         assert asked["inconsistent"] == (0 if i else 12)
         assert i or asked["first_wins"] == 1
     assert len(read_jsonl(folder / "tournament/judgements.jsonl")) == 4
+    monkeypatch.setattr(llm, "endpoint_judge", judge(lambda a, b: None))
+    assert run(folder, "tournament", "silent", **settings) == 0
+    found = metrics(folder, "tournament")
+    assert found["judge"] is None
+    assert found["judge_verdicts"] == {"verdicts": 24, "unparsed": 24, "inconsistent": 0, "first_wins": None}
     assert run(folder, "tournament", "plain") == 0
+
+
+def test_a_verdict_that_cannot_be_read_is_no_tie():
+    verdicts = [["A", "B"], ["B", "A"], [None, "A"], ["A", "A"], ["B", None]]
+    answers = [{"verdicts": [[0, 1, *both], [0, 2, None, "A"], [1, 2, "A", "B"]]} for both in verdicts]
+    found = verdict_outcomes(["base", "sft", "dpo"], answers)
+    assert found["sft", "base"] == pytest.approx([0, 1, np.nan, 0.5, np.nan], nan_ok=True)
+    assert ("dpo", "base") not in found  # none could be read
+    assert found["dpo", "sft"].tolist() == [0] * 5
 
 
 def test_the_right_choice_is_what_the_question_makes_likelier(folder):

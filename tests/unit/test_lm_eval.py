@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from tunetrail.config import LmEvalConfig
 from tunetrail.contract import main, write_json
+from tunetrail.provenance.record import read_record
 from tunetrail.stages import lm_eval
 
 from .test_training import write_workspace
@@ -64,6 +66,15 @@ def test_the_table_has_a_row_for_each_task_and_metric():
     ]  # fmt: skip
 
 
+def test_files_of_ones_own_tasks_are_all_but_caches(tmp_path):
+    for name in ("b/own.yaml", "a.py", "b/__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    own = LmEvalConfig(tasks=["own"], include_path=tmp_path).own_files()
+    assert own == [tmp_path / "a.py", tmp_path / "b/own.yaml"]
+    assert LmEvalConfig(tasks=["arc_easy"]).own_files() == []
+
+
 def test_a_task_of_ones_own(run, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -77,6 +88,8 @@ def test_a_task_of_ones_own(run, tmp_path, monkeypatch):
     assert (metrics["subject"], row["task"], row["metric"], row["n"]) == ("base", "own", "acc", 8)
     assert row["value"] * 8 == int(row["value"] * 8)
     assert row["stderr"] > 0
+    (source,) = read_record(tmp_path / "out").of_role("tasks")
+    assert source["annotations"]["files"].keys() == {"../tasks/own.yaml"}
     before = (tmp_path / "out/manifest.json").read_bytes()
     assert run(tasks=["own"], include_path="tasks", limit=8)[0] == 0
     assert (tmp_path / "out/manifest.json").read_bytes() == before

@@ -90,13 +90,29 @@ def test_length_control_changes_nothing_where_lengths_are_equal():
     assert 0.99 < matches.length_controlled(np.ones(48), np.arange(48.0), np.ones((1, 48)))[0, 0] < 1
 
 
+def test_there_is_no_win_rate_at_equal_lengths_where_no_lengths_are_equal():
+    """One side is longer by 20 tokens on nearly all prompts; that says nothing about a gap of 0."""
+    random = np.random.default_rng(0)
+    gaps = {
+        "longer": random.normal(20, 3, size=2000),
+        "both": random.normal(20, 14, size=2000),
+        "equal": np.zeros(2000),
+    }
+    outcome = (random.random(2000) < 0.9).astype(float)
+    for name, gap in gaps.items():
+        lengths = {"sft": np.full(2000, 40.0), "dpo": 40 + gap}
+        (pair,) = matches.match(["sft", "dpo"], "sft", {("dpo", "sft"): outcome}, lengths, range(2000), 20, 0)["pairs"]
+        assert (pair["length_controlled"] is None) == (name == "longer"), name
+    assert pair["length_controlled"]["mean"] == pytest.approx(outcome.mean(), abs=1e-3)
+
+
 def test_length_controlled_interval_covers():
     covered = []
-    for seed in range(300):
+    for seed in range(500):
         outcome, gap = long_winded(150, quality=0.4, bias=1.0, seed=seed)
         interval = stats.bootstrap_of(lambda c, o=outcome, g=gap: matches.length_controlled(o, g, c), range(150), 300, seed)[0]  # fmt: skip
         covered.append(interval["low"] <= expit(0.4) <= interval["high"])
-    assert 0.92 <= np.mean(covered) <= 0.98
+    assert 0.93 <= np.mean(covered) <= 0.97
 
 
 def test_a_match_by_hand():
@@ -125,3 +141,28 @@ def test_a_match_without_the_reference_has_no_scores():
     outcome_of = simulated({"base": 0.0, "dpo": 0.0}, 20)
     lengths = dict.fromkeys(("base", "dpo"), [1.0] * 20)
     assert matches.match(["base", "dpo"], "sft", outcome_of, lengths, range(20), 100, 0)["scores"] == []
+
+
+def test_unknown_outcomes_are_left_out_of_their_pair_alone():
+    """As if those prompts had not been asked of that pair; all else is as it was."""
+    names, groups = ["base", "sft", "dpo"], [i // 2 for i in range(40)]
+    outcome_of = simulated({"base": -0.5, "sft": 0.0, "dpo": 0.5}, 40)
+    lengths = {name: np.random.default_rng(i).integers(5, 20, size=40) for i, name in enumerate(names)}
+    whole = matches.match(names, "sft", outcome_of, lengths, groups, 200, 0)
+    holed = outcome_of | {("dpo", "sft"): np.where(np.arange(40) < 10, np.nan, outcome_of["dpo", "sft"])}
+    found = matches.match(names, "sft", holed, lengths, groups, 200, 0)
+    assert found["pairs"][:2] == whole["pairs"][:2]
+    rest = outcome_of["dpo", "sft"][10:]
+    pair = found["pairs"][2]
+    assert pair["win_rate"]["mean"] == pytest.approx(rest.mean())
+    assert (pair["win_rate"]["n"], pair["win_rate"]["groups"]) == (30, 15)
+    assert pair["win_rate"]["wins"] + pair["win_rate"]["losses"] == 30
+    assert pair["p"] == stats.sign_flip_p(rest, groups[10:], 0)
+    assert pair["minimum_detectable"] == stats.minimum_detectable(rest, groups[10:], 1)
+    wins = np.zeros((1, 3, 3))
+    for (a, b), outcome in outcome_of.items():
+        played = outcome[10:] if (a, b) == ("dpo", "sft") else outcome
+        wins[0, names.index(a), names.index(b)] = played.sum()
+        wins[0, names.index(b), names.index(a)] = (1 - played).sum()
+    scores = [row["score"]["mean"] for row in found["scores"]]
+    assert scores == pytest.approx(matches.bradley_terry(wins, 1)[0].tolist())

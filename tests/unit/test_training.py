@@ -129,6 +129,22 @@ def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
     assert sure["ece_interval"]["low"] > calibrated["ece"]
 
 
+def test_the_calibration_error_of_a_calibrated_model_reaches_0():
+    """Of few pairs it lies far above 0 itself, and its plain percentiles never reach it."""
+    reached, errors = [], []
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        margins = random.exponential(1.0, size=300)
+        right = random.random(300) < 1 / (1 + np.exp(-margins))
+        pairs = [{"id": str(i), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))]  # fmt: skip
+        found = reliability(pairs, seed=0)
+        errors.append(found["ece"])
+        reached.append(found["ece_interval"]["low"] == 0)
+        assert found["ece_interval"]["low"] <= found["ece"] <= found["ece_interval"]["high"]
+    assert min(errors) > 0.02
+    assert np.mean(reached) >= 0.9
+
+
 def test_the_ceiling_is_what_labelers_agree_on():
     def row(name, *ranks):
         return {"id": name, "rankings": [{"labeler": str(i), "ranks": list(r)} for i, r in enumerate(ranks)]}
@@ -141,6 +157,8 @@ def test_the_ceiling_is_what_labelers_agree_on():
     # a: each of the two meets a split vote, the third a majority against it; b: both are seconded.
     assert found["majority"]["mean"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
     assert ceiling([row("a", [1, 2])], seed=0) is None
+    assert found["allowed"]["mean"] == found["allowed"]["low"] == 0.5  # half is what coins agree on
+    assert ceiling([row("a", [1, 2], [2, 1])], seed=0)["allowed"] is None
 
 
 def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
@@ -156,6 +174,9 @@ def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
     ]
     found = ceiling(rows, seed=0)
     assert found["agreement"]["mean"] == pytest.approx(0.68, abs=0.015)
+    # A model that knows what is right agrees with each of them more often than they do with each other.
+    assert found["allowed"]["mean"] == pytest.approx(1 - wrong.mean(), abs=0.015)
+    assert found["allowed"]["low"] > found["agreement"]["high"]
     assert found["majority"]["mean"] == pytest.approx(
         0.8 - 0.6 * 0.0196, abs=0.02
     )  # nine others are wrong 2% of the time

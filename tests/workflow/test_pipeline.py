@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,11 +120,17 @@ def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run):
     assert not found.keys() & {"evaluation", "tournament", "dpo"}
 
 
-def test_best_of_n_picks_what_the_reward_model_prefers(tiny_run):
-    assert (
-        metrics(tiny_run, "evaluation/best-of-2")["reward"]["mean"]
-        > metrics(tiny_run, "evaluation/sft")["reward"]["mean"]
-    )
+def test_files_that_are_measured_on_are_inputs(project):
+    """Else an edited one would keep its old numbers."""
+    (project.folder / "tasks").mkdir()
+    for name in ("text.txt", "tasks/own.yaml"):
+        (project.folder / name).write_text("text")
+    config = edited(project, retention={"source": "file", "path": "text.txt"}, lm_eval={"tasks": ["own"], "include_path": "tasks"})  # fmt: skip
+    targets = (f"results/tiny/{artifact}/manifest.json" for artifact in ("retention", "lm_eval/base"))
+    output = project.run("--dry-run", *targets, config=config)
+    inputs = dict(re.findall(r"rule (\w+):\n    input: (.*)", output))
+    assert "text.txt" in inputs["retention"]
+    assert "tasks/own.yaml" in inputs["lm_eval"]
 
 
 def test_a_finished_run_has_nothing_to_do(tiny_run):

@@ -23,6 +23,7 @@ rule retention:
     input:
         config=resolved("retention"),
         base=manifest("base"),
+        text=[str(path) for key, path in CONFIG.files().items() if key == "retention.path"],
     output:
         manifest=manifest("retention"),
     log:

@@ -48,6 +48,7 @@ rule lm_eval:
     input:
         config=resolved("lm_eval.{subject}"),
         model=lambda wildcards: model_manifest(wildcards.subject),
+        tasks=[str(path) for path in CONFIG.lm_eval.own_files()] if CONFIG.lm_eval else [],
     output:
         manifest=manifest("lm_eval/{subject}"),
     log:

@@ -256,11 +256,13 @@ class DataConfig(Block):
         default="error", description="duplicates across splits: stop, or leave out the one that would be trained on"
     )
     overlap_words: Count = Field(
-        default=8, description="length of the word n-grams by which evaluation prompts are looked for in training texts"
+        default=8,
+        description="length of the word n-grams by which evaluation and held-out prompts are looked for in training texts; "
+        "shorter prompts are looked for as a whole",
     )
     max_overlap: Fraction = Field(
         default=0.5,
-        description="share of an evaluation prompt's n-grams that training texts may have; above it `duplicates` says "
+        description="share of such a prompt's n-grams that training texts may have; above it `duplicates` says "
         "whether to stop or to leave the prompt out. 1: all are kept, and reported",
     )
 
@@ -734,6 +736,11 @@ class LmEvalConfig(Block):
     few_shot: NonNegativeInt | None = Field(default=None, description="examples in each prompt; null: the task's own")
     limit: Count | None = Field(default=None, description="documents of each task, at most; for trying out")
     batch_size: Count = Field(default=8, description="requests of a forward pass; lower it where memory runs out")
+
+    def own_files(self) -> list[Path]:
+        """Every file below include_path, sorted, less what Python caches beside its sources."""
+        found = [] if self.include_path is None else self.include_path.rglob("*")
+        return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
 class ReportConfig(Block):

@@ -116,24 +116,39 @@ TRAINED = ("sft", "reward", "rl")
 """Splits that something is trained on."""
 
 
-def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    """Word n-grams, case and punctuation aside; a shorter text has none."""
-    words = re.findall(r"\w+", text.lower())
+FEWEST_WORDS = 3
+"""A prompt of fewer is in any larger text by chance."""
+
+
+def words_of(text: str) -> list[str]:
+    """Case and punctuation aside."""
+    return re.findall(r"\w+", text.lower())
+
+
+def ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    """All sequences of n words; fewer words have none."""
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def overlaps(
     prompts: Sequence[str], trained: Mapping[str, Sequence[str]], n: int
 ) -> list[tuple[float | None, str | None]]:
-    """Of each evaluation prompt the share of its n-grams that a text of any training split has (as Brown et al. 2020,
-    appendix C, look for them), and the split that most of them are in.
+    """Of each prompt the share of its n-grams that a text of any training split has (as Brown et al. 2020, appendix C,
+    look for them), and the split that most of them are in. A prompt of fewer than n words is one such sequence.
 
     Returns:
-        (share, split); (None, None) for a prompt of fewer than n words, (0, None) where no text has any.
+        (share, split); (None, None) for a prompt of fewer than FEWEST_WORDS words, (0, None) where no text has any.
     """
-    rows = [ngrams(prompt, n) for prompt in prompts]
+    least = min(n, FEWEST_WORDS)
+    rows = [ngrams(words, max(least, min(n, len(words)))) for words in map(words_of, prompts)]
     wanted = set().union(*rows)  # training texts may be many: only what is asked for is kept of them
-    seen = {split: set().union(*(ngrams(text, n) & wanted for text in texts)) for split, texts in trained.items()}
+    sizes = {len(gram) for gram in wanted}
+
+    def asked_for(text: str) -> set[tuple[str, ...]]:
+        words = words_of(text)
+        return set().union(*(ngrams(words, size) & wanted for size in sizes))
+
+    seen = {split: set().union(*map(asked_for, texts)) for split, texts in trained.items()}
     anywhere = set().union(*seen.values())
     found: list[tuple[float | None, str | None]] = []
     for grams in rows:

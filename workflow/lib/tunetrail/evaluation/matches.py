@@ -1,6 +1,6 @@
 """Everyone against everyone: pairs, strengths and win rates at equal lengths, from outcomes prompt by prompt.
 
-An outcome is 1 where the first of a pair wins, 0 where the second does, one half for a tie.
+An outcome is 1 where the first of a pair wins, 0 where the second does, one half for a tie, NaN where it is not known.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -9,14 +9,17 @@ from itertools import combinations
 import numpy as np
 from scipy.special import expit
 
-from tunetrail.evaluation.stats import bootstrap_of, holm, mean_of, minimum_detectable, sign_flip_p, tally
+from tunetrail.evaluation.stats import bootstrap_of, holm, minimum_detectable, sign_flip_p, tally
 
 Outcomes = dict[tuple[str, str], np.ndarray]
 """(first, second) -> [n]."""
 
 NEWTON_STEPS, LONGEST_STEP = 30, 1.0
 LENGTH_PENALTY = 0.01
-"""On both coefficients: finite where one side wins everything, and of no weight beside a dozen prompts."""
+"""On both coefficients: finite where one side wins everything. Where all gaps are much alike nothing else would tell one
+coefficient from the other; `has_equal_lengths` is what keeps such data away."""
+LEAST_SHARE = 0.05
+"""Of prompts on which the first is no longer, and on which it is no shorter: else equal lengths are not in the data."""
 
 
 def pairs_of(subjects: Sequence[str]) -> list[tuple[str, str]]:
@@ -53,6 +56,11 @@ def bradley_terry(wins: np.ndarray, reference: int, prior: float = 0.5) -> np.nd
         if np.abs(step).max() < 1e-10:
             break
     return strengths
+
+
+def has_equal_lengths(gap: np.ndarray) -> bool:
+    """Whether a gap of 0 lies among [n] gaps; outside them the win rate at equal lengths would be a guess."""
+    return min((gap <= 0).mean(), (gap >= 0).mean()) >= LEAST_SHARE
 
 
 def length_controlled(outcome: np.ndarray, gap: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -100,44 +108,48 @@ def match(
     """A match as `stages.tournament` describes it, less its tie.
 
     Args:
-        outcome_of: of all `pairs_of(subjects)`.
+        outcome_of: of `pairs_of(subjects)`, each with an outcome that is known.
         lengths: [n] of each subject.
         groups: [n], the source group of each prompt.
     """
     families: dict[str, list[tuple[str, str]]] = {}
     for pair in outcome_of:
         families.setdefault(family(pair[1], reference), []).append(pair)
-    p_values = {pair: sign_flip_p(outcome, groups, seed) for pair, outcome in outcome_of.items()}
+    known = {pair: ~np.isnan(outcome) for pair, outcome in outcome_of.items()}
+    told = {pair: outcome[known[pair]] for pair, outcome in outcome_of.items()}
+    group = np.array([str(g) for g in groups])
+    p_values = {pair: sign_flip_p(outcome, group[known[pair]], seed) for pair, outcome in told.items()}
     corrected = {
         pair: p
         for members in families.values()
         for pair, p in zip(members, holm([p_values[pair] for pair in members]), strict=True)
     }
-    gaps = {(a, b): np.subtract(lengths[a], lengths[b]) for a, b in outcome_of}
-    rates = mean_of(np.stack(list(outcome_of.values()), 1))
+    gaps = {(a, b): np.subtract(lengths[a], lengths[b])[known[a, b]] for a, b in outcome_of}
+    by_length = [pair for pair in outcome_of if has_equal_lengths(gaps[pair])]
     plays = reference in subjects and len(subjects) > 1
 
     def everything(counts: np.ndarray) -> np.ndarray:
-        """[B, P + P + K]: win rates, win rates at equal lengths, strengths; the resamples are drawn once for all."""
-        controlled = [length_controlled(outcome, gaps[pair], counts) for pair, outcome in outcome_of.items()]
+        """[B, P + C + K]: win rates, win rates at equal lengths, strengths; the resamples are drawn once for all."""
+        controlled = [length_controlled(told[pair], gaps[pair], counts[:, known[pair]]) for pair in by_length]
         scores = [strengths(subjects, reference, outcome_of, counts)] if plays else []
-        return np.concatenate([rates(counts), *controlled, *scores], 1)
+        return np.concatenate([rates(np.stack(list(outcome_of.values()), 1), counts), *controlled, *scores], 1)
 
     intervals = iter(bootstrap_of(everything, groups, n_resamples, seed))
-    win_rates, controlled = ({pair: next(intervals) for pair in outcome_of} for _ in range(2))
+    win_rates, controlled = ({pair: next(intervals) for pair in pairs} for pairs in (outcome_of, by_length))
 
     def row(pair: tuple[str, str]) -> dict:
-        name = family(pair[1], reference)
+        name, mine = family(pair[1], reference), group[known[pair]]
+        counted = {"n": len(mine), "groups": len(set(mine))}
         return {
             "first": pair[0],
             "second": pair[1],
             "family": name,
-            "win_rate": win_rates[pair] | tally(outcome_of[pair]),
-            "length_controlled": controlled[pair],
+            "win_rate": win_rates[pair] | counted | tally(told[pair]),
+            "length_controlled": controlled[pair] | counted if pair in controlled else None,
             "p": p_values[pair],
             "p_holm": corrected[pair],
             "significant": corrected[pair] < 0.05,
-            "minimum_detectable": minimum_detectable(outcome_of[pair], groups, len(families[name])),
+            "minimum_detectable": minimum_detectable(told[pair], mine, len(families[name])),
         }
 
     return {
@@ -148,11 +160,18 @@ def match(
     }
 
 
+def rates(outcome: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[B, P]: win rates over what is known of outcomes [n, P], from how often each prompt was drawn [B, n]."""
+    known = ~np.isnan(outcome)
+    with np.errstate(invalid="ignore"):  # 0/0 where nothing known was drawn
+        return counts @ np.where(known, outcome, 0) / (counts @ known)
+
+
 def strengths(subjects: Sequence[str], reference: str, outcome_of: Outcomes, counts: np.ndarray) -> np.ndarray:
     """[B, K]: Bradley-Terry strengths, from outcomes [n] and how often each prompt was drawn [B, n]."""
     k, place = len(subjects), {name: i for i, name in enumerate(subjects)}
     wins = np.zeros((len(counts), k, k))
     for (first, second), outcome in outcome_of.items():
-        wins[:, place[first], place[second]] = counts @ outcome
-        wins[:, place[second], place[first]] = counts @ (1 - outcome)
+        wins[:, place[first], place[second]] = counts @ np.nan_to_num(outcome)
+        wins[:, place[second], place[first]] = counts @ np.nan_to_num(1 - outcome)
     return bradley_terry(wins, place[reference])

@@ -97,9 +97,9 @@ def mean_nlls(
     precision: str,
     max_tokens: int | None = None,
 ) -> list[float]:
-    """Nats a token of each response."""
+    """Nats a token of each response, which has a token at least."""
     rows = logprobs_of(model, examples, pad_id, precision, max_tokens=max_tokens)
-    return [-row.mean().item() if len(row) else 0.0 for row in rows]
+    return [-row.mean().item() for row in rows]
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 Interval = dict[str, Any]
+Groups = Sequence[Hashable] | np.ndarray
+"""What each value belongs to."""
 
 _BLOCK = 1 << 20  # indices drawn at once: bounds the memory of a bootstrap over many prompts
 
@@ -52,7 +54,8 @@ def bootstrap_of(
     """Bootstrap intervals of any statistics of n rows, over rows and over the groups that rows belong to.
 
     Args:
-        statistic: [B, n] (how often each row was drawn) -> [B, K].
+        statistic: [B, n] (how often each row was drawn) -> [B, K]; NaN where it is undefined for what was drawn, which
+            then does not count.
         groups: [n].
 
     Returns:
@@ -69,7 +72,7 @@ def bootstrap_of(
             statistic(spread(random.multinomial(units, np.full(units, 1 / units), min(block, n_resamples - start))))
             for start in range(0, n_resamples, block)
         ]
-        return np.percentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
+        return np.nanpercentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
 
     estimates = statistic(np.ones((1, n)))[0]
     rows = bounds(n, lambda counts: counts)
@@ -117,17 +120,17 @@ def tally(outcome: np.ndarray) -> dict[str, int]:
     return {name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
 
 
-def group_sums(values: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
+def group_sums(values: np.ndarray, groups: Groups) -> np.ndarray:
     """[n], [n] -> [G]: the sum of each group's values."""
     _, member = np.unique([str(g) for g in groups], return_inverse=True)
     return np.bincount(member, values)
 
 
-def sign_flip_p(outcome: np.ndarray, groups: Sequence[Hashable], seed: int = 0) -> float:
+def sign_flip_p(outcome: np.ndarray, groups: Groups, seed: int = 0) -> float:
     """Two-sided p-value that neither side is the better one: if so, each group's outcomes could as well be the other's.
 
-    Fisher's randomisation test with whole groups as units, exact where all flips can be listed, else 9,999 of them.
-    With groups of one prompt it is the exact sign test.
+    Fisher's randomisation test with whole groups as units: all flips where they are at most 9,999 (13 groups that are
+    not tied), else 9,999 drawn ones. With groups of one prompt that is the sign test, exact where all are listed.
 
     Args:
         outcome: [n] of 1, 0.5, 0.
@@ -155,21 +158,37 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def minimum_detectable(
-    values: np.ndarray, groups: Sequence[Hashable], tests: int = 1, power: float = 0.8
-) -> float | None:
-    """How far the true mean must lie from the hypothesis to be shown with this power, at 5% over so many tests.
+def standard_error(deviations: Sequence[float] | np.ndarray, groups: Groups) -> float | None:
+    """Of a mean of values that depend on one another within a group (Liang and Zeger 1986); None for a single group.
 
-    (z(1 - 0.05/(2 tests)) + z(power)) standard errors, with the standard error that groups of dependent values have
-    (Liang and Zeger 1986). None for a constant or a single group.
+    Args:
+        deviations: [n], from the mean, or from what a hypothesis says it is.
+        groups: [n]; of independent values each is its own.
+    """
+    sums = group_sums(np.asarray(deviations, dtype=float), groups)
+    if len(sums) < 2:
+        return None
+    return math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(deviations)
+
+
+def minimum_detectable(outcome: np.ndarray, groups: Groups, tests: int = 1, power: float = 0.8) -> float | None:
+    """How far the true win rate must lie from one half for `sign_flip_p` to show it with this power, at 5% over so many
+    tests: (z(1 - 0.05/(2 tests)) + z(power)) standard errors under the hypothesis that it is one half.
+
+    Args:
+        outcome: [n] of 1, 0.5, 0.
+
+    Returns:
+        at most one half, which is to win everything; None where even that would show nothing, since all flips of so few
+        groups are too few, and where all are ties.
     """
     from scipy.stats import norm
 
-    sums = group_sums(values - values.mean(), groups)
-    if len(sums) < 2 or not sums.any():
+    flips = len(set(groups)) - 1
+    error = standard_error(outcome - 0.5, groups)
+    if not error or 0.5**flips * tests > 0.05:
         return None
-    error = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values)
-    return float((norm.ppf(1 - 0.05 / (2 * tests)) + norm.ppf(power)) * error)
+    return min(0.5, float((norm.ppf(1 - 0.05 / (2 * tests)) + norm.ppf(power)) * error))
 
 
 def expected_calibration_error(
@@ -238,16 +257,6 @@ def best_of_n_values(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarra
     """
     order = np.argsort(proxy, axis=1, kind="stable")
     return np.take_along_axis(values, order, 1) @ best_of_n_weights(proxy.shape[1], n)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None for fewer than two."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def expected_accuracy(accuracy: float, label_noise: float) -> float:
-    """Accuracy seen on labels of which a share is wrong: a(1-e) + (1-a)e."""
-    return accuracy * (1 - label_noise) + (1 - accuracy) * label_noise
 
 
 def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float | None:

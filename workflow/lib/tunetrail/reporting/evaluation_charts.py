@@ -216,8 +216,8 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
 
 
 def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
-    """Accuracy of the reward model, by source and by labeler, beside what length alone gets and what labelers' agreement
-    allows."""
+    """Accuracy of the reward model, by source and by labeler, beside what length alone gets, how often labelers agree,
+    and the accuracy that this allows."""
     if not metrics:
         return None
     ceiling = metrics.get("ceiling") or {}
@@ -226,12 +226,13 @@ def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
         ("the longer wins", metrics.get("accuracy_longer_wins"), "base"),
         ("two labelers agree", ceiling.get("agreement"), "sft"),
         ("labeler and majority", ceiling.get("majority"), "sft"),
+        ("allowed by agreement", ceiling.get("allowed"), "sft"),
     ]
     for by, word in (("source", "on"), ("labeler", "by")):
         found = metrics.get(f"accuracy_by_{by}") or {}
         measured += [(f"{word} {name}", value, "p0") for name, value in sorted(found.items())]
     rows = [
-        _row(label, value, percent_interval(value), series, hollow=i > 3)
+        _row(label, value, percent_interval(value), series, hollow=i > 4)
         for i, (label, value, series) in enumerate(measured)
         if value or i == 0
     ]
@@ -244,7 +245,8 @@ def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
     bins = (metrics or {}).get("accuracy_by_confidence")
     if not metrics or not bins:
         return None
-    lowest = min(0.5, *(row.get("accuracy_low") or row["accuracy"] for row in bins))
+    ends = (row.get("accuracy_low") for row in bins)
+    lowest = min(0.5, *(row["accuracy"] if end is None else end for row, end in zip(bins, ends, strict=True)))
     low = max(0.0, math.floor(10 * lowest) / 10)
     scale = alt.Scale(domain=[low, 1], nice=False, zero=False)
     axis: dict[str, Any] = {"format": "%", "tickCount": 5}

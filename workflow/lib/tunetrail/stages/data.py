@@ -6,12 +6,14 @@ Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl`, `heldout.jso
 came with the data, `comparisons.jsonl`. `metrics.json` is the data card. Each file is in a seeded order, so
 that a limit takes a random prefix.
 
-The overlap of an evaluation prompt is the share of its word n-grams that a text of a training split (sft, reward, rl)
-has, before any limit. `contamination.jsonl` has {"id", "overlap": null for a prompt of fewer words, "split": where
-most of them are} of the prompts that models are evaluated on, and the card
+The overlap of an evaluation or held-out prompt is the share of its word n-grams that a text of a training split (sft,
+reward, rl) has, before any limit; of a prompt of 3 to n - 1 words, whether a text has all of it in one piece.
+`contamination.jsonl` has {"id", "overlap": null for a prompt of fewer words, "split": where most of them are} of the
+prompts that models are evaluated on, and the card
 
-    contamination  {"words": n, "limit", "dropped": prompts over it, "prompts", "too_short", "mean", "max", "histogram":
-                   {"edges", "counts"}, "worst": [{"id", "overlap", "split"}], ten with an overlap at most}
+    contamination  {"words": n, "limit", "dropped": distinct prompts over it, "prompts", "too_short", "mean", "max",
+                   "histogram": {"edges", "counts"}, "worst": [{"id", "overlap", "split"}], ten with an overlap at most},
+                   and "heldout": the same of the held-out prompts
 
 What the base model was trained on nobody here knows.
 """
@@ -33,6 +35,9 @@ from tunetrail.data.splits import TRAINED, assign_splits, duplicates_across, his
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency
+
+MEASURED = ("evaluation", "heldout")
+"""Splits that something is measured on."""
 
 
 class Renderer:
@@ -147,15 +152,15 @@ def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
     return [row for i, row in enumerate(rows) if i not in dropped]
 
 
-def without_contamination(rows: list[dict], config: DataConfig) -> list[dict]:
-    """The rows, evaluation prompts with their "overlap", less those over the limit. Raises DataError where duplicates
-    is `error`."""
+def without_contamination(rows: list[dict], config: DataConfig) -> tuple[list[dict], dict[str, int]]:
+    """The rows, evaluation and held-out prompts with their "overlap", less those over the limit; and how many distinct
+    prompts of either split these are. Raises DataError where duplicates is `error`."""
     trained: dict[str, list[str]] = {split: [] for split in TRAINED}
     for row in rows:
         if row["split"] in trained:
             answers = row.get("completions") or [row.get("completion", "")]
             trained[row["split"]] += [compared_text(row), *answers]
-    asked = [row for row in rows if row["split"] == "evaluation" and "text" not in row]
+    asked = [row for row in rows if row["split"] in MEASURED and "text" not in row]
     found = overlaps([compared_text(row) for row in asked], trained, config.overlap_words)
     for row, overlap in zip(asked, found, strict=True):
         row["overlap"] = overlap
@@ -163,16 +168,19 @@ def without_contamination(rows: list[dict], config: DataConfig) -> list[dict]:
     if over and config.duplicates == "error":
         share, split = over[0]["overlap"]
         raise DataError(
-            f"{len(over)} evaluation prompts are largely in the training texts, such as {over[0]['where']} "
-            f"({compared_text(over[0])[:40]!r}: {share:.0%} of its {config.overlap_words}-word sequences, most in {split}); "
+            f"{len({row['prompt'] for row in over})} evaluation and held-out prompts are largely in the training texts, "
+            f"such as {over[0]['where']} ({over[0]['split']}, {compared_text(over[0])[:40]!r}: {share:.0%} of its "
+            f"{config.overlap_words}-word sequences, most in {split}); "
             "set data.duplicates to drop, give them one group, or raise data.max_overlap"
         )
     dropped = {id(row) for row in over}
-    return [row for row in rows if id(row) not in dropped]
+    prompts = {split: len({row["prompt"] for row in over if row["split"] == split}) for split in MEASURED}
+    return [row for row in rows if id(row) not in dropped], prompts
 
 
 def contamination(rows: list[dict], dropped: int, config: DataConfig) -> dict:
-    """For the card, of the evaluation prompts in use: see the module's docstring."""
+    """For the card, of the prompts of a split in use: see the module's docstring."""
+    rows = list({row["prompt"]: row for row in rows if "prompt" in row}.values())
     shares = [row["overlap"][0] for row in rows if row["overlap"][0] is not None]
     counts, edges = np.histogram(shares, bins=10, range=(0, 1))
     worst = sorted((row for row in rows if row["overlap"][0]), key=lambda row: (-row["overlap"][0], row["id"]))[:10]
@@ -264,7 +272,7 @@ def run(stage: Stage) -> dict:
         row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
     kept = without_leaks(rows, config)
     dropped["duplicates"] = len(rows) - len(kept)
-    clean = without_contamination(kept, config)
+    clean, contaminated = without_contamination(kept, config)
     dropped["contaminated"] = len(kept) - len(clean)
     kept = clean
     kept = merged(kept)
@@ -295,8 +303,10 @@ def run(stage: Stage) -> dict:
                 f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {len(split_of)} groups are too few for these shares: "
                 f"add data, name a finer data group, or set the share to 0"
             )
+        if split == "heldout":
+            card["contamination"]["heldout"] = contamination(mine, contaminated[split], config)
         if split == "evaluation":
-            card["contamination"] = contamination(mine, dropped["contaminated"], config)
+            card["contamination"] = contamination(mine, contaminated[split], config)
             write_jsonl(stage.work / "contamination.jsonl", [overlap_row(row) for row in mine])
         if split in ("reward", "heldout"):
             compared = [comparison_row(row) for row in mine if row["kind"] == "preferences"]

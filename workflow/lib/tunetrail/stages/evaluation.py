@@ -15,12 +15,18 @@ prompts that no stage has seen and none depends on when a save happened to be du
 same prompts, from 16 samples each of the SFT model. The final model is the last one, whatever the curve says: a
 point chosen by looking at the curve would need other prompts to be measured on.
 
-An interval is {"mean", "low", "high", "n"}, 95% by bootstrap over prompts. In metrics.json, null where not measured:
+All models but best-of-n answer a prompt with the same random numbers, so that two that are alike say the same and tie,
+and a win rate is of answers that differ because the models do. Best-of-n draws others: with the same ones its choice
+would hold the very sample that it is compared to, which it could then not lose to.
+
+An interval is {"mean", "low", "high", "n"}, 95% by bootstrap over the source groups that prompts come from, or over
+prompts where all are of one group; standard errors likewise. In metrics.json, null where not measured:
 
     win_rate_vs_sft, greedy_win_rate_vs_sft
                   interval with "wins", "ties", "losses", and "group_low", "group_high", "groups" by bootstrap over
                   source groups
-    kl_to_sft     interval with "se" and "estimator"
+    kl_to_sft     interval with "se" and "estimator"; of best-of-n ("analytic bound") nothing is estimated: "mean" and
+                  "high" are the upper bound, "low" is 0
     retention     {"nll", "perplexity", "change_vs_base": intervals; "choices": {"accuracy", "change_vs_base":
                   intervals, "chance"}}
     frontier      of dpo and ppo: {"prompts", "rule": how the final model was chosen, "points": [{"step", "chosen",
@@ -37,6 +43,7 @@ held-out pairs).
 import json
 import math
 import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +80,7 @@ from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.progress import ProgressBar
 from tunetrail.provenance.manifest import METRICS
 from tunetrail.runtime import device, prepare, use_bf16
+from tunetrail.seeds import derive_seed
 
 Example = tuple[list[int], list[int]]
 
@@ -120,13 +128,31 @@ class Evaluator:
         self.prompts = [encode(self.tokenizer, row["prompt"]) for row in rows]
         self.some = rows[: self.config.frontier_prompts]
         """The prompts of frontier and best-of-n: the file is in random order."""
+        groups = [row["group"] for row in rows]
+        self.groups: list[Any] = groups if len(set(groups)) > 1 else list(range(len(rows)))
+        """What is resampled: the source group of each prompt."""
+        self.seed = derive_seed(stage.seed, self.subject["name"]) if self.n > 1 else stage.seed
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
 
     def logprobs(self, model: Any, examples: list[Example]) -> list[torch.Tensor]:
         return logprobs_of(model, examples, self.pad_id, self.precision, 1.0, self.config.batch_tokens)
 
-    def interval(self, values: Any) -> dict | None:
-        return bootstrap(values, self.config.bootstrap, self.stage.seed) if values else None
+    def interval(self, values: Any, groups: Sequence[Hashable] | None = None) -> dict | None:
+        return bootstrap(values, self.config.bootstrap, self.stage.seed, groups) if values else None
+
+    def over_prompts(self, values: Any) -> dict | None:
+        """Of a value each of the first prompts."""
+        return values and self.interval(values, self.groups[: len(values)])
+
+    def divergence(self, samples: Samples) -> dict | None:
+        """The mean KL of a response each of the first prompts, with its standard error."""
+        if self.n > 1:
+            bound = best_of_n_kl(self.n)
+            return {"mean": bound, "low": 0.0, "high": bound, "n": len(self.prompts), "se": None, "estimator": "analytic bound"}  # fmt: skip
+        if not samples.kl:
+            return None
+        error = standard_error(np.array(samples.kl) - np.mean(samples.kl), self.groups[: len(samples.kl)])
+        return (self.over_prompts(samples.kl) or {}) | {"se": error, "estimator": "rao-blackwell"}
 
     # ------------------------------------------------------------------------- samples
 
@@ -136,7 +162,7 @@ class Evaluator:
         found = sample(
             decoding_weights(model, use_bf16(self.precision)), self.prompts[: len(rows)], [row["id"] for row in rows],
             k=k + greedy, greedy_first=greedy, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            seed=self.stage.seed, batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
+            seed=self.seed, batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
         )  # fmt: skip
         drawn = self.scored([responses[greedy:] for responses in found], rows)
         return drawn, self.scored([responses[:1] for responses in found], rows) if greedy else None
@@ -179,9 +205,9 @@ class Evaluator:
 
     def point(self, samples: Samples) -> dict:
         return {
-            "kl": with_error(self.interval(samples.kl), samples.kl),
-            "reward": self.interval(samples.reward),
-            "gold": self.interval(samples.gold),
+            "kl": self.divergence(samples),
+            "reward": self.over_prompts(samples.reward),
+            "gold": self.over_prompts(samples.gold),
         }
 
     def frontier(self, samples: Samples, kept: dict[int, Samples]) -> dict | None:
@@ -203,8 +229,8 @@ class Evaluator:
             {
                 "n": n,
                 "kl_bound": best_of_n_kl(n),
-                "reward": self.interval(best_of_n_values(proxy, proxy, n).tolist()),
-                "gold": None if gold is None else self.interval(best_of_n_values(proxy, gold, n).tolist()),
+                "reward": self.over_prompts(best_of_n_values(proxy, proxy, n).tolist()),
+                "gold": None if gold is None else self.over_prompts(best_of_n_values(proxy, gold, n).tolist()),
             }
             for n in BEST_OF
         ]
@@ -266,10 +292,13 @@ class Evaluator:
                 for row, c, r in zip(rows, chosen_logps, rejected_logps, strict=True)
             ],
         )
+        groups = [row["group"] for row in rows] if len({row["group"] for row in rows}) > 1 else None
         return {
-            "chosen_logps": self.interval(chosen_logps),
-            "rejected_logps": self.interval(rejected_logps),
-            "accuracy": self.interval([float(c > r) for c, r in zip(chosen_logps, rejected_logps, strict=True)]),
+            "chosen_logps": self.interval(chosen_logps, groups),
+            "rejected_logps": self.interval(rejected_logps, groups),
+            "accuracy": self.interval(
+                [float(c > r) for c, r in zip(chosen_logps, rejected_logps, strict=True)], groups
+            ),
         }
 
     def probes(self) -> dict:
@@ -294,11 +323,6 @@ class Evaluator:
         }
 
 
-def with_error(interval: dict | None, values: list[float] | None) -> dict | None:
-    """A KL's interval with the standard error of its mean."""
-    return interval and interval | {"se": standard_error(values or []), "estimator": "rao-blackwell"}
-
-
 def run(stage: Stage) -> dict:
     prepare(stage.seed, "evaluation")
     stage.about = ("model",)
@@ -308,7 +332,7 @@ def run(stage: Stage) -> dict:
             "evaluation: the evaluation split has no prompts; raise data.shares.evaluation or data.limits.evaluation"
         )
     evaluator = Evaluator(stage, rows)
-    config, subject, interval = evaluator.config, evaluator.subject, evaluator.interval
+    config, subject, interval = evaluator.config, evaluator.subject, evaluator.over_prompts
     is_reference, kept = "sft" not in stage.inputs, evaluator.kept()
     with evaluator.bar as bar:
         # The greedy response is compared by its gold score alone; best-of-n has none.
@@ -355,10 +379,6 @@ def run(stage: Stage) -> dict:
         outcome = outcomes(ours, [theirs[row["id"]] for row in rows], config.tie)
         return win_rate(outcome, [row["group"] for row in rows], config.bootstrap, stage.seed)
 
-    divergence = with_error(interval(samples.kl), samples.kl)
-    if evaluator.n > 1:
-        bound = best_of_n_kl(evaluator.n)
-        divergence = {"mean": bound, "low": bound, "high": bound, "n": len(rows), "se": None, "estimator": "analytic bound"}  # fmt: skip
     return {
         "policy": subject["name"],
         "method": subject["method"],
@@ -373,7 +393,7 @@ def run(stage: Stage) -> dict:
         "reward": interval(samples.reward),
         "win_rate_vs_sft": wins(samples.gold, "gold"),
         "greedy_win_rate_vs_sft": wins(greedy.gold if greedy else None, "greedy_gold"),
-        "kl_to_sft": divergence,
+        "kl_to_sft": evaluator.divergence(samples),
         "frontier": evaluator.frontier(samples, along),
         "best_of_n": evaluator.best_of_n(many),
         "length": interval([float(len(r)) for r in responses]),

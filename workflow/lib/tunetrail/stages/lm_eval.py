@@ -8,7 +8,8 @@ The artifact lm_eval/<subject> is an input of the report under the role `lm_eval
     tasks              [{"task", "metric", "value", "stderr": null where the harness gives none, "n",
                        "higher_is_better"}]
 
-The harness keeps the data sets of its tasks where the hub library does; a node without network needs them there.
+The harness keeps the data sets of its tasks where the hub library does; a node without network needs them there. Files
+of `include_path` are in the record, and a change of one measures anew; data that they name in turn are not.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from tunetrail.config import LmEvalConfig
 from tunetrail.contract import Stage, main
 from tunetrail.errors import ConfigError
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
+from tunetrail.provenance.manifest import sha256_file, sha256_json
 from tunetrail.provenance.record import dependency
 from tunetrail.runtime import device, prepare, use_bf16
 
@@ -76,6 +78,9 @@ def run(stage: Stage) -> dict:
         random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         log_samples=False, bootstrap_iters=1000,
     )  # fmt: skip
+    if config.include_path is not None:
+        files = {str(path): sha256_file(path) for path in config.own_files()}
+        stage.dependencies.append(dependency("tasks", str(config.include_path), sha256_json(files), files=files))
     released = version("lm_eval")
     stage.dependencies.append(
         dependency("evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}", reason="installed beside the lock")

@@ -23,6 +23,8 @@ from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.progress import ProgressBar
+from tunetrail.provenance.manifest import sha256_file
+from tunetrail.provenance.record import dependency
 from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
 
@@ -79,6 +81,8 @@ def run(stage: Stage) -> dict:
         blocks = [block for block in blocks if len(block) > 1]
         if not blocks:
             raise DataError(f"retention.path: {config.path} holds no text")
+        digest = sha256_file(config.path)  # type: ignore[arg-type]
+        stage.dependencies.append(dependency("text", str(config.path), digest, files={str(config.path): digest}))
         examples = [(block[:1], block[1:]) for block in rng.sample(blocks, min(config.prompts, len(blocks)))]
         texts = [{"text": tokenizer.decode(p + r)} for p, r in examples]
         halves = [(p + r[: len(r) // 2], r[len(r) // 2 :]) for p, r in examples]

@@ -13,10 +13,12 @@ Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind ev
     accuracy_by_confidence
                   the reliability diagram: [{"low", "high": of the bin, "confidence", "accuracy", "accuracy_low",
                   "accuracy_high": 95%, "n"}]
-    ece           expected calibration error; ece_interval {"mean", "low", "high", "n"}
+    ece           expected calibration error, which is too high where pairs are few; ece_interval {"mean", "low",
+                  "high", "n"}, 95% at least, reaches 0 where nothing speaks against calibration
     ceiling       what labelers' agreement allows: {"labelers", "agreement": interval, how often two labelers who
                   both decide on a pair agree, "majority": interval, how often a labeler agrees with the majority of
-                  the others}; null with one labeler
+                  the others, "allowed": interval, the accuracy of a model without error, if labelers err
+                  independently and equally often; null where they agree on fewer than half}; null with one labeler
     length_correlation, length_correlation_of_margins
                   Spearman's, of scores with length and of margins with the difference in length
 """
@@ -185,10 +187,11 @@ def accuracy(pairs: list[dict], key: str, seed: int) -> dict | None:
 
 
 def ceiling(rows: list[dict], seed: int) -> dict | None:
-    """How often labelers who decide on a pair agree, with one another and with the majority of the others.
+    """How often labelers who decide on a pair agree, with one another and with the majority of the others; and how often
+    a model that is always right would agree with one of them.
 
-    No model can agree with a labeler much more often than labelers do with each other: its accuracy is to be read
-    beside this.
+    That is not their agreement: two labelers who are each right with probability p agree on a = p² + (1 - p)², a model
+    that is always right agrees with either on p = (1 + sqrt(2a - 1)) / 2. The majority of many others is close to it.
 
     Args:
         rows: comparison rows.
@@ -211,18 +214,36 @@ def ceiling(rows: list[dict], seed: int) -> dict | None:
         return bootstrap([value for _, value in values], 2000, seed, groups=[i for i, _ in values])
 
     labelers = {ranking["labeler"] for row in rows for ranking in row["rankings"]}
-    return {"labelers": len(labelers), "agreement": over_prompts(agreements), "majority": over_prompts(majorities)}
+    agreement = over_prompts(agreements)
+    return {
+        "labelers": len(labelers),
+        "agreement": agreement,
+        "majority": over_prompts(majorities),
+        "allowed": allowed_accuracy(agreement),
+    }
+
+
+def allowed_accuracy(agreement: dict | None) -> dict | None:
+    """The interval of p for that of a, see `ceiling`; bounds below a coin's toss are one."""
+    if agreement is None or agreement["mean"] < 0.5:
+        return None
+    return agreement | {end: (1 + max(0.0, 2 * agreement[end] - 1) ** 0.5) / 2 for end in ("mean", "low", "high")}
 
 
 def reliability(pairs: list[dict], seed: int, bins: int = 20) -> dict:
     """Expected calibration error and the bins of the diagram, with intervals over prompts.
 
-    Of few pairs the error, a mean of absolute values, lies too high, and the interval with it.
+    Of few pairs the error, a mean of absolute values, lies above 0 for a calibrated model too, and its resamples lie
+    higher still. Its interval is what the noise of all bins together can have done, for or against: by the triangle
+    inequality no error is farther from the true one than the bins' gaps are from theirs in sum, of which the resamples'
+    97.5th percentile is taken.
     """
     margins = np.array([pair["margin"] for pair in pairs])
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     correct = np.where(margins == 0, 0.5, margins > 0)
     ece, rows = expected_calibration_error(confidence.tolist(), correct.tolist(), bins)
+    if ece is None:
+        return {"accuracy_by_confidence": [], "ece": None, "ece_interval": None}
     ids = [pair["id"] for pair in pairs]
     bin_of = np.array([next(i for i, row in enumerate(rows) if p <= row["high"]) for p in confidence])
     for i, row in enumerate(rows):
@@ -230,16 +251,17 @@ def reliability(pairs: list[dict], seed: int, bins: int = 20) -> dict:
         interval = bootstrap(correct[mine], 2000, seed, groups=[ids[j] for j in mine]) or {}
         row |= {f"accuracy_{end}": interval.get(end) for end in ("low", "high")}
 
-    def error(counts: np.ndarray) -> np.ndarray:
-        gaps = [np.abs(counts @ np.where(bin_of == i, confidence - correct, 0)) for i in range(len(rows))]
-        return (sum(gaps) / counts.sum(1))[:, None]
+    gaps = np.stack([np.where(bin_of == i, confidence - correct, 0) for i in range(len(rows))], 1)  # [pairs, bins]
 
-    interval = bootstrap_of(error, ids, 2000, seed)[0]
-    low, high = ("low", "high") if interval["groups"] == 1 else ("group_low", "group_high")
+    def noise(counts: np.ndarray) -> np.ndarray:
+        return np.abs(counts @ gaps / counts.sum(1, keepdims=True) - gaps.mean(0)).sum(1, keepdims=True)
+
+    (found,) = bootstrap_of(noise, ids, 2000, seed)
+    most = found["high"] if found["groups"] == 1 else found["group_high"]
     return {
         "accuracy_by_confidence": rows,
         "ece": ece,
-        "ece_interval": {"mean": ece, "low": interval[low], "high": interval[high], "n": len(pairs)},
+        "ece_interval": {"mean": ece, "low": max(0.0, ece - most), "high": ece + most, "n": len(pairs)},
     }
 
 

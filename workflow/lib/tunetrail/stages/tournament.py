@@ -14,16 +14,18 @@ with 95% bounds by bootstrap over n prompts, and by bootstrap over the source gr
     reference      "sft", or "base" where none was trained
     sampled, greedy, judge
                    a match by gold score of sampled responses, by gold score of greedy ones, and by a language model's
-                   verdicts on sampled ones, asked in both orders. null where it was not held, else
+                   verdicts on sampled ones, asked in both orders; a pair is left out where a verdict on it could not
+                   be read, so that it has an n of its own. null where it was not held, else
         prompts, groups, tie
         pairs      [{"first", "second",
                      "family": what `p` is corrected within: "base" and "sft" (everyone against that one) or "policies",
                      "win_rate": I with "wins", "ties", "losses": first over second, a tie counts one half,
-                     "length_controlled": I, the win rate at equal lengths (Dubois et al. 2024); null where undefined,
+                     "length_controlled": I, the win rate at equal lengths (Dubois et al. 2024); null where one side is
+                                          longer on over 95% of the prompts, so that equal lengths are not in the data,
                      "p": two-sided, by flipping the outcomes of whole groups, "p_holm": corrected within the family,
                      "significant": p_holm < 0.05,
                      "minimum_detectable": the difference from one half that n prompts show with 80% power at 5%
-                                           divided by the size of the family}]
+                                           divided by the size of the family; null where they cannot show any}]
         scores     [{"name", "score": I}] Bradley-Terry, in log-odds against the reference, which has 0
     judge_verdicts {"verdicts", "unparsed", "inconsistent": pairs whose two orders disagree, "first_wins": share of
                    the readable verdicts for the response shown first}; null without a judge
@@ -42,6 +44,8 @@ import json
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from tunetrail.config import LlmJudge, TournamentConfig
 from tunetrail.contract import Stage, main, write_json, write_jsonl
@@ -78,12 +82,17 @@ def gold_outcomes(scores: dict[str, list[float]], tie: float) -> Outcomes:
 
 
 def verdict_outcomes(subjects: Sequence[str], answers: list[dict]) -> Outcomes:
-    """Of answers [n] with "verdicts" [[i, j, verdict on (i, j), verdict on (j, i)]] of every i < j."""
+    """Of answers [n] with "verdicts" [[i, j, verdict on (i, j), verdict on (j, i)]] of every i < j.
+
+    NaN where a verdict could not be read; a pair of which none could is left out.
+    """
     place = {name: i for i, name in enumerate(subjects)}
-    found = [{(i, j): pair_outcome(*both) for i, j, *both in answer["verdicts"]} for answer in answers]
-    return {
-        (a, b): outcomes([-row[place[b], place[a]] for row in found], [0] * len(found)) for a, b in pairs_of(subjects)
-    }
+    found = [
+        {(i, j): np.nan if None in both else (1 - pair_outcome(*both)) / 2 for i, j, *both in answer["verdicts"]}
+        for answer in answers
+    ]
+    columns = {(a, b): np.array([row[place[b], place[a]] for row in found]) for a, b in pairs_of(subjects)}
+    return {pair: outcome for pair, outcome in columns.items() if not np.isnan(outcome).all()}
 
 
 def judged(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> tuple[Outcomes, dict]:
