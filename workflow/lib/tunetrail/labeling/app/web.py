@@ -182,7 +182,10 @@ class Pages:
         me = request.state.session.pseudonym
         progress = await run_in_threadpool(self.store.progress)
         last = await run_in_threadpool(queue.finished, self.store, me)
-        return self.page("home.html.j2", request, progress=progress, last=last, settings=await self._settings())
+        mine = await run_in_threadpool(queue.answered, self.store, me)
+        return self.page(
+            "home.html.j2", request, progress=progress, last=last, mine=mine, settings=await self._settings()
+        )
 
     async def task(self, request: Request) -> Response:
         me = request.state.session.pseudonym
