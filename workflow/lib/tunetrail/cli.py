@@ -204,15 +204,22 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _label_serve(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.serve import serve
-    from tunetrail.labeling.app.store import Settings, Store, read_tasks
+    from tunetrail.labeling.app.store import RUN, Settings, Store, read_tasks
 
     given = {name: value for name in Settings.names() if (value := getattr(args, name)) is not None}
     if args.guidelines:
-        given["guidelines"] = args.guidelines.read_text(encoding="utf-8")
+        try:
+            given["guidelines"] = args.guidelines.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"--guidelines {args.guidelines}: not UTF-8") from None
     if given and not args.tasks:
         raise ConfigError(f"--{min(given).replace('_', '-')}: settings are published with tasks; add --tasks FILE")
     store = Store(args.store)
+    if fault := store.fault():
+        raise ConfigError(f"{store.database.shown}: {fault}; restore it from a copy")
     if args.tasks:
+        if run := store.noted(RUN):
+            raise ConfigError(f"--tasks: {args.store} holds the tasks of the run {run}; name another --store")
         store.publish(read_tasks(args.tasks), given)
     return serve(store, args.host, args.port, args.prefix)
 
@@ -235,7 +242,7 @@ def _label_list(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.access import roster
     from tunetrail.labeling.app.store import Store
 
-    for one in roster(Store(args.store)):
+    for one in roster(Store(args.store, create=False)):
         state = "" if one["active"] else "  may not enter"
         print(f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {one['name'] or '(name deleted)'}{state}")  # fmt: skip
     return SOUND
@@ -245,7 +252,7 @@ def _label_renew(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.access import renew_token
     from tunetrail.labeling.app.store import Store
 
-    store = Store(args.store)
+    store = Store(args.store, create=False)
     print(f"{args.pseudonym}: {_label_link(store, renew_token(store, args.pseudonym))}")
     return SOUND
 
@@ -254,7 +261,7 @@ def _label_forget(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.access import forget
     from tunetrail.labeling.app.store import Store
 
-    forget(Store(args.store), args.pseudonym)
+    forget(Store(args.store, create=False), args.pseudonym)
     print(f"{args.pseudonym}: name and link deleted")
     return SOUND
 
@@ -262,7 +269,7 @@ def _label_forget(args: argparse.Namespace) -> int:
 def _label_verify(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.store import Store
 
-    store = Store(args.store)
+    store = Store(args.store, create=False)
     fault = store.fault()
     print(f"{store.database.shown}: {fault or 'the chain is whole'}, head {store.head()}")
     return FINDING if fault else SOUND
@@ -272,7 +279,7 @@ def _label_export(args: argparse.Namespace) -> int:
     from tunetrail.labeling import exchange
     from tunetrail.labeling.app.store import Store
 
-    store = Store(args.store)
+    store = Store(args.store, create=False)
     tasks, labels = store.tasks(), store.labels()
     if args.format == "demonstrations":
         return _written(exchange.written(exchange.demonstrations(tasks, labels), "jsonl"), args)

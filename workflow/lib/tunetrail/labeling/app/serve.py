@@ -53,8 +53,6 @@ def serve(store: Store, host: str, port: int, prefix: str) -> int:
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
         raise ConfigError(f"--prefix {prefix}: must be a path such as /labels")
-    if fault := store.fault():
-        raise ConfigError(f"{store.database.shown}: {fault}; restore it from a copy")
     sock = listening(host, port)
     port = sock.getsockname()[1]
     local, here = _is_loopback(host), _this_machine()
