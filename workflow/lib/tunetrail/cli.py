@@ -121,6 +121,7 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0: any that is free)")
     serve.add_argument("--prefix", default="", help="path under which a proxy serves it, such as /labels")
+    serve.add_argument("--proxy", metavar="ADDRESSES", help="of proxies that say in X-Forwarded-For and -Proto who asks and whether by https; without it nobody is believed")  # fmt: skip
     serve.add_argument("--tasks", type=Path, help="JSONL to publish first; without it, what is published is served")
     settings = serve.add_argument_group("how tasks are handed out (with --tasks)")
     settings.add_argument("--overlap", type=int, help="labelers a task (default: 1)")
@@ -221,7 +222,7 @@ def _label_serve(args: argparse.Namespace) -> int:
         if run := store.noted(RUN):
             raise ConfigError(f"--tasks: {args.store} holds the tasks of the run {run}; name another --store")
         store.publish(read_tasks(args.tasks), given)
-    return serve(store, args.host, args.port, args.prefix)
+    return serve(store, args.host, args.port, args.prefix, args.proxy)
 
 
 def _label_link(store: Any, token: str) -> str:
