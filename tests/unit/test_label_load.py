@@ -84,6 +84,7 @@ def test_a_server_that_is_killed_stores_an_answer_whole_or_not_at_all(tmp_path, 
         for thread in threads:
             thread.join()
     assert len(broken) == 4, "each labeler saw that it broke"
+    assert unsure, "it was killed in the middle of a submit"
     assert store.fault() is None
     assert set(told) <= {row["event"] for row in store.labels()}, "what was said to be stored is stored"
     with served_alone(url) as (_, address):
