@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.client import HTTPException
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_a_server_that_is_killed_stores_an_answer_whole_or_not_at_all(tmp_path, 
     def until_it_breaks(labeler: Scripted) -> None:
         try:
             work(labeler)
-        except (OSError, AssertionError, ValueError) as e:
+        except (OSError, HTTPException) as e:  # no reply, or half of one
             broken.append(e)
 
     broken: list[Exception] = []
