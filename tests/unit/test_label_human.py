@@ -1,6 +1,7 @@
 """Labeler human: tasks out, rankings in, and what happens until they are all there."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -45,7 +46,7 @@ def by_length(texts: list[str]) -> list[int]:
 
 
 def answer(store: Store, labeler: str, most: int = 100) -> None:
-    """Ranks up to so many tasks: the longer the better."""
+    """Ranks up to so many tasks: the longer the better, equally long ones are a tie."""
     for _ in range(most):
         if (given := queue.next_task(store, labeler)) is None:
             return
@@ -77,6 +78,9 @@ def test_the_template_around_a_prompt_is_not_shown(run):
 def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp_path, capfd):
     run("tasks")
     capfd.readouterr()
+    guidelines = tmp_path / "guidelines.md"
+    guidelines.write_text("Be *kind*.")
+    run = partial(run, guidelines=guidelines)
     code, folder = run("comparisons", overlap=2)
     said = capfd.readouterr().err
     assert (code, said.count("\n")) == (75, 1)
@@ -113,7 +117,7 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     about = record.annotations("labels")
     assert (about["chain_head"], about["events"]) == (head, 11)
     assert about["labelers"] == ["human-1", "human-2", "human-3"]
-    assert about["guideline"] == [sha256_bytes(b"")]
+    assert about["guideline"] == [sha256_bytes(b"Be *kind*.")]
     assert set(record.parents) == {"base", "data", "shard0", "tasks"}
     assert [attempt["ended"] for attempt in record.attempts] == [
         "done"

@@ -127,6 +127,7 @@ def report_inputs():
     inputs = {"base": manifest("base"), "data": manifest("data")}
     blocks = {
         "sft": CONFIG.sft,
+        "tasks": HUMAN,
         "comparisons": CONFIG.completions,
         "reward": CONFIG.reward,
         "retention": CONFIG.retention,

@@ -5,6 +5,9 @@ file, line or key, what is wrong and how to mend it. Anything else is a fault of
 traceback.
 """
 
+PEOPLE = "for people"
+"""What the message of Waiting begins with."""
+
 
 class TunetrailError(Exception):
     """A mistake the user can mend. `exit_code` follows sysexits.h."""
@@ -36,10 +39,6 @@ class Waiting(Interrupted):
     """People have not finished: nothing was lost and nothing can be done before they have."""
 
     word = "waiting"
-
-
-PEOPLE = "for people"
-"""What the message of Waiting begins with."""
 
 
 class Displaced(Interrupted):

@@ -11,6 +11,8 @@ on. Once every task has its quota of rankings the answers are exported, and the 
 Until then Waiting is raised. Names of labelers are in neither; they are known by pseudonyms.
 """
 
+from dataclasses import asdict
+
 from tunetrail.config import HumanLabeler
 from tunetrail.contract import Stage, write_jsonl
 from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
@@ -20,26 +22,21 @@ from tunetrail.labeling.quality import by_task, counted, measure
 from tunetrail.provenance.manifest import canonical
 
 
-def settings_of(config: HumanLabeler, seed: int) -> dict:
+def settings_of(config: HumanLabeler, seed: int) -> Settings:
     """The settings that tasks are published with. Raises ConfigError."""
-    given = config.model_dump(include=set(Settings.names()))
-    if config.guidelines:
-        try:
-            given["guidelines"] = config.guidelines.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"comparisons.guidelines: {config.guidelines}: cannot be read ({e})") from None
-    else:
-        given["guidelines"] = ""
-    return given | {"seed": seed}
+    try:
+        guidelines = config.guidelines.read_text(encoding="utf-8") if config.guidelines else ""
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"comparisons.guidelines: {config.guidelines}: cannot be read ({e})") from None
+    return Settings.of(config.model_dump(include=set(Settings.names())) | {"guidelines": guidelines, "seed": seed})
 
 
-def publish(store: Store, tasks: list[dict], config: HumanLabeler, run: str, seed: int) -> None:
+def claim(store: Store, run: str) -> None:
     """Raises ConfigError where the store holds the tasks of another run or of no run, whose labelers would lose theirs."""
     if (other := store.noted(RUN)) != run and store.tasks():
         whose = f"the run {other}" if other else "`tunetrail label serve --tasks`"
-        raise ConfigError(f"comparisons.store: {config.store} holds the tasks of {whose}; name another store")
+        raise ConfigError(f"comparisons.store: {store.database.shown} holds the tasks of {whose}; name another store")
     store.note(RUN, run)
-    store.publish(tasks, settings_of(config, seed))
 
 
 def snapshot(store: Store) -> tuple[str, list[dict], list[dict], dict]:
@@ -61,6 +58,7 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
     completions that are not those of the tasks."""
     store = Store(config.store)
     tasks = stage.rows("tasks", "tasks.jsonl")
+    settings = settings_of(config, stage.seed)
     shown = {task["id"]: task["completions"] for task in tasks}
     if other := next((row["id"] for row in rows if shown.get(row["id"]) != row["completions"]), None):
         raise DataError(
@@ -68,7 +66,8 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
         )
     if fault := store.fault():
         raise DataError(f"comparisons.store: {config.store}: {fault}; restore it from a copy")
-    publish(store, tasks, config, stage.output.parent.name, stage.seed)
+    claim(store, stage.output.parent.name)
+    store.publish(tasks, asdict(settings))
     head, events, labels, progress = snapshot(store)
     if not progress["settled"]:
         stuck = f"; {progress['stuck']} tasks need more labelers: `tunetrail label add`" if progress["stuck"] else ""
@@ -87,6 +86,8 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
         source={
             "events": len(events),
             "chain_head": head,
-            "guideline": sorted({event["guidelines"] for event in events if event["number"] in numbers}),
+            "guideline": sorted(
+                {e["guidelines"] for e in events if e["number"] in numbers} - {Settings().guidelines_digest}
+            ),
         },
     )
