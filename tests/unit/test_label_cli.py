@@ -10,6 +10,7 @@ import pytest
 
 from tests.labels import Scripted, ranking, served_alone
 from tunetrail.cli import main
+from tunetrail.labeling.app import queue
 from tunetrail.labeling.app.store import RUN, Store
 
 
@@ -98,6 +99,19 @@ def test_only_serving_and_adding_make_a_store(tmp_path, capsys, words):
     empty.touch()
     assert main(["label", *words, "--store", str(empty)]) == 2
     assert "holds no labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lite", "postgresql"])
+def test_exporting_and_verifying(kind, request, capsys):
+    opened = request.getfixturevalue(kind)
+    opened.publish([ranking("a", 2)])
+    given = queue.next_task(opened, "human-1")
+    queue.submit(opened, "human-1", given.nonce, {"ranks": [1, 1]})
+    url = opened.database.url.render_as_string(hide_password=False)
+    assert main(["label", "export", "--format", "jsonl", "--store", url]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == [1, 1]
+    assert main(["label", "verify", "--store", url]) == 0
+    assert capsys.readouterr().out.endswith(f"head {opened.head()}\n")
 
 
 def test_a_store_of_a_run_takes_no_other_tasks(store, tmp_path, capsys):

@@ -106,6 +106,7 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["labelers"] == {f"human-{i}": {"rankings": n} for i, n in ((1, 5), (2, 3), (3, 2))}
     assert metrics["quality"]["agreement"]["mean"] == metrics["agreement"] == 1
+    assert "longer_wins" in metrics.keys() - metrics["quality"].keys(), "two definitions of one number"
 
     # The chain in the artifact can be followed to its head without the store, and the record names it.
     head = START

@@ -292,6 +292,7 @@ def test_a_request_from_another_site_is_refused(store, ada):
     assert everything(store) == before
 
 
+@on_both
 def test_an_expired_cookie_and_one_whose_labeler_was_forgotten_let_nobody_in(store, ada):
     nonce, _ = ada.open()
     before = everything(store)
@@ -304,6 +305,7 @@ def test_an_expired_cookie_and_one_whose_labeler_was_forgotten_let_nobody_in(sto
     access.forget(store, bob.pseudonym)
     assert bob.get("task").status_code == 303
     assert bob.client.post("/enter", json={"token": bob.token}).status_code == 401
+    assert [one["name"] for one in access.roster(store)] == ["Ada", None]
     assert everything(store) == before
 
 

@@ -80,9 +80,11 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
     count = counted(labels)
     answers, numbers = by_task(count), {label["event"] for label in count}
     measured = measure(labels, tasks)
+    measured["outliers"] = len(measured["outliers"])
+    del measured["longer_wins"]  # the stage says it of every labeler, and counts texts of one length too
     return Labels(
         [[ranking_of(label) for label in answers.get(row["id"], [])] for row in rows],
-        metrics={"quality": measured | {"outliers": len(measured["outliers"])}, "skips": progress["skips"]},
+        metrics={"quality": measured, "skips": progress["skips"]},
         source={
             "events": len(events),
             "chain_head": head,
