@@ -331,10 +331,8 @@ class Store:
         seen: dict[str, set[str]] = defaultdict(set)
         for row in rows:
             seen[row["task"]].add(row["labeler"])
-        # An admin who only looks on is no labeler.
-        people = {
-            p.pseudonym for p in may_enter if p.role == "labeler" or any(p.pseudonym in who for who in seen.values())
-        }
+        at_work = {row["labeler"] for row in rows}  # an admin who only looks on is no labeler
+        people = {p.pseudonym for p in may_enter if p.role == "labeler" or p.pseudonym in at_work}
         able = {name for name in people if settings.per_labeler is None or given[name] < settings.per_labeler}
 
         def is_retired(name: str) -> bool:
