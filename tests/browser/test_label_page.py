@@ -315,18 +315,56 @@ def test_a_link_pasted_while_the_entrance_is_open(browser, store, address):
     page.close()
 
 
+CONTRASTS = """() => {
+    const read = colour => colour.match(/[\\d.]+/g).map(Number);
+    const luminance = rgb => rgb.slice(0, 3).map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => {
+        for (; e; e = e.parentElement) {
+            const colour = read(getComputedStyle(e).backgroundColor);
+            if (colour.length < 4 || colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    return [...document.querySelectorAll("body *:not(svg *)")]
+        .filter(e => e.checkVisibility() && !e.disabled && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+        .map(e => {
+            const [a, b] = [luminance(read(getComputedStyle(e).color)), luminance(behind(e))].sort((x, y) => y - x);
+            return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 120)];
+        });
+}"""
+"""[contrast, element] of all text outside of figures, by WCAG 2.1's formula; translucent backgrounds are looked through."""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_is_wider_than_the_screen_and_dark_is_dark(browser, store, address, width, scheme):
     long = "x" * 400
-    store.publish(
-        [ranking("l", 9, prompt=long) | {"completions": [f"{n} {long}\n\n    {long}" for n in range(9)]}],
-        {"guidelines": f"# G\n\n{long}"},
-    )
+    outputs = [f"{n} {long}\n\n    {long}" for n in range(9)]
+    wide = [ranking(name, prompt=f"{name} {long}") | {"completions": outputs} for name in ("g", "a", "l")]
+    wide[0]["gold"] = {"ranks": list(range(1, 10))}
+    store.publish(wide, {"guidelines": f"# G\n\n{long}", "training": 1, "overlap": 2})
     desk = Desk(browser, store, address, admin=True, viewport={"width": width, "height": 800}, color_scheme=scheme)
-    for path in ("", "task", "guidelines", "quality", "feedback"):
-        desk.page.goto(f"{address}/{path}")
+    trained = queue.submit(
+        store, desk.pseudonym, queue.next_task(store, desk.pseudonym).nonce, {"ranks": list(range(1, 10))}
+    )
+    for name in (desk.pseudonym, "human-9"):
+        while (given := queue.next_task(store, name)) and given.task["id"] != "l":
+            queue.submit(store, name, given.nonce, {"ranks": list(range(1, 10))})
+    shows = {
+        "": "main",
+        "task": "article.output",
+        "guidelines": "h1",
+        "quality": ".chart svg",
+        f"feedback?event={trained.event}": "h1",
+    }
+    for path, part in shows.items():
+        assert desk.page.goto(f"{address}/{path}").status == 200
+        assert desk.page.locator(part).count() > 0
         assert desk.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, path
+        faint = [found for found in desk.page.evaluate(CONTRASTS) if found[0] < 4.5]
+        assert faint == [], path
     light = desk.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light == (scheme == "light")
     desk.page.context.close()

@@ -10,7 +10,8 @@ import pytest
 
 from tests.labels import Scripted, ranking, served_alone
 from tunetrail.cli import main
-from tunetrail.labeling.app.store import Store
+from tunetrail.labeling.app import queue
+from tunetrail.labeling.app.store import RUN, Store
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_adding_renewing_listing_and_forgetting(store, capsys):
 
 def test_serving_says_where_and_how_and_ends_well(store, tmp_path, capfd):
     tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text(json.dumps(ranking("a")) + "\n")
+    tasks.write_text(json.dumps(ranking("a")) + "\n\n")
     guidelines = tmp_path / "guidelines.md"
     guidelines.write_text("# Be fair")
     options = ("--tasks", str(tasks), "--guidelines", str(guidelines), "--prefix", "/labels/", "--overlap", "2")
@@ -66,6 +67,8 @@ def test_serving_says_where_and_how_and_ends_well(store, tmp_path, capfd):
         (["--overlap", "2"], "--overlap: settings are published with tasks; add --tasks FILE"),
         (["--tasks", "bad.jsonl"], "bad.jsonl:2: a ranking needs 2 to 9 completions, here are 1"),
         (["--tasks", "none.jsonl"], "none.jsonl: no such file"),
+        (["--tasks", "latin.txt"], "latin.txt:2: not UTF-8"),
+        (["--tasks", "bad.jsonl", "--guidelines", "latin.txt"], "--guidelines latin.txt: not UTF-8"),
         (["--prefix", "a b"], "--prefix a b: must be a path such as /labels"),
         (["--port", "{taken}"], "--host 127.0.0.1 --port {taken}: cannot listen there (Address already in use); try another --port"),
         (["--host", "no.such.host.invalid"], "cannot listen there"),
@@ -78,6 +81,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     lines = [ranking("a"), ranking("b", 1)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "latin.txt").write_bytes(b"\n\xe9")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = [word.format(taken=port) for word in words]
@@ -86,13 +90,52 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, message):
     assert message.format(taken=port) in line
 
 
-def test_a_broken_chain_is_not_served(store, capsys):
+@pytest.mark.parametrize("words", [["list"], ["verify"], ["renew", "human-1"], ["forget", "human-1"], ["export", "--format=jsonl"]])  # fmt: skip
+def test_only_serving_and_adding_make_a_store(tmp_path, capsys, words):
+    assert main(["label", *words, "--store", f"{tmp_path}/mistyped.db"]) == 2
+    assert "there is no such file; name the labels with --store" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    assert main(["label", *words, "--store", str(empty)]) == 2
+    assert "holds no labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lite", "postgresql"])
+def test_exporting_and_verifying(kind, request, capsys):
+    opened = request.getfixturevalue(kind)
+    opened.publish([ranking("a", 2)])
+    given = queue.next_task(opened, "human-1")
+    queue.submit(opened, "human-1", given.nonce, {"ranks": [1, 1]})
+    url = opened.database.url.render_as_string(hide_password=False)
+    assert main(["label", "export", "--format", "jsonl", "--store", url]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == [1, 1]
+    assert main(["label", "verify", "--store", url]) == 0
+    assert capsys.readouterr().out.endswith(f"head {opened.head()}\n")
+
+
+def test_a_store_of_a_run_takes_no_other_tasks(store, tmp_path, capsys):
+    opened = Store(store)
+    opened.publish([ranking("a")])
+    opened.note(RUN, "demo")
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text(json.dumps(ranking("b")))
+    assert main(["label", "serve", "--store", store, "--tasks", str(tasks)]) == 2
+    assert "holds the tasks of the run demo; name another --store" in capsys.readouterr().err
+    assert [task["id"] for task in opened.tasks()] == ["a"]
+
+
+def test_a_broken_chain_is_not_served(store, tmp_path, capsys):
     opened = Store(store)
     opened.publish([ranking("a")])
     with opened.writing() as connection:
         connection.exec_driver_sql("DROP TRIGGER events_no_update")
         connection.exec_driver_sql("UPDATE events SET kind = 'ranking'")
-    assert main(["label", "serve", "--store", store]) == 2
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text(json.dumps(ranking("b")))
+    for words in ([], ["--tasks", str(tasks)]):
+        assert main(["label", "serve", "--store", store, *words]) == 2
+    assert len(list(opened.events())) == 1, "nothing is chained to it"
     assert "event 1 is not what was written; restore it from a copy" in capsys.readouterr().err
     assert main(["label", "verify", "--store", store]) == 1
 

@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 
+from tests.labels import ranking
 from tests.unit.test_comparisons_stage import ROWS, artifact, make_row
 from tunetrail.config import HumanLabeler
 from tunetrail.contract import main, read_jsonl, write_json, write_jsonl
-from tunetrail.labeling.app import queue
+from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.store import START, Settings, Store, read_tasks
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import sha256_bytes
@@ -39,14 +40,17 @@ def run(tmp_path, artifact):
     return call
 
 
+def by_length(texts: list[str]) -> list[int]:
+    lengths = sorted({-len(text) for text in texts})
+    return [1 + lengths.index(-len(text)) for text in texts]
+
+
 def answer(store: Store, labeler: str, most: int = 100) -> None:
     """Ranks up to so many tasks: the longer the better, equally long ones are a tie."""
     for _ in range(most):
         if (given := queue.next_task(store, labeler)) is None:
             return
-        lengths = sorted({-len(text) for text in given.outputs})
-        ranks = [1 + lengths.index(-len(text)) for text in given.outputs]
-        queue.submit(store, labeler, given.nonce, {"ranks": ranks, "seconds": 5})
+        queue.submit(store, labeler, given.nonce, {"ranks": by_length(given.outputs), "seconds": 5})
 
 
 def test_tasks_hold_what_people_see_and_no_more(run):
@@ -94,13 +98,15 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
 
     rows = read_jsonl(folder / "comparisons.jsonl")
     assert [len(row["rankings"]) for row in rows] == [2] * 5
-    assert {tuple(r["ranks"]) for row in rows for r in row["rankings"]} == {(2, 1, 2)}
+    for row in rows:
+        assert row["rankings"][0]["ranks"] == by_length(row["completions"])
     assert all(sorted(r["order"]) == [0, 1, 2] and r["time"] for row in rows for r in row["rankings"])
     labels = read_jsonl(folder / "labels.jsonl")
     assert len(labels) == 10
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["labelers"] == {f"human-{i}": {"rankings": n} for i, n in ((1, 5), (2, 3), (3, 2))}
     assert metrics["quality"]["agreement"]["mean"] == metrics["agreement"] == 1
+    assert "longer_wins" in metrics.keys() - metrics["quality"].keys(), "two definitions of one number"
 
     # The chain in the artifact can be followed to its head without the store, and the record names it.
     head = START
@@ -112,7 +118,7 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     about = record.annotations("labels")
     assert (about["chain_head"], about["events"]) == (head, 11)
     assert about["labelers"] == ["human-1", "human-2", "human-3"]
-    assert about["guideline"] == sha256_bytes(b"Be *kind*.")
+    assert about["guideline"] == [sha256_bytes(b"Be *kind*.")]
     assert set(record.parents) == {"base", "data", "shard0", "tasks"}
     assert [attempt["ended"] for attempt in record.attempts] == [
         "done"
@@ -190,6 +196,35 @@ def test_a_store_of_another_run_is_left_alone(run, tmp_path, capfd):
     assert run("comparisons", [make_row("x0"), make_row("x1")], run="other")[0] == 78
     assert "holds the tasks of the run demo; name another store" in capfd.readouterr().err
     assert Store(str(tmp_path / "labels.db")).tasks() == tasks_before
+
+
+def test_a_store_with_tasks_of_no_run_is_left_alone(run, tmp_path, capfd):
+    run("tasks")
+    store = Store(str(tmp_path / "labels.db"))
+    store.publish([ranking("a")])
+    assert run("comparisons")[0] == 78
+    assert "holds the tasks of `tunetrail label serve --tasks`; name another store" in capfd.readouterr().err
+    assert [task["id"] for task in store.tasks()] == ["a"]
+
+
+def test_completions_that_are_not_those_people_saw_are_refused(run, capfd):
+    run("tasks")
+    row = ROWS[0] | {"completions": ROWS[0]["completions"][::-1]}
+    assert run("comparisons", [row, *ROWS[1:]])[0] == 65
+    assert f"the completions of {row['id']} are not those" in capfd.readouterr().err
+
+
+def test_what_the_only_labeler_skips_does_not_keep_the_run_waiting(run, tmp_path, capfd):
+    run("tasks")
+    store = Store(str(tmp_path / "labels.db"))
+    run("comparisons", overlap=2)
+    assert "5 tasks need more labelers: `tunetrail label add`" in capfd.readouterr().err
+    who, _ = access.add_labeler(store, "Ada")
+    run("comparisons")
+    assert "more labelers" not in capfd.readouterr().err
+    queue.skip(store, who, queue.next_task(store, who).nonce, {"reason": "broken"})
+    answer(store, who)
+    assert run("comparisons")[0] == 0
 
 
 def test_a_store_that_was_tampered_with_is_refused(run, tmp_path, capfd):

@@ -85,7 +85,8 @@ def test_alpha_is_that_of_a_matrix_with_gaps():
     for group in quality.by_task(rows).values():
         for i, j in combinations(range(len(group[0]["ranks"])), 2):
             seen = {row["labeler"]: np.sign(row["ranks"][j] - row["ranks"][i]) for row in group}
-            columns.append([seen.get(name, math.nan) for name in names])
+            one_way = [seen.get(name, math.nan) for name in names]
+            columns += [one_way, [-outcome for outcome in one_way]]
     expected = krippendorff.alpha(np.array(columns, dtype=float).T, level_of_measurement="nominal")
     found = quality.alpha(rows)
     assert found["mean"] == pytest.approx(expected)
@@ -93,12 +94,23 @@ def test_alpha_is_that_of_a_matrix_with_gaps():
 
 
 def test_alpha_by_hand_and_where_it_is_undefined():
-    # Coincidences of two pairs, +1 +1 and +1 -1: observed disagreement 2 of 4, expected 2*3*1/(4*3).
+    # Coincidences of two pairs both ways round, ++ --, +- -+: observed disagreement 4 of 8, expected 2*4*4/(8*7).
     rows = [label("x", "a", [1, 2]), label("x", "b", [1, 2]), label("y", "a", [1, 2]), label("y", "b", [2, 1])]
-    assert quality.alpha(rows)["mean"] == pytest.approx(1 - (2 / 4) / (6 / 12))
-    assert quality.alpha(rows[:2]) is None  # one kind of outcome
+    assert quality.alpha(rows)["mean"] == pytest.approx(1 - (4 / 8) / (32 / 56))
+    assert quality.alpha(rows)["n"] == 2
+    assert quality.alpha(rows[:2])["mean"] == 1
+    assert quality.alpha([label("x", who, [1, 1]) for who in "ab"]) is None  # one kind of outcome
     assert quality.alpha(rows[::2]) is None  # one labeler
     assert quality.alpha([]) is None
+
+
+def test_alpha_does_not_depend_on_the_order_of_completions():
+    """Where the better text always comes first in the file, chance would seem to agree as well."""
+    rows = many(np.random.default_rng(2))
+    for row in rows:
+        row["ranks"] = sorted(row["ranks"]) if row["labeler"] != "human-0" else row["ranks"]
+    turned = [row | {"ranks": row["ranks"][::-1]} if int(row["task"][1:]) % 2 else row for row in rows]
+    assert quality.alpha(turned) == pytest.approx(quality.alpha(rows))
 
 
 def test_intervals_are_over_tasks():

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from tests.labels import ranking
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.labeling.app import queue
-from tunetrail.labeling.app.answers import Refused
+from tunetrail.labeling.app import access, queue
+from tunetrail.labeling.app.answers import TEXT, Refused
 from tunetrail.labeling.app.store import START, Store
 
 
@@ -163,6 +163,105 @@ def test_quotas_of_tasks_and_of_labelers(store):
     assert store.progress()["settled"]
 
 
+def test_what_a_labeler_skips_does_not_count_as_given(store):
+    store.publish([ranking(f"t{n}") for n in range(3)], {"per_labeler": 2})
+    queue.skip(store, "human-1", queue.next_task(store, "human-1").nonce, {"reason": "broken"})
+    assert len(purposes(store, "human-1")) == 2
+
+
+def test_a_task_that_a_labeler_skipped_is_retired_where_nobody_is_left_for_it(store):
+    ada, _ = access.add_labeler(store, "Ada")
+    access.add_labeler(store, "Eve, who looks on", admin=True)
+    store.publish([ranking("a"), ranking("b")], {"overlap": 1, "skips": 2})
+    queue.skip(store, ada, queue.next_task(store, ada).nonce, {"reason": "expertise"})
+    answer(store, ada)
+    assert queue.next_task(store, ada) is None
+    assert store.progress() | {"retired": 1, "stuck": 0, "settled": True} == store.progress()
+    access.add_labeler(store, "Bob")
+    assert store.progress() | {"retired": 0, "stuck": 0, "settled": False} == store.progress()
+
+
+def test_tasks_that_nobody_who_may_enter_can_take_are_counted(store):
+    store.publish([ranking("a"), ranking("b"), ranking("c")], {"overlap": 2, "per_labeler": 2})
+    assert store.progress()["stuck"] == 3
+    ada, _ = access.add_labeler(store, "Ada")
+    assert store.progress()["stuck"] == 0
+    answer(store, ada)
+    assert store.progress()["stuck"] == 1, "nobody is there for the second answer"
+    access.add_labeler(store, "Bob")
+    assert store.progress()["stuck"] == 0
+    answer(store, ada)
+    assert store.progress() | {"stuck": 0, "settled": False} == store.progress()
+    answer(store, "human-2")
+    answer(store, "human-2")
+    assert store.progress()["stuck"] == 1, "both have given what one may give, and c is left"
+
+
+def test_a_demonstration_does_not_come_again(lite):
+    lite.publish([{"id": f"d{n}", "kind": "demonstration", "prompt": "p"} for n in range(12)], {"repeat_every": 2})
+    came = 0
+    while given := queue.next_task(lite, "human-1"):
+        assert given.purpose == "label"
+        queue.submit(lite, "human-1", given.nonce, {"text": "x"})
+        came += 1
+    assert came == 12
+
+
+def test_neither_gold_nor_what_comes_again_can_be_told_from_the_last_answers(lite):
+    gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 2]}) for n in range(3)]
+    plain = [ranking(f"t{n:02}") for n in range(30)]
+    lite.publish([*gold, *plain], {"training": 1, "gold_every": 5, "repeat_every": 5})
+    came = 0
+    while given := queue.next_task(lite, "human-1"):
+        assert queue.answered(lite, "human-1") == max(0, came - 1), "all but the training"
+        assert given.task["prompt"] not in [row["prompt"] for row in queue.finished(lite, "human-1")]
+        if came % 7 == 3:  # after an undo another one is open, and what was open waits
+            queue.undo(lite, "human-1")
+            again = queue.next_task(lite, "human-1")
+            open_now = {given.task["prompt"], again.task["prompt"]}
+            assert not open_now & {row["prompt"] for row in queue.finished(lite, "human-1")}
+            queue.submit(lite, "human-1", again.nonce, {"ranks": [1, 2, 3]})
+        queue.submit(lite, "human-1", given.nonce, {"ranks": [1, 2, 3]})
+        came += 1
+    assert {row["repeat"] for row in lite.labels()} == {True, False}
+
+
+def test_a_task_that_is_no_longer_on_takes_no_answer(store):
+    store.publish([ranking("a")])
+    given = queue.next_task(store, "human-1")
+    store.publish([ranking("b")])
+    with pytest.raises(Refused, match="no longer on"):
+        queue.submit(store, "human-1", given.nonce, {"ranks": [1, 2, 3]})
+    assert [event["kind"] for event in store.events()] == ["publish", "publish"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM places",
+        "UPDATE places SET position = 9 WHERE position = 0",
+        "UPDATE places SET gold = NOT gold WHERE position = 0",
+    ],
+)
+def test_a_list_of_tasks_that_is_not_what_was_published_is_found(store, statement):
+    assert store.fault() is None
+    store.publish([ranking("a"), ranking("b")])
+    answer(store, "human-1")
+    assert store.fault() is None
+    with store.writing() as connection:
+        connection.execute(sa.text(statement))
+    store.publish([ranking("a"), ranking("b")])
+    assert "published" in store.fault()
+
+
+def test_reading_sees_one_moment(store):
+    store.publish([ranking("a")])
+    with store.reading() as connection:
+        before = store.settings(connection)
+        store.publish([ranking("a")], {"overlap": 3})
+        assert store.settings(connection) == before
+
+
 def test_what_enough_labelers_skipped_is_wanted_no_more(store):
     store.publish([ranking("a"), ranking("b")], {"skips": 2})
     for labeler in ("human-1", "human-2"):
@@ -191,6 +290,27 @@ def test_an_expired_lease_is_renewed_where_nobody_else_took_the_task(store, monk
     assert queue.next_task(store, "human-2") is None, "the draft took the lease again"
     queue.submit(store, "human-1", given.nonce, {"ranks": [1, 2, 3]})
     assert len(store.labels()) == 1
+
+
+def test_a_draft_survives_a_lease_that_another_took(store, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    store.publish([ranking("a", 5)], {"lease_minutes": 10})
+    given = queue.next_task(store, "human-1")
+    queue.save_draft(store, "human-1", given.nonce, {"comment": "half"})
+    now[0] += 601
+    assert queue.next_task(store, "human-2").task["id"] == "a"
+    assert queue.next_task(store, "human-1") is None
+    now[0] += 601  # the other left too
+    again = queue.next_task(store, "human-1")
+    assert (again.nonce != given.nonce, again.draft) == (True, {"comment": "half"})
+
+
+def test_a_draft_may_be_as_long_as_an_answer(store):
+    store.publish([{"id": "d", "kind": "demonstration", "prompt": "p"}])
+    given = queue.next_task(store, "human-1")
+    queue.save_draft(store, "human-1", given.nonce, {"text": "語" * TEXT})
+    queue.submit(store, "human-1", given.nonce, {"text": "語" * TEXT})
 
 
 def test_answers_stay_with_tasks_whose_content_stays(store):

@@ -1,5 +1,6 @@
 """The labeling page over HTTP: what it gives, what it refuses, and that what it refuses leaves no trace."""
 
+import asyncio
 import json
 import re
 
@@ -8,7 +9,7 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 
 from tests.labels import ranking
-from tunetrail.labeling.app import access, queue
+from tunetrail.labeling.app import access, queue, serve
 from tunetrail.labeling.app.answers import FLAGS
 from tunetrail.labeling.app.database import labelers, names, sessions
 from tunetrail.labeling.app.store import Store
@@ -291,6 +292,7 @@ def test_a_request_from_another_site_is_refused(store, ada):
     assert everything(store) == before
 
 
+@on_both
 def test_an_expired_cookie_and_one_whose_labeler_was_forgotten_let_nobody_in(store, ada):
     nonce, _ = ada.open()
     before = everything(store)
@@ -303,6 +305,7 @@ def test_an_expired_cookie_and_one_whose_labeler_was_forgotten_let_nobody_in(sto
     access.forget(store, bob.pseudonym)
     assert bob.get("task").status_code == 303
     assert bob.client.post("/enter", json={"token": bob.token}).status_code == 401
+    assert [one["name"] for one in access.roster(store)] == ["Ada", None]
     assert everything(store) == before
 
 
@@ -355,6 +358,59 @@ def test_a_rate_refills_with_time():
     assert [rate.allows("a", now=100.0) for _ in range(3)] == [True, True, False]
     assert rate.allows("b", now=100.0)
     assert [rate.allows("a", now=101.0) for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize(("proxy", "believed"), [(None, False), ("10.0.0.7", False), ("127.0.0.1,10.0.0.7", True)])
+def test_only_a_proxy_that_was_named_says_who_asks(store, monkeypatch, proxy, believed):
+    """Through uvicorn as `serve` sets it up: an address of one's own for each attempt would be no limit."""
+    asked = []
+
+    def run(server, sockets) -> None:
+        sockets[0].close()
+        server.config.load()
+        headers = [(b"x-forwarded-for", b"192.0.2.1"), (b"x-forwarded-proto", b"https")]
+        scope = {"type": "http", "client": ("127.0.0.1", 5), "scheme": "http", "headers": headers}
+        asyncio.run(server.config.loaded_app(scope, None, None))
+
+    async def app(scope, receive, send) -> None:
+        asked.append((scope["client"][0], scope["scheme"]))
+
+    monkeypatch.setattr(serve, "application", lambda store, prefix: app)
+    monkeypatch.setattr(serve.uvicorn.Server, "run", run)
+    assert serve.serve(store, "127.0.0.1", 0, "", proxy) == 0
+    assert asked == [("192.0.2.1", "https") if believed else ("127.0.0.1", "http")]
+
+
+def test_who_guesses_a_token_waits_for_no_writer_and_keeps_none_waiting(store):
+    with store.writing():
+        assert access.enter(store, "wrong") is None
+
+
+def test_a_fault_does_not_say_what_it_cannot_know(store, ada, monkeypatch):
+    nonce, _ = ada.open()
+
+    def stored_and_lost(*args):
+        raise RuntimeError(stored(*args))
+
+    stored = queue.submit
+    monkeypatch.setattr(queue, "submit", stored_and_lost)
+    client = TestClient(
+        ada.client.app, base_url="http://labels", cookies=ada.client.cookies, raise_server_exceptions=False
+    )
+    reply = client.post("/submit", json={"nonce": nonce, "answer": {"ranks": [1, 2, 3]}}, headers={"x-csrf-token": ada.csrf})  # fmt: skip
+    assert reply.status_code == 500
+    assert "Send it again: that stores nothing twice" in reply.json()["error"]
+    assert reply.headers["cache-control"] == "no-store"
+    assert "script-src 'self'" in reply.headers["content-security-policy"]
+    monkeypatch.setattr(queue, "submit", stored)
+    assert ada.submit(nonce, ranks=[1, 2, 3]).status_code == 200
+    assert len(store.labels()) == 1
+
+
+def test_how_far_all_are_is_for_admins(store, ada):
+    """A task of whose answer that number takes no note would be gold, or one that came before."""
+    assert "All answers" not in ada.get("").text
+    assert "All answers" in Labeler(store, "Eve", admin=True).get("").text
 
 
 def test_only_admins_see_the_quality_page(store, ada):

@@ -17,7 +17,7 @@ from tunetrail.contract import Stage, Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted
 from tunetrail.labeling import LABELERS, llm, recorded, reference, reward_model
 from tunetrail.labeling.chrf import chrf
-from tunetrail.labeling.prompts import ChatTurn
+from tunetrail.labeling.prompts import ChatTurn, shown_prompt
 from tunetrail.labeling.ranks import dense, pair_outcomes, pairwise_agreement, ranks_from_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 
@@ -254,13 +254,34 @@ def test_chat_turn_needs_a_template():
     assert ChatTurn.of(tokenizer) is None
 
 
-def test_judge_sees_the_users_words_of_one_turn_and_all_of_several():
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ 'Human: ' if m.role == 'user' else 'Robot: ' }}{{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Robot: {% endif %}"
+)
+SYSTEM_IN_USER = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% endif %}{% for m in messages %}<turn>{{ m.role }}\n{{ first if loop.first else '' }}"
+    "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, CHATML_WITH_DEFAULT_SYSTEM, REFUSES_SYSTEM, SYSTEM_IN_USER])
+def test_who_ranks_sees_who_said_what_without_the_template(template):
     tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
     turn = ChatTurn.of(tokenizer)
-    assert llm.shown_prompt(_render(tokenizer, "hello", system="s"), turn) == "hello"
-    several = _render(tokenizer, "one", "two", "three")
-    assert llm.shown_prompt(several, turn) == several
-    assert llm.shown_prompt("plain", None) == "plain"
+    assert shown_prompt(_render(tokenizer, "hello\nyou "), turn) == "hello\nyou"
+    several = "User: one\n\nAssistant: two\n\nUser: three\n\nAssistant: four\n\nUser: five"
+    assert shown_prompt(_render(tokenizer, "one", "two", "three", "four", "five"), turn) == several
+    if template == SYSTEM_IN_USER:
+        assert shown_prompt(_render(tokenizer, "hello", system="Be brief"), turn) == "Be brief\n\nhello"
+    elif template != REFUSES_SYSTEM:
+        with_system = _render(tokenizer, "one", "two", "three", system="Be\nbrief")
+        assert shown_prompt(with_system, turn) == "System: Be\nbrief\n\nUser: one\n\nAssistant: two\n\nUser: three"
+        assert shown_prompt(_render(tokenizer, "hi", system="Be brief"), turn) == "System: Be brief\n\nUser: hi"
+    assert shown_prompt("plain", turn) == "plain"
+    assert shown_prompt("plain", None) == "plain"
 
 
 # ----------------------------------------------------------------------------- recorded

@@ -291,6 +291,16 @@ def test_people_are_given_tasks(project):
     assert "tasks" not in project.pending()
 
 
+def test_where_people_answer_is_this_machine_whatever_the_profile_submits(project):
+    submitted = [f"{rule}:launcher='submitit'" for rule in ("tasks", "comparisons", "reward")]
+    said = project.run(
+        "--dry-run", "--printshellcmds", "--set-resources", *submitted, config="config/examples/human-labels.yaml"
+    )
+    launched = dict(re.findall(r"launch --stage (\w+) (.*?) -- python", said))
+    assert {stage for stage, options in launched.items() if "submitit" in options} == {"reward"}
+    assert launched.keys() > {"tasks", "comparisons"}
+
+
 @pytest.mark.parametrize("name", ["demo-lora", "llama-8b-h100"])
 def test_examples_dry_run(project, name):
     assert "ppo" in project.pending(config=f"config/examples/{name}.yaml")

@@ -74,9 +74,13 @@ def is_submitted(rule):
 def launched(stage):
     """What stands before a stage's command: see `tunetrail.launch`. As a function of the resources it is no parameter
     whose change makes anything anew."""
+    # The people's answers are on this machine, whatever the profile says.
+    here = HUMAN and stage in ("tasks", "comparisons")
 
     def launch(wildcards, resources, threads):
         given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
+        if here:
+            given.pop("launcher", None)
         # Not a child of the shell's, which a signal to the job would end before the stage has saved.
         return shlex.join(
             ["exec", "python", "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs", "--threads"]

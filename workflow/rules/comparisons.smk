@@ -63,9 +63,9 @@ rule comparisons:
         f"{LOGS}/comparisons.log",
     benchmark:
         f"{BENCHMARKS}/comparisons.tsv"
+    retries: 0 if HUMAN else None
     # The people's answers are here, and while they are at it there is nothing to queue or to try again for.
     localrule: HUMAN or is_submitted("comparisons")
-    retries: 0 if HUMAN else None
     conda:
         ENVIRONMENT
     params:

@@ -129,6 +129,7 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0: any that is free)")
     serve.add_argument("--prefix", default="", help="path under which a proxy serves it, such as /labels")
+    serve.add_argument("--proxy", metavar="ADDRESSES", help="of proxies that say in X-Forwarded-For and -Proto who asks and whether by https; without it nobody is believed")  # fmt: skip
     serve.add_argument("--tasks", type=Path, help="JSONL to publish first; without it, what is published is served")
     settings = serve.add_argument_group("how tasks are handed out (with --tasks)")
     settings.add_argument("--overlap", type=int, help="labelers a task (default: 1)")
@@ -232,17 +233,24 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _label_serve(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.serve import serve
-    from tunetrail.labeling.app.store import Settings, Store, read_tasks
+    from tunetrail.labeling.app.store import RUN, Settings, Store, read_tasks
 
     given = {name: value for name in Settings.names() if (value := getattr(args, name)) is not None}
     if args.guidelines:
-        given["guidelines"] = args.guidelines.read_text(encoding="utf-8")
+        try:
+            given["guidelines"] = args.guidelines.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"--guidelines {args.guidelines}: not UTF-8") from None
     if given and not args.tasks:
         raise ConfigError(f"--{min(given).replace('_', '-')}: settings are published with tasks; add --tasks FILE")
     store = Store(args.store)
+    if fault := store.fault():
+        raise ConfigError(f"{store.database.shown}: {fault}; restore it from a copy")
     if args.tasks:
+        if run := store.noted(RUN):
+            raise ConfigError(f"--tasks: {args.store} holds the tasks of the run {run}; name another --store")
         store.publish(read_tasks(args.tasks), given)
-    return serve(store, args.host, args.port, args.prefix)
+    return serve(store, args.host, args.port, args.prefix, args.proxy)
 
 
 def _label_link(store: Any, token: str) -> str:
@@ -263,7 +271,7 @@ def _label_list(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.access import roster
     from tunetrail.labeling.app.store import Store
 
-    for one in roster(Store(args.store)):
+    for one in roster(Store(args.store, create=False)):
         state = "" if one["active"] else "  may not enter"
         print(f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {one['name'] or '(name deleted)'}{state}")  # fmt: skip
     return SOUND
@@ -273,7 +281,7 @@ def _label_renew(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.access import renew_token
     from tunetrail.labeling.app.store import Store
 
-    store = Store(args.store)
+    store = Store(args.store, create=False)
     print(f"{args.pseudonym}: {_label_link(store, renew_token(store, args.pseudonym))}")
     return SOUND
 
@@ -282,7 +290,7 @@ def _label_forget(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.access import forget
     from tunetrail.labeling.app.store import Store
 
-    forget(Store(args.store), args.pseudonym)
+    forget(Store(args.store, create=False), args.pseudonym)
     print(f"{args.pseudonym}: name and link deleted")
     return SOUND
 
@@ -290,7 +298,7 @@ def _label_forget(args: argparse.Namespace) -> int:
 def _label_verify(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.store import Store
 
-    store = Store(args.store)
+    store = Store(args.store, create=False)
     fault = store.fault()
     print(f"{store.database.shown}: {fault or 'the chain is whole'}, head {store.head()}")
     return FINDING if fault else SOUND
@@ -300,7 +308,7 @@ def _label_export(args: argparse.Namespace) -> int:
     from tunetrail.labeling import exchange
     from tunetrail.labeling.app.store import Store
 
-    store = Store(args.store)
+    store = Store(args.store, create=False)
     tasks, labels = store.tasks(), store.labels()
     if args.format == "demonstrations":
         return _written(exchange.written(exchange.demonstrations(tasks, labels), "jsonl"), args)

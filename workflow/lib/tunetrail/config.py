@@ -446,7 +446,9 @@ class HumanLabeler(Block):
     )
     overlap: Count = Field(default=1, description="labelers a task; the quota is so many rankings of every task")
     per_labeler: Count | None = Field(default=None, description="the most rankings of one labeler; null: no limit")
-    skips: Count = Field(default=2, description="a task that so many labelers skipped is left out of the comparisons")
+    skips: Count = Field(
+        default=2, description="a task that so many labelers skipped goes to nobody else; answers it has are kept"
+    )
     lease_minutes: Positive = Field(default=30, description="how long an untouched task stays with its labeler")
     guidelines: Path | None = Field(default=None, description="a Markdown file that labelers read; null: none")
     gold: Path | None = Field(

@@ -16,13 +16,10 @@ from dataclasses import asdict
 from tunetrail.config import HumanLabeler
 from tunetrail.contract import Stage, write_jsonl
 from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
-from tunetrail.labeling.app.store import Settings, Store
+from tunetrail.labeling.app.store import RUN, Settings, Store
 from tunetrail.labeling.labels import Labels
 from tunetrail.labeling.quality import by_task, counted, measure
 from tunetrail.provenance.manifest import canonical
-
-RUN = "run"
-"""The note in a store that says whose tasks it holds."""
 
 
 def settings_of(config: HumanLabeler, seed: int) -> Settings:
@@ -35,10 +32,10 @@ def settings_of(config: HumanLabeler, seed: int) -> Settings:
 
 
 def claim(store: Store, run: str) -> None:
-    """Raises ConfigError where the store holds the tasks of another run, whose labelers would lose theirs."""
-    if (other := store.noted(RUN)) not in (None, run):
-        shown = store.database.shown
-        raise ConfigError(f"comparisons.store: {shown} holds the tasks of the run {other}; name another store")
+    """Raises ConfigError where the store holds the tasks of another run or of no run, whose labelers would lose theirs."""
+    if (other := store.noted(RUN)) != run and store.tasks():
+        whose = f"the run {other}" if other else "`tunetrail label serve --tasks`"
+        raise ConfigError(f"comparisons.store: {store.database.shown} holds the tasks of {whose}; name another store")
     store.note(RUN, run)
 
 
@@ -57,30 +54,42 @@ def ranking_of(label: dict) -> dict:
 
 
 def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
-    """Raises Waiting before the quota is reached, DataError for a store that was tampered with, ConfigError."""
+    """Raises Waiting before the quota is reached, ConfigError, and DataError for a store that was tampered with or
+    completions that are not those of the tasks."""
     store = Store(config.store)
     tasks = stage.rows("tasks", "tasks.jsonl")
     settings = settings_of(config, stage.seed)
-    claim(store, stage.output.parent.name)
-    store.publish(tasks, asdict(settings))
+    shown = {task["id"]: task["completions"] for task in tasks}
+    if other := next((row["id"] for row in rows if shown.get(row["id"]) != row["completions"]), None):
+        raise DataError(
+            f"tasks: the completions of {other} are not those of the shards; delete the tasks' folder and run again"
+        )
     if fault := store.fault():
         raise DataError(f"comparisons.store: {config.store}: {fault}; restore it from a copy")
+    claim(store, stage.output.parent.name)
+    store.publish(tasks, asdict(settings))
     head, events, labels, progress = snapshot(store)
     if not progress["settled"]:
+        stuck = f"; {progress['stuck']} tasks need more labelers: `tunetrail label add`" if progress["stuck"] else ""
         raise Waiting(
-            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings are there; start their page with "
-            f"`tunetrail label serve --store {config.store}`, and run the same command again when they have finished"
+            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings are there; start their page with `tunetrail "
+            f"label serve --store {config.store}`, and run the same command again when they have finished{stuck}"
         )
     write_jsonl(stage.work / "labels.jsonl", labels)
     (stage.work / "events.jsonl").write_bytes(b"".join(canonical(event) + b"\n" for event in events))
-    answers = by_task(counted(labels))
+    count = counted(labels)
+    answers, numbers = by_task(count), {label["event"] for label in count}
     measured = measure(labels, tasks)
+    measured["outliers"] = len(measured["outliers"])
+    del measured["longer_wins"]  # the stage says it of every labeler, and counts texts of one length too
     return Labels(
         [[ranking_of(label) for label in answers.get(row["id"], [])] for row in rows],
-        metrics={"quality": measured | {"outliers": len(measured["outliers"])}, "skips": progress["skips"]},
+        metrics={"quality": measured, "skips": progress["skips"]},
         source={
             "events": len(events),
             "chain_head": head,
-            "guideline": settings.guidelines_digest if settings.guidelines else None,
+            "guideline": sorted(
+                {e["guidelines"] for e in events if e["number"] in numbers} - {Settings().guidelines_digest}
+            ),
         },
     )

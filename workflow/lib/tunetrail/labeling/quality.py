@@ -4,8 +4,8 @@ Everything is computed from label rows as `Store.labels` gives them; see there f
 are compared: no skips, no training, and a labeler's first answer where a task came twice. A value that cannot be
 measured is None, never 0. Intervals are 95% by bootstrap over tasks, since pairs of one task are not independent.
 
-InstructGPT (Ouyang et al. 2022, section 5.2) reports how often labelers agree with each other, 72.6% among those who
-trained with the authors and 77.3% among others, and does not say how a tie counts. Here `agreement` gives one half where
+InstructGPT (Ouyang et al. 2022, section 3.4) reports how often labelers agree with each other, 72.6% among those whose
+labels it was trained on and 77.3% among held-out ones, and does not say how a tie counts. Here `agreement` gives one half where
 one of two sees a tie, and `agreement_decided` leaves out pairs that either of them tied.
 """
 
@@ -28,7 +28,7 @@ from tunetrail.reporting.numbers import interval as as_text
 from tunetrail.reporting.numbers import percent_interval
 
 INSTRUCT_GPT = (0.726, 0.773)
-"""How often its labelers agreed with each other: the two groups of Ouyang et al. 2022."""
+"""How often its training labelers agreed with each other, and its held-out ones (Ouyang et al. 2022, section 3.4)."""
 RESAMPLES = 500
 SEED = 0
 OUTLIER = 3.5
@@ -104,7 +104,7 @@ def outcome_counts(labels: Iterable[dict]) -> list[np.ndarray]:
 
 
 def _alpha(counts: list[np.ndarray]) -> float:
-    pooled = np.concatenate(counts)
+    pooled = np.concatenate([turned for c in counts for turned in (c, c[:, ::-1])])
     # Of pairs that one labeler saw nothing can be said, and where all outcomes are one kind, none is expected to differ.
     if not (pooled.sum(1) > 1).any() or (pooled[pooled.sum(1) > 1].sum(0) > 0).sum() < 2:
         return math.nan
@@ -114,7 +114,8 @@ def _alpha(counts: list[np.ndarray]) -> float:
 def alpha(labels: Iterable[dict]) -> Interval:
     """Krippendorff's alpha (2004), nominal, over the outcomes of pairs: 1 is perfect, 0 what chance would give.
 
-    It copes with labelers who did not see a task and with tasks of different size.
+    It copes with labelers who did not see a task and with tasks of different size. Which completion of a pair comes
+    first is arbitrary, so each pair counts both ways round; else alpha would depend on the order of the file.
     """
     counts = outcome_counts(labels)
     if not counts or math.isnan(value := _alpha(counts)):

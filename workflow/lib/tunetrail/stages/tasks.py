@@ -4,7 +4,7 @@
         --input shard0=…/manifest.json --output results/RUN/tasks/manifest.json --state state/RUN/tasks
 
 Writes `tasks.jsonl`, sorted by (split, id), gold tasks last; `tunetrail.labeling.app.store.checked_task` says what a
-task is. The prompt is what the user said, without the chat template around it. Which model wrote what is not in it.
+task is. The prompt is what the user said, or who said what where there is more, without the chat template around it. Which model wrote what is not in it.
 """
 
 import sys

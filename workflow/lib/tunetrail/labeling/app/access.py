@@ -91,8 +91,12 @@ def roster(store: Store) -> list[dict]:
 
 def enter(store: Store, token: str) -> str | None:
     """A cookie for a token; None for a wrong one."""
+    of_token = sa.select(labelers.c.pseudonym).where(labelers.c.token == _digest(token))
+    with store.reading() as connection:
+        if connection.execute(of_token).scalar() is None:
+            return None  # who guesses keeps nobody waiting
     with store.writing() as connection:
-        known = connection.execute(sa.select(labelers.c.pseudonym).where(labelers.c.token == _digest(token))).scalar()
+        known = connection.execute(of_token).scalar()
         if known is None:
             return None
         cookie, now = secrets.token_urlsafe(24), time.time()

@@ -121,14 +121,18 @@ def as_url(store: str) -> sa.URL:
 class Database:
     """An open database. `reading` sees one moment; `writing` is alone, in this process and among others."""
 
-    def __init__(self, store: str):
+    def __init__(self, store: str, create: bool = True):
+        """Raises ConfigError where it cannot be opened, or holds no labels and is not to be created."""
         self.url = as_url(store)
         self.lite = self.url.drivername == "sqlite"
         self.warnings: list[str] = []
         self._turn = threading.Lock()  # waits in order of arrival, where SQLite would poll
         if self.lite:
             path = Path(str(self.url.database))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            elif not path.is_file():
+                raise ConfigError(f"{self.shown}: there is no such file; name the labels with --store")
             network = network_file_system(path)
             if network:
                 self.warnings.append(
@@ -145,6 +149,8 @@ class Database:
             except ModuleNotFoundError:
                 raise ConfigError(f"{self.shown}: PostgreSQL needs its driver: pip install 'psycopg[binary]'") from None
         try:
+            if not create and not sa.inspect(self.engine).has_table(events.name):
+                raise ConfigError(f"{self.shown}: holds no labels; name them with --store")
             self._create()
         except SQLAlchemyError as e:
             raise ConfigError(
@@ -174,7 +180,9 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        with self.engine.connect() as connection:
+        # In SQLite a transaction sees one moment anyway; in PostgreSQL each statement would see another one.
+        options = {} if self.lite else {"isolation_level": "REPEATABLE READ"}
+        with self.engine.connect().execution_options(**options) as connection:
             yield connection
 
     @contextmanager

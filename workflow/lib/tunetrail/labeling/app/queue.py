@@ -81,7 +81,8 @@ def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: fl
     gold = sa.select(places.c.task).where(places.c.gold, unseen).order_by(places.c.position).limit(1)
     if counts["training"] < settings.training and (found := connection.execute(gold).scalar()):
         return found, "training"
-    if settings.per_labeler is not None and counts["label"] >= settings.per_labeler:
+    given = sum(row.purpose == "label" and row.state == "answered" for row in done)
+    if settings.per_labeler is not None and given >= settings.per_labeler:
         return None
     every = settings.gold_every
     if (
@@ -93,7 +94,9 @@ def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: fl
     every = settings.repeat_every
     if every and counts["repeat"] < counts["label"] // every:
         repeated = {row.task for row in done if row.purpose == "repeat"}
-        earlier = [row for row in done[:-GAP] if row.purpose == "label" and row.state == "answered"]
+        ranked = sa.select(events.c.number).where(events.c.labeler == labeler, events.c.kind == "ranking")
+        rankings = set(connection.execute(ranked).scalars())
+        earlier = [row for row in done[:-GAP] if row.purpose == "label" and row.event in rankings]
         if left := [row.task for row in earlier if row.task not in repeated]:
             drawn = generator(settings.seed, "repeat", labeler, counts["repeat"]).integers(len(left))
             return left[int(drawn)], "repeat"
@@ -134,9 +137,19 @@ def next_task(store: Store, labeler: str) -> Assignment | None:
                 "nonce": secrets.token_urlsafe(16), "task": digest, "labeler": labeler, "purpose": purpose, "state": "open",
                 "shown": json.dumps(shown_order(settings, digest, labeler, purpose, k)), "opened": now, "expires": expires,
             }  # fmt: skip
+            values["draft"] = connection.execute(_left_draft(values)).scalar()
             connection.execute(assignments.insert().values(values))
             row = connection.execute(sa.select(assignments).where(assignments.c.nonce == values["nonce"])).one()
         return _assignment(store, connection, row)
+
+
+def _left_draft(given: dict) -> sa.Select:
+    """What a labeler had begun when their time for a task ran out, the newest; its outputs must stand as they did."""
+    same = [assignments.c[key] == given[key] for key in ("task", "labeler", "purpose", "shown")]
+    left = sa.select(assignments.c.draft).where(
+        *same, assignments.c.state == "undone", assignments.c.draft.is_not(None)
+    )
+    return left.order_by(assignments.c.opened.desc()).limit(1)
 
 
 def _room(connection: sa.Connection, settings: Settings, row: sa.Row, now: float) -> bool:
@@ -168,7 +181,7 @@ def _given(connection: sa.Connection, labeler: str, nonce: str) -> sa.Row:
 def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
     """Keeps what is not finished and renews the lease; returns when that ends."""
     text = json.dumps(draft)
-    if len(text) > 4 * TEXT:
+    if len(text) > 12 * TEXT:  # JSON writes up to twelve characters for one
         raise Refused("the draft is too long", 413)
     with store.writing(durable=False) as connection:
         row, settings, now = _given(connection, labeler, nonce), store.settings(connection), time.time()
@@ -224,6 +237,8 @@ def _finish(
         raise Refused("you have answered this task already; undo that answer to change it", 409)
     if row.state != "open":
         raise Refused("this task is no longer yours", 409)
+    if connection.execute(sa.select(places.c.task).where(places.c.task == row.task)).first() is None:
+        raise Refused("this task is no longer on; others were published meanwhile", 409)
     if row.expires <= now and not _room(connection, settings, row, now):
         raise Refused("your time for this task had run out, and others have answered it meanwhile", 409)
     number = store.append(
@@ -278,12 +293,24 @@ def _recent(labeler: str) -> sa.Select:
     return mine.order_by(assignments.c.event.desc())
 
 
-def finished(store: Store, labeler: str, most: int = 10) -> list[dict]:
-    """A labeler's last answers to the tasks that are on, the newest first: {"event", "prompt", "state", "purpose"}."""
+def answered(store: Store, labeler: str) -> int:
+    """How many answers a labeler has given. Gold and repeats count, or the number would tell them from the others."""
+    mine = _recent(labeler).where(assignments.c.state == "answered", assignments.c.purpose != "training")
+    with store.reading() as connection:
+        return connection.execute(sa.select(sa.func.count()).select_from(mine.subquery())).scalar_one()
+
+
+def finished(store: Store, labeler: str) -> list[dict]:
+    """A labeler's last answers to the tasks that are on, the newest first: {"event", "prompt", "state", "purpose"}.
+
+    No more than GAP, and none to a task that is open: what comes a second time would stand here beside it.
+    """
+    now_open = sa.select(assignments.c.task).where(assignments.c.labeler == labeler, assignments.c.state == "open")
+    last = _recent(labeler).where(assignments.c.task.not_in(now_open)).limit(GAP)
     with store.reading() as connection:
         return [
             {"event": row.event, "prompt": store.task(connection, row.task)["prompt"], "state": row.state, "purpose": row.purpose}
-            for row in connection.execute(_recent(labeler).limit(most))
+            for row in connection.execute(last)
         ]  # fmt: skip
 
 

@@ -48,13 +48,15 @@ def listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(store: Store, host: str, port: int, prefix: str) -> int:
-    """Serves until it is told to stop."""
+def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None = None) -> int:
+    """Serves until it is told to stop.
+
+    Args:
+        proxy: addresses, with commas between, whose X-Forwarded-For and X-Forwarded-Proto are believed; None: nobody's.
+    """
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
         raise ConfigError(f"--prefix {prefix}: must be a path such as /labels")
-    if fault := store.fault():
-        raise ConfigError(f"{store.database.shown}: {fault}; restore it from a copy")
     sock = listening(host, port)
     port = sock.getsockname()[1]
     local, here = _is_loopback(host), _this_machine()
@@ -75,8 +77,9 @@ def serve(store: Store, host: str, port: int, prefix: str) -> int:
         print(f"tunnel     ssh -N -L {port}:{_in_url(host)}:{port} {getpass.getuser()}@{here}")
     print("labelers   tunetrail label add NAME gives each a link; Ctrl-C ends this, and nothing is lost", flush=True)
     config = uvicorn.Config(
-        application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75
-    )
+        application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
+        proxy_headers=proxy is not None, forwarded_allow_ips=proxy or "",
+    )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[sock])
     return 0

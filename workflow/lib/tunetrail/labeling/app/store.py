@@ -8,11 +8,12 @@ An event's content is canonical JSON: {"number", "previous", "kind", "at", "labe
     skip           a labeler passed a task on, and why
     undo           a labeler took one of their own events back
 
-Current answers are what a replay of the events gives; nothing else is believed.
+Current answers are what a replay of the events gives, to the tasks that the last publish event names. `places` lists
+those for the queue; `Store.fault` compares it with the event.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ import sqlalchemy as sa
 
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.labeling.app.database import Database, events, notes, places, tasks
+from tunetrail.labeling.app.database import Database, events, labelers, notes, places, tasks
 from tunetrail.labeling.ranks import gapless
 from tunetrail.provenance.manifest import canonical, sha256_bytes
 
@@ -30,6 +31,9 @@ START = "0" * 64
 """What the first event is chained to."""
 MOST = 9
 """Outputs of a task."""
+NO_TASKS = sha256_bytes(canonical([]))
+RUN = "run"
+"""The note in a store that says which run's tasks it holds."""
 
 
 @dataclass(frozen=True)
@@ -120,22 +124,27 @@ def checked_task(task: Any, where: str) -> dict:
 
 
 def read_tasks(path) -> list[dict]:
-    """The tasks of a JSONL file. Raises DataError naming the line."""
+    """The tasks of a JSONL file; empty lines are none. Raises DataError naming the line."""
     found = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
             try:
-                found.append(checked_task(json.loads(line), f"{path}:{number}"))
+                task = json.loads(line.decode())
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{number}: not UTF-8") from None
             except ValueError:
                 raise DataError(f"{path}:{number}: not JSON") from None
+            found.append(checked_task(task, f"{path}:{number}"))
     return found
 
 
 class Store:
     """Tasks, events and what follows from them. All methods may be called by several threads and processes at once."""
 
-    def __init__(self, store: str):
-        self.database = Database(store)
+    def __init__(self, store: str, create: bool = True):
+        self.database = Database(store, create)
         self.reading, self.writing = self.database.reading, self.database.writing
 
     # The chain
@@ -177,7 +186,7 @@ class Store:
             return connection.execute(digest).scalar() or START
 
     def fault(self) -> str | None:
-        """What is wrong with the first event that is not what was written; None where the chain is whole."""
+        """The first thing that is not what was written, of events, tasks, and which tasks are on; None where all is."""
         previous, number = START, 0
         with self.reading() as connection:
             for row in connection.execute(sa.select(events).order_by(events.c.number)):
@@ -192,6 +201,13 @@ class Store:
             for row in connection.execute(sa.select(tasks)):
                 if sha256_bytes(row.content.encode()) != row.digest:
                     return f"task {row.id} is not what was published"
+            on = sa.select(tasks, places.c.gold).join(places, places.c.task == tasks.c.digest)
+            rows = connection.execute(on.order_by(places.c.position)).all()
+            published = self._published(connection)
+            if sha256_bytes(canonical([row.digest for row in rows])) != (published["tasks"] if published else NO_TASKS):
+                return "the list of tasks that are on is not what was published"
+            if bad := next((row for row in rows if row.gold != (json.loads(row.content)["gold"] is not None)), None):
+                return f"task {bad.id} is gold where it was published as none, or the other way round"
         return None
 
     # Tasks
@@ -299,17 +315,31 @@ class Store:
         """How far labeling is, over the tasks that are no gold.
 
         {"tasks", "overlap", "wanted": answers, "have": answers up to the overlap, "complete": tasks, "retired": tasks
-        that too many skipped, "skips", "labelers": {pseudonym: answers}, "settled": nothing is wanted any more}
+        that too many skipped, or all who label where one of them did, "stuck": tasks that want an answer which nobody
+        who may enter can give, "skips", "labelers": {pseudonym: answers}, "settled": nothing is wanted any more}
         """
         with self.reading() as connection:
             settings = self.settings(connection)
             plain = sa.select(tasks.c.id).join(places, places.c.task == tasks.c.digest).where(~places.c.gold)
             ids = list(connection.execute(plain).scalars())
+            may_enter = connection.execute(sa.select(labelers).where(labelers.c.token.is_not(None))).all()
         rows = [row for row in self.labels() if not (row["gold"] or row["repeat"])]
         answers = Counter(row["task"] for row in rows if row["skipped"] is None)
         skips = Counter(row["task"] for row in rows if row["skipped"] is not None)
         complete = sum(answers[name] >= settings.overlap for name in ids)
-        retired = sum(answers[name] < settings.overlap and skips[name] >= settings.skips for name in ids)
+        given = Counter(row["labeler"] for row in rows if row["skipped"] is None)
+        seen: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            seen[row["task"]].add(row["labeler"])
+        at_work = {row["labeler"] for row in rows}  # an admin who only looks on is no labeler
+        people = {p.pseudonym for p in may_enter if p.role == "labeler" or p.pseudonym in at_work}
+        able = {name for name in people if settings.per_labeler is None or given[name] < settings.per_labeler}
+
+        def is_retired(name: str) -> bool:
+            return skips[name] >= settings.skips or bool(skips[name] and people and people <= seen[name])
+
+        wanting = [name for name in ids if answers[name] < settings.overlap]
+        retired = sum(is_retired(name) for name in wanting)
         return {
             "tasks": len(ids),
             "overlap": settings.overlap,
@@ -317,8 +347,9 @@ class Store:
             "have": sum(min(answers[name], settings.overlap) for name in ids),
             "complete": complete,
             "retired": retired,
+            "stuck": sum(not is_retired(name) and able <= seen[name] for name in wanting),
             "skips": sum(skips.values()),
-            "labelers": dict(sorted(Counter(row["labeler"] for row in rows if row["skipped"] is None).items())),
+            "labelers": dict(sorted(given.items())),
             "settled": complete + retired == len(ids),
         }
 

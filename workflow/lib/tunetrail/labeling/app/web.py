@@ -1,4 +1,6 @@
-"""The pages. All that changes something is a POST of JSON with the session's CSRF token.
+"""The pages. An answer, a draft, a skip and an undo are each a POST of JSON with the session's CSRF token. Entering is a
+POST without one, which needs the link's token; a GET of `/task` leases a task, and another site cannot make it, since
+the cookie is SameSite=Strict.
 
 Pages never hold what a model is called or where an output stands in the task: outputs go by the place at which they are
 shown, and the nonce of the assignment is all that a page knows of its task.
@@ -61,9 +63,8 @@ class Frame:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def framed(message: Any) -> None:
             if message["type"] == "http.response.start":
-                kept = [(name, value) for name, value in message["headers"] if name != b"server"]
                 more = HEADERS | {"cache-control": "no-cache" if "/static/" in scope["path"] else "no-store"}
-                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in more.items()]
+                message["headers"] = [*message["headers"], *((n.encode(), value.encode()) for n, value in more.items())]
             await send(message)
 
         if scope["type"] == "http" and self.prefix and (scope["path"] + "/").startswith(self.prefix + "/"):
@@ -182,7 +183,10 @@ class Pages:
         me = request.state.session.pseudonym
         progress = await run_in_threadpool(self.store.progress)
         last = await run_in_threadpool(queue.finished, self.store, me)
-        return self.page("home.html.j2", request, progress=progress, last=last, settings=await self._settings())
+        mine = await run_in_threadpool(queue.answered, self.store, me)
+        return self.page(
+            "home.html.j2", request, progress=progress, last=last, mine=mine, settings=await self._settings()
+        )
 
     async def task(self, request: Request) -> Response:
         me = request.state.session.pseudonym
@@ -258,7 +262,8 @@ class Pages:
         return await self.refused(request, Refused("there is no such page", getattr(error, "status_code", 404)))
 
     async def fault(self, request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "a fault of the server; nothing was stored. Try again"}, 500)
+        said = "a fault of the server, which does not know whether this was stored. Send it again: that stores nothing twice"
+        return JSONResponse({"error": said}, 500, HEADERS | {"cache-control": "no-store"})  # outside of Frame
 
 
 def application(store: Store, prefix: str = "") -> Starlette:
