@@ -1,5 +1,5 @@
 FIGURES = {  # name -> where `snakemake --report` lists it
-    "win_rates": ("Win rates", "Against SFT"),
+    "win_rates": ("Win rates", "Against what policies started from"),
     "win_rates_base": ("Win rates", "Against the base model"),
     "win_matrix": ("Win rates", "Everyone against everyone"),
     "strengths": ("Win rates", "Bradley-Terry strengths"),
