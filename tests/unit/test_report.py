@@ -456,16 +456,16 @@ def test_verdict_follows_from_the_intervals(text):
     seen = words(text)
     assert (
         "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030; "
-        "decoded greedily 22% [16, 28] on 96 prompts, corrected p 0.030." in seen
+        "decoded greedily 22% [16, 28], corrected p 0.030." in seen
     )
     assert (
         "dpo beats sft: win rate 58% [51, 65] on 96 prompts, corrected p 0.030; "
-        "decoded greedily 55% [48, 62] on 96 prompts, corrected p 0.030." in seen
+        "decoded greedily 55% [48, 62], corrected p 0.030." in seen
     )
     assert (
         "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710; "
         "96 prompts show differences of 12% or more; "
-        "decoded greedily 49% [41, 57] on 96 prompts, corrected p 0.710." in seen
+        "decoded greedily 49% [41, 57], corrected p 0.710." in seen
     )
     assert "Labels are simulated" in seen
     assert "DIRTY" in seen
@@ -510,8 +510,8 @@ def test_a_difference_needs_an_interval_without_one_half_and_a_corrected_p(low, 
 @pytest.mark.parametrize(
     ("p_holm", "expected"),
     [
-        (0.0004, "decoded greedily it is worse, 34% [25, 44] on 96 prompts, corrected p <0.001."),
-        (0.2, "decoded greedily 34% [25, 44] on 96 prompts, corrected p 0.200."),
+        (0.0004, "decoded greedily it is worse, 34% [25, 44], corrected p <0.001."),
+        (0.2, "decoded greedily 34% [25, 44], corrected p 0.200."),
     ],
 )
 def test_a_difference_seen_in_greedy_decoding_alone_is_said_where_it_outlasts_the_correction(p_holm, expected):

@@ -20,8 +20,8 @@ def outcome(match: dict | None) -> str:
     return "worse" if match["significant"] and win_rate["high"] < 0.5 else "unclear"
 
 
-def _rate(match: dict) -> str:
-    return f"{percent_interval(match['win_rate'])} on {match['win_rate']['n']} prompts, corrected p {p_value(match['p_holm'])}"
+def _rate(match: dict, on: str = "") -> str:
+    return f"{percent_interval(match['win_rate'])}{on}, corrected p {p_value(match['p_holm'])}"
 
 
 def sentence(run: Run, model: Model) -> str:
@@ -29,7 +29,8 @@ def sentence(run: Run, model: Model) -> str:
     match, greedy, name, reference = run.match_of(model), run.match_of(model, "greedy"), model.name, run.reference
     if match is None:
         return f"{name}: win rate against {reference} not measured."
-    found = f"win rate {_rate(match)}"
+    prompts = f"{match['win_rate']['n']} prompts"
+    found = f"win rate {_rate(match, f' on {prompts}')}"
     decoded = "" if greedy is None else f"; decoded greedily {_rate(greedy)}"
     match outcome(match):
         case "better":
@@ -46,7 +47,7 @@ def sentence(run: Run, model: Model) -> str:
             f"decoded greedily it is {outcome(greedy)}, {_rate(greedy)}."
         )
     least = match["minimum_detectable"]
-    seen = f"; {match['win_rate']['n']} prompts show differences of {percent(least)} or more" if least else ""
+    seen = f"; {prompts} show differences of {percent(least)} or more" if least else ""
     return f"{name}: no difference from {reference} shown, {found}{seen}{decoded}."
 
 
