@@ -114,13 +114,14 @@ class Fixture:
             name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88), "completion_tokens": histogram(4, 32), "text_tokens": None}
             for name, rows in (("sft", 640), ("reward", 128), ("rl", 256), ("evaluation", 96), ("heldout", 48))
         }  # fmt: skip
+        overlap = {"words": 8, "limit": 0.5, "dropped": 5, "prompts": 96, "too_short": 7, "mean": 0.0213, "max": 0.4375, "worst": [],
+                   "histogram": {"edges": [i / 10 for i in range(11)], "counts": [80, 6, 1, 1, 1, 0, 0, 0, 0, 0]}}  # fmt: skip
         card = {
             "splits": splits,
             "sources": [{"source": "docstrings", "kind": "demonstrations", "shape": "prompt/completion", "rows": 1168, "licence": "PSF-2.0", "version": "3.11.7", "digest": "d" * 64}],
             "comparisons": None,
             "dropped": {"too_long": 12, "duplicates": 31, "over_limit": 2207},
-            "contamination": {"words": 8, "limit": 0.5, "dropped": 5, "prompts": 96, "too_short": 7, "mean": 0.0213, "max": 0.4375, "worst": [],
-                              "histogram": {"edges": [i / 10 for i in range(11)], "counts": [80, 6, 1, 1, 1, 0, 0, 0, 0, 0]}},
+            "contamination": overlap | {"heldout": overlap | {"prompts": 48, "max": 0.3125}},
         }  # fmt: skip
         self.artifact("data", "data", card, ["base"], seconds=14.2)
         sft = {"train_loss": 2.8086, "eval_loss": interval(2.853, 0.11, 48), "steps": 40, "tokens": 43963, "parameters_trained": 134515008, "parameters": 134515008}  # fmt: skip
@@ -146,7 +147,7 @@ class Fixture:
             "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
             "accuracy_by_labeler": {f"{labeler}-{i}": interval(0.63 + 0.012 * i, 0.07, 94) for i in range(3)},
             "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i, "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
-            "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047, 280)},
+            "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300), "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047, 280)},
             "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183, "score_mean_demonstrations": 0.0004, "bias": 0.41,
         }  # fmt: skip
         self.artifact("reward", "reward", reward, ["sft", "comparisons", "data"], seconds=188.0, files={"history.jsonl": self.history("reward", steps)})  # fmt: skip
@@ -315,9 +316,12 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     assert numbers.percent_interval(reward["accuracy_longer_wins"]) in seen
     assert "0.042" in seen  # ece
     assert "−0.18" in seen  # correlation with length
-    assert "79%" in seen  # agreement
+    for value in (v for v in reward["ceiling"].values() if isinstance(v, dict)):
+        assert numbers.percent_interval(value) in seen
     assert "2.853 [2.743, 2.963]" in seen  # sft's held-out loss
     assert "135 M" in seen
+    for prompts, largest in (("of the 96", "43.8%"), ("of the 48", "31.2%")):
+        assert f"5 over 50% left out; {prompts} that remain the mean is 2.1%, the largest {largest}" in seen
 
 
 def numbers_in(value):
