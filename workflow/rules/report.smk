@@ -7,7 +7,7 @@ FIGURES = {  # name -> where `snakemake --report` lists it
     "reward_kl": ("Reward and KL", "Frontier"),
     "over_optimisation": ("Reward and KL", "During PPO"),
     "learning": ("Learning curves", "Every trained stage"),
-    "probes": ("Probes", "Next tokens, base and SFT"),
+    "probes": ("Probes", "Next tokens, before and after"),
     "preferences": ("Preferences", "Log-probabilities"),
     "preference_shift": ("Preferences", "What training moved"),
     "reward_accuracy": ("Reward model", "Accuracy"),
