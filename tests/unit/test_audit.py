@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -393,6 +395,20 @@ def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run)
         ("config-drift", "policies/dpo"): "config/policies.dpo.json has another config.beta; run snakemake to make it again",
     }  # fmt: skip
     assert (verdict.exit_code(), verdict.exit_code(strict=True)) == (3, 1)
+
+
+def test_two_threads_may_note_two_links_to_one_file(tmp_path, monkeypatch):
+    """Models that training kept are links. Both entries are written before either is renamed."""
+    (tmp_path / "model").write_bytes(b"weights")
+    (tmp_path / "link").hardlink_to(tmp_path / "model")
+    both, write = threading.Barrier(2, timeout=20), Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, text: (write(path, text), both.wait()))
+    cache = DigestCache(tmp_path / "digests")
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(cache.sha256, [tmp_path / "model", tmp_path / "link"]))
+    assert found == 2 * [sha256_bytes(b"weights")]
+    assert cache.folder is not None
+    assert len(list(cache.folder.iterdir())) == 1
 
 
 def test_an_edit_with_its_times_put_back_does_not_deceive_a_quick_check(run, tmp_path):

@@ -18,8 +18,8 @@ from tunetrail.reporting import charts, numbers
 from tunetrail.reporting.charts import smooth
 from tunetrail.reporting.collect import Artifact, Model, Run, collect, together
 from tunetrail.reporting.figures import FIGURES
-from tunetrail.reporting.page import banners, boilerplate, differences, draw, render
-from tunetrail.reporting.verdict import outcome, sentence
+from tunetrail.reporting.page import banners, boilerplate, differences, draw, positions, render
+from tunetrail.reporting.verdict import outcome, sentence, sentences
 from tunetrail.stages.report import run
 
 from ..conftest import ROOT
@@ -114,13 +114,14 @@ class Fixture:
             name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88), "completion_tokens": histogram(4, 32), "text_tokens": None}
             for name, rows in (("sft", 640), ("reward", 128), ("rl", 256), ("evaluation", 96), ("heldout", 48))
         }  # fmt: skip
+        overlap = {"words": 8, "limit": 0.5, "dropped": 5, "prompts": 96, "too_short": 7, "mean": 0.0213, "max": 0.4375, "worst": [],
+                   "histogram": {"edges": [i / 10 for i in range(11)], "counts": [80, 6, 1, 1, 1, 0, 0, 0, 0, 0]}}  # fmt: skip
         card = {
             "splits": splits,
             "sources": [{"source": "docstrings", "kind": "demonstrations", "shape": "prompt/completion", "rows": 1168, "licence": "PSF-2.0", "version": "3.11.7", "digest": "d" * 64}],
             "comparisons": None,
             "dropped": {"too_long": 12, "duplicates": 31, "over_limit": 2207},
-            "contamination": {"words": 8, "limit": 0.5, "dropped": 5, "prompts": 96, "too_short": 7, "mean": 0.0213, "max": 0.4375, "worst": [],
-                              "histogram": {"edges": [i / 10 for i in range(11)], "counts": [80, 6, 1, 1, 1, 0, 0, 0, 0, 0]}},
+            "contamination": overlap | {"heldout": overlap | {"prompts": 48, "max": 0.3125}},
         }  # fmt: skip
         self.artifact("data", "data", card, ["base"], seconds=14.2)
         sft = {"train_loss": 2.8086, "eval_loss": interval(2.853, 0.11, 48), "steps": 40, "tokens": 43963, "parameters_trained": 134515008, "parameters": 134515008}  # fmt: skip
@@ -146,7 +147,7 @@ class Fixture:
             "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
             "accuracy_by_labeler": {f"{labeler}-{i}": interval(0.63 + 0.012 * i, 0.07, 94) for i in range(3)},
             "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i, "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
-            "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047, 280)},
+            "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300), "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047, 280)},
             "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183, "score_mean_demonstrations": 0.0004, "bias": 0.41,
         }  # fmt: skip
         self.artifact("reward", "reward", reward, ["sft", "comparisons", "data"], seconds=188.0, files={"history.jsonl": self.history("reward", steps)})  # fmt: skip
@@ -166,15 +167,10 @@ class Fixture:
             )
             self.artifact(f"policy.{name}", f"policies/{name}", metrics, parents, {"method": method, "n": 4} if method == "best_of_n" else {"method": method}, seconds=233.0, files=files)  # fmt: skip
         everyone = {"base": (0.1875, 0.06, 21.2), "sft": (None, None, 26.8)} | policies
-        for i, (name, (wins, half, score)) in enumerate(everyone.items()):
+        for i, (name, (_, _, score)) in enumerate(everyone.items()):
             method = "best_of_n" if name.startswith("best") else name[:3] if name in policies else name
             parents = ["data", "retention", "reward"] + (
                 ["base"] if name == "base" else ["sft"] if name == "sft" else ["sft", f"policy.{name}"]
-            )
-            rate = (
-                None
-                if wins is None or not gold
-                else interval(wins, half) | {"wins": round(96 * wins) - 2, "ties": 4, "losses": 94 - round(96 * wins)}
             )
             kl = (
                 None
@@ -186,12 +182,11 @@ class Fixture:
             metrics = {
                 "policy": name, "method": method, "adapter": None if name in ("base", "best-of-4") else "lora" if method == "ppo" else "full", "n_prompts": 96,
                 "greedy_gold": interval(score + 1.7, 1.9) if gold and method != "best_of_n" else None,
-                "greedy_win_rate_vs_sft": interval(wins - 0.03, half) if rate and method != "best_of_n" else None,
-                "gold": interval(score, 2.1) if gold else None, "reward": interval(0.31 * i - 0.62, 0.14), "win_rate_vs_sft": rate,
-                "kl_to_sft": kl and kl | {"estimator": "k3 over sampled tokens"},
+                "gold": interval(score, 2.1) if gold else None, "reward": interval(0.31 * i - 0.62, 0.14),
+                "kl_to_sft": kl and kl | {"estimator": "analytic bound" if method == "best_of_n" else "rao-blackwell"},
                 "length": interval(13.2 + i, 0.9), "distinct_1": 0.4123, "distinct_2": 0.8211, "finished": 0.9375,
-                "retention": {"perplexity": interval(6.7 + 0.3 * i, 0.5, 64), "choices": {"accuracy": interval(0.61 - 0.02 * i, 0.06, 64), "chance": 0.25, "change_vs_base": None if name == "base" else interval(-0.02 * i, 0.03, 64)},
-                              "nll": interval(1.9 + 0.04 * i, 0.09, 64), "change_vs_base": None if name == "base" else interval(0.041 * i, 0.018, 64)},
+                "retention": {"perplexity": interval(6.7 + 0.3 * i, 0.5, 64), "choices": {"accuracy": interval(0.61 - 0.02 * i, 0.06, 64), "chance": 0.25},
+                              "nll": interval(1.9 + 0.04 * i, 0.09, 64)},
                 "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i, 3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
             }  # fmt: skip
             points = lambda *steps: [{"step": s, "chosen": s == steps[-1], "kl": interval(0.31 * s / steps[-1] * (i + 1), 0.05), "reward": interval(0.07 * s, 0.11), "gold": interval(score + 0.3 * s, 1.7)} for s in steps]  # noqa: B023, E731 # fmt: skip
@@ -211,22 +206,26 @@ class Fixture:
             self.tournament(everyone)
         return self
 
-    def tournament(self, everyone):
-        """Matches that agree with the evaluations; base has the win rate of sft turned round."""
-        names = list(everyone)
-        rates = {("sft", "base"): 1 - everyone["base"][0]} | {(n, "sft"): everyone[n][0] for n in names[2:]}
-        rates |= {(n, "base"): 0.82 for n in names[2:]}
+    def match(self, rates):
         pairs = [
-            {"first": a, "second": b, "family": b, "p": 0.01, "p_holm": 0.03 if abs(rate - 0.5) > 0.05 else 0.71, "significant": abs(rate - 0.5) > 0.05,
+            {"first": a, "second": b, "family": b, "p": 0.0001, "p_holm": 0.03 if abs(rate - 0.5) > 0.05 else 0.71, "significant": abs(rate - 0.5) > 0.05,
              "minimum_detectable": 0.1234, "length_controlled": interval(rate - 0.02, 0.07),
-             "win_rate": interval(rate, 0.07) | {"wins": 50, "ties": 4, "losses": 42, "group_low": rate - 0.09, "group_high": rate + 0.09, "groups": 14}}
-            for (a, b), rate in rates.items()
+             "win_rate": interval(rate, half) | {"wins": round(96 * rate) - 2, "ties": 4, "losses": 94 - round(96 * rate), "group_low": rate - 0.09, "group_high": rate + 0.09, "groups": 14}}
+            for (a, b), (rate, half) in rates.items()
         ]  # fmt: skip
+        return {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs}
+
+    def tournament(self, everyone):
+        """Everyone against sft and base."""
+        names = list(everyone)
+        rates = {("sft", "base"): (1 - everyone["base"][0], 0.06)} | {(n, "sft"): everyone[n][:2] for n in names[2:]}
+        greedy = {pair: (rate - 0.03, half) for pair, (rate, half) in rates.items() if not pair[0].startswith("best")}
+        rates |= {(n, "base"): (0.82, 0.07) for n in names[2:]}
         scores = [{"name": n, "score": interval(0.1 * i - 0.1, 0.05)} for i, n in enumerate(names)]
         metrics = {
-            "subjects": names, "reference": "sft", "sampled": {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs, "scores": scores},
-            "greedy": None, "judge": None, "judge_verdicts": None,
-            "forgetting": [{"first": n, "second": "base", "adapters": ["lora" if n == "ppo" else "full", None], "nll": interval(0.041 * i, 0.018), "choices": interval(-0.03, 0.05)} for i, n in enumerate(names[1:])],
+            "subjects": names, "reference": "sft", "sampled": self.match(rates) | {"scores": scores},
+            "greedy": self.match(greedy) | {"scores": []}, "judge": None, "judge_verdicts": None,
+            "forgetting": [{"first": n, "second": "base", "adapters": ["lora" if n == "ppo" else "full", None], "nll": interval(0.041 * i, 0.018), "choices": interval(-0.03, 0.05)} for i, n in enumerate(names[1:])] + [{"first": "ppo", "second": "dpo", "adapters": ["lora", "full"], "nll": interval(-0.0173, 0.011), "choices": interval(0.0219, 0.04)}],
             "preferences": [{"before": "base" if n == "sft" else "sft", "after": n, "chosen": interval(-1.5, 0.4), "rejected": interval(-4.5, 0.6), "margin": interval(3.0, 0.5)} for n in names[1:]],
         }  # fmt: skip
         tokens = [{"id": i, "token": t, "before": a, "after": b} for i, (t, a, b) in enumerate([("metto", 0.1, 0.625), (" a", 0.3, 0.1), ("\x06", None, 0.01)])]  # fmt: skip
@@ -291,26 +290,38 @@ def metrics_of(fixture, role):
 
 def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     fixture, seen = made[0], words(text)
+    tournament = metrics_of(fixture, "tournament")
+    for pair in tournament["sampled"]["pairs"]:
+        rate = pair["win_rate"]
+        assert f"{numbers.percent_interval(rate)}[" in seen
+        assert f"{rate['wins']} / {rate['ties']} / {rate['losses']}" in seen
     for name in ("base", "dpo", "ppo", "best-of-4"):
         m = metrics_of(fixture, f"evaluation.{name}")
-        rate, kl = m["win_rate_vs_sft"], m["kl_to_sft"]
-        assert f"{numbers.percent_interval(rate)}{rate['wins']} / {rate['ties']} / {rate['losses']}" in seen.replace(
-            " ]", "]"
-        ).replace("] ", "]")
+        kl = m["kl_to_sft"]
         assert numbers.interval(m["gold"], 1) in seen
         assert numbers.interval(m["greedy_gold"], 1) in seen
         assert numbers.interval(m["reward"], 2) in seen
         assert numbers.interval(m["length"], 1) in seen
         assert numbers.interval(m["retention"]["nll"], 3) in seen
-        assert kl is None or numbers.interval(kl, 2) in seen
+        assert kl is None or numbers.divergence(kl) in seen
+    assert "≤ 0.64" in seen  # best-of-4: log 4 - 3/4 is a bound, and has no interval
+    assert "0.64 [" not in seen
+    assert "−0.017 [−0.028, −0.006]" in seen  # LoRA against full
+    assert seen.count("ppo (LoRA) less dpo (full)") == 1
+    assert "+3.0 [+2.5, +3.5]" in seen  # the margin
+    pairs = tournament["sampled"]["pairs"] + tournament["greedy"]["pairs"]
+    assert seen.count("<0.001") == len(pairs)  # p is 0.0001 throughout
     reward = metrics_of(fixture, "reward")
     assert numbers.percent_interval(reward["accuracy"]) in seen
     assert numbers.percent_interval(reward["accuracy_longer_wins"]) in seen
     assert "0.042" in seen  # ece
     assert "−0.18" in seen  # correlation with length
-    assert "79%" in seen  # agreement
+    for value in (v for v in reward["ceiling"].values() if isinstance(v, dict)):
+        assert numbers.percent_interval(value) in seen
     assert "2.853 [2.743, 2.963]" in seen  # sft's held-out loss
     assert "135 M" in seen
+    for prompts, largest in (("of the 96", "43.8%"), ("of the 48", "31.2%")):
+        assert f"5 over 50% left out; {prompts} that remain the mean is 2.1%, the largest {largest}" in seen
 
 
 def numbers_in(value):
@@ -447,37 +458,165 @@ def test_sections_come_in_the_order_a_reader_asks(text):
 
 def test_verdict_follows_from_the_intervals(text):
     seen = words(text)
-    assert "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, decoded greedily 16% [10, 22]." in seen
     assert (
-        "dpo beats sft: win rate 58% [51, 65] on 96 prompts, corrected p 0.030, decoded greedily 55% [48, 62]." in seen
+        "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030; "
+        "decoded greedily 22% [16, 28], corrected p 0.030." in seen
     )
     assert (
-        "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710, "
-        "decoded greedily 49% [41, 57]; 96 prompts show differences of 12% or more." in seen
+        "dpo beats sft: win rate 58% [51, 65] on 96 prompts, corrected p 0.030; "
+        "decoded greedily 55% [48, 62], corrected p 0.030." in seen
+    )
+    assert (
+        "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710; "
+        "96 prompts show differences of 12% or more; "
+        "decoded greedily 49% [41, 57], corrected p 0.710." in seen
     )
     assert "Labels are simulated" in seen
     assert "DIRTY" in seen
     assert "random weights" not in seen
 
 
+def pair_of(first, second, low, high, p_holm, n=96):
+    rate = {"mean": (low + high) / 2, "low": low, "high": high, "n": n, "wins": 60, "ties": 4, "losses": 32}
+    rate |= {"group_low": low, "group_high": None}
+    return {
+        "first": first, "second": second, "win_rate": rate, "length_controlled": None, "p_holm": p_holm,
+        "significant": p_holm < 0.05, "minimum_detectable": None,
+    }  # fmt: skip
+
+
+def run_of(names, reference, sampled, greedy=(), reward=None):
+    """A run of which only a tournament is known, and reward-model scores."""
+    metrics = {"reference": reference, "sampled": {"pairs": sampled}, "greedy": {"pairs": list(greedy)}}
+    made = {"tournament": Artifact("tournament", Path("t"), "t", "", metrics, None)}
+    models = [
+        Model(n, "p0", Artifact(f"evaluation.{n}", Path(n), n, "", {"reward": (reward or {}).get(n)}, None), [], [], [])
+        for n in names
+    ]
+    return Run("demo", made, {}, [], False, models)
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "n", "expected"),
-    [(0.51, 0.65, 96, "better"), (0.5, 0.65, 96, "unclear"), (0.3, 0.49, 96, "worse"), (1.0, 1.0, 3, "few")],
+    ("low", "high", "p_holm", "n", "expected"),
+    [
+        (0.51, 0.65, 0.01, 96, "better"),
+        (0.5, 0.65, 0.01, 96, "unclear"),
+        (0.51, 0.65, 0.06, 96, "unclear"),
+        (0.3, 0.49, 0.01, 96, "worse"),
+        (1.0, 1.0, 0.01, 3, "few"),
+    ],
 )
-def test_a_difference_needs_an_interval_without_one_half(low, high, n, expected):
-    assert outcome({"mean": (low + high) / 2, "low": low, "high": high, "n": n}) == expected
+def test_a_difference_needs_an_interval_without_one_half_and_a_corrected_p(low, high, p_holm, n, expected):
+    assert outcome(pair_of("dpo", "sft", low, high, p_holm, n)) == expected
     assert outcome(None) == "unmeasured"
 
 
-def test_a_difference_seen_in_greedy_decoding_alone_is_said():
-    sampled = {"mean": 0.42, "low": 0.32, "high": 0.52, "n": 96}
-    greedy = {"mean": 0.34, "low": 0.25, "high": 0.44, "n": 96}
-    metrics = {"win_rate_vs_sft": sampled, "greedy_win_rate_vs_sft": greedy}
-    artifact = Artifact("evaluation.base", Path("base"), "base", "", metrics, None)
-    assert sentence(Model("base", "base", artifact, [], [], [])) == (
-        "base: sampled, no difference from sft shown, win rate 42% [32, 52] on 96 prompts; "
-        "decoded greedily it is worse, 34% [25, 44]."
+@pytest.mark.parametrize(
+    ("p_holm", "expected"),
+    [
+        (0.0004, "decoded greedily it is worse, 34% [25, 44], corrected p <0.001."),
+        (0.2, "decoded greedily 34% [25, 44], corrected p 0.200."),
+    ],
+)
+def test_a_difference_seen_in_greedy_decoding_alone_is_said_where_it_outlasts_the_correction(p_holm, expected):
+    found = run_of(
+        ["sft", "dpo"], "sft", [pair_of("dpo", "sft", 0.32, 0.52, 0.3)], [pair_of("dpo", "sft", 0.25, 0.435, p_holm)]
     )
+    assert sentence(found, found.model("dpo")).endswith(f"; {expected}")
+
+
+def test_base_is_held_to_the_correction_too():
+    """base stands second in its pair with sft; seen from its side 0.55 to 0.75 is 0.25 to 0.45."""
+    for p_holm, expected in ((0.02, "sft beats base"), (0.09, "base: no difference from sft shown")):
+        found = run_of(["base", "sft"], "sft", [pair_of("sft", "base", 0.55, 0.75, p_holm)])
+        assert sentences(found)[0].startswith(expected)
+    match = found.match_of(found.model("base"))
+    assert {"first": "base", "second": "sft"}.items() <= match.items()
+    rate = match["win_rate"]
+    assert (rate["mean"], rate["low"], rate["high"]) == pytest.approx((0.35, 0.25, 0.45))
+    assert (rate["wins"], rate["losses"], rate["group_low"]) == (32, 60, None)
+    assert rate["group_high"] == pytest.approx(0.45)
+
+
+def test_without_an_sft_model_policies_are_held_against_base():
+    reward = {"base": interval(0.0, 0.1), "dpo": interval(1.0, 0.1), "ppo": interval(1.0, 0.1)}
+    pairs = [pair_of("dpo", "base", 0.55, 0.75, 0.02), pair_of("ppo", "base", 0.51, 0.7, 0.2)]
+    found = run_of(["base", "dpo", "ppo"], "base", pairs, reward=reward)
+    assert sentences(found) == [
+        "dpo beats base: win rate 65% [55, 75] on 96 prompts, corrected p 0.020.",
+        "ppo: no difference from base shown, win rate 60% [51, 70] on 96 prompts, corrected p 0.200.",
+        "The reward model scores ppo above base, intervals apart: a gain that the gold scorer does not see.",
+    ]
+    assert sentences(run_of(["base", "dpo"], None, [])) == ["dpo: win rate against base not measured."]
+
+
+def test_a_page_without_an_sft_model_names_none(tmp_path):
+    fixture = Fixture(tmp_path)
+    fixture.artifact("base", "base", {"parameters": 4096, "source": {"source": "local", "path": "model"}})
+    fixture.artifact("data", "data", {}, ["base"])
+    fixture.artifact("policy.dpo", "policies/dpo", {"steps": 2}, ["base", "data"], {"method": "dpo"})
+    for name in ("base", "dpo"):
+        samples = fixture.samples(3, 20 if name == "base" else 30, QUESTIONS)
+        metrics = {
+            "policy": name,
+            "method": name,
+            "adapter": None,
+            "gold": interval(25, 2),
+            "greedy_gold": None,
+            "kl_to_sft": None,
+        }
+        fixture.artifact(
+            f"evaluation.{name}", f"evaluation/{name}", metrics, ["data"], files={"samples.jsonl": samples}
+        )
+    match = fixture.match({("dpo", "base"): (0.65, 0.1)})
+    tournament = {"reference": "base", "sampled": match | {"scores": []}}
+    fixture.artifact("tournament", "tournament", tournament, ["evaluation.base", "evaluation.dpo"])
+    found = gather(fixture)
+    picture = json.dumps(FIGURES["win_rates"]([found], False))
+    assert "win rate against base" in picture
+    page = words(render([found], dict.fromkeys(FIGURES, ("", "")), None, 3))
+    assert "dpo beats base: win rate 65% [55, 75] on 96 prompts, corrected p 0.030." in page
+    assert "65% wins against base" in page
+    assert "best of dpo: gold above base" in page
+    assert not re.findall(r"\b(?:against|from|to|than) sft\b", page)
+
+
+def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp_path):
+    """The other cuts the sentence into more tokens, of which it tells more positions than the first has."""
+    other = Fixture(tmp_path / "other", seed=1).whole()
+    for path in other.root.glob("**/probes.json"):
+        content = json.loads(path.read_text())
+        if "sentence" in content:
+            content["sentence"] = [p | {"token": f"{p['token'][:-1]}~"} for p in content["sentence"]] + content[
+                "sentence"
+            ][-1:]
+        else:
+            for pair in content["pairs"]:
+                pair["positions"].append(pair["positions"][-1] | {"position": len(SENTENCE)})
+        write_json(path, content)
+    runs = together([gather(made[0], "first"), gather(other, "second")])
+    page = words(render(runs, dict.fromkeys(FIGURES, ("", "")), None, 3))
+    assert (
+        "Not comparable, since the sentence has other tokens there: second-base, second-sft, second-dpo, second-ppo, second-best-of-4."
+        in page
+    )
+    found = positions(runs)
+    assert len(found) == len(SENTENCE)
+    assert {m.name.partition("-")[0] for row in found for m, _ in row["models"]} == {"first"}
+    assert {shift["after"].name.partition("-")[0] for row in found for shift in row["shifts"]} == {"first"}
+
+
+def test_a_run_whose_tournament_was_not_held_has_a_page(made):
+    roles = {role: path for role, path in made[0].roles.items() if role != "tournament"}
+    page = words(
+        render(
+            [collect("demo", roles, made[0].root / "report", DigestCache(None))],
+            dict.fromkeys(FIGURES, ("", "")),
+            None,
+            3,
+        )
+    )
+    assert "dpo: win rate against sft not measured." in page
 
 
 def test_time_is_the_sum_of_all_attempts_with_the_shards_found_through_the_record(made, text):

@@ -1,5 +1,5 @@
 FIGURES = {  # name -> where `snakemake --report` lists it
-    "win_rates": ("Win rates", "Against SFT"),
+    "win_rates": ("Win rates", "Against what policies started from"),
     "win_rates_base": ("Win rates", "Against the base model"),
     "win_matrix": ("Win rates", "Everyone against everyone"),
     "strengths": ("Win rates", "Bradley-Terry strengths"),
@@ -7,7 +7,7 @@ FIGURES = {  # name -> where `snakemake --report` lists it
     "reward_kl": ("Reward and KL", "Frontier"),
     "over_optimisation": ("Reward and KL", "During PPO"),
     "learning": ("Learning curves", "Every trained stage"),
-    "probes": ("Probes", "Next tokens, base and SFT"),
+    "probes": ("Probes", "Next tokens, before and after"),
     "preferences": ("Preferences", "Log-probabilities"),
     "preference_shift": ("Preferences", "What training moved"),
     "reward_accuracy": ("Reward model", "Accuracy"),

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -221,13 +222,14 @@ class DigestCache:
     def remember(self, path: Path, digest: str, stamp: tuple[int, ...] | None = None) -> None:
         """Notes a digest that was just computed; `stamp` is what the file looked like before."""
         stamp = stamp or _stamp(path)
-        if self.folder is None or stamp != _stamp(path):
+        folder = self.folder
+        if folder is None or stamp != _stamp(path):
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            pending = self.folder / f".{os.getpid()}-{stamp[1]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pending = folder / f".{os.getpid()}-{threading.get_ident()}"  # two threads may hash two links to one file
             pending.write_text(" ".join(map(str, (*stamp, digest))))
-            pending.rename(self.folder / f"{stamp[0]}-{stamp[1]}")
+            pending.rename(folder / f"{stamp[0]}-{stamp[1]}")
         except OSError:  # a cache that cannot be written costs time and nothing else
             self.folder = None
 

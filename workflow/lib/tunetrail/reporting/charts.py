@@ -16,7 +16,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from tunetrail.reporting.collect import Artifact, Model, Run
+from tunetrail.reporting.collect import Artifact, Model, Run, reference_of
 from tunetrail.reporting.numbers import NOT_MEASURED, interval
 
 Spec = dict[str, Any]
@@ -237,7 +237,7 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
             continue
         few = len(rows) <= 24
         base = alt.Chart(_data(rows)).encode(
-            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8), axis=alt.Axis(title="KL to sft, nats an episode (√ scale)", tickCount=5)),
+            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8), axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats an episode (√ scale)", tickCount=5)),
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
             color=_colour(), detail="line:N", order="step:Q", description="tip:N",
         )  # fmt: skip
@@ -262,7 +262,7 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
     ],
     "ppo": [
         ("reward-model score", ("score",), None),
-        ("KL to sft", ("kl",), None),
+        ("KL to its start", ("kl",), None),
         ("entropy", ("entropy",), None),
         ("response length", ("length",), None),
     ],

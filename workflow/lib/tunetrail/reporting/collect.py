@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,10 +158,29 @@ class Run:
         """What was measured where all evaluations met; empty where they did not."""
         return self.metrics("tournament") or {}
 
-    def match_of(self, model: Model) -> dict | None:
-        """How the model's sampled responses did against sft, with the significance among all policies; None for others."""
-        pairs = (self.tournament.get("sampled") or {}).get("pairs", [])
-        return next((pair for pair in pairs if (pair["first"], pair["second"]) == (model.subject, "sft")), None)
+    @property
+    def reference(self) -> str:
+        """The model that every policy started from and is compared with: base where no sft was trained."""
+        return self.tournament.get("reference") or ("sft" if self.model("sft") else "base")
+
+    def match_of(self, model: Model, kind: str = "sampled") -> dict | None:
+        """A pair of the tournament, the model against the reference; None where it was not held.
+
+        Args:
+            kind: `sampled` or `greedy`, the responses that were compared.
+        """
+        for pair in (self.tournament.get(kind) or {}).get("pairs", []):
+            sides = pair["first"], pair["second"]
+            if sides == (model.subject, self.reference):
+                return pair
+            if sides == (self.reference, model.subject):
+                return turned(pair)
+        return None
+
+    def forgotten(self, model: Model) -> dict:
+        """How the model differs from base on unrelated text, `nll` and `choices`; empty where it was not measured."""
+        pairs = self.tournament.get("forgetting") or []
+        return next((pair for pair in pairs if (pair["first"], pair["second"]) == (model.subject, "base")), {})
 
     @cached_property
     def shifts(self) -> list[dict]:
@@ -198,6 +218,26 @@ class Run:
     def unknown_attempts(self) -> int:
         """Attempts whose length nobody could write down."""
         return sum(a.get("seconds") is None for artifact in self.artifacts.values() for a in artifact.attempts)
+
+
+def reference_of(runs: Sequence[Run]) -> str:
+    """What the policies of a page are compared with, in words."""
+    return " or ".join(dict.fromkeys(run.reference for run in runs))
+
+
+def turned(pair: dict) -> dict:
+    """A pair of the tournament seen from its other side; what is tested of it stays."""
+    other = {"mean": "mean", "low": "high", "high": "low", "group_low": "group_high", "group_high": "group_low"}
+    counts = {"wins": "losses", "losses": "wins"}
+
+    def rate(value: dict | None) -> dict | None:
+        if value is None:
+            return None
+        shares = {a: None if value[b] is None else 1 - value[b] for a, b in other.items() if b in value}
+        return value | shares | {a: value[b] for a, b in counts.items() if b in value}
+
+    rates = {key: rate(pair[key]) for key in ("win_rate", "length_controlled")}
+    return pair | rates | {"first": pair["second"], "second": pair["first"]}
 
 
 def load(role: str, folder: Path, page: Path) -> Artifact:

@@ -1,6 +1,7 @@
 """The figures of the page, by name: each a function of the runs it is about (mostly one) and the width.
 
-A figure is drawn from metrics files and histories alone; of several runs it shows the models of all, under their names.
+A figure is drawn from the files of artifacts alone, metrics.json, history.jsonl and probes.json; of several runs it
+shows the models of all, under their names.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 from tunetrail.reporting import charts, numbers
 from tunetrail.reporting import evaluation_charts as ec
 from tunetrail.reporting.charts import Runs, Spec
-from tunetrail.reporting.collect import Run
+from tunetrail.reporting.collect import Run, reference_of
 
 
 def _series(runs: Runs) -> dict[str, str]:
@@ -21,21 +22,23 @@ def _shown(run: Run) -> dict[str, str]:
     return {m.subject: m.name for m in run.models}
 
 
-def _match(runs: Runs) -> dict | None:
-    """The matches by gold score of sampled responses; the second of a pair keeps its plain name."""
-    found = [(_shown(run), match) for run in runs if (match := run.tournament.get("sampled"))]
-    pairs = [pair | {"first": name[pair["first"]]} for name, match in found for pair in match["pairs"]]
-    scores = [score | {"name": name[score["name"]]} for name, match in found for score in match["scores"]]
-    return {"pairs": pairs, "scores": scores} if found else None
+def _against(runs: Runs, name: str, opponent: Callable[[Run], str], narrow: bool) -> Spec | None:
+    """Win rates of sampled responses by gold score, against the model of each run that `opponent` names."""
+    pairs = [
+        pair | {"first": _shown(run)[pair["first"]], "second": name}
+        for run in runs
+        for pair in (run.tournament.get("sampled") or {}).get("pairs", [])
+        if pair["second"] == opponent(run)
+    ]
+    return ec.length_controlled({"pairs": pairs}, name, _series(runs), narrow)
 
 
-def _against(opponent: str) -> "Figure":
-    def draw(runs: Runs, narrow: bool) -> Spec | None:
-        match = _match(runs)
-        second = opponent if any(p["second"] == opponent for p in (match or {}).get("pairs", [])) else "base"
-        return ec.length_controlled(match, second, _series(runs), narrow)
+def win_rates(runs: Runs, narrow: bool) -> Spec | None:
+    return _against(runs, reference_of(runs), lambda run: run.reference, narrow)
 
-    return draw
+
+def win_rates_base(runs: Runs, narrow: bool) -> Spec | None:
+    return _against(runs, "base", lambda run: "base", narrow)
 
 
 def win_matrix(runs: Runs, narrow: bool) -> Spec | None:
@@ -43,7 +46,12 @@ def win_matrix(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def strengths(runs: Runs, narrow: bool) -> Spec | None:
-    return ec.strengths(_match(runs), _series(runs), narrow)
+    scores = [
+        score | {"name": _shown(run)[score["name"]]}
+        for run in runs
+        for score in (run.tournament.get("sampled") or {}).get("scores", [])
+    ]
+    return ec.strengths({"scores": scores}, _series(runs), narrow)
 
 
 def reward_kl(runs: Runs, narrow: bool) -> Spec | None:
@@ -93,8 +101,8 @@ def contamination(runs: Runs, narrow: bool) -> Spec | None:
 
 Figure = Callable[[Runs, bool], Spec | None]
 FIGURES: dict[str, Figure] = {
-    "win_rates": _against("sft"),
-    "win_rates_base": _against("base"),
+    "win_rates": win_rates,
+    "win_rates_base": win_rates_base,
     "win_matrix": win_matrix,
     "strengths": strengths,
     "gold": charts.gold,

@@ -34,6 +34,26 @@ def interval(value: dict | None, digits: int = 2, sign: bool = False) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def p_value(value: float) -> str:
+    """Three decimals; a p-value is never 0.
+
+    >>> p_value(0.0004), p_value(0.03)
+    ('<0.001', '0.030')
+    """
+    return "<0.001" if value < 0.001 else number(value, 3)
+
+
+def divergence(value: dict | None) -> str:
+    """A KL in nats; of best-of-n only a bound is known.
+
+    >>> divergence({"mean": 0.636, "low": 0.0, "high": 0.636, "estimator": "analytic bound"})
+    '≤ 0.64'
+    """
+    if value is not None and value.get("estimator") == "analytic bound":
+        return f"≤ {number(value['mean'])}"
+    return interval(value)
+
+
 def percent(value: float | None, digits: int = 0, sign: bool = False) -> str:
     """A share as percent.
 

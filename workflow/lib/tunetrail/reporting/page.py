@@ -15,12 +15,14 @@ import jinja2
 from markupsafe import Markup
 
 from tunetrail.reporting import charts, dag, numbers, verdict
-from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run
+from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
 from tunetrail.reporting.figures import Figure
 
 HERE = Path(__file__).parent
 TOP = 6
 """Next tokens listed at each position of the probe sentence."""
+ADAPTERS = {"full": "full", "lora": "LoRA"}
+"""How a model was trained, in words."""
 
 
 def _html(text: str) -> Markup:
@@ -41,6 +43,8 @@ FILTERS = {
         numbers.interval,
         numbers.percent,
         numbers.percent_interval,
+        numbers.p_value,
+        numbers.divergence,
         numbers.duration,
         numbers.size,
     )
@@ -137,20 +141,31 @@ def sentence_sum(model: Model) -> float | None:
     return sum(math.log(p) for p in probs) if probs else None
 
 
+def comparable(runs: Sequence[Run]) -> tuple[list[Model], list[Model]]:
+    """The models whose probe sentence has the tokens of the first one's, and those whose tokenizer cuts it otherwise."""
+    probed = [m for run in runs for m in run.models if m.sentence]
+    tokens = {m.name: [position["token"] for position in m.sentence] for m in probed}
+    alike = [m for m in probed if tokens[m.name] == tokens[probed[0].name]]
+    return alike, [m for m in probed if tokens[m.name] != tokens[probed[0].name]]
+
+
 def positions(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The probe sentence: for each position the token, its probability under each model, and what training moved.
 
-    A shift is of two models, before and after: the likeliest tokens of both, what rose most first.
+    A shift is of two models, before and after: the likeliest tokens of both, what rose most first. Of several runs only
+    `comparable` models are among them.
     """
-    probed = [m for run in runs for m in run.models if m.sentence]
-    found = [
-        {"token": position["token"], "models": [(m, m.sentence[i].get("prob")) for m in probed if i < len(m.sentence)], "shifts": []}
+    probed, others = comparable(runs)
+    found: list[dict[str, Any]] = [
+        {"token": position["token"], "models": [(m, m.sentence[i].get("prob")) for m in probed], "shifts": []}
         for i, position in enumerate(probed[0].sentence if probed else [])
-    ]  # fmt: skip
+    ]
     for run in runs:
         for pair in run.shifts:
             before, after = run.model(pair["before"]), run.model(pair["after"])
-            for row in pair["positions"][: len(found)]:
+            if before in others or after in others:
+                continue
+            for row in pair["positions"]:
                 likeliest = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:TOP]
                 tokens = [token for token in row["tokens"] if token in likeliest]
                 probs = {"was": row["before"], "now": row["after"]}
@@ -170,6 +185,25 @@ def preference_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def adapter_pairs(runs: Sequence[Run]) -> list[tuple[Model | None, Model | None, dict]]:
+    """The pairs of `forgetting` of which one had every weight trained and the other an adapter."""
+    return [
+        (run.model(pair["first"]), run.model(pair["second"]), pair)
+        for run in runs
+        for pair in run.tournament.get("forgetting") or []
+        if set(pair["adapters"]) == set(ADAPTERS)
+    ]
+
+
+def preference_changes(runs: Sequence[Run]) -> list[tuple[Model | None, Model | None, dict]]:
+    """Before, after, and how the log-probs of held-out pairs changed."""
+    return [
+        (run.model(change["before"]), run.model(change["after"]), change)
+        for run in runs
+        for change in run.tournament.get("preferences") or []
+    ]
+
+
 def boilerplate(prompts: list[str]) -> tuple[str, str]:
     """What all prompts begin and end with, in whole lines: the chat template. Empty for a single prompt."""
     if len(set(prompts)) < 2:
@@ -183,7 +217,7 @@ def boilerplate(prompts: list[str]) -> tuple[str, str]:
 
 
 def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
-    """The first `limit` prompts with what each model answered, beside sft of its run."""
+    """The first `limit` prompts with what each model answered, beside the reference of its run."""
     sampled = [(run, m) for run in runs for m in run.models if m.samples]
     if not sampled:
         return {"rows": [], "start": "", "end": "", "total": 0}
@@ -195,9 +229,9 @@ def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
         theirs = []
         for run, m in sampled:
             if answer := answers[m.name].get(row["id"]):
-                sft = run.model("sft")
-                base_line = answers[sft.name].get(row["id"]) if sft and sft.samples else None
-                gains = {key: None if m is sft else _gain(answer, base_line, key) for key in ("gold", "reward")}
+                reference = run.model(run.reference)
+                before = answers[reference.name].get(row["id"]) if reference and reference.samples else None
+                gains = {key: None if m is reference else _gain(answer, before, key) for key in ("gold", "reward")}
                 theirs.append({"model": m, "gains": gains} | answer)
         rows.append(
             {
@@ -211,10 +245,10 @@ def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
     return {"rows": rows, "start": start, "end": end, "total": len(first)}
 
 
-def _gain(answer: dict, sft: dict | None, key: str) -> float | None:
-    if sft is None or answer.get(key) is None or sft.get(key) is None:
+def _gain(answer: dict, before: dict | None, key: str) -> float | None:
+    if before is None or answer.get(key) is None or before.get(key) is None:
         return None
-    return answer[key] - sft[key]
+    return answer[key] - before[key]
 
 
 def _flat(content: Mapping, prefix: str) -> dict[str, Any]:
@@ -294,11 +328,16 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
         models=models,
         policies=policies,
         learners=[m for m in policies if m.trained and m.trained.history],
-        outcomes=[(m, verdict.outcome(m.interval("win_rate_vs_sft"), run.match_of(m))) for run in runs for m in run.policies],
+        reference=reference_of(runs),
+        outcomes=[(run, m, verdict.outcome(run.match_of(m))) for run in runs for m in run.policies],
         sentences=[text for run in runs for text in verdict.sentences(run)],
         positions=positions(runs),
+        incomparable=comparable(runs)[1],
         sentence_sum=sentence_sum,
         preference_rows=preference_rows(runs),
+        preference_changes=preference_changes(runs),
+        adapters=ADAPTERS,
+        adapter_pairs=adapter_pairs(runs),
         samples=samples(runs, limit),
         differences=differences(runs) if len(runs) > 1 else [],
         ppo_learners=sources(runs, lambda role: role in ppo),

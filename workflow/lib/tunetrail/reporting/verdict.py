@@ -1,73 +1,75 @@
-"""What came out, in sentences that follow from the intervals and say no more than they do."""
+"""What came out, in sentences that follow from the tournament's tests and say no more than they do."""
 
 from tunetrail.reporting.collect import Model, Run
-from tunetrail.reporting.numbers import MIN_PROMPTS, number, percent, percent_interval
+from tunetrail.reporting.numbers import MIN_PROMPTS, p_value, percent, percent_interval
 
 
-def outcome(win_rate: dict | None, match: dict | None = None) -> str:
-    """`better`, `worse`, `unclear` (the 95% interval holds one half), `few` (too few prompts) or `unmeasured`.
+def outcome(match: dict | None) -> str:
+    """`better`, `worse`, `unclear`, `few` (too few prompts) or `unmeasured`, of the first of a pair of the tournament.
 
-    Args:
-        match: of the tournament; a difference that is none after correcting for the number of models is unclear.
+    A difference is unclear where the 95% interval holds one half, or where it may be chance after correcting for the
+    number of models compared.
     """
-    if win_rate is None:
+    if match is None:
         return "unmeasured"
+    win_rate = match["win_rate"]
     if win_rate["n"] < MIN_PROMPTS:
         return "few"
-    if match and not match["significant"]:
-        return "unclear"
-    if win_rate["low"] > 0.5:
+    if match["significant"] and win_rate["low"] > 0.5:
         return "better"
-    return "worse" if win_rate["high"] < 0.5 else "unclear"
+    return "worse" if match["significant"] and win_rate["high"] < 0.5 else "unclear"
 
 
-def sentence(model: Model, match: dict | None = None) -> str:
-    """One model against sft."""
-    win_rate, greedy, name = model.interval("win_rate_vs_sft"), model.interval("greedy_win_rate_vs_sft"), model.name
-    if win_rate is None:
-        return f"{name}: win rate against sft not measured."
-    found = f"win rate {percent_interval(win_rate)} on {win_rate['n']} prompts"
-    if match:
-        found += f", corrected p {number(match['p_holm'], 3)}"
-    if greedy is not None:
-        found += f", decoded greedily {percent_interval(greedy)}"
-    match outcome(win_rate, match):
+def _rate(match: dict, on: str = "") -> str:
+    return f"{percent_interval(match['win_rate'])}{on}, corrected p {p_value(match['p_holm'])}"
+
+
+def sentence(run: Run, model: Model) -> str:
+    """One model against the reference."""
+    match, greedy, name, reference = run.match_of(model), run.match_of(model, "greedy"), model.name, run.reference
+    if match is None:
+        return f"{name}: win rate against {reference} not measured."
+    prompts = f"{match['win_rate']['n']} prompts"
+    found = f"win rate {_rate(match, f' on {prompts}')}"
+    decoded = "" if greedy is None else f"; decoded greedily {_rate(greedy)}"
+    match outcome(match):
         case "better":
-            return f"{name} beats sft: {found}."
+            return f"{name} beats {reference}: {found}{decoded}."
         case "worse" if model.subject == "base":
-            return f"sft beats {name}, which has a {found}."
+            return f"{reference} beats {name}, which has a {found}{decoded}."
         case "worse":
-            return f"{name} loses to sft: {found}."
+            return f"{name} loses to {reference}: {found}{decoded}."
         case "few":
-            return f"{name}: {found}, too few to tell it from sft."
-    if outcome(greedy) in ("better", "worse"):
-        sampled = f"{percent_interval(win_rate)} on {win_rate['n']} prompts"
-        decoded = f"decoded greedily it is {outcome(greedy)}, {percent_interval(greedy)}"
-        return f"{name}: sampled, no difference from sft shown, win rate {sampled}; {decoded}."
-    least = (match or {}).get("minimum_detectable")
-    seen = f"; {win_rate['n']} prompts show differences of {percent(least)} or more" if least else ""
-    return f"{name}: no difference from sft shown, {found}{seen}."
+            return f"{name}: {found}, too few to tell it from {reference}{decoded}."
+    if greedy is not None and outcome(greedy) in ("better", "worse"):
+        return (
+            f"{name}: sampled, no difference from {reference} shown, {found}; "
+            f"decoded greedily it is {outcome(greedy)}, {_rate(greedy)}."
+        )
+    least = match["minimum_detectable"]
+    seen = f"; {prompts} show differences of {percent(least)} or more" if least else ""
+    return f"{name}: no difference from {reference} shown, {found}{seen}{decoded}."
 
 
-def over_optimised(model: Model, run: Run) -> bool:
-    """The reward model likes it better than sft (intervals apart) while the gold scorer does not.
+def over_optimised(run: Run, model: Model) -> bool:
+    """The reward model likes it better than the reference (intervals apart) while the gold scorer does not.
 
     That is the sign of over-optimisation: the policy has learnt the reward model's errors (Gao et al. 2022).
     """
-    sft = run.model("sft")
-    ours, theirs = model.interval("reward"), sft.interval("reward") if sft else None
-    if ours is None or theirs is None or model.interval("win_rate_vs_sft") is None:
+    reference = run.model(run.reference)
+    ours, theirs = model.interval("reward"), reference.interval("reward") if reference else None
+    if ours is None or theirs is None:
         return False
-    found = outcome(model.interval("win_rate_vs_sft"), run.match_of(model))
-    return ours["low"] > theirs["high"] and found not in ("better", "few")
+    return ours["low"] > theirs["high"] and outcome(run.match_of(model)) in ("worse", "unclear")
 
 
 def sentences(run: Run) -> list[str]:
     """The outcome of the run, base first."""
-    found = [sentence(m) for m in run.models if m.subject == "base" and m.interval("win_rate_vs_sft")]
-    found += [sentence(model, run.match_of(model)) for model in run.policies]
-    if liked := [model.name for model in run.policies if over_optimised(model, run)]:
+    measured = [m for m in run.models if m.subject == "base" and run.match_of(m)]
+    found = [sentence(run, model) for model in measured + run.policies]
+    if liked := [model.name for model in run.policies if over_optimised(run, model)]:
         found.append(
-            f"The reward model scores {', '.join(liked)} above sft, intervals apart: a gain that the gold scorer does not see."
+            f"The reward model scores {', '.join(liked)} above {run.reference}, intervals apart: "
+            "a gain that the gold scorer does not see."
         )
-    return found or ["No policy was compared with sft."]
+    return found or [f"No policy was compared with {run.reference}."]
