@@ -25,7 +25,10 @@ def run(stage: Stage) -> dict:
     for name, (wide, _) in figures.items():
         (stage.work / "figures" / f"{name}.svg").write_text(wide, encoding="utf-8")
     (stage.work / "report.html").write_text(render([found], figures, config.title, config.samples), encoding="utf-8")
-    return {m.name: {key: m.interval(key) for key in ("win_rate_vs_sft", "gold")} for m in found.models}
+    return {
+        m.name: {"win_rate": (found.match_of(m) or {}).get("win_rate"), "gold": m.interval("gold")}
+        for m in found.models
+    }
 
 
 if __name__ == "__main__":
