@@ -130,12 +130,14 @@ def _data(rows: list[dict]) -> alt.Data:
 
 
 def wrap(name: str) -> str:
-    """A long name on two lines, broken after the hyphen nearest to its middle.
+    """A long name on two lines, broken after the space or else the hyphen nearest to its middle.
 
     >>> wrap("dpo-beta-0.05-learning-rate-1e-05")
     'dpo-beta-0.05-\\nlearning-rate-1e-05'
+    >>> wrap("best-of-4: rejected")
+    'best-of-4: \\nrejected'
     """
-    breaks = [i + 1 for i, letter in enumerate(name[:-1]) if letter == "-"]
+    breaks = [i + 1 for i, letter in enumerate(name[:-1]) if letter == (" " if " " in name else "-")]
     if len(name) <= 18 or not breaks:
         return name
     middle = min(breaks, key=lambda i: abs(i - len(name) / 2))
