@@ -59,7 +59,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 SlurmdTimeout=10
 SlurmctldTimeout=10
 KillWait=10
-MinJobAge=600
+MinJobAge=7200
 InactiveLimit=0
 GresTypes=gpu
 ReturnToService=2

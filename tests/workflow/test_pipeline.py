@@ -310,7 +310,7 @@ def test_profile_names_every_rule_and_no_other():
     names = set()
     for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]:
         names |= {line.split()[1].rstrip(":") for line in path.read_text().splitlines() if line.startswith("rule ")}
-    local = {"all", "stage_config"}
+    local = {"all", "stage_config", "tasks"}
     for profile in (ROOT / "profiles").glob("*/config.yaml"):
         content = yaml.safe_load(profile.read_text())
         threads, resources = (set(content.get(key, {})) for key in ("set-threads", "set-resources"))

@@ -62,7 +62,7 @@ def is_submitted(rule):
     settings = workflow.resource_settings
     for given in (dict(settings.overwrite_resources).get(rule), settings.default_resources):
         if given and "launcher" in given:
-            if (launcher := given["launcher"].raw) not in LAUNCHERS:
+            if (launcher := given["launcher"].raw.strip("'\"")) not in LAUNCHERS:
                 print(
                     f"the profile: launcher of {rule}: {launcher!r} is none of {', '.join(LAUNCHERS)}", file=sys.stderr
                 )
