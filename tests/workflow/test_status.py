@@ -48,7 +48,7 @@ def test_a_finished_run_is_done_and_looking_changes_nothing(tiny_run):
 
 
 def test_a_changed_key_makes_stale_what_reads_it_and_says_so(tiny_run):
-    config = edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7})
+    config = edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7, "checkpoints": 1})
     stale = {name: s["detail"] for name, s in states(tiny_run, config).items() if s["state"] == "stale"}
     assert stale.keys() == {"policies/dpo", "evaluation/dpo", "tournament", "report"}
     assert stale["policies/dpo"] == "config: beta: 0.1 -> 0.7"
