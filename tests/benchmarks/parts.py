@@ -25,6 +25,15 @@ def seconds_a_step(step: Callable[[], None], n: int) -> float:
     return (time.perf_counter() - start) / n
 
 
+def forwards_and_backwards(model: Any, ids: Any) -> None:
+    """The gradient of the loss on these tokens, in bf16 autocast."""
+    import torch
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+
+
 def training_steps(keep_memory: bool) -> float:
     """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
     import torch
@@ -38,9 +47,7 @@ def training_steps(keep_memory: bool) -> float:
     ids = torch.randint(0, 8192, (8, 64))
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
+        forwards_and_backwards(model, ids)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -136,9 +143,7 @@ def attending(by_products: bool) -> float:
     ids = torch.randint(0, 8192, (16, 90))
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
+        forwards_and_backwards(model, ids)
         model.zero_grad()
 
     return seconds_a_step(step, 8)

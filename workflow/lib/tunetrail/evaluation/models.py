@@ -1,6 +1,6 @@
 """What a language model thinks of given texts: losses, log-probs, next-token probabilities, distance to another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,20 @@ from tunetrail.models.batching import Batch
 from tunetrail.models.head import SCORED_AT_ONCE, head_weight
 from tunetrail.models.scoring import map_batches, response_logprobs, sequence_scores
 from tunetrail.runtime import autocast, device
+
+
+def _over(
+    function: Callable[[Batch], torch.Tensor], examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str,
+    max_tokens: int | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """`map_batches` of (prompt ids, response ids) in this precision."""
+
+    def in_precision(batch: Batch) -> torch.Tensor:
+        with autocast(precision):
+            return function(batch)
+
+    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
+    return map_batches(in_precision, prompts, responses, pad_id, device(), max_tokens)
 
 
 def logprobs_of(
@@ -20,13 +34,7 @@ def logprobs_of(
     max_tokens: int | None = None,
 ) -> list[torch.Tensor]:
     """Log-prob of each response token of each (prompt ids, response ids)."""
-
-    def function(batch: Batch) -> torch.Tensor:
-        with autocast(precision):
-            return response_logprobs(model, batch, temperature)
-
-    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-    return map_batches(function, prompts, responses, pad_id, device(), max_tokens)
+    return _over(lambda batch: response_logprobs(model, batch, temperature), examples, pad_id, precision, max_tokens)
 
 
 def reward_scores(
@@ -37,13 +45,8 @@ def reward_scores(
     max_tokens: int | None = None,
 ) -> list[float]:
     """The reward model's score of each (prompt ids, response ids)."""
-
-    def function(batch: Batch) -> torch.Tensor:
-        with autocast(precision):
-            return sequence_scores(reward_model, batch)
-
-    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-    return [float(score) for score in map_batches(function, prompts, responses, pad_id, device(), max_tokens)]
+    scores = _over(lambda batch: sequence_scores(reward_model, batch), examples, pad_id, precision, max_tokens)
+    return [float(score) for score in scores]
 
 
 def next_token_log_probs(model: Any, batch: Batch, temperature: float) -> Iterator[torch.Tensor]:
@@ -79,15 +82,12 @@ def kl_divergences(
     no single token can dominate it.
     """
 
-    def function(batch: Batch) -> torch.Tensor:
-        with autocast(precision):
-            pairs = zip(*(next_token_log_probs(m, batch, temperature) for m in (model, reference)), strict=True)
-            flat = torch.cat([(ours.exp() * (ours - theirs)).sum(-1) for ours, theirs in pairs])
+    def divergence(batch: Batch) -> torch.Tensor:
+        pairs = zip(*(next_token_log_probs(m, batch, temperature) for m in (model, reference)), strict=True)
+        flat = torch.cat([(ours.exp() * (ours - theirs)).sum(-1) for ours, theirs in pairs])
         return flat.new_zeros(batch.response_mask.shape).masked_scatter(batch.response_mask, flat)
 
-    prompts, responses = [p for p, _ in examples], [r for _, r in examples]
-    rows = map_batches(function, prompts, responses, pad_id, device(), max_tokens)
-    return [max(0.0, float(row.sum())) for row in rows]
+    return [max(0.0, float(row.sum())) for row in _over(divergence, examples, pad_id, precision, max_tokens)]
 
 
 def mean_nlls(

@@ -16,6 +16,11 @@ Groups = Sequence[Hashable] | np.ndarray
 _BLOCK = 1 << 20  # indices drawn at once: bounds the memory of a bootstrap over many prompts
 
 
+def members(groups: Groups) -> np.ndarray:
+    """[n] int64: the number of the group, from 0, that each value belongs to."""
+    return np.unique([str(g) for g in groups], return_inverse=True)[1]
+
+
 def bootstrap(
     values: Sequence[float] | np.ndarray, n_resamples: int, seed: int, groups: Sequence[Hashable] | None = None
 ) -> dict[str, Any] | None:
@@ -36,7 +41,7 @@ def bootstrap(
     if groups is None:
         sums, counts = x, np.ones(len(x))
     else:
-        _, member = np.unique([str(g) for g in groups], return_inverse=True)
+        member = members(groups)
         sums, counts = np.bincount(member, x), np.bincount(member).astype(float)
     random = np.random.default_rng(seed)
     size = len(sums)
@@ -62,7 +67,7 @@ def bootstrap_of(
         K times {"mean": the statistic of the rows themselves, "low", "high", "n", "group_low", "group_high",
         "groups"}; the group's bounds are None where all rows are of one group.
     """
-    _, member = np.unique([str(g) for g in groups], return_inverse=True)
+    member = members(groups)
     n, random = len(member), np.random.default_rng(seed)
     size = int(member.max()) + 1
 
@@ -122,8 +127,7 @@ def tally(outcome: np.ndarray) -> dict[str, int]:
 
 def group_sums(values: np.ndarray, groups: Groups) -> np.ndarray:
     """[n], [n] -> [G]: the sum of each group's values."""
-    _, member = np.unique([str(g) for g in groups], return_inverse=True)
-    return np.bincount(member, values)
+    return np.bincount(members(groups), values)
 
 
 def sign_flip_p(outcome: np.ndarray, groups: Groups, seed: int = 0) -> float:

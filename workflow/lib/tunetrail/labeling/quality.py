@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import kendalltau, norm
 
 from tunetrail.evaluation.stats import bootstrap
-from tunetrail.labeling.ranks import pair_outcomes
+from tunetrail.labeling.ranks import agreements, pair_outcomes
 from tunetrail.reporting import charts
 from tunetrail.reporting.numbers import interval as as_text
 from tunetrail.reporting.numbers import percent_interval
@@ -63,20 +63,12 @@ def _over_tasks(values: Iterable[tuple[str, float]]) -> Interval:
 
 
 def same_outcomes(couples: Iterable[tuple[str, Sequence[int], Sequence[int]]], decided: bool = False) -> Interval:
-    """How often two rankings agree on a pair of completions: 1 for the same outcome, 0 for the opposite.
+    """How often two rankings agree on a pair of completions, see `ranks.agreements`.
 
     Args:
         couples: (task, ranks [K], ranks [K]).
-        decided: leave out pairs that either of them tied; else a tie against a verdict is one half.
     """
-
-    def values() -> Iterator[tuple[str, float]]:
-        for task, ours, theirs in couples:
-            a, b = pair_outcomes(ours), pair_outcomes(theirs)
-            kept = (a != 0) & (b != 0) if decided else np.ones(len(a), bool)
-            yield from ((task, 1 - abs(int(x) - int(y)) / 2) for x, y in zip(a[kept], b[kept], strict=True))
-
-    return _over_tasks(values())
+    return _over_tasks((task, same) for task, ours, theirs in couples for same in agreements(ours, theirs, decided))
 
 
 def between_labelers(labels: Iterable[dict]) -> list[tuple[str, list[int], list[int]]]:

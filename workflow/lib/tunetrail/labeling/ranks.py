@@ -48,6 +48,19 @@ def pair_outcomes(ranks: Sequence[int]) -> np.ndarray:
     return np.sign(r[j] - r[i])
 
 
+def agreements(ours: Sequence[int], theirs: Sequence[int], decided: bool = False) -> np.ndarray:
+    """Whether two rankings agree on each pair of completions: 1 for the same outcome (two ties too), 0 for the opposite,
+    one half where only one of them saw a tie.
+
+    Args:
+        ours, theirs: ranks [K].
+        decided: leave out the pairs that either of them tied.
+    """
+    a, b = pair_outcomes(ours), pair_outcomes(theirs)
+    found = 1 - np.abs(a - b) / 2
+    return found[(a != 0) & (b != 0)] if decided else found
+
+
 def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | None:
     """How often two labelers agree on a pair of completions.
 
@@ -55,15 +68,10 @@ def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | N
         rankings: for each row the ranks that its labelers gave, [rows][labelers][K].
 
     Returns:
-        The mean over all pairs of completions and of labelers: 1 for the same outcome (two ties too),
-        0 for the opposite, one half where only one of them saw a tie. None where no row has two labelers.
+        The mean of `agreements` over all pairs of completions and of labelers. None where no row has two labelers.
     """
-    agreements = [
-        1 - np.abs(pair_outcomes(a) - pair_outcomes(b)) / 2
-        for labelers in rankings
-        for a, b in combinations(labelers, 2)
-    ]
-    return float(np.concatenate(agreements).mean()) if agreements else None
+    found = [agreements(a, b) for labelers in rankings for a, b in combinations(labelers, 2)]
+    return float(np.concatenate(found).mean()) if found else None
 
 
 def generator(*key: object) -> np.random.Generator:

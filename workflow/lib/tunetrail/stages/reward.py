@@ -24,6 +24,7 @@ Writes `model/`, `history.jsonl` and `pairs.jsonl` (the held-out pairs behind ev
 """
 
 import sys
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from tunetrail.contract import Stage, is_main_process, main, write_jsonl
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import bootstrap, bootstrap_of, expected_calibration_error, spearman
-from tunetrail.labeling.ranks import pair_outcomes
+from tunetrail.labeling.ranks import agreements, pair_outcomes
 from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import (
@@ -196,25 +197,24 @@ def ceiling(rows: list[dict], seed: int) -> dict | None:
     Args:
         rows: comparison rows.
     """
-    agreements: list[tuple[str, float]] = []
+    agreeing: list[tuple[str, float]] = []
     majorities: list[tuple[str, float]] = []
     for row in rows:
-        outcomes = np.array([pair_outcomes(ranking["ranks"]) for ranking in row["rankings"]])  # [labelers, pairs]
-        for i, own in enumerate(outcomes):
-            for other in outcomes[i + 1 :]:
-                both = (own != 0) & (other != 0)
-                agreements += [(row["id"], float(same)) for same in (own == other)[both]]
+        rankings = [ranking["ranks"] for ranking in row["rankings"]]
+        agreeing += [(row["id"], same) for a, b in combinations(rankings, 2) for same in agreements(a, b, decided=True)]
+        outcomes = np.array([pair_outcomes(ranks) for ranks in rankings])  # [labelers, pairs]
+        for own in outcomes:
             votes = np.sign(outcomes.sum(0) - own)
             # Of a split vote nobody knows: it is a coin's toss.
             majorities += [(row["id"], (1 + vote * mine) / 2) for vote, mine in zip(votes, own, strict=True) if mine]
-    if not agreements:
+    if not agreeing:
         return None
 
     def over_prompts(values: list[tuple[str, float]]) -> dict | None:
         return bootstrap([value for _, value in values], 2000, seed, groups=[i for i, _ in values])
 
     labelers = {ranking["labeler"] for row in rows for ranking in row["rankings"]}
-    agreement = over_prompts(agreements)
+    agreement = over_prompts(agreeing)
     return {
         "labelers": len(labelers),
         "agreement": agreement,
