@@ -16,7 +16,7 @@ status: $(VENV)/.installed
 	@$(RUN) tunetrail status $(RUN_OF)
 
 test: $(VENV)/.tested check
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --durations 25
 
 check: $(VENV)/.tested
 	$(RUN) ruff check .

@@ -1,12 +1,22 @@
-"""A run with labeler human: it waits, three people rank in a real browser, and the reward model's record names them."""
+"""A run with labeler human: it waits, three people rank in a real browser, and the reward model's record names them.
+
+The tiny model goes this way with every `make test`; the demo, which takes a quarter of an hour, with
+
+    TUNETRAIL_DEMO=1 python -m pytest tests/browser/test_label_run.py
+"""
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
+import pytest
 import yaml
 
 from tests.browser import test_label_page
@@ -16,80 +26,123 @@ from tests.labels import served_alone
 from tunetrail.cli import main
 from tunetrail.contract import read_jsonl
 from tunetrail.labeling.app.store import Store
+from tunetrail.labeling.chrf import chrf
 from tunetrail.provenance.record import read_record
 
 browser, pytestmark = test_label_page.browser, test_label_page.pytestmark
-TINY = Path("results/tiny")
+SCRIPTED = ["human-1", "human-2", "human-3"]
 
 
-def seen(text: str) -> int:
-    """How many characters of a text HTML keeps: random models write any."""
-    return len(text.replace("\0", "").replace("\r\n", "\n"))
+@dataclass
+class Case:
+    """A run whose comparisons wait for people."""
+
+    project: Project
+    config: str
+    results: Path
+    """From the project's folder."""
+    store: str
+    wanted: int
+    """Rankings."""
+    worth: Callable[[str, list[str]], list[float]]
+    """What a labeler thinks of the outputs of a task: the higher the better, equal for a tie."""
 
 
-def rank(desk: Desk) -> bool:
-    """Ranks the task before this labeler by keys, the longer the better and a tie where two are of one length.
-
-    False where there is none.
-    """
-    page = desk.open()
-    outputs = page.locator(".output .raw")
-    if not (texts := outputs.all_text_contents()):
-        return False
-    length = None
-    for place in sorted(range(len(texts)), key=lambda i: -seen(texts[i])):
-        desk.press("abcdefghi"[place], *(["t"] if seen(texts[place]) == length else []))
-        length = seen(texts[place])
-    desk.submitted()
-    return True
+def seen(text: str) -> str:
+    """What HTML keeps of a text: random models write any."""
+    return text.replace("\0", "").replace("\r\n", "\n")
 
 
-def test_the_run_waits_for_three_people_and_its_reward_model_names_them(
-    tiny_run, tmp_path, browser, monkeypatch, capsys
-):
-    project: Project = copy.copy(tiny_run)
+@pytest.fixture
+def tiny(tiny_run, tmp_path) -> Case:
+    """The finished run of the other tests, less what is to be made anew. Its labelers think that longer is better."""
+    project = copy.copy(tiny_run)
     project.folder = tmp_path / "copy"
     shutil.copytree(tiny_run.folder, project.folder, symlinks=True)
     config = yaml.safe_load((project.folder / "config/examples/tiny.yaml").read_text())
     config["comparisons"] = {"labeler": "human", "repeat_every": 0}
     (project.folder / "human.yaml").write_text(yaml.safe_dump(config))
-    shutil.rmtree(project.folder / TINY / "retention")
-    targets = [str(TINY / name / "manifest.json") for name in ("reward", "retention")]
+    results = Path("results/tiny")
+    shutil.rmtree(project.folder / results / "retention")
+    return Case(project, "human.yaml", results, "state/labels.db", 28, lambda _, texts: [len(seen(t)) for t in texts])
 
-    waited = project.snakemake("--retries", "2", "--", *targets, config="human.yaml")
+
+@pytest.fixture
+def demo(project) -> Case:
+    """A real model. Its labelers know what the author wrote (chrF), in points and each with errors of their own."""
+    results = Path("results/human-labels")
+
+    def worth(labeler: str, texts: list[str]) -> list[float]:
+        rows = [row for file in (project.folder / results).glob("completions/*/completions.jsonl") for row in read_jsonl(file)]  # fmt: skip
+        [row] = [row for row in rows if sorted(row["completions"]) == sorted(texts)]
+        error = Random(labeler + row["id"])
+        errors = {text: error.gauss(0, 5) for text in sorted(set(texts))}
+        return [round(chrf(text, row["reference"]) + errors[text]) for text in texts]
+
+    return Case(project, "config/examples/human-labels.yaml", results, "state/human-labels.db", 272, worth)
+
+
+DEMO = pytest.param("demo", marks=pytest.mark.skipif(not os.environ.get("TUNETRAIL_DEMO"), reason="the demo takes a quarter of an hour; TUNETRAIL_DEMO=1 runs it"))  # fmt: skip
+
+
+@pytest.fixture(params=["tiny", DEMO])
+def case(request) -> Case:
+    return request.getfixturevalue(request.param)
+
+
+def rank(desk: Desk, case: Case) -> bool:
+    """Ranks the task before this labeler by keys. False where there is none."""
+    page = desk.open()
+    outputs = page.locator(".output .raw")
+    if not (texts := outputs.all_text_contents()):
+        return False
+    worth, last = case.worth(desk.pseudonym, texts), None
+    for place in sorted(range(len(texts)), key=lambda i: -worth[i]):
+        desk.press("abcdefghi"[place], *(["t"] if worth[place] == last else []))
+        last = worth[place]
+    desk.submitted()
+    return True
+
+
+def test_the_run_waits_for_three_people_and_its_reward_model_names_them(case, browser, monkeypatch, capsys):
+    project, results = case.project, case.results
+    targets = [str(results / name / "manifest.json") for name in ("reward", "retention")]
+
+    waited = project.snakemake("--retries", "2", "--", *targets, config=case.config)
     assert waited.returncode == 75, waited.stderr[-3000:]
     last = waited.stderr.strip().splitlines()[-2]
-    assert last.startswith("comparisons waits for people: 0 of 28 rankings are there; start their page with `tunetrail label serve --store state/labels.db`")  # fmt: skip
+    assert last.startswith(f"comparisons waits for people: 0 of {case.wanted} rankings are there; start their page with `tunetrail label serve --store {case.store}`")  # fmt: skip
     assert waited.stderr.count("\nError in rule comparisons") == 1  # one attempt, whatever the profile's retries
-    assert (project.folder / TINY / "retention/manifest.json").exists()  # the other branch went on
-    assert not (project.folder / TINY / "comparisons/manifest.json").exists()
+    assert (project.folder / results / "retention/manifest.json").exists()  # the other branch went on
+    assert not (project.folder / results / "comparisons/manifest.json").exists()
 
     monkeypatch.chdir(project.folder)
-    command = [sys.executable, "-m", "tunetrail", "status", "--json", "--configfile", "human.yaml"]
+    command = [sys.executable, "-m", "tunetrail", "status", "--json", "--configfile", case.config]
     told = subprocess.run(command, capture_output=True, text=True, check=True)  # Snakemake wants the only event loop
     found = {standing["name"]: standing for standing in json.loads(told.stdout)}
     assert found["comparisons"]["state"] == "waiting"
-    assert found["comparisons"]["detail"].startswith("for people: 0 of 28 rankings")
+    assert found["comparisons"]["detail"].startswith(f"for people: 0 of {case.wanted} rankings")
     assert not {standing["state"] for standing in found.values()} & {"failed", "interrupted"}
 
-    store = Store("state/labels.db")
-    with served_alone("state/labels.db") as (_, address):
-        desks = [Desk(browser, store, address) for _ in range(3)]
-        while [desk for desk in desks if rank(desk)]:
+    store = Store(case.store)
+    with served_alone(case.store) as (_, address):
+        desks = [Desk(browser, store, address) for _ in SCRIPTED]
+        while [desk for desk in desks if rank(desk, case)]:
             pass
         assert [desk.said for desk in desks] == [[]] * 3
     assert store.progress()["settled"]
 
-    project.run("--", *targets, config="human.yaml")
+    project.run("--", *targets, config=case.config)
     for stage in ("comparisons", "reward"):
-        about = read_record(TINY / stage).annotations("labels")
-        assert about["labelers"] == ["human-1", "human-2", "human-3"]
+        about = read_record(results / stage).annotations("labels")
+        assert about["labelers"] == SCRIPTED
         assert about["chain_head"] == store.head()
-    rows = read_jsonl(TINY / "comparisons/comparisons.jsonl")
+    rows = read_jsonl(results / "comparisons/comparisons.jsonl")
+    assert sum(len(row["rankings"]) for row in rows) == case.wanted
     for row in rows:
-        (ranking,) = row["rankings"]
-        lengths = [seen(text) for text in row["completions"]]
-        assert ranking["ranks"] == [1 + len({other for other in lengths if other > length}) for length in lengths]
-    assert main(["audit", "trace", "--reverse", "labeler:human-2", "--in", str(TINY)]) == 0
-    assert "results/tiny/reward" in capsys.readouterr().out
-    assert main(["audit", "verify", "--recursive", str(TINY / "reward")]) in (0, 3)
+        for ranking in row["rankings"]:
+            worth = case.worth(ranking["labeler"], row["completions"])
+            assert ranking["ranks"] == [1 + len({other for other in worth if other > value}) for value in worth]
+    assert main(["audit", "trace", "--reverse", "labeler:human-2", "--in", str(results)]) == 0
+    assert f"{results}/reward" in capsys.readouterr().out
+    assert main(["audit", "verify", "--recursive", str(results / "reward")]) in (0, 3)

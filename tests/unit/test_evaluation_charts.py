@@ -68,7 +68,7 @@ DRAWN = {
     "win_matrix": lambda match, narrow: charts.win_matrix(match, narrow),
     "strengths": lambda match, narrow: charts.strengths(match, SERIES, narrow),
     "length_controlled": lambda match, narrow: charts.length_controlled(match, "sft", SERIES, narrow),
-    "frontier": lambda match, narrow: charts.frontier(FRONTIER, SERIES, narrow),
+    "frontier": lambda match, narrow: charts.frontier(FRONTIER, "sft", SERIES, narrow),
     "forgetting": lambda match, narrow: charts.forgetting(FORGETTING, "base", SERIES, narrow),
     "preference_shift": lambda match, narrow: charts.preference_shift(PREFERENCES, SERIES, narrow),
     "probe_shift": lambda match, narrow: charts.probe_shift(PROBES, narrow),
@@ -88,7 +88,7 @@ def test_what_was_not_measured_has_no_spec():
     assert charts.win_matrix(None, False) is None
     assert charts.strengths(None, SERIES, False) is None
     assert charts.length_controlled(None, "sft", SERIES, False) is None
-    assert charts.frontier({"sft": {}}, SERIES, False) is None
+    assert charts.frontier({"sft": {}}, "sft", SERIES, False) is None
     assert charts.forgetting([], "base", SERIES, False) is None
     assert charts.preference_shift([], SERIES, False) is None
     assert charts.probe_shift(None, False) is None
@@ -141,7 +141,7 @@ def test_a_win_rate_that_lengths_do_not_allow_reads_so(match):
 
 
 def test_the_frontier_marks_the_chosen_point_and_the_yardstick():
-    rows = rows_of(charts.frontier(FRONTIER, SERIES, False))
+    rows = rows_of(charts.frontier(FRONTIER, "sft", SERIES, False))
     rewards = [(r["line"], r["order"], r["kl"], r["mean"], r["chosen"]) for r in rows if r.get("mean", 99) < 10 and "line" in r]  # fmt: skip
     assert rewards == [
         ("dpo", 3, 0.3, 3 / 9, False), ("dpo", 9, 0.9, 1.0, True),

@@ -72,14 +72,15 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
         assert [row["id"] for row in read_jsonl(tiny_run.folder / TINY / f"evaluation/{name}/samples.jsonl")] == ids
         found = metrics(tiny_run, f"evaluation/{name}")
         assert found["gold"]["n"] == found["reward"]["n"] == 12
-        assert (found["win_rate_vs_sft"] is None) == (name == "sft")
         assert (found["greedy_gold"] is None) == (name == "best-of-2")
-        assert (found["greedy_win_rate_vs_sft"] is None) == (name in ("sft", "best-of-2"))
     ours, theirs = (read_jsonl(tiny_run.folder / TINY / f"evaluation/{name}/samples.jsonl") for name in ("base", "sft"))
     greedy = [(a["greedy_gold"], b["greedy_gold"]) for a, b in zip(ours, theirs, strict=True)]
     assert metrics(tiny_run, "evaluation/base")["greedy_gold"]["mean"] == pytest.approx(sum(a for a, _ in greedy) / 12)
-    wins = sum((a > b) + (a == b) / 2 for a, b in greedy)
-    assert metrics(tiny_run, "evaluation/base")["greedy_win_rate_vs_sft"]["mean"] == pytest.approx(wins / 12)
+    wins = sum((b > a) + (a == b) / 2 for a, b in greedy)
+    (pair,) = (
+        p for p in metrics(tiny_run, "tournament")["greedy"]["pairs"] if (p["first"], p["second"]) == ("sft", "base")
+    )
+    assert pair["win_rate"]["mean"] == pytest.approx(wins / 12)
     assert metrics(tiny_run, "evaluation/best-of-2")["kl_to_sft"]["mean"] == pytest.approx(math.log(2) - 0.5)
     assert metrics(tiny_run, "evaluation/ppo-lora")["adapter"] == "lora"
     assert metrics(tiny_run, "evaluation/base")["retention"]["nll"]["mean"] == pytest.approx(
@@ -105,11 +106,6 @@ def test_everyone_met_everyone(tiny_run):
     assert found["subjects"] == ["base", "sft", "best-of-2", "dpo", "ppo", "ppo-lora"]
     assert len(found["sampled"]["pairs"]) == 15
     assert len(found["greedy"]["pairs"]) == 10  # best-of-n has no greedy responses
-    for pair in found["sampled"]["pairs"]:
-        if pair["second"] == "sft":
-            assert pair["win_rate"] == pytest.approx(
-                metrics(tiny_run, f"evaluation/{pair['first']}")["win_rate_vs_sft"]
-            )
     adapters = {tuple(row["adapters"]) for row in found["forgetting"]}
     assert ("lora", "full") in adapters
 

@@ -124,10 +124,7 @@ def evaluation_inputs(subject):
     """Role -> manifest of everything the evaluation of one model reads. The roles a run lacks are left out."""
     inputs = {"model": model_manifest(subject), "data": manifest("data")}
     if subject != BEFORE:
-        inputs |= {
-            "sft": manifest(BEFORE),
-            "sft_evaluation": manifest(f"evaluation/{BEFORE}"),
-        }
+        inputs["sft"] = manifest(BEFORE)
     if CONFIG.reward:
         inputs["reward"] = manifest("reward")
     if CONFIG.retention:

@@ -699,9 +699,6 @@ class EvaluationConfig(Sampling):
     gold: Literal["chrf"] | None = Field(
         default="chrf", description="scorer against the author's text, 0 to 100; null: there is none to compare with"
     )
-    tie: NonNegative = Field(
-        default=0.0, description="points of the gold score; a response within this of SFT's is a tie in the win rate"
-    )
     bootstrap: Annotated[Integer, Field(ge=100)] = Field(
         default=2000, description="resamples of the prompts behind each 95% interval"
     )
@@ -724,6 +721,9 @@ class EvaluationConfig(Sampling):
 class TournamentConfig(Block):
     """Every model against every other on the evaluation prompts, by gold score and by a judge."""
 
+    tie: NonNegative = Field(
+        default=0.0, description="points of the gold score; two responses that differ by at most this tie"
+    )
     judge: LlmJudge | None = Field(
         default=None,
         description="a language model that compares the sampled responses too; a local one wants a GPU for this rule",
@@ -1096,7 +1096,7 @@ def load(path: Path) -> Config:
 # The keys of other blocks that a stage reads, besides its own block, the seed and (if it runs a model) the precision.
 _ALSO_READS = {
     "evaluation": ("data.chat", "data.system"),
-    "tournament": ("evaluation.tie", "evaluation.bootstrap"),
+    "tournament": ("evaluation.bootstrap",),
 }
 _RUNS_MODEL = (
     "sft",

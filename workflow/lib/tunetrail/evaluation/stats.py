@@ -103,23 +103,6 @@ def outcomes(ours: Sequence[float], theirs: Sequence[float], tie: float = 0.0) -
     return np.where(np.abs(gap) <= tie, 0.5, gap > 0)
 
 
-def win_rate(
-    outcome: np.ndarray, groups: Sequence[Hashable], n_resamples: int = 2000, seed: int = 0
-) -> Interval | None:
-    """How often we win, prompt by prompt; a tie counts half.
-
-    Args:
-        outcome: [n] of 1, 0.5, 0, see `outcomes`.
-        groups: [n], the source group of each prompt.
-
-    Returns:
-        The intervals over prompts and groups of `bootstrap_of` with "wins", "ties", "losses"; None for no prompts.
-    """
-    if not len(outcome):
-        return None
-    return bootstrap_of(mean_of(outcome), groups, n_resamples, seed)[0] | tally(outcome)
-
-
 def tally(outcome: np.ndarray) -> dict[str, int]:
     """ "wins", "ties" and "losses" of [n] outcomes."""
     return {name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}

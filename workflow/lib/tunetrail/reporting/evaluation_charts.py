@@ -97,12 +97,13 @@ def length_controlled(match: dict | None, opponent: str, series: Series, narrow:
 # ----------------------------------------------------------------------------- frontier
 
 
-def frontier(evaluations: Mapping[str, dict], series: Series, narrow: bool) -> Spec | None:
-    """Reward-model and gold score over the KL to SFT: the checkpoints of each policy in the order of training, the
+def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, narrow: bool) -> Spec | None:
+    """Reward-model and gold score over the KL to the reference: the checkpoints of each policy in the order of training, the
     chosen one with its intervals, and best-of-n as the yardstick.
 
     Args:
         evaluations: metrics of each model's evaluation.
+        reference: what the policies started from, in words.
     """
     yardstick = next((m["best_of_n"] for m in evaluations.values() if m.get("best_of_n")), None)
     panels = []
@@ -129,14 +130,14 @@ def frontier(evaluations: Mapping[str, dict], series: Series, narrow: bool) -> S
                         "kl": p["kl_bound"], "kl_low": p["kl_bound"], "kl_high": p["kl_bound"], **{end: p[key][end] for end in ("mean", "low", "high")},
                     }
                 )  # fmt: skip
-        panels.append(alt.layer(*_frontier_layers(rows), _title(title)).properties(width=270 if narrow else 310, height=240))  # fmt: skip
+        panels.append(alt.layer(*_frontier_layers(rows, reference), _title(title)).properties(width=270 if narrow else 310, height=240))  # fmt: skip
     return _beside(panels, narrow) if panels else None
 
 
-def _frontier_layers(rows: list[dict]) -> list[Chart]:
+def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     top = max(row["kl_high"] if row["chosen"] else row["kl"] for row in rows)
     base = alt.Chart(_data(rows))
-    x = alt.X("kl:Q", scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False), axis=alt.Axis(title="KL to sft, nats a response (√ scale)", tickCount=5))  # fmt: skip
+    x = alt.X("kl:Q", scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False), axis=alt.Axis(title=f"KL to {reference}, nats a response (√ scale)", tickCount=5))  # fmt: skip
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
     chosen, labelled = alt.datum.chosen, alt.datum.label != ""
     return [

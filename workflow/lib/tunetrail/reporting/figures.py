@@ -56,7 +56,8 @@ def strengths(runs: Runs, narrow: bool) -> Spec | None:
 
 def reward_kl(runs: Runs, narrow: bool) -> Spec | None:
     """Of several runs the yardstick is the first one's."""
-    return ec.frontier({m.name: m.metrics for run in runs for m in run.models}, _series(runs), narrow)
+    evaluations = {m.name: m.metrics for run in runs for m in run.models}
+    return ec.frontier(evaluations, reference_of(runs), _series(runs), narrow)
 
 
 def probes(runs: Runs, narrow: bool) -> Spec | None:

@@ -1,13 +1,13 @@
 """Evaluation of one model (base, sft or a policy) on prompts no stage has seen.
 
     python -m tunetrail.stages.evaluation --config C.json --input model=… --input data=… \
-        [--input sft=… --input sft_evaluation=… --input reward=… --input retention=… --input comparisons=…] …
+        [--input sft=… --input reward=… --input retention=… --input comparisons=…] …
 
 Samples at the configured temperature and measures: gold score (the labeler's scorer, never the reward
-model), reward-model score, win rate against the SFT model on the same prompts, KL to it, length,
-distinct-n, likelihood of unrelated text and a multiple-choice task, log-probs of preferred and dispreferred
-responses, and the probes. Gold score and win rate are also measured on greedy decoding, where a policy that only
-became surer of what it said before does not gain. Where no SFT model was trained, the base model stands in its place.
+model), reward-model score, KL to the SFT model, length, distinct-n, likelihood of unrelated text and a
+multiple-choice task, log-probs of preferred and dispreferred responses, and the probes. The gold score is also
+measured on greedy decoding, where a policy that only became surer of what it said before does not gain. Where no SFT
+model was trained, the base model stands in its place. How models compare is what `stages.tournament` says.
 
 The frontier: a policy's training may keep checkpoints at fixed steps (`policies.<name>.checkpoints`); each of them
 answers the first `frontier_prompts` prompts here, as the final model did, so that all points of all policies are on
@@ -22,22 +22,17 @@ would hold the very sample that it is compared to, which it could then not lose 
 An interval is {"mean", "low", "high", "n"}, 95% by bootstrap over the source groups that prompts come from, or over
 prompts where all are of one group; standard errors likewise. In metrics.json, null where not measured:
 
-    win_rate_vs_sft, greedy_win_rate_vs_sft
-                  interval with "wins", "ties", "losses", and "group_low", "group_high", "groups" by bootstrap over
-                  source groups
     kl_to_sft     interval with "se" and "estimator"; of best-of-n ("analytic bound") nothing is estimated: "mean" and
                   "high" are the upper bound, "low" is 0
-    retention     {"nll", "perplexity", "change_vs_base": intervals; "choices": {"accuracy", "change_vs_base":
-                  intervals, "chance"}}
+    retention     {"nll", "perplexity": intervals; "choices": {"accuracy": interval, "chance"}}
     frontier      of dpo and ppo: {"prompts", "rule": how the final model was chosen, "points": [{"step", "chosen",
                   "kl": interval with "se", "reward", "gold": intervals}]}, one for each checkpoint the policy kept
                   and the final one, all on the same prompts
     best_of_n     of the model that policies start from: {"samples", "prompts", "points": [{"n", "kl_bound",
                   "reward", "gold": intervals}]}, n = 1, 2, 4, 8, 16, on the prompts of `frontier`
 
-Writes `samples.jsonl` (a row a prompt), `probes.json`, `retention.jsonl` and `choices.jsonl` (a row a text, a row a
-question, each beside the base model's), `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the
-held-out pairs).
+Writes `samples.jsonl` (a row a prompt), `probes.json`, `retention.jsonl` and `choices.jsonl` ({"id", "nll"} of a text,
+{"id", "correct"} of a question), `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the held-out pairs).
 """
 
 import json
@@ -68,9 +63,7 @@ from tunetrail.evaluation.stats import (
     best_of_n_values,
     bootstrap,
     distinct_n,
-    outcomes,
     standard_error,
-    win_rate,
 )
 from tunetrail.labeling.chrf import chrf
 from tunetrail.models.batching import encode, encode_comparison, encode_response
@@ -239,33 +232,24 @@ class Evaluator:
     # ------------------------------------------------------------------------- what else it knows
 
     def retention(self) -> dict | None:
-        """Loss on unrelated text and a multiple-choice task, and their change since the base model, row by row."""
+        """Loss on unrelated text and a multiple-choice task."""
         if "retention" not in self.stage.inputs:
             return None
         rows, questions = (self.stage.rows("retention", name) for name in ("retention.jsonl", "choices.jsonl"))
         texts = [(row["prompt_ids"], row["response_ids"]) for row in rows]
         nlls = mean_nlls(self.model, texts, self.pad_id, self.precision, self.config.batch_tokens)
-        changes = [nll - row["base_nll"] for nll, row in zip(nlls, rows, strict=True)]
         correct = right_choices(self.model, questions, self.pad_id, self.precision, self.config.batch_tokens)
-        gains = [float(ours) - row["base_correct"] for ours, row in zip(correct, questions, strict=True)]
-        write_jsonl(
-            self.stage.work / "retention.jsonl",
-            [{"id": r["id"], "nll": n, "base_nll": r["base_nll"]} for r, n in zip(rows, nlls, strict=True)],
-        )
-        write_jsonl(
-            self.stage.work / "choices.jsonl",
-            [{"id": r["id"], "correct": c, "base_correct": r["base_correct"]} for r, c in zip(questions, correct, strict=True)],
-        )  # fmt: skip
-        is_base, nll = self.subject["name"] == "base", self.interval(nlls)
+        for name, key, values, of in (("retention", "nll", nlls, rows), ("choices", "correct", correct, questions)):
+            table = [{"id": row["id"], key: value} for row, value in zip(of, values, strict=True)]
+            write_jsonl(self.stage.work / f"{name}.jsonl", table)
+        nll = self.interval(nlls)
         choices = {
             "accuracy": self.interval([float(c) for c in correct]),
-            "change_vs_base": None if is_base else self.interval(gains),
             "chance": sum(1 / len(row["choices"]) for row in questions) / len(questions),
         } if questions else None  # fmt: skip
         return {
             "nll": nll,
             "perplexity": nll and nll | {end: math.exp(nll[end]) for end in ("mean", "low", "high")},
-            "change_vs_base": None if is_base else self.interval(changes),
             "choices": choices,
         }
 
@@ -371,14 +355,6 @@ def run(stage: Stage) -> dict:
     ]
     write_jsonl(stage.work / "samples.jsonl", table)
 
-    def wins(ours: list[float] | None, column: str) -> dict | None:
-        """Against the SFT model, prompt by prompt."""
-        if ours is None or "sft_evaluation" not in stage.inputs:
-            return None
-        theirs = {row["id"]: row[column] for row in stage.rows("sft_evaluation", "samples.jsonl")}
-        outcome = outcomes(ours, [theirs[row["id"]] for row in rows], config.tie)
-        return win_rate(outcome, [row["group"] for row in rows], config.bootstrap, stage.seed)
-
     return {
         "policy": subject["name"],
         "method": subject["method"],
@@ -391,8 +367,6 @@ def run(stage: Stage) -> dict:
         "gold": interval(samples.gold),
         "greedy_gold": interval(greedy.gold) if greedy else None,
         "reward": interval(samples.reward),
-        "win_rate_vs_sft": wins(samples.gold, "gold"),
-        "greedy_win_rate_vs_sft": wins(greedy.gold if greedy else None, "greedy_gold"),
         "kl_to_sft": evaluator.divergence(samples),
         "frontier": evaluator.frontier(samples, along),
         "best_of_n": evaluator.best_of_n(many),

@@ -126,7 +126,7 @@ def judged(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> tupl
 
 def run(stage: Stage) -> dict:
     config = TournamentConfig(**stage.config)
-    tie, n_resamples = stage.shared["evaluation.tie"], stage.shared["evaluation.bootstrap"]
+    tie, n_resamples = config.tie, stage.shared["evaluation.bootstrap"]
     evaluated = [role.partition(".")[2] for role in stage.inputs if role.startswith("evaluation.")]
     subjects = sorted(evaluated, key=lambda name: (name != "base", name != "sft", name))
     reference = "sft" if "sft" in subjects else "base"
