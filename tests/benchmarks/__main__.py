@@ -25,7 +25,6 @@ import torch
 
 from tests.benchmarks.audit import tracing, verifying
 from tests.benchmarks.parts import PARTS
-from tests.benchmarks.planning import planning
 from tests.benchmarks.workload import gemm_peak, memory_bandwidth
 from tunetrail.contract import write_json
 from tunetrail.runtime import use_bf16
@@ -147,7 +146,7 @@ def main() -> None:
             flush=True,
         )
     if not only or "plan" in only:
-        results["plan.2000_shards"] = planning()
+        results["plan.2000_shards"] = run([sys.executable, "-m", "tests.benchmarks.planning"])
         for name, found in results["plan.2000_shards"].items():
             if name != "artifacts":
                 print(f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the processor), peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)  # fmt: skip

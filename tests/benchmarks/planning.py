@@ -1,5 +1,11 @@
-"""What planning costs: `tunetrail plan`, and the bare dry run under it, of 2,000 sampling shards and 50 policies."""
+"""What planning costs: `tunetrail plan`, and the bare dry run under it, of 2,000 sampling shards and 50 policies.
 
+    python -m tests.benchmarks.planning
+
+A process of its own, and a small one: the peak of a command is never told as less than that of who started it.
+"""
+
+import json
 import os
 import subprocess
 import sys
@@ -76,3 +82,7 @@ def planning(shards: int = 2000, policies: int = 50) -> dict:
         found["artifacts"] = make(folder)
         found |= {f"{command}_stale": measured(words, folder) for command, words in COMMANDS.items()}
     return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(planning()))
