@@ -1,6 +1,6 @@
 """A run with labeler human: it waits, three people rank in a real browser, and the reward model's record names them.
 
-The tiny model goes this way with every `make test`; the demo, which takes a quarter of an hour, with
+The tiny model goes this way with every `make test`; the demo, which takes ten minutes, with
 
     TUNETRAIL_DEMO=1 python -m pytest tests/browser/test_label_run.py
 """
@@ -82,7 +82,7 @@ def demo(project) -> Case:
     return Case(project, "config/examples/human-labels.yaml", results, "state/human-labels.db", 272, worth)
 
 
-DEMO = pytest.param("demo", marks=pytest.mark.skipif(not os.environ.get("TUNETRAIL_DEMO"), reason="the demo takes a quarter of an hour; TUNETRAIL_DEMO=1 runs it"))  # fmt: skip
+DEMO = pytest.param("demo", marks=pytest.mark.skipif(not os.environ.get("TUNETRAIL_DEMO"), reason="the demo takes ten minutes; TUNETRAIL_DEMO=1 runs it"))  # fmt: skip
 
 
 @pytest.fixture(params=["tiny", DEMO])
