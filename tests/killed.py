@@ -123,7 +123,7 @@ def attempt(work: Work, name: str, moment: Moment | None, sent: int, environment
 def together(target: Callable[..., None], arguments: list[tuple]) -> list[int | None]:
     """Exit codes of a function in fresh processes over gloo, which do not pay for imports.
 
-    Where one process fails the others are killed, as launchers do.
+    Where one process fails the others are killed, as launchers do; and all of them where none has ended in ten minutes.
 
     Args:
         arguments: of each process, which gets its environment variables as one more.
@@ -140,7 +140,11 @@ def together(target: Callable[..., None], arguments: list[tuple]) -> list[int | 
         children[-1].start()
     running = {child.sentinel: child for child in children}
     while running:
-        for sentinel in wait(list(running)):
+        ended = wait(list(running), timeout=600)
+        if not ended:
+            for child in running.values():
+                child.kill()
+        for sentinel in ended:
             if running.pop(sentinel).exitcode:  # type: ignore[call-overload]
                 for other in running.values():
                     other.kill()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.killed import together
+from tunetrail.contract import _end_process_group
 from tunetrail.ppo.sharding import gathered
 
 from .test_ppo import make_trainer
@@ -25,7 +26,8 @@ def two_iterations(path: Path, changes: dict, environment: dict[str, str]) -> No
         if trainer.accelerator.is_main_process:
             weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters()}
             torch.save({"weights": weights, "history": trainer.history, "share": share}, path)
-    torch.distributed.destroy_process_group()
+    del trainer
+    _end_process_group()
 
 
 @pytest.mark.parametrize("changes", [
