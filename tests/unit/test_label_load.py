@@ -81,8 +81,14 @@ def test_a_server_that_is_killed_stores_an_answer_whole_or_not_at_all(tmp_path, 
         for thread in threads:
             thread.start()
         time.sleep(0.2 + random.Random(seed).random() / 3)
-        while len(unsure) < 2 and not broken:  # one writes after the other, so both cannot be stored by then
-            time.sleep(0.0005)
+        while True:
+            while len(unsure) < 2 and not broken:
+                time.sleep(0.0005)
+            process.send_signal(signal.SIGSTOP)  # or all might be answered before it is killed
+            time.sleep(0.05)
+            if unsure or broken:
+                break
+            process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGKILL)
         for thread in threads:
             thread.join()
