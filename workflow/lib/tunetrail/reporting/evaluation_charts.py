@@ -98,8 +98,8 @@ def length_controlled(match: dict | None, opponent: str, series: Series, narrow:
 
 
 def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, narrow: bool) -> Spec | None:
-    """Reward-model and gold score over the KL to the reference: the checkpoints of each policy in the order of training, the
-    chosen one with its intervals, and best-of-n as the yardstick.
+    """Reward-model and gold score over the KL to the reference: the checkpoints of each policy in the order of training,
+    the chosen one with its intervals, and best-of-n as the yardstick.
 
     Args:
         evaluations: metrics of each model's evaluation.

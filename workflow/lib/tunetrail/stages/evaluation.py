@@ -58,13 +58,7 @@ from tunetrail.evaluation.models import (
     right_choices,
     sentence_probe,
 )
-from tunetrail.evaluation.stats import (
-    best_of_n_kl,
-    best_of_n_values,
-    bootstrap,
-    distinct_n,
-    standard_error,
-)
+from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values, bootstrap, distinct_n, standard_error
 from tunetrail.labeling.chrf import chrf
 from tunetrail.models.batching import encode, encode_comparison, encode_response
 from tunetrail.models.comparisons import decided_pairs, preference_targets

@@ -4,8 +4,9 @@
 
 `source: chatterbot`: general questions (chatterbot-corpus, BSD) with the base model's own greedy answers;
 `source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss
-on it (`base_nll`, nats a token), so that every later model is compared row by row; and `choices.jsonl`, a
-multiple-choice task: which of four answers belongs to a question (of four continuations to the start of a block).
+on it (`base_nll`, nats a token), and `choices.jsonl`, a multiple-choice task: which of four answers belongs to a
+question (of four continuations to the start of a block), with whether the base model chooses it (`base_correct`).
+Models are compared row by row in `stages.tournament`, by what each one's evaluation measured.
 """
 
 import random
