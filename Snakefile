@@ -15,13 +15,9 @@ if "base" not in config:  # no --configfile given: a second file would be merged
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/config.smk"
-include: "workflow/rules/base.smk"
-include: "workflow/rules/data.smk"
-include: "workflow/rules/sft.smk"
+include: "workflow/rules/stage.smk"
+include: "workflow/rules/training.smk"
 include: "workflow/rules/comparisons.smk"
-include: "workflow/rules/reward.smk"
-include: "workflow/rules/policies.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/report.smk"
 
@@ -43,8 +39,8 @@ onsuccess:
 
 onerror:
     shell("python -m tunetrail audit seal {RESULTS} >&2 || true")
-    from tunetrail.launch.dag import forget_failed
-    from tunetrail.launch.status import failure_summary
+    from tunetrail.monitor.dag import forget_failed
+    from tunetrail.monitor.status import failure_summary
 
     forget_failed(workflow)
     summary, code = failure_summary(workflow, sys.argv[1:])

@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import main
+from tunetrail.contract.runner import main
 
 PHASES = {
     # of transformers' Trainer: sft, reward and dpo

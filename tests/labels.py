@@ -48,7 +48,7 @@ def served(store: Store, prefix: str = "") -> Iterator[str]:
 @contextlib.contextmanager
 def served_alone(store: str, *options: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """`tunetrail label serve` as a process of its own, and its address."""
-    command = [sys.executable, "-m", "tunetrail.cli", "label", "serve", "--store", store, "--port", "0", *options]
+    command = [sys.executable, "-m", "tunetrail", "label", "serve", "--store", store, "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:

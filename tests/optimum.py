@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from accelerate import Accelerator
 
-from tunetrail.config import PpoConfig
+from tunetrail.config.ppo import PpoConfig
 from tunetrail.models.scoring import map_batches, response_logprobs
 from tunetrail.models.tiny import tiny_model
 from tunetrail.ppo.trainer import PPOTrainer

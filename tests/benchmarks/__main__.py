@@ -26,8 +26,8 @@ import torch
 from tests.benchmarks.audit import tracing, verifying
 from tests.benchmarks.parts import PARTS
 from tests.benchmarks.workload import gemm_peak, memory_bandwidth
-from tunetrail.contract import write_json
-from tunetrail.runtime import use_bf16
+from tunetrail.files import write_json
+from tunetrail.models.runtime import use_bf16
 
 TRL_PYTHON = Path(".venv-trl/bin/python")
 OURS = [sys.executable, "-m", "tests.benchmarks.peers"]

@@ -31,8 +31,8 @@ from tests.optimum import (
     train_ppo,
 )
 from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.models.training import score_labels_only
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
-from tunetrail.training import score_labels_only
 
 BETAS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25)
 PAIRS = 16384

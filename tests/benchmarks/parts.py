@@ -38,7 +38,7 @@ def training_steps(keep_memory: bool) -> float:
     """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
     import torch
 
-    from tunetrail.runtime import keep_freed_memory
+    from tunetrail.models.runtime import keep_freed_memory
 
     if keep_memory:
         keep_freed_memory()
@@ -62,7 +62,7 @@ def fine_tuning(ours: bool) -> float:
     from trl import SFTConfig, SFTTrainer
 
     from tunetrail.models.tiny import tiny_tokenizer
-    from tunetrail.training import score_labels_only
+    from tunetrail.models.training import score_labels_only
 
     model = llama(layers=8, vocab_size=49152, tie_word_embeddings=True)
     rows = [

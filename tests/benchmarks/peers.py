@@ -21,7 +21,7 @@ from tests.benchmarks import workload
 from tests.benchmarks.workload import Arithmetic, ranked, report
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
-from tunetrail.runtime import prepare
+from tunetrail.models.runtime import prepare
 
 SEED = 0
 
@@ -55,7 +55,7 @@ def ours(batch_size: int, bf16: bool) -> dict[str, Any]:
 def ppo(_: bool, bf16: bool) -> None:
     from accelerate import Accelerator
 
-    from tunetrail.config import PpoConfig
+    from tunetrail.config.ppo import PpoConfig
     from tunetrail.ppo.trainer import PPOTrainer
     from tunetrail.stages.reward import initialise
 
@@ -125,8 +125,8 @@ def sampling(by_us: bool, bf16: bool) -> None:
 def sft(by_us: bool, bf16: bool) -> None:
     from trl import SFTConfig, SFTTrainer
 
+    from tunetrail.models.training import epoch_order, score_labels_only
     from tunetrail.stages.sft import tokenize
-    from tunetrail.training import epoch_order, score_labels_only
 
     tokenizer = load_tokenizer(workload.MODEL)
     rows, batch_size = workload.rows("sft", workload.ROWS), 8

@@ -17,15 +17,16 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tests.benchmarks.workload import MODEL
-from tunetrail.contract import Stage, Stop
+from tunetrail.contract.stage import Attempt, Request, Stage
+from tunetrail.contract.stop import Stop
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
-from tunetrail.runtime import prepare
-from tunetrail.training import StageCallback
+from tunetrail.models.runtime import prepare
+from tunetrail.models.training import StageCallback
 
 
 def trained(folder: Path) -> SFTTrainer:
     """A trainer of the demo's model after a step, which gave its optimizer a state."""
-    stage = Stage("sft", {}, {}, {}, folder, folder, folder, Stop())
+    stage = Stage(Request("sft", {}, {}, folder), {}, Attempt(folder, folder, Stop()))
     trainer = SFTTrainer(
         model=load_causal_lm(MODEL),
         args=SFTConfig(output_dir=str(folder), max_steps=1, per_device_train_batch_size=1, bf16=False, use_cpu=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[], disable_tqdm=True, gradient_checkpointing=False, save_strategy="no", optim="adamw_torch_fused"),

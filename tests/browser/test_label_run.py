@@ -25,10 +25,10 @@ from tests.browser.test_label_page import Desk
 from tests.conftest import Project
 from tests.labels import served_alone
 from tunetrail.cli import main
-from tunetrail.contract import read_jsonl
+from tunetrail.files import read_jsonl
 from tunetrail.labeling.app.store import Store
-from tunetrail.labeling.chrf import chrf
 from tunetrail.provenance.record import read_record
+from tunetrail.scorers.chrf import chrf
 
 browser, pytestmark = test_label_page.browser, test_label_page.pytestmark
 SCRIPTED = ["human-1", "human-2", "human-3"]

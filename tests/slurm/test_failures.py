@@ -12,8 +12,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from tunetrail.contract import parse_time_left, read_jsonl
-from tunetrail.lease import holder
+from tunetrail.contract.lease import holder
+from tunetrail.contract.stop import parse_time_left
+from tunetrail.files import read_jsonl
 
 from .cluster import until
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunetrail.contract import verify
+from tunetrail.contract.artifact import verify
 
 from .cluster import until
 from .conftest import CONFIG, OnSlurm
@@ -22,7 +22,7 @@ from .test_failures import ends_well, goes_on_from
 
 # The profile's own partition of each rule, as its first lines name them.
 PARTITIONS = {
-    "base": "cpu", "data": "cpu", "comparisons": "cpu", "best_of_n": "cpu", "tournament": "cpu", "report": "cpu", "retention": "gpu", "sft": "gpu",
+    "base": "cpu", "data": "cpu", "comparisons": "cpu", "best_of_n": "cpu", "head_to_head": "cpu", "report": "cpu", "retention": "gpu", "sft": "gpu",
     "completions": "gpu", "reward": "gpu", "dpo": "gpu", "evaluation": "gpu", "ppo": "gpu-large",
 }  # fmt: skip
 

@@ -6,11 +6,12 @@ import os
 
 import pytest
 
-from tunetrail.contract import main, read_jsonl, write_json, write_jsonl
-from tunetrail.labeling.chrf import chrf
+from tunetrail.contract.runner import main
+from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
+from tunetrail.scorers.chrf import chrf
 from tunetrail.stages.comparisons import longer_wins, run, summarize
 
 REF = "Return the absolute value of the argument."
@@ -19,7 +20,8 @@ COMPLETIONS = ["Open the window", "Return the absolute value of the number.", "R
 
 def make_row(row_id, split="reward", completions=COMPLETIONS, ref=REF):
     return {
-        "id": row_id, "group": row_id, "split": split, "prompt": f"Q {row_id}", "reference": ref,
+        "id": row_id, "group": row_id, "split": split, "prompt": f"Q {row_id}",
+        "messages": [{"role": "user", "content": f"Q {row_id}"}], "reference": ref,
         "completions": completions, "finished": [True] * len(completions),
     }  # fmt: skip
 

@@ -11,9 +11,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tunetrail.config import canonical_json, check_files, expand_sweeps, load, parse, read_yaml, stage_config
-from tunetrail.config import main as command
+from tunetrail.config.__main__ import main as command
+from tunetrail.config.loading import check_files, expand_sweeps, load, parse, read_yaml
 from tunetrail.errors import ConfigError
+from tunetrail.files import canonical_json
+from tunetrail.stages.registry import stage_config
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text(encoding="utf-8"))
@@ -105,7 +107,7 @@ BAD = [
     ("policies", None, "policies: is empty; give it keys, or remove it where it is optional"),
     ("data", None, "data: is empty; give it keys, or remove it where it is optional"),
     ("evaluation.sentence", "", "evaluation.sentence: must not be empty, got ''"),
-    ("tournament.judge", {"model": "m"}, "tournament.judge: give either endpoint (with model) or path (a local model)"),
+    ("head_to_head.judge", {"model": "m"}, "head_to_head.judge: give either endpoint (with model) or path (a local model)"),
     ("lm_eval", {"tasks": []}, "lm_eval.tasks: should have at least 1 item after validation, not 0, got []"),
     ("sft.lora", {"target_modules": 5}, "sft.lora.target_modules: must be all-linear or a list of layer names, got 5"),
     ("sft.lora", {"target_modules": []}, "sft.lora.target_modules: must be all-linear or a list of layer names, got []"),
@@ -123,7 +125,8 @@ BAD = [
     ("data.shares.sft", float("nan"), "data.shares.sft: must be a finite number, got nan"),
     ("comparisons.noise", float("inf"), "comparisons.noise: must be a finite number, got inf"),
     ("base.hidden_size", 12, "base.hidden_size: must be a multiple of 8, got 12"),
-    ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: must be less than or equal to 0, got 0.1"),
+    ("tournament", {}, "tournament: was renamed to head_to_head"),
+    ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: is always off: log-probs must be functions of the text alone; remove the key"),
     ("policies.dpo.label_smoothing", 0.5, "policies.dpo.label_smoothing: must be less than 0.5, got 0.5"),
     ("completions.shards", 10000, "completions.shards: must be less than or equal to 9999, got 10000"),
     ("run", "x" * 81, f"run: should have at most 80 characters, got '{'x' * 79}…"),
@@ -399,7 +402,7 @@ def test_a_sweep_may_turn_something_off():
 STAGES = ["base", "data", "sft", "completions", "comparisons", "reward", "retention", "report"]
 STAGES += [f"policies.{name}" for name in GOOD["policies"]]
 STAGES += [f"evaluation.{name}" for name in ("base", "sft", *GOOD["policies"])]
-STAGES += ["tournament"]
+STAGES += ["head_to_head"]
 RUN_A_MODEL = [stage for stage in STAGES if stage not in ("base", "data", "report")]
 EVALUATIONS = [stage for stage in STAGES if stage.startswith("evaluation")]
 
@@ -415,9 +418,9 @@ EVALUATIONS = [stage for stage in STAGES if stage.startswith("evaluation")]
         ("data.limits", {"sft": 100}, ["data"]),
         ("data.chat", False, ["data", *EVALUATIONS]),
         ("data.system", "Be brief.", ["data", *EVALUATIONS]),
-        ("evaluation.bootstrap", 100, [*EVALUATIONS, "tournament"]),
+        ("evaluation.bootstrap", 100, [*EVALUATIONS, "head_to_head"]),
         ("evaluation.frontier_prompts", 8, EVALUATIONS),
-        ("tournament", {"judge": {"endpoint": "http://localhost/v1", "model": "m"}}, ["tournament"]),
+        ("head_to_head", {"judge": {"endpoint": "http://localhost/v1", "model": "m"}}, ["head_to_head"]),
         ("retention", {"prompts": 8}, ["retention"]),
         ("report", {"title": "t"}, ["report"]),
         ("precision", "fp32", RUN_A_MODEL),

@@ -19,30 +19,25 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail import contract, stages
-from tunetrail.contract import (
-    Stage,
-    Stop,
-    main,
-    parse_time_left,
-    publish,
-    read_finished_rows,
-    read_jsonl,
-    verify,
-    write_json,
-    write_jsonl,
-)
+from tunetrail import stages
+from tunetrail.contract import runner
+from tunetrail.contract import stop as stop_module
+from tunetrail.contract.artifact import publish, verify
+from tunetrail.contract.runner import main
+from tunetrail.contract.stage import Attempt, Request, Stage
+from tunetrail.contract.stop import Stop, parse_time_left
 from tunetrail.errors import ConfigError, DataError, Interrupted
+from tunetrail.files import read_finished_rows, read_jsonl, write_json, write_jsonl
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.provenance.record import Record, read_record
 
 # A stage in n steps that keeps in its state how far it is. What it makes depends on config and input alone.
 SCRIPT = """
 import sys, time
-from tunetrail.contract import main
+from tunetrail.contract.runner import main
 
 def run(stage):
-    text = (stage.inputs["parent"] / "text.txt").read_text()
+    text = (stage.inputs["parent"].folder / "text.txt").read_text()
     steps, done = stage.config["n"], stage.state / "done"
     for i in range(len(done.read_text()) if done.exists() else 0, steps):
         time.sleep(stage.config.get("pause", 0))
@@ -378,7 +373,7 @@ def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(mon
 
     stop = Stop()
     with monkeypatch.context() as patched:
-        patched.setattr(contract, "of_all_processes", agree)
+        patched.setattr(stop_module, "of_all_processes", agree)
         assert not stop.requested()
     assert stop.requested()
     assert "stopped by SIGTERM at step 1" in str(stop.interruption("at step 1"))
@@ -506,7 +501,7 @@ def test_a_second_writer_is_kept_out(space):
 
 def test_checkpoints_go_when_the_artifact_is_there(space):
     (space.folder / "stage.py").write_text(
-        "import sys\nfrom tunetrail.contract import main\n\ndef run(stage):\n"
+        "import sys\nfrom tunetrail.contract.runner import main\n\ndef run(stage):\n"
         "    for name in ('checkpoint-1', 'tensorboard'):\n        (stage.state / name).mkdir()\n"
         "    return {}\n\nsys.exit(main(run))\n"
     )
@@ -633,7 +628,7 @@ def test_publish_alone_by_hand(tmp_path, monkeypatch):
     work = tmp_path / ".out.work"
     work.mkdir()
     (work / "a.txt").write_text("a")
-    stage = Stage("s", {}, {"seed": 1}, {}, tmp_path / "out", work, tmp_path / "state", stop=None)  # type: ignore[arg-type]
+    stage = Stage(Request("s", {}, {"seed": 1}, tmp_path / "out"), {}, Attempt(work, tmp_path / "state", stop=None))  # type: ignore[arg-type]
     attempt = {"start": "2026-01-01T00:00:00+00:00", "end": "2026-01-01T00:00:01+00:00", "host": "h", "job_id": "5"}
     publish(stage, {}, [attempt])
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == {
@@ -816,10 +811,12 @@ def test_a_stage_for_one_process_refuses_several(tmp_path, monkeypatch, capfd):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(stages.__path__)])
+@pytest.mark.parametrize(
+    "name", [module.name for module in pkgutil.iter_modules(stages.__path__) if module.name != "registry"]
+)
 def test_stages_that_train_run_in_several_processes(name, monkeypatch):
     told = []
-    monkeypatch.setattr(contract, "main", lambda run, **options: told.append(options))
+    monkeypatch.setattr(runner, "main", lambda run, **options: told.append(options))
     with pytest.raises(SystemExit):
         runpy.run_module(f"tunetrail.stages.{name}", run_name="__main__")
-    assert told == [{"distributed": True} if name in ("sft", "reward", "dpo", "ppo") else {}]
+    assert told == [{"distributed": name in ("sft", "reward", "dpo", "ppo")}]

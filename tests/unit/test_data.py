@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunetrail.config import DataConfig, FileSource, Shares
-from tunetrail.contract import main, read_jsonl, write_json
+from tunetrail.config.data import DataConfig, FileSource, Shares
+from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
 from tunetrail.data.readers import check_sources, parse_transcript, read_demonstrations, read_preferences
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
 from tunetrail.errors import DataError
+from tunetrail.files import read_jsonl, write_json
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.stages import data as data_stage

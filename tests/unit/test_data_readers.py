@@ -11,7 +11,7 @@ import datasets
 import pandas as pd
 import pytest
 
-from tunetrail.config import DataConfig, FileSource, HubSource
+from tunetrail.config.data import DataConfig, FileSource, HubSource
 from tunetrail.data.readers import check_sources, demonstrations, read_demonstrations, read_preferences
 from tunetrail.errors import DataError
 
@@ -283,7 +283,7 @@ def test_checking_needs_no_heavy_library(tmp_path):
     """It runs each time Snakemake starts."""
     (tmp_path / "d.jsonl").write_text(json.dumps(GOOD) + "\n", encoding="utf-8")
     code = (
-        "import sys; from tunetrail.config import DataConfig; from tunetrail.data.readers import check_sources\n"
+        "import sys; from tunetrail.config.data import DataConfig; from tunetrail.data.readers import check_sources\n"
         "check_sources(DataConfig(demonstrations=[{'source': 'file', 'path': 'd.jsonl'}, {'source': 'docstrings'}]))\n"
         "print(sorted({'torch', 'transformers', 'pandas', 'datasets', 'datasketch'} & set(sys.modules)))"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunetrail.config import SPLITS, Shares
+from tunetrail.config.data import SPLITS, Shares
 from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, overlaps, shuffled
 from tunetrail.errors import DataError
 

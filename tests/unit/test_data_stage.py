@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.config import DataConfig, FileSource
-from tunetrail.contract import main, read_jsonl, write_json
+from tunetrail.config.data import DataConfig, FileSource
+from tunetrail.contract.runner import main
+from tunetrail.files import read_jsonl, write_json
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tunetrail import config as config_module
-from tunetrail import contract, errors, lease
-from tunetrail.config import KEYS_END, KEYS_START, SPLITS, Block, Config, document, expand_sweeps, schema
-from tunetrail.config import main as command
+from tunetrail import errors
+from tunetrail.config import documentation
+from tunetrail.config.__main__ import main as command
+from tunetrail.config.data import SPLITS, FileSource
+from tunetrail.config.documentation import KEYS_END, KEYS_START, document, schema
+from tunetrail.config.fields import Block
+from tunetrail.config.loading import expand_sweeps
+from tunetrail.config.run import Config
 from tunetrail.data.readers import read_demonstrations, read_preferences
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +35,7 @@ REACHABLE = sorted(blocks(Config), key=lambda block: block.__name__)
 
 def table_of(block: type[Block]) -> list[dict[str, str]]:
     """The README's table of a block: rows by heading. Read as Markdown, not by the code that wrote it."""
-    title = next((path, variant) for path, variant, model in config_module._BLOCKS if model is block)
+    title = next((path, variant) for path, variant, model in documentation._BLOCKS if model is block)
     heading = (f"`{title[0]}`" if title[0] else "Top level") + (f" with `{title[1]}`" if title[1] else "")
     section = TABLES.partition(f"### {heading}\n")[2].partition("\n### ")[0]
     header, _, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
@@ -47,7 +51,7 @@ def test_the_walk_finds_every_block():
         "PpoConfig",
         "PreferenceProbe",
     }
-    assert set(REACHABLE) == {model for _, _, model in config_module._BLOCKS}
+    assert set(REACHABLE) == {model for _, _, model in documentation._BLOCKS}
 
 
 @pytest.mark.parametrize("block", REACHABLE, ids=lambda block: block.__name__)
@@ -96,7 +100,7 @@ def test_every_shape_shown_is_read(tmp_path):
     assert len(shown) == 7
     for i, row in enumerate(shown):
         (tmp_path / f"{i}.jsonl").write_text(row, encoding="utf-8")
-        source = config_module.FileSource(source="file", path=tmp_path / f"{i}.jsonl")
+        source = FileSource(source="file", path=tmp_path / f"{i}.jsonl")
         read = read_preferences if "chosen" in row or "ranks" in row or "labels" in row else read_demonstrations
         assert len(read(source, None)) == 1, row
 
@@ -114,7 +118,7 @@ def test_every_split_exit_code_and_variable_is_told():
         assert f"| `{split}` | " in README
     for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Displaced):
         assert f"| {error.exit_code} | " in README
-    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (contract, lease)]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "workflow/lib/tunetrail/contract").glob("*.py")]
     variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", "".join(sources)))
     assert variables == set(re.findall(r"TUNETRAIL_[A-Z_]+", README))
     assert "| `TUNETRAIL_CHECKPOINT_MINUTES` | minutes | 10 |" in README

@@ -10,9 +10,9 @@ import pytest
 
 from tunetrail.cli import main
 from tunetrail.errors import ConfigError
-from tunetrail.launch import doctor
-from tunetrail.launch.dag import Job
-from tunetrail.launch.doctor import FINDING, SOUND, UNKNOWN, Check
+from tunetrail.monitor import doctor
+from tunetrail.monitor.dag import Job
+from tunetrail.monitor.doctor import FINDING, SOUND, UNKNOWN, Check
 
 SINFO = """cpu|up|1-00:00:00|64000|16|(null)|idle|2
 cpu|up|1-00:00:00|64000|16|(null)|drained|1

@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.stats import sem
 
-from tunetrail.contract import main, read_jsonl, write_json
+from tunetrail.contract.runner import main
 from tunetrail.evaluation import stats
 from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
+from tunetrail.files import read_jsonl, write_json
 from tunetrail.models.batching import collate, encode
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from tunetrail.models.sampling import sample
@@ -22,8 +23,8 @@ from tunetrail.models.tiny import tiny_model
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import read_record
 from tunetrail.stages.evaluation import Evaluator, Samples
+from tunetrail.stages.head_to_head import verdict_outcomes
 from tunetrail.stages.retention import multiple_choice
-from tunetrail.stages.tournament import verdict_outcomes
 
 from .test_training import write_workspace
 
@@ -44,8 +45,8 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
         )
         for name, method in (("base", "base"), ("dpo", "dpo"), ("best", "best_of_n"))
     },
-    "tournament": (
-        "tournament",
+    "head_to_head": (
+        "head_to_head",
         {},
         {"base": "base", "evaluation.base": "evaluation/base", "evaluation.dpo": "evaluation/dpo", "evaluation.best": "evaluation/best"},
         {"evaluation.bootstrap": 100},
@@ -116,17 +117,17 @@ def test_a_win_rate_is_of_gold_scores_prompt_by_prompt(folder):
     rows, theirs = (read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in ("dpo", "base"))
     assert [row["id"] for row in rows] == [row["id"] for row in theirs]
     outcome = stats.outcomes([r["gold"] for r in rows], [r["gold"] for r in theirs])
-    sampled = metrics(folder, "tournament")["sampled"]
+    sampled = metrics(folder, "head_to_head")["sampled"]
     pairs = {(row["first"], row["second"]): row for row in sampled["pairs"]}
     assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("dpo", "best")}
     found = pairs["dpo", "base"]["win_rate"]
     assert found["mean"] == pytest.approx(outcome.mean())
     assert found["groups"] == len({row["group"] for row in rows}) == 4
-    assert [row["name"] for row in metrics(folder, "tournament")["greedy"]["scores"]] == [
+    assert [row["name"] for row in metrics(folder, "head_to_head")["greedy"]["scores"]] == [
         "base",
         "dpo",
     ]  # best has none
-    assert metrics(folder, "tournament")["judge"] is None
+    assert metrics(folder, "head_to_head")["judge"] is None
 
 
 def evaluator(folder, name, rows):
@@ -233,7 +234,7 @@ def test_forgetting_is_a_difference_text_by_text(folder):
     assert retention["choices"]["chance"] == 0.25
     base = metrics(folder, "evaluation/base")["retention"]
     assert base["choices"]["accuracy"]["mean"] == pytest.approx(metrics(folder, "retention")["base_accuracy"])
-    pairs = {(row["first"], row["second"]): row for row in metrics(folder, "tournament")["forgetting"]}
+    pairs = {(row["first"], row["second"]): row for row in metrics(folder, "head_to_head")["forgetting"]}
     texts = {row["id"]: row["base_nll"] for row in read_jsonl(folder / "retention/retention.jsonl")}
     changes = [row["nll"] - texts[row["id"]] for row in rows]
     assert pairs["dpo", "base"]["nll"]["mean"] == pytest.approx(np.mean(changes), abs=1e-4)
@@ -248,7 +249,7 @@ def test_a_text_of_ones_own_is_in_the_record(folder):
 
 
 def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
-    (found,) = [row for row in metrics(folder, "tournament")["preferences"] if row["after"] == "dpo"]
+    (found,) = [row for row in metrics(folder, "head_to_head")["preferences"] if row["after"] == "dpo"]
     before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
     for name in ("chosen", "rejected"):
         changes = [b[f"{name}_logp"] - a[f"{name}_logp"] for a, b in zip(before, after, strict=True)]
@@ -258,7 +259,7 @@ def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
 
 
 def test_probes_have_the_likeliest_tokens_of_both(folder):
-    probes = json.loads((folder / "tournament/probes.json").read_text())["pairs"]
+    probes = json.loads((folder / "head_to_head/probes.json").read_text())["pairs"]
     assert [(p["before"], p["after"]) for p in probes] == [("base", "best"), ("base", "dpo")]
     before, after = (json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo"))  # fmt: skip
     position = probes[1]["positions"][4]
@@ -296,14 +297,14 @@ def test_multiple_choice_has_the_answer_once_and_others_answers():
 
 
 def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
-    from tunetrail.stages import tournament
+    from tunetrail.stages import head_to_head
 
-    real = tournament.read
+    real = head_to_head.read
     monkeypatch.setattr(
-        tournament, "read", lambda stage, subjects, name: {s: dict(list(rows.items())[s == "dpo" :]) for s, rows in real(stage, subjects, name).items()}
+        head_to_head, "read", lambda stage, subjects, name: {s: dict(list(rows.items())[s == "dpo" :]) for s, rows in real(stage, subjects, name).items()}
     )  # fmt: skip
-    assert run(folder, "tournament", "other", **{"evaluation.bootstrap": 101}) == 65
-    assert "tournament: dpo was evaluated on other prompts than base" in capfd.readouterr().err
+    assert run(folder, "head_to_head", "other", **{"evaluation.bootstrap": 101}) == 65
+    assert "head_to_head: dpo was evaluated on other prompts than base" in capfd.readouterr().err
 
 
 def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
@@ -312,7 +313,7 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
 
     def judge(verdict):
         def of(config, key):
-            assert key == "tournament.judge"
+            assert key == "head_to_head.judge"
             return lambda questions: [verdict(*q.partition("Response A:")[2].partition("Response B:")[::2]) for q in questions]  # fmt: skip
 
         return of
@@ -322,11 +323,10 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         return "tie" if a == b else "A" if a > b else "B"
 
     settings = {"config": {"judge": {"endpoint": "http://localhost/v1", "model": "m"}}}
-    monkeypatch.setattr(llm, "chat_turn", lambda base: None)
     for i, verdict in enumerate((lambda a, b: "A", longer)):
         monkeypatch.setattr(llm, "endpoint_judge", judge(verdict))
-        assert run(folder, "tournament", f"judged{i}", **settings) == 0
-        found = metrics(folder, "tournament")
+        assert run(folder, "head_to_head", f"judged{i}", **settings) == 0
+        found = metrics(folder, "head_to_head")
         rows = {name: read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in found["subjects"]}
         for pair in found["judge"]["pairs"]:
             a, b = ([len(row["completion"]) for row in rows[pair[side]]] for side in ("first", "second"))
@@ -336,13 +336,13 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         assert asked["verdicts"] == 2 * 3 * 4
         assert asked["inconsistent"] == (0 if i else 12)
         assert i or asked["first_wins"] == 1
-    assert len(read_jsonl(folder / "tournament/judgements.jsonl")) == 4
+    assert len(read_jsonl(folder / "head_to_head/judgements.jsonl")) == 4
     monkeypatch.setattr(llm, "endpoint_judge", judge(lambda a, b: None))
-    assert run(folder, "tournament", "silent", **settings) == 0
-    found = metrics(folder, "tournament")
+    assert run(folder, "head_to_head", "silent", **settings) == 0
+    found = metrics(folder, "head_to_head")
     assert found["judge"] is None
     assert found["judge_verdicts"] == {"verdicts": 24, "unparsed": 24, "inconsistent": 0, "first_wins": None}
-    assert run(folder, "tournament", "plain") == 0
+    assert run(folder, "head_to_head", "plain") == 0
 
 
 def test_a_verdict_that_cannot_be_read_is_no_tie():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.killed import Moment, Work, moment_in, run
-from tunetrail.contract import read_jsonl
+from tunetrail.files import read_jsonl
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.verify import Verifier
 

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunetrail.cli import main
-from tunetrail.config import FileSource
+from tunetrail.config.data import FileSource
 from tunetrail.data.readers import read_demonstrations, read_preferences
 from tunetrail.errors import DataError
 from tunetrail.labeling import exchange, recorded
 from tunetrail.labeling.app import queue
 from tunetrail.labeling.app.store import Store
-from tunetrail.labeling.ranks import dense
+from tunetrail.preferences.ranks import dense
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 NAMES = ["human-1", "human-2", "human-10"]

@@ -7,8 +7,9 @@ import pytest
 
 from tests.labels import ranking
 from tests.unit.test_comparisons_stage import ROWS, artifact, make_row
-from tunetrail.config import HumanLabeler
-from tunetrail.contract import main, read_jsonl, write_json, write_jsonl
+from tunetrail.config.comparisons import HumanLabeler
+from tunetrail.contract.runner import main
+from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.store import START, Settings, Store, read_tasks
 from tunetrail.models.tiny import tiny_tokenizer
@@ -69,9 +70,9 @@ def test_tasks_hold_what_people_see_and_no_more(run):
 
 
 def test_the_template_around_a_prompt_is_not_shown(run):
-    tokenizer = tiny_tokenizer()
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is it?"}], tokenize=False, add_generation_prompt=True)  # fmt: skip
-    _, folder = run("tasks", [make_row(f"r{i}") | {"prompt": prompt} for i in range(2)])
+    messages = [{"role": "user", "content": "What is it?"}]
+    prompt = tiny_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    _, folder = run("tasks", [make_row(f"r{i}") | {"prompt": prompt, "messages": messages} for i in range(2)])
     assert {task["prompt"] for task in read_tasks(folder / "tasks.jsonl")} == {"What is it?"}
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunetrail.config import LlmLabeler, RecordedLabeler, ReferenceLabeler, RewardModelLabeler
-from tunetrail.contract import Stage, Stop
+from tunetrail.config.comparisons import LlmLabeler, RecordedLabeler, ReferenceLabeler, RewardModelLabeler
+from tunetrail.contract.stage import Attempt, Request, Stage
+from tunetrail.contract.stop import Stop
+from tunetrail.data.chat import shown_prompt
 from tunetrail.errors import ConfigError, DataError, Interrupted
-from tunetrail.labeling import LABELERS, llm, recorded, reference, reward_model
-from tunetrail.labeling.chrf import chrf
-from tunetrail.labeling.prompts import ChatTurn, shown_prompt
-from tunetrail.labeling.ranks import dense, pair_outcomes, pairwise_agreement, ranks_from_scores
+from tunetrail.labeling import llm, recorded, reference, reward_model
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.preferences.ranks import dense, pair_outcomes, pairwise_agreement, ranks_from_scores
+from tunetrail.scorers.chrf import chrf
 
 
 @pytest.fixture
@@ -30,16 +31,15 @@ def stage(tmp_path):
     state.mkdir()
     work.mkdir()
     tiny_tokenizer().save_pretrained(base / "model")
-    yield Stage(
-        name="comparisons", config={}, shared={"seed": 0, "precision": "fp32"}, inputs={"base": base},
-        output=tmp_path / "out", work=work, state=state, stop=Stop(),
-    )  # fmt: skip
+    request = Request("comparisons", {}, {"seed": 0, "precision": "fp32"}, tmp_path / "out")
+    yield Stage(request, {}, Attempt(work, state, Stop()))
     signal.signal(signal.SIGTERM, handler)
 
 
 def make_row(row_id="r0", prompt="Q", completions=("a", "b"), ref="a", split="reward"):
     return {
-        "id": row_id, "group": row_id, "split": split, "prompt": prompt, "reference": ref,
+        "id": row_id, "group": row_id, "split": split, "prompt": prompt,
+        "messages": [{"role": "user", "content": prompt}], "reference": ref,
         "completions": list(completions), "finished": [True] * len(completions),
     }  # fmt: skip
 
@@ -230,58 +230,11 @@ def _render(tokenizer, *contents, system=None):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-CHATML_WITH_DEFAULT_SYSTEM = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [None, CHATML_WITH_DEFAULT_SYSTEM])
-def test_chat_turn_finds_the_last_user_message(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template or tokenizer.chat_template
-    turn = ChatTurn.of(tokenizer)
-    assert turn.message(_render(tokenizer, "How are you?")) == "How are you?"
-    assert turn.message(_render(tokenizer, "How are\nyou? ", system="Be brief")) == "How are\nyou?"
-    assert turn.message(_render(tokenizer, "one", "two", "three")) == "three"
-    assert turn.message("plain text") is None
-
-
-def test_chat_turn_needs_a_template():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    assert ChatTurn.of(tokenizer) is None
-
-
-REFUSES_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{{ 'Human: ' if m.role == 'user' else 'Robot: ' }}{{ m.content | trim }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Robot: {% endif %}"
-)
-SYSTEM_IN_USER = (
-    "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}"
-    "{% else %}{% set first = '' %}{% endif %}{% for m in messages %}<turn>{{ m.role }}\n{{ first if loop.first else '' }}"
-    "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [None, CHATML_WITH_DEFAULT_SYSTEM, REFUSES_SYSTEM, SYSTEM_IN_USER])
-def test_who_ranks_sees_who_said_what_without_the_template(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template or tokenizer.chat_template
-    turn = ChatTurn.of(tokenizer)
-    assert shown_prompt(_render(tokenizer, "hello\nyou "), turn) == "hello\nyou"
-    several = "User: one\n\nAssistant: two\n\nUser: three\n\nAssistant: four\n\nUser: five"
-    assert shown_prompt(_render(tokenizer, "one", "two", "three", "four", "five"), turn) == several
-    if template == SYSTEM_IN_USER:
-        assert shown_prompt(_render(tokenizer, "hello", system="Be brief"), turn) == "Be brief\n\nhello"
-    elif template != REFUSES_SYSTEM:
-        with_system = _render(tokenizer, "one", "two", "three", system="Be\nbrief")
-        assert shown_prompt(with_system, turn) == "System: Be\nbrief\n\nUser: one\n\nAssistant: two\n\nUser: three"
-        assert shown_prompt(_render(tokenizer, "hi", system="Be brief"), turn) == "System: Be brief\n\nUser: hi"
-    assert shown_prompt("plain", turn) == "plain"
-    assert shown_prompt("plain", None) == "plain"
+def test_who_ranks_sees_who_said_what():
+    assert shown_prompt([{"role": "user", "content": "hello\nyou "}]) == "hello\nyou"
+    said = [("system", "Be\nbrief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    assert shown_prompt(messages) == "System: Be\nbrief\n\nUser: one\n\nAssistant: two\n\nUser: three"
 
 
 # ----------------------------------------------------------------------------- recorded
@@ -332,7 +285,8 @@ def test_recorded_finds_raw_prompts_in_rendered_ones_and_does_not_mix_them_up(st
         {"prompt": "do I sort?", "chosen": "b", "rejected": "a"},
         {"prompt": " How do I sort?\n", "chosen": "a", "rejected": "b"},
     )
-    row = make_row(prompt=_render(tiny_tokenizer(), "How do I sort?", system="Be brief"), completions=["a ", "b"])
+    row = make_row(prompt="How do I sort?", completions=["a ", "b"])
+    row["prompt"] = _render(tiny_tokenizer(), "How do I sort?", system="Be brief")
     assert recorded.rank([row], config, stage).rankings[0][0]["ranks"] == [1, 2]
 
 
@@ -580,7 +534,8 @@ def test_a_position_biased_judge_gives_nothing_but_ties(stage):
 
 
 def test_a_fair_judge_ranks(stage):
-    row = make_row(completions=["x", "zzz", "yy", "vv"], prompt=_render(tiny_tokenizer(), "hello there"))
+    row = make_row(completions=["x", "zzz", "yy", "vv"], prompt="hello there")
+    row["prompt"] = _render(tiny_tokenizer(), "hello there")
     with FakeEndpoint(prefers_longer) as endpoint:
         (ranking,) = llm.rank([row], endpoint.config(guideline="Which is longer?"), stage).rankings[0]
     assert ranking["ranks"] == [3, 1, 2, 2]
@@ -736,11 +691,12 @@ def test_local_judge_without_a_model_is_refused(tmp_path):
 # ----------------------------------------------------------------------------- registry
 
 
-def test_every_labeler_of_the_config_is_registered(stage):
+def test_every_labeler_of_the_config_has_a_module():
+    import importlib
     import typing
 
-    from tunetrail.config import ComparisonsConfig
+    from tunetrail.config.comparisons import ComparisonsConfig
 
     classes = typing.get_args(typing.get_args(ComparisonsConfig)[0])
     names = {typing.get_args(c.model_fields["labeler"].annotation)[0] for c in classes}
-    assert set(LABELERS) == names
+    assert all(callable(importlib.import_module(f"tunetrail.labeling.{name}").rank) for name in names)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail import lease as lease_module
+from tunetrail.contract import lease as lease_module
+from tunetrail.contract.lease import hold, holder
 from tunetrail.errors import DiskError, Displaced, Interrupted
-from tunetrail.lease import hold, holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from tunetrail.errors import TunetrailError
-from tunetrail.lease import hold
+from tunetrail.contract.lease import hold
 
 with hold(Path(sys.argv[1]), give_up=lambda: False, say=print) as lease:
     print("held", lease.generation, flush=True)

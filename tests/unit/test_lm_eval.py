@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from tunetrail.config import LmEvalConfig
-from tunetrail.contract import main, write_json
+from tunetrail.config.evaluation import LmEvalConfig
+from tunetrail.contract.runner import main
+from tunetrail.files import write_json
 from tunetrail.provenance.record import read_record
 from tunetrail.stages import lm_eval
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tunetrail.config import Lora
+from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import Batch, collate, encode_response, token_batches
-from tunetrail.models.comparisons import decided_pairs, preference_targets, widest_pairs
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -23,6 +22,7 @@ from tunetrail.models.sampling import BLOCK, pick, sample, sample_with_logprobs
 from tunetrail.models.scoring import map_batches, response_logprobs, response_values, sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import share_prefixes
+from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
 from tunetrail.provenance.manifest import sha256_json
 from tunetrail.stages.reward import initialise
 

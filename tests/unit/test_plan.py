@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.launch import plan
-from tunetrail.launch.dag import Job
+from tunetrail.monitor import plan
+from tunetrail.monitor.dag import Job
 
 from ..records import ATTEMPT, seal_folder
 

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from trl.generation.vllm_generation import VLLMGeneration
 
-from tunetrail.config import Lora, PpoConfig
+from tunetrail.config.ppo import PpoConfig
+from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import with_lora
 from tunetrail.models.tiny import tiny_model

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from tunetrail.progress import ProgressBar, ProgressLine, parse
+from tunetrail.contract.progress import ProgressBar, ProgressLine, parse
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.contract import main, write_json, write_jsonl
+from tunetrail.contract.runner import main
+from tunetrail.files import write_json, write_jsonl
 from tunetrail.provenance.manifest import DigestCache, build, canonical, identity
 from tunetrail.provenance.record import read_record
 from tunetrail.reporting import charts, numbers
@@ -203,7 +204,7 @@ class Fixture:
                 samples = [row | {"gold": None} for row in samples]
             self.artifact(f"evaluation.{name}", f"evaluation/{name}", metrics, parents, seconds=52.0, files={"samples.jsonl": samples, "probes.json": self.probes(0.1 * i)})  # fmt: skip
         if gold:
-            self.tournament(everyone)
+            self.head_to_head(everyone)
         return self
 
     def match(self, rates):
@@ -215,7 +216,7 @@ class Fixture:
         ]  # fmt: skip
         return {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs}
 
-    def tournament(self, everyone):
+    def head_to_head(self, everyone):
         """Everyone against sft and base."""
         names = list(everyone)
         rates = {("sft", "base"): (1 - everyone["base"][0], 0.06)} | {(n, "sft"): everyone[n][:2] for n in names[2:]}
@@ -231,7 +232,7 @@ class Fixture:
         tokens = [{"id": i, "token": t, "before": a, "after": b} for i, (t, a, b) in enumerate([("metto", 0.1, 0.625), (" a", 0.3, 0.1), ("\x06", None, 0.01)])]  # fmt: skip
         shifted = [{"position": i, "token": t, "before": 0.1, "after": 0.625, "tokens": tokens} for i, t in enumerate(SENTENCE) if i]  # fmt: skip
         probes = {"pairs": [{"before": c["before"], "after": c["after"], "positions": shifted} for c in metrics["preferences"]]}  # fmt: skip
-        self.artifact("tournament", "tournament", metrics, [f"evaluation.{n}" for n in names], files={"probes.json": probes})  # fmt: skip
+        self.artifact("head_to_head", "head_to_head", metrics, [f"evaluation.{n}" for n in names], files={"probes.json": probes})  # fmt: skip
 
     def report(self, title=None, samples=40):
         """Runs the stage; gives its exit code and the folder."""
@@ -290,8 +291,8 @@ def metrics_of(fixture, role):
 
 def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     fixture, seen = made[0], words(text)
-    tournament = metrics_of(fixture, "tournament")
-    for pair in tournament["sampled"]["pairs"]:
+    head_to_head = metrics_of(fixture, "head_to_head")
+    for pair in head_to_head["sampled"]["pairs"]:
         rate = pair["win_rate"]
         assert f"{numbers.percent_interval(rate)}[" in seen
         assert f"{rate['wins']} / {rate['ties']} / {rate['losses']}" in seen
@@ -309,7 +310,7 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     assert "−0.017 [−0.028, −0.006]" in seen  # LoRA against full
     assert seen.count("ppo (LoRA) less dpo (full)") == 1
     assert "+3.0 [+2.5, +3.5]" in seen  # the margin
-    pairs = tournament["sampled"]["pairs"] + tournament["greedy"]["pairs"]
+    pairs = head_to_head["sampled"]["pairs"] + head_to_head["greedy"]["pairs"]
     assert seen.count("<0.001") == len(pairs)  # p is 0.0001 throughout
     reward = metrics_of(fixture, "reward")
     assert numbers.percent_interval(reward["accuracy"]) in seen
@@ -486,9 +487,9 @@ def pair_of(first, second, low, high, p_holm, n=96):
 
 
 def run_of(names, reference, sampled, greedy=(), reward=None):
-    """A run of which only a tournament is known, and reward-model scores."""
+    """A run of which only a head-to-head comparison is known, and reward-model scores."""
     metrics = {"reference": reference, "sampled": {"pairs": sampled}, "greedy": {"pairs": list(greedy)}}
-    made = {"tournament": Artifact("tournament", Path("t"), "t", "", metrics, None)}
+    made = {"head_to_head": Artifact("head_to_head", Path("t"), "t", "", metrics, None)}
     models = [
         Model(n, "p0", Artifact(f"evaluation.{n}", Path(n), n, "", {"reward": (reward or {}).get(n)}, None), [], [], [])
         for n in names
@@ -569,8 +570,8 @@ def test_a_page_without_an_sft_model_names_none(tmp_path):
             f"evaluation.{name}", f"evaluation/{name}", metrics, ["data"], files={"samples.jsonl": samples}
         )
     match = fixture.match({("dpo", "base"): (0.65, 0.1)})
-    tournament = {"reference": "base", "sampled": match | {"scores": []}}
-    fixture.artifact("tournament", "tournament", tournament, ["evaluation.base", "evaluation.dpo"])
+    head_to_head = {"reference": "base", "sampled": match | {"scores": []}}
+    fixture.artifact("head_to_head", "head_to_head", head_to_head, ["evaluation.base", "evaluation.dpo"])
     found = gather(fixture)
     picture = json.dumps(FIGURES["win_rates"]([found], False))
     assert "win rate against base" in picture
@@ -606,8 +607,8 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     assert {shift["after"].name.partition("-")[0] for row in found for shift in row["shifts"]} == {"first"}
 
 
-def test_a_run_whose_tournament_was_not_held_has_a_page(made):
-    roles = {role: path for role, path in made[0].roles.items() if role != "tournament"}
+def test_a_run_whose_head_to_head_was_not_held_has_a_page(made):
+    roles = {role: path for role, path in made[0].roles.items() if role != "head_to_head"}
     page = words(
         render(
             [collect("demo", roles, made[0].root / "report", DigestCache(None))],

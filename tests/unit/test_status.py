@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.launch import status
-from tunetrail.launch.dag import Job, _natural, config_changes, listed
+from tunetrail.monitor import status
+from tunetrail.monitor.dag import Job, _natural, config_changes, listed
 
 RERUN = "snakemake --profile p"
 START = "2026-01-02T03:04:05+00:00"
@@ -62,7 +62,7 @@ def hold():
     holders = []
 
     def start(job: Job) -> None:
-        code = "import sys; from pathlib import Path; from tunetrail.lease import hold\nwith hold(Path(sys.argv[1]), lambda: True, print): print('held', flush=True); sys.stdin.read()"
+        code = "import sys; from pathlib import Path; from tunetrail.contract.lease import hold\nwith hold(Path(sys.argv[1]), lambda: True, print): print('held', flush=True); sys.stdin.read()"
         path = job.state / f"{job.manifest.parent.name}.lock"
         holders.append(subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # fmt: skip
         assert holders[-1].stdout.readline() == "held\n"

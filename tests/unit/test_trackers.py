@@ -9,9 +9,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from tunetrail import trackers
-from tunetrail.config import Config, load, parse, stage_config
+from tunetrail.config.loading import load, parse
+from tunetrail.config.run import Config
 from tunetrail.errors import ConfigError
+from tunetrail.models import trackers
+from tunetrail.stages.registry import stage_config
 
 from ..conftest import ROOT
 

@@ -5,16 +5,31 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from tunetrail.config import Lora, SftConfig
-from tunetrail.contract import Stage, main, read_jsonl, write_json, write_jsonl
+from tunetrail.config.dpo import DpoLoss
+from tunetrail.config.training import Lora, SftConfig
+from tunetrail.contract.runner import main
+from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.models.training import (
+    COMPLETE,
+    epoch_order,
+    history,
+    is_complete,
+    kept_steps,
+    latest_checkpoint,
+    mark_complete,
+    rows_at_once,
+    score_labels_only,
+)
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
@@ -29,17 +44,6 @@ from tunetrail.stages.reward import (
     kwise_loss,
     kwise_scores,
     reliability,
-)
-from tunetrail.training import (
-    COMPLETE,
-    epoch_order,
-    history,
-    is_complete,
-    kept_steps,
-    latest_checkpoint,
-    mark_complete,
-    rows_at_once,
-    score_labels_only,
 )
 
 
@@ -221,7 +225,7 @@ def test_history_has_nothing_a_clock_decides():
 
 def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
     noted = {}
-    stage = Stage("s", {}, {}, {}, tmp_path, tmp_path, tmp_path, stop=None, note=noted.__setitem__)  # type: ignore[arg-type]
+    stage = Stage(Request("s", {}, {}, tmp_path), {}, Attempt(tmp_path, tmp_path, stop=None, note=noted.__setitem__))  # type: ignore[arg-type]
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -260,7 +264,14 @@ def write_workspace(folder: Path) -> str:
     tiny_tokenizer().save_pretrained(model)
     digest = tokenizer_digest(model)
     demonstrations = [
-        {"id": str(i), "group": str(i), "source": "t", "prompt": f"count {i}: ", "completion": "x" * (i % 7 + 1)}
+        {
+            "id": str(i),
+            "group": str(i),
+            "source": "t",
+            "prompt": f"count {i}: ",
+            "messages": [{"role": "user", "content": f"count {i}:"}],
+            "completion": "x" * (i % 7 + 1),
+        }
         for i in range(24)
     ]
     comparisons = [
@@ -479,9 +490,7 @@ def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
 
 
 def test_every_dpo_loss_trains(run_stage):
-    from tunetrail.config import DPO_LOSSES
-
-    for loss in DPO_LOSSES:
+    for loss in get_args(DpoLoss):
         smoothing = {"label_smoothing": 0.1} if loss == "exo_pair" else {}
         code, error, output = run_stage(
             "dpo", f"loss-{loss}", config={"loss": loss, "batch_size": 27, "micro_batch_size": 27} | smoothing

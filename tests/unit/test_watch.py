@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tunetrail.launch import watch
-from tunetrail.launch.dag import Job
-from tunetrail.launch.status import STATES
-from tunetrail.progress import ProgressLine
+from tunetrail.contract.progress import ProgressLine
+from tunetrail.monitor import watch
+from tunetrail.monitor.dag import Job
+from tunetrail.monitor.status import STATES
 
 
 def job(name: str, needed: bool = True, after: tuple[str, ...] = ()) -> Job:

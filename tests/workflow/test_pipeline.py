@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tunetrail.config import load
-from tunetrail.contract import read_jsonl, verify
+from tunetrail.config.loading import load
+from tunetrail.contract.artifact import verify
+from tunetrail.files import read_jsonl
 from tunetrail.provenance.record import read_record
 
 from ..conftest import ROOT, SHARED, Project
 
 TINY = "results/tiny"
 ARTIFACTS = [
-    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "tournament", "report",
+    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "head_to_head", "report",
     *(f"policies/{name}" for name in ("dpo", "ppo", "ppo-lora", "best-of-2")),
     *(f"evaluation/{name}" for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2")),
 ]  # fmt: skip
@@ -78,7 +79,7 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
     assert metrics(tiny_run, "evaluation/base")["greedy_gold"]["mean"] == pytest.approx(sum(a for a, _ in greedy) / 12)
     wins = sum((b > a) + (a == b) / 2 for a, b in greedy)
     (pair,) = (
-        p for p in metrics(tiny_run, "tournament")["greedy"]["pairs"] if (p["first"], p["second"]) == ("sft", "base")
+        p for p in metrics(tiny_run, "head_to_head")["greedy"]["pairs"] if (p["first"], p["second"]) == ("sft", "base")
     )
     assert pair["win_rate"]["mean"] == pytest.approx(wins / 12)
     assert metrics(tiny_run, "evaluation/best-of-2")["kl_to_sft"]["mean"] == pytest.approx(math.log(2) - 0.5)
@@ -102,7 +103,7 @@ def test_checkpoints_are_on_the_frontier_and_load(tiny_run, monkeypatch):
 
 
 def test_everyone_met_everyone(tiny_run):
-    found = metrics(tiny_run, "tournament")
+    found = metrics(tiny_run, "head_to_head")
     assert found["subjects"] == ["base", "sft", "best-of-2", "dpo", "ppo", "ppo-lora"]
     assert len(found["sampled"]["pairs"]) == 15
     assert len(found["greedy"]["pairs"]) == 10  # best-of-n has no greedy responses
@@ -113,7 +114,7 @@ def test_everyone_met_everyone(tiny_run):
 def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run):
     found = tiny_run.pending(edited(tiny_run, lm_eval={"tasks": ["arc_easy"]}))
     assert (found["lm_eval"], found["report"]) == (5, 1)
-    assert not found.keys() & {"evaluation", "tournament", "dpo"}
+    assert not found.keys() & {"evaluation", "head_to_head", "dpo"}
 
 
 def test_files_that_are_measured_on_are_inputs(project):
@@ -162,7 +163,7 @@ def edited(project: Project, **changes) -> str:
 
 def test_a_new_beta_reruns_that_policy_its_evaluation_and_the_report(tiny_run):
     assert tiny_run.pending(edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7})) == {
-        "stage_config": 1, "dpo": 1, "evaluation": 1, "tournament": 1, "report": 1, "all": 1,
+        "stage_config": 1, "dpo": 1, "evaluation": 1, "head_to_head": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
     lost, ranked, kept = (results / f"{name}/manifest.json" for name in ("completions/1-of-2", "comparisons", "completions/0-of-2"))  # fmt: skip
     before, kept_time = [lost.read_bytes(), ranked.read_bytes()], kept.stat().st_mtime_ns
     shutil.rmtree(project.folder / "state/tiny/completions")  # or the shard would find its samples there
-    for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "tournament", "report"):
+    for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "head_to_head", "report"):
         shutil.rmtree(results / name)
     pending = project.pending()
     assert (pending["completions"], pending["comparisons"]) == (1, 1)
@@ -257,7 +258,7 @@ def rules(output: dict) -> set[str]:
 def test_the_default_has_every_node(project):
     assert rules(project.pending(config=None)) == {
         "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation",
-        "tournament", "report",
+        "head_to_head", "report",
     }  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def test_preferences_from_a_file_skip_sampling_and_the_reward_model(project):
         "retention",
         "dpo",
         "evaluation",
-        "tournament",
+        "head_to_head",
         "report",
     }
 

@@ -69,7 +69,7 @@ EXPECTED = {
     "data": "partition=cpu time=120 mem=16000 ntasks=1 cpus-per-task=2",
     "comparisons": "partition=cpu time=120 mem=16000 ntasks=1 cpus-per-task=2",
     "best_of_n": "partition=cpu time=30 mem=4000 ntasks=1 cpus-per-task=1",
-    "tournament": "partition=cpu time=60 mem=8000 ntasks=1 cpus-per-task=2",
+    "head_to_head": "partition=cpu time=60 mem=8000 ntasks=1 cpus-per-task=2",
     "report": "partition=cpu time=60 mem=8000 ntasks=1 cpus-per-task=2",
     "retention": "partition=gpu time=60 mem=16000 cpus-per-gpu=4 gres=gpu:1",
     "completions": "partition=gpu time=240 mem=16000 cpus-per-gpu=4 gres=gpu:1",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.launch import dag, status
+from tunetrail.monitor import dag, status
 
 from ..conftest import Project
 from .test_pipeline import ARTIFACTS, TINY, edited
@@ -50,13 +50,13 @@ def test_a_finished_run_is_done_and_looking_changes_nothing(tiny_run):
 def test_a_changed_key_makes_stale_what_reads_it_and_says_so(tiny_run):
     config = edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7, "checkpoints": 1})
     stale = {name: s["detail"] for name, s in states(tiny_run, config).items() if s["state"] == "stale"}
-    assert stale.keys() == {"policies/dpo", "evaluation/dpo", "tournament", "report"}
+    assert stale.keys() == {"policies/dpo", "evaluation/dpo", "head_to_head", "report"}
     assert stale["policies/dpo"] == "config: beta: 0.1 -> 0.7"
     assert stale["evaluation/dpo"] == "policies/dpo will be made again"
     found = told(tiny_run, "plan", config)
-    assert [step["name"] for step in found["steps"]] == ["policies/dpo", "evaluation/dpo", "tournament", "report"]
+    assert [step["name"] for step in found["steps"]] == ["policies/dpo", "evaluation/dpo", "head_to_head", "report"]
     assert found["at_stake"]["unknown"] == 0
-    seconds = sum(json.loads((tiny_run.folder / TINY / name / "provenance.json").read_text())["predicate"]["buildDefinition"]["internalParameters"]["attempts"][0]["seconds"] * threads for name, threads in (("policies/dpo", 2), ("evaluation/dpo", 1), ("tournament", 1), ("report", 1)))  # fmt: skip
+    seconds = sum(json.loads((tiny_run.folder / TINY / name / "provenance.json").read_text())["predicate"]["buildDefinition"]["internalParameters"]["attempts"][0]["seconds"] * threads for name, threads in (("policies/dpo", 2), ("evaluation/dpo", 1), ("head_to_head", 1), ("report", 1)))  # fmt: skip
     assert found["at_stake"]["hours"]["core-hours"] == pytest.approx(seconds / 3600)
 
 

@@ -6,13 +6,15 @@ import shlex
 import sys
 from pathlib import Path
 
-# As a module: Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
-import tunetrail.config as tunetrail_config
+# Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
+from tunetrail.config import loading
+from tunetrail.contract.lease import hold
 from tunetrail.errors import ConfigError, Interrupted, TunetrailError
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
-from tunetrail.lease import hold
-from tunetrail.trackers import VARIABLE as REPORT_TO
-from tunetrail.trackers import check as check_trackers
+from tunetrail.models.trackers import VARIABLE as REPORT_TO
+from tunetrail.files import canonical_json
+from tunetrail.models.trackers import check as check_trackers
+from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config
 
 
 def validated(raw):
@@ -21,12 +23,12 @@ def validated(raw):
     try:
         for path in workflow.configfiles:
             # Finds what a loaded mapping no longer shows: keys given twice.
-            tunetrail_config.read_yaml(Path(path))
-        parsed = tunetrail_config.parse(dict(raw), source)
+            loading.read_yaml(Path(path))
+        parsed = loading.parse(dict(raw), source)
         if workflow.is_main_process:
             from tunetrail.data.readers import check_sources
 
-            tunetrail_config.check_files(parsed, source)
+            loading.check_files(parsed, source)
             check_sources(parsed.data)
             check_trackers(parsed.report_to, source)
         return parsed
@@ -42,13 +44,7 @@ BENCHMARKS = f"benchmarks/{CONFIG.run}"
 STATE = f"state/{CONFIG.run}"
 ENVIRONMENT = "../../envs/tunetrail.yaml"
 
-BEFORE = "sft" if CONFIG.sft else "base"  # the model every policy starts from and is compared to
-SHARDS = [f"{i}-of-{CONFIG.completions.shards}" for i in range(CONFIG.completions.shards)] if CONFIG.completions else []
-HUMAN = CONFIG.comparisons is not None and CONFIG.comparisons.labeler == "human"
-SUBJECTS = ["base", *(["sft"] if CONFIG.sft else []), *CONFIG.policies]
-TRAINED = [  # best-of-n has no weights of its own
-    name for name in SUBJECTS if name not in CONFIG.policies or CONFIG.policies[name].method != "best_of_n"
-]
+HUMAN = has_people(CONFIG)
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
 shell.prefix(
@@ -97,78 +93,30 @@ wildcard_constraints:
     shard=r"\d+-of-\d+",
 
 
-def manifest(artifact):
-    return f"{RESULTS}/{artifact}/manifest.json"
-
-
-def resolved(stage):
-    return f"{RESULTS}/config/{stage}.json"
-
-
-def comparisons_manifest():
-    """Comparisons were collected, or came with the data."""
-    return manifest("comparisons" if CONFIG.completions else "data")
-
-
-def model_manifest(subject):
-    return manifest(subject if subject in ("base", "sft") else f"policies/{subject}")
-
-
 def policies_by(method):
-    """A regular expression of the names of the policies with this method; it matches nothing where there are none."""
+    """The artifacts of the policies with this method, as a pattern; it matches nothing where there are none."""
     names = [re.escape(name) for name, policy in CONFIG.policies.items() if policy.method == method]
-    return "|".join(names) or "(?!)"
+    return f"policies/{{policy,{'|'.join(names) or '(?!)'}}}"
 
 
-def evaluation_inputs(subject):
-    """Role -> manifest of everything the evaluation of one model reads. The roles a run lacks are left out."""
-    inputs = {"model": model_manifest(subject), "data": manifest("data")}
-    if subject != BEFORE:
-        inputs["sft"] = manifest(BEFORE)
-    if CONFIG.reward:
-        inputs["reward"] = manifest("reward")
-    if CONFIG.retention:
-        inputs["retention"] = manifest("retention")
-    if CONFIG.completions or CONFIG.data.preferences:
-        inputs["comparisons"] = comparisons_manifest()
+def reads(stage):
+    """An input function: role -> manifest of every parent, and under `config` and `files` the user's own."""
+    info = STAGES[stage]
+    files = {"files": list(map(str, own_files(CONFIG, stage)))} if info.files or stage == "lm_eval" else {}
+
+    def inputs(wildcards):
+        value = wildcards.get(info.wildcard) if info.wildcard else ""
+        config = info.config_pattern.format(**{info.wildcard: value}) if info.has_config_each else info.config_pattern
+        parents = {role: f"{RESULTS}/{artifact}/manifest.json" for role, artifact in info.inputs(CONFIG, value).items()}
+        return {"config": f"{RESULTS}/config/{config}.json"} | files | parents
+
     return inputs
 
 
-def report_inputs():
-    """Role -> manifest of every artifact of the run."""
-    inputs = {"base": manifest("base"), "data": manifest("data")}
-    blocks = {
-        "sft": CONFIG.sft,
-        "tasks": HUMAN,
-        "comparisons": CONFIG.completions,
-        "reward": CONFIG.reward,
-        "retention": CONFIG.retention,
-    }
-    inputs |= {stage: manifest(stage) for stage, block in blocks.items() if block}
-    inputs |= {f"policy.{name}": manifest(f"policies/{name}") for name in CONFIG.policies}
-    inputs |= evaluations() | {"tournament": manifest("tournament")}
-    if CONFIG.lm_eval:
-        inputs |= {f"lm_eval.{subject}": manifest(f"lm_eval/{subject}") for subject in TRAINED}
-    return inputs
-
-
-def evaluations():
-    """Role -> manifest of the evaluation of every model."""
-    return {f"evaluation.{subject}": manifest(f"evaluation/{subject}") for subject in SUBJECTS}
-
-
-def tournament_inputs():
-    """Sorted: the order of policies in the config changes nothing."""
-    return {"base": manifest("base")} | dict(sorted(evaluations().items()))
-
-
-def input_options(inputs):
+def input_options(input):
     """The `--input role=manifest` options of a stage."""
-    return " ".join(f"--input {role}={path}" for role, path in inputs.items())
-
-
-def shard_options(manifests):
-    return input_options({f"shard{i}": path for i, path in enumerate(manifests)})
+    parents = {role: path for role, path in input.items() if role not in ("config", "files")}
+    return " ".join(f"--input {role}={path}" for role, path in parents.items())
 
 
 def lease_run():

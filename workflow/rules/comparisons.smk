@@ -1,79 +1,40 @@
-# Scatter: every shard samples K completions of its share of the prompts.
-rule completions:
+# Scatter: each shard samples K completions of its share of the prompts.
+use rule stage as completions with:
+    pathvars:
+        artifact="completions/{shard}",
+        config="completions",
     input:
-        config=resolved("completions"),
-        model=manifest(BEFORE),
-        data=manifest("data"),
-    output:
-        manifest=manifest("completions/{shard}"),
-    log:
-        f"{LOGS}/completions/{{shard}}.log",
-    benchmark:
-        f"{BENCHMARKS}/completions/{{shard}}.tsv"
+        unpack(reads("completions")),
     localrule: is_submitted("completions")
-    conda:
-        ENVIRONMENT
     params:
+        stage="completions",
         launch=launched("completions"),
-        state=f"{STATE}/completions/{{shard}}",
-        part=lambda wildcards: wildcards.shard.replace("-of-", "/"),
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.completions --part {params.part} --config {input.config}"
-        " --input model={input.model} --input data={input.data}"
-        " --output {output.manifest} --state {params.state}"
+        part=lambda wildcards: f" --part {wildcards.shard.replace('-of-', '/')}",
 
 
 # What people are to rank, where they do.
-rule tasks:
+use rule stage as tasks with:
+    pathvars:
+        artifact="tasks",
+        config="tasks",
     input:
-        config=resolved("tasks"),
-        base=manifest("base"),
-        shards=[manifest(f"completions/{shard}") for shard in SHARDS],
-        gold=[str(path) for key, path in CONFIG.files().items() if key == "comparisons.gold"],
-    output:
-        manifest=manifest("tasks"),
-    log:
-        f"{LOGS}/tasks.log",
-    benchmark:
-        f"{BENCHMARKS}/tasks.tsv"
+        unpack(reads("tasks")),
     localrule: True
-    conda:
-        ENVIRONMENT
     params:
+        stage="tasks",
         launch=launched("tasks"),
-        state=f"{STATE}/tasks",
-        shards=lambda wildcards, input: shard_options(input.shards),
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.tasks --config {input.config}"
-        " --input base={input.base} {params.shards} --output {output.manifest} --state {params.state}"
 
 
 # Gather: a labeler ranks the completions of every prompt best to worst.
-rule comparisons:
+use rule stage as comparisons with:
+    pathvars:
+        artifact="comparisons",
+        config="comparisons",
     input:
-        config=resolved("comparisons"),
-        base=manifest("base"),
-        data=manifest("data"),
-        shards=[manifest(f"completions/{shard}") for shard in SHARDS],
-        tasks=[manifest("tasks")] if HUMAN else [],
-        labels=[str(path) for key, path in CONFIG.files().items() if key == "comparisons.path" and path.is_file()],
-    output:
-        manifest=manifest("comparisons"),
-    log:
-        f"{LOGS}/comparisons.log",
-    benchmark:
-        f"{BENCHMARKS}/comparisons.tsv"
+        unpack(reads("comparisons")),
     retries: 0 if HUMAN else None
-    # The people's answers are here, and while they are at it there is nothing to queue or to try again for.
+    # People's answers are on this machine, and while they rank there is nothing to queue or to retry.
     localrule: HUMAN or is_submitted("comparisons")
-    conda:
-        ENVIRONMENT
     params:
+        stage="comparisons",
         launch=launched("comparisons"),
-        state=f"{STATE}/comparisons",
-        shards=lambda wildcards, input: shard_options(input.shards),
-        tasks=lambda wildcards, input: input_options({"tasks": path for path in input.tasks}),
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.comparisons --config {input.config}"
-        " --input base={input.base} --input data={input.data} {params.shards} {params.tasks}"
-        " --output {output.manifest} --state {params.state}"

@@ -1,66 +1,50 @@
-rule evaluation:
+# Text unrelated to the task: what must not be forgotten.
+use rule stage as retention with:
+    pathvars:
+        artifact="retention",
+        config="retention",
     input:
-        unpack(lambda wildcards: evaluation_inputs(wildcards.subject)),
-        config=resolved("evaluation.{subject}"),
-    output:
-        manifest=manifest("evaluation/{subject}"),
-    log:
-        f"{LOGS}/evaluation/{{subject}}.log",
-    benchmark:
-        f"{BENCHMARKS}/evaluation/{{subject}}.tsv"
-    localrule: is_submitted("evaluation")
-    conda:
-        ENVIRONMENT
+        unpack(reads("retention")),
+    localrule: is_submitted("retention")
     params:
+        stage="retention",
+        launch=launched("retention"),
+
+
+use rule stage as evaluation with:
+    pathvars:
+        artifact="evaluation/{subject}",
+        config="evaluation.{subject}",
+    input:
+        unpack(reads("evaluation")),
+    localrule: is_submitted("evaluation")
+    params:
+        stage="evaluation",
         launch=launched("evaluation"),
-        state=f"{STATE}/evaluation/{{subject}}",
-        inputs=lambda wildcards: input_options(evaluation_inputs(wildcards.subject)),
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.evaluation --config {input.config} {params.inputs}"
-        " --output {output.manifest} --state {params.state}"
 
 
 # Every model against every other.
-rule tournament:
+use rule stage as head_to_head with:
+    pathvars:
+        artifact="head_to_head",
+        config="head_to_head",
     input:
-        config=resolved("tournament"),
-        evaluations=list(tournament_inputs().values()),
-    output:
-        manifest=manifest("tournament"),
-    log:
-        f"{LOGS}/tournament.log",
-    benchmark:
-        f"{BENCHMARKS}/tournament.tsv"
-    localrule: is_submitted("tournament")
-    conda:
-        ENVIRONMENT
+        unpack(reads("head_to_head")),
+    localrule: is_submitted("head_to_head")
     params:
-        launch=launched("tournament"),
-        state=f"{STATE}/tournament",
-        inputs=input_options(tournament_inputs()),
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.tournament --config {input.config} {params.inputs}"
-        " --output {output.manifest} --state {params.state}"
+        stage="head_to_head",
+        launch=launched("head_to_head"),
 
 
-# Tasks of the evaluation harness, where the config names some. Any one: snakemake results/<run>/lm_eval/<subject>/manifest.json
-rule lm_eval:
+# Tasks of the evaluation harness, where the config names some.
+# A single model: snakemake results/<run>/lm_eval/<subject>/manifest.json
+use rule stage as lm_eval with:
+    pathvars:
+        artifact="lm_eval/{subject}",
+        config="lm_eval.{subject}",
     input:
-        config=resolved("lm_eval.{subject}"),
-        model=lambda wildcards: model_manifest(wildcards.subject),
-        tasks=[str(path) for path in CONFIG.lm_eval.own_files()] if CONFIG.lm_eval else [],
-    output:
-        manifest=manifest("lm_eval/{subject}"),
-    log:
-        f"{LOGS}/lm_eval/{{subject}}.log",
-    benchmark:
-        f"{BENCHMARKS}/lm_eval/{{subject}}.tsv"
+        unpack(reads("lm_eval")),
     localrule: is_submitted("lm_eval")
-    conda:
-        ENVIRONMENT
     params:
+        stage="lm_eval",
         launch=launched("lm_eval"),
-        state=f"{STATE}/lm_eval/{{subject}}",
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.lm_eval --config {input.config} --input model={input.model}"
-        " --output {output.manifest} --state {params.state}"

@@ -17,12 +17,14 @@ FIGURES = {  # name -> where `snakemake --report` lists it
 }
 
 
-rule report:
+use rule stage as report with:
+    pathvars:
+        artifact="report",
+        config="report",
     input:
-        config=resolved("report"),
-        artifacts=list(report_inputs().values()),
+        unpack(reads("report")),
     output:
-        manifest=manifest("report"),
+        manifest=f"{RESULTS}/report/manifest.json",
         page=report(
             f"{RESULTS}/report/report.html",
             category="Report",
@@ -38,17 +40,7 @@ rule report:
             )
             for name, (category, label) in FIGURES.items()
         ],
-    log:
-        f"{LOGS}/report.log",
-    benchmark:
-        f"{BENCHMARKS}/report.tsv"
     localrule: is_submitted("report")
-    conda:
-        ENVIRONMENT
     params:
+        stage="report",
         launch=launched("report"),
-        state=f"{STATE}/report",
-        inputs=input_options(report_inputs()),
-    shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.report --config {input.config} {params.inputs}"
-        " --output {output.manifest} --state {params.state}"

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tunetrail.config import DataConfig, DocstringSource, FileSource, HubSource, TopicsSource
+from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, TopicsSource
 from tunetrail.data import docstrings
 from tunetrail.errors import DataError
-from tunetrail.labeling.ranks import dense
+from tunetrail.preferences.ranks import dense
 from tunetrail.provenance.manifest import sha256_file
 
 SHAPES = "text; prompt, completion; or messages"

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from tunetrail.config import SPLITS, Shares
+from tunetrail.config.data import SPLITS, Shares
 from tunetrail.data.readers import normalise
 from tunetrail.errors import DataError
 from tunetrail.seeds import derive_seed

@@ -105,7 +105,7 @@ def match(
     n_resamples: int,
     seed: int,
 ) -> dict:
-    """A match as `stages.tournament` describes it, less its tie.
+    """A match as `stages.head_to_head` describes it, less its tie.
 
     Args:
         outcome_of: of `pairs_of(subjects)`, each with an outcome that is known.

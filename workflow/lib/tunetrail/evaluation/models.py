@@ -7,8 +7,8 @@ import torch
 
 from tunetrail.models.batching import Batch
 from tunetrail.models.head import SCORED_AT_ONCE, head_weight
+from tunetrail.models.runtime import autocast, device
 from tunetrail.models.scoring import map_batches, response_logprobs, sequence_scores
-from tunetrail.runtime import autocast, device
 
 
 def _over(

@@ -1,21 +1,16 @@
 """Labelers: who ranks the completions of a prompt.
 
-A labeler is a function `rank(rows, config, stage) -> Labels` that maps comparison rows without
-rankings to their rankings; `LABELERS` finds it by the name that `comparisons.labeler` gives. To add
-one, write such a function, its config class in `tunetrail.config`, and one line here.
+A labeler is a function `rank(rows, config, stage) -> Labels` in the module `tunetrail.labeling.<name>`, where <name> is
+what `comparisons.labeler` says; it maps comparison rows without rankings to their rankings. To add one, write such a
+module, its config class in `tunetrail.config.comparisons`, and its name there. A labeler is imported when it is used.
 """
 
-from collections.abc import Callable
+import importlib
 from typing import Any
 
-from tunetrail.contract import Stage
-from tunetrail.labeling import human, llm, recorded, reference, reward_model
 from tunetrail.labeling.labels import Labels
 
-LABELERS: dict[str, Callable[[list[dict], Any, Stage], Labels]] = {
-    "reference": reference.rank,
-    "recorded": recorded.rank,
-    "reward_model": reward_model.rank,
-    "llm": llm.rank,
-    "human": human.rank,
-}
+
+def rank(labeler: str, rows: list[dict], config: Any, stage: Any) -> Labels:
+    """The rankings of comparison rows by the labeler of this name."""
+    return importlib.import_module(f"tunetrail.labeling.{labeler}").rank(rows, config, stage)

@@ -26,7 +26,7 @@ from typing import Any
 
 from tunetrail.errors import DataError
 from tunetrail.labeling.quality import by_task, counted
-from tunetrail.labeling.ranks import dense
+from tunetrail.preferences.ranks import dense
 
 EXTRAS = ("ratings", "flags", "all_bad", "comment", "seconds")
 """What a ranking has beside labeler, ranks, order and time, in jsonl."""

@@ -13,9 +13,10 @@ Until then Waiting is raised. Names of labelers are in neither; they are known b
 
 from dataclasses import asdict
 
-from tunetrail.config import HumanLabeler
-from tunetrail.contract import Stage, write_jsonl
+from tunetrail.config.comparisons import HumanLabeler
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
+from tunetrail.files import write_jsonl
 from tunetrail.labeling.app.store import RUN, Settings, Store
 from tunetrail.labeling.labels import Labels
 from tunetrail.labeling.quality import by_task, counted, measure

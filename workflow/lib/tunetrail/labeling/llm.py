@@ -25,13 +25,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from tunetrail.config import LlmJudge, LlmLabeler, canonical_json
-from tunetrail.contract import Stage, read_finished_rows
+from tunetrail.config.comparisons import LlmJudge, LlmLabeler
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
+from tunetrail.data.chat import shown_prompt
 from tunetrail.errors import ConfigError, Interrupted
+from tunetrail.files import canonical_json, read_finished_rows
 from tunetrail.labeling.labels import Labels
-from tunetrail.labeling.prompts import ChatTurn, chat_turn, shown_prompt
-from tunetrail.labeling.ranks import generator, ranks_from_scores
-from tunetrail.progress import ProgressBar
+from tunetrail.preferences.ranks import generator, ranks_from_scores
 from tunetrail.provenance.manifest import list_files, sha256_json
 
 Verdict = Literal["A", "B", "tie"] | None  # None: the answer could not be read
@@ -145,7 +146,7 @@ def local_judge(path: Path, precision: str, key: str) -> Judge:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunetrail.runtime import device, quiet_libraries, use_bf16
+    from tunetrail.models.runtime import device, quiet_libraries, use_bf16
 
     quiet_libraries()
     try:
@@ -180,9 +181,9 @@ def local_judge(path: Path, precision: str, key: str) -> Judge:
 # ----------------------------------------------------------------------------- asking
 
 
-def ask_row(row: dict, guideline: str, judge: Judge, turn: ChatTurn | None) -> dict:
+def ask_row(row: dict, guideline: str, judge: Judge) -> dict:
     """Asks all pairs of a row in both orders: {"id", "verdicts": [[i, j, forward, backward]], "time"}."""
-    prompt, texts = shown_prompt(row["prompt"], turn), row["completions"]
+    prompt, texts = shown_prompt(row["messages"]), row["completions"]
     pairs = list(combinations(range(len(texts)), 2))
     questions = [
         QUESTION.format(guideline=guideline, prompt=prompt, first=texts[first], second=texts[second])
@@ -217,17 +218,16 @@ def judge_rows(rows: list[dict], config: LlmJudge, stage: Stage, key: str) -> tu
     for an unfit judge.
 
     Args:
-        rows: with "id", "prompt", "completions".
+        rows: with "id", "messages", "completions".
         key: of the judge in the config, for messages.
     """
-    turn = chat_turn(stage.inputs["base"])
     if config.path:
         judge = local_judge(config.path, stage.shared.get("precision", "auto"), key)
         source: dict[str, Any] = {"path": str(config.path), "digest": sha256_json(list_files(config.path))}
     else:
         judge = endpoint_judge(config, key)
         source = {"endpoint": config.endpoint, "model": config.model}
-    answers = ask_rows(rows, lambda row: ask_row(row, config.guideline, judge, turn), stage)
+    answers = ask_rows(rows, lambda row: ask_row(row, config.guideline, judge), stage)
     return answers, source | {"guideline": sha256_json(config.guideline)}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import kendalltau, norm
 
 from tunetrail.evaluation.stats import bootstrap
-from tunetrail.labeling.ranks import agreements, pair_outcomes
+from tunetrail.preferences.ranks import agreements, pair_outcomes
 from tunetrail.reporting import charts
 from tunetrail.reporting.numbers import interval as as_text
 from tunetrail.reporting.numbers import percent_interval

@@ -10,9 +10,8 @@ the last being what the `comparisons` stage writes. Ranks are whole numbers from
 
 A line belongs to a comparison row when
 
-1. its prompt equals the row's rendered prompt, or else the last user message that the base model's
-   chat template would read out of it (space around either is ignored); a template that writes the
-   system message into the user's turn needs rendered prompts in the file; and
+1. its prompt equals the row's rendered prompt, or else its last user message (space around either is
+   ignored); and
 2. it ranks every completion of the row (space around them is ignored). It may rank more: the ranks of
    the others are left out and the rest closed up.
 
@@ -24,15 +23,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from tunetrail.config import RecordedLabeler
-from tunetrail.contract import Stage
+from tunetrail.config.comparisons import RecordedLabeler
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.labeling.labels import Labels
-from tunetrail.labeling.prompts import ChatTurn, chat_turn
-from tunetrail.labeling.ranks import dense
+from tunetrail.preferences.ranks import dense
 from tunetrail.provenance.manifest import sha256_file
 
 
@@ -121,15 +118,11 @@ def rank(rows: list[dict], config: RecordedLabeler, stage: Stage) -> Labels:
     """Raises DataError for a row that the file does not rank."""
     recorded = read_rankings(config.path, config.columns)
 
-    @cache  # the tokenizer is read only where a prompt is not in the file as it stands
-    def turn() -> ChatTurn | None:
-        return chat_turn(stage.inputs["base"])
-
     rankings = []
     for row in rows:
         prompt = row["prompt"].strip()
-        if prompt not in recorded and (template := turn()):
-            prompt = template.message(row["prompt"]) or prompt
+        if prompt not in recorded:
+            prompt = row["messages"][-1]["content"].strip()
         if prompt not in recorded:
             raise DataError(
                 f"{config.path}: no line ranks completions of the prompt {_short(prompt)} (row {row['id']})"

@@ -1,11 +1,11 @@
 """Simulated labelers that rank by chrF against the author's own text."""
 
-from tunetrail.config import ReferenceLabeler
-from tunetrail.contract import Stage
+from tunetrail.config.comparisons import ReferenceLabeler
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.labeling.chrf import chrf
 from tunetrail.labeling.labels import Labels
-from tunetrail.labeling.ranks import simulated_rankings
+from tunetrail.preferences.ranks import simulated_rankings
+from tunetrail.scorers.chrf import chrf
 
 
 def rank(rows: list[dict], config: ReferenceLabeler, stage: Stage) -> Labels:

@@ -10,12 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tunetrail.config import RewardModelLabeler
-from tunetrail.contract import Stage
+from tunetrail.config.comparisons import RewardModelLabeler
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.labeling.labels import Labels
-from tunetrail.labeling.ranks import simulated_rankings
-from tunetrail.progress import ProgressBar
+from tunetrail.preferences.ranks import simulated_rankings
 from tunetrail.provenance.manifest import list_files, sha256_json
 
 BATCH_TOKENS = 8192
@@ -26,7 +26,7 @@ def load(source: str | Path, revision: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from tunetrail.runtime import quiet_libraries
+    from tunetrail.models.runtime import quiet_libraries
 
     quiet_libraries()
     try:
@@ -85,7 +85,7 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
 
 def rank(rows: list[dict], config: RewardModelLabeler, stage: Stage) -> Labels:
     """Raises ConfigError for an unfit model, DataError for a completion that is too long for it or has no finite score."""
-    from tunetrail.runtime import device
+    from tunetrail.models.runtime import device
 
     source = config.path or str(config.repo)
     model, tokenizer = load(source, config.revision)

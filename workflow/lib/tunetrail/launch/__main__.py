@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import is_finished
+from tunetrail.contract.runner import is_finished
 from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.launch.resources import SRUN, gpus, processes
 from tunetrail.launch.supervise import option, supervise

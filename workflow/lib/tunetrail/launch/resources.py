@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from tunetrail.stages.registry import STAGES
+
 SLURM = (
     "slurm_account", "slurm_partition", "runtime", "mem_mb", "mem_mb_per_cpu", "gpu", "gpu_model", "gres", "cpus_per_gpu",
     "cpus_per_task", "nodes", "tasks", "tasks_per_gpu", "tasks_per_node", "constraint", "qos", "slurm_extra",
@@ -13,8 +15,6 @@ SLURM = (
 LAUNCH = ("launcher", "array")
 """Resources of ours: `launcher` inline or submitit, `array` 1 where jobs that start together go out as one array."""
 LAUNCHERS = ("inline", "submitit")
-DISTRIBUTED = ("sft", "reward", "dpo", "ppo")
-"""Stages that run as several processes, one for each GPU."""
 SRUN = ("--kill-on-bad-exit=1", "--wait=300")
 """Of several processes: where one fails the others, which may wait for it in a collective, are ended; where it is done
 the first, which publishes, has this many seconds more."""
@@ -40,7 +40,7 @@ def gpus(resources: Mapping[str, Any]) -> int:
 
 def processes(stage: str, resources: Mapping[str, Any]) -> int:
     """Of one node: `tasks_per_node`, or one a GPU; 1 for stages that cannot be spread."""
-    if stage not in DISTRIBUTED:
+    if stage not in STAGES or not STAGES[stage].distributed:
         return 1
     nodes = int(resources.get("nodes") or 1)
     return int(resources.get("tasks_per_node") or max(1, gpus(resources) // nodes))

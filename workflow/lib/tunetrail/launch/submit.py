@@ -26,7 +26,7 @@ from typing import Any
 import submitit
 from submitit.core.core import Job
 
-from tunetrail.contract import is_finished
+from tunetrail.contract.runner import is_finished
 from tunetrail.errors import TunetrailError
 from tunetrail.launch.resources import SRUN, gpus, processes, sbatch_options
 from tunetrail.launch.supervise import LEFT, for_srun, option, supervise

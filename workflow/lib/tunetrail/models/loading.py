@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tunetrail.config import Lora
-from tunetrail.contract import write_json
+from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.files import write_json
 from tunetrail.models.attention import plain_attention
 from tunetrail.models.head import look_at_head
 from tunetrail.models.scoring import FullPrecisionHead
@@ -122,7 +122,6 @@ def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_module
             LoraConfig(
                 r=lora.r,
                 lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
                 target_modules=lora.target_modules,
                 modules_to_save=extra_modules,
                 task_type=task,

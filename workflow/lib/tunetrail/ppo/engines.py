@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
-from tunetrail.config import PpoConfig
+from tunetrail.config.ppo import PpoConfig
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.sampling import decoding_weights, sample
 from tunetrail.ppo.sharding import is_sharded

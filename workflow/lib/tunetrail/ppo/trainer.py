@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from tunetrail.config import PpoConfig
+from tunetrail.config.ppo import PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate
 from tunetrail.models.head import narrow_products

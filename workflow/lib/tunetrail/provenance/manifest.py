@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import rfc8785
 
-from tunetrail.config import canonical_json
 from tunetrail.errors import DataError
+from tunetrail.files import canonical_json
 
 MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
 SIGNATURE = "provenance.dsse.json"

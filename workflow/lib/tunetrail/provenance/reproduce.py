@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import read_jsonl
 from tunetrail.errors import DataError
+from tunetrail.files import read_jsonl
 from tunetrail.provenance.diff import tensors
 from tunetrail.provenance.lineage import Lineage, Node
 from tunetrail.provenance.manifest import MANIFEST, canonical, identity, read_manifest

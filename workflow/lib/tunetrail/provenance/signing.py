@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from tunetrail.config import Block
+from tunetrail.config.fields import Block
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.provenance.manifest import PROVENANCE, SIGNATURE, canonical
 

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import read_jsonl
 from tunetrail.errors import DataError
+from tunetrail.files import read_jsonl
 from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCache, identity
 from tunetrail.provenance.record import Record, read_record
 from tunetrail.provenance.verify import Finding, Verifier
 
 ORDER = (
-    "base", "data", "sft", "completions", "tasks", "comparisons", "reward", "policy", "evaluation", "tournament",
+    "base", "data", "sft", "completions", "tasks", "comparisons", "reward", "policy", "evaluation", "head_to_head",
 )  # fmt: skip
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("reference", "reward_model", "llm")
@@ -154,22 +154,22 @@ class Run:
         return [m for m in self.models if m.subject not in ("base", "sft")]
 
     @property
-    def tournament(self) -> dict:
+    def head_to_head(self) -> dict:
         """What was measured where all evaluations met; empty where they did not."""
-        return self.metrics("tournament") or {}
+        return self.metrics("head_to_head") or {}
 
     @property
     def reference(self) -> str:
         """The model that every policy started from and is compared with: base where no sft was trained."""
-        return self.tournament.get("reference") or ("sft" if self.model("sft") else "base")
+        return self.head_to_head.get("reference") or ("sft" if self.model("sft") else "base")
 
     def match_of(self, model: Model, kind: str = "sampled") -> dict | None:
-        """A pair of the tournament, the model against the reference; None where it was not held.
+        """A pair of the head_to_head, the model against the reference; None where it was not held.
 
         Args:
             kind: `sampled` or `greedy`, the responses that were compared.
         """
-        for pair in (self.tournament.get(kind) or {}).get("pairs", []):
+        for pair in (self.head_to_head.get(kind) or {}).get("pairs", []):
             sides = pair["first"], pair["second"]
             if sides == (model.subject, self.reference):
                 return pair
@@ -179,13 +179,13 @@ class Run:
 
     def forgotten(self, model: Model) -> dict:
         """How the model differs from base on unrelated text, `nll` and `choices`; empty where it was not measured."""
-        pairs = self.tournament.get("forgetting") or []
+        pairs = self.head_to_head.get("forgetting") or []
         return next((pair for pair in pairs if (pair["first"], pair["second"]) == (model.subject, "base")), {})
 
     @cached_property
     def shifts(self) -> list[dict]:
         """Next-token probabilities of the probe sentence before and after, of each pair of models."""
-        artifact = self.artifacts.get("tournament")
+        artifact = self.artifacts.get("head_to_head")
         return (read_json(artifact.folder / "probes.json") or {}).get("pairs", []) if artifact else []
 
     @property
@@ -226,7 +226,7 @@ def reference_of(runs: Sequence[Run]) -> str:
 
 
 def turned(pair: dict) -> dict:
-    """A pair of the tournament seen from its other side; what is tested of it stays."""
+    """A pair of the head-to-head comparison seen from its other side; what is tested of it stays."""
     other = {"mean": "mean", "low": "high", "high": "low", "group_low": "group_high", "group_high": "group_low"}
     counts = {"wins": "losses", "losses": "wins"}
 
@@ -291,7 +291,7 @@ def link(artifacts: dict[str, Artifact], page: Path) -> dict[str, dict[str, str]
 def kind(role: str) -> str:
     """The one of ORDER that a role belongs to."""
     start = role.partition(".")[0]
-    return {"retention": "data", "lm_eval": "tournament"}.get(start, start if start in ORDER else "policy")
+    return {"retention": "data", "lm_eval": "head_to_head"}.get(start, start if start in ORDER else "policy")
 
 
 def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) -> Run:
@@ -334,7 +334,7 @@ def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) 
 
 def inputs_of(run: Path) -> dict[str, Path]:
     """Role -> folder of the artifacts below `results/<run>`, as the report's rule names them. Raises DataError."""
-    one = ("base", "data", "sft", "comparisons", "reward", "retention", "tournament")
+    one = ("base", "data", "sft", "comparisons", "reward", "retention", "head_to_head")
     found = {name: run / name for name in one}
     for role, name in (("policy", "policies"), ("evaluation", "evaluation"), ("lm_eval", "lm_eval")):
         found |= {f"{role}.{path.name}": path for path in sorted((run / name).glob("*/"))}

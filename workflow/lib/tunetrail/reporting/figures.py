@@ -27,7 +27,7 @@ def _against(runs: Runs, name: str, opponent: Callable[[Run], str], narrow: bool
     pairs = [
         pair | {"first": _shown(run)[pair["first"]], "second": name}
         for run in runs
-        for pair in (run.tournament.get("sampled") or {}).get("pairs", [])
+        for pair in (run.head_to_head.get("sampled") or {}).get("pairs", [])
         if pair["second"] == opponent(run)
     ]
     return ec.length_controlled({"pairs": pairs}, name, _series(runs), narrow)
@@ -42,14 +42,14 @@ def win_rates_base(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def win_matrix(runs: Runs, narrow: bool) -> Spec | None:
-    return ec.win_matrix(runs[0].tournament.get("sampled"), narrow) if len(runs) == 1 else None
+    return ec.win_matrix(runs[0].head_to_head.get("sampled"), narrow) if len(runs) == 1 else None
 
 
 def strengths(runs: Runs, narrow: bool) -> Spec | None:
     scores = [
         score | {"name": _shown(run)[score["name"]]}
         for run in runs
-        for score in (run.tournament.get("sampled") or {}).get("scores", [])
+        for score in (run.head_to_head.get("sampled") or {}).get("scores", [])
     ]
     return ec.strengths({"scores": scores}, _series(runs), narrow)
 
@@ -68,7 +68,7 @@ def preference_shift(runs: Runs, narrow: bool) -> Spec | None:
     changes = [
         change | {"after": _shown(run)[change["after"]]}
         for run in runs
-        for change in run.tournament.get("preferences") or []
+        for change in run.head_to_head.get("preferences") or []
     ]
     return ec.preference_shift(changes, _series(runs), narrow)
 
@@ -91,7 +91,9 @@ def calibration(runs: Runs, narrow: bool) -> Spec | None:
 
 def forgetting(runs: Runs, narrow: bool) -> Spec | None:
     pairs: list[dict[str, Any]] = [
-        pair | {"first": _shown(run)[pair["first"]]} for run in runs for pair in run.tournament.get("forgetting") or []
+        pair | {"first": _shown(run)[pair["first"]]}
+        for run in runs
+        for pair in run.head_to_head.get("forgetting") or []
     ]
     return ec.forgetting(pairs, "base", _series(runs), narrow)
 

@@ -190,7 +190,7 @@ def adapter_pairs(runs: Sequence[Run]) -> list[tuple[Model | None, Model | None,
     return [
         (run.model(pair["first"]), run.model(pair["second"]), pair)
         for run in runs
-        for pair in run.tournament.get("forgetting") or []
+        for pair in run.head_to_head.get("forgetting") or []
         if set(pair["adapters"]) == set(ADAPTERS)
     ]
 
@@ -200,7 +200,7 @@ def preference_changes(runs: Sequence[Run]) -> list[tuple[Model | None, Model | 
     return [
         (run.model(change["before"]), run.model(change["after"]), change)
         for run in runs
-        for change in run.tournament.get("preferences") or []
+        for change in run.head_to_head.get("preferences") or []
     ]
 
 

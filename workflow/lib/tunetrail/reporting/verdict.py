@@ -1,11 +1,11 @@
-"""What came out, in sentences that follow from the tournament's tests and say no more than they do."""
+"""What came out, in sentences that follow from the head_to_head's tests and say no more than they do."""
 
 from tunetrail.reporting.collect import Model, Run
 from tunetrail.reporting.numbers import MIN_PROMPTS, p_value, percent, percent_interval
 
 
 def outcome(match: dict | None) -> str:
-    """`better`, `worse`, `unclear`, `few` (too few prompts) or `unmeasured`, of the first of a pair of the tournament.
+    """`better`, `worse`, `unclear`, `few` (too few prompts) or `unmeasured`, of the first of a pair of the head_to_head.
 
     A difference is unclear where the 95% interval holds one half, or where it may be chance after correcting for the
     number of models compared.

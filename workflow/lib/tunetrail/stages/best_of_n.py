@@ -9,16 +9,18 @@ model is at most log n - (n-1)/n (Stiennon et al. 2020, appendix G.3), exact whe
 import os
 import sys
 
-from tunetrail.config import BestOfNConfig
-from tunetrail.contract import Stage, main, write_json
+from tunetrail.config.best_of_n import BestOfNConfig
+from tunetrail.contract.stage import Stage
 from tunetrail.evaluation.stats import best_of_n_kl
+from tunetrail.files import write_json
 from tunetrail.provenance.manifest import sha256_json
+from tunetrail.stages.registry import start
 
 
 def run(stage: Stage) -> dict:
     config = BestOfNConfig(**stage.config)
     members = {
-        role: {"path": os.path.relpath(stage.inputs[role]), "manifest": sha256_json(stage.parents[role])}
+        role: {"path": os.path.relpath(stage.inputs[role].folder), "manifest": sha256_json(stage.inputs[role].manifest)}
         for role in ("policy", "reward")
     }
     write_json(stage.work / "policy.json", {"n": config.n} | members)
@@ -26,4 +28,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("best_of_n", run))

@@ -1,7 +1,7 @@
 """Comparison collection: the completions of all shards, ranked by a labeler.
 
     python -m tunetrail.stages.comparisons --config C.json --input data=…/manifest.json \\
-        --input base=…/manifest.json --input shard0=…/manifest.json --input shard1=…/manifest.json \\
+        --input shard0=…/manifest.json --input shard1=…/manifest.json \\
         --output results/RUN/comparisons/manifest.json --state state/RUN/comparisons
 
 Writes `comparisons.jsonl`, sorted by (split, id): the rows of the shards with "rankings" added. Where people rank there
@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from tunetrail.config import ComparisonsConfig
-from tunetrail.contract import Stage, main, write_jsonl
+from tunetrail import labeling
+from tunetrail.config.comparisons import ComparisonsConfig
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.labeling import LABELERS
-from tunetrail.labeling.ranks import pair_outcomes, pairwise_agreement
+from tunetrail.files import write_jsonl
+from tunetrail.preferences.ranks import pair_outcomes, pairwise_agreement
 from tunetrail.provenance.manifest import METRICS
 from tunetrail.provenance.record import labels_dependency
+from tunetrail.stages.registry import start
 
 MIN_PROMPTS = 2
 """Fewer prompts than this with two distinct completions in the reward split are no comparisons to learn from."""
@@ -41,7 +43,7 @@ def gather(stage: Stage) -> list[dict]:
             key = row["split"], row["id"]
             if key in shard_of:
                 raise DataError(
-                    f"{stage.inputs[role] / 'completions.jsonl'}: row {row['id']} is in {shard_of[key]} too; "
+                    f"{stage.inputs[role].folder / 'completions.jsonl'}: row {row['id']} is in {shard_of[key]} too; "
                     "delete the shards and sample them again"
                 )
             shard_of[key] = role
@@ -57,7 +59,7 @@ def comparable(rows: list[dict]) -> list[dict]:
 def duplicates_removed(stage: Stage) -> int:
     """How many repeated or empty completions the shards dropped."""
     return sum(
-        json.loads((stage.inputs[role] / METRICS).read_text(encoding="utf-8"))["duplicates_removed"]
+        json.loads((stage.inputs[role].folder / METRICS).read_text(encoding="utf-8"))["duplicates_removed"]
         for role in shard_roles(stage)
     )
 
@@ -101,7 +103,7 @@ def run(stage: Stage) -> dict:
             f"completions: only {usable} of {sum(row['split'] == 'reward' for row in gathered)} prompts of the reward split have "
             f"two distinct completions, at least {MIN_PROMPTS} are needed; raise data.limits.reward or completions.temperature"
         )
-    labels = LABELERS[config.labeler](rows, config, stage)
+    labels = labeling.rank(config.labeler, rows, config, stage)
     # People may skip a row.
     rows = [row | {"rankings": found} for row, found in zip(rows, labels.rankings, strict=True) if found]
     if (ranked := sum(row["split"] == "reward" for row in rows)) < MIN_PROMPTS:
@@ -116,7 +118,7 @@ def run(stage: Stage) -> dict:
 
     path = stage.work / "comparisons.jsonl"
     write_jsonl(path, rows)
-    stage.dependencies.append(labels_dependency(path, rows, labels.source))
+    stage.draft.dependencies.append(labels_dependency(path, rows, labels.source))
     return (
         metrics
         | labels.metrics
@@ -125,4 +127,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("comparisons", run))

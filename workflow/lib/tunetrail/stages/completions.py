@@ -8,13 +8,15 @@ dropped. Every finished batch is kept in the state folder, so a killed shard los
 
 import sys
 
-from tunetrail.config import CompletionsConfig
-from tunetrail.contract import Stage, canonical_json, main, read_finished_rows, write_jsonl
+from tunetrail.config.comparisons import CompletionsConfig
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
+from tunetrail.files import canonical_json, read_finished_rows, write_jsonl
 from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
+from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import inference_weights, sample
-from tunetrail.progress import ProgressBar
-from tunetrail.runtime import device, prepare, use_bf16
+from tunetrail.stages.registry import start
 
 
 def shard_rows(rows: list[dict], part: tuple[int, int]) -> list[dict]:
@@ -34,7 +36,7 @@ def unique_completions(texts: list[str], finished: list[bool]) -> tuple[list[str
 def run(stage: Stage) -> dict:
     config = CompletionsConfig(**stage.config)
     prepare(stage.seed, "completions")
-    folder = stage.inputs["model"] / "model"
+    folder = stage.inputs["model"].folder / "model"
     tokenizer = load_tokenizer(folder)
     prompts = [
         row | {"split": split}
@@ -42,7 +44,7 @@ def run(stage: Stage) -> dict:
         for row in stage.rows("data", f"{split}.jsonl")
         if "prompt" in row
     ]
-    mine = shard_rows(prompts, stage.part)
+    mine = shard_rows(prompts, stage.request.part)
     done_file = stage.state / "completions.jsonl"
     done = {row["id"]: row for row in read_finished_rows(done_file)}
     # Always the same batches: of what is in one together, floating-point sums and so samples may depend.
@@ -60,7 +62,7 @@ def run(stage: Stage) -> dict:
                 k=config.per_prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 seed=stage.seed, batch_size=config.batch_size, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
             )  # fmt: skip
-            stage.check_leases()
+            stage.attempt.check_leases()
             for row, completions in zip(rows, sampled, strict=True):
                 ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
                 texts, finished = unique_completions(
@@ -68,6 +70,7 @@ def run(stage: Stage) -> dict:
                 )
                 done[row["id"]] = {
                     "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
+                    "messages": row["messages"],
                     "reference": row["completion"], "completions": texts, "finished": finished,
                 }  # fmt: skip
                 out.write(canonical_json(done[row["id"]]) + "\n")
@@ -87,4 +90,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("completions", run))

@@ -27,14 +27,17 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from tunetrail.config import SPLITS, DataConfig, DocstringSource
-from tunetrail.contract import Stage, log, main, write_jsonl
+from tunetrail.config.data import SPLITS, DataConfig, DocstringSource
+from tunetrail.contract.runner import log
+from tunetrail.contract.stage import Stage
 from tunetrail.data.chat import render, with_system
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
 from tunetrail.data.splits import TRAINED, assign_splits, duplicates_across, histogram, overlaps, shuffled
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.files import write_jsonl
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency
+from tunetrail.stages.registry import start
 
 MEASURED = ("evaluation", "heldout")
 """Splits that something is measured on."""
@@ -60,7 +63,6 @@ class Renderer:
                     f"data.chat: is false, but the data holds conversations; set it to true ({row['where']})"
                 )
             return messages[0]["content"]
-        messages = with_system(messages, self.config.system)
         try:
             return render(self.tokenizer, messages)
         except TemplateError as e:
@@ -227,12 +229,13 @@ def prompt_row(row: dict) -> dict:
     if "text" in row:
         return common | {"text": row["text"]}
     completion = best(row) if row["kind"] == "preferences" else row["completion"]
-    return common | {"prompt": row["prompt"], "completion": completion}
+    return common | {"prompt": row["prompt"], "messages": row["messages"], "completion": completion}
 
 
 def comparison_row(row: dict) -> dict:
     return {
-        "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"], "reference": None,
+        "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
+        "messages": row["messages"], "reference": None,
         "completions": row["completions"], "finished": [True] * len(row["completions"]), "rankings": row["rankings"],
     }  # fmt: skip
 
@@ -258,10 +261,11 @@ def authors_dependency(path: Path, authors: list[str]) -> dict:
 
 def run(stage: Stage) -> dict:
     config = DataConfig(**stage.config)
-    renderer = Renderer(AutoTokenizer.from_pretrained(stage.inputs["base"] / "model"), config)
+    renderer = Renderer(AutoTokenizer.from_pretrained(stage.inputs["base"].folder / "model"), config)
     rows, sources = read_all(config)
     for row in rows:
         if "messages" in row:
+            row["messages"] = with_system(row["messages"], config.system)
             row["prompt"] = renderer.prompt(row)
     total = len(rows)
     rows = [row for row in rows if fits(row, config, renderer)]
@@ -318,7 +322,7 @@ def run(stage: Stage) -> dict:
             comparisons += compared
         write_jsonl(stage.work / f"{split}.jsonl", [prompt_row(row) for row in mine])
         if authors := [row["labeler"] for row in mine if "labeler" in row]:
-            stage.dependencies.append(authors_dependency(stage.work / f"{split}.jsonl", authors))
+            stage.draft.dependencies.append(authors_dependency(stage.work / f"{split}.jsonl", authors))
         prompts = [row for row in mine if "prompt" in row]
         card["splits"][split] = {
             "rows": len(mine),
@@ -336,11 +340,11 @@ def run(stage: Stage) -> dict:
             "rankings": sum(len(row["rankings"]) for row in comparisons),
             "labelers": sorted({ranking["labeler"] for row in comparisons for ranking in row["rankings"]}),
         }
-    stage.dependencies += [source_dependency(source) for source in sources]
+    stage.draft.dependencies += [source_dependency(source) for source in sources]
     if config.preferences:
-        stage.dependencies.append(labels_dependency(stage.work / "comparisons.jsonl", comparisons, {}))
+        stage.draft.dependencies.append(labels_dependency(stage.work / "comparisons.jsonl", comparisons, {}))
     return card
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("data", run))

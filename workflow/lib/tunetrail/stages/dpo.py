@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 
-from tunetrail.config import DpoConfig, Lora
-from tunetrail.contract import Stage, is_main_process, main
+from tunetrail.config.dpo import DpoConfig
+from tunetrail.config.training import Lora
+from tunetrail.contract.distributed import is_main_process
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
-from tunetrail.models.comparisons import widest_pairs
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -32,9 +33,18 @@ from tunetrail.models.loading import (
     training_flops,
     with_lora,
 )
-from tunetrail.runtime import prepare
+from tunetrail.models.runtime import prepare
+from tunetrail.models.training import (
+    KeepCallback,
+    epoch_order,
+    publish_kept,
+    score_labels_only,
+    train,
+    trainer_arguments,
+)
+from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.seeds import derive_seed
-from tunetrail.training import KeepCallback, epoch_order, publish_kept, score_labels_only, train, trainer_arguments
+from tunetrail.stages.registry import start
 
 
 class PretokenizedDpoTrainer(DPOTrainer):
@@ -73,7 +83,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoCo
 def run(stage: Stage) -> dict:
     config = DpoConfig(**stage.config)
     prepare(stage.seed, "dpo")
-    parent = stage.inputs["policy"] / "model"
+    parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
     rows = [row for row in stage.rows("comparisons", "comparisons.jsonl") if row["split"] == "reward"]
     examples = tokenize(rows, tokenizer, config)
@@ -85,7 +95,7 @@ def run(stage: Stage) -> dict:
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
-    stage.training_flops = training_flops(
+    stage.draft.training_flops = training_flops(
         counts,
         sum(
             2 * len(examples[i]["prompt_ids"]) + len(examples[i]["chosen_ids"]) + len(examples[i]["rejected_ids"])
@@ -107,7 +117,9 @@ def run(stage: Stage) -> dict:
     )
 
     def save(model: Any, folder: Path, lora: Lora | None) -> None:
-        save_causal_lm(trainer.accelerator.unwrap_model(model), parent, folder, lora, parent, stage.parents["policy"])
+        save_causal_lm(
+            trainer.accelerator.unwrap_model(model), parent, folder, lora, parent, stage.inputs["policy"].manifest
+        )
 
     unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
     trainer.add_callback(KeepCallback(stage, config.checkpoints, functools.partial(save, lora=unmerged)))
@@ -126,4 +138,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, distributed=True))
+    sys.exit(start("dpo", run))

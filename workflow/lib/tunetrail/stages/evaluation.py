@@ -7,7 +7,7 @@ Samples at the configured temperature and measures: gold score (the labeler's sc
 model), reward-model score, KL to the SFT model, length, distinct-n, likelihood of unrelated text and a
 multiple-choice task, log-probs of preferred and dispreferred responses, and the probes. The gold score is also
 measured on greedy decoding, where a policy that only became surer of what it said before does not gain. Where no SFT
-model was trained, the base model stands in its place. How models compare is what `stages.tournament` says.
+model was trained, the base model stands in its place. How models compare is what `stages.head_to_head` says.
 
 The frontier: a policy's training may keep checkpoints at fixed steps (`policies.<name>.checkpoints`); each of them
 answers the first `frontier_prompts` prompts here, as the final model did, so that all points of all policies are on
@@ -46,8 +46,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunetrail.config import EvaluationConfig
-from tunetrail.contract import Stage, main, write_json, write_jsonl
+from tunetrail.config.evaluation import EvaluationConfig
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
 from tunetrail.data.chat import render, with_system
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import (
@@ -59,15 +60,16 @@ from tunetrail.evaluation.models import (
     sentence_probe,
 )
 from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values, bootstrap, distinct_n, standard_error
-from tunetrail.labeling.chrf import chrf
+from tunetrail.files import write_json, write_jsonl
 from tunetrail.models.batching import encode, encode_comparison, encode_response
-from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import is_adapter, load_causal_lm, load_reward_model, load_tokenizer
+from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import decoding_weights, sample
-from tunetrail.progress import ProgressBar
+from tunetrail.preferences.pairs import decided_pairs, preference_targets
 from tunetrail.provenance.manifest import METRICS
-from tunetrail.runtime import device, prepare, use_bf16
+from tunetrail.scorers.chrf import chrf
 from tunetrail.seeds import derive_seed
+from tunetrail.stages.registry import start
 
 Example = tuple[list[int], list[int]]
 
@@ -105,10 +107,10 @@ class Evaluator:
     def __init__(self, stage: Stage, rows: list[dict]):
         self.stage, self.config = stage, EvaluationConfig(**stage.config)
         self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
-        policy = stage.inputs["model"] / "policy.json"
+        policy = stage.inputs["model"].folder / "policy.json"
         self.n = json.loads(policy.read_text())["n"] if policy.exists() else 1
         """Samples a prompt; above 1 the reward model keeps the best (best-of-n)."""
-        self.folder = stage.inputs["sft" if self.n > 1 else "model"] / "model"
+        self.folder = stage.inputs["sft" if self.n > 1 else "model"].folder / "model"
         self.tokenizer = load_tokenizer(self.folder)
         self.pad_id = self.tokenizer.pad_token_id
         self.model = load_causal_lm(self.folder).to(device()).eval()
@@ -165,7 +167,7 @@ class Evaluator:
         """Fills in the reward model's scores."""
         if "reward" not in self.stage.inputs or not several:
             return
-        reward_model = load_reward_model(self.stage.inputs["reward"] / "model").to(device()).eval()
+        reward_model = load_reward_model(self.stage.inputs["reward"].folder / "model").to(device()).eval()
         for samples in several:
             samples.reward = reward_scores(
                 reward_model, samples.examples, self.pad_id, self.precision, self.config.batch_tokens
@@ -175,7 +177,7 @@ class Evaluator:
         """Fills in the KL to the SFT model, of samples of this model (None) or of that in a folder."""
         if "sft" not in self.stage.inputs or self.n > 1:
             return
-        reference = load_causal_lm(self.stage.inputs["sft"] / "model").to(device()).eval()
+        reference = load_causal_lm(self.stage.inputs["sft"].folder / "model").to(device()).eval()
         for samples, folder in several:
             model = self.model if folder is None else load_causal_lm(folder).to(device()).eval()
             samples.kl = kl_divergences(
@@ -187,7 +189,7 @@ class Evaluator:
 
     def kept(self) -> dict[int, Path]:
         """Step -> model folder of the checkpoints that training kept."""
-        folder = self.stage.inputs["model"] / "checkpoints"
+        folder = self.stage.inputs["model"].folder / "checkpoints"
         return {int(path.name): path / "model" for path in sorted(folder.glob("*"), key=lambda path: int(path.name))}
 
     def point(self, samples: Samples) -> dict:
@@ -201,7 +203,7 @@ class Evaluator:
         """See the module's docstring."""
         if self.subject["method"] not in ("dpo", "ppo"):
             return None
-        last = json.loads((self.stage.inputs["model"] / METRICS).read_text())["steps"]
+        last = json.loads((self.stage.inputs["model"].folder / METRICS).read_text())["steps"]
         points = [{"step": step, "chosen": False} | self.point(found) for step, found in kept.items()]
         final = self.point(samples[list(range(len(self.some)))])
         return {"prompts": len(self.some), "rule": RULE, "points": [*points, {"step": last, "chosen": True} | final]}
@@ -303,7 +305,7 @@ class Evaluator:
 
 def run(stage: Stage) -> dict:
     prepare(stage.seed, "evaluation")
-    stage.about = ("model",)
+    stage.draft.about = ("model",)
     rows = [row for row in stage.rows("data", "evaluation.jsonl") if "prompt" in row]
     if not rows:
         raise DataError(
@@ -343,7 +345,13 @@ def run(stage: Stage) -> dict:
         "finished": finished,
     }  # fmt: skip
     table = [
-        {"id": row["id"], "group": row["group"], "prompt": row["prompt"], "reference": row["completion"]}
+        {
+            "id": row["id"],
+            "group": row["group"],
+            "prompt": row["prompt"],
+            "messages": row["messages"],
+            "reference": row["completion"],
+        }
         | {name: values and values[i] for name, values in columns.items()}
         for i, row in enumerate(rows)
     ]
@@ -374,4 +382,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("evaluation", run))

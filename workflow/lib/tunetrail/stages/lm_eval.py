@@ -16,13 +16,14 @@ import importlib.util
 import sys
 from importlib.metadata import version
 
-from tunetrail.config import LmEvalConfig
-from tunetrail.contract import Stage, main
+from tunetrail.config.evaluation import LmEvalConfig
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
+from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.provenance.manifest import sha256_file, sha256_json
 from tunetrail.provenance.record import dependency
-from tunetrail.runtime import device, prepare, use_bf16
+from tunetrail.stages.registry import start
 
 
 def table(results: dict) -> list[dict]:
@@ -56,7 +57,7 @@ def run(stage: Stage) -> dict:
             "lm_eval.tasks: the package lm-eval is not installed; run `pip install lm-eval`, or set lm_eval to null"
         )
     prepare(stage.seed, "lm_eval")
-    stage.about = ("model",)
+    stage.draft.about = ("model",)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -67,7 +68,7 @@ def run(stage: Stage) -> dict:
         raise ConfigError(
             f"lm_eval.tasks: the harness knows no {', '.join(unknown)}; `lm-eval ls tasks` lists them, lm_eval.include_path adds yours"
         )
-    folder = stage.inputs["model"] / "model"
+    folder = stage.inputs["model"].folder / "model"
     model = load_causal_lm(folder).to(device()).eval()
     if use_bf16(stage.shared["precision"]):
         model = model.bfloat16()
@@ -80,13 +81,13 @@ def run(stage: Stage) -> dict:
     )  # fmt: skip
     if config.include_path is not None:
         files = {str(path): sha256_file(path) for path in config.own_files()}
-        stage.dependencies.append(dependency("tasks", str(config.include_path), sha256_json(files), files=files))
+        stage.draft.dependencies.append(dependency("tasks", str(config.include_path), sha256_json(files), files=files))
     released = version("lm_eval")
-    stage.dependencies.append(
+    stage.draft.dependencies.append(
         dependency("evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}", reason="installed beside the lock")
     )  # fmt: skip
     return {"subject": stage.shared["subject"], "version": released, "tasks": table(results)}
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("lm_eval", run))

@@ -11,9 +11,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from tunetrail.config import Lora, PpoConfig
-from tunetrail.contract import Stage, is_main_process, main, write_jsonl
+from tunetrail.config.ppo import PpoConfig
+from tunetrail.config.training import Lora
+from tunetrail.contract.distributed import is_main_process
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
+from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import (
     load_causal_lm,
@@ -24,14 +28,14 @@ from tunetrail.models.loading import (
     training_flops,
     with_lora,
 )
+from tunetrail.models.runtime import device, prepare, use_bf16
+from tunetrail.models.trackers import accelerator_options, tracking
+from tunetrail.models.training import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
 from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.sharding import whole_state
 from tunetrail.ppo.trainer import PPOTrainer
-from tunetrail.progress import ProgressBar
-from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
-from tunetrail.trackers import accelerator_options, tracking
-from tunetrail.training import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
+from tunetrail.stages.registry import start
 
 
 def save(stage: Stage, trainer: PPOTrainer) -> None:
@@ -46,7 +50,7 @@ def save(stage: Stage, trainer: PPOTrainer) -> None:
 def run(stage: Stage) -> dict:
     config = PpoConfig(**stage.config)
     prepare(stage.seed, "ppo")
-    parent = stage.inputs["policy"] / "model"
+    parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
     rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
     if len(rows) < config.prompts_per_batch:
@@ -60,7 +64,7 @@ def run(stage: Stage) -> dict:
     ]
 
     def chrf_of(row: int, response: list[int]) -> float:
-        from tunetrail.labeling.chrf import chrf
+        from tunetrail.scorers.chrf import chrf
 
         return chrf(tokenizer.decode(response, skip_special_tokens=True).strip(), rows[row]["completion"])
 
@@ -74,7 +78,7 @@ def run(stage: Stage) -> dict:
     )
     engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
     trainer = PPOTrainer(
-        config, policy, load_reward_model(stage.inputs["reward"] / "model"),
+        config, policy, load_reward_model(stage.inputs["reward"].folder / "model"),
         [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
         demonstrations=demonstrations, engine=engine, gold=chrf_of if watch_gold else None,
@@ -84,7 +88,7 @@ def run(stage: Stage) -> dict:
 
     def write(folder: Path, lora: Lora | None, whole: dict | None) -> None:
         policy = trainer.actor_critic.policy
-        save_causal_lm(policy, parent, folder, lora, parent, stage.parents["policy"], whole)
+        save_causal_lm(policy, parent, folder, lora, parent, stage.inputs["policy"].manifest, whole)
 
     unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
     bar = ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1)
@@ -101,7 +105,7 @@ def run(stage: Stage) -> dict:
             if stage.stop.save_due():
                 save(stage, trainer)
                 stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
-    stage.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
+    stage.draft.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
     state = whole_state(trainer.model, "policy")
     if not is_main_process():
         return {}
@@ -119,4 +123,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, distributed=True))
+    sys.exit(start("ppo", run))

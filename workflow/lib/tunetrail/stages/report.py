@@ -10,16 +10,22 @@ name in `tunetrail.reporting.figures.FIGURES`, always.
 
 import sys
 
-from tunetrail.config import ReportConfig
-from tunetrail.contract import Stage, main
+from tunetrail.config.evaluation import ReportConfig
+from tunetrail.contract.stage import Stage
 from tunetrail.reporting.collect import collect
 from tunetrail.reporting.figures import FIGURES
 from tunetrail.reporting.page import draw, render
+from tunetrail.stages.registry import start
 
 
 def run(stage: Stage) -> dict:
     config = ReportConfig(**stage.config)
-    found = collect(stage.output.parent.name, stage.inputs, stage.output, stage.cache)
+    found = collect(
+        stage.output.parent.name,
+        {role: parent.folder for role, parent in stage.inputs.items()},
+        stage.output,
+        stage.attempt.digests,
+    )
     figures = draw([found], FIGURES)
     (stage.work / "figures").mkdir()
     for name, (wide, _) in figures.items():
@@ -32,4 +38,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("report", run))

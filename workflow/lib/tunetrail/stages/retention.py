@@ -6,7 +6,7 @@
 `source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss
 on it (`base_nll`, nats a token), and `choices.jsonl`, a multiple-choice task: which of four answers belongs to a
 question (of four continuations to the start of a block), with whether the base model chooses it (`base_correct`).
-Models are compared row by row in `stages.tournament`, by what each one's evaluation measured.
+Models are compared row by row in `stages.head_to_head`, by what each one's evaluation measured.
 """
 
 import random
@@ -15,19 +15,21 @@ from pathlib import Path
 
 import yaml
 
-from tunetrail.config import RetentionConfig
-from tunetrail.contract import Stage, main, write_jsonl
+from tunetrail.config.evaluation import RetentionConfig
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
 from tunetrail.data.chat import render
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls, right_choices
+from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
+from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import decoding_weights, sample
-from tunetrail.progress import ProgressBar
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency
-from tunetrail.runtime import device, prepare, use_bf16
 from tunetrail.seeds import derive_seed
+from tunetrail.stages.registry import start
 
 CHOICES, NEUTRAL = 4, "Say something."
 
@@ -72,7 +74,7 @@ def multiple_choice(examples: list[tuple[list[int], list[int]]], neutral: list[i
 def run(stage: Stage) -> dict:
     config, precision = RetentionConfig(**stage.config), stage.shared["precision"]
     prepare(stage.seed, "retention")
-    folder = stage.inputs["base"] / "model"
+    folder = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(folder)
     model = load_causal_lm(folder).to(device())
     rng = random.Random(derive_seed(stage.seed, "retention"))
@@ -83,7 +85,7 @@ def run(stage: Stage) -> dict:
         if not blocks:
             raise DataError(f"retention.path: {config.path} holds no text")
         digest = sha256_file(config.path)  # type: ignore[arg-type]
-        stage.dependencies.append(dependency("text", str(config.path), digest, files={str(config.path): digest}))
+        stage.draft.dependencies.append(dependency("text", str(config.path), digest, files={str(config.path): digest}))
         examples = [(block[:1], block[1:]) for block in rng.sample(blocks, min(config.prompts, len(blocks)))]
         texts = [{"text": tokenizer.decode(p + r)} for p, r in examples]
         halves = [(p + r[: len(r) // 2], r[len(r) // 2 :]) for p, r in examples]
@@ -130,4 +132,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("retention", run))

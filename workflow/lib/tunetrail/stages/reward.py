@@ -33,14 +33,14 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from tunetrail.config import RewardConfig
-from tunetrail.contract import Stage, is_main_process, main, write_jsonl
+from tunetrail.config.training import RewardConfig
+from tunetrail.contract.distributed import is_main_process
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import bootstrap, bootstrap_of, expected_calibration_error, spearman
-from tunetrail.labeling.ranks import agreements, pair_outcomes
+from tunetrail.files import write_jsonl
 from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
-from tunetrail.models.comparisons import decided_pairs, preference_targets
 from tunetrail.models.loading import (
     copy_tokenizer,
     load_causal_lm,
@@ -50,10 +50,13 @@ from tunetrail.models.loading import (
     with_full_precision_head,
     with_lora,
 )
+from tunetrail.models.runtime import prepare
 from tunetrail.models.scoring import head_and_trunk
-from tunetrail.runtime import prepare
+from tunetrail.models.training import epoch_order, train, trainer_arguments
+from tunetrail.preferences.pairs import decided_pairs, preference_targets
+from tunetrail.preferences.ranks import agreements, pair_outcomes
 from tunetrail.seeds import derive_seed
-from tunetrail.training import epoch_order, train, trainer_arguments
+from tunetrail.stages.registry import start
 
 BIAS_DEMONSTRATIONS = 128
 """Demonstrations whose mean score becomes 0."""
@@ -286,7 +289,7 @@ def evaluate(pairs: list[dict], seed: int) -> dict:
 def run(stage: Stage) -> dict:
     config, precision = RewardConfig(**stage.config), stage.shared["precision"]
     prepare(stage.seed, "reward")
-    parent = stage.inputs["policy"] / "model"
+    parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
     pad_id = tokenizer.pad_token_id
     rows = stage.rows("comparisons", "comparisons.jsonl")
@@ -307,7 +310,7 @@ def run(stage: Stage) -> dict:
     model.config.pad_token_id = pad_id
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
-    stage.training_flops = training_flops(
+    stage.draft.training_flops = training_flops(
         counts,
         sum(
             len(examples[i]["responses"]) * len(examples[i]["prompt"]) + sum(map(len, examples[i]["responses"]))
@@ -364,4 +367,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, distributed=True))
+    sys.exit(start("reward", run))

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
-from tunetrail.config import SftConfig
-from tunetrail.contract import Stage, is_main_process, main
+from tunetrail.config.training import SftConfig
+from tunetrail.contract.distributed import is_main_process
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
@@ -26,9 +27,10 @@ from tunetrail.models.loading import (
     training_flops,
     with_lora,
 )
-from tunetrail.runtime import prepare
+from tunetrail.models.runtime import prepare
+from tunetrail.models.training import epoch_order, score_labels_only, train, trainer_arguments
 from tunetrail.seeds import derive_seed
-from tunetrail.training import epoch_order, score_labels_only, train, trainer_arguments
+from tunetrail.stages.registry import start
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
@@ -61,7 +63,7 @@ def prompt_and_response(example: dict) -> tuple[list[int], list[int]]:
 def run(stage: Stage) -> dict:
     config, precision = SftConfig(**stage.config), stage.shared["precision"]
     prepare(stage.seed, "sft")
-    parent = stage.inputs["base"] / "model"
+    parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
     examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length)
     if len(examples) < config.batch_size:
@@ -69,7 +71,7 @@ def run(stage: Stage) -> dict:
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
-    stage.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
+    stage.draft.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
     trainer = SFTTrainer(
         model=model,
         args=TrlSftConfig(
@@ -85,7 +87,7 @@ def run(stage: Stage) -> dict:
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     heldout = tokenize(stage.rows("data", "heldout.jsonl"), tokenizer, config.max_length)
     losses = mean_nlls(model, [prompt_and_response(e) for e in heldout], tokenizer.pad_token_id, precision)
-    save_causal_lm(model, parent, stage.work, config.lora, parent, stage.parents["base"])
+    save_causal_lm(model, parent, stage.work, config.lora, parent, stage.inputs["base"].manifest)
     return {
         "train_loss": rows[-1]["loss"],
         "eval_loss": bootstrap(losses, 1000, stage.seed),
@@ -95,4 +97,4 @@ def run(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, distributed=True))
+    sys.exit(start("sft", run))

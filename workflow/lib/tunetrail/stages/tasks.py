@@ -1,7 +1,6 @@
 """Tasks for people: what labelers are to rank, where `comparisons.labeler` is human.
 
-    python -m tunetrail.stages.tasks --config C.json --input base=…/manifest.json \\
-        --input shard0=…/manifest.json --output results/RUN/tasks/manifest.json --state state/RUN/tasks
+    python -m tunetrail.stages.tasks --config C.json --input shard0=…/manifest.json --output results/RUN/tasks/manifest.json --state state/RUN/tasks
 
 Writes `tasks.jsonl`, sorted by (split, id), gold tasks last; `tunetrail.labeling.app.store.checked_task` says what a
 task is. The prompt is what the user said, or who said what where there is more, without the chat template around it. Which model wrote what is not in it.
@@ -11,13 +10,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tunetrail.contract import Stage, main, write_jsonl
+from tunetrail.contract.stage import Stage
+from tunetrail.data.chat import shown_prompt
 from tunetrail.errors import DataError
+from tunetrail.files import write_jsonl
 from tunetrail.labeling.app.store import checked_task, read_tasks
-from tunetrail.labeling.prompts import chat_turn, shown_prompt
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency
 from tunetrail.stages.comparisons import comparable, gather
+from tunetrail.stages.registry import start
 
 
 def read_gold(path: Path) -> list[dict]:
@@ -29,9 +30,8 @@ def read_gold(path: Path) -> list[dict]:
 
 
 def run(stage: Stage) -> dict:
-    turn = chat_turn(stage.inputs["base"])
     tasks = [
-        {"id": row["id"], "prompt": shown_prompt(row["prompt"], turn), "completions": row["completions"], "split": row["split"]}
+        {"id": row["id"], "prompt": shown_prompt(row["messages"]), "completions": row["completions"], "split": row["split"]}
         for row in comparable(gather(stage))
     ]  # fmt: skip
     tasks = [checked_task(task, f"completions: row {task['id']}") for task in tasks]
@@ -40,9 +40,9 @@ def run(stage: Stage) -> dict:
     if gold:
         path = stage.config["gold"]
         digest = sha256_file(Path(path))
-        stage.dependencies.append(dependency("gold", path, digest, files={path: digest}))
+        stage.draft.dependencies.append(dependency("gold", path, digest, files={path: digest}))
     return {"tasks": len(tasks), "gold": len(gold), "by_split": dict(Counter(task["split"] for task in tasks))}
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("tasks", run))

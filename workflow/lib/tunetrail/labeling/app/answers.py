@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tunetrail.labeling.ranks import gapless
+from tunetrail.preferences.ranks import gapless
 
 FLAGS = {
     "instruction": "misses the instruction",

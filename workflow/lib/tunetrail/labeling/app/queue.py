@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from tunetrail.labeling.app.answers import TEXT, Answer, Refused, as_answer, as_skip
 from tunetrail.labeling.app.database import assignments, events, places
 from tunetrail.labeling.app.store import Settings, Store
-from tunetrail.labeling.ranks import generator, pairwise_agreement
+from tunetrail.preferences.ranks import generator, pairwise_agreement
 
 GAP = 5
 """A task is not shown again to its labeler before so many others."""

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.labeling.app.database import Database, events, labelers, notes, places, tasks
-from tunetrail.labeling.ranks import gapless
+from tunetrail.preferences.ranks import gapless
 from tunetrail.provenance.manifest import canonical, sha256_bytes
 
 START = "0" * 64

@@ -1,9 +1,9 @@
 """Where all evaluations meet: every model against every other, prompt by prompt.
 
-    python -m tunetrail.stages.tournament --config C.json --input evaluation.sft=… --input evaluation.dpo=… \
-        [--input base=…] --output … --state …
+    python -m tunetrail.stages.head_to_head --config C.json --input evaluation.sft=… --input evaluation.dpo=… \
+        --output … --state …
 
-Nothing is sampled here, and no model is run unless `tournament.judge` names one that is local. An interval I is
+Nothing is sampled here, and no model is run unless `head_to_head.judge` names one that is local. An interval I is
 
     {"mean", "low", "high", "n", "group_low", "group_high", "groups"}
 
@@ -47,15 +47,18 @@ from typing import Any
 
 import numpy as np
 
-from tunetrail.config import LlmJudge, TournamentConfig
-from tunetrail.contract import Stage, main, write_json, write_jsonl
+from tunetrail.config.comparisons import LlmJudge
+from tunetrail.config.evaluation import HeadToHeadConfig
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.evaluation.matches import Outcomes, match, pairs_of
 from tunetrail.evaluation.probes import shift
 from tunetrail.evaluation.stats import bootstrap, bootstrap_of, mean_of, outcomes
+from tunetrail.files import write_json, write_jsonl
 from tunetrail.labeling.llm import judge_rows, pair_outcome
 from tunetrail.provenance.manifest import METRICS
 from tunetrail.provenance.record import dependency
+from tunetrail.stages.registry import start
 
 Rows = dict[str, dict[str, dict]]
 """Subject -> row id -> row."""
@@ -67,7 +70,7 @@ def read(stage: Stage, subjects: list[str], name: str) -> Rows:
     return {
         subject: {row["id"]: row for row in stage.rows(role, name)}
         for subject, role in roles.items()
-        if (stage.inputs[role] / name).exists()
+        if (stage.inputs[role].folder / name).exists()
     }
 
 
@@ -98,13 +101,17 @@ def verdict_outcomes(subjects: Sequence[str], answers: list[dict]) -> Outcomes:
 def judged(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> tuple[Outcomes, dict]:
     """A language model's verdicts on all pairs, and how it came to them; writes `judgements.jsonl`."""
     rows = [
-        {"id": i, "prompt": row["prompt"], "completions": [samples[subject][i]["completion"] for subject in samples]}
+        {
+            "id": i,
+            "messages": row["messages"],
+            "completions": [samples[subject][i]["completion"] for subject in samples],
+        }
         for i, row in samples[reference].items()
     ]
-    answers, source = judge_rows(rows, judge, stage, "tournament.judge")
+    answers, source = judge_rows(rows, judge, stage, "head_to_head.judge")
     digest = source.pop("digest", None)
     who = source | ({} if digest else {"reason": "an endpoint does not show what answers"})
-    stage.dependencies.append(dependency("judge", source.get("model") or source["path"], digest, **who))
+    stage.draft.dependencies.append(dependency("judge", source.get("model") or source["path"], digest, **who))
     ordered, names = [answers[row["id"]] for row in rows], list(samples)
     write_jsonl(
         stage.work / "judgements.jsonl",
@@ -125,7 +132,7 @@ def judged(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> tupl
 
 
 def run(stage: Stage) -> dict:
-    config = TournamentConfig(**stage.config)
+    config = HeadToHeadConfig(**stage.config)
     tie, n_resamples = config.tie, stage.shared["evaluation.bootstrap"]
     evaluated = [role.partition(".")[2] for role in stage.inputs if role.startswith("evaluation.")]
     subjects = sorted(evaluated, key=lambda name: (name != "base", name != "sft", name))
@@ -134,7 +141,7 @@ def run(stage: Stage) -> dict:
     for subject, rows in samples.items():
         if list(rows) != list(samples[reference]):
             raise DataError(
-                f"tournament: {subject} was evaluated on other prompts than {reference}; evaluate both on the same data"
+                f"head_to_head: {subject} was evaluated on other prompts than {reference}; evaluate both on the same data"
             )
     groups = [row["group"] for row in samples[reference].values()]
 
@@ -165,7 +172,7 @@ def run(stage: Stage) -> dict:
 
 def content(stage: Stage, subject: str, name: str) -> Any:
     """A JSON file of one evaluation."""
-    return json.loads((stage.inputs[f"evaluation.{subject}"] / name).read_text(encoding="utf-8"))
+    return json.loads((stage.inputs[f"evaluation.{subject}"].folder / name).read_text(encoding="utf-8"))
 
 
 def forgetting(stage: Stage, subjects: list[str], n_resamples: int) -> list[dict]:
@@ -204,4 +211,4 @@ def preferences(stage: Stage, changes: list[tuple[str, str]], n_resamples: int) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(start("head_to_head", run))

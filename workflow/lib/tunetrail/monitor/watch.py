@@ -20,9 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunetrail.contract import read_jsonl
-from tunetrail.launch.dag import Job
-from tunetrail.launch.status import (
+from tunetrail.contract.progress import duration, parse
+from tunetrail.files import read_jsonl
+from tunetrail.monitor.dag import Job
+from tunetrail.monitor.status import (
     STATES,
     Standing,
     _tail,
@@ -35,7 +36,6 @@ from tunetrail.launch.status import (
     standing,
     state_folder,
 )
-from tunetrail.progress import duration, parse
 
 QUEUE_SECONDS = 10
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.errors import DataError
-from tunetrail.launch.dag import Job
 from tunetrail.launch.resources import gpus
-from tunetrail.launch.status import group_name, grouped, shared
+from tunetrail.monitor.dag import Job
+from tunetrail.monitor.status import group_name, grouped, shared
 from tunetrail.provenance.record import device_hours, read_record
 
 

@@ -13,10 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tunetrail.contract.lease import holder
+from tunetrail.contract.progress import ProgressLine, duration, parse
 from tunetrail.errors import PEOPLE, Waiting
-from tunetrail.launch.dag import Job, jobs_of, listed
-from tunetrail.lease import holder
-from tunetrail.progress import ProgressLine, duration, parse
+from tunetrail.monitor.dag import Job, jobs_of, listed
 
 STATES = {"done": "green", "running": "cyan", "stale": "yellow", "interrupted": "yellow", "failed": "red", "waiting": "dim"}  # fmt: skip
 """State of a stage -> its colour. interrupted: it saved and left, or was asked to, and goes on when run again."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract import parse_time_left
+from tunetrail.contract.stop import parse_time_left
 from tunetrail.errors import ConfigError
-from tunetrail.launch.dag import Job
 from tunetrail.launch.resources import SLURM, gpus, sbatch_options
+from tunetrail.monitor.dag import Job
 
 COMMANDS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 SOUND, FINDING, UNKNOWN = 0, 1, 2

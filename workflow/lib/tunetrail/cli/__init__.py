@@ -176,12 +176,12 @@ def _print(value: Any) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from tunetrail.launch import status
-    from tunetrail.launch.dag import read_dag
+    from tunetrail.monitor import status
+    from tunetrail.monitor.dag import read_dag
 
     rerun, jobs = status.rerun_command(args.profile, args.configfile), read_dag(args.profile, args.configfile)
     if args.watch:
-        from tunetrail.launch.watch import follow
+        from tunetrail.monitor.watch import follow
 
         follow(jobs, rerun)
         return SOUND
@@ -194,8 +194,8 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tunetrail.launch import plan
-    from tunetrail.launch.dag import read_dag
+    from tunetrail.monitor import plan
+    from tunetrail.monitor.dag import read_dag
 
     steps = plan.plan(read_dag(args.profile, args.configfile))
     if args.json:
@@ -206,8 +206,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from tunetrail.launch import doctor
-    from tunetrail.launch.dag import read_dag
+    from tunetrail.monitor import doctor
+    from tunetrail.monitor.dag import read_dag
 
     tell = (lambda check: None) if args.json else (lambda check: print(check, flush=True))
     found = doctor.diagnose(read_dag(args.profile, args.configfile), args.jobs, args.wait, tell)

@@ -20,24 +20,18 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from tunetrail.config import Epochs
-from tunetrail.contract import (
-    KEPT,
-    Stage,
-    is_main_process,
-    of_all_processes,
-    processes,
-    sync,
-    write_json,
-    write_jsonl,
-)
+from tunetrail.config.training import Epochs
+from tunetrail.contract.distributed import is_main_process, of_all_processes, processes
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.runner import KEPT
+from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.files import sync, write_json, write_jsonl
+from tunetrail.models.runtime import use_bf16
 from tunetrail.models.scoring import gather_logprobs
-from tunetrail.progress import ProgressBar
+from tunetrail.models.trackers import trainer_options
 from tunetrail.provenance.manifest import list_files, sha256_file, walk
-from tunetrail.runtime import use_bf16
 from tunetrail.seeds import derive_seed
-from tunetrail.trackers import trainer_options
 
 log = logging.getLogger("tunetrail")
 
@@ -211,7 +205,7 @@ def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
     save(pending)
     for path in walk(pending):  # whoever finds the folder takes it for whole
         sync(path)
-    stage.check_leases()
+    stage.attempt.check_leases()
     pending.rename(folder)
 
 
@@ -237,14 +231,17 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
 
     The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
     """
-    stage.check_leases()
+    stage.attempt.check_leases()
     with ThreadPoolExecutor() as pool:  # the disk writes while the processors hash
         written = pool.map(sync, walk(checkpoint))
         write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
         list(written)  # raises what went wrong
     sync(checkpoint / f".{COMPLETE}")
-    stage.saves = [*stage.saves[-1:], {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")}]
-    stage.note("states_out", stage.saves)
+    stage.attempt.saves = [
+        *stage.attempt.saves[-1:],
+        {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")},
+    ]
+    stage.attempt.note("states_out", stage.attempt.saves)
     (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
     sync(checkpoint)  # before the older ones go
 
@@ -282,9 +279,9 @@ def _newest_whole(stage: Stage) -> Path | None:
         if is_complete(checkpoint):
             log.info("%s: resuming from %s", stage.name, checkpoint.name)
             state = {"name": checkpoint.name, "digest": sha256_file(checkpoint / COMPLETE)}
-            stage.saves = [state]  # a later attempt may have to begin from it again
-            stage.note("state_in", state)
-            stage.note("states_out", stage.saves)
+            stage.attempt.saves = [state]  # a later attempt may have to begin from it again
+            stage.attempt.note("state_in", state)
+            stage.attempt.note("states_out", stage.attempt.saves)
             return checkpoint
         log.info("%s: the save was interrupted; using the one before it", checkpoint)
         shutil.rmtree(checkpoint)

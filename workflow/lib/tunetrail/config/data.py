@@ -1,0 +1,144 @@
+"""`data`: what to learn from and how it is split."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tunetrail.config.fields import Block, Count, Flag, Fraction, Repo, Text
+
+
+class DocstringSource(Block):
+    """Functions of the machine's own Python standard library; the answer is the docstring's first sentence."""
+
+    source: Literal["docstrings"]
+    max_code_tokens: Count = Field(
+        default=64,
+        description="tokens; functions with more code are left out. Raise it for more rows and slower sampling",
+    )
+    max_answer_tokens: Count = Field(default=40, description="tokens; longer sentences are left out")
+
+
+class TopicsSource(Block):
+    """The prose of `pydoc_data.topics`, which every CPython carries: raw text."""
+
+    source: Literal["topics"]
+
+
+class Rows(Block):
+    """What every table of rows shares."""
+
+    columns: dict[str, str] = Field(
+        default={}, description="our column: the source's column, where the names differ, as `{prompt: question}`"
+    )
+    group: str | None = Field(
+        default=None,
+        description="column; rows with one value of it stay in one split. null: the prompt. Name the user, document or "
+        "conversation that rows come from, or what was learnt from one row is tested on its sibling",
+    )
+    licence: str | None = Field(default=None, description="SPDX name, recorded in the data card")
+
+
+class FileSource(Rows):
+    """Rows of a JSONL, CSV or Parquet file."""
+
+    source: Literal["file"]
+    path: Path = Field(
+        description="a `.jsonl`, `.csv` or `.parquet` file (`.gz` may follow), relative to where Snakemake runs"
+    )
+
+
+class HubSource(Rows):
+    """Rows of a data set on the Hugging Face hub."""
+
+    source: Literal["hub"]
+    repo: Repo = Field(description="owner/name")
+    revision: Text = Field(description="a commit hash or tag; a branch moves")
+    split: Text = Field(default="train", description="which split of the data set to read; ours are made from it")
+    subset: str | None = Field(default=None, description="the data set's configuration, where it has several")
+
+
+DemonstrationSource = Annotated[DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")]
+PreferenceSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
+
+SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
+
+
+class Shares(Block):
+    """Share of the groups that each split gets; they add up to 1, and 0 leaves a split empty."""
+
+    sft: Fraction = Field(default=0.5, description="share of the groups; what sft trains on")
+    reward: Fraction = Field(
+        default=0.15, description="share of the groups; prompts whose responses are compared, for reward and dpo"
+    )
+    rl: Fraction = Field(default=0.15, description="share of the groups; prompts that ppo practises on")
+    evaluation: Fraction = Field(default=0.1, description="share of the groups; prompts every model is evaluated on")
+    heldout: Fraction = Field(
+        default=0.1,
+        description="share of the groups; comparisons the reward model is tested on, and sft's held-out loss",
+    )
+
+    @model_validator(mode="after")
+    def _sum_to_one(self):
+        total = sum(getattr(self, s) for s in SPLITS)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the splits must add up to 1, got {total:g}")
+        return self
+
+
+class Limits(Block):
+    """At most so many rows in each split, drawn by the seed; null: all of them. Lower them to save time."""
+
+    sft: Count | None = Field(default=None, description="rows")
+    reward: Count | None = Field(default=None, description="rows; each is sampled K times")
+    rl: Count | None = Field(default=None, description="rows")
+    evaluation: Count | None = Field(default=None, description="rows; 4 times as many halve the intervals")
+    heldout: Count | None = Field(default=None, description="rows")
+
+
+class DataConfig(Block):
+    """What to learn from, how it is split, and what to do with rows that do not fit."""
+
+    demonstrations: list[DemonstrationSource] = Field(
+        default=[], description="sources of raw text, prompts with answers, or chats"
+    )
+    preferences: list[PreferenceSource] = Field(
+        default=[], description="sources of comparisons that exist already; then give no `completions`"
+    )
+    chat: Flag = Field(
+        default=True, description="render prompts with the chat template; false: plain text, for models without one"
+    )
+    system: str | None = Field(default=None, description="system message put before every prompt; null: none")
+    max_prompt_tokens: Count = Field(default=512, description="tokens of a rendered prompt, at most")
+    max_completion_tokens: Count = Field(default=512, description="tokens of an answer, at most")
+    invalid: Literal["error", "drop"] = Field(
+        default="error", description="a row that fails its schema: stop, or leave it out and count it"
+    )
+    too_long: Literal["error", "drop"] = Field(
+        default="error", description="a row over the two limits above: stop, or leave it out and count it"
+    )
+    shares: Shares = Field(default=Shares(), description="share of the groups in each split")
+    limits: Limits = Field(default=Limits(), description="cap on the rows of each split")
+    near_duplicate: Fraction = Field(
+        default=0.9,
+        description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1: exact ones only",
+    )
+    duplicates: Literal["error", "drop"] = Field(
+        default="error", description="duplicates across splits: stop, or leave out the one that would be trained on"
+    )
+    overlap_words: Count = Field(
+        default=8,
+        description="length of the word n-grams by which evaluation and held-out prompts are looked for in training texts; "
+        "shorter prompts are looked for as a whole",
+    )
+    max_overlap: Fraction = Field(
+        default=0.5,
+        description="share of such a prompt's n-grams that training texts may have; above it `duplicates` says "
+        "whether to stop or to leave the prompt out. 1: all are kept, and reported",
+    )
+
+    @model_validator(mode="after")
+    def _some_data(self):
+        if not self.demonstrations and not self.preferences:
+            raise ValueError("give at least one source under demonstrations or preferences")
+        return self

@@ -1,0 +1,141 @@
+"""The JSON schema of the config, and the tables of every key in config/README.md."""
+
+import json
+
+from pydantic import BaseModel
+
+from tunetrail.config.base_model import HubModel, LocalModel, PypiModel, RandomModel
+from tunetrail.config.best_of_n import BestOfNConfig
+from tunetrail.config.comparisons import (
+    CompletionsConfig,
+    HumanLabeler,
+    LlmJudge,
+    LlmLabeler,
+    RecordedLabeler,
+    ReferenceLabeler,
+    RewardModelLabeler,
+)
+from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, Limits, Shares, TopicsSource
+from tunetrail.config.dpo import DpoConfig
+from tunetrail.config.evaluation import (
+    PALMETTO,
+    PREFERENCE_PROBES,
+    EvaluationConfig,
+    HeadToHeadConfig,
+    LmEvalConfig,
+    PreferenceProbe,
+    ReportConfig,
+    RetentionConfig,
+)
+from tunetrail.config.loading import NEVER_SWEPT
+from tunetrail.config.ppo import PpoConfig, Vllm
+from tunetrail.config.run import Config
+from tunetrail.config.training import Lora, RewardConfig, SftConfig
+
+
+def schema() -> dict:
+    """The JSON schema of the config file, where any key of a policy may also be a list: a sweep."""
+    described = Config.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tunetrail",
+    }
+    for model in (PpoConfig, DpoConfig, BestOfNConfig):
+        properties = described["$defs"][model.__name__]["properties"]
+        for key, value in properties.items():
+            if key not in NEVER_SWEPT:
+                properties[key] = {"anyOf": [value, {"type": "array", "items": value, "minItems": 1}]}
+    return described
+
+
+_BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
+    ("", "", Config),
+    ("base", "source: pypi", PypiModel),
+    ("base", "source: hub", HubModel),
+    ("base", "source: local", LocalModel),
+    ("base", "source: random", RandomModel),
+    ("data", "", DataConfig),
+    ("data.demonstrations[]", "source: docstrings", DocstringSource),
+    ("data.demonstrations[]", "source: topics", TopicsSource),
+    ("data.demonstrations[], data.preferences[]", "source: file", FileSource),
+    ("data.demonstrations[], data.preferences[]", "source: hub", HubSource),
+    ("data.shares", "", Shares),
+    ("data.limits", "", Limits),
+    ("sft", "", SftConfig),
+    ("completions", "", CompletionsConfig),
+    ("comparisons", "labeler: reference", ReferenceLabeler),
+    ("comparisons", "labeler: recorded", RecordedLabeler),
+    ("comparisons", "labeler: reward_model", RewardModelLabeler),
+    ("comparisons", "labeler: llm", LlmLabeler),
+    ("comparisons", "labeler: human", HumanLabeler),
+    ("reward", "", RewardConfig),
+    ("policies.<name>", "method: dpo", DpoConfig),
+    ("policies.<name>", "method: ppo", PpoConfig),
+    ("policies.<name>", "method: best_of_n", BestOfNConfig),
+    ("sft.lora, reward.lora, policies.<name>.lora", "", Lora),
+    ("policies.<name>.vllm", "", Vllm),
+    ("retention", "", RetentionConfig),
+    ("evaluation", "", EvaluationConfig),
+    ("evaluation.preferences[]", "", PreferenceProbe),
+    ("head_to_head", "", HeadToHeadConfig),
+    ("head_to_head.judge", "", LlmJudge),
+    ("lm_eval", "", LmEvalConfig),
+    ("report", "", ReportConfig),
+]
+
+
+KEYS_START, KEYS_END = "<!-- keys -->", "<!-- end of keys -->"
+
+
+def _describe(spec: dict) -> str:
+    """A JSON schema's type in words.
+
+    >>> _describe({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
+    'whole number, at least 1; or null'
+    """
+    if options := spec.get("anyOf"):
+        return "; or ".join(dict.fromkeys(_describe(option) for option in options))
+    if "const" in spec or "enum" in spec:
+        return ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in spec.get("enum", [spec.get("const")]))
+    if "type" not in spec:  # a reference, or the variants of a union
+        return "block"
+    match spec["type"]:
+        case "array":
+            return f"list of {_describe(spec['items'])}s"
+        case "object":
+            return "blocks by name" if spec.get("additionalProperties", {}).get("type") != "string" else "texts by name"
+        case "string":
+            return "path" if spec.get("format") == "path" else "text"
+        case "boolean":
+            return "`true`, `false`"
+        case "null":
+            return "null"
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    bounds = [f"{words[bound]} {spec[bound]:g}" for bound in words if bound in spec]
+    return ", ".join(["whole number" if spec["type"] == "integer" else "number", *bounds])
+
+
+def document() -> str:
+    """The tables of config/README.md: every key of every block with its type, default and meaning."""
+    lines = []
+    for path, variant, model in _BLOCKS:
+        properties = model.model_json_schema()["properties"]
+        title = f"`{path}`" if path else "Top level"
+        lines += [f"### {title} with `{variant}`" if variant else f"### {title}", "", (model.__doc__ or "").strip(), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        tag = variant.partition(":")[0]
+        # The key that tells variants apart comes first; then those of the block itself, then the shared ones.
+        order = sorted(model.model_fields, key=lambda n: (n != tag, n not in model.__annotations__))
+        for name in order:
+            field = model.model_fields[name]
+            if field.is_required():
+                default = "required"
+            elif isinstance(field.default, BaseModel) or field.default == PREFERENCE_PROBES:
+                default = "its block's own"
+            elif field.default == PALMETTO:
+                default = "a sentence about Palmetto"
+            else:
+                default = f"`{json.dumps(field.default)}`"
+            meaning = "chooses this block" if name == tag else field.description
+            lines.append(f"| `{name}` | {_describe(properties[name])} | {default} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)

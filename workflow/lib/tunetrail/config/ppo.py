@@ -1,0 +1,126 @@
+"""`policies.<name>` with `method: ppo`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tunetrail.config.fields import Block, Checkpoints, Count, Flag, Fraction, NonNegative, Positive, Text, no_flags
+from tunetrail.config.training import Training
+
+
+class Vllm(Block):
+    """vLLM samples the episodes, through TRL. For GPUs, and not run by us; resuming is then not exact to the byte."""
+
+    server: Text | None = Field(
+        default=None, description="URL of a running `vllm serve`; null: vLLM shares the GPUs that train"
+    )
+    gpu_memory: Annotated[float, Field(gt=0, lt=1), no_flags] = Field(
+        default=0.3, description="share of a GPU's memory that vLLM takes where it shares the GPUs"
+    )
+
+
+class PpoConfig(Training):
+    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
+
+    method: Literal["ppo"]
+    learning_rate: Positive = Field(default=1e-5, description="of the policy; about 10 times more with LoRA")
+    critic_learning_rate: Positive | None = Field(default=None, description="of the critic; null: learning_rate")
+    advantage: Literal["gae", "rloo", "grpo"] = Field(
+        default="gae",
+        description="gae: PPO with a critic. rloo (Ahmadian et al. 2024), grpo (Shao et al. 2024): no critic, an episode is compared with the others of its prompt",
+    )
+    critic: Literal["separate", "shared"] = Field(
+        default="separate",
+        description="a model of its own, started from the reward model; or a value head on the policy, for less memory",
+    )
+    batch_size: Count = Field(default=64, description="episodes (a prompt and its response) an iteration")
+    minibatch_size: Count | None = Field(
+        default=None, description="episodes of an optimizer step, a divisor of the batch; null: the batch"
+    )
+    completions_per_prompt: Count = Field(
+        default=1, description="episodes of each prompt in a batch, which share its prefill; a divisor of batch_size"
+    )
+    steps: Count = Field(description="iterations of rollout and update; raise it while reward still rises")
+    checkpoints: Checkpoints = 0
+    schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="of the learning rates; linear: down to 0 over all steps"
+    )
+    epochs: Count = Field(default=4, description="passes over each batch of episodes")
+    max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
+    temperature: Positive = Field(default=1.0, description="of sampling, and of every log-prob")
+    vllm: Vllm | None = Field(default=None, description="what samples the episodes; null: our own decoder")
+    sharded: Flag = Field(
+        default=False,
+        description="spread weights, gradients and optimizer state over the processes of the stage (FSDP), for models one GPU cannot hold",
+    )
+    kl_coef: NonNegative = Field(
+        default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
+    )
+    kl_target: Positive | None = Field(
+        default=None, description="nats an episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
+    )
+    kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts to kl_target")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1", description="of the penalty at each token, see `tunetrail.ppo.kl_penalty`"
+    )
+    stop_kl: Positive | None = Field(
+        default=None, description="nats a token; a minibatch that has moved further ends the update; null: never"
+    )
+    ptx_coef: NonNegative = Field(
+        default=0.0,
+        description="weight of the loss on as many demonstrations of the sft split as a minibatch has episodes (PPO-ptx, Ouyang et al. 2022)",
+    )
+    entropy_coef: NonNegative = Field(default=0.0, description="score per nat; bonus for a policy that stays unsure")
+    gamma: Fraction = Field(default=1.0, description="discount a token")
+    lam: Fraction = Field(default=0.95, description="lambda of generalised advantage estimation")
+    clip_range: Positive = Field(default=0.2, description="of the ratio of new to old probability, around 1")
+    value_clip_range: Positive = Field(default=0.2, description="units of the score; how far a value moves an update")
+    value_coef: NonNegative = Field(default=0.1, description="weight of the value loss")
+    whiten_rewards: Flag = Field(default=False, description="scale rewards to variance 1, keeping their mean")
+    missing_eos_score: Annotated[float, no_flags] | None = Field(
+        default=-1.0, description="score of a response cut off at max_new_tokens; null: what the reward model says"
+    )
+    missing_eos_penalty: NonNegative = Field(
+        default=0.0, description="units of the score, taken off a cut-off response's; with missing_eos_score: null"
+    )
+    length_penalty: NonNegative = Field(default=0.0, description="units of the score, taken off for each token")
+    normalize_scores: Flag = Field(
+        default=False,
+        description="scores of an iteration are given mean 0 and deviation 1, before clipping and penalties",
+    )
+    score_clip: Positive | None = Field(
+        default=None, description="scores are clipped to this size on both sides, before penalties; null: not"
+    )
+    gold: Literal["chrf"] | None = Field(
+        default="chrf",
+        description="scorer against the author's text, where the rl split has it: watched for over-optimisation, never trained on; null: not",
+    )
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.batch_size // self.completions_per_prompt
+
+    @model_validator(mode="after")
+    def _sizes_divide(self):
+        minibatch = self.minibatch_size or self.batch_size
+        if self.batch_size % minibatch:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatch_size ({minibatch})")
+        if self.batch_size % self.completions_per_prompt:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of completions_per_prompt ({self.completions_per_prompt})"
+            )
+        if self.micro_batch_size and minibatch % self.micro_batch_size:
+            raise ValueError(
+                f"minibatch_size ({minibatch}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        if self.advantage != "gae" and self.completions_per_prompt == 1:
+            raise ValueError(
+                f"advantage {self.advantage} compares episodes of a prompt: set completions_per_prompt to 2 or more"
+            )
+        if self.missing_eos_penalty and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_penalty has no effect with missing_eos_score; set missing_eos_score to null")
+        return self

@@ -1,0 +1,77 @@
+"""`sft`, `reward` and what every trained stage shares."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tunetrail.config.fields import (
+    Block,
+    Count,
+    Flag,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    Text,
+    module_names,
+)
+
+
+class Lora(Block):
+    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory and small checkpoints. Takes about 10 times the learning rate."""
+
+    r: Count = Field(default=16, description="rank; raise it where the adapter cannot follow")
+    alpha: Positive = Field(default=32.0, description="scale; the update is multiplied by alpha / r")
+    target_modules: Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(module_names)] = Field(
+        default="all-linear", description="names of the linear layers that get an adapter, as `[q_proj, v_proj]`"
+    )
+    export_merged: Flag = Field(
+        default=False, description="also write `merged/`: plain weights with the adapter merged in"
+    )
+
+
+class Training(Block):
+    """What every trained stage shares."""
+
+    lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train every weight")
+    learning_rate: Positive = Field(description="peak of the optimizer's step; lower it where the loss is unstable")
+    batch_size: Count = Field(default=16, description="rows of an optimizer step")
+    micro_batch_size: Count | None = Field(
+        default=None, description="rows of a forward pass, a divisor of the batch; lower it where memory runs out"
+    )
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this L2 norm")
+
+    @model_validator(mode="after")
+    def _micro_divides(self):
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class Epochs(Training):
+    """Training that passes over a fixed data set."""
+
+    epochs: Count = Field(default=1, description="passes over the data")
+    warmup: OpenFraction = Field(default=0.05, description="share of the steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="of the learning rate after the warm-up"
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="of AdamW, per unit of learning rate")
+    max_length: Count = Field(
+        default=1024, description="tokens of prompt and response; a longer row is an error, raw text is cut into blocks"
+    )
+
+
+class SftConfig(Epochs):
+    """Fine-tuning on demonstrations by TRL's SFTTrainer; the loss is on answers, and on all of raw text."""
+
+    learning_rate: Positive = Field(default=5e-5, description="peak; about 10 times more with LoRA")
+    batch_size: Count = Field(default=16, description="demonstrations an optimizer step")
+
+
+class RewardConfig(Epochs):
+    """The K-wise reward model (Ouyang et al. 2022), started from the SFT model."""
+
+    learning_rate: Positive = Field(default=2e-5, description="peak; about 10 times more with LoRA")
+    batch_size: Count = Field(default=8, description="prompts an optimizer step, each with its K responses")

@@ -1,0 +1,1 @@
+"""The contract of a stage: what makes a command resumable, atomic and auditable. See `contract.runner`."""

@@ -1,0 +1,124 @@
+"""What a stage's `run` gets: what is asked, its verified inputs, where this attempt works, what the record will say."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunetrail.contract.lease import Lease
+from tunetrail.contract.stop import Stop
+from tunetrail.files import read_jsonl
+from tunetrail.provenance.manifest import DigestCache
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made, as the stage's command and its config file say."""
+
+    name: str
+    config: dict[str, Any]
+    """The stage's own block."""
+    shared: dict[str, Any]
+    """The other keys of its config file: stage, seed, precision, …"""
+    output: Path
+    """Where the artifact will be. Write nothing there: fill `Attempt.work`."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): this is shard i of n."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An artifact that the stage reads."""
+
+    folder: Path
+    """Verified against its manifest."""
+    manifest: dict[str, Any]
+    origin: dict[str, Any]
+    """What the record says of it, as it was when the stage began: see `provenance.record.parent_of`."""
+
+
+@dataclass
+class Attempt:
+    """Where this process works, and what tells it to save and leave."""
+
+    work: Path
+    """An empty folder that becomes the artifact."""
+    state: Path
+    """Survives failure; the place for checkpoints and finished parts."""
+    stop: Stop
+    digests: DigestCache = field(default_factory=lambda: DigestCache(None))
+    leases: list[Lease] = field(default_factory=list)
+    """On state and output, in the process that writes."""
+    saves: list[dict[str, Any]] = field(default_factory=list)
+    """Name and digest of the last two states this attempt could be resumed from, newest last."""
+    note: Callable[[str, Any], None] = lambda key, value: None
+    """Writes something into the record of this attempt at once: a killed attempt cannot do so later."""
+
+    def is_displaced(self) -> bool:
+        """Whether another attempt has taken over: then nothing more may be written."""
+        return any(lease.lost() for lease in self.leases)
+
+    def check_leases(self) -> None:
+        """Call before writing anything that others read. Raises Displaced where another attempt has taken over."""
+        for lease in self.leases:
+            lease.check()
+
+
+@dataclass
+class RecordDraft:
+    """What only the stage knows about the artifact's origin, for its provenance record."""
+
+    dependencies: list[dict[str, Any]] = field(default_factory=list)
+    """Data sources, packages, labels, made by `provenance.record.dependency`."""
+    about: tuple[str, ...] = ()
+    """Roles of the inputs that the artifact is a statement about: the model of an evaluation."""
+    training_flops: float | None = None
+    """See `models.loading.training_flops`; None where nothing is trained."""
+    tokenizer_digest: str | None = None
+
+
+@dataclass
+class Stage:
+    """What a stage's `run` gets."""
+
+    request: Request
+    inputs: dict[str, Input]
+    """By role."""
+    attempt: Attempt
+    draft: RecordDraft = field(default_factory=RecordDraft)
+
+    @property
+    def name(self) -> str:
+        return self.request.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.request.config
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return self.request.shared
+
+    @property
+    def seed(self) -> int:
+        return self.request.shared["seed"]
+
+    @property
+    def output(self) -> Path:
+        return self.request.output
+
+    @property
+    def work(self) -> Path:
+        return self.attempt.work
+
+    @property
+    def state(self) -> Path:
+        return self.attempt.state
+
+    @property
+    def stop(self) -> Stop:
+        return self.attempt.stop
+
+    def rows(self, role: str, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file in an input folder."""
+        return read_jsonl(self.inputs[role].folder / name)

@@ -1,0 +1,1 @@
+"""What scores a completion. Evaluation, PPO and simulated labelers find scorers here."""

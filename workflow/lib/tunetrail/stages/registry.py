@@ -1,0 +1,287 @@
+"""The table of stages: what there is to know about a stage without running it, said once.
+
+Rules, launchers, the report, exports, the audit and the tests of both profiles read it. A new stage is a module
+`tunetrail.stages.<name>`, a block of the config, a rule and a line here, all of the same name.
+
+An artifact is named by its folder below `results/<run>/`: `sft`, `policies/ppo`, `evaluation/base`,
+`completions/0-of-2`. Importing this module imports no stage.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunetrail.config.run import Config
+
+Inputs = dict[str, str]
+"""Role -> artifact."""
+Wildcard = Literal["", "policy", "subject", "shard"]
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage."""
+
+    name: str
+    """Of its module, its rule and, unless `block` says otherwise, its block of the config."""
+    inputs: Callable[[Config, str], Inputs]
+    """(config, value of the wildcard) -> the artifacts it reads, by role."""
+    makes: Literal["model", "data", "measurement", "page"]
+    block: str = ""
+    wildcard: Wildcard = ""
+    """What tells the artifacts of this stage apart; empty where there is one."""
+    folder: str = ""
+    """Of its artifacts, where they do not lie in a folder of the stage's name."""
+    files: tuple[str, ...] = ()
+    """Config keys of the user's own files that it reads; one that ends with a dot stands for all keys below it."""
+    also_reads: tuple[str, ...] = ()
+    """Keys of other blocks that it reads, besides its own block and the seed."""
+    runs_model: bool = True
+    """Whether it reads `precision`."""
+    distributed: bool = False
+    """Whether it can run as several processes, one per GPU."""
+    gpu: bool = False
+    """Whether the Slurm profile gives it a GPU."""
+
+    @property
+    def module(self) -> str:
+        return f"tunetrail.stages.{self.name}"
+
+    @property
+    def family(self) -> str:
+        """The folder that its artifacts lie in, or are."""
+        return self.folder or self.name
+
+    @property
+    def pattern(self) -> str:
+        """Its artifacts' name, the wildcard in braces.
+
+        >>> STAGES["ppo"].pattern, STAGES["sft"].pattern
+        ('policies/{policy}', 'sft')
+        """
+        return f"{self.family}/{{{self.wildcard}}}" if self.wildcard else self.name
+
+    @property
+    def has_config_each(self) -> bool:
+        """Whether each of its artifacts has a config file of its own; shards share theirs."""
+        return self.wildcard in ("policy", "subject")
+
+    @property
+    def config_pattern(self) -> str:
+        """The name of the resolved config, the wildcard in braces."""
+        return f"{self.family}.{{{self.wildcard}}}" if self.has_config_each else self.name
+
+
+# ----------------------------------------------------------------------------- who reads what
+
+
+def start_of(config: Config) -> str:
+    """The model that every policy starts from and is compared with."""
+    return "sft" if config.sft else "base"
+
+
+def subjects(config: Config) -> list[str]:
+    """The models that are evaluated."""
+    return ["base", *(["sft"] if config.sft else []), *config.policies]
+
+
+def trained_subjects(config: Config) -> list[str]:
+    """The models with weights of their own: best-of-n has none."""
+    return [
+        name for name in subjects(config)
+        if name not in config.policies or config.policies[name].method != "best_of_n"
+    ]  # fmt: skip
+
+
+def model_of(subject: str) -> str:
+    """The artifact that holds a model."""
+    return subject if subject in ("base", "sft") else f"policies/{subject}"
+
+
+def shards(config: Config) -> list[str]:
+    n = config.completions.shards if config.completions else 0
+    return [f"{i}-of-{n}" for i in range(n)]
+
+
+def has_people(config: Config) -> bool:
+    """Whether people rank the completions."""
+    return config.comparisons is not None and config.comparisons.labeler == "human"
+
+
+def has_comparisons(config: Config) -> bool:
+    return config.completions is not None or bool(config.data.preferences)
+
+
+def _comparisons(config: Config) -> str:
+    """Comparisons were collected, or came with the data."""
+    return "comparisons" if config.completions else "data"
+
+
+def _shards(config: Config) -> Inputs:
+    return {f"shard{i}": f"completions/{shard}" for i, shard in enumerate(shards(config))}
+
+
+def _ranked(config: Config, _: str) -> Inputs:
+    tasks = {"tasks": "tasks"} if has_people(config) else {}
+    return {"data": "data"} | _shards(config) | tasks
+
+
+def _evaluated(config: Config, subject: str) -> Inputs:
+    inputs = {"model": model_of(subject), "data": "data"}
+    if subject != start_of(config):
+        inputs["sft"] = start_of(config)
+    if config.reward:
+        inputs["reward"] = "reward"
+    if config.retention:
+        inputs["retention"] = "retention"
+    if has_comparisons(config):
+        inputs["comparisons"] = _comparisons(config)
+    return inputs
+
+
+def _evaluations(config: Config, _: str = "") -> Inputs:
+    """Sorted: the order of policies in the config changes nothing."""
+    return {f"evaluation.{subject}": f"evaluation/{subject}" for subject in sorted(subjects(config))}
+
+
+def _reported(config: Config, _: str) -> Inputs:
+    single = [name for name in enabled(config) if STAGES[name].wildcard == "" and name != "report"]
+    inputs = {name: name for name in single if name != "head_to_head"}
+    inputs |= {f"policy.{name}": f"policies/{name}" for name in config.policies}
+    inputs |= {f"evaluation.{name}": f"evaluation/{name}" for name in subjects(config)}
+    inputs |= {"head_to_head": "head_to_head"}
+    if config.lm_eval:
+        inputs |= {f"lm_eval.{name}": f"lm_eval/{name}" for name in trained_subjects(config)}
+    return inputs
+
+
+_TABLE = (
+    StageInfo("base", lambda c, _: {}, "model", runs_model=False),
+    StageInfo("data", lambda c, _: {"base": "base"}, "data", files=("data.",), runs_model=False),
+    StageInfo("retention", lambda c, _: {"base": "base"}, "data", files=("retention.path",), gpu=True),
+    StageInfo("sft", lambda c, _: {"base": "base", "data": "data"}, "model", distributed=True, gpu=True),
+    StageInfo(
+        "completions", lambda c, _: {"model": start_of(c), "data": "data"}, "data", wildcard="shard", gpu=True,
+    ),
+    StageInfo("tasks", lambda c, _: _shards(c), "data", block="comparisons", files=("comparisons.gold",), runs_model=False),
+    StageInfo("comparisons", _ranked, "data", files=("comparisons.path",)),
+    StageInfo(
+        "reward", lambda c, _: {"policy": start_of(c), "data": "data", "comparisons": _comparisons(c)}, "model",
+        distributed=True, gpu=True,
+    ),
+    StageInfo(
+        "dpo", lambda c, _: {"policy": start_of(c), "comparisons": _comparisons(c)}, "model",
+        block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+    ),
+    StageInfo(
+        "ppo", lambda c, _: {"policy": start_of(c), "data": "data", "reward": "reward"}, "model",
+        block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+    ),
+    StageInfo(
+        "best_of_n", lambda c, _: {"policy": start_of(c), "reward": "reward"}, "model",
+        block="policies", wildcard="policy", folder="policies",
+    ),
+    StageInfo("evaluation", _evaluated, "measurement", wildcard="subject", also_reads=("data.chat", "data.system"), gpu=True),
+    StageInfo("head_to_head", _evaluations, "measurement", also_reads=("evaluation.bootstrap",)),
+    StageInfo("lm_eval", lambda c, subject: {"model": model_of(subject)}, "measurement", wildcard="subject", gpu=True),
+    StageInfo("report", _reported, "page", runs_model=False),
+)  # fmt: skip
+STAGES: Mapping[str, StageInfo] = {stage.name: stage for stage in _TABLE}
+"""By name, upstream first."""
+
+
+# ----------------------------------------------------------------------------- questions
+
+
+def start(name: str, run: Callable[..., dict]) -> int:
+    """What a stage's command does: `run` under the contract. Returns the exit code."""
+    from tunetrail.contract.runner import main
+
+    return main(run, distributed=STAGES[name].distributed)
+
+
+def enabled(config: Config) -> list[str]:
+    """The stages that a run has, upstream first."""
+    has = {
+        "retention": config.retention is not None,
+        "sft": config.sft is not None,
+        "completions": config.completions is not None,
+        "tasks": has_people(config),
+        "comparisons": config.completions is not None,
+        "reward": config.reward is not None,
+        "lm_eval": config.lm_eval is not None,
+    } | {method: method in {p.method for p in config.policies.values()} for method in ("dpo", "ppo", "best_of_n")}
+    return [name for name in STAGES if has.get(name, True)]
+
+
+def family_of(artifact: str) -> StageInfo | None:
+    """A stage that makes artifacts in this folder: of `policies/x` any method. None for a folder of no stage.
+
+    >>> family_of("evaluation/base").name
+    'evaluation'
+    """
+    family, _, value = artifact.partition("/")
+    return next((s for s in _TABLE if s.family == family and bool(s.wildcard) == bool(value)), None)
+
+
+def config_name(artifact: str) -> str | None:
+    """The name of an artifact's resolved config file, without `.json`; None for a folder of no stage.
+
+    >>> config_name("policies/ppo"), config_name("completions/0-of-2"), config_name("lm_eval/sft")
+    ('policies.ppo', 'completions', 'lm_eval.sft')
+    """
+    stage = family_of(artifact)
+    return stage and stage.config_pattern.replace(f"{{{stage.wildcard}}}", artifact.partition("/")[2])
+
+
+def role_of(artifact: str) -> str:
+    """The role in which the report gets an artifact.
+
+    >>> role_of("policies/ppo"), role_of("evaluation/base"), role_of("sft")
+    ('policy.ppo', 'evaluation.base', 'sft')
+    """
+    return artifact.replace("policies/", "policy/").replace("/", ".")
+
+
+def own_files(config: Config, stage: str) -> list[Path]:
+    """The user's files that a stage reads, for its rule to depend on. A folder counts by what a stage checks itself."""
+    if stage == "lm_eval":
+        return config.lm_eval.own_files() if config.lm_eval else []
+    keys = STAGES[stage].files
+    named = {
+        key: path for key, path in config.files().items()
+        if any(key == k or (k.endswith(".") and key.startswith(k)) for k in keys)
+    }  # fmt: skip
+    return [path for path in named.values() if not path.is_dir()]
+
+
+def stage_config(config: Config, name: str) -> dict[str, Any]:
+    """What one stage may see, as JSON-able values: its own block and the few shared keys it reads.
+
+    Args:
+        name: of a resolved config: `base`, `data`, …; `policies.<name>`, `evaluation.<subject>`, `lm_eval.<subject>`.
+    """
+    family, _, value = name.partition(".")
+    block: Any = config.policies[value] if family == "policies" else getattr(config, STAGES[family].block or family)
+    stage = STAGES[block.method if family == "policies" else family]
+    # Of the labelers' block the tasks depend only on the gold ones.
+    include = {"gold"} if stage.name == "tasks" else None
+    resolved: dict[str, Any] = {
+        "stage": stage.name,
+        "seed": config.seed,
+        "config": block.model_dump(mode="json", include=include),
+    }
+    if stage.runs_model:
+        resolved["precision"] = config.precision
+    if stage.name == "lm_eval":
+        resolved["subject"] = value
+    if stage.name == "evaluation":
+        method = config.policies[value].method if value in config.policies else value
+        resolved["subject"] = {"name": value, "method": method}
+    for key in stage.also_reads:
+        found: Any = config
+        for part in key.split("."):
+            found = getattr(found, part)
+        resolved[key] = found
+    return resolved
