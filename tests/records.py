@@ -38,7 +38,11 @@ def seal_folder(
     resolved = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     for dependency in resolved:
         if dependency["annotations"]["role"] == "code":
-            dependency["annotations"] |= {"commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb", "dirty": False, "untracked": {}} | code  # fmt: skip
+            dependency["annotations"] |= {
+                "commit": "fde7df5d8a2d6f79b0029603499dceb502300eeb",
+                "dirty": False,
+                "untracked": {},
+            } | code
         if dependency["annotations"]["role"] == "packages":
             dependency["annotations"]["installed"] = installed or {"torch": "2.13.0", "trl": "1.16.0"}
     (folder / "provenance.json").write_bytes(canonical(statement))

@@ -139,7 +139,9 @@ def main() -> None:
                     print(f"{'':28} {what}: {said(found[key], True)} of the limit", flush=True)
     if not only or "audit" in only:
         found = results["audit.vs_sha256sum"] = verifying(Path("results/demo"))
-        print(f"{'audit.vs_sha256sum':28} {said(found['ratio'])} times as fast; {found['bytes_a_second'] / 1e9:.2f} GB/s over {found['bytes'] / 1e9:.2f} GB; the command {found['command_seconds']:.1f} s")  # fmt: skip
+        print(
+            f"{'audit.vs_sha256sum':28} {said(found['ratio'])} times as fast; {found['bytes_a_second'] / 1e9:.2f} GB/s over {found['bytes'] / 1e9:.2f} GB; the command {found['command_seconds']:.1f} s"
+        )
         found = results["audit.trace_10000"] = tracing()
         print(
             f"{'audit.trace_10000':28} {found['up_seconds']:.1f} s up, {found['reverse_seconds']:.1f} s down",
@@ -149,7 +151,10 @@ def main() -> None:
         results["plan.2000_shards"] = run([sys.executable, "-m", "tests.benchmarks.planning"])
         for name, found in results["plan.2000_shards"].items():
             if name != "artifacts":
-                print(f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the processor), peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)  # fmt: skip
+                print(
+                    f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the processor), peak {found['peak_bytes'] / 2**30:.2f} GiB",
+                    flush=True,
+                )
     if not only or "saving" in only:
         found = results["saving.share_of_training"] = run([sys.executable, "-m", "tests.benchmarks.saving"])
         print(
@@ -160,7 +165,10 @@ def main() -> None:
     if not only or "labels" in only:
         found = results["labels.submit"] = run([sys.executable, "-m", "tests.benchmarks.labels"])
         for name, case in found.items():
-            print(f"{'labels.submit':28} {name}: median {case['median_ms']:.1f} ms, 95% within {case['p95_ms']:.0f} ms, of {case['rankings']} rankings by 20 labelers", flush=True)  # fmt: skip
+            print(
+                f"{'labels.submit':28} {name}: median {case['median_ms']:.1f} ms, 95% within {case['p95_ms']:.0f} ms, of {case['rankings']} rankings by 20 labelers",
+                flush=True,
+            )
     for name in PARTS:
         if only and "parts" not in only:
             break

@@ -28,7 +28,9 @@ def verifying(run: Path, repeats: int = 5) -> dict:
 
     Alternating, with the files in the page cache for both, without either's start.
     """
-    files = [str(folder / entry["path"]) for folder in artifacts(run) for entry in read_manifest(folder / MANIFEST)["files"]]  # fmt: skip
+    files = [
+        str(folder / entry["path"]) for folder in artifacts(run) for entry in read_manifest(folder / MANIFEST)["files"]
+    ]
     command = ["xargs", "-0", "-n", "1", "-P", str(os.cpu_count()), "sha256sum"]
     names = "\0".join(sorted(files, key=lambda name: -os.path.getsize(name))).encode()
     sha256sum = lambda: subprocess.run(command, input=names, check=True, stdout=subprocess.DEVNULL)  # noqa: E731
@@ -39,7 +41,13 @@ def verifying(run: Path, repeats: int = 5) -> dict:
         theirs, ours = seconds(sha256sum), seconds(lambda: Verifier(recursive=True).run([run]))
         ratios.append(theirs / ours)
         speeds.append(size / ours)
-    whole = seconds(lambda: subprocess.run([sys.executable, "-m", "tunetrail", "audit", "verify", "--recursive", str(run)], check=False, stdout=subprocess.DEVNULL))  # fmt: skip
+    whole = seconds(
+        lambda: subprocess.run(
+            [sys.executable, "-m", "tunetrail", "audit", "verify", "--recursive", str(run)],
+            check=False,
+            stdout=subprocess.DEVNULL,
+        )
+    )
     return {
         "ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
         "bytes": size,

@@ -80,7 +80,15 @@ def points() -> pd.DataFrame:
     rows = []
     for method, setting, log_p in found:
         reward, kl = reward_and_kl(log_p, log_ref)
-        rows.append({"method": method, "setting": setting, "kl": kl, "reward": reward, "share": share_of_optimum(log_p, log_ref)})  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "setting": setting,
+                "kl": kl,
+                "reward": reward,
+                "share": share_of_optimum(log_p, log_ref),
+            }
+        )
     return pd.DataFrame(rows).sort_values(["method", "kl"], ignore_index=True)
 
 

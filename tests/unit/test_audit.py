@@ -45,7 +45,9 @@ def make_run(root: Path, seed: int = 0) -> Path:
     raw.mkdir(parents=True)
     (raw / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     (raw / "labels.jsonl").write_text('{"ranks": [1, 2]}\n')
-    folders = {name: run / name for name in ("base", "data", "sft", "comparisons", "reward", "policies/dpo", "evaluation/dpo")}  # fmt: skip
+    folders = {
+        name: run / name for name in ("base", "data", "sft", "comparisons", "reward", "policies/dpo", "evaluation/dpo")
+    }
     for folder in folders.values():
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text('{"accuracy": {"mean": 0.61, "low": 0.55, "high": 0.67, "n": 96}}\n')
@@ -59,19 +61,48 @@ def make_run(root: Path, seed: int = 0) -> Path:
         dependency("base", "someone/model", uri="pkg:huggingface/someone/model@v1", revision="v1", commit="c" * 40, licence="Apache-2.0", reason="its files are in the manifest"),
     ])  # fmt: skip
     files = {str(raw / "rows.jsonl"): sha256_file(raw / "rows.jsonl")}
-    seal_folder(folders["data"], "data", {"base": folders["base"]}, dependencies=[dependency("source", "rows", files[str(raw / "rows.jsonl")], files=files, rows=1, licence="CC0-1.0", kind="demonstrations")])  # fmt: skip
+    seal_folder(
+        folders["data"],
+        "data",
+        {"base": folders["base"]},
+        dependencies=[
+            dependency(
+                "source",
+                "rows",
+                files[str(raw / "rows.jsonl")],
+                files=files,
+                rows=1,
+                licence="CC0-1.0",
+                kind="demonstrations",
+            )
+        ],
+    )
     states = [{"name": f"checkpoint-{i}", "digest": str(i) * 64} for i in (1, 2)]
     attempts = [
         ATTEMPT | {"ended": "stopped by SIGTERM", "states_out": states},
         ATTEMPT | {"ended": "killed", "end": None, "seconds": None, "state_in": states[1], "states_out": [states[1]]},
         ATTEMPT | {"state_in": states[1], "states_out": [states[1]]},
     ]
-    seal_folder(folders["sft"], "sft", {"base": folders["base"], "data": folders["data"]}, {"learning_rate": 5e-5}, attempts)  # fmt: skip
+    seal_folder(
+        folders["sft"], "sft", {"base": folders["base"], "data": folders["data"]}, {"learning_rate": 5e-5}, attempts
+    )
     labelled = {str(raw / "labels.jsonl"): sha256_file(raw / "labels.jsonl")}
-    seal_folder(folders["comparisons"], "comparisons", {"model": folders["sft"]}, dependencies=[labels_dependency(folders["comparisons"] / "comparisons.jsonl", rows, {"files": labelled})])  # fmt: skip
+    seal_folder(
+        folders["comparisons"],
+        "comparisons",
+        {"model": folders["sft"]},
+        dependencies=[labels_dependency(folders["comparisons"] / "comparisons.jsonl", rows, {"files": labelled})],
+    )
     seal_folder(folders["reward"], "reward", {"policy": folders["sft"], "comparisons": folders["comparisons"]})
-    seal_folder(folders["policies/dpo"], "dpo", {"policy": folders["sft"], "comparisons": folders["comparisons"]}, {"beta": 0.1})  # fmt: skip
-    seal_folder(folders["evaluation/dpo"], "evaluation", {"model": folders["policies/dpo"], "reward": folders["reward"]}, about=("model",))  # fmt: skip
+    seal_folder(
+        folders["policies/dpo"], "dpo", {"policy": folders["sft"], "comparisons": folders["comparisons"]}, {"beta": 0.1}
+    )
+    seal_folder(
+        folders["evaluation/dpo"],
+        "evaluation",
+        {"model": folders["policies/dpo"], "reward": folders["reward"]},
+        about=("model",),
+    )
     (run / "config").mkdir()
     (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.1}}')
     seal(run)
@@ -121,7 +152,11 @@ def test_a_run_is_sound_where_it_was_made(original):
     verdict = verify(original)
     assert (verdict.findings, verdict.exit_code(), len(verdict.artifacts)) == ([], 0, 7)
     assert len(verdict.unsigned) == 7
-    assert verdict.bytes_read == sum(p.stat().st_size for p in original.rglob("*") if p.is_file() and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl", "policies.dpo.json"))  # fmt: skip
+    assert verdict.bytes_read == sum(
+        p.stat().st_size
+        for p in original.rglob("*")
+        if p.is_file() and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl", "policies.dpo.json")
+    )
 
 
 def test_touched_moved_and_copied_runs_are_sound(run, tmp_path):
@@ -193,11 +228,17 @@ def edit_and_recompute(run):
 
 
 def edit_record(run):
-    edit_json(run / "evaluation/dpo/provenance.json", lambda s: s["predicate"]["buildDefinition"]["externalParameters"]["config"].update(seed=18))  # fmt: skip
+    edit_json(
+        run / "evaluation/dpo/provenance.json",
+        lambda s: s["predicate"]["buildDefinition"]["externalParameters"]["config"].update(seed=18),
+    )
 
 
 def edit_parent_record(run):
-    edit_json(run / "sft/provenance.json", lambda s: s["predicate"]["buildDefinition"]["externalParameters"]["config"].update(seed=18))  # fmt: skip
+    edit_json(
+        run / "sft/provenance.json",
+        lambda s: s["predicate"]["buildDefinition"]["externalParameters"]["config"].update(seed=18),
+    )
 
 
 def retrain_parent(run):
@@ -237,7 +278,12 @@ def dotted_path(run):
 
 
 def swap_state(run):
-    edit_json(run / "sft/provenance.json", lambda s: s["predicate"]["buildDefinition"]["internalParameters"]["attempts"][1]["state_in"].update(digest="9" * 64))  # fmt: skip
+    edit_json(
+        run / "sft/provenance.json",
+        lambda s: s["predicate"]["buildDefinition"]["internalParameters"]["attempts"][1]["state_in"].update(
+            digest="9" * 64
+        ),
+    )
 
 
 def link_artifact(run):
@@ -385,7 +431,15 @@ def test_a_tag_that_moved_is_told(run, tmp_path, monkeypatch):
 
 
 def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run):
-    seal_folder(run / "evaluation/dpo", "evaluation", {"model": run / "policies/dpo", "reward": run / "reward"}, attempts=[ATTEMPT, ATTEMPT | {"python": "3.12.1"}], about=("model",), dirty=True, untracked={"config/new.yaml": "0" * 64})  # fmt: skip
+    seal_folder(
+        run / "evaluation/dpo",
+        "evaluation",
+        {"model": run / "policies/dpo", "reward": run / "reward"},
+        attempts=[ATTEMPT, ATTEMPT | {"python": "3.12.1"}],
+        about=("model",),
+        dirty=True,
+        untracked={"config/new.yaml": "0" * 64},
+    )
     (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.2}}')
     seal(run)
     verdict = verify(run)
@@ -415,7 +469,15 @@ def test_an_edit_with_its_times_put_back_does_not_deceive_a_quick_check(run, tmp
     cache = DigestCache(tmp_path / "digests")
     assert verify(run, cache=cache).findings == []
     hashed = len(list((tmp_path / "digests").iterdir()))
-    assert hashed == len({(p.stat().st_ino) for p in run.rglob("*") if p.is_file() and p.parent.name != "config" and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl")})  # fmt: skip
+    assert hashed == len(
+        {
+            (p.stat().st_ino)
+            for p in run.rglob("*")
+            if p.is_file()
+            and p.parent.name != "config"
+            and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl")
+        }
+    )
     for entry in (tmp_path / "digests").iterdir():  # it is the cache that answers: a wrong entry is believed
         if entry.read_text().split()[1] == str((run / "sft/model/config.json").stat().st_ino):
             right = entry.read_text()
@@ -453,7 +515,9 @@ def keys(tmp_path) -> Path:
     folder.mkdir()
     for name in ("lab", "stranger"):
         subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", folder / f"{name}.pem"], check=True)
-        subprocess.run(["openssl", "pkey", "-in", folder / f"{name}.pem", "-pubout", "-out", folder / f"{name}.pub"], check=True)  # fmt: skip
+        subprocess.run(
+            ["openssl", "pkey", "-in", folder / f"{name}.pem", "-pubout", "-out", folder / f"{name}.pub"], check=True
+        )
     (folder / "policy.yaml").write_text("keys: {lab: lab.pub}\nrequire_signature: true\nallow_dirty: false\n")
     return folder
 
@@ -476,7 +540,19 @@ def test_signatures(run, keys, capsys):
     assert payload == (run / "reward/provenance.json").read_bytes()
     (keys / "message").write_bytes(b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload))
     (keys / "signature").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
-    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", keys / "lab.pub", "-rawin", "-in", keys / "message", "-sigfile", keys / "signature"]  # fmt: skip
+    command = [
+        "openssl",
+        "pkeyutl",
+        "-verify",
+        "-pubin",
+        "-inkey",
+        keys / "lab.pub",
+        "-rawin",
+        "-in",
+        keys / "message",
+        "-sigfile",
+        keys / "signature",
+    ]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0
 
     def forge(change):
@@ -487,7 +563,9 @@ def test_signatures(run, keys, capsys):
 
     right = (run / "reward/provenance.dsse.json").read_bytes()
     other = json.loads((run / "sft/provenance.dsse.json").read_bytes())
-    assert forge(lambda e: e["signatures"][0].update(sig=other["signatures"][0]["sig"])) == ["the signature in the name of lab is false"]  # fmt: skip
+    assert forge(lambda e: e["signatures"][0].update(sig=other["signatures"][0]["sig"])) == [
+        "the signature in the name of lab is false"
+    ]
     (run / "reward/provenance.dsse.json").write_bytes(right)
     assert forge(lambda e: e.update(payload=other["payload"])) == ["the envelope holds another record"]
     (run / "reward/provenance.dsse.json").write_bytes(b"{")
@@ -504,7 +582,13 @@ def test_what_a_policy_requires(run, tmp_path):
     verdict = verify(run, policy=read_policy(path))
     assert (names(verdict), verdict.exit_code()) == ({"policy-not-sealed"}, 1)
     (run / "ledger.jsonl").write_bytes(whole)
-    seal_folder(run / "evaluation/dpo", "evaluation", {"model": run / "policies/dpo", "reward": run / "reward"}, about=("model",), dirty=True)  # fmt: skip
+    seal_folder(
+        run / "evaluation/dpo",
+        "evaluation",
+        {"model": run / "policies/dpo", "reward": run / "reward"},
+        about=("model",),
+        dirty=True,
+    )
     seal(run)
     for content, found, code in (
         ("", {"dirty-tree"}, 3), ("allow_dirty: true", set(), 0), ("allow_dirty: false", {"policy-dirty"}, 1),
@@ -563,7 +647,10 @@ def test_raw_data_that_is_not_at_hand_is_named(original, tmp_path, capsys):
     shutil.copytree(original, tmp_path / "far/r")
     lines.run_of.cache_clear()
     assert main(["audit", "verify", "--recursive", str(tmp_path / "far/r")]) == 0
-    assert f"not checked, since not where it was read: {tmp_path}/raw/labels.jsonl, {tmp_path}/raw/rows.jsonl" in capsys.readouterr().out.replace("far/../", "")  # fmt: skip
+    assert (
+        f"not checked, since not where it was read: {tmp_path}/raw/labels.jsonl, {tmp_path}/raw/rows.jsonl"
+        in capsys.readouterr().out.replace("far/../", "")
+    )
 
 
 def test_a_scratch_folder_with_something_in_it_is_left_alone(run, tmp_path, capsys):
@@ -596,7 +683,10 @@ def test_the_record_is_an_in_toto_statement_with_slsa_provenance(original):
         ParseDict(statement, statement_pb2.Statement())  # raises for a field it does not know
         ParseDict(predicate, provenance_pb2.Provenance())
     evaluation = json.loads((original / "evaluation/dpo/provenance.json").read_bytes())
-    assert [s["digest"]["sha256"] for s in evaluation["subject"]] == [identity(original / "evaluation/dpo"), identity(original / "policies/dpo")]  # fmt: skip
+    assert [s["digest"]["sha256"] for s in evaluation["subject"]] == [
+        identity(original / "evaluation/dpo"),
+        identity(original / "policies/dpo"),
+    ]
     reward = read_record(original / "reward")
     assert reward.of_role("labels") == read_record(original / "comparisons").of_role("labels")
     assert reward.annotations("labels")["labelers"] == ["ann", "bob"]
@@ -677,7 +767,12 @@ def test_what_differs_on_one_screen(run, tmp_path, capsys):
     lines.run_of.cache_clear()
     assert main(["audit", "diff", str(run / "policies/dpo"), str(other / "policies/dpo")]) == 1
     out = capsys.readouterr().out
-    for text in ("sft.jsonl: both 2, only A 0, only B 1", "dpo.beta: 0.1 -> 0.3", "dpo.host: node7 -> node8", "tensors: 1 equal, 1 differ, 0 only in A, 0 only in B"):  # fmt: skip
+    for text in (
+        "sft.jsonl: both 2, only A 0, only B 1",
+        "dpo.beta: 0.1 -> 0.3",
+        "dpo.host: node7 -> node8",
+        "tensors: 1 equal, 1 differ, 0 only in A, 0 only in B",
+    ):
         assert text in out
     norm = float(load_file(run / "policies/dpo/model/model.safetensors")["a"].norm())
     assert f"a: moved by {1 / norm:.2%} of its norm, 1.00e+00 at most" in out
@@ -762,8 +857,17 @@ def test_export_spdx(run, capsys, tmp_path):
     assert not objects.missing_ids
     packages = {p._id: p.name for p in objects.foreach_type(model.software_Package)}
     assert set(packages.values()) == {"policies/dpo", "sft", "base", "data", "comparisons", "someone/model", "rows"}
-    relations = {(packages[r.from_._id], r.relationshipType.rpartition("/")[2], packages[r.to[0]._id]) for r in objects.foreach_type(model.Relationship)}  # fmt: skip
-    assert {("policies/dpo", "descendantOf", "sft"), ("policies/dpo", "trainedOn", "comparisons"), ("sft", "descendantOf", "base"), ("sft", "trainedOn", "data"), ("base", "descendantOf", "someone/model")} <= relations  # fmt: skip
+    relations = {
+        (packages[r.from_._id], r.relationshipType.rpartition("/")[2], packages[r.to[0]._id])
+        for r in objects.foreach_type(model.Relationship)
+    }
+    assert {
+        ("policies/dpo", "descendantOf", "sft"),
+        ("policies/dpo", "trainedOn", "comparisons"),
+        ("sft", "descendantOf", "base"),
+        ("sft", "trainedOn", "data"),
+        ("base", "descendantOf", "someone/model"),
+    } <= relations
 
 
 def test_export_model_card(run, capsys):
@@ -775,7 +879,12 @@ def test_export_model_card(run, capsys):
     card = ModelCard(text)
     assert (card.data.base_model, card.data.license) == ("someone/model", "apache-2.0")
     assert [r.metric_value for r in card.data.eval_results] == [0.61]
-    for line in ("- accuracy: 0.61 [0.55, 0.67], n = 96", f"`{identity(run / 'policies/dpo')}`", "- labels by ann, bob", "- data: rows, licence CC0-1.0"):  # fmt: skip
+    for line in (
+        "- accuracy: 0.61 [0.55, 0.67], n = 96",
+        f"`{identity(run / 'policies/dpo')}`",
+        "- labels by ann, bob",
+        "- data: rows, licence CC0-1.0",
+    ):
         assert line in text
     assert main(["audit", "card", str(run / "data")]) == 2
     assert "a card is of a checkpoint" in capsys.readouterr().err
@@ -809,7 +918,12 @@ def test_the_tiers_of_a_reproduction(run, tmp_path):
         (folder / "history.jsonl").write_text('{"loss": 1.5}\n')
 
     assert again() == "same file bytes"
-    assert again(lambda f: save_file(load_file(f / "model/model.safetensors"), f / "model/model.safetensors", {"new": "1"})) == "same tensors"  # fmt: skip
+    assert (
+        again(
+            lambda f: save_file(load_file(f / "model/model.safetensors"), f / "model/model.safetensors", {"new": "1"})
+        )
+        == "same tensors"
+    )
     assert again(moved(5e-4)) == "within tolerance"
     assert again(moved(5e-3)) == "different"
     (run / "sft/history.jsonl").write_text('{"loss": 1.5}\n')
@@ -849,7 +963,10 @@ def test_export_ro_crate(run, capsys, tmp_path, monkeypatch):
     assert issues(content) == []
     graph = {e["@id"]: e for e in json.loads(content)["@graph"]}
     assert graph[graph["./"]["mainEntity"]["@id"]]["name"] == "policies/dpo"
-    assert graph["./"]["license"] == {"@id": "https://spdx.org/licenses/Apache-2.0"} or graph["./"]["license"] == "https://spdx.org/licenses/Apache-2.0"  # fmt: skip
+    assert (
+        graph["./"]["license"] == {"@id": "https://spdx.org/licenses/Apache-2.0"}
+        or graph["./"]["license"] == "https://spdx.org/licenses/Apache-2.0"
+    )
     broken = json.loads(content)
     broken["@graph"] = [e for e in broken["@graph"] if e["@id"] != "ro-crate-metadata.json"]
     assert issues(json.dumps(broken))

@@ -711,7 +711,9 @@ def test_a_file_that_a_stage_forgot_is_a_fault(tmp_path, monkeypatch):
         in_process(lambda stage: {"a": len(Path("nowhere").read_text())})
 
 
-@pytest.mark.parametrize(("end", "code", "left"), [(None, 0, False), (Interrupted("later"), 75, False), (DataError("bad"), 65, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("end", "code", "left"), [(None, 0, False), (Interrupted("later"), 75, False), (DataError("bad"), 65, True)]
+)
 def test_a_process_group_is_ended_unless_others_may_wait_in_it(tmp_path, monkeypatch, end, code, left):
     import torch.distributed as distributed
 
@@ -733,7 +735,15 @@ def with_input(run: Callable[[Stage], dict], output: str) -> int:
     Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {"output": output}}))
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        return main(run, ["--config=c.json", "--input=first=first/manifest.json", f"--output={output}/manifest.json", "--state=state"])  # fmt: skip
+        return main(
+            run,
+            [
+                "--config=c.json",
+                "--input=first=first/manifest.json",
+                f"--output={output}/manifest.json",
+                "--state=state",
+            ],
+        )
     finally:
         signal.signal(signal.SIGTERM, handler)
 

@@ -175,7 +175,13 @@ def test_rows_of_one_conversation_stay_in_one_group(file):
     assert [row["group"] for row in chats] == ["hi there"] * 3
     hh = "\n\nHuman: hi there\n\nAssistant: 1"
     pairs = [{"chosen": hh, "rejected": hh + "!"}]
-    pairs += [{"chosen": hh + f"\n\nHuman: and now?\n\nAssistant: {x}", "rejected": hh + "\n\nHuman: and now?\n\nAssistant: no"} for x in "ab"]  # fmt: skip
+    pairs += [
+        {
+            "chosen": hh + f"\n\nHuman: and now?\n\nAssistant: {x}",
+            "rejected": hh + "\n\nHuman: and now?\n\nAssistant: no",
+        }
+        for x in "ab"
+    ]
     assert [row["group"] for row in read_preferences(file(pairs))] == ["hi there"] * 3
 
 
@@ -186,8 +192,15 @@ def test_byte_order_marks_and_windows_lines(file):
 
 
 def test_a_csv_prompt_that_looks_like_a_list_is_a_text(file):
-    table = pd.DataFrame({"prompt": ["[3, 1, 2]", "[not json", json.dumps([user("chat")])], "completions": ['["a", "b"]'] * 3,
-                          "ranks": ["[2, 1]"] * 3, "labeler": ["0", "", "ann"], "time": ["", "2026", ""]})  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "prompt": ["[3, 1, 2]", "[not json", json.dumps([user("chat")])],
+            "completions": ['["a", "b"]'] * 3,
+            "ranks": ["[2, 1]"] * 3,
+            "labeler": ["0", "", "ann"],
+            "time": ["", "2026", ""],
+        }
+    )
     rows = read_preferences(file(table.to_csv(index=False), "d.csv"))
     assert [row["messages"] for row in rows] == [[user("[3, 1, 2]")], [user("[not json")], [user("chat")]]
     assert [row["rankings"][0]["labeler"] for row in rows] == ["0", "recorded", "ann"]
@@ -197,8 +210,10 @@ def test_a_csv_prompt_that_looks_like_a_list_is_a_text(file):
 
 @pytest.mark.parametrize("name", ["d.parquet", "d.parquet.gz", "my.csv.parquet"])
 def test_parquet_cells_become_plain(file, name):
-    rows = [RANKED | {"order": [1, 0], "time": pd.Timestamp("2026-01-02T03:04:05Z"), "labeler": 0},
-            RANKED | {"prompt": "R", "order": None, "time": None, "labeler": 1}]  # fmt: skip
+    rows = [
+        RANKED | {"order": [1, 0], "time": pd.Timestamp("2026-01-02T03:04:05Z"), "labeler": 0},
+        RANKED | {"prompt": "R", "order": None, "time": None, "labeler": 1},
+    ]
     content = parquet(rows)
     first, second = read_preferences(file(gzip.compress(content) if name.endswith("gz") else content, name))
     ranking = {"labeler": "0", "ranks": [1, 2], "order": [1, 0], "time": "2026-01-02T03:04:05+00:00", "scores": None}
@@ -212,7 +227,13 @@ def test_parquet_cells_become_plain(file, name):
 def test_labelers_keep_their_names(file):
     """0 is a labeler, not the absence of one."""
     rows = read_preferences(file([RANKED | {"labeler": name} for name in (0, 1, "", None, "ann")]))
-    assert [ranking["labeler"] for row in rows for ranking in row["rankings"]] == ["0", "1", "recorded", "recorded", "ann"]  # fmt: skip
+    assert [ranking["labeler"] for row in rows for ranking in row["rankings"]] == [
+        "0",
+        "1",
+        "recorded",
+        "recorded",
+        "ann",
+    ]
 
 
 def test_conversational_preferences(file):

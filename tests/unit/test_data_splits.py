@@ -55,7 +55,13 @@ def test_each_kind_has_its_share_of_every_split():
         share = getattr(Shares(), split)
         assert counts["p", split] == pytest.approx(600 * share, abs=6)
         assert counts["d", split] == pytest.approx(400 * share, abs=1)
-    assert {split: counts["t", split] for split in SPLITS} == {"sft": 100, "reward": 0, "rl": 0, "evaluation": 0, "heldout": 20}  # fmt: skip
+    assert {split: counts["t", split] for split in SPLITS} == {
+        "sft": 100,
+        "reward": 0,
+        "rl": 0,
+        "evaluation": 0,
+        "heldout": 20,
+    }
 
 
 def test_a_group_of_prompts_and_text_follows_its_prompts():
@@ -65,7 +71,9 @@ def test_a_group_of_prompts_and_text_follows_its_prompts():
 
 def test_text_without_a_split_to_go_to_is_refused():
     shares = Shares(sft=0, reward=0.5, rl=0, evaluation=0.5, heldout=0)
-    with pytest.raises(DataError, match=r"^data\.shares: raw text goes to sft and heldout, but both are 0; give one a share$"):  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"^data\.shares: raw text goes to sft and heldout, but both are 0; give one a share$"
+    ):
         assign_splits([row("a", "demonstrations"), row("b", "text")], shares, 0)
 
 

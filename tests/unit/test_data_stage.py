@@ -65,7 +65,10 @@ def _folder(tmp_path, monkeypatch):
 
 def test_golden_splits():
     """These rows and this seed have always given these splits, in this order."""
-    done = Prepared(DataConfig(demonstrations=[file("d.jsonl", [{"prompt": prompt(i), "completion": f"{i}"} for i in range(20)])]), seed=17)  # fmt: skip
+    done = Prepared(
+        DataConfig(demonstrations=[file("d.jsonl", [{"prompt": prompt(i), "completion": f"{i}"} for i in range(20)])]),
+        seed=17,
+    )
     assert done.code == 0
     assert {split: [int(row["completion"]) for row in done[split]] for split in SPLITS} == {
         "sft": [2, 10, 0, 16, 12, 15, 11, 17, 14, 7], "reward": [3, 6, 1], "rl": [4, 18, 9],
@@ -93,12 +96,17 @@ def test_conversations_do_not_straddle_splits():
 
 def test_a_shared_system_message_makes_no_near_duplicates():
     system = {"role": "system", "content": " ".join(f"rule{i}" for i in range(200))}
-    chats = [{"messages": [system, {"role": "user", "content": prompt(i)}, {"role": "assistant", "content": "a"}]} for i in range(60)]  # fmt: skip
+    chats = [
+        {"messages": [system, {"role": "user", "content": prompt(i)}, {"role": "assistant", "content": "a"}]}
+        for i in range(60)
+    ]
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", chats)], max_prompt_tokens=2000)).code == 0
 
 
 def test_who_wrote_demonstrations_is_in_the_rows_and_the_record():
-    rows = [{"prompt": prompt(i), "completion": "a"} | ({"labeler": f"human-{i % 2}"} if i % 3 else {}) for i in range(60)]  # fmt: skip
+    rows = [
+        {"prompt": prompt(i), "completion": "a"} | ({"labeler": f"human-{i % 2}"} if i % 3 else {}) for i in range(60)
+    ]
     done = Prepared(DataConfig(demonstrations=[file("d.jsonl", rows)]))
     authors = {row["prompt"]: row.get("labeler") for row in rows}
     read = [(row["prompt"], row.get("labeler")) for split in SPLITS for row in done[split]]
@@ -114,8 +122,17 @@ def test_raw_text_is_not_lost():
     done = Prepared(
         DataConfig(demonstrations=[file("t.jsonl", texts), file("d.jsonl", [{"prompt": prompt(i), "completion": "a"} for i in range(60)])])
     )  # fmt: skip
-    assert {split: sum("text" in row for row in done[split]) for split in ("sft", "heldout")} == {"sft": 50, "heldout": 10}  # fmt: skip
-    assert {split: sum("prompt" in row for row in done[split]) for split in SPLITS} == {"sft": 30, "reward": 9, "rl": 9, "evaluation": 6, "heldout": 6}  # fmt: skip
+    assert {split: sum("text" in row for row in done[split]) for split in ("sft", "heldout")} == {
+        "sft": 50,
+        "heldout": 10,
+    }
+    assert {split: sum("prompt" in row for row in done[split]) for split in SPLITS} == {
+        "sft": 30,
+        "reward": 9,
+        "rl": 9,
+        "evaluation": 6,
+        "heldout": 6,
+    }
 
 
 def largely(i: int) -> dict:
@@ -140,7 +157,9 @@ def test_evaluation_prompts_that_training_texts_contain_are_reported_and_left_ou
     assert found["max"] == pytest.approx(17 / 31)  # of 38 words: 31 sequences of eight, 17 of them within the ending
     assert found["mean"] == pytest.approx(len(shared) * 17 / 31 / found["prompts"])
     assert sum(found["histogram"]["counts"]) == found["prompts"] == len(kept["evaluation"])
-    assert {row["id"]: row["overlap"] for row in read_jsonl(Path("data/contamination.jsonl"))}.keys() == {row["id"] for row in kept["evaluation"]}  # fmt: skip
+    assert {row["id"]: row["overlap"] for row in read_jsonl(Path("data/contamination.jsonl"))}.keys() == {
+        row["id"] for row in kept["evaluation"]
+    }
 
     heldout = sum(int(row["completion"]) >= 41 for row in kept["heldout"])
     assert heldout, "the seed gives heldout none of the nine; take another"
@@ -186,7 +205,10 @@ def test_a_file_for_each_labeler():
         file("bob.jsonl", [ranked(i, "bob", [2, 1]) for i in range(60)]),
     ]))  # fmt: skip
     assert done.card["comparisons"] == {"prompts": 15, "completions": 30, "rankings": 30, "labelers": ["ann", "bob"]}
-    assert all([(r["labeler"], r["ranks"]) for r in row["rankings"]] == [("ann", [1, 2]), ("bob", [2, 1])] for row in done["comparisons"])  # fmt: skip
+    assert all(
+        [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [("ann", [1, 2]), ("bob", [2, 1])]
+        for row in done["comparisons"]
+    )
 
 
 def test_a_prompt_is_evaluated_once():
@@ -243,7 +265,10 @@ ROWS = [{"prompt": prompt(i), "completion": "a"} for i in range(60)]
 def test_a_row_that_is_too_long_is_named(capfd):
     rows = [*ROWS[:7], {"prompt": "p", "completion": "x" * 90}, *ROWS]
     message = refused(capfd, rows, max_completion_tokens=80, chat=False)
-    assert message == "d.jsonl:8: has 90 tokens, more than data.max_completion_tokens (80): 'p'…; raise it, or set data.too_long to drop"  # fmt: skip
+    assert (
+        message
+        == "d.jsonl:8: has 90 tokens, more than data.max_completion_tokens (80): 'p'…; raise it, or set data.too_long to drop"
+    )
 
 
 def test_both_rows_of_a_leak_are_named(capfd):
@@ -263,14 +288,22 @@ def test_both_rows_of_a_leak_are_named(capfd):
 
 def test_a_model_without_chat_template(capfd):
     save_base(template="")
-    assert refused(capfd, ROWS) == "data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template"  # fmt: skip
+    assert (
+        refused(capfd, ROWS)
+        == "data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template"
+    )
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)], chat=False)).code == 0
 
 
 def test_a_template_that_refuses_a_conversation(capfd):
-    save_base(template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ messages[0].content }}")  # fmt: skip
+    save_base(
+        template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ messages[0].content }}"
+    )
     message = refused(capfd, ROWS, system="Be brief.")
-    assert message == "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or data.system, or give base.chat_template"  # fmt: skip
+    assert (
+        message
+        == "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or data.system, or give base.chat_template"
+    )
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)])).code == 0
 
 

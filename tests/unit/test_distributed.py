@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tunetrail.contract.distributed import end_process_group as _end_process_group
 
 from tests.killed import together
+from tunetrail.contract.distributed import end_process_group as _end_process_group
 from tunetrail.ppo.sharding import gathered
 
 from .test_ppo import make_trainer

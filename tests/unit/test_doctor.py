@@ -112,7 +112,16 @@ def test_a_controller_that_forgets_soon(monkeypatch, age, sacct, n):
 # ----------------------------------------------------------------------------- what a node told
 
 
-TOLD = {"host": "n1", "python": "3.11", "missing": [], "visible": "0", "torch_gpus": 1, "cuda": "12.8", "head": "7", "lock": "held"}  # fmt: skip
+TOLD = {
+    "host": "n1",
+    "python": "3.11",
+    "missing": [],
+    "visible": "0",
+    "torch_gpus": 1,
+    "cuda": "12.8",
+    "head": "7",
+    "lock": "held",
+}
 
 
 @pytest.fixture
@@ -169,7 +178,9 @@ def site(tmp_path, monkeypatch):
     commands = tmp_path / "bin"
     commands.mkdir()
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}/bin{os.pathsep}/usr/bin")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(commands / name) if (commands / name).exists() else None)  # fmt: skip
+    monkeypatch.setattr(
+        doctor.shutil, "which", lambda name: str(commands / name) if (commands / name).exists() else None
+    )
 
     def put(name: str, script: str) -> None:
         (commands / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -220,7 +231,10 @@ def test_a_silent_controller(site):
 
 
 def test_slurm_has_the_last_word(site):
-    site("sbatch", 'echo "$@" > asked; echo "allocation failure: Invalid account or account/partition combination specified" >&2; exit 1')  # fmt: skip
+    site(
+        "sbatch",
+        'echo "$@" > asked; echo "allocation failure: Invalid account or account/partition combination specified" >&2; exit 1',
+    )
     code, (check,) = look([a_job(slurm_account="nobody")])
     assert code == 1
     assert "(Invalid account or account/partition combination specified)" in check.text

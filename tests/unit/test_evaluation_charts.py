@@ -55,8 +55,13 @@ FORGETTING = [
     {"first": "dpo", "second": "base", "adapters": ["lora", None], "nll": interval(0.2), "choices": None},
     {"first": "dpo", "second": "sft", "adapters": ["lora", "full"], "nll": interval(0.3), "choices": None},
 ]
-PREFERENCES = [{"before": "sft", "after": "dpo", "chosen": interval(-1.0), "rejected": interval(-3.0), "margin": interval(2.0)}]  # fmt: skip
-TOKENS = [{"id": i, "token": t, "before": a, "after": b} for i, (t, a, b) in enumerate([(" a", 0.1, 0.5), (" 'b'\n", 0.5, 0.2), ("c", None, 0.3)])]  # fmt: skip
+PREFERENCES = [
+    {"before": "sft", "after": "dpo", "chosen": interval(-1.0), "rejected": interval(-3.0), "margin": interval(2.0)}
+]
+TOKENS = [
+    {"id": i, "token": t, "before": a, "after": b}
+    for i, (t, a, b) in enumerate([(" a", 0.1, 0.5), (" 'b'\n", 0.5, 0.2), ("c", None, 0.3)])
+]
 PROBES = {"positions": [{"position": 1, "token": " a", "before": 0.1, "after": 0.5, "tokens": TOKENS}]}
 REWARD = {
     "accuracy": interval(0.6), "accuracy_longer_wins": interval(0.5), "ece": 0.04, "ceiling": {"labelers": 2, "agreement": interval(0.8), "majority": interval(0.85), "allowed": interval(0.89)},
@@ -126,7 +131,11 @@ def test_the_diagram_begins_where_a_bin_does():
 
     def begin(low, accuracy):
         row = {"confidence": 0.6, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": 0.9, "n": 2}
-        (at, _) = [r["at"] for r in rows_of(charts.calibration({"ece": 0.1, "accuracy_by_confidence": [row]}, False)) if "at" in r]  # fmt: skip
+        (at, _) = [
+            r["at"]
+            for r in rows_of(charts.calibration({"ece": 0.1, "accuracy_by_confidence": [row]}, False))
+            if "at" in r
+        ]
         return at
 
     assert begin(0.0, 0.5) == 0
@@ -142,7 +151,9 @@ def test_a_win_rate_that_lengths_do_not_allow_reads_so(match):
 
 def test_the_frontier_marks_the_chosen_point_and_the_yardstick():
     rows = rows_of(charts.frontier(FRONTIER, "sft", SERIES, False))
-    rewards = [(r["line"], r["order"], r["kl"], r["mean"], r["chosen"]) for r in rows if r.get("mean", 99) < 10 and "line" in r]  # fmt: skip
+    rewards = [
+        (r["line"], r["order"], r["kl"], r["mean"], r["chosen"]) for r in rows if r.get("mean", 99) < 10 and "line" in r
+    ]
     assert rewards == [
         ("dpo", 3, 0.3, 3 / 9, False), ("dpo", 9, 0.9, 1.0, True),
         *(("best of n", n, stats.best_of_n_kl(n), n / 8, False) for n in (1, 2, 4)),

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import sem
 
 from tunetrail.contract.runner import main
+from tunetrail.contract.stage import Input
 from tunetrail.evaluation import stats
 from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
@@ -101,7 +102,18 @@ def test_kl_has_the_mean_of_other_estimates_and_less_variance(folder):
     for m, scale in ((model, 30), (reference, 15)):
         m.get_output_embeddings().weight.data.mul_(scale)
     keys = [str(i) for i in range(3000)]
-    responses = sample(model, [[5, 6]] * 3000, keys, k=1, max_new_tokens=2, temperature=1.0, seed=0, batch_size=1000, eos_id=23, pad_id=0)  # fmt: skip
+    responses = sample(
+        model,
+        [[5, 6]] * 3000,
+        keys,
+        k=1,
+        max_new_tokens=2,
+        temperature=1.0,
+        seed=0,
+        batch_size=1000,
+        eos_id=23,
+        pad_id=0,
+    )
     examples = [([5, 6], response) for (response,) in responses]
     full = np.array(kl_divergences(model, reference, examples, 0, "fp32"))
     ours, theirs = (logprobs_of(m, examples, 0, "fp32") for m in (model, reference))
@@ -137,7 +149,10 @@ def evaluator(folder, name, rows):
             config=EVALUATION,
             seed=5,
             shared={"precision": "fp32", "subject": {"name": name, "method": method}},
-            inputs={"model": folder / name, "sft": folder / "base", "reward": folder / "reward"},
+            inputs={
+                role: Input(folder / source, {}, {})
+                for role, source in (("model", name), ("sft", "base"), ("reward", "reward"))
+            },
         ),  # type: ignore[arg-type]
         rows,
     )
@@ -168,7 +183,14 @@ def test_best_of_n_is_what_the_reward_model_prefers(folder):
 
 def test_a_kl_that_is_a_bound_has_no_interval_but_what_the_bound_says(folder):
     found = metrics(folder, "evaluation/best")["kl_to_sft"]
-    assert found == {"mean": stats.best_of_n_kl(3), "low": 0, "high": stats.best_of_n_kl(3), "n": 4, "se": None, "estimator": "analytic bound"}  # fmt: skip
+    assert found == {
+        "mean": stats.best_of_n_kl(3),
+        "low": 0,
+        "high": stats.best_of_n_kl(3),
+        "n": 4,
+        "se": None,
+        "estimator": "analytic bound",
+    }
 
 
 def test_prompts_of_a_source_group_are_resampled_together(folder):
@@ -207,7 +229,18 @@ def test_a_checkpoint_is_scored_as_its_own_model_would_be(folder):
     points = []
     for row in read_jsonl(folder / "data/evaluation.jsonl")[:3]:
         prompt = encode(tokenizer, row["prompt"])
-        ((response,),) = sample(model, [prompt], [row["id"]], k=1, max_new_tokens=6, temperature=1.0, seed=5, batch_size=1, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)  # fmt: skip
+        ((response,),) = sample(
+            model,
+            [prompt],
+            [row["id"]],
+            k=1,
+            max_new_tokens=6,
+            temperature=1.0,
+            seed=5,
+            batch_size=1,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
         reward = load_reward_model(folder / "reward/model").eval()
         with torch.no_grad():
             score = float(sequence_scores(reward, collate([prompt], [response], 0)))
@@ -261,7 +294,9 @@ def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
 def test_probes_have_the_likeliest_tokens_of_both(folder):
     probes = json.loads((folder / "head_to_head/probes.json").read_text())["pairs"]
     assert [(p["before"], p["after"]) for p in probes] == [("base", "best"), ("base", "dpo")]
-    before, after = (json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo"))  # fmt: skip
+    before, after = (
+        json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo")
+    )
     position = probes[1]["positions"][4]
     assert position["before"] == before[5]["prob"]
     probs = {t["id"]: t["before"] for t in position["tokens"]}
@@ -314,7 +349,9 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
     def judge(verdict):
         def of(config, key):
             assert key == "head_to_head.judge"
-            return lambda questions: [verdict(*q.partition("Response A:")[2].partition("Response B:")[::2]) for q in questions]  # fmt: skip
+            return lambda questions: [
+                verdict(*q.partition("Response A:")[2].partition("Response B:")[::2]) for q in questions
+            ]
 
         return of
 

@@ -90,7 +90,9 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, message):
     assert message.format(taken=port) in line
 
 
-@pytest.mark.parametrize("words", [["list"], ["verify"], ["renew", "human-1"], ["forget", "human-1"], ["export", "--format=jsonl"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [["list"], ["verify"], ["renew", "human-1"], ["forget", "human-1"], ["export", "--format=jsonl"]]
+)
 def test_only_serving_and_adding_make_a_store(tmp_path, capsys, words):
     assert main(["label", *words, "--store", f"{tmp_path}/mistyped.db"]) == 2
     assert "there is no such file; name the labels with --store" in capsys.readouterr().err

@@ -201,7 +201,10 @@ def test_from_one_tool_through_ours_to_the_page(store, tmp_path, capsys):
     assert main(["label", "import", str(path), "--format", "label-studio"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (row["labeler"], row["ranks"]) == ("human-1", [2, 1, 2])
-    assert main(["label", "import", str(path), "--format", "label-studio", "--tasks", "--output", str(tmp_path / "tasks")]) == 0  # fmt: skip
+    assert (
+        main(["label", "import", str(path), "--format", "label-studio", "--tasks", "--output", str(tmp_path / "tasks")])
+        == 0
+    )
     tasks = [json.loads(line) for line in (tmp_path / "tasks").read_text().splitlines()]
     Store(f"{tmp_path}/other.db").publish(tasks)
     assert tasks == [{"id": "r", "prompt": "Rank.", "completions": ["a", "b", "c"]}]

@@ -66,7 +66,11 @@ def test_tasks_hold_what_people_see_and_no_more(run):
         "id": "h0", "kind": "ranking", "prompt": "Q h0", "completions": ROWS[0]["completions"], "draft": None, "gold": None,
         "split": "heldout",
     }  # fmt: skip
-    assert json.loads((folder / "metrics.json").read_text()) == {"tasks": 5, "gold": 0, "by_split": {"heldout": 1, "reward": 4}}  # fmt: skip
+    assert json.loads((folder / "metrics.json").read_text()) == {
+        "tasks": 5,
+        "gold": 0,
+        "by_split": {"heldout": 1, "reward": 4},
+    }
 
 
 def test_the_template_around_a_prompt_is_not_shown(run):
@@ -86,7 +90,9 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     said = capfd.readouterr().err
     assert (code, said.count("\n")) == (75, 1)
     path = tmp_path / "labels.db"
-    assert said.startswith(f"comparisons: waiting: for people: 0 of 10 rankings are there; start their page with `tunetrail label serve --store {path}`")  # fmt: skip
+    assert said.startswith(
+        f"comparisons: waiting: for people: 0 of 10 rankings are there; start their page with `tunetrail label serve --store {path}`"
+    )
     assert not folder.exists()
 
     store = Store(str(path))
@@ -169,7 +175,9 @@ def test_all_skipped_is_an_error(run, tmp_path, capfd):
 
 def test_gold_measures_and_is_no_label(run, tmp_path, capfd):
     gold = tmp_path / "gold.jsonl"
-    write_jsonl(gold, [{"id": f"g{i}", "prompt": "p", "completions": ["a", "bb"], "gold": {"ranks": [2, 1]}} for i in range(2)])  # fmt: skip
+    write_jsonl(
+        gold, [{"id": f"g{i}", "prompt": "p", "completions": ["a", "bb"], "gold": {"ranks": [2, 1]}} for i in range(2)]
+    )
     run("tasks", gold=gold)
     options = {"gold": gold, "training": 1, "gold_every": 2}
     store = Store(str(tmp_path / "labels.db"))

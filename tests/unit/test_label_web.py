@@ -397,7 +397,9 @@ def test_a_fault_does_not_say_what_it_cannot_know(store, ada, monkeypatch):
     client = TestClient(
         ada.client.app, base_url="http://labels", cookies=ada.client.cookies, raise_server_exceptions=False
     )
-    reply = client.post("/submit", json={"nonce": nonce, "answer": {"ranks": [1, 2, 3]}}, headers={"x-csrf-token": ada.csrf})  # fmt: skip
+    reply = client.post(
+        "/submit", json={"nonce": nonce, "answer": {"ranks": [1, 2, 3]}}, headers={"x-csrf-token": ada.csrf}
+    )
     assert reply.status_code == 500
     assert "Send it again: that stores nothing twice" in reply.json()["error"]
     assert reply.headers["cache-control"] == "no-store"

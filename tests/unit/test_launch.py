@@ -143,17 +143,39 @@ def test_the_stages_that_train_may_be_spread():
 def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.CompletedProcess:
     """Runs a command as srun would one of four processes on two nodes."""
     path = stand_ins(tmp_path, scontrol="printf 'gpu3\\ngpu4\\n'")
-    variables = {"SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}  # fmt: skip
-    return subprocess.run([sys.executable, "-m", "tunetrail.launch.task", sys.executable, "-c", *command, "--state", "state"], env=os.environ | variables | {"PATH": path}, capture_output=True, text=True, check=False)  # fmt: skip
+    variables = {
+        "SLURM_STEP_NODELIST": "gpu[3-4]",
+        "SLURM_JOB_ID": "12",
+        "SLURM_STEP_ID": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "tunetrail.launch.task", sys.executable, "-c", *command, "--state", "state"],
+        env=os.environ | variables | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_one_of_several_processes_says_who_it_is(tmp_path):
     show = "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')}))"
     reply = one_of_several(tmp_path, 3, show)
-    assert json.loads(reply.stdout) == {"MASTER_ADDR": "gpu3", "MASTER_PORT": "20373", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}  # fmt: skip
+    assert json.loads(reply.stdout) == {
+        "MASTER_ADDR": "gpu3",
+        "MASTER_PORT": "20373",
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+    }
 
 
-@pytest.mark.parametrize(("rank", "code", "told"), [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rank", "code", "told"),
+    [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)],
+)
 def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path, monkeypatch, rank, code, told):
     """With --kill-on-bad-exit. One that fails waits for the first one's last words, which waits for those that leave."""
     slept: list[float] = []
@@ -204,7 +226,9 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
 
 def test_an_array_has_those_who_ask_and_wait_and_none_whose_launcher_was_killed(tmp_path, slurm):
     (tmp_path / "launcher.py").write_text(LAUNCHER)
-    dead, waiting = (subprocess.Popen([sys.executable, "launcher.py", name], cwd=tmp_path) for name in ("dead", "waiting"))  # fmt: skip
+    dead, waiting = (
+        subprocess.Popen([sys.executable, "launcher.py", name], cwd=tmp_path) for name in ("dead", "waiting")
+    )
     try:
         while len(list(tmp_path.glob("jobs/completions.*/*"))) < 2:
             assert dead.poll() is None

@@ -42,7 +42,12 @@ def other(tmp_path, monkeypatch):
 
     def start(job: str | None = None, seconds: str = "60", *more: str) -> subprocess.Popen:
         environment = os.environ | {"TUNETRAIL_LEASE_SECONDS": seconds} | ({"SLURM_JOB_ID": job} if job else {})
-        process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "lock"), *more], env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path / "lock"), *more],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         started.append(process)
         assert process.stdout.readline() == "held 1\n"
         return process
@@ -61,7 +66,12 @@ def test_a_second_writer_is_refused_and_told_who_has_it(other, tmp_path):
     process = other()
     path = tmp_path / "lock"
     assert holder(path) == f"process {process.pid} on {os.uname().nodename}"
-    with pytest.raises(Interrupted, match=rf"{path}: in use by process {process.pid} on \S+; wait for it to end, then run again"), hold(path, never, print):  # fmt: skip
+    with (
+        pytest.raises(
+            Interrupted, match=rf"{path}: in use by process {process.pid} on \S+; wait for it to end, then run again"
+        ),
+        hold(path, never, print),
+    ):
         pass
     process.kill()
     process.wait()
@@ -88,7 +98,9 @@ def test_a_later_job_asks_the_earlier_to_leave_and_waits(other, tmp_path, monkey
         assert process.wait(10) == 0
         assert process.stdout.read() == f"asked by process {os.getpid()} on {os.uname().nodename}, job 9\n"
         assert lease.wanted_by() is None  # the wish is fulfilled
-    assert said == [f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and leave"]  # fmt: skip
+    assert said == [
+        f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and leave"
+    ]
 
 
 def test_a_wish_that_nobody_renews_is_none(tmp_path):
@@ -157,6 +169,9 @@ def test_a_file_system_without_locks_is_told_in_one_line(tmp_path, monkeypatch, 
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lease_module.fcntl, "lockf", lockf)
-    with pytest.raises(DiskError, match=r"lock: its file system has no locks \(.*; put the clone on one that has"), hold(tmp_path / "lock", lambda: True, print):  # fmt: skip
+    with (
+        pytest.raises(DiskError, match=r"lock: its file system has no locks \(.*; put the clone on one that has"),
+        hold(tmp_path / "lock", lambda: True, print),
+    ):
         pass
     assert DiskError.exit_code == 74

@@ -33,8 +33,14 @@ def run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def of(**block):
-        write_json(tmp_path / "c.json", {"stage": "lm_eval", "seed": 1, "precision": "fp32", "subject": "base", "config": block})  # fmt: skip
-        code = main(lm_eval.run, ["--config=c.json", "--input=model=base/manifest.json", "--output=out/manifest.json", "--state=state"])  # fmt: skip
+        write_json(
+            tmp_path / "c.json",
+            {"stage": "lm_eval", "seed": 1, "precision": "fp32", "subject": "base", "config": block},
+        )
+        code = main(
+            lm_eval.run,
+            ["--config=c.json", "--input=model=base/manifest.json", "--output=out/manifest.json", "--state=state"],
+        )
         metrics = tmp_path / "out/metrics.json"
         return code, capfd.readouterr().err, json.loads(metrics.read_text()) if metrics.exists() else None
 

@@ -45,9 +45,15 @@ def test_bradley_terry_scores_cover_the_true_strengths():
     truth, covered = {"base": -0.6, "sft": 0.0, "dpo": 0.3, "ppo": 0.9}, []
     for seed in range(250):
         outcome_of = simulated(truth, 120, seed)
-        found = stats.bootstrap_of(lambda c, o=outcome_of: matches.strengths(list(truth), "sft", o, c), range(120), 300, seed)  # fmt: skip
+        found = stats.bootstrap_of(
+            lambda c, o=outcome_of: matches.strengths(list(truth), "sft", o, c), range(120), 300, seed
+        )
         assert (found[1]["mean"], found[1]["low"], found[1]["high"]) == (0, 0, 0)
-        covered += [score["low"] <= truth[name] <= score["high"] for name, score in zip(truth, found, strict=True) if name != "sft"]  # fmt: skip
+        covered += [
+            score["low"] <= truth[name] <= score["high"]
+            for name, score in zip(truth, found, strict=True)
+            if name != "sft"
+        ]
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
@@ -110,7 +116,9 @@ def test_length_controlled_interval_covers():
     covered = []
     for seed in range(500):
         outcome, gap = long_winded(150, quality=0.4, bias=1.0, seed=seed)
-        interval = stats.bootstrap_of(lambda c, o=outcome, g=gap: matches.length_controlled(o, g, c), range(150), 300, seed)[0]  # fmt: skip
+        interval = stats.bootstrap_of(
+            lambda c, o=outcome, g=gap: matches.length_controlled(o, g, c), range(150), 300, seed
+        )[0]
         covered.append(interval["low"] <= expit(0.4) <= interval["high"])
     assert 0.93 <= np.mean(covered) <= 0.97
 

@@ -63,7 +63,12 @@ class Fixture:
             config["method"] if config and "method" in config else "completions" if kind.startswith("shard") else kind
         )
         saved = [{"name": f"checkpoint-{2 * i}", "digest": f"{i}" * 64} for i in range(attempts + 1)]
-        times = [ATTEMPT | {"seconds": seconds / attempts, "states_out": [saved[i + 1]]} | ({"state_in": saved[i]} if i else {}) for i in range(attempts)]  # fmt: skip
+        times = [
+            ATTEMPT
+            | {"seconds": seconds / attempts, "states_out": [saved[i + 1]]}
+            | ({"state_in": saved[i]} if i else {})
+            for i in range(attempts)
+        ]
         seal_folder(folder, stage, {r: self.roles[r] for r in parents}, config, times, dirty=dirty)
         self.roles[role] = folder
 
@@ -115,8 +120,17 @@ class Fixture:
             name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88), "completion_tokens": histogram(4, 32), "text_tokens": None}
             for name, rows in (("sft", 640), ("reward", 128), ("rl", 256), ("evaluation", 96), ("heldout", 48))
         }  # fmt: skip
-        overlap = {"words": 8, "limit": 0.5, "dropped": 5, "prompts": 96, "too_short": 7, "mean": 0.0213, "max": 0.4375, "worst": [],
-                   "histogram": {"edges": [i / 10 for i in range(11)], "counts": [80, 6, 1, 1, 1, 0, 0, 0, 0, 0]}}  # fmt: skip
+        overlap = {
+            "words": 8,
+            "limit": 0.5,
+            "dropped": 5,
+            "prompts": 96,
+            "too_short": 7,
+            "mean": 0.0213,
+            "max": 0.4375,
+            "worst": [],
+            "histogram": {"edges": [i / 10 for i in range(11)], "counts": [80, 6, 1, 1, 1, 0, 0, 0, 0, 0]},
+        }
         card = {
             "splits": splits,
             "sources": [{"source": "docstrings", "kind": "demonstrations", "shape": "prompt/completion", "rows": 1168, "licence": "PSF-2.0", "version": "3.11.7", "digest": "d" * 64}],
@@ -125,8 +139,25 @@ class Fixture:
             "contamination": overlap | {"heldout": overlap | {"prompts": 48, "max": 0.3125}},
         }  # fmt: skip
         self.artifact("data", "data", card, ["base"], seconds=14.2)
-        sft = {"train_loss": 2.8086, "eval_loss": interval(2.853, 0.11, 48), "steps": 40, "tokens": 43963, "parameters_trained": 134515008, "parameters": 134515008}  # fmt: skip
-        self.artifact("sft", "sft", sft, ["base", "data"], {"learning_rate": 5e-5}, attempts=2, seconds=400.5, dirty=True, files={"history.jsonl": self.history("sft", steps)})  # fmt: skip
+        sft = {
+            "train_loss": 2.8086,
+            "eval_loss": interval(2.853, 0.11, 48),
+            "steps": 40,
+            "tokens": 43963,
+            "parameters_trained": 134515008,
+            "parameters": 134515008,
+        }
+        self.artifact(
+            "sft",
+            "sft",
+            sft,
+            ["base", "data"],
+            {"learning_rate": 5e-5},
+            attempts=2,
+            seconds=400.5,
+            dirty=True,
+            files={"history.jsonl": self.history("sft", steps)},
+        )
         self.artifact("retention", "retention", {"prompts": 64}, ["base"], seconds=41.0)
         for i in range(2):
             self.artifact(f"shard{i}", f"completions/{i}", {"duplicates_removed": i}, ["sft", "data"], seconds=61.0 + i)
@@ -151,7 +182,14 @@ class Fixture:
             "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300), "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047, 280)},
             "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183, "score_mean_demonstrations": 0.0004, "bias": 0.41,
         }  # fmt: skip
-        self.artifact("reward", "reward", reward, ["sft", "comparisons", "data"], seconds=188.0, files={"history.jsonl": self.history("reward", steps)})  # fmt: skip
+        self.artifact(
+            "reward",
+            "reward",
+            reward,
+            ["sft", "comparisons", "data"],
+            seconds=188.0,
+            files={"history.jsonl": self.history("reward", steps)},
+        )
         policies = policies or {
             "dpo": (0.5833, 0.07, 29.4),
             "ppo": (0.5208, 0.08, 27.9),
@@ -166,7 +204,15 @@ class Fixture:
                 if method == "best_of_n"
                 else {"steps": steps, "train_loss": 0.61, "parameters_trained": 460800, "parameters": 134515008}
             )
-            self.artifact(f"policy.{name}", f"policies/{name}", metrics, parents, {"method": method, "n": 4} if method == "best_of_n" else {"method": method}, seconds=233.0, files=files)  # fmt: skip
+            self.artifact(
+                f"policy.{name}",
+                f"policies/{name}",
+                metrics,
+                parents,
+                {"method": method, "n": 4} if method == "best_of_n" else {"method": method},
+                seconds=233.0,
+                files=files,
+            )
         everyone = {"base": (0.1875, 0.06, 21.2), "sft": (None, None, 26.8)} | policies
         for i, (name, (_, _, score)) in enumerate(everyone.items()):
             method = "best_of_n" if name.startswith("best") else name[:3] if name in policies else name
@@ -198,11 +244,30 @@ class Fixture:
                     "points": points(2, 4, 6),
                 }
             if name == "sft":
-                metrics["best_of_n"] = {"samples": 16, "prompts": 64, "points": [{"n": n, "kl_bound": math.log(n) - (n - 1) / n, "reward": interval(0.21 * math.log2(n), 0.09), "gold": interval(26.1 + math.log2(n), 1.3)} for n in (1, 2, 4, 8, 16)]}  # fmt: skip
+                metrics["best_of_n"] = {
+                    "samples": 16,
+                    "prompts": 64,
+                    "points": [
+                        {
+                            "n": n,
+                            "kl_bound": math.log(n) - (n - 1) / n,
+                            "reward": interval(0.21 * math.log2(n), 0.09),
+                            "gold": interval(26.1 + math.log2(n), 1.3),
+                        }
+                        for n in (1, 2, 4, 8, 16)
+                    ],
+                }
             samples = self.samples(prompts, score, QUESTIONS, completion)
             if not gold:
                 samples = [row | {"gold": None} for row in samples]
-            self.artifact(f"evaluation.{name}", f"evaluation/{name}", metrics, parents, seconds=52.0, files={"samples.jsonl": samples, "probes.json": self.probes(0.1 * i)})  # fmt: skip
+            self.artifact(
+                f"evaluation.{name}",
+                f"evaluation/{name}",
+                metrics,
+                parents,
+                seconds=52.0,
+                files={"samples.jsonl": samples, "probes.json": self.probes(0.1 * i)},
+            )
         if gold:
             self.head_to_head(everyone)
         return self
@@ -229,10 +294,23 @@ class Fixture:
             "forgetting": [{"first": n, "second": "base", "adapters": ["lora" if n == "ppo" else "full", None], "nll": interval(0.041 * i, 0.018), "choices": interval(-0.03, 0.05)} for i, n in enumerate(names[1:])] + [{"first": "ppo", "second": "dpo", "adapters": ["lora", "full"], "nll": interval(-0.0173, 0.011), "choices": interval(0.0219, 0.04)}],
             "preferences": [{"before": "base" if n == "sft" else "sft", "after": n, "chosen": interval(-1.5, 0.4), "rejected": interval(-4.5, 0.6), "margin": interval(3.0, 0.5)} for n in names[1:]],
         }  # fmt: skip
-        tokens = [{"id": i, "token": t, "before": a, "after": b} for i, (t, a, b) in enumerate([("metto", 0.1, 0.625), (" a", 0.3, 0.1), ("\x06", None, 0.01)])]  # fmt: skip
-        shifted = [{"position": i, "token": t, "before": 0.1, "after": 0.625, "tokens": tokens} for i, t in enumerate(SENTENCE) if i]  # fmt: skip
-        probes = {"pairs": [{"before": c["before"], "after": c["after"], "positions": shifted} for c in metrics["preferences"]]}  # fmt: skip
-        self.artifact("head_to_head", "head_to_head", metrics, [f"evaluation.{n}" for n in names], files={"probes.json": probes})  # fmt: skip
+        tokens = [
+            {"id": i, "token": t, "before": a, "after": b}
+            for i, (t, a, b) in enumerate([("metto", 0.1, 0.625), (" a", 0.3, 0.1), ("\x06", None, 0.01)])
+        ]
+        shifted = [
+            {"position": i, "token": t, "before": 0.1, "after": 0.625, "tokens": tokens}
+            for i, t in enumerate(SENTENCE)
+            if i
+        ]
+        probes = {
+            "pairs": [
+                {"before": c["before"], "after": c["after"], "positions": shifted} for c in metrics["preferences"]
+            ]
+        }
+        self.artifact(
+            "head_to_head", "head_to_head", metrics, [f"evaluation.{n}" for n in names], files={"probes.json": probes}
+        )
 
     def report(self, title=None, samples=40):
         """Runs the stage; gives its exit code and the folder."""
@@ -241,7 +319,15 @@ class Fixture:
         )
         inputs = [f"--input={role}={folder / 'manifest.json'}" for role, folder in self.roles.items()]
         output = self.root / "report"
-        argv = ["--config", str(self.root / "report.json"), *inputs, "--output", str(output / "manifest.json"), "--state", str(self.root / "state")]  # fmt: skip
+        argv = [
+            "--config",
+            str(self.root / "report.json"),
+            *inputs,
+            "--output",
+            str(output / "manifest.json"),
+            "--state",
+            str(self.root / "state"),
+        ]
         return main(run, argv), output
 
 
@@ -360,8 +446,26 @@ def gather(fixture, name="demo"):
 
 
 # The fields of figures that are measurements; others are places, sizes and words.
-MEASURED = ("mean", "low", "high", "rate", "value", "score", "preferred", "dispreferred", "prob", "accuracy", "confidence",
-            "accuracy_low", "accuracy_high", "kl", "kl_low", "kl_high", "prompts", "n")  # fmt: skip
+MEASURED = (
+    "mean",
+    "low",
+    "high",
+    "rate",
+    "value",
+    "score",
+    "preferred",
+    "dispreferred",
+    "prob",
+    "accuracy",
+    "confidence",
+    "accuracy_low",
+    "accuracy_high",
+    "kl",
+    "kl_low",
+    "kl_high",
+    "prompts",
+    "n",
+)
 COMPUTED = {"learning": {"mean"}, "over_optimisation": {"kl", "score"}}
 """Trailing means, tested below."""
 
@@ -420,11 +524,20 @@ def test_marks_say_what_they_show(found):
 
 def test_wider_letters_than_the_figure_was_measured_with_are_not_cut(found):
     """Chromium without Arial sets DejaVu Sans, whose letters are so many em wide."""
-    em = dict.fromkeys("0123456789", 0.636) | dict.fromkeys(". ,", 0.318) | dict.fromkeys("[]", 0.39) | dict.fromkeys("−+", 0.838) | {"%": 0.95}  # fmt: skip
+    em = (
+        dict.fromkeys("0123456789", 0.636)
+        | dict.fromkeys(". ,", 0.318)
+        | dict.fromkeys("[]", 0.39)
+        | dict.fromkeys("−+", 0.838)
+        | {"%": 0.95}
+    )
     for name in ("win_rates", "gold", "strengths", "forgetting"):
         picture = charts.svg(FIGURES[name]([found], False))
         width = float(re.search(r'width="([\d.]+)"', picture)[1])
-        texts = re.findall(r'text-anchor="start" transform="translate\(514,[\d.]+\)"[^>]*font-size="11.5px"[^>]*>(?:<title>.*?</title>)?([^<]+)<', picture)  # fmt: skip
+        texts = re.findall(
+            r'text-anchor="start" transform="translate\(514,[\d.]+\)"[^>]*font-size="11.5px"[^>]*>(?:<title>.*?</title>)?([^<]+)<',
+            picture,
+        )
         left = float(re.search(r'transform="translate\(([\d.]+),', picture)[1])
         assert texts
         assert max(left + 514 + 11.5 * sum(em[letter] for letter in text) for text in texts) <= width, name
@@ -453,7 +566,20 @@ def test_several_runs_are_one_page(made, tmp_path):
 
 def test_sections_come_in_the_order_a_reader_asks(text):
     order = re.findall(r'<(?:header|section) id="([\w-]+)"', text)
-    assert order == ["verdict", "results", "reward-kl", "learning", "probes", "preferences", "reward-model", "forgetting", "labels", "samples", "data", "provenance"]  # fmt: skip
+    assert order == [
+        "verdict",
+        "results",
+        "reward-kl",
+        "learning",
+        "probes",
+        "preferences",
+        "reward-model",
+        "forgetting",
+        "labels",
+        "samples",
+        "data",
+        "provenance",
+    ]
     assert re.findall(r'<a href="#([\w-]+)">', text) == order[1:]
 
 
@@ -640,7 +766,10 @@ def test_every_artifact_is_linked_and_named_by_its_digest(made, text):
 
 def loads_nothing(text):
     """No address but the names of SVG's namespaces."""
-    assert set(re.findall(r"(?:https?:)?//[a-z][\w./-]*", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # fmt: skip
+    assert set(re.findall(r"(?:https?:)?//[a-z][\w./-]*", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert not re.findall(r"""(?:src|href|action|poster|data)\s*=\s*["']?\s*(?:https?:)?//""", text)
     assert "@import" not in text
     assert not re.findall(r"url\(\s*['\"]?(?!#)", text)

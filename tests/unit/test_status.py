@@ -64,7 +64,11 @@ def hold():
     def start(job: Job) -> None:
         code = "import sys; from pathlib import Path; from tunetrail.contract.lease import hold\nwith hold(Path(sys.argv[1]), lambda: True, print): print('held', flush=True); sys.stdin.read()"
         path = job.state / f"{job.manifest.parent.name}.lock"
-        holders.append(subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # fmt: skip
+        holders.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
         assert holders[-1].stdout.readline() == "held\n"
 
     yield start
@@ -96,7 +100,10 @@ def test_a_failed_stage_has_its_error_its_log_and_how_to_run_it_again(job):
     j = job()
     attempt(j, ended="killed")
     attempt(j, ended="failed: ValueError", job_id="77")
-    say(j, "loading\nTraceback (most recent call last):\n  File x\nValueError: no such thing\nsrun: error: gpu1: task 0: Exited\nbye\n")  # fmt: skip
+    say(
+        j,
+        "loading\nTraceback (most recent call last):\n  File x\nValueError: no such thing\nsrun: error: gpu1: task 0: Exited\nbye\n",
+    )
     found = look(j)
     assert (found.state, found.attempts, found.slurm_job) == ("failed", 2, "77")
     assert found.detail == "ValueError: no such thing"
@@ -263,7 +270,9 @@ def test_many_are_one_line():
 def test_the_screen_has_every_stage_and_says_how_to_go_on(job, capsys):
     failing = job()
     attempt(failing, ended="failed: ValueError")
-    status.print_status([look(failing), look(job("sft", made=True, needed=False)), look(job("report", after=("reward",)))], RERUN)  # fmt: skip
+    status.print_status(
+        [look(failing), look(job("sft", made=True, needed=False)), look(job("report", after=("reward",)))], RERUN
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["reward", "failed"], ["sft", "done"], ["report", "waiting"]]
     assert "1 done, 1 failed, 1 waiting" in lines

@@ -32,7 +32,9 @@ def test_every_choice_is_one_of_both_libraries():
 
 
 def test_a_package_that_is_missing_is_one_clear_error():
-    with pytest.raises(ConfigError, match=r"^my.yaml: report_to: no_such_tracker is not installed; pip install no_such_tracker, or"):  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"^my.yaml: report_to: no_such_tracker is not installed; pip install no_such_tracker, or"
+    ):
         trackers.check(["tensorboard", "no_such_tracker"], "my.yaml")
     trackers.check(["tensorboard"])
 
@@ -48,7 +50,14 @@ def test_another_place_to_look_trains_nothing_again():
 
 def test_an_unknown_tracker_is_refused_by_name():
     with pytest.raises(ConfigError, match="report_to"):
-        parse({"run": "x", "report_to": ["wnadb"], "base": {"source": "random"}, "data": {"demonstrations": [{"source": "topics"}]}})  # fmt: skip
+        parse(
+            {
+                "run": "x",
+                "report_to": ["wnadb"],
+                "base": {"source": "random"},
+                "data": {"demonstrations": [{"source": "topics"}]},
+            }
+        )
 
 
 def test_the_trainers_options_name_run_and_project(tmp_path, monkeypatch):

@@ -122,10 +122,16 @@ def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
     random = np.random.default_rng(0)
     margins = random.exponential(1.0, size=4000)
     right = random.random(4000) < 1 / (1 + np.exp(-margins))
-    pairs = [{"id": str(i // 2), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))]  # fmt: skip
+    pairs = [
+        {"id": str(i // 2), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))
+    ]
     calibrated = reliability(pairs, seed=0)
-    assert all(row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"])  # fmt: skip
-    covered = [row["accuracy_low"] <= row["confidence"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"]]  # fmt: skip
+    assert all(
+        row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"]
+    )
+    covered = [
+        row["accuracy_low"] <= row["confidence"] <= row["accuracy_high"] for row in calibrated["accuracy_by_confidence"]
+    ]
     assert sum(covered) >= len(covered) - 2
     assert calibrated["ece"] < 0.03
     sure = reliability([pair | {"margin": 2 * pair["margin"]} for pair in pairs], seed=0)
@@ -140,7 +146,9 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_0():
         random = np.random.default_rng(seed)
         margins = random.exponential(1.0, size=300)
         right = random.random(300) < 1 / (1 + np.exp(-margins))
-        pairs = [{"id": str(i), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))]  # fmt: skip
+        pairs = [
+            {"id": str(i), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))
+        ]
         found = reliability(pairs, seed=0)
         errors.append(found["ece"])
         reached.append(found["ece_interval"]["low"] == 0)

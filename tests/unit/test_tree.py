@@ -112,7 +112,9 @@ def test_sharing_changes_no_value_and_no_gradient(side):
 @pytest.mark.parametrize("lora", [None, Lora(r=2)])
 def test_trainers_share_prefixes_too(lora, tmp_path):
     """Through the whole models that the trainers call, which pass their trunks arguments of their own."""
-    examples = [{"prompt": p, "responses": [[9, 1], [10, 1]], "targets": torch.full((2, 2), 0.5).tolist()} for p in PROMPTS]  # fmt: skip
+    examples = [
+        {"prompt": p, "responses": [[9, 1], [10, 1]], "targets": torch.full((2, 2), 0.5).tolist()} for p in PROMPTS
+    ]
     classifier = initialise(llama(), seed=1)
     classifier.config.pad_token_id = PAD
     classifier = with_lora(classifier, lora, seed=0, extra_modules=["score"])

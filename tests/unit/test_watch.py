@@ -85,7 +85,9 @@ def test_what_failed_is_told_with_its_log():
     sft = job("sft")
     folder = sft.state / ("f" * 16)
     folder.mkdir(parents=True)
-    (folder / "attempts.jsonl").write_text(json.dumps({"start": "2026-01-02T03:04:05+00:00", "ended": "failed: boom"}) + "\n")  # fmt: skip
+    (folder / "attempts.jsonl").write_text(
+        json.dumps({"start": "2026-01-02T03:04:05+00:00", "ended": "failed: boom"}) + "\n"
+    )
     text = shown(watch.Watch([sft], "snakemake"))
     assert "1 failed" in text
     assert "sft failed (attempt 1): failed: boom" in text

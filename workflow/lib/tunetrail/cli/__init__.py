@@ -42,18 +42,43 @@ def _parser() -> argparse.ArgumentParser:
 
     def area(name: str, function: Any, about: str, profile: str) -> argparse.ArgumentParser:
         found = areas.add_parser(name, help=about, description=about)
-        found.add_argument("--profile", default=profile, help="Snakemake's profile, by folder or name (default: %(default)s)")  # fmt: skip
-        found.add_argument("--configfile", type=Path, action="append", default=[], help="as snakemake gets it (default: config/config.yaml)")  # fmt: skip
+        found.add_argument(
+            "--profile", default=profile, help="Snakemake's profile, by folder or name (default: %(default)s)"
+        )
+        found.add_argument(
+            "--configfile",
+            type=Path,
+            action="append",
+            default=[],
+            help="as snakemake gets it (default: config/config.yaml)",
+        )
         found.add_argument("--json", action="store_true", help="for machines")
         found.set_defaults(function=function)
         return found
 
-    status = area("status", _status, "where each stage of the run stands: done, stale, running, failed or waiting", "profiles/local")  # fmt: skip
+    status = area(
+        "status",
+        _status,
+        "where each stage of the run stands: done, stale, running, failed or waiting",
+        "profiles/local",
+    )
     status.add_argument("--watch", action="store_true", help="a screen that follows the run: progress, rates, curves")
     area("plan", _plan, "what would run and why, and what it took to make what would be made again", "profiles/local")
-    doctor = area("doctor", _doctor, "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look", "profiles/slurm")  # fmt: skip
-    doctor.add_argument("--jobs", action=argparse.BooleanOptionalAction, default=True, help="also run a small job in each partition (default: yes)")  # fmt: skip
-    doctor.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for such a job to begin (default: %(default)s)")  # fmt: skip
+    doctor = area(
+        "doctor",
+        _doctor,
+        "whether this site's Slurm can run what the profile asks for; 0: all well, 1: findings, 2: could not look",
+        "profiles/slurm",
+    )
+    doctor.add_argument(
+        "--jobs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also run a small job in each partition (default: yes)",
+    )
+    doctor.add_argument(
+        "--wait", type=float, default=120, metavar="SECONDS", help="for such a job to begin (default: %(default)s)"
+    )
 
     compare = areas.add_parser("compare", help="the report's page across runs, and what they differ in")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders such as results/demo")
@@ -76,16 +101,32 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("path", type=Path, nargs="+", help="artifact folders, or whole runs")
     depth = verify.add_mutually_exclusive_group()
     depth.add_argument("--deep", action="store_true", help="read every byte (the default)")
-    depth.add_argument("--quick", action="store_true", help="trust digests of files that have not changed since by size and times")  # fmt: skip
-    verify.add_argument("--recursive", action="store_true", help="also everything they were made from, down to the raw data")  # fmt: skip
+    depth.add_argument(
+        "--quick", action="store_true", help="trust digests of files that have not changed since by size and times"
+    )
+    verify.add_argument(
+        "--recursive", action="store_true", help="also everything they were made from, down to the raw data"
+    )
     verify.add_argument("--strict", action="store_true", help="warnings are findings")
     verify.add_argument("--policy", type=Path, help="YAML: whose signatures count and what is required")
     verify.add_argument("--anchor", help="a ledger's head kept elsewhere: the 64 digits, or a file that holds them")
 
     trace = command("trace", _trace, "the tree of what an artifact was made from, or of what was made from something")
-    trace.add_argument("path", help="an artifact; with --reverse: dataset:NAME, group:NAME, labeler:NAME, package:NAME[==VERSION] or an artifact")  # fmt: skip
-    trace.add_argument("--reverse", action="store_true", help="every artifact that came from it; checkpoints must be trained again")  # fmt: skip
-    trace.add_argument("--in", dest="runs", type=Path, nargs="+", default=[Path("results")], help="runs to search, with --reverse (default: results)")  # fmt: skip
+    trace.add_argument(
+        "path",
+        help="an artifact; with --reverse: dataset:NAME, group:NAME, labeler:NAME, package:NAME[==VERSION] or an artifact",
+    )
+    trace.add_argument(
+        "--reverse", action="store_true", help="every artifact that came from it; checkpoints must be trained again"
+    )
+    trace.add_argument(
+        "--in",
+        dest="runs",
+        type=Path,
+        nargs="+",
+        default=[Path("results")],
+        help="runs to search, with --reverse (default: results)",
+    )
     trace.add_argument("--svg", type=Path, help="also draw it")
 
     diff = command("diff", _diff, "what differs between two artifacts and what they were made from")
@@ -121,7 +162,11 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
 
     def command(name: str, function: Any, about: str) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=about, description=about)
-        found.add_argument("--store", default="state/labels.db", help="where labels are kept: a file, or postgresql://… (default: %(default)s)")  # fmt: skip
+        found.add_argument(
+            "--store",
+            default="state/labels.db",
+            help="where labels are kept: a file, or postgresql://… (default: %(default)s)",
+        )
         found.set_defaults(function=function)
         return found
 
@@ -129,17 +174,29 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0: any that is free)")
     serve.add_argument("--prefix", default="", help="path under which a proxy serves it, such as /labels")
-    serve.add_argument("--proxy", metavar="ADDRESSES", help="of proxies that say in X-Forwarded-For and -Proto who asks and whether by https; without it nobody is believed")  # fmt: skip
+    serve.add_argument(
+        "--proxy",
+        metavar="ADDRESSES",
+        help="of proxies that say in X-Forwarded-For and -Proto who asks and whether by https; without it nobody is believed",
+    )
     serve.add_argument("--tasks", type=Path, help="JSONL to publish first; without it, what is published is served")
     settings = serve.add_argument_group("how tasks are handed out (with --tasks)")
     settings.add_argument("--overlap", type=int, help="labelers a task (default: 1)")
     settings.add_argument("--per-labeler", type=int, help="the most answers of one labeler")
-    settings.add_argument("--lease-minutes", type=float, help="how long an untouched task stays with its labeler (default: 30)")  # fmt: skip
+    settings.add_argument(
+        "--lease-minutes", type=float, help="how long an untouched task stays with its labeler (default: 30)"
+    )
     settings.add_argument("--skips", type=int, help="a task that so many skipped goes to nobody else (default: 2)")
     settings.add_argument("--training", type=int, help="so many gold tasks come first, with feedback (default: 0)")
-    settings.add_argument("--gold-every", type=int, help="a gold task comes after so many others; 0: none (default: 10)")  # fmt: skip
-    settings.add_argument("--repeat-every", type=int, help="a task comes again after so many others; 0: none (default: 20)")  # fmt: skip
-    settings.add_argument("--ratings", action=argparse.BooleanOptionalAction, help="ask for ratings from 1 to 7 too (default: yes)")  # fmt: skip
+    settings.add_argument(
+        "--gold-every", type=int, help="a gold task comes after so many others; 0: none (default: 10)"
+    )
+    settings.add_argument(
+        "--repeat-every", type=int, help="a task comes again after so many others; 0: none (default: 20)"
+    )
+    settings.add_argument(
+        "--ratings", action=argparse.BooleanOptionalAction, help="ask for ratings from 1 to 7 too (default: yes)"
+    )
     settings.add_argument("--seed", type=int, help="of the order in which outputs are shown (default: 0)")
     settings.add_argument("--guidelines", type=Path, help="markdown file for labelers")
 
@@ -156,10 +213,14 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
     export = command("export", _label_export, "the rankings that count, or the demonstrations, for other tools")
     formats = ("jsonl", "trl", "label-studio", "argilla")
     export.add_argument("--format", required=True, choices=(*formats, "demonstrations"))
-    imported = commands.add_parser("import", help="rankings of other tools as JSONL that data.preferences and the labeler `recorded` read")  # fmt: skip
+    imported = commands.add_parser(
+        "import", help="rankings of other tools as JSONL that data.preferences and the labeler `recorded` read"
+    )
     imported.add_argument("path", type=Path)
     imported.add_argument("--format", required=True, choices=formats)
-    imported.add_argument("--tasks", action="store_true", help="write tasks for `label serve --tasks` instead, to be ranked here")  # fmt: skip
+    imported.add_argument(
+        "--tasks", action="store_true", help="write tasks for `label serve --tasks` instead, to be ranked here"
+    )
     imported.set_defaults(function=_label_import)
     for one in (export, imported):
         one.add_argument("--output", type=Path, help="file (default: standard output)")
@@ -223,7 +284,9 @@ def _compare(args: argparse.Namespace) -> int:
 
     names = [run.resolve().name for run in args.runs]
     if len(set(names)) < max(2, len(names)):
-        raise ConfigError(f"compare {' '.join(map(str, args.runs))}: name two or more runs whose folders have different names")  # fmt: skip
+        raise ConfigError(
+            f"compare {' '.join(map(str, args.runs))}: name two or more runs whose folders have different names"
+        )
     page, cache = args.output.parent, DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests")))
     runs = together([collect(name, inputs_of(run), page, cache) for name, run in zip(names, args.runs, strict=True)])
     args.output.write_text(render(runs, draw(runs, FIGURES), None, args.samples), encoding="utf-8")
@@ -273,7 +336,9 @@ def _label_list(args: argparse.Namespace) -> int:
 
     for one in roster(Store(args.store, create=False)):
         state = "" if one["active"] else "  may not enter"
-        print(f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {one['name'] or '(name deleted)'}{state}")  # fmt: skip
+        print(
+            f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {one['name'] or '(name deleted)'}{state}"
+        )
     return SOUND
 
 
@@ -343,10 +408,18 @@ def _verify(args: argparse.Namespace) -> int:
     for finding in verdict.findings:
         print(finding)
     word = {SOUND: "SOUND", FINDING: "NOT SOUND", INCOMPLETE: "INCOMPLETE", WARNING: "SOUND, WITH WARNINGS"}[code]
-    marks = ["UNSIGNED" if verdict.unsigned else "signed by " + ", ".join(sorted({n for ns in verdict.signed.values() for n in ns}))]  # fmt: skip
+    marks = [
+        "UNSIGNED"
+        if verdict.unsigned
+        else "signed by " + ", ".join(sorted({n for ns in verdict.signed.values() for n in ns}))
+    ]
     names = {finding.name for finding in verdict.findings}
-    marks += [mark for name, mark in (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT")) if name in names]  # fmt: skip
-    print(f"{word}: {len(verdict.artifacts)} artifacts, {verdict.bytes_read / 1e9:.2f} GB compared, {len(verdict.findings)} findings, {', '.join(marks)}")  # fmt: skip
+    marks += [
+        mark for name, mark in (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT")) if name in names
+    ]
+    print(
+        f"{word}: {len(verdict.artifacts)} artifacts, {verdict.bytes_read / 1e9:.2f} GB compared, {len(verdict.findings)} findings, {', '.join(marks)}"
+    )
     if verdict.not_at_hand:
         print(f"not checked, since not where it was read: {', '.join(sorted(verdict.not_at_hand))}")
     for ledger, head in verdict.heads.items():
@@ -382,7 +455,9 @@ def _trace(args: argparse.Namespace) -> int:
         })  # fmt: skip
     else:
         print(f"{args.path} is in {', '.join(n.name for n in found[:8])}{' …' if len(found) > 8 else ''}")
-        print(f"{len(touched)} artifacts come from it. If it is withdrawn, {len(checkpoints)} checkpoints must be trained again:")  # fmt: skip
+        print(
+            f"{len(touched)} artifacts come from it. If it is withdrawn, {len(checkpoints)} checkpoints must be trained again:"
+        )
         for n in checkpoints:
             print(f"  {os.path.relpath(n.folder)}")
     if args.svg:
@@ -414,7 +489,9 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{folder}: made by the stage {record.stage}, part {record.part}")
     print(f"  manifest  {identity(folder)}")
     print(f"  record    {record.digest}")
-    print(f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {record.usage.get('device_hours', 0):.4f} device-hours")  # fmt: skip
+    print(
+        f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {record.usage.get('device_hours', 0):.4f} device-hours"
+    )
     for role, parent in record.parents.items():
         print(f"  input     {role}: {parent['name']}, manifest {parent['manifest'][:16]}…")
     for role in ("base", "source", "labels"):
@@ -422,7 +499,9 @@ def _show(args: argparse.Namespace) -> int:
             print(f"  {role:9} {d['name']}")
     print(f"  code      commit {code.get('commit')}{', DIRTY' if code.get('dirty') else ''}")
     for attempt in record.attempts:
-        print(f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {attempt.get('ended')}")  # fmt: skip
+        print(
+            f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {attempt.get('ended')}"
+        )
     return SOUND
 
 
@@ -456,7 +535,9 @@ def _seal(args: argparse.Namespace) -> int:
         return FINDING if ledger.refused else SOUND
     print(f"{ledger.path}: {len(ledger.entries)} lines, head {ledger.head}")
     if not args.anchor:
-        print(f"to prove later that it was not written anew, keep the head elsewhere: git tag -s -m {ledger.head} {args.run.name}-sealed")  # fmt: skip
+        print(
+            f"to prove later that it was not written anew, keep the head elsewhere: git tag -s -m {ledger.head} {args.run.name}-sealed"
+        )
     return FINDING if ledger.refused else SOUND
 
 

@@ -51,4 +51,7 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-Checkpoints = Annotated[NonNegativeInt, Field(description="models kept at equal distances along the way and evaluated like the last; each takes its room")]  # fmt: skip
+Checkpoints = Annotated[
+    NonNegativeInt,
+    Field(description="models kept at equal distances along the way and evaluated like the last; each takes its room"),
+]

@@ -38,7 +38,9 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
     for name, entry in listed.items():
         path = folder / name
         if not is_inside(name):
-            raise DataError(f"{manifest_path}: lists {name}, which is outside the folder; delete the folder and run its stage again")  # fmt: skip
+            raise DataError(
+                f"{manifest_path}: lists {name}, which is outside the folder; delete the folder and run its stage again"
+            )
         if not path.is_file():
             raise DataError(f"{path}: listed in the manifest but missing; {mend}")
         if path.stat().st_size != entry["size"]:
@@ -72,7 +74,11 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     # What was learnt from labels names them, however far down they were collected.
     inherited = [d for parent in parents.values() if parent["labels"] for d in parent["labels"]]
     own = [d for d in stage.draft.dependencies if d not in inherited]
-    tokenizer = [dependency("tokenizer", "tokenizer and chat template", stage.draft.tokenizer_digest)] if stage.draft.tokenizer_digest else []  # fmt: skip
+    tokenizer = (
+        [dependency("tokenizer", "tokenizer and chat template", stage.draft.tokenizer_digest)]
+        if stage.draft.tokenizer_digest
+        else []
+    )
     log_file = stage.state / "log.txt"
     record = build_record(
         stage=stage.name,

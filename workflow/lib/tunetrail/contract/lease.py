@@ -70,7 +70,9 @@ def _lock(handle: IO[str]) -> bool:
     except OSError as e:
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        raise DiskError(f"{handle.name}: its file system has no locks ({e.strerror}), and two writers could meet; put the clone on one that has (Lustre is mounted with -o flock), `tunetrail doctor` looks") from None  # fmt: skip
+        raise DiskError(
+            f"{handle.name}: its file system has no locks ({e.strerror}), and two writers could meet; put the clone on one that has (Lustre is mounted with -o flock), `tunetrail doctor` looks"
+        ) from None
     return True
 
 
@@ -127,7 +129,9 @@ class Lease:
     def check(self) -> None:
         """Raises Displaced where another writer has taken over."""
         if self.lost():
-            raise Displaced(f"{self.path}: another attempt has taken over while this one was silent; it goes on, this one ends")  # fmt: skip
+            raise Displaced(
+                f"{self.path}: another attempt has taken over while this one was silent; it goes on, this one ends"
+            )
 
     def end(self) -> None:
         self.ended.set()

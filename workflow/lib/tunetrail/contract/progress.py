@@ -53,7 +53,9 @@ class ProgressLine:
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {self.rate:.3g}/s, {left} left  {self.note}"
 
 
-_LINE = re.compile(r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left *(?P<note>.*)")  # fmt: skip
+_LINE = re.compile(
+    r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left *(?P<note>.*)"
+)
 
 
 def parse(line: str) -> ProgressLine | None:
@@ -61,7 +63,15 @@ def parse(line: str) -> ProgressLine | None:
     if not (found := _LINE.fullmatch(line)):
         return None
     left = None if found["left"] == "?" else seconds(found["left"])
-    return ProgressLine(found["label"], int(found["done"]), int(found["total"]), found["unit"], float(found["rate"]), left, found["note"])  # fmt: skip
+    return ProgressLine(
+        found["label"],
+        int(found["done"]),
+        int(found["total"]),
+        found["unit"],
+        float(found["rate"]),
+        left,
+        found["note"],
+    )
 
 
 class ProgressBar:

@@ -212,7 +212,9 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
             shutil.rmtree(left, ignore_errors=True)
         try:
             # Without a reason to think so nobody pays for hashing; made anew is what a user asks for by this command.
-            maybe = waited or not args.output.exists() or (state / ATTEMPTS).exists() or "SLURM_RESTART_COUNT" in os.environ  # fmt: skip
+            maybe = (
+                waited or not args.output.exists() or (state / ATTEMPTS).exists() or "SLURM_RESTART_COUNT" in os.environ
+            )
             if maybe and finished(stage):
                 if (
                     processes() > 1

@@ -51,7 +51,13 @@ def snapshot(store: Store) -> tuple[str, list[dict], list[dict], dict]:
 
 def ranking_of(label: dict) -> dict:
     """A label as the ranking of a comparison row."""
-    return {"labeler": label["labeler"], "ranks": label["ranks"], "order": label["shown"], "time": label["at"], "scores": None}  # fmt: skip
+    return {
+        "labeler": label["labeler"],
+        "ranks": label["ranks"],
+        "order": label["shown"],
+        "time": label["at"],
+        "scores": None,
+    }
 
 
 def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:

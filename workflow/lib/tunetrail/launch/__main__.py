@@ -19,9 +19,11 @@ def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads:
     """The command as a step of the Slurm job around us: only a step is told by SIGTERM that the job ends."""
     n = processes(stage, resources)
     if int(resources.get("nodes") or 1) > 1:
-        raise ConfigError(f"nodes: {resources['nodes']} needs `launcher: submitit` in set-resources: {stage} of the profile")  # fmt: skip
+        raise ConfigError(
+            f"nodes: {resources['nodes']} needs `launcher: submitit` in set-resources: {stage} of the profile"
+        )
     cores = int(resources.get("cpus_per_gpu") or 0) * gpus(resources) or int(resources.get("cpus_per_task") or threads)
-    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", *SRUN]  # fmt: skip
+    step = ["srun", "--overlap", "--nodes=1", f"--ntasks={n}", f"--cpus-per-task={max(1, cores // n)}", *SRUN]
     return step + ([sys.executable, "-m", "tunetrail.launch.task"] if n > 1 else []) + command
 
 

@@ -38,7 +38,21 @@ GATHER_SECONDS = 3.0
 SIGNAL_SECONDS = 60
 """Before a time limit, when Slurm tells the job; the stage's own clock is earlier (contract.Stop)."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT"}  # fmt: skip
+ALIVE = {
+    "PENDING",
+    "RUNNING",
+    "CONFIGURING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "STOPPED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "SPECIAL_EXIT",
+}
 """States of a job that is not over."""
 
 
@@ -90,7 +104,9 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
 def _is_alive(job: Job) -> bool:
     if isinstance(job, submitit.LocalJob):  # its id is that of submitit's process, of this launcher or of one before
         return (job._process is None or job._process.poll() is None) and _process(job.job_id) is not None
-    reply = subprocess.run(["squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False)  # fmt: skip
+    reply = subprocess.run(
+        ["squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False
+    )
     if reply.returncode and "Invalid job id" not in reply.stderr:
         return True  # the controller is away: nothing is known
     return any(line.strip() in ALIVE for line in reply.stdout.splitlines())
@@ -102,7 +118,11 @@ def _process(pid: str) -> str | None:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return None
-    return None if state == "Z" else f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[18]}"  # fmt: skip
+    return (
+        None
+        if state == "Z"
+        else f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[18]}"
+    )
 
 
 def _cancel(job: Job) -> None:
@@ -175,7 +195,9 @@ def _alone(wishes: Path) -> Iterator[None]:
         yield
 
 
-def _submit(jobs: Jobs, name: str, key: str, command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> Job:  # fmt: skip
+def _submit(
+    jobs: Jobs, name: str, key: str, command: list[str], stage: str, resources: Mapping[str, Any], threads: int
+) -> Job:
     """Submits a job, or with `array` those of the stage that ask within a few seconds as one."""
     here = Path.cwd()
     if not resources.get("array") or shutil.which("srun") is None:
@@ -196,7 +218,11 @@ def _submit(jobs: Jobs, name: str, key: str, command: list[str], stage: str, res
             # Nobody would wait for the job of a launcher that was killed. One on another host submits its own.
             gathered = [wish for wish in asked if _process(wish["launcher"][0]) == wish["launcher"][1]]
             executor = _executor(jobs.folder, stage, stage, resources, threads)
-            for wish, job in zip(gathered, executor.map_array(StageCommand.__call__, [StageCommand(w["command"], here) for w in gathered]), strict=True):  # fmt: skip
+            for wish, job in zip(
+                gathered,
+                executor.map_array(StageCommand.__call__, [StageCommand(w["command"], here) for w in gathered]),
+                strict=True,
+            ):
                 jobs.write(wish["name"], wish["key"], job)
                 (wishes / wish["name"]).unlink()
     found = jobs.read(name)
@@ -221,11 +247,15 @@ def _outcome(job: Job) -> int | None:
         if paths.result_pickle.exists():
             outcome, value = pickle.loads(paths.result_pickle.read_bytes())
             if outcome != "success":
-                raise TunetrailError(f"job {job.job_id} failed: {str(value).strip().splitlines()[-1]}; see {paths.stdout}")  # fmt: skip
+                raise TunetrailError(
+                    f"job {job.job_id} failed: {str(value).strip().splitlines()[-1]}; see {paths.stdout}"
+                )
             if n == 0:
                 return int(value)
             if value not in LEFT:
-                raise TunetrailError(f"process {n} of job {job.job_id} ended with {value}, and so the others were ended; see {paths.stdout}")  # fmt: skip
+                raise TunetrailError(
+                    f"process {n} of job {job.job_id} ended with {value}, and so the others were ended; see {paths.stdout}"
+                )
     return None
 
 
@@ -249,7 +279,9 @@ def _follow(job: Job, log: Path) -> int:
                 # A result may be on its way through the file server.
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > 10:
-                    raise TunetrailError(f"job {job.job_id} ended without a result (cancelled, out of memory, or its node failed); see {output}; run the same command again")  # fmt: skip
+                    raise TunetrailError(
+                        f"job {job.job_id} ended without a result (cancelled, out of memory, or its node failed); see {output}; run the same command again"
+                    )
             time.sleep(POLL_SECONDS)
 
 

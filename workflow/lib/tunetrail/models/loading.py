@@ -29,7 +29,15 @@ from tunetrail.models.scoring import FullPrecisionHead
 from tunetrail.models.tree import share_prefixes
 from tunetrail.provenance.manifest import MANIFEST, sha256_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -26,7 +26,9 @@ def check(names: Sequence[str], source: str = "config") -> None:
     """Raises ConfigError where the package of one of them is not installed; all are named as their packages."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{source}: report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, or take it out of the list")  # fmt: skip
+        raise ConfigError(
+            f"{source}: report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, or take it out of the list"
+        )
 
 
 def _run_name(output: Path) -> str:

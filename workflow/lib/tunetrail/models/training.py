@@ -66,7 +66,9 @@ def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
     """
     share, rest = divmod(config.batch_size, processes)
     if rest:
-        raise ConfigError(f"{stage}: batch_size ({config.batch_size}) must be a multiple of the {processes} processes; change either")  # fmt: skip
+        raise ConfigError(
+            f"{stage}: batch_size ({config.batch_size}) must be a multiple of the {processes} processes; change either"
+        )
     return next(n for n in range(min(config.micro_batch_size or share, share), 0, -1) if share % n == 0)
 
 

@@ -102,7 +102,9 @@ def _why(reason: Any, changes: dict[str, list[str]]) -> str:
         return listed([artifact_name(f) if Path(f).name == "manifest.json" else str(f) for f in files])
 
     configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
-    said = [f"config: {', '.join(changes[str(f)])}" if changes[str(f)] else "its config is written anew" for f in configs]  # fmt: skip
+    said = [
+        f"config: {', '.join(changes[str(f)])}" if changes[str(f)] else "its config is written anew" for f in configs
+    ]
     rerun = reason.updated_input_run.difference(configs)
     changed = reason.updated_input.difference(configs, rerun)
     parts = [
@@ -182,7 +184,9 @@ def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
     from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
 
     if not get_profile_dir(profile) and not Path(profile, "config.yaml").exists():
-        raise ConfigError(f"--profile {profile}: no such profile; name a folder with a config.yaml, profiles/local for one")  # fmt: skip
+        raise ConfigError(
+            f"--profile {profile}: no such profile; name a folder with a config.yaml, profiles/local for one"
+        )
     for path in configfiles:
         if not path.is_file():
             raise ConfigError(f"--configfile {path}: no such file")

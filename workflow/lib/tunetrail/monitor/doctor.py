@@ -113,14 +113,20 @@ def wishes(jobs: list[Job]) -> list[Wish]:
     for job in jobs:
         given = {name: job.resources[name] for name in SLURM if job.resources.get(name) not in (None, "", "<TBD>")}
         n, nodes = gpus(given), int(given.get("nodes") or 1)
-        kinds = read_gres(str(given.get("gres") or "")) or ({str(given.get("gpu_model") or ""): math.ceil(n / nodes)} if n else {})  # fmt: skip
-        cpus = int(given.get("cpus_per_gpu") or 0) * math.ceil(n / nodes) or int(given.get("cpus_per_task") or job.threads)  # fmt: skip
+        kinds = read_gres(str(given.get("gres") or "")) or (
+            {str(given.get("gpu_model") or ""): math.ceil(n / nodes)} if n else {}
+        )
+        cpus = int(given.get("cpus_per_gpu") or 0) * math.ceil(n / nodes) or int(
+            given.get("cpus_per_task") or job.threads
+        )
         found.setdefault(
             job.rule,
             Wish(job.rule, str(given.get("slurm_partition", "")), float(given.get("runtime") or 0), int(given.get("mem_mb") or 0), cpus, kinds, sbatch_options(given, job.threads), str(job.resources.get("launcher") or "inline")),
         )  # fmt: skip
     if not any(wish.partition for wish in found.values()):
-        raise ConfigError("no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as profiles/slurm")  # fmt: skip
+        raise ConfigError(
+            "no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as profiles/slurm"
+        )
     return list(found.values())
 
 
@@ -136,22 +142,57 @@ def misfits(wish: Wish, nodes: list[Nodes]) -> list[Check]:
     where, found = f"set-resources: {wish.rule} of the profile", []
     limit, memory, cpus = max(n.minutes for n in mine), max(n.mem_mb for n in mine), max(n.cpus for n in mine)
     if wish.minutes > limit:
-        found.append(Check(name, FINDING, f"asks for {wish.minutes:g} minutes, {wish.partition} gives at most {limit:g}", f"set runtime to {limit:g} in {where}; the stage goes on in the next job"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"asks for {wish.minutes:g} minutes, {wish.partition} gives at most {limit:g}",
+                f"set runtime to {limit:g} in {where}; the stage goes on in the next job",
+            )
+        )
     if wish.mem_mb > memory:
-        found.append(Check(name, FINDING, f"asks for {wish.mem_mb} MB a node, those of {wish.partition} have at most {memory}", f"lower mem_mb in {where}, or name another partition"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"asks for {wish.mem_mb} MB a node, those of {wish.partition} have at most {memory}",
+                f"lower mem_mb in {where}, or name another partition",
+            )
+        )
     if wish.cpus > cpus:
-        found.append(Check(name, FINDING, f"asks for {wish.cpus} CPUs a node, those of {wish.partition} have at most {cpus}", f"lower cpus_per_gpu (or set-threads) in {where}"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"asks for {wish.cpus} CPUs a node, those of {wish.partition} have at most {cpus}",
+                f"lower cpus_per_gpu (or set-threads) in {where}",
+            )
+        )
     for kind, n in wish.gpus.items():
         if not any(_holds(kind, n, m) for m in mine):
             has = ", ".join(sorted({f"{k or 'gpu'}:{c}" for m in mine for k, c in m.gpus.items()})) or "none"
-            found.append(Check(name, FINDING, f"asks for {n} GPUs{f' of type {kind}' if kind else ''} a node, those of {wish.partition} have {has}", f"change gres in {where}, or name a partition with such GPUs"))  # fmt: skip
+            found.append(
+                Check(
+                    name,
+                    FINDING,
+                    f"asks for {n} GPUs{f' of type {kind}' if kind else ''} a node, those of {wish.partition} have {has}",
+                    f"change gres in {where}, or name a partition with such GPUs",
+                )
+            )
     return found
 
 
 def check_commands() -> list[Check]:
     missing = [name for name in COMMANDS if shutil.which(name) is None]
     if missing:
-        return [Check("commands", UNKNOWN, f"not found here: {', '.join(missing)}", "run this on a login node, or load the module that brings Slurm's commands")]  # fmt: skip
+        return [
+            Check(
+                "commands",
+                UNKNOWN,
+                f"not found here: {', '.join(missing)}",
+                "run this on a login node, or load the module that brings Slurm's commands",
+            )
+        ]
     return [Check("commands", SOUND, ", ".join(COMMANDS))]
 
 
@@ -179,14 +220,32 @@ def check_partitions(asked: list[Wish], nodes: list[Nodes]) -> list[Check]:
         working = sum(n.count for n in mine if n.state.rstrip("*~#!%$@^-+") in UP and not n.state.endswith("*"))
         label = f"partition {name or '(none)'}"
         if not name:
-            found.append(Check(label, FINDING, f"{rules}: no partition is named, and the site's default may have no GPU", "give them a slurm_partition in the profile"))  # fmt: skip
+            found.append(
+                Check(
+                    label,
+                    FINDING,
+                    f"{rules}: no partition is named, and the site's default may have no GPU",
+                    "give them a slurm_partition in the profile",
+                )
+            )
         elif not mine:
-            found.append(Check(label, FINDING, f"there is none ({rules} go there)", f"name one of {', '.join(known)} at the top of the profile"))  # fmt: skip
+            found.append(
+                Check(
+                    label,
+                    FINDING,
+                    f"there is none ({rules} go there)",
+                    f"name one of {', '.join(known)} at the top of the profile",
+                )
+            )
         elif not any(n.up for n in mine):
             found.append(Check(label, FINDING, f"is not up ({rules} go there)", "name another, or ask the site"))
         elif not working:
             states = ", ".join(sorted({n.state for n in mine}))
-            found.append(Check(label, FINDING, f"no node of it works: {states}", "name another, or ask the site; sinfo -R says why"))  # fmt: skip
+            found.append(
+                Check(
+                    label, FINDING, f"no node of it works: {states}", "name another, or ask the site; sinfo -R says why"
+                )
+            )
         else:
             found.append(Check(label, SOUND, f"up, {working} of {sum(n.count for n in mine)} nodes work ({rules})"))
     return found
@@ -218,7 +277,14 @@ def check_preemption(asked: list[Wish], partitions: str, nodes: str) -> list[Che
         above = sorted(other for other in of if tier[other] > tier[name] and on.get(other, set()) & on.get(name, set()))
         if above and of[name]["PreemptMode"].startswith("CANCEL"):
             rules = ", ".join(wish.rule for wish in asked if wish.partition == name and wish.launcher == "inline")
-            found.append(Check(f"partition {name}", FINDING, f"jobs of {', '.join(above)} cancel those of it (PreemptMode=CANCEL), and snakemake would wait for them for ever ({rules} go there)", "give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that requeues"))  # fmt: skip
+            found.append(
+                Check(
+                    f"partition {name}",
+                    FINDING,
+                    f"jobs of {', '.join(above)} cancel those of it (PreemptMode=CANCEL), and snakemake would wait for them for ever ({rules} go there)",
+                    "give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that requeues",
+                )
+            )
     return found
 
 
@@ -226,7 +292,14 @@ def check_job_age(config: str) -> list[Check]:
     """Whether the controller remembers jobs that are over for long enough (`scontrol show config`), where sacct is there."""
     age = re.match(r"\d+", read_settings(config).get("MinJobAge", ""))
     if age and int(age[0]) < MIN_JOB_AGE and shutil.which("sacct"):
-        return [Check("scontrol show config", FINDING, f"Slurm forgets a job {age[0]} s after its end (MinJobAge); snakemake then asks sacct, which never tells of a cancelled job", f"set slurm-init-seconds-before-status-checks in the profile to a third of that, or ask the site for {MIN_JOB_AGE}")]  # fmt: skip
+        return [
+            Check(
+                "scontrol show config",
+                FINDING,
+                f"Slurm forgets a job {age[0]} s after its end (MinJobAge); snakemake then asks sacct, which never tells of a cancelled job",
+                f"set slurm-init-seconds-before-status-checks in the profile to a third of that, or ask the site for {MIN_JOB_AGE}",
+            )
+        ]
     return []
 
 
@@ -239,7 +312,12 @@ def check_request(wish: Wish) -> Check:
         return Check(name, UNKNOWN, f"sbatch: {said}", "look again once slurmctld answers (scontrol ping)")
     if code:
         reason = _last(said).removeprefix("allocation failure: ").removeprefix("sbatch: error: ")
-        return Check(name, FINDING, f"Slurm refuses sbatch {' '.join(options)} ({reason})", "change the rule's resources or the account in the profile")  # fmt: skip
+        return Check(
+            name,
+            FINDING,
+            f"Slurm refuses sbatch {' '.join(options)} ({reason})",
+            "change the rule's resources or the account in the profile",
+        )
     return Check(name, SOUND, " ".join(options))
 
 
@@ -297,9 +375,29 @@ def check_node(wish: Wish, folder: Path, wait_seconds: float) -> list[Check]:
     line = next((line for line in out.splitlines() if line.startswith("TOLD ")), None)
     if line is None:
         if code == 124 or "immediate" in said.lower() or "Unable to allocate" in said:
-            return [Check(name, UNKNOWN, f"no job ran within {wait_seconds:.0f} s ({_last(said)})", "look again when it is less busy, or with a longer --wait")]  # fmt: skip
-        return [Check(name, FINDING, f"{sys.executable} does not run there ({_last(said)})", "put the environment and the clone on a file system that the nodes mount")]  # fmt: skip
-    return read_told(name, json.loads(line.removeprefix("TOLD ")), folder / wish.partition / "told", (folder / "head").read_text(), bool(gres))  # fmt: skip
+            return [
+                Check(
+                    name,
+                    UNKNOWN,
+                    f"no job ran within {wait_seconds:.0f} s ({_last(said)})",
+                    "look again when it is less busy, or with a longer --wait",
+                )
+            ]
+        return [
+            Check(
+                name,
+                FINDING,
+                f"{sys.executable} does not run there ({_last(said)})",
+                "put the environment and the clone on a file system that the nodes mount",
+            )
+        ]
+    return read_told(
+        name,
+        json.loads(line.removeprefix("TOLD ")),
+        folder / wish.partition / "told",
+        (folder / "head").read_text(),
+        bool(gres),
+    )
 
 
 def _shows_up(path: Path, content: str, seconds: float) -> bool:
@@ -322,22 +420,73 @@ def read_told(name: str, told: dict[str, Any], written: Path, content: str, with
     host, shared = told["host"], written.parents[2]
     found = []
     if "disk" in told:
-        found.append(Check(name, FINDING, f"{host} cannot read and write {shared} ({told['disk']})", "clone to a file system that the nodes mount and you may write to"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"{host} cannot read and write {shared} ({told['disk']})",
+                "clone to a file system that the nodes mount and you may write to",
+            )
+        )
     elif told["head"] != content or not _shows_up(written, content, SEEN_SECONDS):
-        found.append(Check(name, FINDING, f"what {host} writes to {shared} is not seen here within {SEEN_SECONDS} s", "clone to a file system that all nodes share, or raise latency-wait in the profile"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"what {host} writes to {shared} is not seen here within {SEEN_SECONDS} s",
+                "clone to a file system that all nodes share, or raise latency-wait in the profile",
+            )
+        )
     elif told["lock"] == "free":
-        found.append(Check(name, FINDING, f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both write", "clone to a file system with locks across nodes (NFS not mounted with nolock, Lustre with -o flock)"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both write",
+                "clone to a file system with locks across nodes (NFS not mounted with nolock, Lustre with -o flock)",
+            )
+        )
     elif told["lock"] != "held":
-        found.append(Check(name, FINDING, f"{shared} has no locks on {host} ({told['lock']}), and no stage starts without", "clone to a file system with locks across nodes (Lustre is mounted with -o flock)"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"{shared} has no locks on {host} ({told['lock']}), and no stage starts without",
+                "clone to a file system with locks across nodes (Lustre is mounted with -o flock)",
+            )
+        )
     if told["missing"]:
-        found.append(Check(name, FINDING, f"{host} cannot import {', '.join(told['missing'])}", "install envs/requirements.txt where the nodes see it, and start from that environment"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"{host} cannot import {', '.join(told['missing'])}",
+                "install envs/requirements.txt where the nodes see it, and start from that environment",
+            )
+        )
     if with_gpu and not told["visible"]:
-        found.append(Check(name, FINDING, f"Slurm gave no GPU to a job on {host} that asked for one (CUDA_VISIBLE_DEVICES is empty)", "check gres in the profile; else ask the site about its gres.conf"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"Slurm gave no GPU to a job on {host} that asked for one (CUDA_VISIBLE_DEVICES is empty)",
+                "check gres in the profile; else ask the site about its gres.conf",
+            )
+        )
     elif with_gpu and not told["torch_gpus"]:
         build = f"built for CUDA {told['cuda']}" if told["cuda"] else "built without CUDA"
-        found.append(Check(name, FINDING, f"torch, {build}, sees no GPU on {host} although Slurm gave {told['visible']}", "install torch for CUDA (envs/), or one that the driver there (nvidia-smi) can run"))  # fmt: skip
+        found.append(
+            Check(
+                name,
+                FINDING,
+                f"torch, {build}, sees no GPU on {host} although Slurm gave {told['visible']}",
+                "install torch for CUDA (envs/), or one that the driver there (nvidia-smi) can run",
+            )
+        )
     gpu = f", {told['torch_gpus']} GPU seen" if with_gpu else ""
-    return found or [Check(name, SOUND, f"{host}: shares this folder, imports the software on Python {told['python']}{gpu}")]  # fmt: skip
+    return found or [
+        Check(name, SOUND, f"{host}: shares this folder, imports the software on Python {told['python']}{gpu}")
+    ]
 
 
 def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callable[[Check], None]) -> list[Check]:
@@ -364,7 +513,13 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
         return found
     nodes = read_sinfo(out)
     add(check_partitions(asked, nodes))
-    add(check_preemption(asked, _run(["scontrol", "-o", "show", "partition"], 60)[1], _run(["sinfo", "-h", "-a", "-N", "-o", "%R|%N"], 60)[1]))  # fmt: skip
+    add(
+        check_preemption(
+            asked,
+            _run(["scontrol", "-o", "show", "partition"], 60)[1],
+            _run(["sinfo", "-h", "-a", "-N", "-o", "%R|%N"], 60)[1],
+        )
+    )
     add(check_job_age(_run(["scontrol", "show", "config"], 60)[1]))
     there = {n.partition for n in nodes}
     for wish in asked:
@@ -372,7 +527,9 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
             add(misfits(wish, nodes) or [check_request(wish)])
     if with_jobs:
         # The rule that asks for most in each partition stands for it: one with a GPU, where there is one.
-        chosen = {wish.partition: wish for wish in sorted(asked, key=lambda wish: len(wish.gpus)) if wish.partition in there}  # fmt: skip
+        chosen = {
+            wish.partition: wish for wish in sorted(asked, key=lambda wish: len(wish.gpus)) if wish.partition in there
+        }
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=Path.cwd()) as name:
             folder = Path(name)
             (folder / "head").write_text(f"{time.time_ns()}")

@@ -81,7 +81,12 @@ def total(steps: list[Step]) -> dict[str, Any]:
     hours: dict[str, float] = {}
     for c in known:
         hours[c.unit] = hours.get(c.unit, 0.0) + (c.hours or 0.0)
-    return {"hours": hours, "stages": len(steps), "unknown": len(steps) - len(known), "at_least": any(c.at_least for c in known)}  # fmt: skip
+    return {
+        "hours": hours,
+        "stages": len(steps),
+        "unknown": len(steps) - len(known),
+        "at_least": any(c.at_least for c in known),
+    }
 
 
 def _hours(hours: float | None, unit: str, at_least: bool) -> str:

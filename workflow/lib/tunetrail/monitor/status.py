@@ -18,7 +18,14 @@ from tunetrail.contract.progress import ProgressLine, duration, parse
 from tunetrail.errors import PEOPLE, Waiting
 from tunetrail.monitor.dag import Job, jobs_of, listed
 
-STATES = {"done": "green", "running": "cyan", "stale": "yellow", "interrupted": "yellow", "failed": "red", "waiting": "dim"}  # fmt: skip
+STATES = {
+    "done": "green",
+    "running": "cyan",
+    "stale": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+    "waiting": "dim",
+}
 """State of a stage -> its colour. interrupted: it saved and left, or was asked to, and goes on when run again."""
 STARTING_SECONDS = 180
 """How long a job may import and verify before it takes its lease. One silent for longer has died."""
@@ -184,7 +191,13 @@ def standing(job: Job, queue: dict[str, str], rerun: str) -> Standing:
     if job.after:
         return Standing(job.name, job.rule, "waiting", f"for {listed(list(job.after))}")
     if not job.needed:
-        return Standing(job.name, job.rule, "stale", "it is gone, but what was made from it is there; name it to make it again", rerun=f"{rerun} -- {job.manifest}")  # fmt: skip
+        return Standing(
+            job.name,
+            job.rule,
+            "stale",
+            "it is gone, but what was made from it is there; name it to make it again",
+            rerun=f"{rerun} -- {job.manifest}",
+        )
     return Standing(job.name, job.rule, "waiting", "ready to run")
 
 
@@ -207,7 +220,11 @@ def failure_lines(found: list[Standing]) -> list[str]:
     lines = []
     for s in found:
         job = f", Slurm job {s.slurm_job}" if s.slurm_job else ""
-        lines += [f"{s.name} {s.state} (attempt {max(1, s.attempts)}{job}): {s.detail}", f"    log    {s.log}", f"    again  {s.rerun}"]  # fmt: skip
+        lines += [
+            f"{s.name} {s.state} (attempt {max(1, s.attempts)}{job}): {s.detail}",
+            f"    log    {s.log}",
+            f"    again  {s.rerun}",
+        ]
     return lines
 
 
@@ -246,7 +263,9 @@ def print_status(found: list[Standing], rerun: str) -> None:
     lines = [(group_name(group), group[0].state, shared([_detail(s) for s in group])) for group in groups]
     width = max((len(name) for name, _, _ in lines), default=0)
     for name, state, detail in lines:
-        console.print(Text.assemble(f"{name:{width}}  ", (f"{state:11}", STATES[state]), f"  {detail}" if detail else ""))  # fmt: skip
+        console.print(
+            Text.assemble(f"{name:{width}}  ", (f"{state:11}", STATES[state]), f"  {detail}" if detail else "")
+        )
     counts = {state: sum(s.state == state for s in found) for state in STATES}
     console.print(Text("\n" + ", ".join(f"{n} {state}" for state, n in counts.items() if n)))
     if broken := failed(found):

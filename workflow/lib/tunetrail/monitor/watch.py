@@ -162,7 +162,13 @@ def screen(watch: Watch, found: list[tuple[Standing, Curve]], now: datetime, hei
     for group in groups:
         where, curve = group[0]
         alone, progress = len(group) == 1, where.progress
-        name = where.name if alone else f"done ({len(group)})" if crowded and where.state == "done" else group_name([w for w, _ in group])  # fmt: skip
+        name = (
+            where.name
+            if alone
+            else f"done ({len(group)})"
+            if crowded and where.state == "done"
+            else group_name([w for w, _ in group])
+        )
         told = _curves(curve) if alone else Text()
         if not told and where.state != "done":
             told = Text(shared([w.detail for w, _ in group]), style="dim")
@@ -183,8 +189,17 @@ def screen(watch: Watch, found: list[tuple[Standing, Curve]], now: datetime, hei
         table.add_row(*cells, *([watch.slurm(where)] if slurm else []))
     counts = {state: sum(where.state == state for where, _ in found) for state in STATES}
     head = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    broken = [Text(line, style="red" if i % 3 == 0 else "") for i, line in enumerate(failure_lines(failed([w for w, _ in found])))]  # fmt: skip
-    return Group(Text.assemble((head, "bold"), (f"   {now:%H:%M:%S}   Ctrl-C ends this screen and nothing else", "dim")), Text(), table, Text(), *broken)  # fmt: skip
+    broken = [
+        Text(line, style="red" if i % 3 == 0 else "")
+        for i, line in enumerate(failure_lines(failed([w for w, _ in found])))
+    ]
+    return Group(
+        Text.assemble((head, "bold"), (f"   {now:%H:%M:%S}   Ctrl-C ends this screen and nothing else", "dim")),
+        Text(),
+        table,
+        Text(),
+        *broken,
+    )
 
 
 def follow(jobs: list[Job], rerun: str, seconds: float = 2.0) -> None:

@@ -41,15 +41,24 @@ def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:
     found = {}
     names = {path.name for node in (a, b) if node for path in node.folder.glob("*.jsonl")}
     for name in sorted(names):
-        rows = [set((node.folder / name).read_bytes().splitlines()) if node and (node.folder / name).exists() else set() for node in (a, b)]  # fmt: skip
+        rows = [
+            set((node.folder / name).read_bytes().splitlines()) if node and (node.folder / name).exists() else set()
+            for node in (a, b)
+        ]
         if rows[0] != rows[1]:
-            found[name] = {"both": len(rows[0] & rows[1]), "only A": len(rows[0] - rows[1]), "only B": len(rows[1] - rows[0])}  # fmt: skip
+            found[name] = {
+                "both": len(rows[0] & rows[1]),
+                "only A": len(rows[0] - rows[1]),
+                "only B": len(rows[1] - rows[0]),
+            }
     return found
 
 
 def tensors(a: Path, b: Path) -> dict[str, Any]:
     """Which tensors differ, and by how much: relative to A's norm where both have the same shape."""
-    before, now = ({(t["file"], t["name"]): t for t in read_manifest(folder / MANIFEST).get("tensors", [])} for folder in (a, b))  # fmt: skip
+    before, now = (
+        {(t["file"], t["name"]): t for t in read_manifest(folder / MANIFEST).get("tensors", [])} for folder in (a, b)
+    )
     others = [key for key in sorted(before.keys() & now.keys()) if before[key]["sha256"] != now[key]["sha256"]]
     measured: list[dict] = []
     if others:
@@ -122,7 +131,10 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
 
 def as_text(found: dict[str, Any], limit: int = 8) -> str:
     """One screen."""
-    lines = [f"A {found['a']['folder']}  {found['a']['manifest'][:16]}", f"B {found['b']['folder']}  {found['b']['manifest'][:16]}"]  # fmt: skip
+    lines = [
+        f"A {found['a']['folder']}  {found['a']['manifest'][:16]}",
+        f"B {found['b']['folder']}  {found['b']['manifest'][:16]}",
+    ]
     if found["equal"]:
         lines.append("equal: the same files")
 
@@ -136,16 +148,24 @@ def as_text(found: dict[str, Any], limit: int = 8) -> str:
             continue
         lines.append(f"{section}: {len(entries)} differ")
         for key, pair in islice(entries.items(), limit):
-            shown = ", ".join(f"{k} {v}" for k, v in pair.items()) if isinstance(pair, dict) else " -> ".join(map(short, pair))  # fmt: skip
+            shown = (
+                ", ".join(f"{k} {v}" for k, v in pair.items())
+                if isinstance(pair, dict)
+                else " -> ".join(map(short, pair))
+            )
             lines.append(f"  {key}: {shown}")
         if len(entries) > limit:
             lines.append(f"  and {len(entries) - limit} more (--json shows all)")
     weights = found["tensors"]
     if any(weights.values()):
-        lines.append(f"tensors: {weights['same']} equal, {len(weights['different'])} differ, {len(weights['only A'])} only in A, {len(weights['only B'])} only in B")  # fmt: skip
+        lines.append(
+            f"tensors: {weights['same']} equal, {len(weights['different'])} differ, {len(weights['only A'])} only in A, {len(weights['only B'])} only in B"
+        )
         for entry in weights["different"][:limit]:
             if "relative" in entry:
-                lines.append(f"  {entry['tensor']}: moved by {entry['relative']:.2%} of its norm, {entry['largest']:.2e} at most")  # fmt: skip
+                lines.append(
+                    f"  {entry['tensor']}: moved by {entry['relative']:.2%} of its norm, {entry['largest']:.2e} at most"
+                )
             else:
                 lines.append(f"  {entry['tensor']}: another shape")
         if len(weights["different"]) > limit:

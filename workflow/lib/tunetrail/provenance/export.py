@@ -58,10 +58,18 @@ def prov(folder: Path) -> str:
     document.add_namespace("tt", NAMESPACE)
     document.set_default_namespace(NAMESPACE)
     agent = document.agent("tt:tunetrail", {"prov:type": "prov:SoftwareAgent"})
-    entities = {n.folder: document.entity(f"tt:{n.identity}", {"prov:label": n.name, "tt:stage": _record(n).stage}) for n in nodes}  # fmt: skip
+    entities = {
+        n.folder: document.entity(f"tt:{n.identity}", {"prov:label": n.name, "tt:stage": _record(n).stage})
+        for n in nodes
+    }
     for n in nodes:
         record = _record(n)
-        activity = document.activity(f"tt:run-{record.digest}", _time(record.started), _time(record.finished), {"prov:label": f"{record.stage} {record.part}"})  # fmt: skip
+        activity = document.activity(
+            f"tt:run-{record.digest}",
+            _time(record.started),
+            _time(record.finished),
+            {"prov:label": f"{record.stage} {record.part}"},
+        )
         document.wasGeneratedBy(entities[n.folder], activity, _time(record.finished))
         document.wasAssociatedWith(activity, agent)
         for role, parent in sorted(n.parents.items()):
@@ -103,7 +111,12 @@ def spdx(folder: Path) -> str:
 
     def package(n: Node) -> Any:
         data = _record(n).stage in ("data", "comparisons", "completions", "retention")
-        common = {"name": n.name, "creationInfo": created, "software_packageVersion": n.identity[:16], "software_downloadLocation": f"{NAMESPACE}{n.identity}"}  # fmt: skip
+        common = {
+            "name": n.name,
+            "creationInfo": created,
+            "software_packageVersion": n.identity[:16],
+            "software_downloadLocation": f"{NAMESPACE}{n.identity}",
+        }
         if data:
             found = model.dataset_DatasetPackage(_id=f"{base}#{n.identity}", **common)
             found.dataset_datasetType = [model.dataset_DatasetType.text]
@@ -136,7 +149,11 @@ def spdx(folder: Path) -> str:
             if not is_checkpoint(n):
                 relate("dependsOn", elements[n.folder], elements[parent.folder])
             else:
-                relate("descendantOf" if is_checkpoint(parent) else "trainedOn", elements[n.folder], elements[parent.folder])  # fmt: skip
+                relate(
+                    "descendantOf" if is_checkpoint(parent) else "trainedOn",
+                    elements[n.folder],
+                    elements[parent.folder],
+                )
         for role in ("source", "base"):
             for d in _record(n).of_role(role):
                 if d["name"] not in outside:
@@ -199,7 +216,9 @@ def ro_crate(folder: Path) -> str:
         inputs = [by_folder[parent.folder] for _, parent in sorted(n.parents.items()) if parent]
         for role in ("source", "base"):
             for d in record.of_role(role):
-                source = crate.add(ContextEntity(crate, f"#{role}-{_slug(d['name'])}", {"@type": "CreativeWork", "name": d["name"]}))  # fmt: skip
+                source = crate.add(
+                    ContextEntity(crate, f"#{role}-{_slug(d['name'])}", {"@type": "CreativeWork", "name": d["name"]})
+                )
                 inputs.append(source)
         if inputs:
             action["object"] = inputs
@@ -234,7 +253,11 @@ def results(folder: Path, node: Node) -> dict[str, dict]:
         subjects = {s["digest"]["sha256"] for s in record.statement["subject"][1:]}
         if record.stage == "evaluation" and node.identity in subjects:
             metrics = json.loads((candidate / "metrics.json").read_text())
-            return {k: v for k, v in metrics.items() if isinstance(v, dict) and {"mean", "low", "high"} <= v.keys() and v["mean"] is not None}  # fmt: skip
+            return {
+                k: v
+                for k, v in metrics.items()
+                if isinstance(v, dict) and {"mean", "low", "high"} <= v.keys() and v["mean"] is not None
+            }
     return {}
 
 
@@ -277,7 +300,9 @@ def model_card(folder: Path) -> str:
         *[f"- labels by {', '.join(d['annotations']['labelers'])}" for d in record.of_role("labels")],
         "", "## Results", "",
     ]  # fmt: skip
-    lines += [f"- {key}: {v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}], n = {v.get('n')}" for key, v in measured.items()] or ["Not measured."]  # fmt: skip
+    lines += [
+        f"- {key}: {v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}], n = {v.get('n')}" for key, v in measured.items()
+    ] or ["Not measured."]
     tensors = read_manifest(folder / MANIFEST).get("tensors", [])
     lines += [
         "", "## How to verify", "",

@@ -103,7 +103,9 @@ def seal(run: Path) -> Ledger:
         fcntl.lockf(f, fcntl.LOCK_EX)
         ledger = read_ledger(run)
         if ledger.fault:
-            raise DataError(f"{ledger.path}: {ledger.fault}; nothing is sealed on top of it. Restore the file from a copy, or move it away to begin a new chain")  # fmt: skip
+            raise DataError(
+                f"{ledger.path}: {ledger.fault}; nothing is sealed on top of it. Restore the file from a copy, or move it away to begin a new chain"
+            )
         latest = ledger.latest
         for folder in artifacts(run):
             name = folder.relative_to(run).as_posix()

@@ -187,7 +187,11 @@ def table(node: Node) -> list[dict[str, Any]]:
         }
         if at.record:
             row |= {"stage": at.record.stage, "commit": at.record.code.get("commit"), "finished": at.record.finished}
-            row["sources"] = [{"name": d.get("name"), "digest": d.get("digest")} for role in ("source", "labels", "base") for d in at.record.of_role(role)]  # fmt: skip
+            row["sources"] = [
+                {"name": d.get("name"), "digest": d.get("digest")}
+                for role in ("source", "labels", "base")
+                for d in at.record.of_role(role)
+            ]
         row["from"] = {role: str(parent.folder) if parent else None for role, parent in sorted(at.parents.items())}
         rows.append(row)
         for parent in at.parents.values():

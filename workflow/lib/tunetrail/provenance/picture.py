@@ -21,7 +21,11 @@ def print_tree(node: Node) -> None:
 
     def label(role: str, n: Node) -> str:
         start = f"{role}: " if role else ""
-        made = f"commit {(n.record.code.get('commit') or 'unknown')[:8]}" if n.record else f"[red]{escape(n.fault or '')}[/red]"  # fmt: skip
+        made = (
+            f"commit {(n.record.code.get('commit') or 'unknown')[:8]}"
+            if n.record
+            else f"[red]{escape(n.fault or '')}[/red]"
+        )
         return f"{start}[bold]{escape(n.name)}[/bold] {n.identity[:12]} [dim]{made}[/dim]"
 
     def grow(branch: Tree, n: Node, depth: int = 0) -> None:
@@ -94,7 +98,9 @@ def svg(nodes: list[Node], unsound: Collection[Path] = (), records: dict[Path, s
             if parent and parent.folder in place:
                 x0, y0 = place[parent.folder]
                 a, b, gap = x0 + WIDTH, y0 + HEIGHT // 2, (ACROSS - WIDTH) // 2
-                lines.append(f'<path d="M{a},{b}C{a + gap},{b} {x1 - gap},{y1 + HEIGHT // 2} {x1},{y1 + HEIGHT // 2}" fill="none" stroke="#8a94a0"><title>{html.escape(role)}</title></path>')  # fmt: skip
+                lines.append(
+                    f'<path d="M{a},{b}C{a + gap},{b} {x1 - gap},{y1 + HEIGHT // 2} {x1},{y1 + HEIGHT // 2}" fill="none" stroke="#8a94a0"><title>{html.escape(role)}</title></path>'
+                )
     for node in nodes:
         x, y = place[node.folder]
         sound = node.record and node.record.manifest == node.identity and node.folder not in unsound

@@ -61,8 +61,30 @@ def code_state() -> dict[str, Any]:
     else:
         top = root.decode().strip()
         diff = _git("-C", top, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD") or b""
-        untracked = _git("-C", top, "ls-files", "--others", "--exclude-standard", "--", "Snakefile", "workflow", "config", "profiles") or b""  # fmt: skip
-        state |= {"commit": commit.decode().strip(), "dirty": bool(diff or untracked), "untracked": {name: sha256_file(Path(top, name)) for name in untracked.decode(errors="replace").splitlines() if Path(top, name).is_file()}}  # fmt: skip
+        untracked = (
+            _git(
+                "-C",
+                top,
+                "ls-files",
+                "--others",
+                "--exclude-standard",
+                "--",
+                "Snakefile",
+                "workflow",
+                "config",
+                "profiles",
+            )
+            or b""
+        )
+        state |= {
+            "commit": commit.decode().strip(),
+            "dirty": bool(diff or untracked),
+            "untracked": {
+                name: sha256_file(Path(top, name))
+                for name in untracked.decode(errors="replace").splitlines()
+                if Path(top, name).is_file()
+            },
+        }
         state["diff"] = diff or None
     return state | {"library": sha256_json(files)}
 
@@ -249,7 +271,13 @@ def build(
     )
     if lock := _lock():
         resolved.append(lock | {"annotations": {"role": "lock"}})
-    resolved.append({"name": "packages", "digest": {"sha256": sha256_json(packages())}, "annotations": {"role": "packages", "installed": packages()}})  # fmt: skip
+    resolved.append(
+        {
+            "name": "packages",
+            "digest": {"sha256": sha256_json(packages())},
+            "annotations": {"role": "packages", "installed": packages()},
+        }
+    )
     products: list[dict] = [{"name": "metrics.json", "digest": {"sha256": metrics}}, *byproducts]
     if code["diff"] is not None:
         diff = code["diff"]
@@ -290,7 +318,10 @@ def build(
         "training_flops": training_flops,
         "energy_joules": sum(e for e in energy if e) if known else None,
     }
-    for key, reason in (("training_flops", "this stage trains nothing, or its trainer does not count"), ("energy_joules", "no counter that this user may read")):  # fmt: skip
+    for key, reason in (
+        ("training_flops", "this stage trains nothing, or its trainer does not count"),
+        ("energy_joules", "no counter that this user may read"),
+    ):
         if usage[key] is None:
             usage[f"{key}_reason"] = reason
     statement["predicate"]["runDetails"]["byproducts"].append({"name": "usage", "annotations": usage})

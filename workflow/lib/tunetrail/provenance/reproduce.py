@@ -128,5 +128,7 @@ def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduct
     threads = {name: value for name, value in last.items() if name.endswith("_NUM_THREADS")}
     reply = subprocess.run(command(node, scratch), env=os.environ | threads, check=False)
     if reply.returncode:
-        raise DataError(f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in {scratch}")  # fmt: skip
+        raise DataError(
+            f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in {scratch}"
+        )
     return compare(node.folder, scratch / "out", tolerance)

@@ -169,7 +169,11 @@ class Verifier:
                 entry = self._ledger(run).latest.get(folder.relative_to(run).as_posix())
                 if entry is None:
                     raise DataError(f"{path}: no artifact and no run")
-                self._find("manifest-missing", folder.relative_to(run).as_posix(), "the ledger has it; restore the folder from a copy")  # fmt: skip
+                self._find(
+                    "manifest-missing",
+                    folder.relative_to(run).as_posix(),
+                    "the ledger has it; restore the folder from a copy",
+                )
             else:
                 raise DataError(f"{path}: no artifact (a folder with {MANIFEST}) and no run (a folder with {LEDGER})")
         nodes = self.nodes
@@ -186,7 +190,11 @@ class Verifier:
             elif (
                 self.anchor is not None and ledger.path.parent in self._anchored() and self.anchor not in ledger.hashes
             ):
-                self._find("ledger-not-anchored", LEDGER, f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was cut")  # fmt: skip
+                self._find(
+                    "ledger-not-anchored",
+                    LEDGER,
+                    f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was cut",
+                )
         self.verdict.findings.sort(key=lambda f: (("error", "incomplete", "warning").index(f.severity), f.artifact))
         return self.verdict
 
@@ -231,7 +239,11 @@ class Verifier:
                 )
         for name in self._ledger(run).latest:
             if is_inside(name) and not (run / name / MANIFEST).exists():
-                self._find("artifact-missing", name, "the ledger has it; restore the folder from a copy, or run its stage again and seal")  # fmt: skip
+                self._find(
+                    "artifact-missing",
+                    name,
+                    "the ledger has it; restore the folder from a copy, or run its stage again and seal",
+                )
 
     # ------------------------------------------------------------------------- bytes
 
@@ -264,11 +276,17 @@ class Verifier:
                 elif name not in there:
                     self._find("file-missing", node, f"{show(name)} is gone; restore it from a copy")
                 elif path.is_symlink() and not _is_below(path, node.folder):
-                    self._find("link-outside", node, f"{show(name)} is a link to {show(os.readlink(path))}; it was not read")  # fmt: skip
+                    self._find(
+                        "link-outside", node, f"{show(name)} is a link to {show(os.readlink(path))}; it was not read"
+                    )
                 elif not path.is_file():
                     self._find("file-changed", node, f"{show(name)} is no file any more")
                 elif path.stat().st_size != entry["size"]:
-                    self._find("file-changed", node, f"{show(name)} has {path.stat().st_size} bytes, not {entry['size']}; restore it from a copy")  # fmt: skip
+                    self._find(
+                        "file-changed",
+                        node,
+                        f"{show(name)} has {path.stat().st_size} bytes, not {entry['size']}; restore it from a copy",
+                    )
                     if name.endswith(".safetensors"):
                         self._tensors(node, path, name, tensors.get(name, []))
                 else:
@@ -282,35 +300,61 @@ class Verifier:
             except OSError as e:
                 return f"unreadable: {e.strerror}"
 
-        for (node, path, expected, expected_tensors), found in zip(todo, parallel(digest, [path for _, path, _, _ in todo]), strict=True):  # fmt: skip
+        for (node, path, expected, expected_tensors), found in zip(
+            todo, parallel(digest, [path for _, path, _, _ in todo]), strict=True
+        ):
             name = path.relative_to(node.folder).as_posix()
             if found == expected:
                 continue
             if expected_tensors:
                 self._tensors(node, path, name, expected_tensors)
             else:
-                self._find("file-changed", node, f"{show(name)} has sha256 {found[:16]}…, not {expected[:16]}…; restore it from a copy")  # fmt: skip
+                self._find(
+                    "file-changed",
+                    node,
+                    f"{show(name)} has sha256 {found[:16]}…, not {expected[:16]}…; restore it from a copy",
+                )
 
     def _tensors(self, node: Node, path: Path, name: str, expected: list[dict]) -> None:
         """Which tensors of a file that differs are others."""
         try:
             _, found = hash_safetensors(path)
         except (DataError, OSError):
-            self._find("file-changed", node, f"{show(name)} is no whole safetensors file any more; restore it from a copy")  # fmt: skip
+            self._find(
+                "file-changed", node, f"{show(name)} is no whole safetensors file any more; restore it from a copy"
+            )
             return
         if found == expected:
-            self.verdict.findings = [f for f in self.verdict.findings if not (f.name == "file-changed" and f.artifact == show(node.name) and f.message.startswith(f"{show(name)} has "))]  # fmt: skip
-            self._find("file-resaved", node, f"{show(name)} was saved again; all {len(found)} tensors are what they were")  # fmt: skip
+            self.verdict.findings = [
+                f
+                for f in self.verdict.findings
+                if not (
+                    f.name == "file-changed"
+                    and f.artifact == show(node.name)
+                    and f.message.startswith(f"{show(name)} has ")
+                )
+            ]
+            self._find(
+                "file-resaved", node, f"{show(name)} was saved again; all {len(found)} tensors are what they were"
+            )
             return
         before, now = ({t["name"]: t for t in tensors} for tensors in (expected, found))
         others = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-        self._find("tensors-changed", node, f"{show(name)}: {len(others)} of {len(before)} tensors differ, {others[0]} first; restore it from a copy")  # fmt: skip
+        self._find(
+            "tensors-changed",
+            node,
+            f"{show(name)}: {len(others)} of {len(before)} tensors differ, {others[0]} first; restore it from a copy",
+        )
 
     # ------------------------------------------------------------------------- the record
 
     def _manifest(self, node: Node) -> None:
         if node.record and node.record.manifest != node.identity:
-            self._find("manifest-changed", node, f"the record is of manifest {node.record.manifest[:16]}…, this is {node.identity[:16]}…")  # fmt: skip
+            self._find(
+                "manifest-changed",
+                node,
+                f"the record is of manifest {node.record.manifest[:16]}…, this is {node.identity[:16]}…",
+            )
         run = self._run_of(node.folder)
         if not self.with_ledger:
             return
@@ -327,9 +371,17 @@ class Verifier:
                 node, "it was made again, or replaced, since it was sealed; if you trust it, seal its run again"
             )
         elif entry["manifest"] != node.identity:
-            self._find("manifest-changed", node, f"manifest {entry['manifest'][:16]}… was sealed, this is {node.identity[:16]}…")  # fmt: skip
+            self._find(
+                "manifest-changed",
+                node,
+                f"manifest {entry['manifest'][:16]}… was sealed, this is {node.identity[:16]}…",
+            )
         elif entry["record"] != record:
-            self._find("record-changed", node, f"record {entry['record'][:16]}… was sealed, this is {(record or 'none')[:16]}…; restore {PROVENANCE} from a copy")  # fmt: skip
+            self._find(
+                "record-changed",
+                node,
+                f"record {entry['record'][:16]}… was sealed, this is {(record or 'none')[:16]}…; restore {PROVENANCE} from a copy",
+            )
 
     def _not_sealed(self, node: Node, message: str) -> None:
         self._find("policy-not-sealed" if self.policy.require_sealed else "not-sealed", node, message)
@@ -351,7 +403,11 @@ class Verifier:
             extra = f", {len(code['untracked'])} untracked files" if code.get("untracked") else ""
             kept = any(b.get("name") == "code.diff" and "content" in b for b in record.run.get("byproducts", []))
             name = "dirty-tree" if self.policy.allow_dirty is None else "policy-dirty"
-            self._find(name, node, f"the code differed from commit {commit}{extra}{'; the record has the diff' if kept else ''}")  # fmt: skip
+            self._find(
+                name,
+                node,
+                f"the code differed from commit {commit}{extra}{'; the record has the diff' if kept else ''}",
+            )
         self._attempts(node, record.attempts)
         run = self._run_of(node.folder)
         if run is not None:
@@ -362,11 +418,27 @@ class Verifier:
         for role, recorded in node.record.parents.items():
             parent = node.parents.get(role)
             if parent is None:
-                self._find("parent-missing", node, f"{role} ({recorded['name']}, manifest {recorded['manifest'][:16]}…) is not there; restore it from a copy")  # fmt: skip
+                self._find(
+                    "parent-missing",
+                    node,
+                    f"{role} ({recorded['name']}, manifest {recorded['manifest'][:16]}…) is not there; restore it from a copy",
+                )
             elif parent.identity != recorded["manifest"]:
-                self._find("parent-changed", node, f"{role} was manifest {recorded['manifest'][:16]}…, {show(parent.name)} is {parent.identity[:16]}… now; run this stage again, or restore what it was made from")  # fmt: skip
-            elif recorded["record"] and (parent.record is None or parent.record.digest != recorded["record"]) and not self._made_again_alike(parent, recorded):  # fmt: skip
-                self._find("parent-record-changed", node, f"the record of {role} ({show(parent.name)}) is not the one it had then")  # fmt: skip
+                self._find(
+                    "parent-changed",
+                    node,
+                    f"{role} was manifest {recorded['manifest'][:16]}…, {show(parent.name)} is {parent.identity[:16]}… now; run this stage again, or restore what it was made from",
+                )
+            elif (
+                recorded["record"]
+                and (parent.record is None or parent.record.digest != recorded["record"])
+                and not self._made_again_alike(parent, recorded)
+            ):
+                self._find(
+                    "parent-record-changed",
+                    node,
+                    f"the record of {role} ({show(parent.name)}) is not the one it had then",
+                )
 
     def _made_again_alike(self, parent: Node, recorded: dict) -> bool:
         """Whether the ledger shows that the parent's stage ran again and gave the same bytes: both records were sealed."""
@@ -392,12 +464,20 @@ class Verifier:
                     if not self.hashed[path]:
                         self.verdict.not_at_hand.add(show(path))
                     elif self.hashed[path] != digest:
-                        self._find(name, node, f"{show(path)} is not what was read when this was made; run the stages from there again, or restore it")  # fmt: skip
+                        self._find(
+                            name,
+                            node,
+                            f"{show(path)} is not what was read when this was made; run the stages from there again, or restore it",
+                        )
         for dependency in node.record.of_role("base"):
             asked, commit = dependency["annotations"].get("revision"), dependency["annotations"].get("commit")
             now = resolved_revision(dependency.get("name", ""), asked) if asked and commit else None
             if now and now != commit:
-                self._find("base-moved", node, f"{dependency['name']}@{asked} was commit {commit[:12]}, it is {now[:12]} now; pin the commit")  # fmt: skip
+                self._find(
+                    "base-moved",
+                    node,
+                    f"{dependency['name']}@{asked} was commit {commit[:12]}, it is {now[:12]} now; pin the commit",
+                )
 
     def _attempts(self, node: Node, attempts: list[dict]) -> None:
         """Segments must chain: an attempt begins from a state that one before it had saved."""
@@ -405,14 +485,22 @@ class Verifier:
         for attempt in attempts:
             state = attempt.get("state_in")
             if state is not None and state["digest"] not in saved:
-                self._find("state-swapped", node, f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), which the attempt before it did not leave")  # fmt: skip
+                self._find(
+                    "state-swapped",
+                    node,
+                    f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), which the attempt before it did not leave",
+                )
             if "states_out" in attempt:  # the last two: an attempt never goes back further
                 saved = {state["digest"] for state in attempt["states_out"]}
         same = ("cpu", "gpus", "driver", "python", "torch", "world_size", "code", "packages")
         for before, after in pairwise(attempts):
             for key in same:
                 if before.get(key) != after.get(key) and None not in (before.get(key), after.get(key)):
-                    self._find("mixed-environment", node, f"{key} changed between attempts: {before.get(key)}, then {after.get(key)}")  # fmt: skip
+                    self._find(
+                        "mixed-environment",
+                        node,
+                        f"{key} changed between attempts: {before.get(key)}, then {after.get(key)}",
+                    )
 
     def _config(self, node: Node, run: Path, recorded: dict) -> None:
         kind, _, name = node.folder.relative_to(run).as_posix().partition("/")
@@ -424,7 +512,11 @@ class Verifier:
             return
         if exact(now) != recorded:
             keys = sorted(_differing(recorded, exact(now)))
-            self._find("config-drift", node, f"{path.relative_to(run)} has another {', '.join(keys[:3])}; run snakemake to make it again")  # fmt: skip
+            self._find(
+                "config-drift",
+                node,
+                f"{path.relative_to(run)} has another {', '.join(keys[:3])}; run snakemake to make it again",
+            )
 
     def _signature(self, node: Node) -> None:
         name = show(node.name)

@@ -55,7 +55,9 @@ def svg(spec: Spec | None) -> str:
     return _MARK.sub(_titled, vl_convert.vegalite_to_svg(spec | {"config": CONFIG}))
 
 
-_MARK = re.compile(r'<(path|line|text) aria-label="([^"]*)" role="graphics-symbol" aria-roledescription="([^"]*)"([^>]*?)(/?)>')  # fmt: skip
+_MARK = re.compile(
+    r'<(path|line|text) aria-label="([^"]*)" role="graphics-symbol" aria-roledescription="([^"]*)"([^>]*?)(/?)>'
+)
 _WORDS = {"kl": "KL", "prob": "probability", "n": "pairs"}
 _UNSAID = (
     "colour",
@@ -243,7 +245,10 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
             color=_colour(), detail="line:N", order="step:Q", description="tip:N",
         )  # fmt: skip
-        layers = [base.mark_line(strokeWidth=1.5, opacity=0.6), base.mark_point(filled=True, opacity=1, size=40 if few else 10)]  # fmt: skip
+        layers = [
+            base.mark_line(strokeWidth=1.5, opacity=0.6),
+            base.mark_point(filled=True, opacity=1, size=40 if few else 10),
+        ]
         if few:
             layers.append(base.mark_text(dx=8, dy=-7, fontSize=10).encode(text="step:Q"))
         panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))

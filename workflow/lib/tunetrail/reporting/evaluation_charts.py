@@ -49,7 +49,15 @@ def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
             (pair["second"], pair["first"], 1 - pair["win_rate"]["mean"]),
         ):
             text = f"{percent(mean)}{star}"
-            rows.append({"first": first, "second": second, "rate": mean, "text": text, "ink": INK if abs(mean - 0.5) < 0.3 else PAPER})  # fmt: skip
+            rows.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "rate": mean,
+                    "text": text,
+                    "ink": INK if abs(mean - 0.5) < 0.3 else PAPER,
+                }
+            )
     names = list(dict.fromkeys(name for pair in reversed(match["pairs"]) for name in (pair["first"], pair["second"])))
     order = [score["name"] for score in match["scores"]] or names
     label: dict[str, Any] = {
@@ -62,7 +70,11 @@ def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
         y=alt.Y("first:N", sort=order, axis=alt.Axis(title=None, **label)),
         x=alt.X("second:N", sort=order, axis=alt.Axis(title=None, orient="top", labelAngle=-40, **label)),
     )
-    colour = alt.Color("rate:Q", legend=None, scale=alt.Scale(domain=[0, 0.5, 1], range=["#d55e00", "#f3f4f5", "#0072b2"], interpolate="rgb"))  # fmt: skip
+    colour = alt.Color(
+        "rate:Q",
+        legend=None,
+        scale=alt.Scale(domain=[0, 0.5, 1], range=["#d55e00", "#f3f4f5", "#0072b2"], interpolate="rgb"),
+    )
     cells = base.mark_rect(stroke=PAPER, strokeWidth=2).encode(color=colour)
     words = base.mark_text(fontSize=11 if narrow else 12).encode(text="text:N", color=alt.Color("ink:N", scale=None))
     step = 40 if narrow else 62
@@ -130,14 +142,22 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
                         "kl": p["kl_bound"], "kl_low": p["kl_bound"], "kl_high": p["kl_bound"], **{end: p[key][end] for end in ("mean", "low", "high")},
                     }
                 )  # fmt: skip
-        panels.append(alt.layer(*_frontier_layers(rows, reference), _title(title)).properties(width=270 if narrow else 310, height=240))  # fmt: skip
+        panels.append(
+            alt.layer(*_frontier_layers(rows, reference), _title(title)).properties(
+                width=270 if narrow else 310, height=240
+            )
+        )
     return _beside(panels, narrow) if panels else None
 
 
 def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     top = max(row["kl_high"] if row["chosen"] else row["kl"] for row in rows)
     base = alt.Chart(_data(rows))
-    x = alt.X("kl:Q", scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False), axis=alt.Axis(title=f"KL to {reference}, nats a response (√ scale)", tickCount=5))  # fmt: skip
+    x = alt.X(
+        "kl:Q",
+        scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False),
+        axis=alt.Axis(title=f"KL to {reference}, nats a response (√ scale)", tickCount=5),
+    )
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
     chosen, labelled = alt.datum.chosen, alt.datum.label != ""
     return [
@@ -167,7 +187,15 @@ def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -
                 continue
             adapter = pair["adapters"][0]
             label = f"{pair['first']} ({'LoRA' if adapter == 'lora' else adapter})" if adapter else pair["first"]
-            rows.append(_row(label, pair[key], interval(pair[key], sign, sign=True), series[pair["first"]], hollow=adapter == "lora"))  # fmt: skip
+            rows.append(
+                _row(
+                    label,
+                    pair[key],
+                    interval(pair[key], sign, sign=True),
+                    series[pair["first"]],
+                    hollow=adapter == "lora",
+                )
+            )
         if chart := dots(rows, PLOT[narrow], axis.format(opponent), reference=0):
             panels.append([alt.layer(chart, _title(title))])
     return grid(panels, down=26) if panels else None
@@ -179,7 +207,9 @@ def preference_shift(changes: list[dict], series: Series, narrow: bool) -> Spec 
     for change in changes:
         for key in ("chosen", "rejected"):
             value, name = change[key], f"{change['after']}: {key}"
-            rows.append(_row(name, value, interval(value, 1, sign=True), series[change["after"]], hollow=key == "rejected"))  # fmt: skip
+            rows.append(
+                _row(name, value, interval(value, 1, sign=True), series[change["after"]], hollow=key == "rejected")
+            )
     chart = dots(rows, PLOT[narrow], "change of the log-prob of a response, nats", reference=0)
     return chart and grid([[chart]])
 

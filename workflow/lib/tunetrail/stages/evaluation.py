@@ -137,7 +137,14 @@ class Evaluator:
         """The mean KL of a response each of the first prompts, with its standard error."""
         if self.n > 1:
             bound = best_of_n_kl(self.n)
-            return {"mean": bound, "low": 0.0, "high": bound, "n": len(self.prompts), "se": None, "estimator": "analytic bound"}  # fmt: skip
+            return {
+                "mean": bound,
+                "low": 0.0,
+                "high": bound,
+                "n": len(self.prompts),
+                "se": None,
+                "estimator": "analytic bound",
+            }
         if not samples.kl:
             return None
         error = standard_error(np.array(samples.kl) - np.mean(samples.kl), self.groups[: len(samples.kl)])
@@ -317,7 +324,11 @@ def run(stage: Stage) -> dict:
     with evaluator.bar as bar:
         # The greedy response is compared by its gold score alone; best-of-n has none.
         samples, greedy = evaluator.sampled(evaluator.model, rows, evaluator.n, evaluator.n == 1 and bool(config.gold))
-        many = evaluator.sampled(evaluator.model, evaluator.some, max(BEST_OF))[0] if is_reference and "reward" in stage.inputs else None  # fmt: skip
+        many = (
+            evaluator.sampled(evaluator.model, evaluator.some, max(BEST_OF))[0]
+            if is_reference and "reward" in stage.inputs
+            else None
+        )
         along = {
             step: evaluator.sampled(load_causal_lm(folder).to(device()).eval(), evaluator.some, 1)[0]
             for step, folder in kept.items()
@@ -326,7 +337,9 @@ def run(stage: Stage) -> dict:
         evaluator.reward([samples, *along.values(), *([many] if many else [])])
         if evaluator.n > 1 and samples.reward is not None:
             score = samples.reward.__getitem__
-            samples = samples[[max(range(i, i + evaluator.n), key=score) for i in range(0, len(samples.texts), evaluator.n)]]  # fmt: skip
+            samples = samples[
+                [max(range(i, i + evaluator.n), key=score) for i in range(0, len(samples.texts), evaluator.n)]
+            ]
         bar.advance(1, "scored")
         evaluator.kl([(samples, None), *((along[step], folder) for step, folder in kept.items())])
         bar.advance(1, "compared")

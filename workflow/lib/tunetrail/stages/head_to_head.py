@@ -177,13 +177,18 @@ def content(stage: Stage, subject: str, name: str) -> Any:
 
 def forgetting(stage: Stage, subjects: list[str], n_resamples: int) -> list[dict]:
     """How much more each model forgot than each that stands before it, text by text."""
-    texts, choices = column(read(stage, subjects, "retention.jsonl"), "nll"), column(read(stage, subjects, "choices.jsonl"), "correct")  # fmt: skip
+    texts, choices = (
+        column(read(stage, subjects, "retention.jsonl"), "nll"),
+        column(read(stage, subjects, "choices.jsonl"), "correct"),
+    )
     adapters = {name: content(stage, name, METRICS)["adapter"] for name in subjects}
 
     def difference(values: dict[str, list], a: str, b: str) -> dict | None:
         if a not in values or b not in values:
             return None
-        return bootstrap([float(x) - float(y) for x, y in zip(values[a], values[b], strict=True)], n_resamples, stage.seed)  # fmt: skip
+        return bootstrap(
+            [float(x) - float(y) for x, y in zip(values[a], values[b], strict=True)], n_resamples, stage.seed
+        )
 
     return [
         {"first": a, "second": b, "adapters": [adapters[a], adapters[b]], "nll": difference(texts, a, b), "choices": difference(choices, a, b)}

@@ -82,7 +82,7 @@ def as_answer(sent: dict, kind: str, k: int) -> Answer:
         _need(text.strip() != "", "the answer is empty")
         return Answer(None, None, [], False, comment, text.strip(), spent)
     ranks: Any = sent.get("ranks")
-    ratings, flags, all_bad = sent.get("ratings"), sent.get("flags", [[]] * k), sent.get("all_bad", False)  # fmt: skip
+    ratings, flags, all_bad = sent.get("ratings"), sent.get("flags", [[]] * k), sent.get("all_bad", False)
     good = isinstance(ranks, list) and len(ranks) == k and all(type(r) is int for r in ranks)
     _need(good, f"give each of the {k} outputs a rank")
     _need(gapless(ranks), "ranks must count from 1 without gaps")

@@ -81,8 +81,25 @@ notes = sa.Table(  # where the page was last served
     "notes", tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
 )
 
-NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "afs", "9p", "fuse.sshfs", "glusterfs", "orangefs",
-           "pvfs", "panfs", "wekafs", "fuse.glusterfs", "fuse.ceph")  # fmt: skip
+NETWORK = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "cifs",
+    "smb",
+    "ceph",
+    "afs",
+    "9p",
+    "fuse.sshfs",
+    "glusterfs",
+    "orangefs",
+    "pvfs",
+    "panfs",
+    "wekafs",
+    "fuse.glusterfs",
+    "fuse.ceph",
+)
 LOCK = 0x7475_6E65
 """PostgreSQL's advisory lock under which events are added."""
 
