@@ -19,31 +19,31 @@ from tunetrail.stages.registry import start
 
 def run(stage: Stage) -> dict:
     rows = stage.rows("data", f"{stage.config['split']}.jsonl")
-    write_json(stage.work / "count.json", len(rows))
+    write_json(stage.work / "tally.json", len(rows))
     return {"rows": len(rows)}
 
 
 if __name__ == "__main__":
-    sys.exit(start("count", run))
+    sys.exit(start("tally", run))
 '''
-BLOCK = '''class CountConfig(Block):
+BLOCK = '''class TallyConfig(Block):
     """Counts rows."""
 
-    split: Text = Field(default="sft", description="which split")
+    split: str = Field(default="sft", description="which split")
 
 
 class Config(Block):
-    count: CountConfig | None = Field(default=None, description="counts rows; null: not")
+    tally: TallyConfig | None = Field(default=None, description="counts rows; null: not")
 '''
-LINE = '_TABLE = (\n    StageInfo("count", lambda c, _: {"data": "data"}, "measurement", runs_model=False),\n'
+LINE = '_TABLE = (\n    StageInfo("tally", lambda c, _: {"data": "data"}, "measurement", runs_model=False),\n'
 RULE = """
 
-use rule stage as count with:
+use rule stage as tally with:
     pathvars:
-        artifact="count",
+        artifact="tally",
     input:
-        unpack(reads("count")),
-    localrule: is_submitted("count")
+        unpack(reads("tally")),
+    localrule: is_submitted("tally")
 """
 
 
@@ -53,44 +53,38 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(content.replace(old, new))
 
 
-def test_a_new_stage_is_known_everywhere(project):
+def test_a_new_stage_is_known_everywhere(project, monkeypatch):
     folder = project.folder
-    (folder / LIBRARY / "stages/count.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(folder / LIBRARY.parent))
+    (folder / LIBRARY / "stages/tally.py").write_text(MODULE)
     replace(folder / LIBRARY / "config/run.py", "class Config(Block):\n", BLOCK)
     replace(folder / LIBRARY / "stages/registry.py", "_TABLE = (\n", LINE)
     with (folder / "workflow/rules/evaluation.smk").open("a") as rules:
         rules.write(RULE)
     config = yaml.safe_load((folder / "config/examples/tiny.yaml").read_text())
-    (folder / "new.yaml").write_text(yaml.safe_dump(config | {"count": {"split": "rl"}}))
+    (folder / "new.yaml").write_text(yaml.safe_dump(config | {"tally": {"split": "rl"}}))
 
-    assert project.pending(config="new.yaml")["count"] == 1
-    output = project.run("results/tiny/count/manifest.json", config="new.yaml")
-    assert "rule count:" in output
+    assert project.pending(config="new.yaml")["tally"] == 1
+    output = project.run("--", "results/tiny/tally/manifest.json", config="new.yaml")
+    assert "rule tally:" in output
     rows = (folder / "results/tiny/data/rl.jsonl").read_text().splitlines()
-    assert json.loads((folder / "results/tiny/count/count.json").read_text()) == len(rows)
+    assert json.loads((folder / "results/tiny/tally/tally.json").read_text()) == len(rows)
 
-    def ask(*words: str) -> subprocess.CompletedProcess:
-        environment = {"PYTHONPATH": str(folder / "workflow/lib"), "PATH": str(Path(sys.executable).parent)}
-        command = [sys.executable, "-m", "tunetrail", *words]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    def python(*words: str) -> str:
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
 
     # The report gets it, the audit knows its config, a key of its block reruns it alone.
     code = (
         "from tunetrail.config.loading import load; from pathlib import Path\n"
         "from tunetrail.stages.registry import STAGES, config_name, enabled\n"
         "config = load(Path('new.yaml'))\n"
-        "print('count' in enabled(config), STAGES['report'].inputs(config, '')['count'], config_name('count'))"
+        "print('tally' in enabled(config), STAGES['report'].inputs(config, '')['tally'], config_name('tally'))"
     )
-    known = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env={"PYTHONPATH": str(folder / "workflow/lib")},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert known.stdout.split() == ["True", "count", "count"]
-    assert ask("audit", "seal", "results/tiny").returncode == 0
-    (folder / "results/tiny/config/count.json").write_text(
-        '{"config": {"split": "sft"}, "seed": 0, "stage": "count"}\n'
-    )
-    verified = ask("audit", "verify", "results/tiny/count")
-    assert "config-drift" in verified.stdout, verified.stdout + verified.stderr
-    status = ask("status", "--configfile", "new.yaml", "--json")
-    assert {"count"} <= {stage["name"] for stage in json.loads(status.stdout)}, status.stderr
+    assert python("-c", code).split() == ["True", "tally", "tally"]
+    python("-m", "tunetrail", "audit", "seal", "results/tiny")
+    changed = {"stage": "tally", "seed": 0, "config": {"split": "sft"}}
+    (folder / "results/tiny/config/tally.json").write_text(json.dumps(changed))
+    assert "config-drift" in python("-m", "tunetrail", "audit", "verify", "results/tiny/tally")
+    status = json.loads(python("-m", "tunetrail", "status", "--configfile", "new.yaml", "--json"))
+    assert "tally" in {stage["name"] for stage in status}

@@ -1,7 +1,8 @@
 """The table of stages: what there is to know about a stage without running it, said once.
 
 Rules, launchers, the report, exports, the audit and the tests of both profiles read it. A new stage is a module
-`tunetrail.stages.<name>`, a block of the config, a rule and a line here, all of the same name.
+`tunetrail.stages.<name>`, a block of the config, a rule and a line here, all of the same name (which cannot be `count`,
+`index` or another method of lists: Snakemake reserves those).
 
 An artifact is named by its folder below `results/<run>/`: `sft`, `policies/ppo`, `evaluation/base`,
 `completions/0-of-2`. Importing this module imports no stage.
