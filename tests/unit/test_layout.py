@@ -91,3 +91,14 @@ def test_importing_loads_only_what_is_used(module):
     code = f"import sys, {module}; print(*sorted(set({LIGHT[module]!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_head_process_loads_nothing_heavy():
+    """What the rules import, and what validating a config with local files adds, is paid at every start of Snakemake."""
+    rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
+    lines = [line.strip() for line in rules.splitlines() if line.strip().startswith("from tunetrail")]
+    assert any("check_sources" in line for line in lines)
+    heavy = set(HEAVY) - {"snakemake"} | {"tunetrail.provenance.verify", "tunetrail.labeling", "tunetrail.reporting"}
+    code = "\n".join([*lines, "import sys", f"print(*sorted({heavy!r} & set(sys.modules)))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
