@@ -303,17 +303,6 @@ def test_examples_dry_run(project, name):
     assert "ppo" in project.pending(config=f"config/examples/{name}.yaml")
 
 
-def test_profile_names_every_rule_and_no_other():
-    names = set()
-    for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]:
-        names |= {line.split()[1].rstrip(":") for line in path.read_text().splitlines() if line.startswith("rule ")}
-    local = {"all", "stage_config", "tasks"}
-    for profile in (ROOT / "profiles").glob("*/config.yaml"):
-        content = yaml.safe_load(profile.read_text())
-        threads, resources = (set(content.get(key, {})) for key in ("set-threads", "set-resources"))
-        assert threads | resources == names - local, profile
-
-
 # ----------------------------------------------------------------------------- real human data, tiny model
 
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real human data) is not on this machine")
