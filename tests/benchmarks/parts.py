@@ -91,7 +91,7 @@ def reward_steps(share_prompts: bool) -> float:
     import torch
 
     from tunetrail.models.tree import without_sharing
-    from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
+    from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_loss, kwise_scores
 
     model = initialise(llama(layers=8, pad_token_id=0), seed=0)
     responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]

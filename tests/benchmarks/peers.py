@@ -57,7 +57,7 @@ def ppo(_: bool, bf16: bool) -> None:
 
     from tunetrail.config.ppo import PpoConfig
     from tunetrail.ppo.trainer import PPOTrainer
-    from tunetrail.stages.reward import initialise
+    from tunetrail.reward.kwise import initialise
 
     tokenizer = load_tokenizer(workload.MODEL)
     prompts = workload.prompt_ids("rl", workload.EPISODES)
@@ -156,7 +156,7 @@ def reward(by_us: bool, bf16: bool) -> None:
     from transformers import AutoModelForSequenceClassification, TrainingArguments
     from trl import RewardConfig, RewardTrainer
 
-    from tunetrail.stages.reward import KWiseCollator, KWiseTrainer, initialise
+    from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise
 
     tokenizer = load_tokenizer(workload.MODEL)
     prompts = ranked(workload.ROWS // 4)

@@ -33,18 +33,10 @@ from tunetrail.models.training import (
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
+from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, reliability
+from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_loss, kwise_scores
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
-from tunetrail.stages.reward import (
-    KWiseCollator,
-    ceiling,
-    evaluate,
-    heldout_pairs,
-    initialise,
-    kwise_loss,
-    kwise_scores,
-    reliability,
-)
 
 
 def log_sigmoid(x):
