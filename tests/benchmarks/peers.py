@@ -125,7 +125,8 @@ def sampling(by_us: bool, bf16: bool) -> None:
 def sft(by_us: bool, bf16: bool) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    from tunetrail.models.training import epoch_order, score_labels_only
+    from tunetrail.models.cpu.label_head import score_labels_only
+    from tunetrail.models.training import epoch_order
     from tunetrail.stages.sft import tokenize
 
     tokenizer = load_tokenizer(workload.MODEL)

@@ -12,6 +12,7 @@ from scipy.stats import sem
 
 from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Input
+from tunetrail.data.general import multiple_choice
 from tunetrail.evaluation import stats
 from tunetrail.evaluation.comparison import Evaluations
 from tunetrail.evaluation.evaluator import Evaluator, Samples
@@ -26,7 +27,6 @@ from tunetrail.models.tiny import tiny_model
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import read_record
 from tunetrail.stages.head_to_head import verdict_outcomes
-from tunetrail.stages.retention import multiple_choice
 
 from .test_training import write_workspace
 
