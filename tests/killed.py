@@ -41,7 +41,7 @@ PHASES = {
     ("sampling.py", "sample"): "sample",
     ("completions.py", "unique_completions"): "row",
     ("artifact.py", "publish"): "publish",
-    ("artifact.py", "_declare_finished"): "finish",
+    ("artifact.py", "declare_finished"): "finish",
 }
 """(file, function) -> the phase that a call of it begins; it lasts until the next one begins.
 

@@ -126,8 +126,8 @@ class OnSlurm:
         return read_record(self.artifact(name))
 
     def ends(self, name: str) -> list[str]:
-        """How each attempt ended."""
-        return [attempt["ended"] for attempt in self.record(name).attempts]
+        """How each attempt ended: what it said, or else the outcome."""
+        return [attempt["ended"]["message"] or attempt["ended"]["outcome"] for attempt in self.record(name).attempts]
 
     def saved(self, stage: str = "sft") -> list[Path]:
         """The whole checkpoints in a stage's state, oldest first."""

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from tunetrail.contract.lease import holder
-from tunetrail.contract.stop import parse_time_left
 from tunetrail.files import read_jsonl
+from tunetrail.launch.time_limit import parse_time_left
 
 from .cluster import until
 

@@ -144,8 +144,8 @@ def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(pro
     assert project.wait(head) == 0, project.said()[-5000:]
     *before, last = project.record("sft").attempts
     assert len(before) >= 1
-    assert all(attempt["ended"].startswith("stopped by time limit at step ") for attempt in before)
-    assert (last["ended"], last["world_size"]) == ("done", 2)
+    assert all(attempt["ended"]["message"].startswith("stopped by time limit at step ") for attempt in before)
+    assert (last["ended"]["outcome"], last["world_size"]) == ("done", 2)
     [job] = project.jobs()
     assert (job["state"], int(job["restarts"])) == ("COMPLETED", len(before))
     sft_gives_what_one_process_gives(project, prepared)

@@ -79,8 +79,15 @@ def make_run(root: Path, seed: int = 0) -> Path:
     )
     states = [{"name": f"checkpoint-{i}", "digest": str(i) * 64} for i in (1, 2)]
     attempts = [
-        ATTEMPT | {"ended": "stopped by SIGTERM", "states_out": states},
-        ATTEMPT | {"ended": "killed", "end": None, "seconds": None, "state_in": states[1], "states_out": [states[1]]},
+        ATTEMPT | {"ended": {"outcome": "interrupted", "message": "stopped by SIGTERM"}, "states_out": states},
+        ATTEMPT
+        | {
+            "ended": {"outcome": "killed", "message": None},
+            "end": None,
+            "seconds": None,
+            "state_in": states[1],
+            "states_out": [states[1]],
+        },
         ATTEMPT | {"state_in": states[1], "states_out": [states[1]]},
     ]
     seal_folder(

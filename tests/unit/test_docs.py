@@ -116,7 +116,7 @@ def test_the_sweep_shown_has_the_names_shown():
 def test_every_split_exit_code_and_variable_is_told():
     for split in SPLITS:
         assert f"| `{split}` | " in README
-    for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Displaced):
+    for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Superseded):
         assert f"| {error.exit_code} | " in README
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "workflow/lib/tunetrail/contract").glob("*.py")]
     variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", "".join(sources)))

@@ -40,7 +40,7 @@ def test_every_artifact_keeps_the_contract(tiny_run, artifact):
     folder = tiny_run.folder / TINY / artifact
     manifest = verify(folder / "manifest.json")
     assert manifest["tokenizer"]
-    assert read_record(folder).attempts[-1]["ended"] == "done"
+    assert read_record(folder).attempts[-1]["ended"]["outcome"] == "done"
     assert not list(folder.parent.glob(".*.work"))
 
 

@@ -246,7 +246,7 @@ def _status(args: argparse.Namespace) -> int:
 
         follow(jobs, rerun)
         return SOUND
-    found = status.standings(jobs, rerun)
+    found = status.statuses(jobs, rerun)
     if args.json:
         _print(status.as_json(found))
     else:
@@ -499,9 +499,9 @@ def _show(args: argparse.Namespace) -> int:
             print(f"  {role:9} {d['name']}")
     print(f"  code      commit {code.get('commit')}{', DIRTY' if code.get('dirty') else ''}")
     for attempt in record.attempts:
-        print(
-            f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {attempt.get('ended')}"
-        )
+        ended = attempt.get("ended") or {"outcome": "running", "message": None}
+        how = f"{ended['outcome']}{': ' + ended['message'] if ended['message'] else ''}"
+        print(f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {how}")
     return SOUND
 
 

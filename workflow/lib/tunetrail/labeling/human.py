@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from tunetrail.config.comparisons import HumanLabeler
 from tunetrail.contract.stage import Stage
-from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
+from tunetrail.errors import ConfigError, DataError, Waiting
 from tunetrail.files import write_jsonl
 from tunetrail.labeling.app.store import RUN, Settings, Store
 from tunetrail.labeling.labels import Labels
@@ -79,7 +79,7 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
     if not progress["settled"]:
         stuck = f"; {progress['stuck']} tasks need more labelers: `tunetrail label add`" if progress["stuck"] else ""
         raise Waiting(
-            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings are there; start their page with `tunetrail "
+            f"for people: {progress['have']} of {progress['wanted']} rankings are there; start their page with `tunetrail "
             f"label serve --store {config.store}`, and run the same command again when they have finished{stuck}"
         )
     write_jsonl(stage.work / "labels.jsonl", labels)

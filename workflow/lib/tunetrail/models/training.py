@@ -106,7 +106,8 @@ class StageCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar and logs and "loss" in logs:
-            self.bar.advance(state.global_step - self.bar.done, f"loss {float(logs['loss']):.4f}")
+            loss = float(logs["loss"])
+            self.bar.advance(state.global_step - self.bar.done, f"loss {loss:.4f}", {"loss": loss})
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stage.stop.save_due():  # after the last step too: what follows may take long

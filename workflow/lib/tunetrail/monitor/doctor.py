@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunetrail.contract.stop import parse_time_left
 from tunetrail.errors import ConfigError
 from tunetrail.launch.resources import SLURM, gpus, sbatch_options
+from tunetrail.launch.time_limit import parse_time_left
 from tunetrail.monitor.dag import Job
 
 COMMANDS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")

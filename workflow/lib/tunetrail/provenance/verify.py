@@ -22,10 +22,10 @@ from tunetrail.errors import DataError
 from tunetrail.provenance.ledger import LEDGER, Ledger, artifacts, read_ledger
 from tunetrail.provenance.lineage import Lineage, Node, run_of
 from tunetrail.provenance.manifest import (
-    BESIDE,
     MANIFEST,
     PROVENANCE,
     SIGNATURE,
+    UNLISTED_FILES,
     DigestCache,
     hash_safetensors,
     is_canonical,
@@ -256,7 +256,7 @@ class Verifier:
             except DataError:
                 self._find("manifest-edited", node, f"{MANIFEST} cannot be read; restore it from a copy")
                 continue
-            for name in BESIDE:
+            for name in UNLISTED_FILES:
                 if (node.folder / name).is_symlink():
                     self._find("link-outside", node, f"{name} is a link; put the file itself there")
             if not is_canonical(manifest, (node.folder / MANIFEST).read_bytes()):
@@ -266,7 +266,7 @@ class Verifier:
             for tensor in manifest.get("tensors", []):
                 tensors.setdefault(tensor["file"], []).append({k: v for k, v in tensor.items() if k != "file"})
             there = {path.relative_to(node.folder).as_posix(): path for path in walk(node.folder)}
-            for name in sorted(there.keys() - listed.keys() - set(BESIDE)):
+            for name in sorted(there.keys() - listed.keys() - set(UNLISTED_FILES)):
                 if not NFS.fullmatch(there[name].name):
                     self._find("file-added", node, f"{show(name)} is not in the manifest; remove it")
             for name, entry in listed.items():

@@ -103,7 +103,8 @@ def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Acc
             row = trainer.iterate()
             accelerator.log({f"ppo/{key}": value for key, value in row.items()}, trainer.step)
             if is_main_process():
-                bar.advance(1, f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}")
+                note = f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}"
+                bar.advance(1, note, {"score": row["score"], "kl": row["kl"]})
             if trainer.step in kept_steps(config.steps, config.checkpoints):
                 state = whole_state(trainer.model, "policy")  # all processes take part
                 if is_main_process():
