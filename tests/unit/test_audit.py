@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from tunetrail.cli import main
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.provenance import lineage as lines
+from tunetrail.provenance.findings import FINDINGS
 from tunetrail.provenance.ledger import read_ledger, seal
 from tunetrail.provenance.manifest import DigestCache, build, canonical, identity, sha256_bytes, sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency, read_record
 from tunetrail.provenance.signing import read_policy
-from tunetrail.provenance.verify import FINDINGS, Verifier
+from tunetrail.provenance.verify import Verifier
 
 from ..records import ATTEMPT, seal_folder
 
