@@ -11,7 +11,8 @@ from tunetrail.config.comparisons import HumanLabeler
 from tunetrail.contract.runner import main
 from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.labeling.app import access, queue
-from tunetrail.labeling.app.store import START, Settings, Store, read_tasks
+from tunetrail.labeling.app.store import START, Settings, Store
+from tunetrail.labeling.tasks import read_tasks
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import sha256_bytes
 from tunetrail.provenance.record import read_record

@@ -7,7 +7,7 @@
     tunetrail label serve             the page on which people rank outputs and write answers
     tunetrail label add NAME          a labeler: a pseudonym and the link with which they enter; list, renew, forget
     tunetrail label verify            is the chain of events whole?
-    tunetrail label export --format F the answers as jsonl, trl, label-studio, argilla or demonstrations; import FILE
+    tunetrail label export --format F the answers as jsonl, trl or demonstrations; import FILE
     tunetrail audit verify PATH…      is it still what it was?
     tunetrail audit trace PATH        what was it made from? --reverse: what was made from this?
     tunetrail audit diff A B          what differs?
@@ -211,7 +211,7 @@ def _label_commands(label: argparse.ArgumentParser) -> None:
         command(name, function, about).add_argument("pseudonym")
     command("verify", _label_verify, "whether the chain of events is whole; prints its head")
     export = command("export", _label_export, "the rankings that count, or the demonstrations, for other tools")
-    formats = ("jsonl", "trl", "label-studio", "argilla")
+    formats = ("jsonl", "trl")
     export.add_argument("--format", required=True, choices=(*formats, "demonstrations"))
     imported = commands.add_parser(
         "import", help="rankings of other tools as JSONL that data.preferences and the labeler `recorded` read"
@@ -296,7 +296,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _label_serve(args: argparse.Namespace) -> int:
     from tunetrail.labeling.app.serve import serve
-    from tunetrail.labeling.app.store import RUN, Settings, Store, read_tasks
+    from tunetrail.labeling.app.store import RUN, Settings, Store
+    from tunetrail.labeling.tasks import read_tasks
 
     given = {name: value for name in Settings.names() if (value := getattr(args, name)) is not None}
     if args.guidelines:
@@ -376,9 +377,9 @@ def _label_export(args: argparse.Namespace) -> int:
     store = Store(args.store, create=False)
     tasks, labels = store.tasks(), store.labels()
     if args.format == "demonstrations":
-        return _written(exchange.written(exchange.demonstrations(tasks, labels), "jsonl"), args)
+        return _written(exchange.written(exchange.demonstrations(tasks, labels)), args)
     rows = exchange.EXPORT[args.format](exchange.items_of(tasks, labels))
-    return _written(exchange.written(rows, args.format), args)
+    return _written(exchange.written(rows), args)
 
 
 def _label_import(args: argparse.Namespace) -> int:
@@ -386,7 +387,7 @@ def _label_import(args: argparse.Namespace) -> int:
 
     items = exchange.read(args.path, args.format)
     rows = exchange.as_tasks(items) if args.tasks else exchange.to_jsonl(items)
-    return _written(exchange.written(rows, "jsonl"), args)
+    return _written(exchange.written(rows), args)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -29,7 +29,6 @@ from tunetrail import __version__
 from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.answers import COMMENT, FLAGS, REASONS, TEXT, Refused
 from tunetrail.labeling.app.store import Settings, Store
-from tunetrail.reporting.numbers import duration, percent_interval
 
 HERE = Path(__file__).parent
 COOKIE = "tunetrail_label"
@@ -113,7 +112,7 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self.templates.filters |= {"markdown": markdown, "share": percent_interval, "duration": duration}
+        self.templates.filters["markdown"] = markdown
         self.templates.globals |= {"base": prefix, "version": __version__}
 
     def page(self, name: str, request: Request, status: int = 200, **values: Any) -> Response:
@@ -213,15 +212,17 @@ class Pages:
         return self.page("guidelines.html.j2", request, settings=await self._settings())
 
     async def quality(self, request: Request) -> Response:
-        found = await run_in_threadpool(self._quality)
-        return self.page("quality.html.j2", request, **found)
+        return self.page("quality.html.j2", request, **await run_in_threadpool(self._quality))
 
     def _quality(self) -> dict[str, Any]:
-        from tunetrail.labeling.quality import quality_page  # what draws takes seconds to load
+        # Imported when an admin asks for the page: what draws takes seconds to load.
+        from tunetrail.reporting.label_quality import quality_page
+        from tunetrail.reporting.numbers import duration, percent_interval
 
         head, progress = self.store.head(), self.store.progress()
-        found = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
-        return {"found": found, "progress": progress, "fault": self.store.fault(), "head": head}
+        quality = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
+        formats = {"share": percent_interval, "duration": duration}
+        return {"quality": quality, "progress": progress, "fault": self.store.fault(), "head": head} | formats
 
     # What they do
 
