@@ -1,9 +1,9 @@
 """Labels as files for other tools, and back: `tunetrail label export` and `tunetrail label import`.
 
-    jsonl   one line per ranking: equal ranks are ties, and nothing is lost. `data.preferences` and the labeler `recorded`
-            read it
-    trl     one line per pair of a ranking that was decided: prompt, chosen, rejected; a tied pair has no line. The columns
-            `id` and `labeler` are added, and with them all ranks can be recovered, except for a ranking that ties
+    jsonl   one line per ranking: equal ranks are ties, and nothing is lost. `data.preferences` and the labeler
+            `recorded` read it
+    trl     one line per decided pair of a ranking: prompt, chosen, rejected; a tied pair has no line. The columns `id`
+            and `labeler` are added, and with them all ranks can be recovered, except for a ranking that ties
             everything. A line without them is read as a ranking of two
 
 Only jsonl keeps ratings, flags, comments and times. Demonstrations have a format of their own, which is only written:

@@ -5,9 +5,9 @@ every task has its quota of rankings the answers are exported, and the artifact 
 
     labels.jsonl   every current answer (`Label`), including those that do not count: gold tasks, training, repeats and
                    skips
-    events.jsonl   the whole chain of events up to then, one per line; each event holds the sha256 of the line before it,
-                   and the sha256 of the last line is the chain's head, which the record of everything learnt from the
-                   labels holds
+    events.jsonl   the whole chain of events up to then, one per line; each event holds the sha256 of the line before
+                   it, and the sha256 of the last line is the chain's head, which the record of everything learnt from
+                   the labels holds
 
 Until then Waiting is raised. Neither file holds labelers' names; they are known by pseudonyms.
 """
@@ -37,7 +37,7 @@ def settings_of(config: HumanLabeler, seed: int) -> Settings:
 
 
 def claim(store: Store, run: str) -> None:
-    """Raises ConfigError where the store holds the tasks of another run or of no run, whose labelers would lose theirs."""
+    """Raises ConfigError where the store holds tasks of another run, or of no run, which publishing would withdraw."""
     if (other := store.noted(RUN)) != run and store.tasks():
         whose = f"the run {other}" if other else "`tunetrail label serve --tasks`"
         raise ConfigError(f"comparisons.store: {store.database.shown} holds the tasks of {whose}; name another store")
@@ -88,8 +88,9 @@ def rank(rows: list[SampledRow], config: HumanLabeler, stage: Stage) -> Labels:
     if not progress["settled"]:
         stuck = f"; {progress['stuck']} tasks need more labelers: `tunetrail label add`" if progress["stuck"] else ""
         raise Waiting(
-            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings are there; start their page with `tunetrail "
-            f"label serve --store {config.store}`, and run the same command again when they have finished{stuck}"
+            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings collected; start their page with "
+            f"`tunetrail label serve --store {config.store}`, and run the same command again when they have "
+            f"finished{stuck}"
         )
     write_jsonl(stage.work / "labels.jsonl", labels)  # type: ignore[arg-type]
     (stage.work / "events.jsonl").write_bytes(b"".join(canonical(event) + b"\n" for event in events))

@@ -116,7 +116,7 @@ def _ranking(ranks: list[int], row: dict, labeler: str) -> Ranking:
 
 
 def parse_transcript(text: str) -> list[Message]:
-    """The turns of an HH transcript, each of which begins with '\\n\\nHuman: ' or '\\n\\nAssistant: '. Raises BadRow."""
+    """The turns of an HH transcript; each begins with '\\n\\nHuman: ' or '\\n\\nAssistant: '. Raises BadRow."""
     parts = re.split(r"\n\n(Human|Assistant):", text)
     if parts[0].strip() or len(parts) < 5:
         raise BadRow("a transcript must start with '\\n\\nHuman: ' and hold '\\n\\nAssistant: '")

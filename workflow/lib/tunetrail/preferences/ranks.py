@@ -87,8 +87,8 @@ def simulated_rankings(
 ) -> list[Ranking]:
     """Rankings of one row by labelers that see the true scores [K], each with noise of its own.
 
-    Each labeler adds Gaussian noise of standard deviation `noise` to each score, so the wider the gap, the less often it
-    errs. Its random numbers depend on (seed, its name, row_id) only.
+    Each labeler adds Gaussian noise of standard deviation `noise` to each score, so it errs less
+    often the wider the gap. Its random numbers depend on (seed, its name, row_id) only.
     """
     rankings: list[Ranking] = []
     for n in range(labelers):

@@ -84,9 +84,15 @@ class Feedback(TypedDict):
 
 def _assignment(store: Store, connection: sa.Connection, row: sa.Row) -> Assignment:
     return Assignment(
-        row.nonce, row.task, store.task(connection, row.task), row.purpose, json.loads(row.shown), row.opened, row.expires,
-        json.loads(row.draft) if row.draft else None,
-    )  # fmt: skip
+        nonce=row.nonce,
+        digest=row.task,
+        task=store.task(connection, row.task),
+        purpose=row.purpose,
+        shown=json.loads(row.shown),
+        opened=row.opened,
+        expires=row.expires,
+        draft=json.loads(row.draft) if row.draft else None,
+    )
 
 
 def shown_order(settings: Settings, digest: str, labeler: str, purpose: str, k: int) -> list[int]:
@@ -173,16 +179,16 @@ def next_task(store: Store, labeler: str) -> Assignment | None:
             chosen = _choose(connection, settings, labeler, now)
             if chosen is None:
                 return None
-            row = _assign(store, connection, labeler, *chosen, now, expires)
+            row = _assign(store, connection, settings, labeler, *chosen, now)
         return _assignment(store, connection, row)
 
 
 def _assign(
-    store: Store, connection: sa.Connection, labeler: str, digest: str, purpose: str, now: float, expires: float
+    store: Store, connection: sa.Connection, settings: Settings, labeler: str, digest: str, purpose: str, now: float
 ) -> sa.Row:
     """Opens a task for a labeler, with the newest draft that they left when an earlier lease ran out, if any."""
     k = len(store.task(connection, digest)["completions"])
-    shown = json.dumps(shown_order(store.settings(connection), digest, labeler, purpose, k))
+    shown = json.dumps(shown_order(settings, digest, labeler, purpose, k))
     same = {"task": digest, "labeler": labeler, "purpose": purpose, "shown": shown}  # a draft fits this order only
     draft = (
         sa.select(assignments.c.draft)
@@ -195,7 +201,7 @@ def _assign(
         "nonce": secrets.token_urlsafe(16),
         "state": "open",
         "opened": now,
-        "expires": expires,
+        "expires": now + 60 * settings.lease_minutes,
         "draft": connection.execute(draft).scalar(),
     }
     connection.execute(assignments.insert().values(values))
@@ -284,8 +290,9 @@ def _finish(
 
     content = {
         "task": task["id"], "task_digest": row.task, "task_kind": task["kind"], "purpose": row.purpose, "shown": shown,
-        "ranks": in_task_order(answer.ranks), "ratings": in_task_order(answer.ratings), "flags": in_task_order(answer.flags),
-        "all_bad": answer.all_bad, "comment": answer.comment, "text": answer.text, "skipped": skipped,
+        "ranks": in_task_order(answer.ranks), "ratings": in_task_order(answer.ratings),
+        "flags": in_task_order(answer.flags), "all_bad": answer.all_bad, "comment": answer.comment, "text": answer.text,
+        "skipped": skipped,
     }  # fmt: skip
     if row.state in ("answered", "skipped"):
         stored = _event_content(connection, row.event)
