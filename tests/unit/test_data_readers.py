@@ -312,6 +312,25 @@ def test_checking_needs_no_heavy_library(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
+PACKAGES_OF_LATER_STEPS = ("altair", "datasets", "pandas", "scipy", "sqlalchemy", "torch", "transformers", "rich")
+MODULES_OF_LATER_STEPS = (
+    "tunetrail.contract",
+    "tunetrail.labeling",
+    "tunetrail.provenance.verify",
+    "tunetrail.reporting",
+)
+
+
+@pytest.mark.parametrize(
+    "module", ["data.readers", "preferences.formats", "preferences.pairs", "preferences.ranks", "preferences.summary"]
+)
+def test_readers_and_rankings_import_nothing_of_later_steps(module):
+    names = {*PACKAGES_OF_LATER_STEPS, *MODULES_OF_LATER_STEPS}
+    code = f"import sys, tunetrail.{module}; print(sorted({names!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @needs_shared
 def test_real_files_have_no_more_than_the_known_bad_rows():
     """Outputs of PandaLM's models that are empty, HH conversations that are empty or part early."""

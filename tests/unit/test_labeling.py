@@ -593,6 +593,27 @@ def test_busy_endpoints_are_asked_again(stage, status):
     assert len(endpoint.requests) == 4
 
 
+def test_pauses_grow_until_the_endpoint_is_given_up(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(llm, "BACKOFF_SECONDS", (1, 2, 4))
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    with FakeEndpoint(prefers_longer, statuses=[503] * 9) as endpoint:
+        judge = llm.endpoint_judge(endpoint.config(), "comparisons")
+        with pytest.raises(Interrupted, match=r"does not answer \(HTTP 503 "):
+            judge(["Is it?"])
+    assert pauses == [1, 2, 4]
+    assert len(endpoint.requests) == 4
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_a_refused_request_is_not_repeated(stage, status):
+    with FakeEndpoint(prefers_longer, statuses=[status] * 2) as endpoint:
+        judge = llm.endpoint_judge(endpoint.config(), "comparisons")
+        with pytest.raises(ConfigError, match=rf"^comparisons\.endpoint: .* refused the request \(HTTP {status} "):
+            judge(["Is it?"])
+    assert len(endpoint.requests) == 1
+
+
 def test_a_silent_endpoint_interrupts_and_finished_rows_are_not_asked_again(stage):
     rows = [make_row(f"r{i}", completions=["x", "yy"]) for i in range(4)]
     with FakeEndpoint(prefers_longer) as endpoint:
