@@ -218,7 +218,7 @@ def test_two_labelers_at_once_and_a_lease_that_runs_out(ada, browser, store, add
     bob.press("a", "b", "c", "d")
     bob.submitted()
     ada.press("d", "c", "b", "a", "Enter")
-    expect(ada.page.locator("#alert")).to_contain_text("your time for this task had run out")
+    expect(ada.page.locator("#alert")).to_contain_text("your time for this task has run out")
     assert {row["labeler"] for row in store.labels()} == {bob.pseudonym}
     expect(bob.page.locator("h1")).to_have_text("That is all for you")
     assert any("409" in line for line in ada.said)
@@ -233,7 +233,7 @@ def test_a_server_that_went_away_is_told_and_nothing_is_lost_on_the_page(ada, st
     page = ada.open()
     ada.press("a", "b", "c", "d")
     ada.press("Enter")
-    expect(page.locator("#alert")).to_contain_text("Not known to be stored: the server does not answer")
+    expect(page.locator("#alert")).to_contain_text("It is unclear whether this was stored: the server does not answer")
     away = False
     ada.said.clear()
     ada.submitted()
@@ -421,7 +421,7 @@ def test_what_screen_readers_are_told(ada):
     assert ada.tray() == "C A D | B", "a button that has the focus does what it says"
     ada.press("z")
     snapshot = page.locator("body").aria_snapshot()
-    for line in ('list "Ranking, best first"', 'region "Outputs"', "Rating, 1 bad to 7 excellent", 'button "Submit'):
+    for line in ('list "Ranking, best first"', 'region "Outputs"', "Rating from 1 (bad) to 7 (excellent)", 'button "Submit'):
         assert line in snapshot
 
 
@@ -445,7 +445,7 @@ def test_the_quality_page(browser, store, address):
     assert row[:2] == ["12", "0"]
     assert row[2].startswith("100%"), "agrees with gold"
     assert row[3].startswith("100%"), "agrees with itself"
-    expect(page.locator(".chain")).to_contain_text(f"The chain of events is whole. Its head: {store.head()}")
+    expect(page.locator(".chain")).to_contain_text(f"The chain of events is intact. Its head: {store.head()}")
     with store.writing() as connection:
         connection.exec_driver_sql("DROP TRIGGER events_no_update")
         connection.exec_driver_sql("UPDATE events SET labeler = 'human-2' WHERE number = 2")

@@ -116,7 +116,7 @@ def test_the_run_waits_for_three_people_and_its_reward_model_names_them(case, br
     waited = project.snakemake("--retries", "2", "--", *targets, config=case.config)
     assert waited.returncode == 75, waited.stderr[-3000:]
     last = waited.stderr.strip().splitlines()[-2]
-    assert last.startswith(f"comparisons waits for people: 0 of {case.wanted} rankings are there; start their page with `tunetrail label serve --store {case.store}`")  # fmt: skip
+    assert last.startswith(f"comparisons waits for people: 0 of {case.wanted} rankings collected; start their page with `tunetrail label serve --store {case.store}`")  # fmt: skip
     assert waited.stderr.count("\nError in rule comparisons") == 1  # one attempt, whatever the profile's retries
     assert (project.folder / results / "retention/manifest.json").exists()  # the other branch went on
     assert not (project.folder / results / "comparisons/manifest.json").exists()

@@ -9,10 +9,11 @@ import pytest
 from tunetrail.contract.runner import main
 from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.preferences.summary import longer_wins, summarize
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.scorers.chrf import chrf
-from tunetrail.stages.comparisons import longer_wins, run, summarize
+from tunetrail.stages.comparisons import run
 
 REF = "Return the absolute value of the argument."
 COMPLETIONS = ["Open the window", "Return the absolute value of the number.", "Return a value."]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tunetrail.config.data import DataConfig, FileSource, Shares
 from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
-from tunetrail.data.readers import check_sources, parse_transcript, read_demonstrations, read_preferences
+from tunetrail.data.readers import check_sources, read_demonstrations, read_preferences
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl, write_json
 from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.preferences.formats import parse_transcript
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.stages import data as data_stage
 
@@ -137,8 +138,8 @@ BAD_PREFERENCES = [
     ([{"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: a\n\nAssistant: "}], "d.jsonl:1: the last turn of 'rejected' is empty; remove the row"),
     ([{"chosen": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: d"}], "d.jsonl:1: the last turn of 'chosen' and 'rejected' must be the assistant's"),
     ([{"prompt": "Q", "completions": ["a"], "ranks": [1]}], "d.jsonl:1: 'completions' must be a list of at least two texts"),
-    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
-    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
+    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
+    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
     ([{"prompt": "Q", "completions": ["a", 3], "ranks": [1, 2]}], "d.jsonl:1: 'completions' must be a text, got int"),
     ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "order": [0, 0]}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
     ([{"prompt": "Q", "a": "x", "b": "y", "labels": [3]}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), 1 (a is better) or 2 (b is better)"),

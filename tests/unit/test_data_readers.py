@@ -70,9 +70,9 @@ BAD_PREFERENCES = {
     "an order that is a number": ([RANKED | {"order": 5}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
     "a time that is a number": ([RANKED | {"time": 5}], "d.jsonl:1: 'time' must be a text such as 2026-01-01T12:00:00Z, got int"),
     "a labeler that is a list": ([RANKED | {"labeler": ["ann"]}], "d.jsonl:1: 'labeler' must be a name, got list"),
-    "no ranks": ([{"prompt": "Q", "completions": ["a", "b"]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
-    "half ranks": ([RANKED | {"ranks": [1, 1.5]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
-    "true for a rank": ([RANKED | {"ranks": [True, 2]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one a completion"),
+    "no ranks": ([{"prompt": "Q", "completions": ["a", "b"]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
+    "half ranks": ([RANKED | {"ranks": [1, 1.5]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
+    "true for a rank": ([RANKED | {"ranks": [True, 2]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
     "no prompt": ([{"completions": ["a", "b"], "ranks": [1, 2]}], "d.jsonl:1: 'prompt' must be a text, got NoneType"),
     "chosen of several turns": ([{"prompt": [user("q")], "chosen": [assistant("1"), user("2"), assistant("3")], "rejected": [assistant("x")]}], "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one"),
     "rejected of the user": ([{"prompt": [user("q")], "chosen": [assistant("x")], "rejected": [user("y")]}], "d.jsonl:1: 'rejected' must be one message of the assistant, or the prompt's messages and then that one"),
@@ -309,6 +309,25 @@ def test_checking_needs_no_heavy_library(tmp_path):
         "print(sorted({'torch', 'transformers', 'pandas', 'datasets', 'datasketch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+PACKAGES_OF_LATER_STEPS = ("altair", "datasets", "pandas", "scipy", "sqlalchemy", "torch", "transformers", "rich")
+MODULES_OF_LATER_STEPS = (
+    "tunetrail.contract",
+    "tunetrail.labeling",
+    "tunetrail.provenance.verify",
+    "tunetrail.reporting",
+)
+
+
+@pytest.mark.parametrize(
+    "module", ["data.readers", "preferences.formats", "preferences.pairs", "preferences.ranks", "preferences.summary"]
+)
+def test_readers_and_rankings_import_nothing_of_later_steps(module):
+    names = {*PACKAGES_OF_LATER_STEPS, *MODULES_OF_LATER_STEPS}
+    code = f"import sys, tunetrail.{module}; print(sorted({names!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

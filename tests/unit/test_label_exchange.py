@@ -1,4 +1,4 @@
-"""Labels to other tools and back."""
+"""Labels exported for other tools and imported again."""
 
 import json
 
@@ -39,7 +39,7 @@ def items(draw, all_tied: bool = True) -> list[exchange.Item]:
 
 def there_and_back(given: list[exchange.Item], form: str, folder) -> list[exchange.Item]:
     path = folder / form
-    path.write_text(exchange.written(exchange.EXPORT[form](given), form), encoding="utf-8")
+    path.write_text(exchange.written(exchange.EXPORT[form](given)), encoding="utf-8")
     return exchange.read(path, form)
 
 
@@ -62,12 +62,6 @@ def test_jsonl_loses_nothing(folder, given):
     assert there_and_back(given, "jsonl", folder) == given
 
 
-@pytest.mark.parametrize("form", ["label-studio", "argilla"])
-@given(given=items())
-def test_ranks_ties_and_labelers_come_back(folder, form, given):
-    assert ranks_by_text(there_and_back(given, form, folder)) == ranks_by_text(given)
-
-
 @given(given=items(all_tied=False))
 def test_trl_pairs_tell_all_ranks_unless_all_are_tied(folder, given):
     found = there_and_back(given, "trl", folder)
@@ -86,43 +80,9 @@ def test_what_a_tie_becomes():
     pairs = [(row["chosen"], row["rejected"]) for row in exchange.to_trl([tied])]
     assert pairs == [("b", "a"), ("c", "a")]
     assert exchange.to_trl([all_tied]) == []
-    (task,) = exchange.to_label_studio([tied])
-    assert task["annotations"][0]["result"][0]["value"] == {"ranker": {"1": ["1", "2"], "2": ["0"]}}
-    (record,) = exchange.to_argilla([tied])
-    assert record["responses"]["ranking"][0]["value"] == ["response-3", "response-2", "response-1"]  # c was shown first
-    assert record["responses"]["ranks"][0]["value"] == "2 1 1"
 
 
-def test_what_other_tools_write_is_read(tmp_path):
-    """As their documents show it: other keys beside ours, no labeler of ours, strict orders, ties as Argilla 1 has them."""
-    studio = [
-        {
-            "id": 7, "data": {"prompt": "p", "items": [{"id": "blog", "title": "a"}, {"id": "mdn", "title": "b"}]},
-            "annotations": [
-                {"completed_by": {"id": 3, "email": "ann@lab.example"}, "result": [{"from_name": "rank", "to_name": "items", "type": "ranker", "value": {"ranker": {"rank": ["mdn", "blog"]}}}]},
-                {"completed_by": 4, "was_cancelled": True, "result": []},
-                {"completed_by": 5, "result": [{"from_name": "rank", "to_name": "items", "type": "ranker", "value": {"ranker": {"_": [], "1": ["blog", "mdn"]}}}]},
-            ],
-        }
-    ]  # fmt: skip
-    (tmp_path / "ls").write_text(json.dumps(studio))
-    (found,) = exchange.read(tmp_path / "ls", "label-studio")
-    assert (found["id"], found["completions"]) == ("7", ["a", "b"])
-    assert found["rankings"] == [{"labeler": "ann@lab.example", "ranks": [2, 1]}, {"labeler": "5", "ranks": [1, 1]}]
-
-    fields = {"prompt": "p", "response-1": "a", "response-2": "b", "response-3": "c"}
-    values = [
-        ["response-3", "response-1", "response-2"],
-        [{"value": "response-1", "rank": 1}, {"value": "response-2", "rank": 2}, {"value": "response-3", "rank": 1}],
-    ]
-    record = {
-        "fields": fields,
-        "responses": {"ranking": [{"value": v, "user_id": f"u{n}"} for n, v in enumerate(values)]},
-    }
-    (tmp_path / "a").write_text(json.dumps([record]))
-    (found,) = exchange.read(tmp_path / "a", "argilla")
-    assert [(r["labeler"], r["ranks"]) for r in found["rankings"]] == [("u0", [2, 3, 1]), ("u1", [1, 2, 1])]
-
+def test_pairs_of_another_tool_are_rankings_of_two(tmp_path):
     (tmp_path / "trl").write_text('{"prompt": "p", "chosen": "y", "rejected": "x"}\n' * 2)
     assert ranks_by_text(exchange.read(tmp_path / "trl", "trl")) == {
         ("line-1", "p", "recorded"): {"y": 1, "x": 2},
@@ -132,16 +92,11 @@ def test_what_other_tools_write_is_read(tmp_path):
 
 PAIR = {"id": "t", "prompt": "p", "labeler": "l"}
 BAD = [
-    ("jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}\n{"prompt": "p"', "bad: is not JSON"),
-    ("jsonl", '\n{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}', "bad:2: needs a rank from 1 for each"),
+    ("jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}\n{"prompt": "p"', "bad:2: not valid JSON"),
+    ("jsonl", '\n{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}', "bad:2: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
     ("trl", '{"prompt": "p", "chosen": "a"}', "bad:1: 'rejected' must be a text"),
-    ("trl", "\n".join(json.dumps(PAIR | {"chosen": a, "rejected": b}) for a, b in ("ab", "bc", "ca")), "bad:1: the pairs of id 't' by l are those of no ranking"),
-    ("trl", "[]", "bad:1: 'list' object has no attribute"),
-    ("label-studio", "{}", "bad: is not a JSON list"),
-    ("label-studio", '[{"data": {"items": []}}]', "bad:1: 'completions' must be a list"),
-    ("label-studio", '[{}]', "bad:1: has no 'data'"),
-    ("label-studio", json.dumps([{"data": {"prompt": "p", "items": [{"id": "0", "body": "a"}, {"id": "1", "body": "b"}]}, "annotations": [{"result": [{"from_name": "rank", "value": {"ranker": {"1": ["0"], "_": ["1"]}}}]}]}]), "bad:1: bucket '_'"),
-    ("argilla", json.dumps([{"fields": {"prompt": "p", "response-1": "a", "response-2": "b"}, "responses": {"ranking": [{"value": ["response-1"], "user_id": "u"}]}}]), "bad:1: a response does not rank every completion once"),
+    ("trl", "\n".join(json.dumps(PAIR | {"chosen": a, "rejected": b}) for a, b in ("ab", "bc", "ca")), "bad:1: the pairs of id 't' by l do not form a ranking"),
+    ("trl", "[]", "bad:1: must be a JSON object, got list"),
 ]  # fmt: skip
 
 
@@ -188,25 +143,22 @@ def test_what_is_exported_can_be_trained_on(store, tmp_path):
     (row,) = read_preferences(FileSource(source="file", path=ranked))
     assert row["messages"] == [{"role": "user", "content": "Rank."}]
     assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [("human-1", [2, 1, 2])]
-    assert recorded.read_rankings(ranked, {})["Rank."][0].ranks == [2, 1, 2]
+    assert recorded.read_rankings(ranked, {})["Rank."][0].ranking["ranks"] == [2, 1, 2]
 
     assert main(["label", "export", "--store", store, "--format", "demonstrations", "--output", str(written)]) == 0
     (row,) = read_demonstrations(FileSource(source="file", path=written))
     assert (row["completion"], row["labeler"]) == ("Written by a person.", "human-1")
 
 
-def test_from_one_tool_through_ours_to_the_page(store, tmp_path, capsys):
-    path = tmp_path / "ls.json"
-    assert main(["label", "export", "--store", store, "--format", "label-studio", "--output", str(path)]) == 0
-    assert main(["label", "import", str(path), "--format", "label-studio"]) == 0
+def test_from_pairs_through_jsonl_to_the_page(store, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    assert main(["label", "export", "--store", store, "--format", "trl", "--output", str(path)]) == 0
+    assert main(["label", "import", str(path), "--format", "trl"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (row["labeler"], row["ranks"]) == ("human-1", [2, 1, 2])
-    assert (
-        main(["label", "import", str(path), "--format", "label-studio", "--tasks", "--output", str(tmp_path / "tasks")])
-        == 0
-    )
+    assert main(["label", "import", str(path), "--format", "trl", "--tasks", "--output", str(tmp_path / "tasks")]) == 0
     tasks = [json.loads(line) for line in (tmp_path / "tasks").read_text().splitlines()]
     Store(f"{tmp_path}/other.db").publish(tasks)
     assert tasks == [{"id": "r", "prompt": "Rank.", "completions": ["a", "b", "c"]}]
-    assert main(["label", "import", str(tmp_path / "tasks"), "--format", "argilla"]) == 2
-    assert "tasks: is not a JSON list" in capsys.readouterr().err
+    assert main(["label", "import", str(tmp_path / "tasks"), "--format", "trl"]) == 2
+    assert "tasks:1: 'chosen' must be a text" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from tunetrail.config.comparisons import HumanLabeler
 from tunetrail.contract.runner import main
 from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.labeling.app import access, queue
-from tunetrail.labeling.app.store import START, Settings, Store, read_tasks
+from tunetrail.labeling.app.store import START, Settings, Store
+from tunetrail.labeling.tasks import read_tasks
 from tunetrail.models.tiny import tiny_tokenizer
 from tunetrail.provenance.manifest import sha256_bytes
 from tunetrail.provenance.record import read_record
@@ -91,14 +92,14 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     assert (code, said.count("\n")) == (75, 1)
     path = tmp_path / "labels.db"
     assert said.startswith(
-        f"comparisons: waiting: for people: 0 of 10 rankings are there; start their page with `tunetrail label serve --store {path}`"
+        f"comparisons: waiting: for people: 0 of 10 rankings collected; start their page with `tunetrail label serve --store {path}`"
     )
     assert not folder.exists()
 
     store = Store(str(path))
     answer(store, "human-1")
     assert run("comparisons", overlap=2)[0] == 75
-    assert "5 of 10 rankings" in capfd.readouterr().err
+    assert "5 of 10 rankings collected" in capfd.readouterr().err
     answer(store, "human-2", 3)
     answer(store, "human-3")
     assert run("comparisons", overlap=2)[0] == 0

@@ -10,6 +10,8 @@ import pytest
 from scipy.stats import kendalltau, median_abs_deviation
 
 from tunetrail.labeling import quality
+from tunetrail.labeling.labels import by_task
+from tunetrail.reporting.label_quality import quality_page
 
 
 def task(name: str, *completions: str, gold: list[int] | None = None) -> dict:
@@ -82,7 +84,7 @@ def test_alpha_is_that_of_a_matrix_with_gaps():
     """Beside the package's other way in: a row a labeler, a column a pair, nan where they did not see it."""
     rows = many(np.random.default_rng(1))
     names, columns = sorted({row["labeler"] for row in rows}), []
-    for group in quality.by_task(rows).values():
+    for group in by_task(rows).values():
         for i, j in combinations(range(len(group[0]["ranks"])), 2):
             seen = {row["labeler"]: np.sign(row["ranks"][j] - row["ranks"][i]) for row in group}
             one_way = [seen.get(name, math.nan) for name in names]
@@ -162,7 +164,7 @@ def test_what_is_left_goes_by_the_pace_so_far():
 
 def test_the_page_has_its_figures_and_says_what_was_not_measured():
     progress = {"wanted": 4, "have": 2}
-    page = quality.quality_page(LABELS, TASKS, progress, datetime(2026, 1, 2, tzinfo=UTC))
+    page = quality_page(LABELS, TASKS, progress, datetime(2026, 1, 2, tzinfo=UTC))
     assert page["remaining"]["answers"] == 2
     assert page["figures"].keys() == {"agreement", "bias", "speed", "progress"}
     assert "InstructGPT" in page["figures"]["agreement"]
@@ -170,6 +172,6 @@ def test_the_page_has_its_figures_and_says_what_was_not_measured():
     for svg in page["figures"].values():
         assert svg.startswith("<svg")
         assert " style=" not in svg  # a strict content security policy would drop it
-    empty = quality.quality_page([], [])
+    empty = quality_page([], [])
     assert empty["agreement"] is empty["alpha"] is empty["remaining"] is None
     assert all("not measured" in svg for svg in empty["figures"].values())

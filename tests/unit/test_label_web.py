@@ -401,7 +401,7 @@ def test_a_fault_does_not_say_what_it_cannot_know(store, ada, monkeypatch):
         "/submit", json={"nonce": nonce, "answer": {"ranks": [1, 2, 3]}}, headers={"x-csrf-token": ada.csrf}
     )
     assert reply.status_code == 500
-    assert "Send it again: that stores nothing twice" in reply.json()["error"]
+    assert "Send it again: nothing is stored twice" in reply.json()["error"]
     assert reply.headers["cache-control"] == "no-store"
     assert "script-src 'self'" in reply.headers["content-security-policy"]
     monkeypatch.setattr(queue, "submit", stored)

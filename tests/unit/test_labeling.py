@@ -308,12 +308,14 @@ def test_recorded_columns_are_renamed(stage, tmp_path):
         (["{"], "preferences.jsonl:1: "),
         (["[1]"], "preferences.jsonl:1: must be a JSON object"),
         ([{"chosen": "a", "rejected": "b"}], "preferences.jsonl:1: 'prompt' must be a text"),
-        ([{"prompt": "Q", "chosen": "a"}], "preferences.jsonl:1: needs 'completions'"),
+        ([{"prompt": "Q", "completions": ["a", "b"], "rankings": [1]}], "preferences.jsonl:1: "),
+        ([{"prompt": "Q", "completions": ["a", "b"], "rankings": [{"ranks": [1, 2], "time": 5}]}], "preferences.jsonl:1: 'time' must be a text"),
+        ([{"prompt": "Q", "chosen": "a"}], "preferences.jsonl:1: must have one of the shapes"),
         ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}], "preferences.jsonl:1: 'ranks' must be 2 whole numbers"),
         ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}], "preferences.jsonl:1: 'ranks' must be"),
         ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1.5, 1]}], "preferences.jsonl:1: 'ranks' must be"),
         ([{"prompt": "Q", "completions": ["a", "b"]}], "preferences.jsonl:1: 'ranks' must be"),
-        ([{"prompt": "Q", "completions": ["a", "a "], "ranks": [1, 2]}], "preferences.jsonl:1: 'completions' holds the same text twice"),
+        ([{"prompt": "Q", "completions": ["a", "a "], "ranks": [1, 2]}], "preferences.jsonl:1: two of its responses are the same text"),
         ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "order": [0, 2]}], "preferences.jsonl:1: 'order' must name"),
     ],
 )  # fmt: skip
@@ -589,6 +591,27 @@ def test_busy_endpoints_are_asked_again(stage, status):
         labels = llm.rank([make_row(completions=["a", "bb"])], endpoint.config(), stage)
     assert labels.rankings[0][0]["ranks"] == [2, 1]
     assert len(endpoint.requests) == 4
+
+
+def test_pauses_grow_until_the_endpoint_is_given_up(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(llm, "BACKOFF_SECONDS", (1, 2, 4))
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    with FakeEndpoint(prefers_longer, statuses=[503] * 9) as endpoint:
+        judge = llm.endpoint_judge(endpoint.config(), "comparisons")
+        with pytest.raises(Interrupted, match=r"does not answer \(HTTP 503 "):
+            judge(["Is it?"])
+    assert pauses == [1, 2, 4]
+    assert len(endpoint.requests) == 4
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_a_refused_request_is_not_repeated(stage, status):
+    with FakeEndpoint(prefers_longer, statuses=[status] * 2) as endpoint:
+        judge = llm.endpoint_judge(endpoint.config(), "comparisons")
+        with pytest.raises(ConfigError, match=rf"^comparisons\.endpoint: .* refused the request \(HTTP {status} "):
+            judge(["Is it?"])
+    assert len(endpoint.requests) == 1
 
 
 def test_a_silent_endpoint_interrupts_and_finished_rows_are_not_asked_again(stage):

@@ -63,7 +63,8 @@ def serve(
 ) -> int:
     """Serve the page, to this machine only unless --host says otherwise."""
     from tunetrail.labeling.app.serve import serve as run
-    from tunetrail.labeling.app.store import RUN, read_tasks
+    from tunetrail.labeling.app.store import RUN
+    from tunetrail.labeling.tasks import read_tasks
 
     settings: dict[str, Any] = {
         "overlap": overlap, "per_labeler": per_labeler, "lease_minutes": lease_minutes, "skips": skips,
@@ -150,15 +151,11 @@ def verify(store: StoreName = STORE) -> int:
 class ImportFormat(StrEnum):
     jsonl = "jsonl"
     trl = "trl"
-    label_studio = "label-studio"
-    argilla = "argilla"
 
 
 class ExportFormat(StrEnum):
     jsonl = "jsonl"
     trl = "trl"
-    label_studio = "label-studio"
-    argilla = "argilla"
     demonstrations = "demonstrations"
 
 
@@ -172,9 +169,9 @@ def export_labels(
     labels = _open(store)
     tasks, answers = labels.tasks(), labels.labels()
     if format == ExportFormat.demonstrations:
-        return write(exchange.written(exchange.demonstrations(tasks, answers), "jsonl"), output)
+        return write(exchange.written(exchange.demonstrations(tasks, answers)), output)
     rows = exchange.EXPORT[format.value](exchange.items_of(tasks, answers))
-    return write(exchange.written(rows, format.value), output)
+    return write(exchange.written(rows), output)
 
 
 @app.command("import")
@@ -190,4 +187,4 @@ def import_labels(
     from tunetrail.labeling import exchange
 
     items = exchange.read(path, format.value)
-    return write(exchange.written(exchange.as_tasks(items) if tasks else exchange.to_jsonl(items), "jsonl"), output)
+    return write(exchange.written(exchange.as_tasks(items) if tasks else exchange.to_jsonl(items)), output)

@@ -1,65 +1,79 @@
-"""Labels to and from other tools: `tunetrail label export` and `tunetrail label import`.
+"""Labels as files for other tools, and back: `tunetrail label export` and `tunetrail label import`.
 
-Between formats labels are items, {"id", "prompt", "completions" [K], "rankings": [{"labeler", "ranks" [K], …}]}; ranks
-count from 1 (best) and equal ranks are a tie. What a tie becomes:
+    jsonl   one line per ranking: equal ranks are ties, and nothing is lost. `data.preferences` and the labeler
+            `recorded` read it
+    trl     one line per decided pair of a ranking: prompt, chosen, rejected; a tied pair has no line. The columns `id`
+            and `labeler` are added, and with them all ranks can be recovered, except for a ranking that ties
+            everything. A line without them is read as a ranking of two
 
-    jsonl         a line a ranking: equal ranks, and nothing is lost. `data.preferences` and the labeler `recorded` read it
-    trl           a line for each pair of a ranking that was decided: prompt, chosen, rejected. A tied pair gives none.
-                  With `id` and `labeler`, which are added, all ranks can be told from the others, but a ranking that
-                  ties everything is gone. A foreign line without them is a ranking of two
-    label-studio  one bucket of the Ranker, `LABEL_STUDIO` being the labeling interface; a Ranker without buckets, which
-                  knows no ties, is read too
-    argilla       the RankingQuestion has no ties in Argilla's SDK: those tied follow each other as the labeler saw them,
-                  and the text question `ranks` holds the true ranks and is believed before it. Records as Argilla's
-                  database has them, {"value", "rank"} with ties, are read too. Argilla wants one K a dataset
-
-Ratings, flags, comments and times go into jsonl only. Demonstrations are a format of their own, which is only written:
-prompt, completion and the author's pseudonym as `labeler`; `data.demonstrations` reads it.
+Only jsonl keeps ratings, flags, comments and times. Demonstrations have a format of their own, which is only written:
+prompt, completion and, as `labeler`, the author's pseudonym; `data.demonstrations` reads it.
 """
 
 import json
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
+from tunetrail.data.files import Rows, jsonl_rows
 from tunetrail.errors import DataError
-from tunetrail.labeling.quality import by_task, counted
+from tunetrail.labeling.labels import Label, RankedLabel, by_task, counted
+from tunetrail.labeling.tasks import Task
+from tunetrail.preferences.formats import checked_completions, checked_labeler, checked_ranks, checked_text
 from tunetrail.preferences.ranks import dense
 
 EXTRAS = ("ratings", "flags", "all_bad", "comment", "seconds")
-"""What a ranking has beside labeler, ranks, order and time, in jsonl."""
-LABEL_STUDIO = """<View>
-  <Text name="prompt" value="$prompt"/>
-  <List name="items" value="$items" title="Responses"/>
-  <Ranker name="rank" toName="items">
-    {buckets}
-  </Ranker>
-  <TextArea name="labeler" toName="prompt"/>
-</View>""".format(buckets="\n    ".join(f'<Bucket name="{n}" title="{n}"/>' for n in range(1, 10)))
-"""The labeling interface of Label Studio that its format is for."""
-Item = dict[str, Any]
+"""What jsonl keeps of a label in addition to labeler, ranks, order and time; see `Label`."""
 Row = dict[str, Any]
 
 
-def items_of(tasks: Iterable[dict], labels: Iterable[dict]) -> list[Item]:
+class LabeledRanking(TypedDict):
+    """One labeler's ranking of an item, with what was recorded about it."""
+
+    labeler: str
+    ranks: list[int]
+    """[K]: 1 is best, equal ranks are a tie."""
+    order: NotRequired[list[int]]
+    """[K], the order in which the completions were shown."""
+    time: NotRequired[str | None]
+    ratings: NotRequired[list[int | None] | None]
+    flags: NotRequired[list[list[str]]]
+    all_bad: NotRequired[bool]
+    comment: NotRequired[str]
+    seconds: NotRequired[float]
+
+
+class Item(TypedDict):
+    """A task with its rankings: what every format is written from and read into."""
+
+    id: str
+    prompt: str
+    completions: list[str]
+    rankings: list[LabeledRanking]
+
+
+def items_of(tasks: Iterable[Task], labels: Iterable[Label]) -> list[Item]:
     """The rankings that count, by task; a task without any is left out."""
     answers = by_task(counted(labels))
     return [
-        {"id": task["id"], "prompt": task["prompt"], "completions": task["completions"]}
-        | {"rankings": [_own(label) for label in answers[task["id"]]]}
+        {
+            "id": task["id"],
+            "prompt": task["prompt"],
+            "completions": task["completions"],
+            "rankings": [_ranking_of(label) for label in answers[task["id"]]],
+        }
         for task in tasks
         if task["id"] in answers
     ]
 
 
-def _own(label: dict) -> dict:
-    named = {"labeler": label["labeler"], "ranks": label["ranks"], "order": label["shown"], "time": label["at"]}
-    return named | {key: label[key] for key in EXTRAS}
+def _ranking_of(label: RankedLabel) -> LabeledRanking:
+    ranking = {"labeler": label["labeler"], "ranks": label["ranks"], "order": label["shown"], "time": label["at"]}
+    return cast(LabeledRanking, ranking | {key: label[key] for key in EXTRAS})  # type: ignore[literal-required]
 
 
-def demonstrations(tasks: Iterable[dict], labels: Iterable[dict]) -> list[Row]:
+def demonstrations(tasks: Iterable[Task], labels: Iterable[Label]) -> list[Row]:
     """The answers that labelers wrote, with their pseudonyms."""
     prompts = {task["id"]: task["prompt"] for task in tasks}
     return [
@@ -69,40 +83,33 @@ def demonstrations(tasks: Iterable[dict], labels: Iterable[dict]) -> list[Row]:
     ]
 
 
-def as_tasks(items: Iterable[Item]) -> list[dict]:
-    """The items as tasks to be ranked here."""
+def as_tasks(items: Iterable[Item]) -> list[Row]:
+    """The items as tasks to be ranked on the page."""
     return [{"id": item["id"], "prompt": item["prompt"], "completions": item["completions"]} for item in items]
 
 
-def _checked(ranks: Any, k: int) -> list[int]:
-    """Ranks as others count them, without gaps. Raises ValueError."""
-    if not isinstance(ranks, list) or len(ranks) != k or not all(type(rank) is int and rank > 0 for rank in ranks):
-        raise ValueError(f"needs a rank from 1 for each of its {k} completions")
-    return dense(ranks)
-
-
-def _text(row: Row, key: str) -> str:
-    if not isinstance(row.get(key), str) or not row[key]:
-        raise ValueError(f"'{key}' must be a text")
-    return row[key]
-
-
-def _texts(value: Any) -> list[str]:
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
-        raise ValueError("'completions' must be a list of at least two texts")
-    return value
-
-
 def _joined(items: Iterable[Item]) -> list[Item]:
-    """Items of the same id and texts as one, in the order in which they came first."""
-    found: dict[tuple, Item] = {}
+    """Items with the same id and texts as one, in order of their first appearance."""
+    first: dict[tuple, Item] = {}
     for item in items:
         key = item["id"], item["prompt"], *item["completions"]
-        if key in found:
-            found[key]["rankings"] += item["rankings"]
+        if key in first:
+            first[key]["rankings"] += item["rankings"]
         else:
-            found[key] = item
-    return list(found.values())
+            first[key] = item
+    return list(first.values())
+
+
+class _BadRow(Exception):
+    """What is wrong with which row; the reader adds the file."""
+
+
+def _each(rows: Iterable[tuple[int, Any]], parse: Callable[[Any, int], Any]) -> Iterator[Any]:
+    for number, row in rows:
+        try:
+            yield parse(row, number)
+        except (ValueError, TypeError) as e:
+            raise _BadRow(f"{number}: {e}") from None
 
 
 # ----------------------------------------------------------------------------- jsonl
@@ -110,29 +117,33 @@ def _joined(items: Iterable[Item]) -> list[Item]:
 
 def to_jsonl(items: Iterable[Item]) -> list[Row]:
     return [
-        {key: item[key] for key in ("id", "prompt", "completions")} | ranking
+        {"id": item["id"], "prompt": item["prompt"], "completions": item["completions"], **ranking}
         for item in items
         for ranking in item["rankings"]
     ]
 
 
 def _from_jsonl(row: Row, number: int) -> Item:
-    completions = _texts(row.get("completions"))
-    ranking = {"labeler": str(row.get("labeler") or "recorded"), "ranks": _checked(row.get("ranks"), len(completions))}
+    completions = checked_completions(row, allow_empty=True)
+    ranking = {"labeler": checked_labeler(row), "ranks": checked_ranks(row.get("ranks"), len(completions))}
     ranking |= {key: row[key] for key in ("order", "time", *EXTRAS) if key in row}
-    name = str(row.get("id", f"line-{number}"))
-    return {"id": name, "prompt": _text(row, "prompt"), "completions": completions, "rankings": [ranking]}
+    return {
+        "id": str(row.get("id", f"line-{number}")),
+        "prompt": checked_text(row, "prompt", allow_empty=True),
+        "completions": completions,
+        "rankings": [cast(LabeledRanking, ranking)],
+    }
 
 
-def from_jsonl(rows: Iterable[tuple[int, Row]]) -> list[Item]:
-    return _joined(_located(rows, _from_jsonl))
+def from_jsonl(rows: Rows) -> list[Item]:
+    return _joined(_each(rows, _from_jsonl))
 
 
 # ----------------------------------------------------------------------------- TRL
 
 
 def to_trl(items: Iterable[Item]) -> list[Row]:
-    found = []
+    rows = []
     for item in items:
         texts = item["completions"]
         for ranking in item["rankings"]:
@@ -140,221 +151,62 @@ def to_trl(items: Iterable[Item]) -> list[Row]:
             for i, j in combinations(range(len(texts)), 2):
                 if ranks[i] != ranks[j] and texts[i] != texts[j]:
                     better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
-                    found.append(
+                    rows.append(
                         {"prompt": item["prompt"], "chosen": texts[better], "rejected": texts[worse]}
                         | {"id": item["id"], "labeler": ranking["labeler"]}
                     )
-    return found
+    return rows
 
 
-def from_trl(rows: Iterable[tuple[int, Row]]) -> list[Item]:
-    """In a weak order a completion's rank follows from how many are above it. Raises DataError where there is none."""
-    rankings: dict[tuple, list[tuple[str, str]]] = {}
-    first: dict[tuple, int] = {}
+def from_trl(rows: Rows) -> list[Item]:
+    """Rankings recovered from their pairs: a completion's rank follows from how many are above it.
 
-    def read(row: Row, number: int) -> None:
-        prompt, chosen, rejected = (_text(row, key) for key in ("prompt", "chosen", "rejected"))
+    Raises _BadRow for pairs that no ranking gives.
+    """
+    pairs_of: dict[tuple, list[tuple[str, str]]] = {}
+    first_line: dict[tuple, int] = {}
+
+    def collect(row: Row, number: int) -> None:
+        prompt, chosen, rejected = (
+            checked_text(row, key, allow_empty=True) for key in ("prompt", "chosen", "rejected")
+        )
         name = row.get("id")
-        key = (f"line-{number}" if name is None else str(name), prompt, str(row.get("labeler") or "recorded"))
-        rankings.setdefault(key, []).append((chosen, rejected))
-        first.setdefault(key, number)
+        key = (f"line-{number}" if name is None else str(name), prompt, checked_labeler(row))
+        pairs_of.setdefault(key, []).append((chosen, rejected))
+        first_line.setdefault(key, number)
 
-    def item(key: tuple, number: int) -> Item:
-        pairs = set(rankings[key])
-        texts = list(dict.fromkeys(text for pair in rankings[key] for text in pair))
+    def as_item(key: tuple, number: int) -> Item:
+        name, prompt, labeler = key
+        pairs = set(pairs_of[key])
+        # Two labelers' pairs come in different orders, but belong to one item: hence a sorted list of texts.
+        texts = sorted({text for pair in pairs for text in pair})
         above = {text: sum(rejected == text for _, rejected in pairs) for text in texts}
-        ordered = {(a, b) for a in texts for b in texts if above[a] < above[b]}
-        if pairs != ordered:
-            raise ValueError(f"the pairs of id {key[0]!r} by {key[2]} are those of no ranking")
-        ranking = {"labeler": key[2], "ranks": dense([above[text] + 1 for text in texts])}
-        # Two labelers' pairs come in different orders, and shall be of one item.
-        places = sorted(range(len(texts)), key=lambda i: texts[i])
-        ranking["ranks"] = [ranking["ranks"][i] for i in places]  # type: ignore[index]
-        return {"id": key[0], "prompt": key[1], "completions": [texts[i] for i in places], "rankings": [ranking]}
+        if pairs != {(a, b) for a in texts for b in texts if above[a] < above[b]}:
+            raise ValueError(f"the pairs of id {name!r} by {labeler} do not form a ranking")
+        ranks = dense([above[text] + 1 for text in texts])
+        return {
+            "id": name, "prompt": prompt, "completions": texts, "rankings": [{"labeler": labeler, "ranks": ranks}]
+        }  # fmt: skip
 
-    list(_located(rows, read))
-    return _joined(_located(((number, key) for key, number in first.items()), item))
-
-
-# ----------------------------------------------------------------------------- Label Studio
-
-
-def to_label_studio(items: Iterable[Item]) -> list[Row]:
-    def annotation(ranking: dict) -> Row:
-        buckets: dict[str, list[str]] = {}
-        for i, rank in sorted(enumerate(ranking["ranks"]), key=lambda place: place[1]):
-            buckets.setdefault(str(rank), []).append(str(i))
-        ranked = {"from_name": "rank", "to_name": "items", "type": "ranker", "value": {"ranker": buckets}}
-        name = {
-            "from_name": "labeler",
-            "to_name": "prompt",
-            "type": "textarea",
-            "value": {"text": [ranking["labeler"]]},
-        }
-        return {"result": [ranked, name]}
-
-    return [
-        {
-            "data": {
-                "id": item["id"],
-                "prompt": item["prompt"],
-                "items": [{"id": str(i), "body": text} for i, text in enumerate(item["completions"])],
-            },
-            "annotations": [annotation(ranking) for ranking in item["rankings"]],
-        }
-        for item in items
-    ]
-
-
-def _buckets_to_ranks(value: dict[str, list[str]], names: list[str]) -> list[int]:
-    """Ranks of the items `names` from Ranker's value: buckets named 1 to 9, or the one list of a Ranker without."""
-    groups = {name: places for name, places in value.items() if name != "_" or places}  # "_": what was not moved
-    if len(groups) == 1 and not next(iter(groups)).isdigit():
-        groups = {str(n): [place] for n, place in enumerate(next(iter(groups.values())), 1)}
-    if odd := next((name for name in groups if not name.isdigit() or int(name) < 1), None):
-        raise ValueError(f"bucket {odd!r}: buckets must be named 1, 2, … best first, and hold every response")
-    rank_of = {place: int(name) for name, places in groups.items() for place in places}
-    if sorted(rank_of) != sorted(names):
-        raise ValueError("an annotation does not rank every response once")
-    return dense([rank_of[name] for name in names])
-
-
-def _from_label_studio(row: Row, number: int) -> Item:
-    data = row["data"]
-    names = [str(entry["id"]) for entry in data["items"]]
-    rankings = []
-    for annotation in row.get("annotations", []):
-        by_name = {result["from_name"]: result["value"] for result in annotation["result"]}
-        if annotation.get("was_cancelled") or "rank" not in by_name:
-            continue
-        who = annotation.get("completed_by")
-        who = who.get("email", who.get("id")) if isinstance(who, dict) else who
-        labeler = by_name["labeler"]["text"][0] if "labeler" in by_name else "recorded" if who is None else str(who)
-        rankings.append({"labeler": labeler, "ranks": _buckets_to_ranks(by_name["rank"]["ranker"], names)})
-    completions = _texts([entry.get("body", entry.get("title")) for entry in data["items"]])
-    name = str(data.get("id", row.get("id", f"task-{number}")))
-    return {"id": name, "prompt": _text(data, "prompt"), "completions": completions, "rankings": rankings}
-
-
-def from_label_studio(rows: Iterable[tuple[int, Row]]) -> list[Item]:
-    return list(_located(rows, _from_label_studio))
-
-
-# ----------------------------------------------------------------------------- Argilla
-
-
-def _user(labeler: str) -> str:
-    """Argilla knows its users by UUID; this one follows from the pseudonym."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:tunetrail:labeler:{labeler}"))
-
-
-def to_argilla(items: Iterable[Item]) -> list[Row]:
-    def strict(ranking: dict) -> list[str]:
-        order = ranking.get("order") or list(range(len(ranking["ranks"])))
-        return [f"response-{i + 1}" for i in sorted(order, key=lambda i: (ranking["ranks"][i], order.index(i)))]
-
-    return [
-        {
-            "id": item["id"],
-            "fields": {"prompt": item["prompt"]}
-            | {f"response-{i}": text for i, text in enumerate(item["completions"], 1)},
-            "metadata": {"labelers": " ".join(ranking["labeler"] for ranking in item["rankings"])},
-            "responses": {
-                "ranking": [{"value": strict(r), "user_id": _user(r["labeler"])} for r in item["rankings"]],
-                "ranks": [
-                    {"value": " ".join(map(str, r["ranks"])), "user_id": _user(r["labeler"])} for r in item["rankings"]
-                ],
-            },
-        }
-        for item in items
-    ]
-
-
-def _from_argilla(row: Row, number: int) -> Item:
-    fields, responses = row["fields"], row.get("responses") or {}
-    names = sorted((name for name in fields if name.startswith("response")), key=lambda name: (len(name), name))
-    known = {_user(name): name for name in str((row.get("metadata") or {}).get("labelers", "")).split()}
-    exact = {response["user_id"]: response["value"] for response in responses.get("ranks", [])}
-    rankings = []
-    for response in responses.get("ranking", []):
-        user, value = str(response["user_id"]), response["value"]
-        if user in exact:
-            ranks = [int(rank) for rank in str(exact[user]).split()]
-        else:
-            places = [
-                (v["value"], v.get("rank") or n) if isinstance(v, dict) else (v, n) for n, v in enumerate(value, 1)
-            ]
-            if sorted(name for name, _ in places) != sorted(names):
-                raise ValueError("a response does not rank every completion once")
-            ranks = [dict(places)[name] for name in names]
-        rankings.append({"labeler": known.get(user, user), "ranks": _checked(ranks, len(names))})
-    name = str(row.get("id") or f"record-{number}")
-    completions = _texts([fields[name] for name in names])
-    return {"id": name, "prompt": _text(fields, "prompt"), "completions": completions, "rankings": rankings}
-
-
-def from_argilla(rows: Iterable[tuple[int, Row]]) -> list[Item]:
-    return list(_located(rows, _from_argilla))
+    list(_each(rows, collect))
+    return _joined(_each(((number, key) for key, number in first_line.items()), as_item))
 
 
 # ----------------------------------------------------------------------------- files
 
 
-class _BadRow(Exception):
-    """What is wrong with which row; the reader adds the file."""
+EXPORT: dict[str, Callable[[Iterable[Item]], list[Row]]] = {"jsonl": to_jsonl, "trl": to_trl}
+IMPORT: dict[str, Callable[[Rows], list[Item]]] = {"jsonl": from_jsonl, "trl": from_trl}
 
 
-def _located(rows: Iterable[tuple[int, Any]], read: Callable[[Any, int], Any]) -> Iterator[Any]:
-    for number, row in rows:
-        try:
-            yield read(row, number)
-        except (ValueError, TypeError, LookupError, AttributeError) as e:
-            what = f"has no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
-            raise _BadRow(f"{number}: {what}") from None
-
-
-EXPORT: dict[str, Callable[[Iterable[Item]], list[Row]]] = {
-    "jsonl": to_jsonl,
-    "trl": to_trl,
-    "label-studio": to_label_studio,
-    "argilla": to_argilla,
-}
-IMPORT: dict[str, Callable[[Iterable[tuple[int, Row]]], list[Item]]] = {
-    "jsonl": from_jsonl,
-    "trl": from_trl,
-    "label-studio": from_label_studio,
-    "argilla": from_argilla,
-}
-LISTS = ("label-studio", "argilla")
-"""Formats that are one JSON list; the others have a row a line."""
-
-
-def written(rows: list[Row], form: str) -> str:
-    """The content of a file in this format."""
-    if form in LISTS:
-        return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+def written(rows: list[Row]) -> str:
+    """The content of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read(path: Path, form: str) -> list[Item]:
-    """The items of a file. Raises DataError naming the line, or for a list the element (from 1)."""
+    """The items of a file. Raises DataError naming the line."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if form in LISTS:
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError("must be a list")
-            numbered = list(enumerate(rows, 1))
-        else:
-            numbered = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    numbered.append((number, json.loads(line)))
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8; convert the file with iconv") from None
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: is not {'a JSON list' if form in LISTS else 'JSON, a row a line'} ({e})") from None
-    try:
-        return IMPORT[form](numbered)
+        return IMPORT[form](jsonl_rows(path))
     except _BadRow as e:
         raise DataError(f"{path}:{e}") from None

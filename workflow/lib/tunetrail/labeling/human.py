@@ -1,14 +1,15 @@
 """People who rank on a page of their own: `tunetrail label serve`.
 
-The tasks that the stage `tasks` wrote are published in the store, which does nothing where they are the ones that are
-on. Once every task has its quota of rankings the answers are exported, and the artifact holds beside its comparisons
+The tasks that the stage `tasks` wrote are published in the store; publishing the current tasks again does nothing. Once
+every task has its quota of rankings the answers are exported, and the artifact holds, next to its comparisons,
 
-    labels.jsonl   every current answer as `Store.labels` gives it, with those that do not count: gold tasks, training,
-                   repeats and skips
-    events.jsonl   the whole chain of events up to then, a line each; the sha256 of a line is named by the next one, and
-                   that of the last is the chain's head, which the record of everything learnt from the labels holds
+    labels.jsonl   every current answer (`Label`), including those that do not count: gold tasks, training, repeats and
+                   skips
+    events.jsonl   the whole chain of events up to then, one per line; each event holds the sha256 of the line before
+                   it, and the sha256 of the last line is the chain's head, which the record of everything learnt from
+                   the labels holds
 
-Until then Waiting is raised. Names of labelers are in neither; they are known by pseudonyms.
+Until then Waiting is raised. Neither file holds labelers' names; they are known by pseudonyms.
 """
 
 from dataclasses import asdict
@@ -17,9 +18,12 @@ from tunetrail.config.comparisons import HumanLabeler
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError, Waiting
 from tunetrail.files import write_jsonl
-from tunetrail.labeling.app.store import RUN, Settings, Store
-from tunetrail.labeling.labels import Labels
-from tunetrail.labeling.quality import by_task, counted, measure
+from tunetrail.labeling.app.events import Event
+from tunetrail.labeling.app.store import RUN, Progress, Settings, Store
+from tunetrail.labeling.labels import Label, Labels, RankedLabel, by_task, counted
+from tunetrail.labeling.quality import measure
+from tunetrail.labeling.tasks import Task
+from tunetrail.preferences.rows import Ranking, SampledRow
 from tunetrail.provenance.manifest import canonical
 
 
@@ -33,23 +37,23 @@ def settings_of(config: HumanLabeler, seed: int) -> Settings:
 
 
 def claim(store: Store, run: str) -> None:
-    """Raises ConfigError where the store holds the tasks of another run or of no run, whose labelers would lose theirs."""
+    """Raises ConfigError where the store holds tasks of another run, or of no run, which publishing would withdraw."""
     if (other := store.noted(RUN)) != run and store.tasks():
         whose = f"the run {other}" if other else "`tunetrail label serve --tasks`"
         raise ConfigError(f"comparisons.store: {store.database.shown} holds the tasks of {whose}; name another store")
     store.note(RUN, run)
 
 
-def snapshot(store: Store) -> tuple[str, list[dict], list[dict], dict]:
-    """(head, events, labels, progress), all of one moment though people go on."""
+def snapshot(store: Store) -> tuple[str, list[Event], list[Label], Progress]:
+    """(head, events, labels, progress), all of one moment while people go on ranking."""
     while True:
         head = store.head()
-        found = head, list(store.events()), store.labels(), store.progress()
+        current = head, list(store.events()), store.labels(), store.progress()
         if store.head() == head:
-            return found
+            return current
 
 
-def ranking_of(label: dict) -> dict:
+def ranking_of(label: RankedLabel) -> Ranking:
     """A label as the ranking of a comparison row."""
     return {
         "labeler": label["labeler"],
@@ -60,11 +64,16 @@ def ranking_of(label: dict) -> dict:
     }
 
 
-def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
-    """Raises Waiting before the quota is reached, ConfigError, and DataError for a store that was tampered with or
-    completions that are not those of the tasks."""
+def rank(rows: list[SampledRow], config: HumanLabeler, stage: Stage) -> Labels:
+    """Publishes the tasks, and exports the labels once they are complete.
+
+    Raises:
+        Waiting: the quota is not reached.
+        ConfigError: the store belongs to another run, or a setting is wrong.
+        DataError: the store was tampered with, or the completions are not those of the tasks.
+    """
     store = Store(config.store)
-    tasks = stage.rows("tasks", "tasks.jsonl")
+    tasks: list[Task] = stage.rows("tasks", "tasks.jsonl")  # type: ignore[assignment]
     settings = settings_of(config, stage.seed)
     shown = {task["id"]: task["completions"] for task in tasks}
     if other := next((row["id"] for row in rows if shown.get(row["id"]) != row["completions"]), None):
@@ -79,24 +88,24 @@ def rank(rows: list[dict], config: HumanLabeler, stage: Stage) -> Labels:
     if not progress["settled"]:
         stuck = f"; {progress['stuck']} tasks need more labelers: `tunetrail label add`" if progress["stuck"] else ""
         raise Waiting(
-            f"for people: {progress['have']} of {progress['wanted']} rankings are there; start their page with `tunetrail "
-            f"label serve --store {config.store}`, and run the same command again when they have finished{stuck}"
+            f"for people: {progress['have']} of {progress['wanted']} rankings collected; start their page with "
+            f"`tunetrail label serve --store {config.store}`, and run the same command again when they have "
+            f"finished{stuck}"
         )
-    write_jsonl(stage.work / "labels.jsonl", labels)
+    write_jsonl(stage.work / "labels.jsonl", labels)  # type: ignore[arg-type]
     (stage.work / "events.jsonl").write_bytes(b"".join(canonical(event) + b"\n" for event in events))
-    count = counted(labels)
-    answers, numbers = by_task(count), {label["event"] for label in count}
-    measured = measure(labels, tasks)
-    measured["outliers"] = len(measured["outliers"])
-    del measured["longer_wins"]  # the stage says it of every labeler, and counts texts of one length too
+    training_data = counted(labels)
+    answers, numbers = by_task(training_data), {label["event"] for label in training_data}
+    guidelines = {event["guidelines"] for event in events if event["number"] in numbers}
+    quality = measure(labels, tasks)
+    # The stage measures longer_wins for every labeler, and counts completions of equal length as well.
+    metrics = {name: value for name, value in quality.items() if name != "longer_wins"}
     return Labels(
         [[ranking_of(label) for label in answers.get(row["id"], [])] for row in rows],
-        metrics={"quality": measured, "skips": progress["skips"]},
+        metrics={"quality": metrics | {"outliers": len(quality["outliers"])}, "skips": progress["skips"]},
         source={
             "events": len(events),
             "chain_head": head,
-            "guideline": sorted(
-                {e["guidelines"] for e in events if e["number"] in numbers} - {Settings().guidelines_digest}
-            ),
+            "guideline": sorted(guidelines - {Settings().guidelines_digest}),
         },
     )

@@ -1,29 +1,30 @@
 """A language model as a judge of pairs.
 
-Every pair of a row is asked in both orders. Where the two verdicts name the same completion it wins,
-else the pair is a tie: a judge that likes what it reads first cancels out. A completion's score is its
-wins plus half its ties; ranks follow from the scores. A verdict that is neither `A`, `B` nor `tie` counts
-as a tie and is counted in the metrics (`unparsed`).
+Every pair of a row is judged in both orders. If the two verdicts name the same completion, it wins; otherwise the pair
+is a tie, so that a judge's preference for what it reads first cancels out. A completion's score is its wins plus half
+its ties, and ranks follow from the scores. A verdict that is neither `A`, `B` nor `tie` counts as a tie and is counted
+in the metrics (`unparsed`).
 
-The judge is asked once a pair; `labelers` labelers differ by their noise: a share `noise` of the pairs'
-verdicts is replaced by a coin flip, seeded by (seed, labeler, row id). The order recorded as shown is that
-of the completions, since both orders are.
+The judge is asked once about each pair and order; `labelers` labelers differ by their noise: a share `noise` of the
+pairs' outcomes is replaced by a coin flip, seeded by (seed, labeler, row id). Both orders are shown, so the order
+recorded is that of the completions.
 
-Finished rows are appended to the state folder, so a stage that is stopped asks nothing twice.
+Finished rows are appended to the state folder: a stage that is stopped and run again repeats no question about them.
 """
 
 import http.client
 import json
 import os
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+import tenacity
 
 from tunetrail.config.comparisons import LlmJudge, LlmLabeler
 from tunetrail.contract.progress import ProgressBar
@@ -33,10 +34,13 @@ from tunetrail.errors import ConfigError, Interrupted
 from tunetrail.files import canonical_json, read_finished_rows
 from tunetrail.labeling.labels import Labels
 from tunetrail.preferences.ranks import generator, ranks_from_scores
+from tunetrail.preferences.rows import Ranking, SampledRow
 from tunetrail.provenance.manifest import list_files, sha256_json
 
-Verdict = Literal["A", "B", "tie"] | None  # None: the answer could not be read
+Verdict = Literal["A", "B", "tie"] | None
+"""None: the answer could not be parsed."""
 Judge = Callable[[list[str]], list[Verdict]]
+"""Questions -> their verdicts."""
 
 QUESTION = """{guideline}
 
@@ -51,13 +55,32 @@ Response B:
 
 Answer with A, B or tie, and with nothing else."""
 PARALLEL = 8
-"""Questions an endpoint is asked at once."""
+"""Questions that an endpoint is asked at the same time."""
 BACKOFF_SECONDS = (1, 2, 4, 8, 16)
+"""Pauses before a request is sent again."""
 TIMEOUT_SECONDS = 60
 
 
+class Answer(TypedDict):
+    """All verdicts on one row: a line of `verdicts.jsonl` in the state folder."""
+
+    id: str
+    """Of the row."""
+    verdicts: list[tuple[int, int, Verdict, Verdict]]
+    """(i, j, verdict with i first, verdict with j first) for every pair of completions i < j."""
+    time: str
+
+
+class _Unavailable(Exception):
+    """The endpoint did not answer, or asked to be called later."""
+
+
+class _Refused(Exception):
+    """The endpoint rejected the request itself."""
+
+
 def parse_verdict(answer: str) -> Verdict:
-    """Strictly `A`, `B` or `tie` (in any case), with nothing but space around it; else None."""
+    """Strictly `A`, `B` or `tie` (in any case), surrounded by nothing but space; else None."""
     answer = answer.strip()
     if answer in ("A", "B"):
         return answer  # type: ignore[return-value]
@@ -81,53 +104,58 @@ def scores_from_outcomes(outcomes: dict[tuple[int, int], int], k: int) -> list[f
 # ----------------------------------------------------------------------------- judges
 
 
+def _send(request: urllib.request.Request) -> bytes:
+    """The reply to a request. Raises _Unavailable where it makes sense to try again, else _Refused."""
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
+            return reply.read()
+    except urllib.error.HTTPError as e:
+        e.close()
+        trouble = f"HTTP {e.code} {e.reason}"
+        if e.code != 429 and e.code < 500:
+            raise _Refused(trouble) from None
+        raise _Unavailable(trouble) from None
+    except (OSError, http.client.HTTPException) as e:  # no connection, a timeout, a reply cut short
+        raise _Unavailable(str(getattr(e, "reason", e))) from None
+
+
 def endpoint_judge(config: LlmJudge, key: str) -> Judge:
     """A judge behind an OpenAI-compatible `/chat/completions`, asked at temperature 0.
 
-    The key is read from the environment variable `api_key_env`; without one no key is sent, as servers
-    on one's own machine want it. HTTP 429 and 5xx and lost connections are tried again with growing
-    pauses, then raise Interrupted; any other HTTP error raises ConfigError.
+    The key is read from the environment variable `api_key_env`; without one no key is sent, which is what servers on
+    your own machine expect. HTTP 429 and 5xx and lost connections are retried with growing pauses and then raise
+    Interrupted; any other HTTP error raises ConfigError.
 
     Args:
         key: of the judge in the config, for messages.
     """
     url = f"{str(config.endpoint).rstrip('/')}/chat/completions"
     secret = os.environ.get(config.api_key_env)
-
-    def post(question: str) -> bytes:
-        body = {
-            "model": config.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": 16,
-        }
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if secret:
-            request.add_unredirected_header(
-                "Authorization", f"Bearer {secret}"
-            )  # a redirect must not carry it elsewhere
-        for pause in (*BACKOFF_SECONDS, None):
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
-                    return reply.read()
-            except urllib.error.HTTPError as e:
-                e.close()
-                trouble = f"HTTP {e.code} {e.reason}"
-                if e.code != 429 and e.code < 500:
-                    raise ConfigError(
-                        f"{key}.endpoint: {url} refused the request ({trouble}); check endpoint, model "
-                        f"and the key in ${config.api_key_env} ({'set' if secret else 'not set'})"
-                    ) from None
-            except (OSError, http.client.HTTPException) as e:  # no connection, a timeout, a reply cut short
-                trouble = str(getattr(e, "reason", e))
-            if pause is not None:
-                time.sleep(pause)
-        raise Interrupted(f"{url} does not answer ({trouble}); finished rows are saved, run the same command again")
+    send = tenacity.retry(
+        retry=tenacity.retry_if_exception_type(_Unavailable),
+        wait=tenacity.wait_chain(*map(tenacity.wait_fixed, BACKOFF_SECONDS)),
+        stop=tenacity.stop_after_attempt(1 + len(BACKOFF_SECONDS)),
+        reraise=True,
+    )(_send)
 
     def ask(question: str) -> Verdict:
-        reply = post(question)
+        messages = [{"role": "user", "content": question}]
+        body = {"model": config.model, "messages": messages, "temperature": 0, "max_tokens": 16}
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if secret:
+            # Unredirected: a redirect must not carry the key elsewhere.
+            request.add_unredirected_header("Authorization", f"Bearer {secret}")
         try:
-            answer = json.loads(reply)["choices"][0]["message"]["content"]
+            answer = json.loads(send(request))["choices"][0]["message"]["content"]
+        except _Unavailable as e:
+            raise Interrupted(
+                f"{url} does not answer ({e}); finished rows are saved, run the same command again"
+            ) from None
+        except _Refused as e:
+            raise ConfigError(
+                f"{key}.endpoint: {url} refused the request ({e}); check endpoint, model "
+                f"and the key in ${config.api_key_env} ({'set' if secret else 'not set'})"
+            ) from None
         except (ValueError, LookupError, TypeError):
             raise ConfigError(
                 f"{key}.endpoint: {url} answered without choices[0].message.content; is it OpenAI-compatible?"
@@ -142,7 +170,7 @@ def endpoint_judge(config: LlmJudge, key: str) -> Judge:
 
 
 def local_judge(path: Path, precision: str, key: str) -> Judge:
-    """A causal language model in a folder: the verdict is the likelier next token of `A` and `B`. Raises ConfigError."""
+    """A causal language model in a folder: its verdict is the likelier next token, `A` or `B`. Raises ConfigError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,8 +209,8 @@ def local_judge(path: Path, precision: str, key: str) -> Judge:
 # ----------------------------------------------------------------------------- asking
 
 
-def ask_row(row: dict, guideline: str, judge: Judge) -> dict:
-    """Asks all pairs of a row in both orders: {"id", "verdicts": [[i, j, forward, backward]], "time"}."""
+def ask_row(row: Mapping[str, Any], guideline: str, judge: Judge) -> Answer:
+    """Asks about all pairs of a row in both orders."""
     prompt, texts = shown_prompt(row["messages"]), row["completions"]
     pairs = list(combinations(range(len(texts)), 2))
     questions = [
@@ -191,20 +219,22 @@ def ask_row(row: dict, guideline: str, judge: Judge) -> dict:
         for first, second in ((i, j), (j, i))
     ]
     answers = iter(judge(questions))
-    verdicts = [[i, j, next(answers), next(answers)] for i, j in pairs]
+    verdicts = [(i, j, next(answers), next(answers)) for i, j in pairs]
     return {"id": row["id"], "verdicts": verdicts, "time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def ask_rows(rows: list[dict], ask: Callable[[dict], dict], stage: Stage) -> dict[str, dict]:
-    """The answers of all rows by id, those of an earlier attempt from the state folder. Raises Interrupted."""
+def ask_rows(
+    rows: Sequence[Mapping[str, Any]], ask: Callable[[Mapping[str, Any]], Answer], stage: Stage
+) -> dict[str, Answer]:
+    """The answers by row id; those of an earlier attempt come from the state folder. Raises Interrupted."""
     path = stage.state / "verdicts.jsonl"
-    answers = {answer["id"]: answer for answer in read_finished_rows(path)}
-    todo = [row for row in rows if row["id"] not in answers]
+    answers: dict[str, Any] = {answer["id"]: answer for answer in read_finished_rows(path)}
+    unanswered = [row for row in rows if row["id"] not in answers]
     with (
         ProgressBar(stage.name, len(rows), "prompts", done=len(answers)) as bar,
         path.open("a", encoding="utf-8") as f,
     ):
-        for row in todo:
+        for row in unanswered:
             stage.stop.leave_if_requested(f"after {len(answers)} of {len(rows)} prompts")
             answers[row["id"]] = ask(row)
             f.write(canonical_json(answers[row["id"]]) + "\n")
@@ -213,13 +243,18 @@ def ask_rows(rows: list[dict], ask: Callable[[dict], dict], stage: Stage) -> dic
     return answers
 
 
-def judge_rows(rows: list[dict], config: LlmJudge, stage: Stage, key: str) -> tuple[dict[str, dict], dict[str, Any]]:
-    """(answers by row id, who judged). Raises Interrupted where the endpoint stays silent or time is over, ConfigError
-    for an unfit judge.
+def judge_rows(
+    rows: Sequence[Mapping[str, Any]], config: LlmJudge, stage: Stage, key: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(each row's `Answer` by its id, who judged).
 
     Args:
         rows: with "id", "messages", "completions".
         key: of the judge in the config, for messages.
+
+    Raises:
+        Interrupted: the endpoint does not answer, or the stage was asked to stop.
+        ConfigError: the judge cannot be used.
     """
     if config.path:
         judge = local_judge(config.path, stage.shared.get("precision", "auto"), key)
@@ -231,9 +266,9 @@ def judge_rows(rows: list[dict], config: LlmJudge, stage: Stage, key: str) -> tu
     return answers, source | {"guideline": sha256_json(config.guideline)}
 
 
-def rankings_of(answer: dict, k: int, config: LlmLabeler, seed: int) -> list[dict]:
+def rankings_of(answer: Answer, k: int, config: LlmLabeler, seed: int) -> list[Ranking]:
     """The rankings of one row by all labelers, from its verdicts."""
-    rankings = []
+    rankings: list[Ranking] = []
     for n in range(config.labelers):
         name = f"llm-{n}"
         random = generator(seed, name, answer["id"])
@@ -254,8 +289,8 @@ def rankings_of(answer: dict, k: int, config: LlmLabeler, seed: int) -> list[dic
     return rankings
 
 
-def rank(rows: list[dict], config: LlmLabeler, stage: Stage) -> Labels:
-    """Raises Interrupted where the endpoint stays silent or time is over, ConfigError for an unfit judge."""
+def rank(rows: list[SampledRow], config: LlmLabeler, stage: Stage) -> Labels:
+    """Raises what `judge_rows` raises."""
     answers, source = judge_rows(rows, config, stage, "comparisons")
     verdicts = [
         v for row in rows for *_, forward, backward in answers[row["id"]]["verdicts"] for v in (forward, backward)

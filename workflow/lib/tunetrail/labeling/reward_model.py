@@ -1,9 +1,8 @@
 """Simulated labelers that rank by the score of any sequence-classification model.
 
-The model is read as it was published: by its own `forward`, in float32 (bf16 would tie scores that
-differ in the fourth digit), with the tokenizer from its own folder and, where its config says so, its
-own padding token. One label: the score is its logit, less `reward_bias` of the model's config if it has
-one. Two labels: the second logit less the first.
+The model is used as it was published: by its own `forward`, in float32 (bf16 would tie scores that differ in the fourth
+digit), with the tokenizer from its own folder and the padding token of its config. With one label the score is its
+logit, minus `reward_bias` of the model's config if it has one; with two labels, the second logit minus the first.
 """
 
 import math
@@ -16,13 +15,14 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.labeling.labels import Labels
 from tunetrail.preferences.ranks import simulated_rankings
+from tunetrail.preferences.rows import SampledRow
 from tunetrail.provenance.manifest import list_files, sha256_json
 
 BATCH_TOKENS = 8192
 
 
 def load(source: str | Path, revision: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer). Raises ConfigError where that is no sequence classifier of one or two labels."""
+    """(model, tokenizer). Raises ConfigError unless it is a sequence classifier with one or two labels."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -40,7 +40,7 @@ def load(source: str | Path, revision: str | None) -> tuple[Any, Any]:
             f"comparisons: {source}: cannot be loaded as a sequence-classification model: {reason}"
         ) from None
     if missing := sorted(info["missing_keys"]):
-        # transformers fills what a checkpoint lacks with random weights: a language model would "score" too
+        # transformers fills in missing weights at random, so a language model would "score" as well.
         raise ConfigError(
             f"comparisons: {source}: holds no trained {missing[0]}; give a reward model, not a language model"
         )
@@ -52,7 +52,7 @@ def load(source: str | Path, revision: str | None) -> tuple[Any, Any]:
 def encode(tokenizer: Any, prompt: str, completion: str, finished: bool) -> list[int]:
     """Token ids of rendered prompt, completion and, if finished, EOS.
 
-    The tokenizer adds the special tokens it is used to, unless the prompt was rendered with BOS already.
+    The tokenizer adds its special tokens, unless the rendered prompt begins with BOS already.
     """
     text = prompt + completion + ((tokenizer.eos_token or "") if finished else "")
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -69,7 +69,7 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
     bias = getattr(model.config, "reward_bias", 0.0)
     scores = [0.0] * len(sequences)
     with torch.inference_mode(), ProgressBar("comparisons", len(sequences), "completions") as bar:
-        # With nothing to pad with, one by one: no batch of two fits into no tokens.
+        # Without a padding token, one by one: no batch of two fits into no tokens.
         for rows in token_batches(sequences, [[]] * len(sequences), 0 if pad_id is None else BATCH_TOKENS):
             width = max(len(sequences[i]) for i in rows)
             padding = [width - len(sequences[i]) for i in rows]
@@ -83,8 +83,8 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
     return scores
 
 
-def rank(rows: list[dict], config: RewardModelLabeler, stage: Stage) -> Labels:
-    """Raises ConfigError for an unfit model, DataError for a completion that is too long for it or has no finite score."""
+def rank(rows: list[SampledRow], config: RewardModelLabeler, stage: Stage) -> Labels:
+    """Raises ConfigError for a model that cannot score, DataError for a completion too long for it or scored NaN."""
     from tunetrail.models.runtime import device
 
     source = config.path or str(config.repo)

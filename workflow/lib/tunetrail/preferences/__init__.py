@@ -1,1 +1,1 @@
-"""Rankings and pairs as data: ranks, agreement, soft targets, and the formats in which rankings are written."""
+"""Rankings as data: their types, ranks and agreement, the pairs to learn from, and the formats people write them in."""

@@ -1,12 +1,15 @@
-"""From rankings to what is learnt: soft targets for the K-wise reward model, pairs for DPO."""
+"""What is learnt from rankings: soft targets for the K-wise reward model, pairs for DPO."""
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
+from tunetrail.preferences.rows import Ranking
 
-def preference_targets(rankings: list[dict]) -> np.ndarray:
-    """[K, K] float64: share of labelers that put i above j, a tie counting one half to each.
+
+def preference_targets(rankings: Sequence[Ranking]) -> np.ndarray:
+    """[K, K] float64: share of labelers that put i above j; a tie counts one half for each.
 
     The diagonal is 0.5. Ranks: 1 is best, equal is a tie.
     """
@@ -16,7 +19,7 @@ def preference_targets(rankings: list[dict]) -> np.ndarray:
 
 
 def decided_pairs(targets: np.ndarray) -> list[tuple[int, int]]:
-    """(winner, loser) of every pair that the majority of labelers decides, widest majority first.
+    """(winner, loser) of every pair that a majority of labelers decides, widest majority first.
 
     Args:
         targets: [K, K] from `preference_targets`.
@@ -29,8 +32,8 @@ def decided_pairs(targets: np.ndarray) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda p: (-targets[p], p))
 
 
-def widest_pairs(rankings: list[dict], limit: int | None) -> list[tuple[int, int]]:
-    """(chosen, rejected) pairs of one prompt, those furthest apart in mean rank first, at most `limit`."""
+def widest_pairs(rankings: Sequence[Ranking], limit: int | None) -> list[tuple[int, int]]:
+    """At most `limit` (chosen, rejected) pairs of one prompt, those furthest apart in mean rank first."""
     targets = preference_targets(rankings)
     mean_ranks = np.array([ranking["ranks"] for ranking in rankings]).mean(0)
     pairs = sorted(decided_pairs(targets), key=lambda p: (-(mean_ranks[p[1]] - mean_ranks[p[0]]), p))

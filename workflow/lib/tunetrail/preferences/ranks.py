@@ -1,19 +1,20 @@
-"""Ranks as small pure functions. 1 is best, ranks are dense (1, 2, 2, 3), equal ranks are ties."""
+"""Ranks and agreement as small pure functions: 1 is best, equal ranks are ties, no rank is left out (1, 2, 2, 3)."""
 
 from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
+from tunetrail.preferences.rows import Ranking
 from tunetrail.seeds import derive_seed
 
 
 def ranks_from_scores(scores: Sequence[float], tie: float = 0.0) -> list[int]:
     """Dense ranks of scores, the highest score first.
 
-    Scores are gone through from high to low; a new rank begins where the gap to the *first* member of
-    the current group exceeds `tie`. So all members of a tie lie within `tie` of each other, and a
-    chain of small gaps cannot tie the best with the worst.
+    From the highest score down, a new rank begins where the gap to the *first* member of the current group exceeds
+    `tie`. So all members of a tie lie within `tie` of each other, and a chain of small gaps cannot tie the best with
+    the worst.
 
     >>> ranks_from_scores([10, 40, 38, 36], tie=3)
     [3, 1, 1, 2]
@@ -28,7 +29,7 @@ def ranks_from_scores(scores: Sequence[float], tie: float = 0.0) -> list[int]:
 
 
 def dense(ranks: Sequence[float]) -> list[int]:
-    """The same order and ties in ranks without gaps.
+    """The same order and ties, in ranks without gaps.
 
     >>> dense([5, 2, 2])
     [2, 1, 1]
@@ -41,7 +42,7 @@ def gapless(ranks: Sequence[int]) -> bool:
     return set(ranks) == set(range(1, len(set(ranks)) + 1))
 
 
-def pair_outcomes(ranks: Sequence[int]) -> np.ndarray:
+def pair_outcomes(ranks: Sequence[float]) -> np.ndarray:
     """Outcomes of all pairs i < j, [K(K-1)/2]: 1 where i is better, -1 where j is, 0 for a tie."""
     r = np.asarray(ranks)
     i, j = np.triu_indices(len(r), k=1)
@@ -49,45 +50,47 @@ def pair_outcomes(ranks: Sequence[int]) -> np.ndarray:
 
 
 def agreements(ours: Sequence[int], theirs: Sequence[int], decided: bool = False) -> np.ndarray:
-    """Whether two rankings agree on each pair of completions: 1 for the same outcome (two ties too), 0 for the opposite,
-    one half where only one of them saw a tie.
+    """Whether two rankings agree on each pair of completions.
 
     Args:
         ours, theirs: ranks [K].
         decided: leave out the pairs that either of them tied.
+
+    Returns:
+        1 for the same outcome (two ties as well), 0 for opposite ones, one half where only one of them is a tie.
     """
     a, b = pair_outcomes(ours), pair_outcomes(theirs)
-    found = 1 - np.abs(a - b) / 2
-    return found[(a != 0) & (b != 0)] if decided else found
+    same = 1 - np.abs(a - b) / 2
+    return same[(a != 0) & (b != 0)] if decided else same
 
 
 def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | None:
     """How often two labelers agree on a pair of completions.
 
     Args:
-        rankings: for each row the ranks that its labelers gave, [rows][labelers][K].
+        rankings: the ranks that each labeler gave to each row, [rows][labelers][K].
 
     Returns:
-        The mean of `agreements` over all pairs of completions and of labelers. None where no row has two labelers.
+        The mean of `agreements` over all pairs of completions and of labelers; None where no row has two labelers.
     """
-    found = [agreements(a, b) for labelers in rankings for a, b in combinations(labelers, 2)]
-    return float(np.concatenate(found).mean()) if found else None
+    agreed = [agreements(a, b) for labelers in rankings for a, b in combinations(labelers, 2)]
+    return float(np.concatenate(agreed).mean()) if agreed else None
 
 
 def generator(*key: object) -> np.random.Generator:
-    """Random numbers that depend on the key alone: not on the order of rows, nor on sharding."""
+    """Random numbers that depend on the key alone, not on the order of rows or on sharding."""
     return np.random.default_rng(derive_seed(*key))
 
 
 def simulated_rankings(
     scores: Sequence[float], row_id: str, kind: str, *, labelers: int, noise: float, tie: float, seed: int
-) -> list[dict]:
-    """Rankings of one row by labelers that see the true scores [K] through noise of their own.
+) -> list[Ranking]:
+    """Rankings of one row by labelers that see the true scores [K], each with noise of its own.
 
-    Each labeler adds Gaussian noise of standard deviation `noise` to each score, so it errs less the
-    wider the gap. Its random numbers depend on (seed, its name, row_id) only.
+    Each labeler adds Gaussian noise of standard deviation `noise` to each score, so it errs less
+    often the wider the gap. Its random numbers depend on (seed, its name, row_id) only.
     """
-    rankings = []
+    rankings: list[Ranking] = []
     for n in range(labelers):
         name = f"{kind}-{n}"
         random = generator(seed, name, row_id)

@@ -1,4 +1,4 @@
-"""chrF, the score of a completion against the author's own text (Popović 2015), by sacrebleu."""
+"""chrF (Popović 2015): the overlap of a completion with the author's own text, as sacrebleu computes it."""
 
 from functools import cache
 

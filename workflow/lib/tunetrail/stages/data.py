@@ -36,7 +36,7 @@ def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
     """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
     invalid: list[str] | None = [] if config.invalid == "drop" else None
     rows, cards = [], []
-    readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, dict]]]]] = [
+    readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, Any]]]]] = [
         ("demonstrations", config.demonstrations, demonstrations),
         ("preferences", config.preferences, preferences),
     ]

@@ -1,9 +1,11 @@
-"""The page on which people rank outputs and write answers: `tunetrail label serve`.
+"""The label server: pages on which people rank outputs and write answers (`tunetrail label serve`).
 
-database.py  tables, what the database itself refuses, SQLite and PostgreSQL
+database.py  tables, changes that the database itself refuses, SQLite and PostgreSQL
+events.py    the type of an event
 store.py     the audit trail: tasks, and events chained by their digests
-queue.py     who gets which task, drafts, answers, undo
-answers.py   what an answer may be
-access.py    labelers, tokens, sessions, rates
-web.py       the pages; templates/ and static/
+queue.py     who gets which task; drafts, answers, undo
+answers.py   which answers are valid
+access.py    labelers, tokens, sessions, rate limits
+web.py       the pages, from templates/ and static/
+serve.py     the server process
 """

@@ -1,4 +1,4 @@
-"""What a page may send. Anything else is refused before it reaches the store."""
+"""Which answers are valid. Anything else is refused before it reaches the store."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,19 +7,19 @@ from tunetrail.preferences.ranks import gapless
 
 FLAGS = {
     "instruction": "misses the instruction",
-    "invented": "states what is not so",
+    "invented": "states something false",
     "harmful": "gives harmful advice",
     "abuse": "encourages abuse or self-harm",
     "violent": "violent",
     "sexual": "sexual",
     "denigrating": "denigrates a group of people",
     "moralising": "moralises",
-    "unsuitable": "unsuitable for an assistant",
+    "unsuitable": "inappropriate for an assistant",
 }
-"""What may be wrong with an output: key -> as the page says it."""
+"""What may be wrong with an output: key -> the page's wording."""
 REASONS = {
     "unclear": "I do not understand the prompt",
-    "expertise": "It needs knowledge that I lack",
+    "expertise": "It needs knowledge that I do not have",
     "broken": "The prompt or an output is broken",
     "distressing": "I would rather not read this",
     "other": "Another reason",
@@ -27,11 +27,11 @@ REASONS = {
 """Why a task may be skipped."""
 RATINGS = range(1, 8)
 COMMENT, TEXT = 4_000, 40_000
-"""The most characters of a comment and of an answer."""
+"""The most characters in a comment and in an answer."""
 
 
 class Refused(Exception):
-    """What was sent cannot be stored. `status` is HTTP's."""
+    """A request that is not carried out, with its HTTP status."""
 
     def __init__(self, message: str, status: int = 422):
         super().__init__(message)
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as the page sends it, by the places at which outputs were shown."""
+    """An answer as the page sends it: lists are in the order in which the outputs were shown."""
 
     ranks: list[int] | None
     ratings: list[int | None] | None
@@ -62,8 +62,8 @@ def _text(value: Any, most: int, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Refused(f"{name} holds half a character") from None
-    _need("\0" not in value, f"{name} holds a zero character")  # PostgreSQL cannot keep one
+        raise Refused(f"{name} contains half of a surrogate pair") from None
+    _need("\0" not in value, f"{name} contains a null character")  # PostgreSQL cannot store one
     return value.replace("\r\n", "\n")
 
 
@@ -73,14 +73,14 @@ def _seconds(value: Any) -> float:
 
 
 def as_answer(sent: dict, kind: str, k: int) -> Answer:
-    """Reads what was sent for a task of this kind with k outputs. Raises Refused."""
+    """Checks an answer to a task of this kind with k outputs. Raises Refused."""
     allowed = {"seconds", "comment"} | ({"ranks", "ratings", "flags", "all_bad"} if kind == "ranking" else {"text"})
     _need(set(sent) <= allowed, f"unknown key {min(set(sent) - allowed, default='')!r}")
-    spent, comment = _seconds(sent.get("seconds", 0)), _text(sent.get("comment", ""), COMMENT, "the comment")
+    seconds, comment = _seconds(sent.get("seconds", 0)), _text(sent.get("comment", ""), COMMENT, "the comment")
     if kind == "demonstration":
         text = _text(sent.get("text"), TEXT, "the answer")
         _need(text.strip() != "", "the answer is empty")
-        return Answer(None, None, [], False, comment, text.strip(), spent)
+        return Answer(None, None, [], False, comment, text.strip(), seconds)
     ranks: Any = sent.get("ranks")
     ratings, flags, all_bad = sent.get("ratings"), sent.get("flags", [[]] * k), sent.get("all_bad", False)
     good = isinstance(ranks, list) and len(ranks) == k and all(type(r) is int for r in ranks)
@@ -93,11 +93,11 @@ def as_answer(sent: dict, kind: str, k: int) -> Answer:
     good = isinstance(flags, list) and len(flags) == k and all(isinstance(marks, list) for marks in flags)
     _need(good and all(isinstance(mark, str) and mark in FLAGS for marks in flags for mark in marks), "unknown flag")
     _need(type(all_bad) is bool, "all_bad must be true or false")
-    return Answer(ranks, ratings, [sorted(set(marks)) for marks in flags], all_bad, comment, None, spent)
+    return Answer(ranks, ratings, [sorted(set(marks)) for marks in flags], all_bad, comment, None, seconds)
 
 
 def as_skip(sent: dict) -> tuple[str, Answer]:
-    """Reads why a task is skipped, and an answer without content. Raises Refused."""
+    """The reason why a task is skipped, and an answer without content. Raises Refused."""
     _need(set(sent) <= {"reason", "comment", "seconds"}, "unknown key")
     reason = sent.get("reason")
     _need(isinstance(reason, str) and reason in REASONS, "unknown reason")

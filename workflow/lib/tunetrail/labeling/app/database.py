@@ -1,7 +1,8 @@
-"""The tables, and how they are opened.
+"""The tables, and how the database is opened.
 
-`tasks` and `events` are the audit trail: rows are added, and the database refuses to change or delete them. The others
-are working state: which tasks are on, who works on what, who may log in. `names` alone ties a pseudonym to a person.
+`tasks` and `events` are the audit trail: rows are only ever added, and the database refuses to change or delete them.
+The other tables are working state: which tasks are published, who works on what, who may enter. Only `names` links a
+pseudonym to a person.
 """
 
 import os
@@ -31,19 +32,19 @@ events = sa.Table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("labeler", sa.Text),
     sa.Column("nonce", sa.Text, unique=True),
-    sa.Column("content", sa.Text, nullable=False),  # canonical JSON, holds the digest of the event before
+    sa.Column("content", sa.Text, nullable=False),  # canonical JSON, with the digest of the event before
     sa.Column("digest", sa.String(64), nullable=False, unique=True),  # its sha256
 )
 AUDITED = (tasks, events)
 
-places = sa.Table(  # the tasks that are on, in order
+places = sa.Table(  # the published tasks, in order
     "places",
     tables,
     sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("task", sa.String(64), nullable=False, unique=True),
     sa.Column("gold", sa.Boolean, nullable=False),
 )
-assignments = sa.Table(  # a task as one labeler has it before them
+assignments = sa.Table(  # a task as one labeler was given it
     "assignments",
     tables,
     sa.Column("nonce", sa.Text, primary_key=True),
@@ -64,7 +65,7 @@ labelers = sa.Table(
     tables,
     sa.Column("pseudonym", sa.Text, primary_key=True),
     sa.Column("role", sa.Text, nullable=False),
-    sa.Column("token", sa.String(64), unique=True),  # sha256; null: may no longer enter
+    sa.Column("token", sa.String(64), unique=True),  # sha256; null: locked out
 )
 names = sa.Table(
     "names", tables, sa.Column("pseudonym", sa.Text, primary_key=True), sa.Column("name", sa.Text, nullable=False)
@@ -81,7 +82,7 @@ notes = sa.Table(  # where the page was last served
     "notes", tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
 )
 
-NETWORK = (
+NETWORK_FILE_SYSTEMS = (
     "nfs",
     "lustre",
     "gpfs",
@@ -101,23 +102,23 @@ NETWORK = (
     "fuse.ceph",
 )
 LOCK = 0x7475_6E65
-"""PostgreSQL's advisory lock under which events are added."""
+"""The PostgreSQL advisory lock that a writer holds."""
 
 
 def network_file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The type of the network file system that holds a path; None where it is local, or nothing is known."""
+    """The type of the network file system that holds a path; None where it is local or cannot be determined."""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
         return None
-    real, found, longest = os.path.realpath(path), "", -1
+    real, file_system, longest = os.path.realpath(path), "", -1
     for line in lines:
         before, _, after = line.partition(" - ")
         mount = before.split()[4].replace("\\040", " ")
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= longest:  # a later mount covers an earlier one
-            found, longest = after.split()[0], len(mount)
-    return found if found.startswith(NETWORK) else None
+            file_system, longest = after.split()[0], len(mount)
+    return file_system if file_system.startswith(NETWORK_FILE_SYSTEMS) else None
 
 
 def as_url(store: str) -> sa.URL:
@@ -136,14 +137,14 @@ def as_url(store: str) -> sa.URL:
 
 
 class Database:
-    """An open database. `reading` sees one moment; `writing` is alone, in this process and among others."""
+    """An open database. `reading` sees one moment; of `writing` there is only one at a time, among all processes."""
 
     def __init__(self, store: str, create: bool = True):
-        """Raises ConfigError where it cannot be opened, or holds no labels and is not to be created."""
+        """Raises ConfigError where it cannot be opened, or holds no labels and must not be created."""
         self.url = as_url(store)
         self.lite = self.url.drivername == "sqlite"
         self.warnings: list[str] = []
-        self._turn = threading.Lock()  # waits in order of arrival, where SQLite would poll
+        self._turn = threading.Lock()  # first come, first served, where SQLite would poll
         if self.lite:
             path = Path(str(self.url.database))
             if create:
@@ -153,12 +154,13 @@ class Database:
             network = network_file_system(path)
             if network:
                 self.warnings.append(
-                    f"{path}: on a network file system ({network}), where SQLite's locks cannot be relied upon. Serve from one machine only and keep copies, or use a local disk or postgresql://"
+                    f"{path}: on a network file system ({network}), where SQLite's locks are unreliable. Serve from "
+                    "one machine only and keep copies, or use a local disk or postgresql://"
                 )
             self.engine = sa.create_engine(
                 self.url, pool_size=40, connect_args={"timeout": 30, "check_same_thread": False}
             )
-            # A write-ahead log needs memory shared by all who open it, which a network file system does not give.
+            # A write-ahead log needs shared memory, which a network file system does not provide.
             self._listen("DELETE" if network else "WAL")
         else:
             try:
@@ -183,30 +185,31 @@ class Database:
 
     def _listen(self, journal: str) -> None:
         @sa.event.listens_for(self.engine, "connect")
-        def connect(connection, _record):  # the driver's own transactions begin too late
+        def connect(connection, _record):  # the driver would begin transactions too late
             connection.isolation_level = None
             for pragma in (f"journal_mode={journal}", "secure_delete=ON"):
                 connection.execute(f"PRAGMA {pragma}").close()
 
         @sa.event.listens_for(self.engine, "begin")
         def begin(connection):
-            # Two that read before they write would both chain to the same event; the lock comes first.
+            # Lock before reading: two writers that read first would both chain to the same event.
             options = connection.get_execution_options()
             connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options.get('durable') else 'NORMAL'}")
             connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("alone") else "BEGIN")
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        # In SQLite a transaction sees one moment anyway; in PostgreSQL each statement would see another one.
+        # A transaction of SQLite sees one moment anyway; in PostgreSQL each statement would see a new one.
         options = {} if self.lite else {"isolation_level": "REPEATABLE READ"}
         with self.engine.connect().execution_options(**options) as connection:
             yield connection
 
     @contextmanager
     def writing(self, durable: bool = True) -> Iterator[sa.Connection]:
-        """A transaction: all of it is stored at the end, or nothing where an error leaves the block.
+        """A transaction: all of it is stored at the end, or nothing if an error leaves the block.
 
-        What is not durable may be lost, whole, when the machine loses power; it does not wait for the disk.
+        Args:
+            durable: wait for the disk. Without it a power failure may lose the transaction, as a whole.
         """
         options = {"alone": True, "durable": durable}
         with self._turn, self.engine.connect().execution_options(**options) as connection, connection.begin():
@@ -217,7 +220,7 @@ class Database:
             yield connection
 
     def scrub(self, table: str) -> None:
-        """Removes what was deleted from a table also from the database's files."""
+        """Removes a table's deleted rows from the database's files as well."""
         if self.lite:
             connection = self.engine.raw_connection()
             connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
@@ -234,7 +237,7 @@ class Database:
                     connection.execute(sa.text(statement))
 
     def _refusals(self, table: sa.Table) -> list[str]:
-        """What makes the database refuse to change or delete rows."""
+        """The statements that make the database refuse to change or delete rows."""
         if self.lite:
             unique = " OR ".join(f"{c.name} = NEW.{c.name}" for c in table.c if c.unique or c.primary_key)
             clauses = {

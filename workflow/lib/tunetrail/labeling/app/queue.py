@@ -1,25 +1,30 @@
 """Who gets which task, and what becomes of it.
 
 A labeler has one task open at a time, leased until `expires`; drafts renew the lease. Each assignment has a random
-nonce, which the page sends back: it names the task, so a page can answer nothing that was not given to its labeler, and
-since the events hold it once, nothing is stored twice.
+nonce, which the page sends back. The nonce identifies the task, so a page cannot answer a task that its labeler was not
+given; and since it is unique among events, nothing is stored twice.
 """
 
 import json
 import secrets
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import sqlalchemy as sa
 
 from tunetrail.labeling.app.answers import TEXT, Answer, Refused, as_answer, as_skip
 from tunetrail.labeling.app.database import assignments, events, places
 from tunetrail.labeling.app.store import Settings, Store
+from tunetrail.labeling.tasks import Task
 from tunetrail.preferences.ranks import generator, pairwise_agreement
 
+PUBLISHED = sa.select(places.c.task)
+"""The digests of the published tasks."""
 GAP = 5
-"""A task is not shown again to its labeler before so many others."""
+"""A task is repeated only after at least this many others."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,22 @@ class Stored:
     """What became of an answer."""
 
     event: int
+    """The number of the event that stores it."""
     training: bool
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A task before its labeler."""
+    """A task as one labeler was given it."""
 
     nonce: str
     digest: str
-    task: dict
+    """Of the task."""
+    task: Task
     purpose: str
+    """label, gold, training or repeat."""
     shown: list[int]
+    """[K], the order in which the completions are shown."""
     opened: float
     expires: float
     draft: dict | None
@@ -49,29 +58,58 @@ class Assignment:
         return [self.task["completions"][i] for i in self.shown]
 
 
+class Finished(TypedDict):
+    """One of a labeler's last answers, for the home page."""
+
+    event: int
+    prompt: str
+    state: str
+    """answered or skipped."""
+    purpose: str
+
+
+class Feedback(TypedDict):
+    """A training task with its solution, all in the order shown."""
+
+    prompt: str
+    outputs: list[str]
+    ranks: list[int]
+    """[K], as the labeler gave them."""
+    gold: list[int]
+    """[K]"""
+    order: list[int]
+    """[K], the outputs from best to worst by the solution."""
+    agreement: float | None
+
+
 def _assignment(store: Store, connection: sa.Connection, row: sa.Row) -> Assignment:
     return Assignment(
-        row.nonce, row.task, store.task(connection, row.task), row.purpose, json.loads(row.shown), row.opened, row.expires,
-        json.loads(row.draft) if row.draft else None,
-    )  # fmt: skip
+        nonce=row.nonce,
+        digest=row.task,
+        task=store.task(connection, row.task),
+        purpose=row.purpose,
+        shown=json.loads(row.shown),
+        opened=row.opened,
+        expires=row.expires,
+        draft=json.loads(row.draft) if row.draft else None,
+    )
 
 
 def shown_order(settings: Settings, digest: str, labeler: str, purpose: str, k: int) -> list[int]:
-    """The order in which a labeler sees a task's completions, [k]; another one when it comes again."""
-    again = "again" if purpose == "repeat" else ""
-    return generator(settings.seed, "shown", digest, labeler, again).permutation(k).tolist()
+    """[k]: the order in which a labeler sees a task's completions; a repeat has an order of its own."""
+    occasion = "again" if purpose == "repeat" else ""
+    return generator(settings.seed, "shown", digest, labeler, occasion).permutation(k).tolist()
 
 
-def _mine(labeler: str) -> sa.Select:
+def _of(labeler: str) -> sa.Select:
     return sa.select(assignments).where(assignments.c.labeler == labeler)
 
 
 def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: float) -> tuple[str, str] | None:
     """The digest and purpose of what a labeler gets next; None where nothing is left for them."""
-    on = sa.select(places.c.task)
     done = connection.execute(
-        _mine(labeler)
-        .where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(on))
+        _of(labeler)
+        .where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED))
         .order_by(assignments.c.event)
     ).all()
     counts = Counter(row.purpose for row in done)
@@ -79,41 +117,51 @@ def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: fl
         assignments.c.task == places.c.task, assignments.c.labeler == labeler, assignments.c.state != "undone"
     )
     gold = sa.select(places.c.task).where(places.c.gold, unseen).order_by(places.c.position).limit(1)
-    if counts["training"] < settings.training and (found := connection.execute(gold).scalar()):
-        return found, "training"
+    if counts["training"] < settings.training and (digest := connection.execute(gold).scalar()):
+        return digest, "training"
     given = sum(row.purpose == "label" and row.state == "answered" for row in done)
     if settings.per_labeler is not None and given >= settings.per_labeler:
         return None
     every = settings.gold_every
-    if (
-        every
-        and counts["gold"] < (counts["label"] + every // 2) // every
-        and (found := connection.execute(gold).scalar())
-    ):
-        return found, "gold"
+    gold_is_due = every and counts["gold"] < (counts["label"] + every // 2) // every
+    if gold_is_due and (digest := connection.execute(gold).scalar()):
+        return digest, "gold"
     every = settings.repeat_every
-    if every and counts["repeat"] < counts["label"] // every:
-        repeated = {row.task for row in done if row.purpose == "repeat"}
-        ranked = sa.select(events.c.number).where(events.c.labeler == labeler, events.c.kind == "ranking")
-        rankings = set(connection.execute(ranked).scalars())
-        earlier = [row for row in done[:-GAP] if row.purpose == "label" and row.event in rankings]
-        if left := [row.task for row in earlier if row.task not in repeated]:
-            drawn = generator(settings.seed, "repeat", labeler, counts["repeat"]).integers(len(left))
-            return left[int(drawn)], "repeat"
+    repeat_is_due = every and counts["repeat"] < counts["label"] // every
+    if repeat_is_due and (digest := _to_repeat(connection, settings, labeler, done)):
+        return digest, "repeat"
     of_task = sa.select(sa.func.count()).where(assignments.c.task == places.c.task, assignments.c.purpose == "label")
     answered = of_task.where(assignments.c.state == "answered").scalar_subquery()
     skipped = of_task.where(assignments.c.state == "skipped").scalar_subquery()
     leased = of_task.where(assignments.c.state == "open", assignments.c.expires > now).scalar_subquery()
     free = sa.and_(~places.c.gold, unseen, answered + leased < settings.overlap, skipped < settings.skips)
-    found = connection.execute(sa.select(places.c.task).where(free).order_by(places.c.position).limit(1)).scalar()
-    return (found, "label") if found else None
+    digest = connection.execute(sa.select(places.c.task).where(free).order_by(places.c.position).limit(1)).scalar()
+    return (digest, "label") if digest else None
+
+
+def _to_repeat(connection: sa.Connection, settings: Settings, labeler: str, done: Sequence[sa.Row]) -> str | None:
+    """A task that a labeler ranked some time ago, drawn from those not repeated yet.
+
+    Args:
+        done: the labeler's finished assignments, in order.
+    """
+    repeated = {row.task for row in done if row.purpose == "repeat"}
+    ranked = sa.select(events.c.number).where(events.c.labeler == labeler, events.c.kind == "ranking")
+    rankings = set(connection.execute(ranked).scalars())
+    earlier = [row.task for row in done[:-GAP] if row.purpose == "label" and row.event in rankings]
+    candidates = [task for task in earlier if task not in repeated]
+    if not candidates:
+        return None
+    drawn = generator(settings.seed, "repeat", labeler, sum(row.purpose == "repeat" for row in done)).integers(
+        len(candidates)
+    )
+    return candidates[int(drawn)]
 
 
 def _open(connection: sa.Connection, labeler: str) -> sa.Row | None:
-    """What a labeler has before them; after an undo that is what was taken back, and what was open waits."""
-    on = sa.select(places.c.task)
-    mine = _mine(labeler).where(assignments.c.state == "open", assignments.c.task.in_(on))
-    return connection.execute(mine.order_by(assignments.c.expires.desc()).limit(1)).first()
+    """A labeler's open assignment; after an undo, the one that was taken back, while the other one waits."""
+    open_ = _of(labeler).where(assignments.c.state == "open", assignments.c.task.in_(PUBLISHED))
+    return connection.execute(open_.order_by(assignments.c.expires.desc()).limit(1)).first()
 
 
 def next_task(store: Store, labeler: str) -> Assignment | None:
@@ -123,7 +171,7 @@ def next_task(store: Store, labeler: str) -> Assignment | None:
         expires = now + 60 * settings.lease_minutes
         row = _open(connection, labeler)
         if row and row.expires <= now and not _room(connection, settings, row, now):
-            _set(connection, row.nonce, state="undone")  # others have answered it meanwhile
+            _set(connection, row.nonce, state="undone")  # others have answered it in the meantime
             row = None
         if row:
             _set(connection, row.nonce, expires=expires)
@@ -131,36 +179,44 @@ def next_task(store: Store, labeler: str) -> Assignment | None:
             chosen = _choose(connection, settings, labeler, now)
             if chosen is None:
                 return None
-            digest, purpose = chosen
-            k = len(store.task(connection, digest)["completions"])
-            values = {
-                "nonce": secrets.token_urlsafe(16), "task": digest, "labeler": labeler, "purpose": purpose, "state": "open",
-                "shown": json.dumps(shown_order(settings, digest, labeler, purpose, k)), "opened": now, "expires": expires,
-            }  # fmt: skip
-            values["draft"] = connection.execute(_left_draft(values)).scalar()
-            connection.execute(assignments.insert().values(values))
-            row = connection.execute(sa.select(assignments).where(assignments.c.nonce == values["nonce"])).one()
+            row = _assign(store, connection, settings, labeler, *chosen, now)
         return _assignment(store, connection, row)
 
 
-def _left_draft(given: dict) -> sa.Select:
-    """What a labeler had begun when their time for a task ran out, the newest; its outputs must stand as they did."""
-    same = [assignments.c[key] == given[key] for key in ("task", "labeler", "purpose", "shown")]
-    left = sa.select(assignments.c.draft).where(
-        *same, assignments.c.state == "undone", assignments.c.draft.is_not(None)
+def _assign(
+    store: Store, connection: sa.Connection, settings: Settings, labeler: str, digest: str, purpose: str, now: float
+) -> sa.Row:
+    """Opens a task for a labeler, with the newest draft that they left when an earlier lease ran out, if any."""
+    k = len(store.task(connection, digest)["completions"])
+    shown = json.dumps(shown_order(settings, digest, labeler, purpose, k))
+    same = {"task": digest, "labeler": labeler, "purpose": purpose, "shown": shown}  # a draft fits this order only
+    draft = (
+        sa.select(assignments.c.draft)
+        .where(*(assignments.c[key] == value for key, value in same.items()))
+        .where(assignments.c.state == "undone", assignments.c.draft.is_not(None))
+        .order_by(assignments.c.opened.desc())
+        .limit(1)
     )
-    return left.order_by(assignments.c.opened.desc()).limit(1)
+    values = same | {
+        "nonce": secrets.token_urlsafe(16),
+        "state": "open",
+        "opened": now,
+        "expires": now + 60 * settings.lease_minutes,
+        "draft": connection.execute(draft).scalar(),
+    }
+    connection.execute(assignments.insert().values(values))
+    return connection.execute(sa.select(assignments).where(assignments.c.nonce == values["nonce"])).one()
 
 
 def _room(connection: sa.Connection, settings: Settings, row: sa.Row, now: float) -> bool:
-    """Whether a task wants an answer beside those that others gave or are giving."""
+    """Whether a task needs an answer in addition to those that others gave or are giving."""
     if row.purpose != "label":
         return True
-    live = sa.or_(
+    taken = sa.or_(
         assignments.c.state == "answered", sa.and_(assignments.c.state == "open", assignments.c.expires > now)
     )
     others = sa.select(sa.func.count()).where(
-        assignments.c.task == row.task, assignments.c.purpose == "label", assignments.c.nonce != row.nonce, live
+        assignments.c.task == row.task, assignments.c.purpose == "label", assignments.c.nonce != row.nonce, taken
     )
     return connection.execute(others).scalar_one() < settings.overlap
 
@@ -170,18 +226,18 @@ def _set(connection: sa.Connection, nonce: str, **values) -> None:
 
 
 def _given(connection: sa.Connection, labeler: str, nonce: str) -> sa.Row:
-    """The assignment of this nonce. Raises Refused where this labeler was not given it."""
+    """The assignment with this nonce. Raises Refused where this labeler was not given it."""
     possible = nonce.isascii() and nonce.isprintable()
-    row = connection.execute(_mine(labeler).where(assignments.c.nonce == nonce)).first() if possible else None
+    row = connection.execute(_of(labeler).where(assignments.c.nonce == nonce)).first() if possible else None
     if row is None:
         raise Refused("this task was not given to you", 404)
     return row
 
 
 def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
-    """Keeps what is not finished and renews the lease; returns when that ends."""
+    """Saves an unfinished answer and renews the lease; returns when the lease ends."""
     text = json.dumps(draft)
-    if len(text) > 12 * TEXT:  # JSON writes up to twelve characters for one
+    if len(text) > 12 * TEXT:  # JSON may need twelve characters for one
         raise Refused("the draft is too long", 413)
     with store.writing(durable=False) as connection:
         row, settings, now = _given(connection, labeler, nonce), store.settings(connection), time.time()
@@ -197,8 +253,8 @@ def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
 def submit(store: Store, labeler: str, nonce: str, sent: dict) -> Stored:
     """Stores an answer; the same answer sent again changes nothing.
 
-    Raises Refused for a task that is not this labeler's, an answer that cannot be, another answer under a used
-    nonce, and a lease that ended when others had taken the task.
+    Raises Refused for a task that was given to somebody else, an invalid answer, a different answer under a used nonce,
+    and a task that others have answered since the lease ran out.
     """
     with store.writing() as connection:
         row = _given(connection, labeler, nonce)
@@ -208,127 +264,138 @@ def submit(store: Store, labeler: str, nonce: str, sent: dict) -> Stored:
 
 
 def skip(store: Store, labeler: str, nonce: str, sent: dict) -> int:
-    """Passes a task on, {"reason", "comment", "seconds"}; it does not come back to this labeler."""
+    """Passes a task on and returns the event's number. The task does not come back to this labeler.
+
+    Args:
+        sent: {"reason", "comment", "seconds"}.
+    """
     reason, empty = as_skip(sent)
     with store.writing() as connection:
         row = _given(connection, labeler, nonce)
         return _finish(store, connection, row, store.task(connection, row.task), empty, reason)
 
 
+def _event_content(connection: sa.Connection, number: int) -> dict[str, Any]:
+    return json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == number)).scalar_one())
+
+
 def _finish(
-    store: Store, connection: sa.Connection, row: sa.Row, task: dict, answer: Answer, skipped: str | None
+    store: Store, connection: sa.Connection, row: sa.Row, task: Task, answer: Answer, skipped: str | None
 ) -> int:
+    """Stores the event that finishes an assignment; its number."""
     settings, now, shown = store.settings(connection), time.time(), json.loads(row.shown)
 
     def in_task_order(values: list | None) -> list | None:
         return [values[shown.index(i)] for i in range(len(shown))] if values else values
 
-    said = {
+    content = {
         "task": task["id"], "task_digest": row.task, "task_kind": task["kind"], "purpose": row.purpose, "shown": shown,
-        "ranks": in_task_order(answer.ranks), "ratings": in_task_order(answer.ratings), "flags": in_task_order(answer.flags),
-        "all_bad": answer.all_bad, "comment": answer.comment, "text": answer.text, "skipped": skipped,
+        "ranks": in_task_order(answer.ranks), "ratings": in_task_order(answer.ratings),
+        "flags": in_task_order(answer.flags), "all_bad": answer.all_bad, "comment": answer.comment, "text": answer.text,
+        "skipped": skipped,
     }  # fmt: skip
     if row.state in ("answered", "skipped"):
-        before = json.loads(
-            connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one()
-        )
-        if before | said == before:
+        stored = _event_content(connection, row.event)
+        if stored | content == stored:
             return row.event
         raise Refused("you have answered this task already; undo that answer to change it", 409)
     if row.state != "open":
         raise Refused("this task is no longer yours", 409)
     if connection.execute(sa.select(places.c.task).where(places.c.task == row.task)).first() is None:
-        raise Refused("this task is no longer on; others were published meanwhile", 409)
+        raise Refused("this task has been withdrawn; other tasks were published in the meantime", 409)
     if row.expires <= now and not _room(connection, settings, row, now):
-        raise Refused("your time for this task had run out, and others have answered it meanwhile", 409)
+        raise Refused("your time for this task has run out, and others have answered it in the meantime", 409)
     number = store.append(
         connection,
         "skip" if skipped else task["kind"],
         labeler=row.labeler,
         nonce=row.nonce,
-        seconds=min(answer.seconds, round(now - row.opened, 1)),  # a page's clock cannot say more than ours
+        seconds=min(answer.seconds, round(now - row.opened, 1)),  # never more than our own clock says
         opened=round(row.opened, 3),
         guidelines=settings.guidelines_digest,
-        **said,
+        **content,
     )
     _set(connection, row.nonce, state="skipped" if skipped else "answered", event=number, draft=None)
     return number
 
 
 def undo(store: Store, labeler: str, event: int | None = None) -> bool:
-    """Takes a labeler's answer back (by default their last) and opens it again with what they had said, as a draft.
+    """Takes a labeler's answer back (by default the last one) and opens its task again, with the answer as a draft.
 
-    Returns whether there was something to take back.
+    Returns whether there was an answer to take back.
     """
     with store.writing() as connection:
-        mine = _recent(labeler).where(assignments.c.purpose != "training")  # its solution has been seen
+        undoable = _recent(labeler).where(assignments.c.purpose != "training")  # they have seen its solution
         if event is not None:
-            mine = mine.where(assignments.c.event == event)
-        row = connection.execute(mine.limit(1)).first()
+            undoable = undoable.where(assignments.c.event == event)
+        row = connection.execute(undoable.limit(1)).first()
         if row is None:
             return False
-        said = json.loads(
-            connection.execute(sa.select(events.c.content).where(events.c.number == row.event)).scalar_one()
-        )
-        store.append(connection, "undo", labeler, None, undoes=row.event, task=said["task"])
-        shown = json.loads(row.shown)
-        draft = {key: said[key] for key in ("all_bad", "comment", "text", "seconds")}
-        draft |= {key: [said[key][i] for i in shown] if said[key] else None for key in ("ranks", "ratings", "flags")}
+        content, shown = _event_content(connection, row.event), json.loads(row.shown)
+        store.append(connection, "undo", labeler, None, undoes=row.event, task=content["task"])
+        draft = {key: content[key] for key in ("all_bad", "comment", "text", "seconds")}
+        for key in ("ranks", "ratings", "flags"):
+            draft[key] = [content[key][i] for i in shown] if content[key] else None
         _set(connection, row.nonce, state="undone")
-        expires = time.time() + 60 * store.settings(connection).lease_minutes + 1  # later than what was open
-        again = {
+        expires = time.time() + 60 * store.settings(connection).lease_minutes + 1  # later than any open assignment
+        reopened = {
             "nonce": secrets.token_urlsafe(16),
             "state": "open",
             "expires": expires,
             "draft": json.dumps(draft),
             "event": None,
         }
-        connection.execute(assignments.insert().values(row._asdict() | again))
+        connection.execute(assignments.insert().values(row._asdict() | reopened))
         return True
 
 
 def _recent(labeler: str) -> sa.Select:
-    on = sa.select(places.c.task)
-    mine = _mine(labeler).where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(on))
-    return mine.order_by(assignments.c.event.desc())
+    """A labeler's answers and skips, the newest first."""
+    done = _of(labeler).where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED))
+    return done.order_by(assignments.c.event.desc())
 
 
 def answered(store: Store, labeler: str) -> int:
-    """How many answers a labeler has given. Gold and repeats count, or the number would tell them from the others."""
-    mine = _recent(labeler).where(assignments.c.state == "answered", assignments.c.purpose != "training")
+    """How many answers a labeler has given. Gold and repeats count, or the number would give them away."""
+    answers = _recent(labeler).where(assignments.c.state == "answered", assignments.c.purpose != "training")
     with store.reading() as connection:
-        return connection.execute(sa.select(sa.func.count()).select_from(mine.subquery())).scalar_one()
+        return connection.execute(sa.select(sa.func.count()).select_from(answers.subquery())).scalar_one()
 
 
-def finished(store: Store, labeler: str) -> list[dict]:
-    """A labeler's last answers to the tasks that are on, the newest first: {"event", "prompt", "state", "purpose"}.
+def finished(store: Store, labeler: str) -> list[Finished]:
+    """A labeler's last answers to published tasks, the newest first.
 
-    No more than GAP, and none to a task that is open: what comes a second time would stand here beside it.
+    At most GAP of them, and none to a task that is open: otherwise a repeat would be listed while it is answered.
     """
-    now_open = sa.select(assignments.c.task).where(assignments.c.labeler == labeler, assignments.c.state == "open")
-    last = _recent(labeler).where(assignments.c.task.not_in(now_open)).limit(GAP)
+    open_tasks = sa.select(assignments.c.task).where(assignments.c.labeler == labeler, assignments.c.state == "open")
+    last = _recent(labeler).where(assignments.c.task.not_in(open_tasks)).limit(GAP)
     with store.reading() as connection:
         return [
-            {"event": row.event, "prompt": store.task(connection, row.task)["prompt"], "state": row.state, "purpose": row.purpose}
+            {
+                "event": row.event,
+                "prompt": store.task(connection, row.task)["prompt"],
+                "state": row.state,
+                "purpose": row.purpose,
+            }
             for row in connection.execute(last)
-        ]  # fmt: skip
+        ]
 
 
-def feedback(store: Store, labeler: str, event: int) -> dict | None:
-    """A training task with its solution, all in the order shown: {"prompt", "outputs", "ranks", "gold", "order": by
-    the solution, "agreement"}.
-
-    None where the event is not a training answer of this labeler.
-    """
+def feedback(store: Store, labeler: str, event: int) -> Feedback | None:
+    """A training task with its solution; None where the event is not a training answer of this labeler."""
     with store.reading() as connection:
-        mine = _recent(labeler).where(assignments.c.event == event, assignments.c.purpose == "training")
-        row = connection.execute(mine.where(assignments.c.state == "answered")).first()
+        answer = _recent(labeler).where(assignments.c.event == event, assignments.c.purpose == "training")
+        row = connection.execute(answer.where(assignments.c.state == "answered")).first()
         if row is None:
             return None
-        given = _assignment(store, connection, row)
-        said = json.loads(connection.execute(sa.select(events.c.content).where(events.c.number == event)).scalar_one())
-    ranks, gold = ([values[i] for i in given.shown] for values in (said["ranks"], given.task["gold"]["ranks"]))
+        given, content = _assignment(store, connection, row), _event_content(connection, event)
+    assert given.task["gold"]
+    ranks, gold = ([values[i] for i in given.shown] for values in (content["ranks"], given.task["gold"]["ranks"]))
     return {
-        "prompt": given.task["prompt"], "outputs": given.outputs, "ranks": ranks, "gold": gold,
-        "order": sorted(range(len(gold)), key=lambda n: gold[n]), "agreement": pairwise_agreement([[ranks, gold]]),
-    }  # fmt: skip
+        "prompt": given.task["prompt"],
+        "outputs": given.outputs,
+        "ranks": ranks,
+        "gold": gold,
+        "order": sorted(range(len(gold)), key=lambda n: gold[n]),
+        "agreement": pairwise_agreement([[ranks, gold]]),
+    }

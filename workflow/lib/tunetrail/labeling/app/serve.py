@@ -1,4 +1,4 @@
-"""Serving the page: one process, which is plenty for twenty labelers."""
+"""The server: one process, which is plenty for twenty labelers."""
 
 import contextlib
 import getpass
@@ -17,7 +17,7 @@ EVERYWHERE = ("0.0.0.0", "::")
 
 
 def _this_machine() -> str:
-    """Its name as others may know it."""
+    """The name of this machine on the network."""
     name = socket.getfqdn()
     return socket.gethostname() if name.startswith("localhost") else name
 
@@ -34,7 +34,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ConfigError where the address cannot be had."""
+    """A listening socket. Raises ConfigError where the address is not available."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -49,10 +49,10 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None = None) -> int:
-    """Serves until it is told to stop.
+    """Serves until it is interrupted; the exit code.
 
     Args:
-        proxy: addresses, with commas between, whose X-Forwarded-For and X-Forwarded-Proto are believed; None: nobody's.
+        proxy: comma-separated addresses whose X-Forwarded-For and X-Forwarded-Proto are trusted; None: no address.
     """
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
@@ -66,16 +66,20 @@ def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None = N
         print(f"warning: {warning}", file=sys.stderr)
     if not local:
         print(
-            f"warning: {host} is open to the network, and what is sent is not encrypted. Put a proxy with TLS before it, or leave --host out and use the tunnel",
+            f"warning: {host} is open to the network, and traffic is not encrypted. Put a proxy with TLS in front of "
+            "it, or leave out --host and use the tunnel",
             file=sys.stderr,
         )
     progress = store.progress()
     print(f"labels     {store.database.shown}")
-    print(f"tasks      {progress['tasks']}, of {progress['wanted']} answers {progress['have']} are there")
+    print(f"tasks      {progress['tasks']}; {progress['have']} of {progress['wanted']} answers so far")
     print(f"page       {address}/")
     if local:
         print(f"tunnel     ssh -N -L {port}:{_in_url(host)}:{port} {getpass.getuser()}@{here}")
-    print("labelers   tunetrail label add NAME gives each a link; Ctrl-C ends this, and nothing is lost", flush=True)
+    print(
+        "labelers   tunetrail label add NAME prints a link for each; Ctrl-C stops the server, and nothing is lost",
+        flush=True,
+    )
     config = uvicorn.Config(
         application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
         proxy_headers=proxy is not None, forwarded_allow_ips=proxy or "",

@@ -1,36 +1,28 @@
 """The audit trail: what was asked, and every event since, each chained to the one before by its sha256.
 
-An event's content is canonical JSON: {"number", "previous", "kind", "at", "labeler", "version", ...}. Its kinds:
-
-    publish        the tasks that are on from now (digest of their list) and the settings, guidelines included
-    ranking        a labeler's order of a task's completions, with how they were shown
-    demonstration  a labeler's answer to a prompt
-    skip           a labeler passed a task on, and why
-    undo           a labeler took one of their own events back
-
-Current answers are what a replay of the events gives, to the tasks that the last publish event names. `places` lists
-those for the queue; `Store.fault` compares it with the event.
+Replaying the events gives the current answers to the tasks that the last publish event names. The table `places` lists
+these tasks for the queue; `Store.fault` compares it with the event.
 """
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import sqlalchemy as sa
 
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.labeling.app.database import Database, events, labelers, notes, places, tasks
-from tunetrail.preferences.ranks import gapless
+from tunetrail.labeling.app.events import Event
+from tunetrail.labeling.labels import Label
+from tunetrail.labeling.tasks import Task, checked_task
 from tunetrail.provenance.manifest import canonical, sha256_bytes
 
 START = "0" * 64
 """What the first event is chained to."""
-MOST = 9
-"""Outputs of a task."""
 NO_TASKS = sha256_bytes(canonical([]))
 RUN = "run"
 """The note in a store that says which run's tasks it holds."""
@@ -41,21 +33,21 @@ class Settings:
     """How tasks are handed out."""
 
     overlap: int = 1
-    """Labelers a task."""
+    """Labelers per task."""
     per_labeler: int | None = None
-    """The most answers of one labeler; None: no limit."""
+    """The most answers from one labeler; None: no limit."""
     lease_minutes: float = 30
     """How long an untouched task stays with its labeler."""
     skips: int = 2
-    """A task that so many labelers skipped is given to nobody else."""
+    """A task that this many labelers skipped is given to nobody else."""
     training: int = 0
-    """So many gold tasks come first, with feedback."""
+    """How many gold tasks come first, with feedback."""
     gold_every: int = 10
-    """A gold task comes after so many others; 0: none."""
+    """How many other tasks come before each gold task; 0: no gold tasks."""
     repeat_every: int = 20
-    """A task comes a second time after so many others; 0: none."""
+    """How many other tasks come before each task that is repeated; 0: no repeats."""
     ratings: bool = True
-    """Ask for a rating from 1 to 7 too; it stays optional."""
+    """Offer a rating from 1 to 7 as well; it stays optional."""
     guidelines: str = ""
     """Markdown."""
     seed: int = 0
@@ -91,57 +83,49 @@ class Settings:
         return sha256_bytes(self.guidelines.encode())
 
 
-def checked_task(task: Any, where: str) -> dict:
-    """A task with all its keys. Raises DataError naming the place and what is wrong."""
+class Progress(TypedDict):
+    """How far labeling is, over the tasks without gold."""
 
-    def need(holds: bool, message: str) -> None:
-        if not holds:
-            raise DataError(f"{where}: {message}")
-
-    need(isinstance(task, dict), "must be a JSON object")
-    full = {"kind": "ranking", "completions": [], "draft": None, "gold": None, "split": ""} | task
-    unknown = set(full) - {"id", "kind", "prompt", "completions", "draft", "gold", "split"}
-    need(not unknown, f"unknown key {min(unknown, default='')!r}")
-    for key in ("id", "prompt"):
-        need(isinstance(full.get(key), str) and full[key] != "", f"'{key}' must be a text")
-    need(full["kind"] in ("ranking", "demonstration"), "'kind' must be ranking or demonstration")
-    completions = full["completions"]
-    need(
-        isinstance(completions, list) and all(isinstance(c, str) for c in completions),
-        "'completions' must be a list of texts",
-    )
-    need(full["draft"] is None or isinstance(full["draft"], str), "'draft' must be a text or null")
-    if full["kind"] == "demonstration":
-        need(full["gold"] is None, "a demonstration has no 'gold'")
-        return full
-    k = len(completions)
-    need(2 <= k <= MOST, f"a ranking needs 2 to {MOST} completions, here are {k}")
-    if full["gold"] is not None:
-        ranks: Any = full["gold"].get("ranks") if isinstance(full["gold"], dict) else None
-        good = isinstance(ranks, list) and len(ranks) == k and all(type(r) is int for r in ranks) and gapless(ranks)
-        need(good, f"'gold' must be {{'ranks': [{k} whole numbers from 1 (best), equal for ties, no gaps]}}")
-    return full
+    tasks: int
+    overlap: int
+    wanted: int
+    """Answers: `overlap` per task."""
+    have: int
+    """Answers so far, at most `overlap` per task."""
+    complete: int
+    """Tasks with all their answers."""
+    retired: int
+    """Incomplete tasks that too many labelers skipped, or that some skipped and every other labeler has seen."""
+    stuck: int
+    """Incomplete tasks that nobody who may enter can answer."""
+    skips: int
+    labelers: dict[str, int]
+    """Pseudonym -> answers."""
+    settled: bool
+    """No answer is wanted any more."""
 
 
-def read_tasks(path) -> list[dict]:
-    """The tasks of a JSONL file; empty lines are none. Raises DataError naming the line."""
-    found = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                task = json.loads(line.decode())
-            except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: not UTF-8") from None
-            except ValueError:
-                raise DataError(f"{path}:{number}: not JSON") from None
-            found.append(checked_task(task, f"{path}:{number}"))
-    return found
+_COPIED = (
+    "task", "labeler", "ranks", "ratings", "flags", "all_bad", "comment", "text", "shown", "seconds", "skipped", "at"
+)  # fmt: skip
+"""What a label takes over from its event."""
+
+
+def _label(event: Event) -> Label:
+    """The label that an answer or a skip gives."""
+    purpose = event["purpose"]
+    label = {key: event[key] for key in _COPIED} | {  # type: ignore[literal-required]
+        "kind": event["task_kind"],
+        "event": event["number"],
+        "repeat": purpose == "repeat",
+        "training": purpose == "training",
+        "gold": purpose in ("gold", "training"),
+    }
+    return cast(Label, label)
 
 
 class Store:
-    """Tasks, events and what follows from them. All methods may be called by several threads and processes at once."""
+    """Tasks, events and what follows from them. Threads and processes may share a store."""
 
     def __init__(self, store: str, create: bool = True):
         self.database = Database(store, create)
@@ -150,22 +134,21 @@ class Store:
     # The chain
 
     def append(self, connection: sa.Connection, kind: str, labeler: str | None, nonce: str | None, **content) -> int:
-        """Adds an event inside a writing transaction and returns its number."""
+        """Adds an event within a writing transaction and returns its number."""
         last = connection.execute(
             sa.select(events.c.number, events.c.digest).order_by(events.c.number.desc()).limit(1)
         ).first()
         number, previous = (last.number + 1, last.digest) if last else (1, START)
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        whole = {
+        event = {
             "number": number,
             "previous": previous,
             "kind": kind,
-            "at": at,
+            "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "labeler": labeler,
             "nonce": nonce,
             "version": __version__,
-        } | content
-        text = canonical(whole)
+        }
+        text = canonical(event | content)
         connection.execute(
             events.insert().values(
                 number=number, kind=kind, labeler=labeler, nonce=nonce, content=text.decode(), digest=sha256_bytes(text)
@@ -173,8 +156,8 @@ class Store:
         )
         return number
 
-    def events(self) -> Iterator[dict]:
-        """The contents of all events in order."""
+    def events(self) -> Iterator[Event]:
+        """All events in order."""
         with self.reading() as connection:
             for content in connection.execute(sa.select(events.c.content).order_by(events.c.number)).scalars():
                 yield json.loads(content)
@@ -186,7 +169,7 @@ class Store:
             return connection.execute(digest).scalar() or START
 
     def fault(self) -> str | None:
-        """The first thing that is not what was written, of events, tasks, and which tasks are on; None where all is."""
+        """The first event, task or list of tasks that is not what was written; None where everything is intact."""
         previous, number = START, 0
         with self.reading() as connection:
             for row in connection.execute(sa.select(events).order_by(events.c.number)):
@@ -212,8 +195,8 @@ class Store:
 
     # Tasks
 
-    def publish(self, rows: list[dict], settings: dict | None = None) -> None:
-        """Makes these the tasks that are on. Answers to a task of the same content stay.
+    def publish(self, rows: Sequence[Any], settings: dict | None = None) -> None:
+        """Makes these the tasks to be answered. Answers to tasks whose content is unchanged stay.
 
         Raises DataError for a bad task, or two with one id; ConfigError for a bad setting.
         """
@@ -221,16 +204,16 @@ class Store:
             checked_task(row, f"task {row.get('id') if isinstance(row, dict) else n!r}")
             for n, row in enumerate(rows, 1)
         ]
-        again = [name for name, n in Counter(task["id"] for task in full).items() if n > 1]
-        if again:
-            raise DataError(f"task {again[0]!r}: two tasks have this id")
+        repeated = [name for name, n in Counter(task["id"] for task in full).items() if n > 1]
+        if repeated:
+            raise DataError(f"task {repeated[0]!r}: two tasks have this id")
         chosen = Settings.of(settings or {})
         contents = [canonical(task) for task in full]
         digests = [sha256_bytes(content) for content in contents]
-        now = {"tasks": sha256_bytes(canonical(digests)), "settings": asdict(chosen)}
+        request = {"tasks": sha256_bytes(canonical(digests)), "settings": asdict(chosen)}
         with self.writing() as connection:
-            before = self._published(connection)
-            if before and before | now == before:
+            published = self._published(connection)
+            if published and published | request == published:
                 return
             known = set(connection.execute(sa.select(tasks.c.digest)).scalars())
             new = [
@@ -241,15 +224,13 @@ class Store:
             if new:
                 connection.execute(tasks.insert(), new)
             connection.execute(places.delete())
-            if full:
-                connection.execute(
-                    places.insert(),
-                    [
-                        {"position": n, "task": digest, "gold": task["gold"] is not None}
-                        for n, (digest, task) in enumerate(zip(digests, full, strict=True))
-                    ],
-                )
-            self.append(connection, "publish", None, None, count=len(full), **now)
+            positions = [
+                {"position": n, "task": digest, "gold": task["gold"] is not None}
+                for n, (digest, task) in enumerate(zip(digests, full, strict=True))
+            ]
+            if positions:
+                connection.execute(places.insert(), positions)
+            self.append(connection, "publish", None, None, count=len(full), **request)
 
     @staticmethod
     def _published(connection: sa.Connection) -> dict | None:
@@ -261,63 +242,31 @@ class Store:
         published = self._published(connection)
         return Settings(**published["settings"]) if published else Settings()
 
-    def task(self, connection: sa.Connection, digest: str) -> dict:
+    def task(self, connection: sa.Connection, digest: str) -> Task:
         return json.loads(connection.execute(sa.select(tasks.c.content).where(tasks.c.digest == digest)).scalar_one())
 
-    def tasks(self) -> list[dict]:
-        """The tasks that are on, in order."""
+    def tasks(self) -> list[Task]:
+        """The published tasks, in order."""
         on = sa.select(tasks.c.content).join(places, places.c.task == tasks.c.digest).order_by(places.c.position)
         with self.reading() as connection:
             return [json.loads(content) for content in connection.execute(on).scalars()]
 
     # What follows from the events
 
-    def labels(self) -> list[dict]:
-        """The current answers to the tasks that are on, in the order they were given.
-
-        {"task", "kind", "labeler", "ranks" [K] or None (1 best, in the task's order), "ratings" [K] or None,
-        "flags" [K] lists, "all_bad", "comment", "text" or None, "shown" [K], "seconds", "repeat", "gold", "training",
-        "skipped": reason or None, "at": UTC, "event": number}
-        """
+    def labels(self) -> list[Label]:
+        """The current answers to the published tasks, in the order they were given."""
         with self.reading() as connection:
-            on = set(connection.execute(sa.select(places.c.task)).scalars())
-        current: dict[int, dict] = {}
+            published = set(connection.execute(sa.select(places.c.task)).scalars())
+        current: dict[int, Label] = {}
         for event in self.events():
             if event["kind"] == "undo":
                 current.pop(event["undoes"], None)
-            elif event.get("task_digest") in on:
-                keys = (
-                    "task",
-                    "labeler",
-                    "ranks",
-                    "ratings",
-                    "flags",
-                    "all_bad",
-                    "comment",
-                    "text",
-                    "shown",
-                    "seconds",
-                    "skipped",
-                    "at",
-                )
-                row = {key: event[key] for key in keys}
-                purpose = event["purpose"]
-                row |= {"kind": event["task_kind"], "event": event["number"]}
-                row |= {
-                    "repeat": purpose == "repeat",
-                    "training": purpose == "training",
-                    "gold": purpose in ("gold", "training"),
-                }
-                current[event["number"]] = row
+            elif event.get("task_digest") in published:
+                current[event["number"]] = _label(event)
         return list(current.values())
 
-    def progress(self) -> dict:
-        """How far labeling is, over the tasks that are no gold.
-
-        {"tasks", "overlap", "wanted": answers, "have": answers up to the overlap, "complete": tasks, "retired": tasks
-        that too many skipped, or all who label where one of them did, "stuck": tasks that want an answer which nobody
-        who may enter can give, "skips", "labelers": {pseudonym: answers}, "settled": nothing is wanted any more}
-        """
+    def progress(self) -> Progress:
+        """How far labeling is."""
         with self.reading() as connection:
             settings = self.settings(connection)
             plain = sa.select(tasks.c.id).join(places, places.c.task == tasks.c.digest).where(~places.c.gold)
@@ -331,15 +280,15 @@ class Store:
         seen: dict[str, set[str]] = defaultdict(set)
         for row in rows:
             seen[row["task"]].add(row["labeler"])
-        at_work = {row["labeler"] for row in rows}  # an admin who only looks on is no labeler
+        at_work = {row["labeler"] for row in rows}  # an admin who only watches is not a labeler
         people = {p.pseudonym for p in may_enter if p.role == "labeler" or p.pseudonym in at_work}
         able = {name for name in people if settings.per_labeler is None or given[name] < settings.per_labeler}
 
         def is_retired(name: str) -> bool:
             return skips[name] >= settings.skips or bool(skips[name] and people and people <= seen[name])
 
-        wanting = [name for name in ids if answers[name] < settings.overlap]
-        retired = sum(is_retired(name) for name in wanting)
+        incomplete = [name for name in ids if answers[name] < settings.overlap]
+        retired = sum(is_retired(name) for name in incomplete)
         return {
             "tasks": len(ids),
             "overlap": settings.overlap,
@@ -347,7 +296,7 @@ class Store:
             "have": sum(min(answers[name], settings.overlap) for name in ids),
             "complete": complete,
             "retired": retired,
-            "stuck": sum(not is_retired(name) and able <= seen[name] for name in wanting),
+            "stuck": sum(not is_retired(name) and able <= seen[name] for name in incomplete),
             "skips": sum(skips.values()),
             "labelers": dict(sorted(given.items())),
             "settled": complete + retired == len(ids),

@@ -1,9 +1,11 @@
-"""The pages. An answer, a draft, a skip and an undo are each a POST of JSON with the session's CSRF token. Entering is a
-POST without one, which needs the link's token; a GET of `/task` leases a task, and another site cannot make it, since
-the cookie is SameSite=Strict.
+"""The pages.
 
-Pages never hold what a model is called or where an output stands in the task: outputs go by the place at which they are
-shown, and the nonce of the assignment is all that a page knows of its task.
+An answer, a draft, a skip and an undo are each a POST of JSON with the session's CSRF token. Entering is a POST without
+one, which needs the link's token. A GET of `/task` leases a task; another site cannot send it, since the cookie is
+SameSite=Strict.
+
+Pages never contain the name of a model or an output's position in the task: outputs go by the position in which they
+are shown, and the nonce of the assignment is all that a page knows about its task.
 """
 
 import hmac
@@ -29,12 +31,13 @@ from tunetrail import __version__
 from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.answers import COMMENT, FLAGS, REASONS, TEXT, Refused
 from tunetrail.labeling.app.store import Settings, Store
-from tunetrail.reporting.numbers import duration, percent_interval
 
 HERE = Path(__file__).parent
 COOKIE = "tunetrail_label"
+LETTERS = "ABCDEFGHI"
+"""Names of outputs on a page, in the order shown."""
 LARGEST = 256 * 1024
-"""Bytes of a request's body."""
+"""The most bytes in a request's body."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -44,18 +47,22 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
-# Outputs are shown in full: HTML stays text, a link shows where it leads, and nothing is loaded from elsewhere.
+# Outputs are shown in full: HTML stays text, links show their addresses, and nothing is loaded from elsewhere.
 _markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 _markdown.disable(["image", "link", "autolink", "reference", "html_inline", "html_block"])
 
 
 def markdown(text: str) -> Markup:
-    """A text that may be markdown, as safe HTML."""
+    """A text, which may be Markdown, as safe HTML."""
     return Markup(_markdown.render(text))
 
 
+ACTIONS = ("leave", "draft", "submit", "skip", "undo")
+"""What can be posted, once one has entered."""
+
+
 class Frame:
-    """Around all routes: takes the prefix off, if a proxy left it on, and adds the headers."""
+    """Middleware around all routes: removes the prefix, if a proxy left it on, and adds the headers."""
 
     def __init__(self, app: ASGIApp, prefix: str):
         self.app, self.prefix = app, prefix
@@ -63,8 +70,11 @@ class Frame:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def framed(message: Any) -> None:
             if message["type"] == "http.response.start":
-                more = HEADERS | {"cache-control": "no-cache" if "/static/" in scope["path"] else "no-store"}
-                message["headers"] = [*message["headers"], *((n.encode(), value.encode()) for n, value in more.items())]
+                added = HEADERS | {"cache-control": "no-cache" if "/static/" in scope["path"] else "no-store"}
+                message["headers"] = [
+                    *message["headers"],
+                    *((n.encode(), value.encode()) for n, value in added.items()),
+                ]
             await send(message)
 
         if scope["type"] == "http" and self.prefix and (scope["path"] + "/").startswith(self.prefix + "/"):
@@ -82,7 +92,7 @@ async def _body(request: Request) -> dict:
     async for chunk in request.stream():
         content += chunk
         if len(content) > LARGEST:
-            raise Refused(f"more than {LARGEST // 1024} KiB were sent", 413)
+            raise Refused(f"the request is larger than {LARGEST // 1024} KiB", 413)
     try:
         sent = json.loads(content, parse_constant=_not_json)
     except (ValueError, RecursionError):
@@ -95,7 +105,7 @@ async def _body(request: Request) -> dict:
 def _field(sent: dict, name: str, kind: type, default: Any = None) -> Any:
     value = sent.get(name, default)
     if type(value) is not kind:
-        raise Refused(f"{name!r} is missing or no {kind.__name__}", 400)
+        raise Refused(f"{name!r} is missing or not a {kind.__name__}", 400)
     return value
 
 
@@ -105,7 +115,7 @@ class Pages:
     def __init__(self, store: Store, prefix: str):
         self.store, self.prefix = store, prefix
         self.requests = access.Rate(per_minute=300, burst=120)
-        self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel all come from one address
+        self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel everyone has the same address
         self.templates = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -113,36 +123,36 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self.templates.filters |= {"markdown": markdown, "share": percent_interval, "duration": duration}
+        self.templates.filters["markdown"] = markdown
         self.templates.globals |= {"base": prefix, "version": __version__}
 
     def page(self, name: str, request: Request, status: int = 200, **values: Any) -> Response:
-        who = getattr(request.state, "session", None)
-        html = self.templates.get_template(name).render(who=who, **values)
+        session = getattr(request.state, "session", None)
+        html = self.templates.get_template(name).render(who=session, **values)
         return HTMLResponse(html, status)
 
-    # Who is asking
+    # Sessions
 
     def guarded(
         self, handler: Callable[..., Awaitable[Response]], admin: bool = False
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A handler for those who have entered: rates, and the CSRF token where something may change."""
+        """A handler for those who have entered, with rate limits and, for a POST, the CSRF token."""
 
         async def guarded(request: Request) -> Response:
-            who = await run_in_threadpool(access.session, self.store, request.cookies.get(COOKIE))
-            if who is None:
+            session = await run_in_threadpool(access.session, self.store, request.cookies.get(COOKIE))
+            if session is None:
                 if request.method == "GET":
                     return RedirectResponse(f"{self.prefix}/enter", 303)
                 raise Refused("your session has ended; open your link in another tab, then try again here", 401)
-            if not self.requests.allows(who.pseudonym):
+            if not self.requests.allows(session.pseudonym):
                 raise Refused("too many requests; wait a moment", 429)
             if request.method == "POST" and not hmac.compare_digest(
-                request.headers.get("x-csrf-token", "").encode(), who.csrf.encode()
+                request.headers.get("x-csrf-token", "").encode(), session.csrf.encode()
             ):
-                raise Refused("this page is of another session; load it again", 403)
-            if admin and not who.admin:
+                raise Refused("this page belongs to another session; reload it", 403)
+            if admin and not session.admin:
                 raise Refused("for admins only", 403)
-            request.state.session = who
+            request.state.session = session
             return await handler(request)
 
         return guarded
@@ -159,9 +169,14 @@ class Pages:
             raise Refused("this token is not known; ask for a new link", 401)
         reply = JSONResponse({"next": f"{self.prefix}/"})
         reply.set_cookie(
-            COOKIE, cookie, path=self.prefix or "/", httponly=True, samesite="strict", secure=request.url.scheme == "https",
+            COOKIE,
+            cookie,
+            path=self.prefix or "/",
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
             max_age=3600 * access.SESSION_HOURS,
-        )  # fmt: skip
+        )
         return reply
 
     async def leave(self, request: Request) -> Response:
@@ -170,7 +185,7 @@ class Pages:
         reply.delete_cookie(COOKIE, path=self.prefix or "/")
         return reply
 
-    # What they see
+    # Pages
 
     async def _settings(self) -> Settings:
         def read() -> Settings:
@@ -180,50 +195,59 @@ class Pages:
         return await run_in_threadpool(read)
 
     async def home(self, request: Request) -> Response:
-        me = request.state.session.pseudonym
+        labeler = request.state.session.pseudonym
         progress = await run_in_threadpool(self.store.progress)
-        last = await run_in_threadpool(queue.finished, self.store, me)
-        mine = await run_in_threadpool(queue.answered, self.store, me)
+        last = await run_in_threadpool(queue.finished, self.store, labeler)
+        answered = await run_in_threadpool(queue.answered, self.store, labeler)
         return self.page(
-            "home.html.j2", request, progress=progress, last=last, mine=mine, settings=await self._settings()
+            "home.html.j2", request, progress=progress, last=last, answered=answered, settings=await self._settings()
         )
 
     async def task(self, request: Request) -> Response:
-        me = request.state.session.pseudonym
-        given = await run_in_threadpool(queue.next_task, self.store, me)
+        given = await run_in_threadpool(queue.next_task, self.store, request.state.session.pseudonym)
         stored = request.query_params.get("stored", "")
         notice = f"Stored as event {int(stored)}." if stored.isascii() and stored.isdigit() and len(stored) < 10 else ""
         if given is None:
             return self.page("done.html.j2", request, notice=notice)
         name = "rank.html.j2" if given.task["kind"] == "ranking" else "write.html.j2"
         return self.page(
-            name, request, given=given, letters="ABCDEFGHI", notice=notice, settings=await self._settings(),
-            flags=FLAGS, reasons=REASONS, most={"comment": COMMENT, "text": TEXT}, draft=json.dumps(given.draft or {}),
-        )  # fmt: skip
+            name,
+            request,
+            given=given,
+            letters=LETTERS,
+            notice=notice,
+            settings=await self._settings(),
+            flags=FLAGS,
+            reasons=REASONS,
+            most={"comment": COMMENT, "text": TEXT},
+            draft=json.dumps(given.draft or {}),
+        )
 
     async def feedback(self, request: Request) -> Response:
         event = request.query_params.get("event", "")
         number = int(event) if event.isascii() and event.isdigit() and len(event) < 10 else 0
-        found = await run_in_threadpool(queue.feedback, self.store, request.state.session.pseudonym, number)
-        if found is None:
-            raise Refused("there is no such training task of yours", 404)
-        return self.page("feedback.html.j2", request, letters="ABCDEFGHI", **found)
+        feedback = await run_in_threadpool(queue.feedback, self.store, request.state.session.pseudonym, number)
+        if feedback is None:
+            raise Refused("you have answered no such training task", 404)
+        return self.page("feedback.html.j2", request, letters=LETTERS, **feedback)
 
     async def guidelines(self, request: Request) -> Response:
         return self.page("guidelines.html.j2", request, settings=await self._settings())
 
     async def quality(self, request: Request) -> Response:
-        found = await run_in_threadpool(self._quality)
-        return self.page("quality.html.j2", request, **found)
+        return self.page("quality.html.j2", request, **await run_in_threadpool(self._quality))
 
     def _quality(self) -> dict[str, Any]:
-        from tunetrail.labeling.quality import quality_page  # what draws takes seconds to load
+        # Imported when an admin asks for the page: what draws takes seconds to load.
+        from tunetrail.reporting.label_quality import quality_page
+        from tunetrail.reporting.numbers import duration, percent_interval
 
         head, progress = self.store.head(), self.store.progress()
-        found = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
-        return {"found": found, "progress": progress, "fault": self.store.fault(), "head": head}
+        quality = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
+        formats = {"share": percent_interval, "duration": duration}
+        return {"quality": quality, "progress": progress, "fault": self.store.fault(), "head": head} | formats
 
-    # What they do
+    # Actions
 
     async def draft(self, request: Request) -> Response:
         sent = await _body(request)
@@ -240,16 +264,16 @@ class Pages:
 
     async def skip(self, request: Request) -> Response:
         sent = await _body(request)
-        nonce, why = _field(sent, "nonce", str), _field(sent, "skip", dict)
-        event = await run_in_threadpool(queue.skip, self.store, request.state.session.pseudonym, nonce, why)
+        nonce, reason = _field(sent, "nonce", str), _field(sent, "skip", dict)
+        event = await run_in_threadpool(queue.skip, self.store, request.state.session.pseudonym, nonce, reason)
         return JSONResponse({"event": event, "next": f"{self.prefix}/task?stored={event}"})
 
     async def undo(self, request: Request) -> Response:
         event = (await _body(request)).get("event")
         if event is not None and not (type(event) is int and 0 < event < 2**31):
-            raise Refused("'event' is no event's number", 400)
+            raise Refused("'event' is not the number of an event", 400)
         if not await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event):
-            raise Refused("there is nothing to take back", 409)
+            raise Refused("there is no answer to undo", 409)
         return JSONResponse({"next": f"{self.prefix}/task"})
 
     async def refused(self, request: Request, error: Exception) -> Response:
@@ -262,12 +286,13 @@ class Pages:
         return await self.refused(request, Refused("there is no such page", getattr(error, "status_code", 404)))
 
     async def fault(self, request: Request, error: Exception) -> Response:
-        said = "a fault of the server, which does not know whether this was stored. Send it again: that stores nothing twice"
-        return JSONResponse({"error": said}, 500, HEADERS | {"cache-control": "no-store"})  # outside of Frame
+        # Frame is not around this handler, hence the headers.
+        message = "the server failed and does not know whether this was stored. Send it again: nothing is stored twice"
+        return JSONResponse({"error": message}, 500, HEADERS | {"cache-control": "no-store"})
 
 
 def application(store: Store, prefix: str = "") -> Starlette:
-    """The page as an ASGI application, under a path prefix such as /labels ('' for none)."""
+    """The pages as an ASGI application, under a path prefix such as /labels ('' for none)."""
     pages = Pages(store, prefix)
     guarded = pages.guarded
     routes = [
@@ -278,8 +303,8 @@ def application(store: Store, prefix: str = "") -> Starlette:
         Route("/feedback", guarded(pages.feedback)),
         Route("/guidelines", guarded(pages.guidelines)),
         Route("/quality", guarded(pages.quality, admin=True)),
-        *(Route(f"/{name}", guarded(getattr(pages, name)), methods=["POST"]) for name in ("leave", "draft", "submit", "skip", "undo")),
+        *(Route(f"/{name}", guarded(getattr(pages, name)), methods=["POST"]) for name in ACTIONS),
         Mount("/static", StaticFiles(directory=HERE / "static")),
-    ]  # fmt: skip
+    ]
     handlers: Any = {Refused: pages.refused, 404: pages.missing, 405: pages.missing, 500: pages.fault}
     return Starlette(routes=routes, middleware=[Middleware(Frame, prefix=prefix)], exception_handlers=handlers)

@@ -1,4 +1,4 @@
-// The token comes behind the # of the link: browsers send that part to nobody.
+// The token follows the # of the link: browsers do not send that part.
 import { post, warn } from "./page.js";
 
 const form = document.getElementById("enter");

@@ -1,11 +1,11 @@
-// What all pages share: talking to the server, telling the labeler, buttons that post.
+// What all pages share: requests, messages to the labeler, buttons that post.
 
 const { base, csrf } = document.body.dataset;
 
 export const say = text => { document.getElementById("status").textContent = text; };
 export const warn = text => { document.getElementById("alert").textContent = text; };
 
-/** Sends JSON. Resolves to the reply; throws an Error whose message is for the labeler, with `status` (0: no answer). */
+/** Sends JSON and resolves to the reply. Throws an Error with a message for the labeler and `status` (0: no answer). */
 export async function post(path, body = {}) {
   let reply;
   try {
@@ -18,12 +18,12 @@ export async function post(path, body = {}) {
   } catch {
     throw Object.assign(new Error("the server does not answer"), { status: 0 });
   }
-  const said = await reply.json().catch(() => ({ error: `the server answered ${reply.status}` }));
-  if (!reply.ok) throw Object.assign(new Error(said.error), { status: reply.status });
-  return said;
+  const answer = await reply.json().catch(() => ({ error: `the server answered ${reply.status}` }));
+  if (!reply.ok) throw Object.assign(new Error(answer.error), { status: reply.status });
+  return answer;
 }
 
-/** Posts and goes where the reply says. */
+/** Posts, and opens the page that the reply names. */
 export async function go(path, body) {
   try {
     location.assign((await post(path, body)).next);
@@ -37,5 +37,5 @@ for (const button of document.querySelectorAll("[data-post]")) {
   button.addEventListener("click", () => go(button.dataset.post, event ? { event: Number(event) } : {}));
 }
 
-/** Whether a key belongs to what has the focus, not to the page. */
+/** Whether the focused element takes keys itself. */
 export const typing = target => target.matches("input:not([type=radio]):not([type=checkbox]), textarea, select");

@@ -26,7 +26,7 @@ const current = () => ({
   comment: comment.value,
 });
 
-function standing(output) {
+function describeRank(output) {
   const n = ranks(order, K)[output];
   if (!n) return "not placed";
   const ties = order.groups[n - 1].filter(other => other !== output).map(letter);
@@ -41,7 +41,7 @@ function chip(output) {
   button.className = "chip";
   button.dataset.chip = output;
   button.textContent = letter(output);
-  button.setAttribute("aria-label", `Output ${letter(output)}, ${standing(output)}`);
+  button.setAttribute("aria-label", `Output ${letter(output)}, ${describeRank(output)}`);
   button.setAttribute("aria-pressed", output === chosen);
   return button;
 }
@@ -73,7 +73,7 @@ function draw() {
   unplacedBox.replaceChildren(...order.unplaced.map(chip));
   for (const [output, card] of cards.entries()) {
     card.classList.toggle("chosen", output === chosen);
-    card.querySelector("[data-rank]").textContent = standing(output);
+    card.querySelector("[data-rank]").textContent = describeRank(output);
     card.querySelector("[data-rank]").classList.toggle("placed", !order.unplaced.includes(output));
     card.querySelector(".chip").setAttribute("aria-pressed", output === chosen);
     const flags = flagsOf(card);
@@ -86,7 +86,7 @@ function draw() {
   if (focused !== false && focused !== undefined) tray.querySelector(`[data-chip="${focused}"]`)?.focus();
 }
 
-// Doing
+// Actions
 
 function become(next) {
   if (next === order) return;
@@ -95,7 +95,7 @@ function become(next) {
   warn("");
   changed();
   draw();
-  if (chosen !== null) say(`${letter(chosen)}: ${standing(chosen)}`);
+  if (chosen !== null) say(`${letter(chosen)}: ${describeRank(chosen)}`);
 }
 
 function choose(output) {
@@ -103,7 +103,7 @@ function choose(output) {
   warn("");
   draw();
   cards[output].querySelector("header").scrollIntoView({ block: "nearest" });
-  say(`${letter(output)} chosen, ${standing(output)}`);
+  say(`${letter(output)} chosen, ${describeRank(output)}`);
 }
 
 function press(output) {
@@ -121,7 +121,7 @@ function stepBack() {
   order = past.pop();
   changed();
   draw();
-  say("One step back.");
+  say("Last step undone.");
 }
 
 function rate(n) {
@@ -180,7 +180,7 @@ dragging((output, drop) => {
   else become(remove(order, output));
 });
 
-// What was there before
+// Restoring the draft
 
 cards.forEach((card, output) => {
   for (const box of card.querySelectorAll("[data-rating]")) {

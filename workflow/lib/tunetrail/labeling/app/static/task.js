@@ -1,7 +1,7 @@
-// A task on the page, whatever its kind: its draft, its time, skipping, help, and sending it once.
+// What ranking and writing share: the draft, the time spent, skipping, help, and sending once.
 import { go, post, say, typing, warn } from "./page.js";
 
-const IDLE = 120_000; // ms without a sign of the labeler after which time is not counted
+const IDLE = 120_000; // ms without activity after which time is not counted
 const element = document.getElementById("task");
 const nonce = element.dataset.nonce;
 const saved = document.getElementById("saved");
@@ -13,16 +13,16 @@ export const draft = JSON.parse(element.dataset.draft);
 
 let read; // what is on the page, as the draft keeps it
 let seconds = draft.seconds ?? 0;
-let sign = Date.now();
+let lastActivity = Date.now();
 let timer;
 let busy = false;
 
 for (const kind of ["pointerdown", "keydown", "scroll", "pointermove"]) {
-  addEventListener(kind, () => { sign = Date.now(); }, { passive: true, capture: true });
+  addEventListener(kind, () => { lastActivity = Date.now(); }, { passive: true, capture: true });
 }
-setInterval(() => { if (!document.hidden && Date.now() - sign < IDLE) seconds += 1; }, 1000);
-// The lease is renewed while somebody is there.
-setInterval(() => { if (!document.hidden && Date.now() - sign < IDLE) save(); }, 60_000);
+setInterval(() => { if (!document.hidden && Date.now() - lastActivity < IDLE) seconds += 1; }, 1000);
+// Keeps the lease while the labeler is active.
+setInterval(() => { if (!document.hidden && Date.now() - lastActivity < IDLE) save(); }, 60_000);
 
 async function save() {
   clearTimeout(timer);
@@ -36,7 +36,7 @@ async function save() {
   }
 }
 
-/** To be called after every change. */
+/** Call this after every change. */
 export function changed() {
   saved.textContent = "";
   clearTimeout(timer);
@@ -55,9 +55,9 @@ async function send(path, body) {
     busy = false;
     submitButton.disabled = false;
     say("");
-    // Sent again it is stored once: the server knows the task by its nonce.
+    // Sending it again stores it only once: the nonce identifies the task.
     warn(error.status === 0 || error.status >= 500
-      ? `Not known to be stored: ${error.message}. Nothing is lost on this page; submit again, it cannot be stored twice.`
+      ? `It is unclear whether this was stored: ${error.message}. Nothing on this page is lost; submit again, it cannot be stored twice.`
       : `Not stored: ${error.message}.`);
     if (error.status === 409) element.classList.add("over");
   }
@@ -72,7 +72,7 @@ export function toggleRaw() {
   for (const part of document.querySelectorAll(".rendered, .raw")) part.hidden = !part.hidden;
 }
 
-/** Starts it: `current` gives what is on the page, `keys` maps a key to what it does. */
+/** Starts the page: `current` returns what is on it, `keys` maps keys to actions. */
 export function start(current, keys) {
   read = current;
   const actions = { s: askSkip, "?": askHelp, v: toggleRaw, u: undo, ...keys };
@@ -84,7 +84,7 @@ export function start(current, keys) {
     if (typing(event.target)) return;
     const act = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!act) return;
-    // Enter and arrows on a control do what they do there; on what is chosen already Enter submits.
+    // Enter and arrows keep their meaning on a control, but Enter on an output that is chosen already submits.
     const own = event.target.matches("button, a, summary, input") && !event.target.matches("[aria-pressed=true], #submit");
     if ((event.key === "Enter" && own) || (event.key.startsWith("Arrow") && event.target.matches("input"))) return;
     event.preventDefault();

@@ -1,0 +1,137 @@
+"""JSONL, CSV, Parquet and the Hugging Face hub as numbered rows of plain Python values.
+
+Libraries that take long to import are imported by the function that needs them: this module is imported each time
+Snakemake starts.
+"""
+
+import gzip
+import io
+import json
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunetrail.config.data import FileSource, HubSource
+from tunetrail.errors import DataError
+
+Rows = Iterator[tuple[int, dict]]
+"""Rows with their numbers from 1; in JSONL the number of the line."""
+BAD_GZIP = "the gzip file is cut short or damaged; copy it again"
+NOT_UTF8 = "not UTF-8; convert the file with iconv"
+LIST_COLUMNS = ("messages", "completions", "ranks", "order", "labels")
+
+
+class RawRows(NamedTuple):
+    """The rows of a source under the names and in the types it has them."""
+
+    name: str
+    """How messages name the source."""
+    rows: Rows
+
+
+def jsonl_rows(path: Path) -> Rows:
+    """The objects of a JSONL file, which may be gzipped; empty lines are skipped. Raises DataError naming the line."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            # Decoded line by line: a text file decodes ahead, and could not say which line is bad.
+            for number, line in enumerate(f, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not text.strip():
+                        continue
+                    row = json.loads(text)
+                except UnicodeDecodeError:
+                    raise DataError(f"{path}:{number}: {NOT_UTF8}") from None
+                except (ValueError, RecursionError) as e:
+                    raise DataError(
+                        f"{path}:{number}: not valid JSON ({e}); every line must hold one JSON object"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
+                yield number, row
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise DataError(f"{path}: {BAD_GZIP}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's error."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a table as JSON would hold it: arrays as lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def table_rows(path: Path, is_csv: bool) -> Rows:
+    """The rows of a CSV or Parquet file, which may be gzipped; missing values are None. Raises DataError."""
+    import pandas as pd
+
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise DataError(f"{path}: {BAD_GZIP}") from None
+    try:
+        with warnings.catch_warnings():
+            # Where rows have more cells than the header, pandas would shift the columns, or drop cells with a warning.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            if is_csv:
+                frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
+            else:
+                frame = pd.read_parquet(io.BytesIO(content))
+    except pd.errors.ParserWarning:
+        raise DataError(f"{path}: rows have more cells than the header; quote cells that hold a comma") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: {NOT_UTF8}") from None
+    except Exception as e:  # pandas and pyarrow raise many kinds
+        raise DataError(f"{path}: cannot be read as {'CSV' if is_csv else 'Parquet'}: {_reason(e)}") from None
+    frame = frame.astype(object).where(frame.notna(), None)
+    for number, row in enumerate(frame.to_dict("records"), 1):
+        yield number, {str(key): _plain(value) for key, value in row.items()}
+
+
+def hub_rows(source: HubSource) -> Rows:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source.repo, source.subset, revision=source.revision, split=source.split)
+    except Exception as e:
+        raise DataError(f"{source.repo}@{source.revision}: cannot be loaded from the hub: {_reason(e)}") from None
+    yield from enumerate(rows, 1)
+
+
+def format_of(path: Path) -> str:
+    """The suffix that names a file's format, without .gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
+def raw_rows(source: FileSource | HubSource) -> RawRows:
+    """Raises DataError for a file of an unknown format, and while reading."""
+    if isinstance(source, HubSource):
+        return RawRows(f"{source.repo}@{source.revision}", hub_rows(source))
+    path, suffix = source.path, format_of(source.path)
+    if suffix not in (".jsonl", ".csv", ".parquet"):
+        raise DataError(f"{path}: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)")
+    return RawRows(str(path), jsonl_rows(path) if suffix == ".jsonl" else table_rows(path, suffix == ".csv"))
+
+
+def with_lists(row: dict) -> dict:
+    """A row of a CSV file with its lists parsed, in columns that hold lists only: a prompt may look like one."""
+
+    def cell(key: str, text: str | None) -> Any:
+        try:
+            value = json.loads(text) if text and text[0] == "[" else text
+        except (ValueError, RecursionError):
+            return text
+        is_chat = isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+        return value if key in LIST_COLUMNS or is_chat else text
+
+    return {key: cell(key, text) for key, text in row.items()}
+
+
+def is_csv(source: FileSource | HubSource) -> bool:
+    return isinstance(source, FileSource) and format_of(source.path) == ".csv"
