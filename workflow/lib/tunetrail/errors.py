@@ -1,7 +1,7 @@
 """Errors that a user can fix, and their exit codes.
 
-Every error that a stage raises on purpose is a `TunetrailError`: its message is one line that names the file, line or key,
-what is wrong and how to fix it. Anything else is a fault of ours and keeps its traceback.
+Every error that a stage raises on purpose is a `TunetrailError`: its message is one line that names the file, line or
+key, what is wrong and how to fix it. Anything else is a fault of ours and keeps its traceback.
 """
 
 

@@ -120,7 +120,8 @@ class HumanLabeler(Block):
     labeler: Literal["human"]
     store: Text = Field(
         default="state/labels.db",
-        description="where answers are kept: an SQLite file, or `postgresql://user@host/name` with the password in `~/.pgpass` or `$PGPASSWORD`. Each run needs its own",
+        description="where answers are kept: an SQLite file, or `postgresql://user@host/name` with the password in "
+        "`~/.pgpass` or `$PGPASSWORD`. Each run needs its own",
     )
     overlap: Count = Field(default=1, description="labelers a task; the quota is so many rankings of every task")
     per_labeler: Count | None = Field(default=None, description="the most rankings of one labeler; null: no limit")
@@ -131,7 +132,8 @@ class HumanLabeler(Block):
     guidelines: Path | None = Field(default=None, description="a Markdown file that labelers read; null: none")
     gold: Path | None = Field(
         default=None,
-        description="a JSONL file of tasks with known ranks, `{id, prompt, completions, gold: {ranks}}`, to measure labelers by; null: none",
+        description="a JSONL file of tasks with known ranks, `{id, prompt, completions, gold: {ranks}}`, to measure "
+        "labelers by; null: none",
     )
     training: NonNegativeInt = Field(default=0, description="so many gold tasks come first, with feedback")
     gold_every: NonNegativeInt = Field(default=10, description="a gold task comes after so many others; 0: none")

@@ -128,7 +128,8 @@ class DataConfig(Block):
     )
     overlap_words: Count = Field(
         default=8,
-        description="length of the word n-grams by which evaluation and held-out prompts are looked for in training texts; "
+        description="length of the word n-grams by which evaluation and held-out prompts are looked for in training "
+        "texts; "
         "shorter prompts are looked for as a whole",
     )
     max_overlap: Fraction = Field(

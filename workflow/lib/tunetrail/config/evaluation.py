@@ -68,7 +68,8 @@ class EvaluationConfig(Sampling):
     )
     batch_tokens: Count | None = Field(
         default=None,
-        description="tokens of a forward pass when scoring; lower it where memory runs out; null: 4096 on a GPU, 2048 on a CPU",
+        description="tokens of a forward pass when scoring; lower it where memory runs out; null: 4096 on a GPU, "
+        "2048 on a CPU",
     )
     sentence: Text = Field(
         default=PALMETTO, description="probe: the probability of the next token is shown at each of its positions"

@@ -27,7 +27,8 @@ class PpoConfig(Training):
     critic_learning_rate: Positive | None = Field(default=None, description="of the critic; null: learning_rate")
     advantage: Literal["gae", "rloo", "grpo"] = Field(
         default="gae",
-        description="gae: PPO with a critic. rloo (Ahmadian et al. 2024), grpo (Shao et al. 2024): no critic, an episode is compared with the others of its prompt",
+        description="gae: PPO with a critic. rloo (Ahmadian et al. 2024), grpo (Shao et al. 2024): no critic, an "
+        "episode is compared with the others of its prompt",
     )
     critic: Literal["separate", "shared"] = Field(
         default="separate",
@@ -51,7 +52,8 @@ class PpoConfig(Training):
     vllm: Vllm | None = Field(default=None, description="what samples the episodes; null: our own decoder")
     sharded: Flag = Field(
         default=False,
-        description="spread weights, gradients and optimizer state over the processes of the stage (FSDP), for models one GPU cannot hold",
+        description="spread weights, gradients and optimizer state over the processes of the stage (FSDP), for "
+        "models one GPU cannot hold",
     )
     kl_coef: NonNegative = Field(
         default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
@@ -68,7 +70,8 @@ class PpoConfig(Training):
     )
     ptx_coef: NonNegative = Field(
         default=0.0,
-        description="weight of the loss on as many demonstrations of the sft split as a minibatch has episodes (PPO-ptx, Ouyang et al. 2022)",
+        description="weight of the loss on as many demonstrations of the sft split as a minibatch has episodes "
+        "(PPO-ptx, Ouyang et al. 2022)",
     )
     entropy_coef: NonNegative = Field(default=0.0, description="score per nat; bonus for a policy that stays unsure")
     gamma: Fraction = Field(default=1.0, description="discount a token")
@@ -93,7 +96,8 @@ class PpoConfig(Training):
     )
     gold: Literal["chrf"] | None = Field(
         default="chrf",
-        description="scorer against the author's text, where the rl split has it: watched for over-optimisation, never trained on; null: not",
+        description="scorer against the author's text, where the rl split has it: watched for over-optimisation, "
+        "never trained on; null: not",
     )
 
     @property
@@ -107,7 +111,8 @@ class PpoConfig(Training):
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatch_size ({minibatch})")
         if self.batch_size % self.completions_per_prompt:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of completions_per_prompt ({self.completions_per_prompt})"
+                f"batch_size ({self.batch_size}) must be a multiple of completions_per_prompt "
+                f"({self.completions_per_prompt})"
             )
         if self.micro_batch_size and minibatch % self.micro_batch_size:
             raise ValueError(

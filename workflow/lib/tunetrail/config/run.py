@@ -110,7 +110,8 @@ class Config(Block):
 
 
 def _has_comparisons(config: Config) -> bool:
-    # A comparisons block without completions is a mistake of its own; the stages that need comparisons need not repeat it.
+    # A comparisons block without completions is a mistake of its own; the stages that need comparisons need not repeat
+    # it.
     return config.completions is not None or config.comparisons is not None or bool(config.data.preferences)
 
 

@@ -17,7 +17,9 @@ from tunetrail.config.fields import (
 
 
 class Lora(Block):
-    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory and small checkpoints. Takes about 10 times the learning rate."""
+    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory and small checkpoints. Takes about 10 times the learning
+    rate.
+    """
 
     r: Count = Field(default=16, description="rank; raise it where the adapter cannot follow")
     alpha: Positive = Field(default=32.0, description="scale; the update is multiplied by alpha / r")

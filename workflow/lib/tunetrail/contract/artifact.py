@@ -109,7 +109,9 @@ def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
 
 
 def _make_durable(folder: Path) -> None:
-    """Flushes every file to disk, readable by whomever the umask allows: safetensors writes 0600, which shuts a group out."""
+    """Flushes every file to disk, readable by whomever the umask allows: safetensors writes 0600, which shuts a group
+    out.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:

@@ -1,12 +1,13 @@
 """One writer per folder, even when a node was cut off and its job restarts elsewhere.
 
-The writer holds the newest of the files NAME, NAME.2, NAME.3, …: it keeps a lock on it, which ends with the process, and
-renews its time every few seconds. A later attempt
+The writer holds the newest of the files NAME, NAME.2, NAME.3, …: it keeps a lock on it, which ends with the process,
+and renews its time every few seconds. A later attempt
 
 - takes over the file at once if its lock is free: the writer died;
 - creates the next file if the lock is held but the time was not renewed for `lease_seconds()`: the writer hangs, or its
   node has lost the file server, which keeps the lock for it. If it comes back, `Lease.lost` tells it before it writes;
-- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits: somebody waits
+- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits: somebody
+waits
   for the job that was requeued or submitted again.
 
 Times are the file server's own, since the clocks of two nodes may differ. This was tested on local file systems only.
@@ -70,7 +71,8 @@ def _lock(handle: IO[str]) -> bool:
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         raise DiskError(
-            f"{handle.name}: its file system has no locks ({e.strerror}), and two writers could meet; put the clone on one that has (Lustre is mounted with -o flock), `tunetrail doctor` looks"
+            f"{handle.name}: its file system has no locks ({e.strerror}), and two writers could meet; put the clone "
+            "on one that has (Lustre is mounted with -o flock), `tunetrail doctor` looks"
         ) from None
     return True
 

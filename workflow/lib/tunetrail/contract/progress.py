@@ -1,4 +1,6 @@
-"""Progress that people watch: a bar on a terminal, a line every so often in a log, the same as data in the state folder."""
+"""Progress that people watch: a bar on a terminal, a line every so often in a log, the same as data in the state
+folder.
+"""
 
 import json
 import logging
@@ -67,8 +69,8 @@ def read_progress(path: Path) -> list[Progress]:
 class ProgressBar:
     """Counts `total` units of work, with rate and time left.
 
-    A context manager: call `advance` after each piece. `done` units may already be finished (a resumed stage); they do not
-    count in the rate.
+    A context manager: call `advance` after each piece. `done` units may already be finished (a resumed stage); they do
+    not count in the rate.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, every_seconds: float = 15.0):

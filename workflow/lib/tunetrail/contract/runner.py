@@ -7,7 +7,8 @@ A stage is a module with `run(stage) -> metrics`, called as
 
 and `main(run)` does the rest:
 
-1. It checks every input folder against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS it does
+1. It checks every input folder against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS it
+does
    not hash files again that have not changed, by size, inode and times, since they were hashed last.
 2. It works in the state folder `STATE/<fingerprint>`, the digest of the config and the input manifests: a changed
    hyperparameter never loads an old optimizer state. A lease keeps a second writer out.
@@ -15,8 +16,8 @@ and `main(run)` does the rest:
 4. It adds `metrics.json`, `provenance.json` and, last, `manifest.json`, flushes everything to disk and renames it into
    place: a killed stage leaves nothing that looks finished.
 
-`metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times, hosts and attempts are
-in `provenance.json`, which the manifest does not list. See `tunetrail.provenance`.
+`metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times, hosts and attempts
+are in `provenance.json`, which the manifest does not list. See `tunetrail.provenance`.
 
 An artifact that lacks only its manifest is not made again: its job was killed at the very end, or Snakemake removed the
 manifest of a job whose head process had died. `artifact.finished` compares such an artifact with its record.
@@ -114,7 +115,8 @@ def _tokenizer_of(parents: dict[str, dict]) -> str | None:
     if len(set(digests.values())) > 1:
         listed = ", ".join(f"{role}: {digest[:12]}" for role, digest in sorted(digests.items()))
         raise DataError(
-            f"the inputs were made with different tokenizers or chat templates ({listed}); rebuild them from one base model"
+            f"the inputs were made with different tokenizers or chat templates ({listed}); rebuild them from one "
+            "base model"
         )
     return next(iter(digests.values()), None)
 
@@ -200,7 +202,8 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
         ),
         {role: Input(Path(path).parent, parents[role], parent_of(Path(path).parent)) for role, path in inputs.items()},
         Attempt(
-            # A folder of its own: a superseded attempt must find nothing of its successor's to spoil. No name has a tilde.
+            # A folder of its own: a superseded attempt must find nothing of its successor's to spoil. No name has a
+            # tilde.
             work=output.with_name(f".{output.name}~{socket.gethostname()}-{os.getpid()}.work"),
             state=args.state / sha256_json({"config": content, "inputs": parents, "part": part})[:16],
             stop=stop,  # type: ignore[arg-type]

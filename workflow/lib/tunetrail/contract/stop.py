@@ -30,9 +30,9 @@ def minutes_from(variable: str) -> float | None:
 class Stop:
     """Says when to save and when to leave: on SIGTERM, before the time limit, or for another attempt.
 
-    Stages ask `save_due()` after each step. `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every step) spaces the
-    saves; saving never changes a result, and neither does the spacing. `$TUNETRAIL_TIME_LIMIT`, in minutes from now, is
-    what the allocation has left: `tunetrail.launch` sets it.
+    Stages ask `save_due()` after each step. `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every step) spaces
+    the saves; saving never changes a result, and neither does the spacing. `$TUNETRAIL_TIME_LIMIT`, in minutes from
+    now, is what the allocation has left: `tunetrail.launch` sets it.
 
     The processes of a stage answer alike, since they save and leave together: what one was told holds for all. Where
     another attempt has taken over, asking raises Superseded in all of them before anything is saved.

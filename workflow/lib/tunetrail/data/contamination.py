@@ -59,7 +59,8 @@ def without_contamination(rows: list[dict], config: DataConfig) -> tuple[list[di
     if over and config.duplicates == "error":
         share, split = over[0]["overlap"]
         raise DataError(
-            f"{len({row['prompt'] for row in over})} evaluation and held-out prompts are largely in the training texts, "
+            f"{len({row['prompt'] for row in over})} evaluation and held-out prompts are largely in the training "
+            "texts, "
             f"such as {over[0]['where']} ({over[0]['split']}, {compared_text(over[0])[:40]!r}: {share:.0%} of its "
             f"{config.overlap_words}-word sequences, most in {split}); "
             "set data.duplicates to drop, give them one group, or raise data.max_overlap"
@@ -72,8 +73,8 @@ def without_contamination(rows: list[dict], config: DataConfig) -> tuple[list[di
 def contamination(rows: list[dict], dropped: int, config: DataConfig) -> dict[str, Any]:
     """The overlap of the prompts of one split, for the data card.
 
-    {"words": n, "limit", "dropped": distinct prompts over it, "prompts", "too_short", "mean", "max", "histogram": {"edges",
-    "counts"}, "worst": up to ten `OverlapRow`s}
+    {"words": n, "limit", "dropped": distinct prompts over it, "prompts", "too_short", "mean", "max", "histogram":
+    {"edges", "counts"}, "worst": up to ten `OverlapRow`s}
     """
     rows = list({row["prompt"]: row for row in rows if "prompt" in row}.values())
     shares = [row["overlap"][0] for row in rows if row["overlap"][0] is not None]

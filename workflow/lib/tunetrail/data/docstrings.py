@@ -1,4 +1,6 @@
-"""The embedded demonstrations: functions of the machine's own Python standard library and what their authors said of them."""
+"""The embedded demonstrations: functions of the machine's own Python standard library and what their authors said of
+them.
+"""
 
 import ast
 import platform

@@ -1,4 +1,6 @@
-"""Texts that have nothing to do with the task, and a multiple-choice task made of them: what training makes a model forget."""
+"""Texts that have nothing to do with the task, and a multiple-choice task made of them: what training makes a model
+forget.
+"""
 
 import random
 from pathlib import Path
@@ -50,7 +52,8 @@ def multiple_choice(examples: list[Example], neutral: list[int], rng: random.Ran
         neutral: ids of `NEUTRAL`.
 
     Returns:
-        [{"id", "prompt_ids", "neutral_ids", "choices", "answer": index}]; fewer than CHOICES distinct answers make no question.
+        [{"id", "prompt_ids", "neutral_ids", "choices", "answer": index}]; fewer than CHOICES distinct answers make no
+        question.
     """
     answers = [list(answer) for answer in dict.fromkeys(tuple(answer) for _, answer in examples)]
     if len(answers) < CHOICES:
@@ -60,6 +63,7 @@ def multiple_choice(examples: list[Example], neutral: list[int], rng: random.Ran
         choices = [answer, *rng.sample([other for other in answers if other != answer], CHOICES - 1)]
         rng.shuffle(choices)
         rows.append(
-            {"id": str(i), "prompt_ids": prompt, "neutral_ids": neutral, "choices": choices, "answer": choices.index(answer)}
+            {"id": str(i), "prompt_ids": prompt, "neutral_ids": neutral, "choices": choices,
+                "answer": choices.index(answer)}
         )  # fmt: skip
     return rows

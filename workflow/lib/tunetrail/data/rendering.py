@@ -60,5 +60,6 @@ def fits(row: dict, config: DataConfig, renderer: Renderer) -> bool:
         ("max_prompt_tokens", prompt) if prompt > config.max_prompt_tokens else ("max_completion_tokens", longest)
     )
     raise DataError(
-        f"{row['where']}: has {count} tokens, more than data.{key} ({getattr(config, key)}): {row['prompt'][:60]!r}…; raise it, or set data.too_long to drop"
+        f"{row['where']}: has {count} tokens, more than data.{key} ({getattr(config, key)}): "
+        f"{row['prompt'][:60]!r}…; raise it, or set data.too_long to drop"
     )

@@ -97,8 +97,8 @@ def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: fl
         return [(kept, i) for i, kept in sorted(found.items())]
     shingles = {text: _shingles(text) for text in members}
     position = {text: i for i, text in enumerate(members)}
-    # A candidate too many costs a comparison, one too few is a leak: the weights make LSH find about 99% of the pairs at
-    # the threshold, and more above it (85% with equal weights).
+    # A candidate too many costs a comparison, one too few is a leak: the weights make LSH find about 99% of the pairs
+    # at the threshold, and more above it (85% with equal weights).
     index = MinHashLSH(threshold=max(0.1, threshold - 0.1), num_perm=NUM_PERM, weights=(0.1, 0.9))
     for text, rows in members.items():
         signature = MinHash(num_perm=NUM_PERM, seed=1)

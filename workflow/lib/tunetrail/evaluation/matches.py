@@ -16,8 +16,9 @@ Outcomes = dict[tuple[str, str], np.ndarray]
 
 NEWTON_STEPS, LONGEST_STEP = 30, 1.0
 LENGTH_PENALTY = 0.01
-"""On both coefficients: finite where one side wins everything. Where all gaps are much alike nothing else would tell one
-coefficient from the other; `has_equal_lengths` is what keeps such data away."""
+"""On both coefficients: finite where one side wins everything. Where all gaps are much alike nothing else would tell
+one coefficient from the other; `has_equal_lengths` is what keeps such data away.
+"""
 LEAST_SHARE = 0.05
 """Of prompts on which the first is no longer, and on which it is no shorter: else equal lengths are not in the data."""
 
@@ -92,7 +93,9 @@ def length_controlled(outcome: np.ndarray, gap: np.ndarray, counts: np.ndarray) 
 
 
 def family(second: str, reference: str) -> str:
-    """What a pair is corrected together with: all against base, all against the reference, or policies among themselves."""
+    """What a pair is corrected together with: all against base, all against the reference, or policies among
+    themselves.
+    """
     return second if second in ("base", reference) else "policies"
 
 

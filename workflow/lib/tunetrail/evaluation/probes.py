@@ -8,8 +8,8 @@ def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
         before, after: rows of `models.sentence_probe`.
 
     Returns:
-        [{"position", "token", "before", "after", "tokens": [{"id", "token", "before", "after"}]}], the tokens that rose most
-        first; a probability is None where the token is not in that model's list.
+        [{"position", "token", "before", "after", "tokens": [{"id", "token", "before", "after"}]}], the tokens that rose
+        most first; a probability is None where the token is not in that model's list.
     """
     rows = []
     for was, now in zip(before[1:], after[1:], strict=True):  # nothing is before the first token
@@ -26,6 +26,7 @@ def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
         ]
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
         rows.append(
-            {"position": now["position"], "token": now["token"], "before": was["prob"], "after": now["prob"], "tokens": tokens}
+            {"position": now["position"], "token": now["token"], "before": was["prob"], "after": now["prob"],
+                "tokens": tokens}
         )  # fmt: skip
     return rows

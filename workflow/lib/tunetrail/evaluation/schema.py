@@ -100,8 +100,9 @@ class Pair(TypedDict):
     significant: bool
     """p_holm < 0.05."""
     minimum_detectable: float | None
-    """The difference from one half that n prompts show with 80% power at 5% divided by the size of the family; null where
-    they cannot show any."""
+    """The difference from one half that n prompts show with 80% power at 5% divided by the size of the family; null
+    where they cannot show any.
+    """
 
 
 class WinRate(Interval):

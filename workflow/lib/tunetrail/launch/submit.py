@@ -96,7 +96,8 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
         job_name=name, nodes=int(options.pop("nodes", 1)), ntasks_per_node=on_each_node, signal_delay_s=SIGNAL_SECONDS,
         time=int(resources.get("runtime") or 60), stderr_to_stdout=True, wckey=None,
         srun_args=[*cores, *SRUN],
-        additional_parameters={"requeue": True} | {key: value or True for key, value in options.items() if key != "time"},
+        additional_parameters={"requeue": True} | {key: value or True for key,
+            value in options.items() if key != "time"},
     )  # fmt: skip
     return executor
 
@@ -254,7 +255,8 @@ def _outcome(job: Job) -> int | None:
                 return int(value)
             if value not in CLEAN_EXITS:
                 raise TunetrailError(
-                    f"process {n} of job {job.job_id} ended with {value}, and so the others were ended; see {paths.stdout}"
+                    f"process {n} of job {job.job_id} ended with {value}, and so the others were ended; see "
+                    f"{paths.stdout}"
                 )
     return None
 
@@ -280,7 +282,8 @@ def _follow(job: Job, log: Path) -> int:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > 10:
                     raise TunetrailError(
-                        f"job {job.job_id} ended without a result (cancelled, out of memory, or its node failed); see {output}; run the same command again"
+                        f"job {job.job_id} ended without a result (cancelled, out of memory, or its node failed); "
+                        f"see {output}; run the same command again"
                     )
             time.sleep(POLL_SECONDS)
 

@@ -1,7 +1,7 @@
 """Checkpoints to resume from, and models kept along the way.
 
-A checkpoint counts only once its `complete.json` lists every file with its digest: an interrupted save is skipped and the
-one before it is used.
+A checkpoint counts only once its `complete.json` lists every file with its digest: an interrupted save is skipped and
+the one before it is used.
 """
 
 import json

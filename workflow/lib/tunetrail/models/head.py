@@ -1,4 +1,6 @@
-"""Log-probs from a model's head in chunks, without logits kept for the gradient; weights that are only scored with, cast once."""
+"""Log-probs from a model's head in chunks, without logits kept for the gradient; weights that are only scored with,
+cast once.
+"""
 
 from typing import Any
 

@@ -97,7 +97,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     manifest = parent_folder.parent / MANIFEST
     if not manifest.exists() or sha256_json(json.loads(manifest.read_text())) != parent["manifest"]:
         raise DataError(
-            f"{folder}: its adapter sits on {parent_folder}, which is gone or has changed since; run the stages between again"
+            f"{folder}: its adapter sits on {parent_folder}, which is gone or has changed since; run the stages "
+            "between again"
         )
     merged = PeftModel.from_pretrained(load_causal_lm(parent_folder, dtype), folder).merge_and_unload()
     return without_dropout(merged)

@@ -27,7 +27,8 @@ def check(names: Sequence[str], source: str = "config") -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"{source}: report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, or take it out of the list"
+            f"{source}: report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, or take "
+            "it out of the list"
         )
 
 

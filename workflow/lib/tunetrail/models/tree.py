@@ -35,7 +35,9 @@ class PrefixTree:
     position_ids: torch.Tensor
     """[G, L] int64: a token's depth"""
     attention_mask: torch.Tensor
-    """[G, 1, L, L] bool: token i sees token j, its ancestor or itself (padding sees itself: attention to nothing is NaN)"""
+    """[G, 1, L, L] bool: token i sees token j, its ancestor or itself (padding sees itself: attention to nothing is
+    NaN)
+    """
     places: list[list[int]]
     """for each sequence, where in the flattened [G*L] its tokens are"""
 

@@ -143,7 +143,8 @@ def jobs_of(workflow: Any) -> list[Job]:
                 resources={k: v for k, v in job.resources.items() if not k.startswith("_")},
                 needed=job in needed,
                 why=_why(dag.reason(job), changes) if job in needed else "",
-                after=tuple(sorted({artifact_name(f) for f, parent in parents.items() if parent in needed and parent.output.get("manifest")})),
+                after=tuple(sorted({artifact_name(f) for f,
+                    parent in parents.items() if parent in needed and parent.output.get("manifest")})),
                 begun=bool(workflow.persistence._filter_incomplete_keys([str(manifest)])),
                 submitted=tuple(workflow.persistence.external_jobids(job)) if job in needed else (),
             )
@@ -154,8 +155,9 @@ def jobs_of(workflow: Any) -> list[Job]:
 def forget_failed(workflow: Any) -> None:
     """Makes Snakemake forget the jobs of a workflow that failed or never began, and whose artifact is not there.
 
-    Of a job that failed it removes the manifest and keeps the checksums of its inputs. Where what was made from an earlier
-    artifact is there still, it would say the next time that nothing is to be done, whatever has changed upstream.
+    Of a job that failed it removes the manifest and keeps the checksums of its inputs. Where what was made from an
+    earlier artifact is there still, it would say the next time that nothing is to be done, whatever has changed
+    upstream.
     """
     dag, persistence = workflow.dag, workflow.persistence
     for job in dag.jobs:

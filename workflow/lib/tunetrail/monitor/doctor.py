@@ -1,7 +1,7 @@
 """Whether a site's Slurm can run the workflow, before it does: what the profile asks for against what the site has.
 
-Each check ends as one `Check`; what does not hold comes with its fix. What a rule asks for is what Snakemake evaluates from
-the profile, turned into sbatch options by the code that submits it; `sbatch --test-only` has the last word.
+Each check ends as one `Check`; what does not hold comes with its fix. What a rule asks for is what Snakemake evaluates
+from the profile, turned into sbatch options by the code that submits it; `sbatch --test-only` has the last word.
 """
 
 import fcntl

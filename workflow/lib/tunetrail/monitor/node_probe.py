@@ -15,7 +15,8 @@ SEEN_SECONDS = 60
 PROBE = """
 import fcntl, importlib, json, os, platform, sys
 folder, name = sys.argv[1], sys.argv[2]
-report = {"host": platform.node(), "python": sys.version.split()[0], "missing": [], "visible": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+report = {"host": platform.node(), "python": sys.version.split()[0], "missing": []}
+report["visible"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 try:
     report["head"] = open(os.path.join(folder, "head")).read()
     work = os.path.join(folder, "." + name)
@@ -57,8 +58,10 @@ def check_node(request: ResourceRequest, folder: Path, wait_seconds: float) -> l
     gres = [f"--gres=gpu{f':{kind}' if kind else ''}:1"] if kind is not None else []
     kept = [f"--{key}={value}" for key, value in request.options.items() if key in ("account", "qos", "constraint")]
     command = [
-        "srun", f"--partition={request.partition}", *kept, *gres, "--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--mem=4000",
-        "--time=10", f"--immediate={wait_seconds:.0f}", "--job-name=tunetrail-doctor", sys.executable, "-c", PROBE, str(folder), request.partition,
+        "srun", f"--partition={request.partition}", *kept, *gres, "--nodes=1", "--ntasks=1", "--cpus-per-task=1",
+            "--mem=4000",
+        "--time=10", f"--immediate={wait_seconds:.0f}", "--job-name=tunetrail-doctor", sys.executable, "-c", PROBE,
+            str(folder), request.partition,
     ]  # fmt: skip
     code, out, said = run(command, wait_seconds + 300)
     line = next((line for line in out.splitlines() if line.startswith("REPORT ")), None)
@@ -126,7 +129,8 @@ def read_report(name: str, report: dict[str, Any], written: Path, content: str, 
         found.append(
             finding(
                 name,
-                f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both write",
+                f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both "
+                "write",
                 "clone to a file system with locks across nodes (NFS not mounted with nolock, Lustre with -o flock)",
             )
         )

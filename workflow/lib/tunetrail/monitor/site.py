@@ -73,7 +73,8 @@ def read_sinfo(text: str) -> list[Nodes]:
         name, up, limit, memory, cpus, gres, state, count = line.split("|")
         minutes = parse_time_left(limit)
         found.append(
-            Nodes(name, up == "up", math.inf if minutes is None else minutes, int(memory), int(cpus), read_gres(gres), state, int(count))
+            Nodes(name, up == "up", math.inf if minutes is None else minutes, int(memory), int(cpus), read_gres(gres),
+                state, int(count))
         )  # fmt: skip
     return found
 
@@ -107,11 +108,14 @@ def requests(jobs: list[Job]) -> list[ResourceRequest]:
         )
         found.setdefault(
             job.rule,
-            ResourceRequest(job.rule, str(given.get("slurm_partition", "")), float(given.get("runtime") or 0), int(given.get("mem_mb") or 0), cpus, kinds, sbatch_options(given, job.threads), str(job.resources.get("launcher") or "inline")),
+            ResourceRequest(job.rule, str(given.get("slurm_partition", "")), float(given.get("runtime") or 0),
+                int(given.get("mem_mb") or 0), cpus, kinds, sbatch_options(given, job.threads),
+                    str(job.resources.get("launcher") or "inline")),
         )  # fmt: skip
     if not any(request.partition for request in found.values()):
         raise ConfigError(
-            "no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as profiles/slurm"
+            "no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as "
+            "profiles/slurm"
         )
     return list(found.values())
 

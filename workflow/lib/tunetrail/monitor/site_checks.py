@@ -81,7 +81,8 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
             found.append(
                 finding(
                     name,
-                    f"asks for {n} GPUs{f' of type {kind}' if kind else ''} a node, those of {request.partition} have {has}",
+                    f"asks for {n} GPUs{f' of type {kind}' if kind else ''} a node, those of {request.partition} "
+                    f"have {has}",
                     f"change gres in {where}, or name a partition with such GPUs",
                 )
             )
@@ -147,22 +148,28 @@ def check_preemption(asked: list[ResourceRequest], partitions: str, nodes: str) 
             found.append(
                 finding(
                     f"partition {name}",
-                    f"jobs of {', '.join(above)} cancel those of it (PreemptMode=CANCEL), and snakemake would wait for them for ever ({rules} go there)",
-                    "give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that requeues",
+                    f"jobs of {', '.join(above)} cancel those of it (PreemptMode=CANCEL), and snakemake would wait "
+                    f"for them for ever ({rules} go there)",
+                    "give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that "
+                    "requeues",
                 )
             )
     return found
 
 
 def check_job_age(config: str) -> list[Check]:
-    """Whether the controller remembers jobs that are over for long enough (`scontrol show config`), where sacct is there."""
+    """Whether the controller remembers jobs that are over for long enough (`scontrol show config`), where sacct is
+    there.
+    """
     age = re.match(r"\d+", read_settings(config).get("MinJobAge", ""))
     if age and int(age[0]) < MIN_JOB_AGE and shutil.which("sacct"):
         return [
             finding(
                 "scontrol show config",
-                f"Slurm forgets a job {age[0]} s after its end (MinJobAge); snakemake then asks sacct, which never tells of a cancelled job",
-                f"set slurm-init-seconds-before-status-checks in the profile to a third of that, or ask the site for {MIN_JOB_AGE}",
+                f"Slurm forgets a job {age[0]} s after its end (MinJobAge); snakemake then asks sacct, which never "
+                "tells of a cancelled job",
+                "set slurm-init-seconds-before-status-checks in the profile to a third of that, or ask the site for "
+                f"{MIN_JOB_AGE}",
             )
         ]
     return []

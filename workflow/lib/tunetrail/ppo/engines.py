@@ -51,7 +51,8 @@ class VllmEngine:
         assert config.vllm is not None
         if config.prompts_per_batch % accelerator.num_processes:
             raise DataError(
-                f"ppo: with vllm the {config.prompts_per_batch} prompts of a batch must be a multiple of the {accelerator.num_processes} processes"
+                f"ppo: with vllm the {config.prompts_per_batch} prompts of a batch must be a multiple of the "
+                f"{accelerator.num_processes} processes"
             )
         server = config.vllm.server
         try:

@@ -9,7 +9,8 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """x scaled to variance 1 over the True positions, and to mean 0 if `shift_mean` (advantages; rewards keep their mean).
+    """x scaled to variance 1 over the True positions, and to mean 0 if `shift_mean` (advantages; rewards keep their
+    mean).
 
     [B, T] -> [B, T], 0 where masked. The variance is the population's (no Bessel correction).
     """
@@ -79,7 +80,8 @@ def gae(
 
 
 def rloo(rewards: torch.Tensor, k: int) -> torch.Tensor:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 8): each episode's reward less the mean of its prompt's others.
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 8): each episode's reward less the mean of its prompt's
+    others.
 
     Args:
         rewards: [N], of whole episodes, the k of a prompt in a row; k at least 2.

@@ -1,7 +1,7 @@
 """Models too large for one GPU: weights, gradients and optimizer state spread over the processes.
 
-FSDP2 of torch (Zhao et al. 2023, after ZeRO stage 3 of Rajbhandari et al. 2020): a decoder layer is gathered when its turn
-comes and let go after it. Tested across two processes on CPUs; never run on GPUs.
+FSDP2 of torch (Zhao et al. 2023, after ZeRO stage 3 of Rajbhandari et al. 2020): a decoder layer is gathered when its
+turn comes and let go after it. Tested across two processes on CPUs; never run on GPUs.
 """
 
 from collections.abc import Iterator

@@ -153,7 +153,8 @@ def as_text(found: dict[str, Any], limit: int = 8) -> str:
     weights = found["tensors"]
     if any(weights.values()):
         lines.append(
-            f"tensors: {weights['same']} equal, {len(weights['different'])} differ, {len(weights['only A'])} only in A, {len(weights['only B'])} only in B"
+            f"tensors: {weights['same']} equal, {len(weights['different'])} differ, {len(weights['only A'])} only in "
+            f"A, {len(weights['only B'])} only in B"
         )
         for entry in weights["different"][:limit]:
             if "relative" in entry:

@@ -13,7 +13,8 @@ import tunetrail
 from tunetrail.provenance.manifest import sha256_file, sha256_json
 
 ENVIRONMENT = (
-    "ACCELERATE_MIXED_PRECISION", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS",
+    "ACCELERATE_MIXED_PRECISION", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE",
+        "MKL_NUM_THREADS",
     "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTHONHASHSEED", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION",
     "TUNETRAIL_CHECKPOINT_MINUTES", "TUNETRAIL_TIME_LIMIT", "WORLD_SIZE",
 )  # fmt: skip
@@ -60,7 +61,9 @@ def code_state() -> dict[str, Any]:
 
 @cache
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version, from the names of their folders: reading their metadata takes 100 times as long."""
+    """Every installed distribution and its version, from the names of their folders: reading their metadata takes 100
+    times as long.
+    """
     found: dict[str, str] = {}
     for entry in sys.path:
         for folder in Path(entry).glob("*.dist-info"):

@@ -104,7 +104,8 @@ def seal(run: Path) -> Ledger:
         ledger = read_ledger(run)
         if ledger.fault:
             raise DataError(
-                f"{ledger.path}: {ledger.fault}; nothing is sealed on top of it. Restore the file from a copy, or move it away to begin a new chain"
+                f"{ledger.path}: {ledger.fault}; nothing is sealed on top of it. Restore the file from a copy, or "
+                "move it away to begin a new chain"
             )
         latest = ledger.latest
         for folder in artifacts(run):

@@ -120,7 +120,10 @@ class Lineage:
 
 # ----------------------------------------------------------------------------- what a withdrawal touches
 
-SUBJECTS = "dataset:NAME, group:NAME (a source group of the data), labeler:NAME, package:NAME or package:NAME==VERSION, or the folder of an artifact"
+SUBJECTS = (
+    "dataset:NAME, group:NAME (a source group of the data), labeler:NAME, package:NAME or "
+    "package:NAME==VERSION, or the folder of an artifact"
+)
 
 
 def origins(lineage: Lineage, what: str) -> list[Node]:
@@ -175,7 +178,9 @@ def is_checkpoint(node: Node) -> bool:
 
 
 def table(node: Node) -> list[dict[str, Any]]:
-    """The lineage of an artifact, itself first: a row for each artifact, its parents by role and folder (null: missing)."""
+    """The lineage of an artifact, itself first: a row for each artifact, its parents by role and folder (null:
+    missing).
+    """
     rows, todo, seen = [], [node], {node.folder}
     while todo:
         at = todo.pop(0)

@@ -1,7 +1,8 @@
-"""Manifests: what an artifact is. Every file's path, size and sha256, every tensor's dtype, shape and sha256; nothing else.
+"""Manifests: what an artifact is. Every file's path, size and sha256, every tensor's dtype, shape and sha256; nothing
+else.
 
-`manifest.json` is canonical JSON (RFC 8785), so an artifact's identity is what `sha256sum manifest.json` prints, and equal
-content gives an equal identity. Digests of tensors tell weights that were saved again from weights that differ:
+`manifest.json` is canonical JSON (RFC 8785), so an artifact's identity is what `sha256sum manifest.json` prints, and
+equal content gives an equal identity. Digests of tensors tell weights that were saved again from weights that differ:
 equal tensors need not give equal safetensors files.
 """
 
@@ -145,7 +146,9 @@ def list_files(folder: Path) -> list[dict]:
 
 
 def build(folder: Path) -> dict[str, list[dict]]:
-    """`files` and `tensors` of a folder. Raises DataError for a file name that is no UTF-8, or a broken safetensors file."""
+    """`files` and `tensors` of a folder. Raises DataError for a file name that is no UTF-8, or a broken safetensors
+    file.
+    """
     paths = _own_files(folder)
     for path in paths:
         try:
@@ -198,8 +201,8 @@ class DigestCache:
     """sha256 of files that have not changed since they were hashed last, by any process of the run.
 
     A file counts as the same while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
-    a small file, written whole by a rename. Stages and quick audits use it, deep audits do not: a disk that rots changes
-    none of these.
+    a small file, written whole by a rename. Stages and quick audits use it, deep audits do not: a disk that rots
+    changes none of these.
     """
 
     def __init__(self, folder: Path | None):

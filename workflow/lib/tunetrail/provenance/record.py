@@ -255,7 +255,8 @@ class Record:
     def _parents(self) -> dict[str, dict]:
         """Role -> {name (from folder to folder), manifest, record}."""
         return {
-            role.partition(":")[2]: {"name": d["name"], "manifest": d["digest"]["sha256"], "record": d["annotations"].get("record")}
+            role.partition(":")[2]: {"name": d["name"], "manifest": d["digest"]["sha256"],
+            "record": d["annotations"].get("record")}
             for role, d in zip(self.roles, self.dependencies, strict=True)
             if role.startswith("parent:")
         }  # fmt: skip

@@ -129,6 +129,7 @@ def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduct
     reply = subprocess.run(command(node, scratch), env=os.environ | threads, check=False)
     if reply.returncode:
         raise DataError(
-            f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in {scratch}"
+            f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in "
+            f"{scratch}"
         )
     return compare(node.folder, scratch / "out", tolerance)

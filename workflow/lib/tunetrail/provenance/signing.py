@@ -1,7 +1,7 @@
 """Signatures: a DSSE envelope around the record, ed25519, offline.
 
-Optional. What is unsigned is legal and always shown as UNSIGNED; a policy file says whose keys count and what must be signed.
-https://github.com/secure-systems-lab/dsse
+Optional. What is unsigned is legal and always shown as UNSIGNED; a policy file says whose keys count and what must be
+signed. https://github.com/secure-systems-lab/dsse
 """
 
 import json

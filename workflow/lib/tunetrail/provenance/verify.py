@@ -96,7 +96,8 @@ class Verifier:
                 self.result.add(
                     "ledger-not-anchored",
                     LEDGER,
-                    f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was cut",
+                    f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was "
+                    "cut",
                 )
         self.result.findings.sort(key=lambda f: (("error", "incomplete", "warning").index(f.severity), f.artifact))
         return self.result
@@ -173,7 +174,8 @@ class Verifier:
             self.result.add(
                 "record-changed",
                 node,
-                f"record {entry['record'][:16]}… was sealed, this is {(record or 'none')[:16]}…; restore {PROVENANCE} from a copy",
+                f"record {entry['record'][:16]}… was sealed, this is {(record or 'none')[:16]}…; restore "
+                f"{PROVENANCE} from a copy",
             )
 
     def _not_sealed(self, node: Node, message: str) -> None:
@@ -214,13 +216,15 @@ class Verifier:
                 self.result.add(
                     "parent-missing",
                     node,
-                    f"{role} ({recorded['name']}, manifest {recorded['manifest'][:16]}…) is not there; restore it from a copy",
+                    f"{role} ({recorded['name']}, manifest {recorded['manifest'][:16]}…) is not there; restore it "
+                    "from a copy",
                 )
             elif parent.identity != recorded["manifest"]:
                 self.result.add(
                     "parent-changed",
                     node,
-                    f"{role} was manifest {recorded['manifest'][:16]}…, {show(parent.name)} is {parent.identity[:16]}… now; run this stage again, or restore what it was made from",
+                    f"{role} was manifest {recorded['manifest'][:16]}…, {show(parent.name)} is "
+                    f"{parent.identity[:16]}… now; run this stage again, or restore what it was made from",
                 )
             elif (
                 recorded["record"]
@@ -260,7 +264,8 @@ class Verifier:
                         self.result.add(
                             name,
                             node,
-                            f"{show(path)} is not what was read when this was made; run the stages from there again, or restore it",
+                            f"{show(path)} is not what was read when this was made; run the stages from there again, "
+                            "or restore it",
                         )
         for dependency in node.record.of_role("base"):
             asked, commit = dependency["annotations"].get("revision"), dependency["annotations"].get("commit")
@@ -281,7 +286,8 @@ class Verifier:
                 self.result.add(
                     "state-swapped",
                     node,
-                    f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), which the attempt before it did not leave",
+                    f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), "
+                    "which the attempt before it did not leave",
                 )
             if "states_out" in attempt:  # the last two: an attempt never goes back further
                 saved = {state["digest"] for state in attempt["states_out"]}

@@ -40,7 +40,8 @@ CONFIG = {
     "padding": {"left": 10, "top": 4, "right": 36, "bottom": 4},  # a browser without these fonts sets wider letters
     "view": {"stroke": None},
     "axis": {
-        "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11,
+        "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED,
+            "labelFontSize": 11,
         "titleFontSize": 11, "titleFontWeight": "normal", "labelPadding": 6, "labelFlush": False, "titlePadding": 8,
     },
     "title": {"color": INK, "fontSize": 11, "fontWeight": "bold", "anchor": "start", "offset": 8},
@@ -222,7 +223,9 @@ def gold(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
-    """Two panels, reward-model score and gold score of PPO's episodes (where it was watched), along the way that training took them."""
+    """Two panels, reward-model score and gold score of PPO's episodes (where it was watched), along the way that
+    training took them.
+    """
     learners = [m for run in runs for m in run.policies if m.metrics.get("method") == "ppo"]
     panels = []
     for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
@@ -232,7 +235,8 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
             kls, scores = (_means([row[name] for row in points]) for name in ("kl", key))
             rows += [
                 {
-                    "step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name, "colour": COLOURS[model.series],
+                    "step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name,
+                        "colour": COLOURS[model.series],
                     "tip": f"{model.name}, step {row['step']}: score {score:.4g}, KL {kl:.3g}",
                 }
                 for row, kl, score in _thinned(list(zip(points, kls, scores, strict=True)))
@@ -241,7 +245,8 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
             continue
         few = len(rows) <= 24
         base = alt.Chart(_data(rows)).encode(
-            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8), axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats an episode (√ scale)", tickCount=5)),
+            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8),
+                axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats an episode (√ scale)", tickCount=5)),
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
             color=_colour(), detail="line:N", order="step:Q", description="tip:N",
         )  # fmt: skip
@@ -308,8 +313,10 @@ def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...
         for i, ((step, value), mean) in enumerate(thinned):
             rows.append(
                 {
-                    "step": step, "value": value, "mean": mean, "colour": colour, "line": f"{name} {key}", "dashed": dashed,
-                    "handle": i % math.ceil(len(thinned) / HANDLES) == 0, "tip": f"{name}, step {step}: {key.rpartition('/')[2]} {value:.4g}",
+                    "step": step, "value": value, "mean": mean, "colour": colour, "line": f"{name} {key}",
+                        "dashed": dashed,
+                    "handle": i % math.ceil(len(thinned) / HANDLES) == 0, "tip": f"{name}, step {step}: "
+                        f"{key.rpartition('/')[2]} {value:.4g}",
                 }
             )  # fmt: skip
     return rows
@@ -387,7 +394,9 @@ def visible(token: str) -> str:
 
 
 def preferences(runs: Runs, narrow: bool) -> Spec | None:
-    """A panel a probe and one for the held-out pairs: log-probability of the preferred (full dot) and the other response."""
+    """A panel a probe and one for the held-out pairs: log-probability of the preferred (full dot) and the other
+    response.
+    """
     panels: dict[str, list[dict]] = {}
 
     def add(panel: str, model: Model, preferred: float | None, dispreferred: float | None) -> None:

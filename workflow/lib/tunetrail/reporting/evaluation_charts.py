@@ -110,8 +110,8 @@ def length_controlled(match: dict | None, opponent: str, series: Series, narrow:
 
 
 def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, narrow: bool) -> Spec | None:
-    """Reward-model and gold score over the KL to the reference: the checkpoints of each policy in the order of training,
-    the chosen one with its intervals, and best-of-n as the yardstick.
+    """Reward-model and gold score over the KL to the reference: the checkpoints of each policy in the order of
+    training, the chosen one with its intervals, and best-of-n as the yardstick.
 
     Args:
         evaluations: metrics of each model's evaluation.
@@ -126,8 +126,10 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
             points = [p for p in found if p["kl"] and p[key]]
             rows += [
                 {
-                    "line": name, "order": p["step"], "colour": COLOURS[series[name]], "shape": "circle", "chosen": p["chosen"],
-                    "label": wrap(name) if p["chosen"] else "", "kl": max(0, p["kl"]["mean"]), "kl_low": max(0, p["kl"]["low"]),
+                    "line": name, "order": p["step"], "colour": COLOURS[series[name]], "shape": "circle",
+                        "chosen": p["chosen"],
+                    "label": wrap(name) if p["chosen"] else "", "kl": max(0, p["kl"]["mean"]), "kl_low": max(0,
+                        p["kl"]["low"]),
                     "kl_high": p["kl"]["high"], "mean": p[key]["mean"], "low": p[key]["low"], "high": p[key]["high"],
                 }
                 for p in points
@@ -138,8 +140,10 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
             if p[key]:
                 rows.append(
                     {
-                        "line": "best of n", "order": p["n"], "colour": MUTED, "shape": "diamond", "chosen": False, "label": f"n={p['n']}",
-                        "kl": p["kl_bound"], "kl_low": p["kl_bound"], "kl_high": p["kl_bound"], **{end: p[key][end] for end in ("mean", "low", "high")},
+                        "line": "best of n", "order": p["n"], "colour": MUTED, "shape": "diamond", "chosen": False,
+                            "label": f"n={p['n']}",
+                        "kl": p["kl_bound"], "kl_low": p["kl_bound"], "kl_high": p["kl_bound"],
+                            **{end: p[key][end] for end in ("mean", "low", "high")},
                     }
                 )  # fmt: skip
         panels.append(
@@ -161,13 +165,18 @@ def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
     chosen, labelled = alt.datum.chosen, alt.datum.label != ""
     return [
-        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=_colour(), detail="line:N", order="order:Q"),
-        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=_colour()),
-        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"), x2="kl_high:Q", y=y, color=_colour()),
+        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=_colour(), detail="line:N",
+        order="order:Q"),
+        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"),
+        y2="high:Q", color=_colour()),
+        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"),
+        x2="kl_high:Q", y=y, color=_colour()),
         base.mark_point(filled=True, opacity=1).encode(
-            x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None), size=alt.condition(chosen, alt.value(110), alt.value(35)),
+            x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None), size=alt.condition(chosen,
+                alt.value(110), alt.value(35)),
         ),
-        base.transform_filter(labelled).mark_text(align="left", dx=8, dy=-9, fontSize=11, lineBreak="\n").encode(x=x, y=y, text="label:N", color=_colour()),
+        base.transform_filter(labelled).mark_text(align="left", dx=8, dy=-9, fontSize=11, lineBreak="\n").encode(x=x,
+        y=y, text="label:N", color=_colour()),
     ]  # fmt: skip
 
 
@@ -223,7 +232,8 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
         tokens = sorted(position["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:top]
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
         rows = [
-            {"place": i, "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}", "when": when, "prob": t[when]}
+            {"place": i, "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}",
+                "when": when, "prob": t[when]}
             for i, t in enumerate(tokens)
             for when in ("before", "after")
             if t[when] is not None
@@ -234,7 +244,8 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
         chart = alt.Chart(_data(rows)).mark_bar(height=5).encode(
             y=alt.Y("place:O", axis=axis),
             yOffset=alt.YOffset("when:N", sort=["before", "after"]),
-            x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1], labels=place >= len(positions) - across)),
+            x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1],
+                labels=place >= len(positions) - across)),
             color=alt.Color("when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])),
         )  # fmt: skip
         title = f"{position['position']}. {visible(position['token'])}"
@@ -288,7 +299,8 @@ def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
     size = alt.Size("n:Q", scale=alt.Scale(domainMin=0, range=[15, 260]), legend=None)
     return grid([[alt.layer(
         diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
-        base.mark_rule(color=COLOURS["p0"], strokeWidth=2, opacity=0.6).encode(x=x, y=alt.Y("accuracy_low:Q", scale=scale), y2="accuracy_high:Q"),
+        base.mark_rule(color=COLOURS["p0"], strokeWidth=2, opacity=0.6).encode(x=x, y=alt.Y("accuracy_low:Q",
+        scale=scale), y2="accuracy_high:Q"),
         base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=size),
         _title(f"How often it is right; calibration error {number(metrics['ece'], 3)}"),
     ).properties(width=240 if narrow else 300, height=240)]])  # fmt: skip
@@ -302,7 +314,8 @@ def contamination(card: dict | None, narrow: bool) -> Spec | None:
     edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
     rows = [{"low": a, "high": b, "prompts": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]
     bars = alt.Chart(_data(rows)).mark_bar(color=COLOURS["p0"]).encode(
-        x=alt.X("low:Q", bin="binned", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=f"share of a prompt's {found['words']}-word sequences in training texts", format="%", tickCount=5)),
+        x=alt.X("low:Q", bin="binned", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share of a prompt's "
+            f"{found['words']}-word sequences in training texts", format="%", tickCount=5)),
         x2="high:Q", y=alt.Y("prompts:Q", axis=alt.Axis(title="prompts", tickCount=4, format="d")),
     )  # fmt: skip
     limit = alt.Chart(_data([{"at": found["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="at:Q")

@@ -5,7 +5,8 @@ from tunetrail.reporting.numbers import MIN_PROMPTS, p_value, percent, percent_i
 
 
 def outcome(match: dict | None) -> str:
-    """`better`, `worse`, `unclear`, `few` (too few prompts) or `unmeasured`, of the first of a pair of the head_to_head.
+    """`better`, `worse`, `unclear`, `few` (too few prompts) or `unmeasured`, of the first of a pair of the
+    head_to_head.
 
     A difference is unclear where the 95% interval holds one half, or where it may be chance after correcting for the
     number of models compared.

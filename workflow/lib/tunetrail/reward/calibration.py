@@ -82,11 +82,12 @@ def accuracy(pairs: list[HeldOutPair], key: Literal["margin", "longer"], seed: i
 
 
 def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
-    """How often labelers agree with one another and with the majority of the others, and how often a model that is always
-    right would agree with one of them. None with a single labeler.
+    """How often labelers agree with one another and with the majority of the others, and how often a model that is
+    always right would agree with one of them. None with a single labeler.
 
-    The last is not their agreement: two labelers who are each right with probability p agree on a = p² + (1 - p)², while
-    a model that is always right agrees with either on p = (1 + sqrt(2a - 1)) / 2. The majority of many others comes close.
+    The last is not their agreement: two labelers who are each right with probability p agree on a = p² + (1 - p)²,
+    while a model that is always right agrees with either on p = (1 + sqrt(2a - 1)) / 2. The majority of many others
+    comes close.
 
     Args:
         rows: comparison rows.
@@ -127,10 +128,10 @@ def allowed_accuracy(agreement: Interval | None) -> Interval | None:
 def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str, Any]:
     """Expected calibration error and the bins of the diagram, with intervals over prompts.
 
-    The error is a mean of absolute values. With few pairs it lies above 0 even for a calibrated model, and its resamples
-    lie higher still. By the triangle inequality it differs from the true error by no more than the summed deviations of
-    the bins' gaps from theirs; the interval takes the 97.5th percentile of that sum over resamples. It reaches 0 where
-    nothing speaks against calibration.
+    The error is a mean of absolute values. With few pairs it lies above 0 even for a calibrated model, and its
+    resamples lie higher still. By the triangle inequality it differs from the true error by no more than the summed
+    deviations of the bins' gaps from theirs; the interval takes the 97.5th percentile of that sum over resamples. It
+    reaches 0 where nothing speaks against calibration.
     """
     margins = np.array([pair["margin"] for pair in pairs])
     confidence = 1 / (1 + np.exp(-np.abs(margins)))

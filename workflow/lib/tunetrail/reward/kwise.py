@@ -41,7 +41,8 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
         prompt, responses = encode_comparison(tokenizer, row)
         if (longest := len(prompt) + max(map(len, responses))) > max_length:
             raise DataError(
-                f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or drop the row"
+                f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or "
+                "drop the row"
             )
         examples.append(
             {"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()}

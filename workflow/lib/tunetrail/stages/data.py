@@ -2,8 +2,8 @@
 
     python -m tunetrail.stages.data --config C.json --input base=… --output results/RUN/data/manifest.json --state …
 
-Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a seeded
-order so that a limit takes a random prefix; `contamination.jsonl`; and, where preferences came with the data,
+Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a
+seeded order so that a limit takes a random prefix; `contamination.jsonl`; and, where preferences came with the data,
 `comparisons.jsonl`. `metrics.json` is the data card: rows of each source and split, histograms of lengths, what was
 dropped and why, and how much of the evaluation prompts stands in training texts (see `data.contamination`).
 """
@@ -113,7 +113,8 @@ def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, An
         "groups": len({row["group"] for row in rows}),
         "digest": sha256_file(path),
         "prompt_tokens": histogram(renderer.tokens([row["prompt"] for row in prompts])),
-        "completion_tokens": histogram(renderer.tokens([prompt_row(row)["completion"] for row in prompts])),  # type: ignore[typeddict-item]
+        "completion_tokens": histogram(renderer.tokens([prompt_row(row)["completion"] for row in prompts])),
+        # type: ignore[typeddict-item]
         "text_tokens": histogram(renderer.tokens([row["text"] for row in rows if "text" in row])),
     }
 

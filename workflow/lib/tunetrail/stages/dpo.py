@@ -67,7 +67,8 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoCo
             longest = len(prompt) + max(len(responses[chosen]), len(responses[rejected]))
             if longest > config.max_length:
                 raise DataError(
-                    f"dpo: comparison {row['id']} has {longest} tokens; raise max_length ({config.max_length}) or drop the row"
+                    f"dpo: comparison {row['id']} has {longest} tokens; raise max_length ({config.max_length}) or "
+                    "drop the row"
                 )
             examples.append(
                 {"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}
@@ -84,7 +85,8 @@ def run(stage: Stage) -> dict:
     examples = tokenize(rows, tokenizer, config)
     if len(examples) < config.batch_size:
         raise DataError(
-            f"dpo: {len(examples)} pairs are fewer than one batch (batch_size: {config.batch_size}); collect more comparisons"
+            f"dpo: {len(examples)} pairs are fewer than one batch (batch_size: {config.batch_size}); collect more "
+            "comparisons"
         )
     lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)

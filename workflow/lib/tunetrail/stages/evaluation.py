@@ -6,8 +6,8 @@
 Samples at the configured temperature and measures gold score (the labeler's scorer, never the reward model),
 reward-model score, KL to the SFT model, length and distinct-n; the likelihood of unrelated text and a multiple-choice
 task; log-probs of preferred and dispreferred responses; and the probes. The gold score is also measured on greedy
-decoding, where a policy that only became surer of what it said before gains nothing. Where no SFT model was trained, the
-base model takes its place. `stages.head_to_head` compares the models.
+decoding, where a policy that only became surer of what it said before gains nothing. Where no SFT model was trained,
+the base model takes its place. `stages.head_to_head` compares the models.
 
 All models but best-of-n answer a prompt with the same random numbers. Two models that are alike then say the same and
 tie, and a win rate counts answers that differ because the models do. Best-of-n draws others: with the same ones its
@@ -17,8 +17,8 @@ Intervals are 95%, by bootstrap over the source groups that prompts come from, o
 group; standard errors likewise. `evaluation.schema` has the types of metrics.json; null means not measured.
 
 Writes `samples.jsonl` (one row per prompt), `probes.json`, `retention.jsonl` and `choices.jsonl` ({"id", "nll"} of a
-text, {"id", "correct"} of a question) and `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the held-out
-pairs).
+text, {"id", "correct"} of a question) and `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the
+held-out pairs).
 """
 
 import math

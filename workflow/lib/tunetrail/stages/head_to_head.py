@@ -9,16 +9,16 @@ Nothing is sampled here, and no model is run unless `head_to_head.judge` names a
     reference      "sft", or "base" where none was trained
     sampled, greedy, judge
                    a match by the gold score of sampled responses, by that of greedy ones, and by a language model's
-                   verdicts on sampled ones, asked in both orders. A pair is left out of the judge's where a verdict on it
-                   could not be read, so that it has an n of its own. null where not held
+                   verdicts on sampled ones, asked in both orders. A pair is left out of the judge's where a verdict on
+                   it could not be read, so that it has an n of its own. null where not held
     judge_verdicts null without a judge
     forgetting, preferences
 
-whose types are `Match`, `JudgeVerdicts`, `Forgetting` and `PreferenceShift` of `evaluation.schema`. Intervals are 95% by
-bootstrap over prompts, with bounds over the source groups of the prompts as well (those of `forgetting` have none).
+whose types are `Match`, `JudgeVerdicts`, `Forgetting` and `PreferenceShift` of `evaluation.schema`. Intervals are 95%
+by bootstrap over prompts, with bounds over the source groups of the prompts as well (those of `forgetting` have none).
 
-Writes `probes.json`: {"pairs": [{"before", "after", "positions": [{"position", "token", "before", "after": probability of
-the token that is there, "tokens": [{"id", "token", "before", "after"}] the likeliest of both, null where not among a
+Writes `probes.json`: {"pairs": [{"before", "after", "positions": [{"position", "token", "before", "after": probability
+of the token that is there, "tokens": [{"id", "token", "before", "after"}] the likeliest of both, null where not among a
 model's 50 likeliest}]}]}; and `judgements.jsonl` with a judge.
 """
 

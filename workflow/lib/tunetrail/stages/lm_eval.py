@@ -66,7 +66,8 @@ def run(stage: Stage) -> dict:
     tasks = TaskManager(include_path=include)
     if unknown := [name for name in config.tasks if not tasks.match_tasks([name])]:
         raise ConfigError(
-            f"lm_eval.tasks: the harness knows no {', '.join(unknown)}; `lm-eval ls tasks` lists them, lm_eval.include_path adds yours"
+            f"lm_eval.tasks: the harness knows no {', '.join(unknown)}; `lm-eval ls tasks` lists them, "
+            "lm_eval.include_path adds yours"
         )
     folder = stage.inputs["model"].folder / "model"
     model = load_causal_lm(folder).to(device()).eval()
@@ -84,7 +85,8 @@ def run(stage: Stage) -> dict:
         stage.draft.dependencies.append(dependency("tasks", str(config.include_path), sha256_json(files), files=files))
     released = version("lm_eval")
     stage.draft.dependencies.append(
-        dependency("evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}", reason="installed beside the lock")
+        dependency("evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}",
+            reason="installed beside the lock")
     )  # fmt: skip
     return {"subject": stage.shared["subject"], "version": released, "tasks": table(results)}
 

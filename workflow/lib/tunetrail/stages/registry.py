@@ -165,7 +165,8 @@ _TABLE = (
     StageInfo(
         "completions", lambda c, _: {"model": start_of(c), "data": "data"}, "data", wildcard="shard", gpu=True,
     ),
-    StageInfo("tasks", lambda c, _: _shards(c), "data", block="comparisons", files=("comparisons.gold",), runs_model=False),
+    StageInfo("tasks", lambda c, _: _shards(c), "data", block="comparisons", files=("comparisons.gold",),
+        runs_model=False),
     StageInfo("comparisons", _ranked, "data", files=("comparisons.path",)),
     StageInfo(
         "reward", lambda c, _: {"policy": start_of(c), "data": "data", "comparisons": _comparisons(c)}, "model",
@@ -183,7 +184,8 @@ _TABLE = (
         "best_of_n", lambda c, _: {"policy": start_of(c), "reward": "reward"}, "model",
         block="policies", wildcard="policy", folder="policies",
     ),
-    StageInfo("evaluation", _evaluated, "measurement", wildcard="subject", also_reads=("data.chat", "data.system"), gpu=True),
+    StageInfo("evaluation", _evaluated, "measurement", wildcard="subject", also_reads=("data.chat", "data.system"),
+        gpu=True),
     StageInfo("head_to_head", _evaluations, "measurement", also_reads=("evaluation.bootstrap",)),
     StageInfo("lm_eval", lambda c, subject: {"model": model_of(subject)}, "measurement", wildcard="subject", gpu=True),
     StageInfo("report", _reported, "page", runs_model=False),

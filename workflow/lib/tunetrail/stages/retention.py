@@ -3,10 +3,10 @@
     python -m tunetrail.stages.retention --config C.json --input base=… --output … --state …
 
 `source: chatterbot`: general questions (chatterbot-corpus, BSD) with the base model's own greedy answers;
-`source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss on it (`base_nll`,
-nats per token), and `choices.jsonl`, a multiple-choice task: which of four answers belongs to a question (which of four
-continuations to the start of a block), with whether the base model chooses it (`base_correct`). `stages.head_to_head`
-compares models row by row, by what each one's evaluation measured.
+`source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss on it
+(`base_nll`, nats per token), and `choices.jsonl`, a multiple-choice task: which of four answers belongs to a question
+(which of four continuations to the start of a block), with whether the base model chooses it (`base_correct`).
+`stages.head_to_head` compares models row by row, by what each one's evaluation measured.
 """
 
 import random

@@ -4,8 +4,8 @@
         --output … --state …
 
 Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al. 2020); the score is read at the last
-token, less the mean score of demonstrations (`reward_bias` in the model's config). Evaluated on held-out prompts next to
-"the longer wins".
+token, less the mean score of demonstrations (`reward_bias` in the model's config). Evaluated on held-out prompts next
+to "the longer wins".
 
 Writes `model/`, `history.jsonl` and `pairs.jsonl`, the held-out pairs behind every number (`HeldOutPair`). The types of
 metrics.json are in `reward.calibration`: accuracies are intervals over prompts, `accuracy_by_confidence` is the

@@ -49,7 +49,8 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
         prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])
         if len(prompt) + len(response) > max_length:
             raise DataError(
-                f"sft: row {row['id']} has {len(prompt) + len(response)} tokens; raise sft.max_length ({max_length}) or lower data.max_prompt_tokens"
+                f"sft: row {row['id']} has {len(prompt) + len(response)} tokens; raise sft.max_length ({max_length}) "
+                "or lower data.max_prompt_tokens"
             )
         examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
     return examples

@@ -1,8 +1,9 @@
 """Attention of short sequences on a CPU as plain matrix products.
 
 torch's fused attention makes no use there of a CPU's bf16 products, and its backward pass is slower still: with rows of
-a hundred or two hundred tokens the products themselves, whose scores fit in the cache, are faster both ways; `make bench`
-measures a whole training step with and without. Longer rows, whose scores would not, and other devices keep the fused one.
+a hundred or two hundred tokens the products themselves, whose scores fit in the cache, are faster both ways; `make
+bench` measures a whole training step with and without. Longer rows, whose scores would not, and other devices keep the
+fused one.
 """
 
 from typing import Any
