@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from tests.labels import ranking
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.labeling.app import access, queue
+from tunetrail.labeling.app import access, choosing, queue
 from tunetrail.labeling.app.answers import TEXT, Refused
 from tunetrail.labeling.app.store import START, Store
 
@@ -145,7 +145,7 @@ def test_training_gold_and_repeats_are_interspersed(store):
     first = {name: n for n, (name, purpose) in enumerate(came) if purpose == "label"}
     assert len(again) == 3
     assert len({name for _, name in again}) == 3
-    assert all(n - first[name] > queue.GAP for n, name in again)
+    assert all(n - first[name] > choosing.GAP for n, name in again)
     rows = store.labels()
     assert [row["task"] for row in rows if row["repeat"]] == [name for _, name in again]
     by_task = {row["task"]: row["shown"] for row in rows if not row["repeat"]}
