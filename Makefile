@@ -31,8 +31,8 @@ bench: $(VENV)/.tested $(VENV)-trl/.installed
 
 # Generated files; the tests fail where they are stale.
 schema: $(VENV)/.installed
-	$(RUN) python -m tunetrail.config schema > workflow/schemas/config.schema.json
-	$(RUN) python -m tunetrail.config document --write config/README.md
+	$(RUN) tunetrail config schema > workflow/schemas/config.schema.json
+	$(RUN) tunetrail config document --write config/README.md
 
 # The lock is envs/requirements.txt; the conda environment and the container read or repeat it.
 lock: $(VENV)/.tested

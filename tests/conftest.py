@@ -48,15 +48,11 @@ class Project:
 
 
 class Together(LoadScopeScheduling):
-    """What one process runs where there are several: a file, all that uses the tiny run, all that uses the cluster.
-
-    Two clusters on one machine would share control groups. (xdist's own groups do not work with this pytest.)
-    """
+    """What one process runs where there are several: a file, or all that uses the finished tiny run."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        folder = file.split("/")[-2]
-        return {"slurm": "slurm", "workflow": "tiny", "browser": "tiny"}.get(folder, file)
+        return "tiny" if file.split("/")[-2] in ("workflow", "browser") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Together:

@@ -35,13 +35,13 @@ PHASES = {
     ("trainer.py", "load"): "load",
     ("sharding.py", "whole_state"): "evaluate",
     # of both
-    ("training.py", "mark_complete"): "mark",
-    ("training.py", "keep_newest"): "tidy",
+    ("checkpoints.py", "mark_complete"): "mark",
+    ("checkpoints.py", "keep_newest"): "tidy",
     # of sampling
     ("sampling.py", "sample"): "sample",
     ("completions.py", "unique_completions"): "row",
-    ("contract.py", "publish"): "publish",
-    ("contract.py", "_declare_finished"): "finish",
+    ("artifact.py", "publish"): "publish",
+    ("artifact.py", "declare_finished"): "finish",
 }
 """(file, function) -> the phase that a call of it begins; it lasts until the next one begins.
 

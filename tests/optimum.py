@@ -14,7 +14,7 @@ from tunetrail.config.ppo import PpoConfig
 from tunetrail.models.scoring import map_batches, response_logprobs
 from tunetrail.models.tiny import tiny_model
 from tunetrail.ppo.trainer import PPOTrainer
-from tunetrail.stages.reward import initialise
+from tunetrail.reward.kwise import initialise
 
 VOCABULARY, PAD, EOS, WANTED = 6, 0, 1, 3
 LENGTH = 4

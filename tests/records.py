@@ -9,7 +9,7 @@ from tunetrail.provenance.manifest import build, canonical
 
 ATTEMPT = {
     "start": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:05:05+00:00", "host": "node7", "job_id": None,
-    "python": "3.11.7", "ended": "done", "seconds": 60.0, "world_size": 1,
+    "python": "3.11.7", "ended": {"outcome": "done", "message": None}, "seconds": 60.0, "world_size": 1,
 }  # fmt: skip
 
 

@@ -30,8 +30,8 @@ from tests.optimum import (
     tilted,
     train_ppo,
 )
+from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.tiny import tiny_tokenizer
-from tunetrail.models.training import score_labels_only
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 
 BETAS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25)

@@ -38,7 +38,7 @@ def training_steps(keep_memory: bool) -> float:
     """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
     import torch
 
-    from tunetrail.models.runtime import keep_freed_memory
+    from tunetrail.models.cpu.memory import keep_freed_memory
 
     if keep_memory:
         keep_freed_memory()
@@ -61,8 +61,8 @@ def fine_tuning(ours: bool) -> float:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from tunetrail.models.cpu.label_head import score_labels_only
     from tunetrail.models.tiny import tiny_tokenizer
-    from tunetrail.models.training import score_labels_only
 
     model = llama(layers=8, vocab_size=49152, tie_word_embeddings=True)
     rows = [
@@ -91,7 +91,7 @@ def reward_steps(share_prompts: bool) -> float:
     import torch
 
     from tunetrail.models.tree import without_sharing
-    from tunetrail.stages.reward import KWiseCollator, initialise, kwise_loss, kwise_scores
+    from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_loss, kwise_scores
 
     model = initialise(llama(layers=8, pad_token_id=0), seed=0)
     responses = [[7 + (i * j) % 8000 for j in range(14)] for i in range(1, 5)]
@@ -135,7 +135,7 @@ def attending(by_products: bool) -> float:
     """Seconds a training step in bf16 of 8 layers on 16 rows of 90 tokens, attending by products or torch's fused way."""
     import torch
 
-    from tunetrail.models.attention import plain_attention
+    from tunetrail.models.cpu.attention import plain_attention
 
     model = llama(layers=8)
     if by_products:

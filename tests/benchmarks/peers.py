@@ -57,7 +57,7 @@ def ppo(_: bool, bf16: bool) -> None:
 
     from tunetrail.config.ppo import PpoConfig
     from tunetrail.ppo.trainer import PPOTrainer
-    from tunetrail.stages.reward import initialise
+    from tunetrail.reward.kwise import initialise
 
     tokenizer = load_tokenizer(workload.MODEL)
     prompts = workload.prompt_ids("rl", workload.EPISODES)
@@ -125,7 +125,8 @@ def sampling(by_us: bool, bf16: bool) -> None:
 def sft(by_us: bool, bf16: bool) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    from tunetrail.models.training import epoch_order, score_labels_only
+    from tunetrail.models.cpu.label_head import score_labels_only
+    from tunetrail.models.training import epoch_order
     from tunetrail.stages.sft import tokenize
 
     tokenizer = load_tokenizer(workload.MODEL)
@@ -156,7 +157,7 @@ def reward(by_us: bool, bf16: bool) -> None:
     from transformers import AutoModelForSequenceClassification, TrainingArguments
     from trl import RewardConfig, RewardTrainer
 
-    from tunetrail.stages.reward import KWiseCollator, KWiseTrainer, initialise
+    from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise
 
     tokenizer = load_tokenizer(workload.MODEL)
     prompts = ranked(workload.ROWS // 4)

@@ -6,9 +6,12 @@ machine's own /etc is touched. Root is needed, and Debian's slurmctld, slurmd, s
     with Cluster(folder) as cluster:
         cluster.command("sinfo")
 
-Partitions: cpu (cpu1, cpu2), gpu, preempt and spot (gpu1, gpu2: a job in gpu takes the place of one in the others, which is
-requeued, or in spot cancelled), gpu-large (big1, four GPUs with a type). The GPUs are character devices that stand in for
-them. Slurm's accounting is off and sacct is there, as on many a small site.
+Partitions: cpu (two nodes), gpu, preempt and spot (two nodes with two GPUs: a job in gpu preempts one in the others, which
+is requeued, or cancelled in spot), gpu-large (one node, four GPUs with a type). Character devices stand in for the GPUs.
+Slurm's accounting is off and sacct is installed, as on many a small site.
+
+Several clusters can run at once: each has its own ports, its own node names (and by them its own control groups), and job
+ids of its own range, from which stages derive the port of torch.distributed.
 """
 
 import os
@@ -22,16 +25,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "squeue", "unshare")
-NODES = {"cpu1": 0, "cpu2": 0, "gpu1": 2, "gpu2": 2, "big1": 4}
-"""Node -> its GPUs."""
-TYPES = {"big1": "a100"}
-"""Node -> the type of its GPUs."""
+KINDS = {"cpu": (2, 0), "gpu": (2, 2), "big": (1, 4)}
+"""Kind of node -> how many there are, GPUs of each."""
+TYPES = {"big": "a100"}
+"""Kind of node -> the type of its GPUs."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
 # Each a line of slurm.conf. A requeued job would wait two minutes; see `Cluster.start_now`.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket
 SlurmUser=root
@@ -94,8 +98,16 @@ def until(condition: Callable[[], object], what: str, seconds: float = 240) -> o
 
 
 class Cluster:
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, number: int = 0):
+        """
+        Args:
+            number: of this cluster among those on this machine, below 10.
+        """
+        self.folder, self.number = folder, number
+        self.kinds = {kind: [f"{kind}{10 * number + i}" for i in range(1, n + 1)] for kind, (n, _) in KINDS.items()}
+        """Kind -> names of its nodes."""
+        self.nodes = {node: KINDS[kind][1] for kind, nodes in self.kinds.items() for node in nodes}
+        """Node -> its GPUs."""
         self.processes: dict[str, subprocess.Popen] = {}
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "etc/slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -104,7 +116,7 @@ class Cluster:
     # ------------------------------------------------------------------------- up and down
 
     def __enter__(self) -> "Cluster":
-        for name in ("etc", "munge", "state", "small", *(f"spool/{node}" for node in NODES)):
+        for name in ("etc", "munge", "state", "small", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True)
         # A disk that tests make full: mounted now, so that the nodes have it too.
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "small", str(self.folder / "small")], check=True)
@@ -112,7 +124,7 @@ class Cluster:
         try:
             self._munge()
             self.start_controller()
-            for node in NODES:
+            for node in self.nodes:
                 self.start_node(node)
             self.wait_for_nodes()
         except BaseException:
@@ -121,7 +133,7 @@ class Cluster:
         return self
 
     def wait_for_nodes(self) -> None:
-        until(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "all nodes are idle")
+        until(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), "all nodes are idle")
 
     def __exit__(self, *_) -> None:
         for name in list(self.processes):
@@ -133,28 +145,30 @@ class Cluster:
 
     def _configure(self) -> None:
         cgroup = Path("/sys/fs/cgroup/freezer").is_dir()
-        ports = {name: free_port() for name in NODES}
-        lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
-        for name, gpus in NODES.items():
-            gres = f" Gres=gpu:{TYPES[name]}:{gpus}" if name in TYPES else f" Gres=gpu:{gpus}" if gpus else ""
+        ports = {name: free_port() for name in self.nodes}
+        types = {node: TYPES[kind] for kind in TYPES for node in self.kinds[kind]}
+        lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder, first_job=10000 * self.number + 1, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
+        for name, gpus in self.nodes.items():
+            gres = f" Gres=gpu:{types[name]}:{gpus}" if name in types else f" Gres=gpu:{gpus}" if gpus else ""
             lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 RealMemory=128000{gres}")  # fmt: skip
+        cpu, gpu, big = (",".join(nodes) for nodes in self.kinds.values())
         lines += [
-            "PartitionName=cpu Nodes=cpu1,cpu2 Default=YES MaxTime=1-0 PriorityTier=10",
-            "PartitionName=gpu Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=10",
-            "PartitionName=gpu-large Nodes=big1 MaxTime=1-0 PriorityTier=10",
-            "PartitionName=preempt Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
-            "PartitionName=spot Nodes=gpu1,gpu2 MaxTime=1-0 PriorityTier=1 PreemptMode=CANCEL GraceTime=0",
+            f"PartitionName=cpu Nodes={cpu} Default=YES MaxTime=1-0 PriorityTier=10",
+            f"PartitionName=gpu Nodes={gpu} MaxTime=1-0 PriorityTier=10",
+            f"PartitionName=gpu-large Nodes={big} MaxTime=1-0 PriorityTier=10",
+            f"PartitionName=preempt Nodes={gpu} MaxTime=1-0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
+            f"PartitionName=spot Nodes={gpu} MaxTime=1-0 PriorityTier=1 PreemptMode=CANCEL GraceTime=0",
         ]
         etc = self.folder / "etc"
         (etc / "slurm.conf").write_text("\n".join(lines) + "\n")
         (etc / "gres.conf").write_text("".join(
-            f"NodeName={name} Name=gpu {f'Type={TYPES[name]} ' if name in TYPES else ''}File={device}\n"
-            for name, gpus in NODES.items() for device in DEVICES[:gpus]
+            f"NodeName={name} Name=gpu {f'Type={types[name]} ' if name in types else ''}File={device}\n"
+            for name, gpus in self.nodes.items() for device in DEVICES[:gpus]
         ))  # fmt: skip
         (etc / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
         )
-        (etc / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(NODES)}\n")
+        (etc / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(self.nodes)}\n")
 
     def _munge(self) -> None:
         munge = self.folder / "munge"
@@ -168,7 +182,7 @@ class Cluster:
         """Starts a program with our /etc/hosts and /etc/slurm in namespaces that end with it, and it with us."""
         etc = self.folder / "etc"
         setup = f"mkdir -p /etc/slurm && mount --bind {etc} /etc/slurm && mount --bind {etc}/hosts /etc/hosts"
-        if name in NODES:
+        if name in self.nodes:
             setup += f" && hostname {name}"
         with (self.folder / f"{name}.out").open("ab") as output:
             self.processes[name] = subprocess.Popen(
@@ -200,14 +214,14 @@ class Cluster:
         """What the controller does by itself half a minute after it heard a node last, and a health check at once."""
         self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=silent")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Brings back what was powered off, cut off or drained."""
-        for node in NODES:
+        for node in self.nodes:
             if node in self.processes and not self.pids(node, "slurmd -D"):
                 self.power_off(node)
             if node not in self.processes:
                 self.start_node(node)
-        self.command("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME", check=False)
+        self.command("scontrol", "update", f"NodeName={','.join(self.nodes)}", "State=RESUME", check=False)
         self.wait_for_nodes()
 
     # ------------------------------------------------------------------------- asking and telling

@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     assert not (reason := hindrance()), reason
-    with Cluster(tmp_path_factory.mktemp("slurm") / "c") as up:
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")  # each has a cluster of its own
+    with Cluster(tmp_path_factory.mktemp("slurm") / "c", int(worker.removeprefix("gw"))) as up:
         yield up
         end_heads()  # of a fixture that failed
 
@@ -58,7 +59,7 @@ def nothing_left(cluster) -> Iterator[None]:
     end_heads()
     for job in cluster.jobs("PENDING,RUNNING,SUSPENDED"):
         cluster.command("scancel", job["id"], check=False)
-    cluster.mend()
+    cluster.restore()
 
 
 @dataclasses.dataclass
@@ -126,8 +127,8 @@ class OnSlurm:
         return read_record(self.artifact(name))
 
     def ends(self, name: str) -> list[str]:
-        """How each attempt ended."""
-        return [attempt["ended"] for attempt in self.record(name).attempts]
+        """How each attempt ended: what it said, or else the outcome."""
+        return [attempt["ended"]["message"] or attempt["ended"]["outcome"] for attempt in self.record(name).attempts]
 
     def saved(self, stage: str = "sft") -> list[Path]:
         """The whole checkpoints in a stage's state, oldest first."""

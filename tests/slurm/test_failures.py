@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from tunetrail.contract.lease import holder
-from tunetrail.contract.stop import parse_time_left
 from tunetrail.files import read_jsonl
+from tunetrail.launch.time_limit import parse_time_left
 
 from .cluster import until
 
@@ -232,7 +232,7 @@ def test_a_stage_that_never_gets_as_far_as_a_save_is_tried_three_times_in_all(pr
     while head.poll() is None:
         files = list((project.folder / "state/tiny/sft").glob("*/attempts.jsonl"))
         if files and len(read_jsonl(files[0])) > len(killed):
-            [trainer] = [pid for node in ("gpu1", "gpu2") for pid in project.trainers(node)]
+            [trainer] = [pid for node in project.cluster.kinds["gpu"] for pid in project.trainers(node)]
             os.kill(trainer, signal.SIGKILL)
             killed.append(trainer)
         time.sleep(0.1)

@@ -46,7 +46,7 @@ def test_every_job_lands_where_the_profile_says(whole):
     for name, partition in (("base", "cpu"), ("sft", "gpu"), ("reward", "gpu"), ("policies/ppo", "gpu-large")):
         [attempt] = whole.record(name).attempts
         assert attempt["partition"] == partition
-        assert attempt["host"] in {"cpu": ("cpu1", "cpu2"), "gpu": ("gpu1", "gpu2"), "gpu-large": ("big1",)}[partition]
+        assert attempt["host"] in whole.cluster.kinds["big" if partition == "gpu-large" else partition]
         assert attempt["nodes"] == attempt["host"]
         visible = attempt["variables"].get("CUDA_VISIBLE_DEVICES")
         assert (visible is not None and visible.isdigit()) == (partition != "cpu")
@@ -135,7 +135,7 @@ def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(pro
     over_two_gpus(project)
     head = project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.5")
     project.wait_for_saves()
-    both = project.trainers("big1")
+    both = project.trainers(*project.cluster.kinds["big"])
     for trainer in both:
         os.kill(trainer, signal.SIGSTOP)
     time.sleep(0.9 * 30)
@@ -144,8 +144,8 @@ def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(pro
     assert project.wait(head) == 0, project.said()[-5000:]
     *before, last = project.record("sft").attempts
     assert len(before) >= 1
-    assert all(attempt["ended"].startswith("stopped by time limit at step ") for attempt in before)
-    assert (last["ended"], last["world_size"]) == ("done", 2)
+    assert all(attempt["ended"]["message"].startswith("stopped by time limit at step ") for attempt in before)
+    assert (last["ended"]["outcome"], last["world_size"]) == ("done", 2)
     [job] = project.jobs()
     assert (job["state"], int(job["restarts"])) == ("COMPLETED", len(before))
     sft_gives_what_one_process_gives(project, prepared)
@@ -165,10 +165,10 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     give what one process gives.
     """
     if launcher == "inline":
-        nodes = {"big1"}
+        nodes = set(project.cluster.kinds["big"])
         over_two_gpus(project)
     else:
-        nodes = {"gpu1", "gpu2"}
+        nodes = set(project.cluster.kinds["gpu"])
         submitted(project, nodes=2)
     head = project.start("--until", "sft")
     step = project.wait_for_saves()
@@ -189,7 +189,8 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     goes_on_from(project, step)
     attempt = project.record("sft").attempts[-1]
     assert (attempt["world_size"], attempt["job_id"]) == (2, again["id"])
-    assert again["nodes"] == ("big1" if launcher == "inline" else "gpu[1-2]")
+    first, last = (node.removeprefix("gpu") for node in project.cluster.kinds["gpu"])
+    assert again["nodes"] == (project.cluster.kinds["big"][0] if launcher == "inline" else f"gpu[{first}-{last}]")
     assert attempt["variables"]["CUDA_VISIBLE_DEVICES"] == ("0,1" if launcher == "inline" else "0")
     assert again["gres"] == ("gres:gpu:a100:2" if launcher == "inline" else "gres:gpu:1")
     sft_gives_what_one_process_gives(project, prepared)
@@ -284,7 +285,12 @@ def test_ctrl_c_cancels_all_of_an_array_and_a_killed_head_finds_all_of_it_again(
     interrupt(sample(sampling))
     until(lambda: [j["state"] for j in elements(sampling)] == ["CANCELLED"] * 2, "both are cancelled")
     head = sample(sampling)
-    trainers = until(lambda: len(found := [p for node in ("gpu1", "gpu2") for p in sampling.trainers(node, "completions")]) == 2 and found, "both work")  # fmt: skip
+
+    def both() -> list[int] | None:
+        pids = [pid for node in sampling.cluster.kinds["gpu"] for pid in sampling.trainers(node, "completions")]
+        return pids if len(pids) == 2 else None
+
+    trainers = until(both, "both work")
     for trainer in trainers:
         os.kill(trainer, signal.SIGSTOP)
     there = elements(sampling)

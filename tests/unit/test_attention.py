@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tunetrail.models.attention import LONGEST, PLAIN, attention, plain_attention, product_attention
+from tunetrail.models.cpu.attention import LONGEST, PLAIN, attention, plain_attention, product_attention
 from tunetrail.models.sampling import PackedLinear, decoding_weights
 from tunetrail.models.tiny import tiny_model
 from tunetrail.models.tree import share_prefixes, shares_prefixes
@@ -64,7 +64,7 @@ def test_a_token_that_sees_nothing_spoils_nothing():
 def test_what_it_is_not_for_is_left_to_the_fused_attention(monkeypatch, t, s, options):
     asked = []
     monkeypatch.setattr(
-        "tunetrail.models.attention.sdpa_attention_forward", lambda *a, **k: asked.append(k) or (0, None)
+        "tunetrail.models.cpu.attention.sdpa_attention_forward", lambda *a, **k: asked.append(k) or (0, None)
     )
     attention(Layer(), *parts(t, s), None, scaling=0.3, **options)
     assert len(asked) == 1

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from tunetrail.cli import main
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.provenance import lineage as lines
+from tunetrail.provenance.findings import FINDINGS
 from tunetrail.provenance.ledger import read_ledger, seal
 from tunetrail.provenance.manifest import DigestCache, build, canonical, identity, sha256_bytes, sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency, read_record
 from tunetrail.provenance.signing import read_policy
-from tunetrail.provenance.verify import FINDINGS, Verifier
+from tunetrail.provenance.verify import Verifier
 
 from ..records import ATTEMPT, seal_folder
 
@@ -79,8 +80,15 @@ def make_run(root: Path, seed: int = 0) -> Path:
     )
     states = [{"name": f"checkpoint-{i}", "digest": str(i) * 64} for i in (1, 2)]
     attempts = [
-        ATTEMPT | {"ended": "stopped by SIGTERM", "states_out": states},
-        ATTEMPT | {"ended": "killed", "end": None, "seconds": None, "state_in": states[1], "states_out": [states[1]]},
+        ATTEMPT | {"ended": {"outcome": "interrupted", "message": "stopped by SIGTERM"}, "states_out": states},
+        ATTEMPT
+        | {
+            "ended": {"outcome": "killed", "message": None},
+            "end": None,
+            "seconds": None,
+            "state_in": states[1],
+            "states_out": [states[1]],
+        },
         ATTEMPT | {"state_in": states[1], "states_out": [states[1]]},
     ]
     seal_folder(
@@ -802,9 +810,8 @@ def test_the_command_line(run, tmp_path, capsys, monkeypatch):
     ledger_lines(lambda x: x.pop(0))(run)
     assert main(["audit", "seal", str(run)]) == 2
     assert "nothing is sealed on top of it" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit_:
-        main(["audit", "verify", "--deep", "--quick", str(run)])
-    assert exit_.value.code == 2
+    assert main(["audit", "verify", "--deep", "--quick", str(run)]) == 2
+    assert "--deep, --quick: choose one" in capsys.readouterr().err
 
 
 def test_show_says_what_a_record_says(run, capsys):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tunetrail.config.__main__ import main as command
+from tunetrail.cli import main
 from tunetrail.config.loading import check_files, expand_sweeps, load, parse, read_yaml
 from tunetrail.errors import ConfigError
 from tunetrail.files import canonical_json
@@ -342,7 +342,7 @@ def test_the_command_exits_with_78_and_no_traceback(tmp_path, content, lines):
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(content))
     reply = subprocess.run(
-        [sys.executable, "-m", "tunetrail.config", "check", str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tunetrail", "config", "check", str(path)], capture_output=True, text=True, check=False
     )
     assert (reply.returncode, reply.stdout) == (78 if lines else 0, "")
     assert reply.stderr == "".join(f"{path}: {line}\n" for line in lines)
@@ -351,13 +351,13 @@ def test_the_command_exits_with_78_and_no_traceback(tmp_path, content, lines):
 def test_resolve_fills_in_every_default(tmp_path, capsys):
     path = tmp_path / "x.yaml"
     path.write_text("run: x\nbase: {source: random}\ndata: {demonstrations: [{source: docstrings}]}\n")
-    assert command(["resolve", str(path)]) == 0
+    assert main(["config", "resolve", str(path)]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["data"]["shares"]["sft"] == 0.5
     assert resolved["retention"]["source"] == "chatterbot"
     assert parse(resolved) == load(path)
-    assert command(["explain"]) == 2
-    assert "python -m tunetrail.config check" in capsys.readouterr().err
+    assert main(["config", "explain"]) == 2
+    assert "No such command 'explain'" in capsys.readouterr().err
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):

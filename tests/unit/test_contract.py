@@ -25,7 +25,7 @@ from tunetrail.contract import stop as stop_module
 from tunetrail.contract.artifact import publish, verify
 from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
-from tunetrail.contract.stop import Stop, parse_time_left
+from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted
 from tunetrail.files import read_finished_rows, read_jsonl, write_json, write_jsonl
 from tunetrail.provenance.manifest import list_files, sha256_file
@@ -162,7 +162,7 @@ def test_the_record_says_how_it_came_to_be(space):
     assert attempt["host"] == os.uname().nodename
     assert attempt["job_id"] is None
     assert attempt["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert attempt["ended"] == "done"
+    assert attempt["ended"] == {"outcome": "done", "message": None}
     assert (attempt["start"], attempt["end"]) == (record.started, record.finished)
     assert start <= datetime.fromisoformat(record.started).timestamp() <= time.time()
 
@@ -292,9 +292,10 @@ def test_the_next_attempt_goes_on_where_the_last_one_stopped(space):
         assert space.steps_done() == step
     assert space.run()[0] == 0
     attempts = space.record().attempts
-    assert [attempt["ended"].partition(";")[0] for attempt in attempts] == [
-        *(f"stopped by time limit after {step} of 5" for step in (1, 2, 3)),
-        "done",
+    stopped = "stopped by time limit after {} of 5; progress is saved, run the same command again"
+    assert [attempt["ended"] for attempt in attempts] == [
+        *({"outcome": "interrupted", "message": stopped.format(step)} for step in (1, 2, 3)),
+        {"outcome": "done", "message": None},
     ]
     assert space.record().started == attempts[0]["start"]
 
@@ -304,7 +305,7 @@ def test_a_killed_attempt_is_in_the_record(space):
     process.kill()
     process.communicate()
     assert space.run(pause=0.2, n=4)[0] == 0
-    assert [(attempt["ended"], attempt["end"] is None) for attempt in space.record().attempts] == [
+    assert [(attempt["ended"]["outcome"], attempt["end"] is None) for attempt in space.record().attempts] == [
         ("killed", True),
         ("done", False),
     ]
@@ -318,25 +319,6 @@ def test_a_stage_that_does_not_listen_to_sigterm_still_ends_whole(space):
 
 
 # ----------------------------------------------------------------------------- time
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [
-        ("30:00", 30),
-        ("1:30:00", 90),
-        ("2-00:00:00", 2880),
-        ("1-02:00:30", 1560.5),
-        ("0:45", 0.75),
-        ("0:00", 0),
-        ("UNLIMITED", None),
-        ("NOT_SET", None),
-        ("INVALID", None),
-        ("", None),
-    ],
-)
-def test_slurm_time_left(text, minutes):
-    assert parse_time_left(text) == minutes
 
 
 @pytest.fixture
@@ -395,19 +377,6 @@ def test_saves_are_spaced(clock, monkeypatch):
     assert stop.reason == "SIGTERM"
     monkeypatch.setenv("TUNETRAIL_CHECKPOINT_MINUTES", "0")
     assert Stop().save_due()
-
-
-def test_slurm_is_asked_for_the_time_left(clock, monkeypatch, tmp_path):
-    squeue = tmp_path / "squeue"
-    squeue.write_text('#!/bin/sh\n[ "$*" = "-h -j 42 -o %L" ] && echo 1:00:00\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    assert Stop().deadline == clock[0] + 60 * 55
-    squeue.write_text("#!/bin/sh\nexit 1\n")
-    assert Stop().deadline is None
-    monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", "10")  # what the user says comes first
-    assert Stop().deadline == clock[0] + 60 * 9
 
 
 # ----------------------------------------------------------------------------- inputs
@@ -609,11 +578,14 @@ def test_errors_keep_their_exit_codes(tmp_path, monkeypatch, capfd):
     ):  # a fault of ours keeps its traceback
         with pytest.raises(type(fault)):
             fails(fault)
-    ends = [attempt["ended"] for attempt in read_jsonl(next(Path("state").glob("*/attempts.jsonl")))]
+    ends = [
+        "{outcome}: {message}".format(**attempt["ended"])
+        for attempt in read_jsonl(next(Path("state").glob("*/attempts.jsonl")))
+    ]
     assert ends == [
         "failed: DataError",
         "failed: ConfigError",
-        "later",
+        "interrupted: later",
         "failed: OSError",
         "failed: RuntimeError",
         "failed: ZeroDivisionError",
@@ -662,7 +634,7 @@ def test_a_torn_record_of_attempts_stops_nothing(space):
     record = next(space.folder.glob("state/*/attempts.jsonl"))
     record.write_text(record.read_text() + '{"start": "20')
     assert space.run() == (0, "")
-    assert [attempt["ended"][:7] for attempt in space.record().attempts] == ["stopped", "done"]
+    assert [attempt["ended"]["outcome"] for attempt in space.record().attempts] == ["interrupted", "done"]
 
 
 @pytest.mark.parametrize("variable", ["TUNETRAIL_TIME_LIMIT", "TUNETRAIL_CHECKPOINT_MINUTES"])
@@ -672,20 +644,6 @@ def test_minutes_that_are_none_are_refused(clock, monkeypatch, variable, value):
     with pytest.raises(ConfigError) as error:
         Stop()
     assert str(error.value) == f"{variable}: must be a number of minutes, 0 or more, got {value!r}"
-
-
-def test_without_squeue_there_is_no_limit(clock, monkeypatch, tmp_path):
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert Stop().deadline is None
-
-
-def test_an_array_has_the_time_of_its_shortest_task(clock, monkeypatch, tmp_path):
-    (tmp_path / "squeue").write_text("#!/bin/sh\necho 2:00:00\necho 1:00:00\necho UNLIMITED\n")
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert Stop().deadline == clock[0] + 60 * 55
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": [{"path": "text.txt"}]}', '{"files": 3}'])

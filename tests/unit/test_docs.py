@@ -8,8 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from tunetrail import errors
+from tunetrail.cli import main
 from tunetrail.config import documentation
-from tunetrail.config.__main__ import main as command
 from tunetrail.config.data import SPLITS, FileSource
 from tunetrail.config.documentation import KEYS_END, KEYS_START, document, schema
 from tunetrail.config.fields import Block
@@ -81,12 +81,12 @@ def test_every_key_and_block_has_a_meaning(block):
 def test_generated_files_are_fresh(tmp_path, capsys):
     """`make schema` writes both."""
     assert json.loads((ROOT / "workflow/schemas/config.schema.json").read_text(encoding="utf-8")) == schema()
-    assert command(["schema"]) == 0
+    assert main(["config", "schema"]) == 0
     assert json.loads(capsys.readouterr().out) == schema()
-    assert command(["document"]) == 0
+    assert main(["config", "document"]) == 0
     assert capsys.readouterr().out == document()
     (tmp_path / "README.md").write_text(README.replace("| `beta` |", "| `gamma` |"), encoding="utf-8")
-    assert command(["document", "--write", str(tmp_path / "README.md")]) == 0
+    assert main(["config", "document", "--write", str(tmp_path / "README.md")]) == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
 
 
@@ -116,7 +116,7 @@ def test_the_sweep_shown_has_the_names_shown():
 def test_every_split_exit_code_and_variable_is_told():
     for split in SPLITS:
         assert f"| `{split}` | " in README
-    for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Displaced):
+    for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Superseded):
         assert f"| {error.exit_code} | " in README
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "workflow/lib/tunetrail/contract").glob("*.py")]
     variables = set(re.findall(r"TUNETRAIL_[A-Z_]+", "".join(sources)))

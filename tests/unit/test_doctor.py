@@ -1,4 +1,4 @@
-"""The doctor's findings, each with its mend. Slurm's commands are stand-ins here; tests/slurm has the real ones."""
+"""The doctor's findings, each with its fix. Slurm's commands are stand-ins here; tests/slurm has the real ones."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from tunetrail.cli import main
 from tunetrail.errors import ConfigError
-from tunetrail.monitor import doctor
+from tunetrail.monitor import doctor, node_probe, site, site_checks
 from tunetrail.monitor.dag import Job
 from tunetrail.monitor.doctor import FINDING, SOUND, UNKNOWN, Check
 
@@ -20,19 +20,19 @@ gpu|up|12:00:00|128000|32|gpu:a100:4(S:0-1)|mixed|3
 large|down|infinite|512000|64|gpu:h100:8|idle|1
 broken|up|infinite|512000|64|gpu:h100:8|down*|2
 """
-NODES = doctor.read_sinfo(SINFO)
+NODES = site.read_sinfo(SINFO)
 
 
-def wish(rule: str = "sft", **resources) -> doctor.Wish:
+def wish(rule: str = "sft", **resources) -> site.ResourceRequest:
     given = {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 1000, "tmpdir": "/tmp", "disk_mb": "<TBD>"} | resources
     job = Job(rule, rule, Path("m"), None, None, None, threads=2, resources=given, needed=True)
-    (found,) = doctor.wishes([job, job])
+    (found,) = site.requests([job, job])
     return found
 
 
-def findings(asked: doctor.Wish) -> list[str]:
-    found = doctor.misfits(asked, NODES)
-    assert all(check.level == FINDING and check.mend for check in found)
+def findings(asked: site.ResourceRequest) -> list[str]:
+    found = site_checks.misfits(asked, NODES)
+    assert all(check.level == FINDING and check.fix for check in found)
     return [check.text for check in found]
 
 
@@ -67,7 +67,7 @@ def test_what_no_node_has_is_a_finding(resources, text):
 def test_partitions_that_cannot_be_used():
     names = ("cpu", "nowhere", "large", "broken", "")
     asked = [dataclasses.replace(wish(f"r{n}"), partition=name) for n, name in enumerate(names)]
-    found = {check.name: check for check in doctor.check_partitions(asked, NODES)}
+    found = {check.name: check for check in site_checks.check_partitions(asked, NODES)}
     assert found["partition cpu"] == Check("partition cpu", SOUND, "up, 2 of 3 nodes work (r0)")
     texts = {name: check.text for name, check in found.items() if check.level == FINDING}
     assert texts == {
@@ -76,7 +76,7 @@ def test_partitions_that_cannot_be_used():
         "partition broken": "no node of it works: down*",
         "partition (none)": "r4: no partition is named, and the site's default may have no GPU",
     }
-    assert found["partition nowhere"].mend == "name one of broken, cpu, gpu, large at the top of the profile"
+    assert found["partition nowhere"].fix == "name one of broken, cpu, gpu, large at the top of the profile"
 
 
 def test_a_profile_without_partitions_is_none_for_slurm():
@@ -94,18 +94,18 @@ PartitionName=again Nodes=g1 PreemptMode=REQUEUE PriorityTier=1
 def test_only_a_partition_below_another_on_its_nodes_loses_jobs_and_only_without_submitit():
     on = "cpu|c1\ncpu|c2\ngpu|g1\nscavenger|g1\nagain|g1\n"
     asked = [wish(f"of_{name}", slurm_partition=name) for name in ("cpu", "gpu", "scavenger", "again")]
-    [found] = doctor.check_preemption(asked, PARTITIONS, on)
+    [found] = site_checks.check_preemption(asked, PARTITIONS, on)
     assert found.name == "partition scavenger"
     assert found.text.startswith("jobs of gpu cancel those of it (PreemptMode=CANCEL)")
     assert "(of_scavenger go there)" in found.text
     launched = [wish("sft", slurm_partition="scavenger", launcher="submitit")]
-    assert doctor.check_preemption(launched, PARTITIONS, on) == []
+    assert site_checks.check_preemption(launched, PARTITIONS, on) == []
 
 
 @pytest.mark.parametrize(("age", "sacct", "n"), [("60 sec", True, 0), ("59 sec", True, 1), ("59 sec", False, 0)])
 def test_a_controller_that_forgets_soon(monkeypatch, age, sacct, n):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/sacct" if sacct else None)
-    found = doctor.check_job_age(f"Configuration data\nMinJobAge               = {age}\n")
+    monkeypatch.setattr(site_checks.shutil, "which", lambda name: "/usr/bin/sacct" if sacct else None)
+    found = site_checks.check_job_age(f"Configuration data\nMinJobAge               = {age}\n")
     assert [check.level for check in found] == [FINDING] * n
 
 
@@ -126,15 +126,15 @@ TOLD = {
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    path = tmp_path / ".doctor-x/gpu/told"
+    path = tmp_path / ".doctor-x/gpu/report"
     path.parent.mkdir(parents=True)
     path.write_text("7")
     return path
 
 
 def read(written: Path, with_gpu: bool = True, **told) -> list[str]:
-    checks = doctor.read_told("node of gpu", TOLD | told, written, "7", with_gpu)
-    assert all(check.mend for check in checks if check.level)
+    checks = node_probe.read_report("node of gpu", TOLD | told, written, "7", with_gpu)
+    assert all(check.fix for check in checks if check.level)
     return [check.text for check in checks if check.level]
 
 
@@ -162,7 +162,7 @@ def test_a_node_that_lacks_something(written, told, text):
 
 
 def test_a_file_that_does_not_show_up(written, monkeypatch):
-    monkeypatch.setattr(doctor, "SEEN_SECONDS", 0.1)
+    monkeypatch.setattr(node_probe, "SEEN_SECONDS", 0.1)
     written.unlink()
     (found,) = read(written)
     assert "is not seen here within 0.1 s" in found
@@ -172,25 +172,25 @@ def test_a_file_that_does_not_show_up(written, monkeypatch):
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch):
+def cluster(tmp_path, monkeypatch):
     """A site whose commands do what the test says; srun runs the command here."""
     monkeypatch.chdir(tmp_path)
     commands = tmp_path / "bin"
     commands.mkdir()
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}/bin{os.pathsep}/usr/bin")
     monkeypatch.setattr(
-        doctor.shutil, "which", lambda name: str(commands / name) if (commands / name).exists() else None
+        site_checks.shutil, "which", lambda name: str(commands / name) if (commands / name).exists() else None
     )
 
     def put(name: str, script: str) -> None:
         (commands / name).write_text(f"#!/bin/bash\n{script}\n")
         (commands / name).chmod(0o755)
 
-    for name in doctor.COMMANDS:
+    for name in site_checks.COMMANDS:
         put(name, "exit 0")
     put("sinfo", f"[[ $* == *-N* ]] || cat <<'END'\n{SINFO}END")
     put("srun", 'while [ "$1" != "' + sys.executable + '" ]; do shift; done; exec "$@"')
-    monkeypatch.setattr(doctor, "PROBE", doctor.PROBE.replace('"torch", "transformers", "trl", "snakemake"', ""))
+    monkeypatch.setattr(node_probe, "PROBE", node_probe.PROBE.replace('"torch", "transformers", "trl", "snakemake"', ""))
     return put
 
 
@@ -206,32 +206,32 @@ def a_job(**resources) -> Job:
     return Job("data", "data", Path("m"), None, None, None, threads=2, resources=given, needed=False)
 
 
-def test_a_sound_site(site, tmp_path):
+def test_a_sound_site(cluster, tmp_path):
     assert look([a_job()], jobs=True) == (0, [])
     assert {p.name for p in tmp_path.iterdir()} == {"bin"}  # nothing is left behind
 
 
-def test_a_file_system_whose_locks_nodes_do_not_see(site, monkeypatch):
+def test_a_file_system_whose_locks_nodes_do_not_see(cluster, monkeypatch):
     monkeypatch.setattr(doctor.fcntl, "lockf", lambda *_: None)
     code, (check,) = look([a_job()], jobs=True)
     assert code == 1
     assert "does not see a lock that is held here" in check.text
 
 
-def test_no_slurm_here(site, tmp_path):
+def test_no_slurm_here(cluster, tmp_path):
     (tmp_path / "bin/srun").unlink()
     code, (check,) = look([a_job()])
     assert (code, check.level, check.text) == (2, UNKNOWN, "not found here: srun")
 
 
-def test_a_silent_controller(site):
-    site("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
+def test_a_silent_controller(cluster):
+    cluster("sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
     code, (check,) = look([a_job()])
     assert (code, check.text) == (2, "slurm_load_partitions: Unable to contact slurm controller")
 
 
-def test_slurm_has_the_last_word(site):
-    site(
+def test_slurm_has_the_last_word(cluster):
+    cluster(
         "sbatch",
         'echo "$@" > asked; echo "allocation failure: Invalid account or account/partition combination specified" >&2; exit 1',
     )
@@ -242,21 +242,21 @@ def test_slurm_has_the_last_word(site):
     assert "--account=nobody" in Path("asked").read_text()
 
 
-def test_a_busy_partition_is_unknown_and_not_wrong(site):
-    site("srun", "echo 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2; exit 1")
+def test_a_busy_partition_is_unknown_and_not_wrong(cluster):
+    cluster("srun", "echo 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2; exit 1")
     code, (check,) = look([a_job()], jobs=True)
     assert (code, check.level) == (2, UNKNOWN)
 
 
-def test_a_node_without_this_environment(site):
-    site("srun", "echo 'slurmstepd: error: execve(): python: No such file or directory' >&2; exit 2")
+def test_a_node_without_this_environment(cluster):
+    cluster("srun", "echo 'slurmstepd: error: execve(): python: No such file or directory' >&2; exit 2")
     code, (check,) = look([a_job()], jobs=True)
     assert code == 1
     assert "does not run there" in check.text
 
 
-def test_a_gpu_is_asked_for_where_a_rule_has_one(site):
-    site(
+def test_a_gpu_is_asked_for_where_a_rule_has_one(cluster):
+    cluster(
         "srun", 'echo "$@" > asked; echo "TOLD {}"; exit 0'.format(json.dumps(TOLD | {"head": "x"}).replace('"', '\\"'))
     )
     look([a_job(), a_job(slurm_partition="gpu", gres="gpu:a100:4")][1:], jobs=True)

@@ -12,7 +12,10 @@ from scipy.stats import sem
 
 from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Input
+from tunetrail.data.general import multiple_choice
 from tunetrail.evaluation import stats
+from tunetrail.evaluation.comparison import Evaluations
+from tunetrail.evaluation.evaluator import Evaluator, Samples
 from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
 from tunetrail.files import read_jsonl, write_json
@@ -23,9 +26,7 @@ from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import read_record
-from tunetrail.stages.evaluation import Evaluator, Samples
 from tunetrail.stages.head_to_head import verdict_outcomes
-from tunetrail.stages.retention import multiple_choice
 
 from .test_training import write_workspace
 
@@ -49,7 +50,7 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
     "head_to_head": (
         "head_to_head",
         {},
-        {"base": "base", "evaluation.base": "evaluation/base", "evaluation.dpo": "evaluation/dpo", "evaluation.best": "evaluation/best"},
+        {"evaluation.base": "evaluation/base", "evaluation.dpo": "evaluation/dpo", "evaluation.best": "evaluation/best"},
         {"evaluation.bootstrap": 100},
     ),
 }  # fmt: skip
@@ -332,12 +333,14 @@ def test_multiple_choice_has_the_answer_once_and_others_answers():
 
 
 def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
-    from tunetrail.stages import head_to_head
+    real = Evaluations.rows
 
-    real = head_to_head.read
-    monkeypatch.setattr(
-        head_to_head, "read", lambda stage, subjects, name: {s: dict(list(rows.items())[s == "dpo" :]) for s, rows in real(stage, subjects, name).items()}
-    )  # fmt: skip
+    def one_prompt_less(evaluations, name):
+        return {
+            subject: dict(list(rows.items())[subject == "dpo" :]) for subject, rows in real(evaluations, name).items()
+        }
+
+    monkeypatch.setattr(Evaluations, "rows", one_prompt_less)
     assert run(folder, "head_to_head", "other", **{"evaluation.bootstrap": 101}) == 65
     assert "head_to_head: dpo was evaluated on other prompts than base" in capfd.readouterr().err
 

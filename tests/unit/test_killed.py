@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny base model, its reward model, an adapter on it, data, and the configs."""
-    from tunetrail.stages.reward import initialise
+    from tunetrail.reward.kwise import initialise
 
     folder = tmp_path_factory.mktemp("killed")
     digest = write_workspace(folder)

@@ -146,3 +146,17 @@ def test_the_command_line_loads_without_the_page(store):
     """`tunetrail status` should not wait for a web server's packages."""
     code = "import tunetrail.cli, sys; print([m for m in ('starlette', 'sqlalchemy', 'uvicorn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_wrong_usage_is_told_and_ends_with_2(capsys):
+    assert main(["label", "export"]) == 2
+    assert "--format" in capsys.readouterr().err
+    assert main(["no-such-area"]) == 2
+    assert "no-such-area" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    from tunetrail import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tunetrail {__version__}\n"

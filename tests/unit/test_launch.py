@@ -15,7 +15,8 @@ from tunetrail.errors import TunetrailError
 from tunetrail.launch import resources as asked
 from tunetrail.launch import submit
 from tunetrail.launch import supervise as supervising
-from tunetrail.launch.supervise import await_verdict, progress
+from tunetrail.launch.supervise import await_slurm_decision, progress
+from tunetrail.launch.time_limit import minutes_left, parse_time_left, stage_environment
 from tunetrail.stages.registry import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def test_when_a_job_goes_back_into_the_queue(tmp_path, monkeypatch, state, saved
     monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue=f"echo {state}", scontrol=f'echo "$@" > {tmp_path}/told'))
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
-    await_verdict("42", saved)
+    await_slurm_decision("42", saved)
     told = tmp_path / "told"
     assert (told.read_text() if told.exists() else "") == ("requeue 42\n" if requeued else "")
     assert bool(slept) == waits
@@ -92,7 +93,7 @@ def test_when_a_job_goes_back_into_the_queue(tmp_path, monkeypatch, state, saved
 def test_a_job_that_slurm_does_not_requeue_ends(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue="echo RUNNING", scontrol="echo not allowed >&2; exit 1"))
     monkeypatch.setattr(supervising.time, "sleep", lambda s: pytest.fail("it waits"))
-    await_verdict("42", True)
+    await_slurm_decision("42", True)
     assert "scontrol requeue 42: not allowed" in capfd.readouterr().err
 
 
@@ -277,3 +278,67 @@ def test_the_first_process_tells_how_a_job_ended_and_where_it_was_ended_another_
     left(tmp_path, 0, ("error", "Traceback\n  x\nValueError: no"))
     with pytest.raises(TunetrailError, match="job 7 failed: ValueError: no; see"):
         submit._outcome(job)
+
+
+# ----------------------------------------------------------------------------- the time that is left
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("30:00", 30),
+        ("1:30:00", 90),
+        ("2-00:00:00", 2880),
+        ("1-02:00:30", 1560.5),
+        ("0:45", 0.75),
+        ("0:00", 0),
+        ("UNLIMITED", None),
+        ("NOT_SET", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
+def test_slurm_time_left(text, minutes):
+    assert parse_time_left(text) == minutes
+
+
+@pytest.fixture
+def in_job(monkeypatch, tmp_path):
+    """A Slurm job, whose squeue prints what the test says."""
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.delenv("TUNETRAIL_TIME_LIMIT", raising=False)
+
+    def squeue(script: str) -> None:
+        monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue=script))
+
+    return squeue
+
+
+def test_a_stage_is_told_the_time_its_job_has_left(in_job, monkeypatch):
+    in_job('[ "$*" = "-h -j 42 -o %L" ] && echo 1:00:00')
+    assert stage_environment()["TUNETRAIL_TIME_LIMIT"] == "60.0"
+    in_job("exit 1")
+    assert "TUNETRAIL_TIME_LIMIT" not in stage_environment()
+    in_job("echo 1:00:00")
+    monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", "10")  # what the user says comes first
+    assert stage_environment()["TUNETRAIL_TIME_LIMIT"] == "10"
+    monkeypatch.delenv("TUNETRAIL_TIME_LIMIT")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert "TUNETRAIL_TIME_LIMIT" not in stage_environment()
+
+
+def test_an_array_has_the_time_of_its_shortest_task(in_job):
+    in_job("echo 2:00:00; echo 1:00:00; echo UNLIMITED")
+    assert minutes_left() == 60
+
+
+def test_without_squeue_there_is_no_limit(in_job, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert minutes_left() is None
+
+
+def test_a_supervised_stage_gets_its_time_limit(in_job, tmp_path):
+    in_job("echo 1:00:00")
+    code = "import os; print(os.environ['TUNETRAIL_TIME_LIMIT'])"
+    supervising.supervise([sys.executable, "-c", code], tmp_path / "log", tmp_path / "state", requeues=False)
+    assert (tmp_path / "log").read_text() == "60.0\n"

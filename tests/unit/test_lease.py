@@ -12,7 +12,7 @@ import pytest
 
 from tunetrail.contract import lease as lease_module
 from tunetrail.contract.lease import hold, holder
-from tunetrail.errors import DiskError, Displaced, Interrupted
+from tunetrail.errors import DiskError, Interrupted, Superseded
 
 HOLD = """
 import sys, time
@@ -22,14 +22,14 @@ from tunetrail.contract.lease import hold
 
 with hold(Path(sys.argv[1]), give_up=lambda: False, say=print) as lease:
     print("held", lease.generation, flush=True)
-    while "deaf" in sys.argv or not lease.wanted_by():
+    while "deaf" in sys.argv or not lease.requested_by():
         time.sleep(0.05)
         try:
             lease.check()
         except TunetrailError as e:
             print(e, flush=True)
             sys.exit(e.exit_code)
-    print("asked by", lease.wanted_by(), flush=True)
+    print("asked by", lease.requested_by(), flush=True)
 """
 
 
@@ -77,7 +77,7 @@ def test_a_second_writer_is_refused_and_told_who_has_it(other, tmp_path):
     process.wait()
     assert holder(path) is None
     with hold(path, never, print) as lease:  # the lease of a killed process is none
-        assert (lease.generation, lease.lost(), lease.wanted_by()) == (1, False, None)
+        assert (lease.generation, lease.lost(), lease.requested_by()) == (1, False, None)
 
 
 @pytest.mark.parametrize(("theirs", "mine"), [(None, "7"), ("7", None)])
@@ -97,19 +97,19 @@ def test_a_later_job_asks_the_earlier_to_leave_and_waits(other, tmp_path, monkey
     with hold(tmp_path / "lock", never, said.append) as lease:
         assert process.wait(10) == 0
         assert process.stdout.read() == f"asked by process {os.getpid()} on {os.uname().nodename}, job 9\n"
-        assert lease.wanted_by() is None  # the wish is fulfilled
+        assert lease.requested_by() is None  # the wish is fulfilled
     assert said == [
         f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and leave"
     ]
 
 
-def test_a_wish_that_nobody_renews_is_none(tmp_path):
+def test_a_request_that_nobody_renews_expires(tmp_path):
     with hold(tmp_path / "lock", never, print) as lease:
-        lease.wish.write_text("process 1 on nowhere, job 3")
-        assert lease.wanted_by() == "process 1 on nowhere, job 3"
-        old = time.time() - lease_module.ASKED_SECONDS - 1
-        os.utime(lease.wish, (old, old))
-        assert lease.wanted_by() is None
+        lease.request_file.write_text("process 1 on nowhere, job 3")
+        assert lease.requested_by() == "process 1 on nowhere, job 3"
+        old = time.time() - lease_module.REQUEST_SECONDS - 1
+        os.utime(lease.request_file, (old, old))
+        assert lease.requested_by() is None
 
 
 def test_who_waits_gives_up_when_told_to(other, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_silent_writer_is_displaced_and_learns_of_it_before_it_writes(other, t
         assert lease.generation == 2
         assert said[-1].endswith("has been silent for 1 s; taking over")
         process.send_signal(signal.SIGCONT)
-        assert process.wait(10) == Displaced.exit_code
+        assert process.wait(10) == Superseded.exit_code
         assert "another attempt has taken over while this one was silent" in process.stdout.read()
         assert not lease.lost()
         assert holder(tmp_path / "none") is None
@@ -157,7 +157,7 @@ def test_of_two_that_take_over_one_gets_it(tmp_path):
         assert lease.generation == 2
         (tmp_path / "lock.3").touch()
         assert lease.lost()
-        with pytest.raises(Displaced):
+        with pytest.raises(Superseded):
             lease.check()
 
 

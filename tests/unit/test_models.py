@@ -24,7 +24,7 @@ from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import share_prefixes
 from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
 from tunetrail.provenance.manifest import sha256_json
-from tunetrail.stages.reward import initialise
+from tunetrail.reward.kwise import initialise
 
 EOS, PAD, VOCABULARY = 1, 0, 30
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

@@ -39,7 +39,9 @@ def test_gpu_hours_are_of_every_process(tmp_path):
 
 
 def test_what_a_killed_attempt_took_is_not_known(tmp_path):
-    found = plan.cost(make(tmp_path, "sft", [HOUR | {"seconds": None, "ended": "killed"}, HOUR]))
+    found = plan.cost(
+        make(tmp_path, "sft", [HOUR | {"seconds": None, "ended": {"outcome": "killed", "message": None}}, HOUR])
+    )
     assert (found.hours, found.at_least) == (pytest.approx(4), True)
 
 

@@ -33,7 +33,7 @@ from tunetrail.ppo import (
 )
 from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.trainer import PPOTrainer, prompt_batches
-from tunetrail.stages.reward import initialise
+from tunetrail.reward.kwise import initialise
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 

@@ -1,11 +1,12 @@
-"""A line of progress in a log is read as it was written."""
+"""Progress: a bar on a terminal, lines in a log, and the same as rows in the stage's state folder."""
 
 import io
 import logging
 
 import pytest
 
-from tunetrail.contract.progress import ProgressBar, ProgressLine, parse
+from tunetrail.contract import progress
+from tunetrail.contract.progress import ProgressBar, read_progress
 
 
 class Terminal(io.StringIO):
@@ -13,37 +14,55 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        ProgressLine("sft", 3, 9, "steps", 0.724, 125.0, "loss 5.2854"),
-        ProgressLine("evaluation of dpo-beta-0.1", 0, 6, "parts", 0.0, None),
-        ProgressLine("completions", 1_000_000, 1_000_000, "prompts", 1.5e6, 0.0, "a: 1/2 b, 3/s"),
-    ],
-)
-def test_what_is_written_is_read(line):
-    assert parse(str(line)) == line
-    assert parse(str(line).rstrip()) == line  # a line without a note ends in blanks
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / progress.FILE
+    progress.write_to(path)
+    yield path
+    progress.write_to(None)
 
 
-@pytest.mark.parametrize("text", ["", "sft: resuming from checkpoint-3", "sft: error: 3/9 are bad", "loss 5.2854"])
-def test_other_lines_tell_no_progress(text):
-    assert parse(text) is None
-
-
-def test_a_bar_without_a_terminal_logs_what_is_read(caplog):
+def test_a_bar_without_a_terminal_logs_a_line_and_writes_a_row(rows, caplog):
     with caplog.at_level(logging.INFO, "tunetrail"), ProgressBar("sft", 4, "steps", done=1, every_seconds=0) as bar:
-        bar.advance(2, "loss 1.0")
+        bar.advance(2, "loss 1.0", {"loss": 1.0})
     (message,) = caplog.messages
-    found = parse(message)
-    assert (found.label, found.done, found.total, found.unit, found.note) == ("sft", 3, 4, "steps", "loss 1.0")
-    assert found.rate > 0
-    assert found.left is not None
+    assert message.startswith("sft: 3/4 steps, ")
+    assert message.endswith("left  loss 1.0")
+    (row,) = read_progress(rows)
+    assert [row[key] for key in ("label", "done", "total", "unit", "note")] == ["sft", 3, 4, "steps", "loss 1.0"]
+    assert row["values"] == {"loss": 1.0}
+    assert row["rate"] > 0
+    assert row["left"] is not None
 
 
-def test_a_bar_on_a_terminal_draws_and_logs_nothing(monkeypatch, caplog):
+def test_a_bar_on_a_terminal_draws_logs_nothing_and_writes_rows(rows, monkeypatch, caplog):
     monkeypatch.setattr("sys.stderr", Terminal())
     with caplog.at_level(logging.INFO, "tunetrail"), ProgressBar("sft", 4, "steps") as bar:
         bar.advance(4, "loss 1.0")
     assert bar.bar.tasks[0].completed == 4
     assert not caplog.messages
+    assert [row["done"] for row in read_progress(rows)] == [4]
+
+
+def test_pieces_that_come_fast_share_a_row(rows):
+    with ProgressBar("sft", 100, "steps", every_seconds=1000) as bar:
+        for _ in range(100):
+            bar.advance()
+    assert [row["done"] for row in read_progress(rows)] == [100]
+
+
+def test_a_row_that_is_being_written_is_left_out(rows):
+    with ProgressBar("sft", 1, "steps") as bar:
+        bar.advance()
+    with rows.open("a") as f:
+        f.write('{"time": "20')
+    assert len(read_progress(rows)) == 1
+    assert read_progress(rows.with_name("none.jsonl")) == []
+
+
+def test_a_file_that_cannot_be_written_stops_nothing(tmp_path):
+    progress.write_to(tmp_path / "no" / progress.FILE)
+    with ProgressBar("sft", 1, "steps") as bar:
+        bar.advance()
+    progress.write_to(None)
+    assert bar.done == 1

@@ -33,7 +33,7 @@ def test_ci_runs_the_readmes_test_command():
 @pytest.mark.parametrize("command", ["check", "resolve"])
 def test_config_commands_of_the_docs(command):
     reply = subprocess.run(
-        [sys.executable, "-m", "tunetrail.config", command, "config/config.yaml"],
+        [sys.executable, "-m", "tunetrail", "config", command, "config/config.yaml"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert reply.returncode == 0

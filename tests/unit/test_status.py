@@ -37,12 +37,24 @@ def job(tmp_path, monkeypatch):
     return make
 
 
-def attempt(job: Job, folder: str = "f" * 16, log: str = "", **row) -> Path:
+def ended(outcome: str, message: str | None = None) -> dict:
+    return {"outcome": outcome, "message": message}
+
+
+def progress(done: int, written: datetime, note: str = "") -> dict:
+    """A row of progress.jsonl, of 100 steps at one in two seconds."""
+    return {
+        "time": written.astimezone().isoformat(timespec="seconds"), "label": "ppo", "done": done, "total": 100,
+        "unit": "steps", "rate": 0.5, "left": (100 - done) * 2.0, "values": {}, "note": note,
+    }  # fmt: skip
+
+
+def attempt(job: Job, folder: str = "f" * 16, rows: tuple[dict, ...] = (), **row) -> Path:
     place = job.state / folder
     place.mkdir(parents=True, exist_ok=True)
     with (place / "attempts.jsonl").open("a") as f:
         f.write(json.dumps({"start": START, "job_id": None} | row) + "\n")
-    (place / "log.txt").write_text(log)
+    (place / "progress.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
 
@@ -52,8 +64,8 @@ def say(job: Job, text: str, seconds_ago: float = 0) -> None:
     os.utime(job.log, (time.time() - seconds_ago,) * 2)
 
 
-def look(job: Job, queue: dict[str, str] | None = None) -> status.Standing:
-    return status.standing(job, queue or {}, RERUN)
+def look(job: Job, queue: dict[str, str] | None = None) -> status.StageStatus:
+    return status.stage_status(job, queue or {}, RERUN)
 
 
 @pytest.fixture
@@ -87,7 +99,7 @@ def test_made_and_needed_is_stale_and_says_why(job):
 
 def test_a_stage_waits_for_those_before_it(job):
     assert look(job(after=("sft", "data"))).detail == "for data, sft"
-    assert look(job()) == status.Standing("reward", "reward", "waiting", "ready to run")
+    assert look(job()) == status.StageStatus("reward", "reward", "waiting", "ready to run")
 
 
 def test_an_artifact_that_nothing_needs_and_that_is_gone_is_told(job):
@@ -98,8 +110,8 @@ def test_an_artifact_that_nothing_needs_and_that_is_gone_is_told(job):
 
 def test_a_failed_stage_has_its_error_its_log_and_how_to_run_it_again(job):
     j = job()
-    attempt(j, ended="killed")
-    attempt(j, ended="failed: ValueError", job_id="77")
+    attempt(j, ended=ended("killed"))
+    attempt(j, ended=ended("failed", "ValueError"), job_id="77")
     say(
         j,
         "loading\nTraceback (most recent call last):\n  File x\nValueError: no such thing\nsrun: error: gpu1: task 0: Exited\nbye\n",
@@ -147,7 +159,7 @@ def test_the_log_of_a_stage_that_ended_well_tells_no_failure(job):
 
 def test_failing_once_does_not_matter_when_it_is_made_now(job):
     j = job(made=True, needed=False)
-    attempt(j, ended="failed: ValueError")
+    attempt(j, ended=ended("failed", "ValueError"))
     assert look(j).state == "done"
 
 
@@ -164,7 +176,9 @@ def test_killed_without_a_word(job):
 
 def test_an_interrupted_stage_failed_nothing(job):
     j = job()
-    attempt(j, ended="stopped by SIGTERM after step 3; progress is saved, run the same command again")
+    attempt(
+        j, ended=ended("interrupted", "stopped by SIGTERM after step 3; progress is saved, run the same command again")
+    )
     found = look(j)
     assert found.state == "interrupted"
     assert found.detail.startswith("stopped by SIGTERM")
@@ -172,7 +186,7 @@ def test_an_interrupted_stage_failed_nothing(job):
 
 def test_a_stage_that_waits_for_people_has_not_failed_and_says_how_far_they_are(job):
     j = job(made=True, begun=True)
-    attempt(j, ended="waiting for people: 3 of 28 rankings are there; start …")
+    attempt(j, ended=ended("waiting", "for people: 3 of 28 rankings are there; start …"))
     found = look(j)
     assert (found.state, found.detail) == ("waiting", "for people: 3 of 28 rankings are there; start …")
     assert status.failed([found]) == []
@@ -182,13 +196,12 @@ def test_a_stage_that_waits_for_people_has_not_failed_and_says_how_far_they_are(
 
 def test_a_running_stage_tells_how_far_it_is(job, hold):
     j = job("policies/ppo", rule="ppo")
-    written = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    log = f"2026-01-01 00:00:00,000 ppo: 90/100 steps, 1/s, 0:10 left  \n{written},123 ppo: 40/100 steps, 0.5/s, 2:00 left  kl 0.1\n"
-    attempt(j, log=log, job_id="77")
+    rows = progress(90, datetime(2026, 1, 1)), progress(40, datetime.now(), "kl 0.1")
+    attempt(j, rows=rows, job_id="77")
     assert look(j).state == "failed"
     hold(j)
     found = look(j)
-    assert (found.state, found.slurm_job, found.progress.done) == ("running", "77", 40)
+    assert (found.state, found.slurm_job, found.progress["done"]) == ("running", "77", 40)
     assert 100 < found.left <= 120
     assert found.detail.startswith("40/100 steps, ")
     assert found.detail.endswith("left  kl 0.1")
@@ -196,9 +209,8 @@ def test_a_running_stage_tells_how_far_it_is(job, hold):
 
 def test_progress_of_an_earlier_attempt_is_none_of_this_one(job, hold):
     j = job()
-    written = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     later = datetime.fromtimestamp(time.time() + 60, UTC).isoformat(timespec="seconds")
-    attempt(j, log=f"{written},123 reward: 40/100 steps, 0.5/s, 2:00 left  \n", start=later)
+    attempt(j, rows=(progress(40, datetime.now()),), start=later)
     hold(j)
     assert look(j).progress is None
     assert look(j).state == "running"
@@ -215,7 +227,7 @@ def test_an_attempt_whose_slurm_job_is_known_runs(job):
     j = job()
     attempt(j, job_id="77")
     assert look(j, {"77": "RUNNING"}).state == "running"
-    attempt(j, job_id="77", ended="failed: ValueError")
+    attempt(j, job_id="77", ended=ended("failed", "ValueError"))
     assert look(j, {"77": "RUNNING"}).state == "failed"
 
 
@@ -236,7 +248,7 @@ def test_a_job_that_began_just_now_starts_and_one_long_silent_failed(job):
 
 def test_a_shard_is_told_from_its_neighbours(job):
     one, two = (job(f"completions/{i}-of-2") for i in (0, 1))
-    attempt(one, ended="failed: ValueError")
+    attempt(one, ended=ended("failed", "ValueError"))
     assert (look(one).state, look(two).state) == ("failed", "waiting")
 
 
@@ -257,8 +269,8 @@ def test_a_change_of_config_is_told_by_key(tmp_path):
 
 
 def test_many_are_one_line():
-    members = [status.Standing(f"completions/{i}-of-9", "completions", "done", "") for i in range(9)]
-    few = [status.Standing("sft", "sft", "stale", "a"), status.Standing("dpo", "dpo", "stale", "b")]
+    members = [status.StageStatus(f"completions/{i}-of-9", "completions", "done", "") for i in range(9)]
+    few = [status.StageStatus("sft", "sft", "stale", "a"), status.StageStatus("dpo", "dpo", "stale", "b")]
     groups = status.grouped([*members, *few], lambda s: (s.rule, s.state))
     assert [status.group_name(group) for group in groups] == ["completions (9)", "sft", "dpo"]
     assert status.shared(["a", "a"]) == "a"
@@ -269,7 +281,7 @@ def test_many_are_one_line():
 
 def test_the_screen_has_every_stage_and_says_how_to_go_on(job, capsys):
     failing = job()
-    attempt(failing, ended="failed: ValueError")
+    attempt(failing, ended=ended("failed", "ValueError"))
     status.print_status(
         [look(failing), look(job("sft", made=True, needed=False)), look(job("report", after=("reward",)))], RERUN
     )

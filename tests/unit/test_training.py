@@ -17,34 +17,18 @@ from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import read_jsonl, write_json, write_jsonl
+from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
+from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.models.training import (
-    COMPLETE,
-    epoch_order,
-    history,
-    is_complete,
-    kept_steps,
-    latest_checkpoint,
-    mark_complete,
-    rows_at_once,
-    score_labels_only,
-)
+from tunetrail.models.training import epoch_order, history, rows_at_once
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
+from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, reliability
+from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_loss, kwise_scores
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
-from tunetrail.stages.reward import (
-    KWiseCollator,
-    ceiling,
-    evaluate,
-    heldout_pairs,
-    initialise,
-    kwise_loss,
-    kwise_scores,
-    reliability,
-)
 
 
 def log_sigmoid(x):

@@ -12,12 +12,12 @@ from trl import SFTConfig, SFTTrainer
 
 from tunetrail.config.training import Lora
 from tunetrail.models.batching import collate
+from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import with_lora
 from tunetrail.models.scoring import response_logprobs, response_values, sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.models.training import score_labels_only
 from tunetrail.models.tree import prefix_tree, share_prefixes, without_sharing
-from tunetrail.stages.reward import KWiseCollator, initialise, kwise_scores
+from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_scores
 
 PAD, VOCABULARY = 0, 30
 START = [5, 6, 7, 8]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tunetrail.contract.progress import ProgressLine
 from tunetrail.monitor import watch
 from tunetrail.monitor.dag import Job
 from tunetrail.monitor.status import STATES
@@ -26,14 +25,20 @@ def publish(stage: Job, history: list[dict]) -> None:
     stage.manifest.write_text("{}")
 
 
-def start(stage: Job, notes: list[str]) -> None:
-    """An attempt that has begun and told its progress."""
+def start(stage: Job, values: list[dict[str, float]]) -> None:
+    """An attempt that has begun and reported its progress."""
     folder = stage.state / ("f" * 16)
     folder.mkdir(parents=True)
     (folder / "attempts.jsonl").write_text(json.dumps({"start": "2026-01-02T03:04:05+00:00", "job_id": "77"}) + "\n")
-    stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S},000"
-    lines = [f"{stamp} {ProgressLine('ppo', i + 1, 40, 'steps', 0.5, 60.0, note)}" for i, note in enumerate(notes)]
-    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    shared = {
+        "time": datetime.now().astimezone().isoformat(),
+        "label": "ppo",
+        "total": 40,
+        "unit": "steps",
+        "rate": 0.5,
+    }
+    rows = [shared | {"done": i + 1, "left": 60.0, "values": of, "note": ""} for i, of in enumerate(values)]
+    (folder / "progress.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def shown(seen: watch.Watch, width: int = 130, height: int = 40) -> str:
@@ -50,8 +55,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_running_stage_has_progress_rate_time_left_curves_and_its_slurm_job():
     ppo = job("policies/ppo")
-    notes = [f"score {0.1 * i:.3f}  kl {i:.2f}  finished 90%" for i in range(8)]
-    start(ppo, notes)  # its Slurm job is in the queue
+    start(ppo, [{"score": 0.1 * i, "kl": float(i)} for i in range(8)])  # its Slurm job is in the queue
     text = shown(watch.Watch([ppo], "again"))
     line = next(line for line in text.splitlines() if line.startswith("policies/ppo"))
     for part in ("running", "8/40", "0.5 steps/s", "reward ▁▂▃▄▅▆▇█ 0.7", "KL ▁▂▃▄▅▆▇█ 7", "77 running"):
@@ -86,11 +90,11 @@ def test_what_failed_is_told_with_its_log():
     folder = sft.state / ("f" * 16)
     folder.mkdir(parents=True)
     (folder / "attempts.jsonl").write_text(
-        json.dumps({"start": "2026-01-02T03:04:05+00:00", "ended": "failed: boom"}) + "\n"
+        json.dumps({"start": "2026-01-02T03:04:05+00:00", "ended": {"outcome": "failed", "message": "boom"}}) + "\n"
     )
     text = shown(watch.Watch([sft], "snakemake"))
     assert "1 failed" in text
-    assert "sft failed (attempt 1): failed: boom" in text
+    assert "sft failed (attempt 1): boom" in text
     assert "again  snakemake -- results/r/sft/manifest.json" in text
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from tunetrail.cli import main
 from tunetrail.provenance import lineage
+from tunetrail.provenance.findings import FINDINGS
 from tunetrail.provenance.ledger import artifacts
 from tunetrail.provenance.manifest import read_manifest
 from tunetrail.provenance.record import read_record
-from tunetrail.provenance.verify import FINDINGS, Verifier
+from tunetrail.provenance.verify import Verifier
 
 from ..conftest import ROOT
 

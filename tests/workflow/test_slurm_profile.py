@@ -9,6 +9,7 @@ from snakemake.profiles import ProfileConfigFileParser
 from snakemake.resources import Resources
 
 from tunetrail.launch.resources import sbatch_options
+from tunetrail.stages.registry import STAGES
 
 from ..conftest import ROOT
 
@@ -57,11 +58,23 @@ def edited(tmp_path: Path, **variables: str) -> Path:
     return path
 
 
-def test_every_rule_is_mapped_and_no_other():
-    rules = set()
-    for path in (ROOT / "workflow/rules").glob("*.smk"):
-        rules |= set(re.findall(r"^rule (\w+):", path.read_text(), re.MULTILINE))
-    assert set(options(PROFILE)) == rules - {"stage_config", "tasks"}  # those run where snakemake does
+def test_both_profiles_name_every_stage_and_nothing_else():
+    """All but `tasks`, which runs where snakemake does. Snakemake ignores a name that is no rule."""
+    rules = {
+        name
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for name in re.findall(r"^use rule stage as (\w+) with:", path.read_text(), re.MULTILINE)
+    }
+    assert rules == set(STAGES)
+    local = yaml.safe_load((ROOT / "profiles/local/config.yaml").read_text())
+    assert set(options(PROFILE)) == set(local["set-threads"]) == set(STAGES) - {"tasks"}
+    assert set(local["set-resources"]) <= set(STAGES)
+
+
+def test_the_stages_that_run_a_model_get_a_gpu():
+    assert {rule for rule, found in options(PROFILE).items() if "gres" in found} == {
+        name for name, stage in STAGES.items() if stage.gpu
+    }
 
 
 EXPECTED = {

@@ -14,7 +14,7 @@ from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
 from tunetrail.files import canonical_json
 from tunetrail.models.trackers import check as check_trackers
-from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config
+from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config, stage_of
 
 
 def validated(raw):
@@ -67,23 +67,27 @@ def is_submitted(rule):
     return False
 
 
-def launched(stage):
-    """What stands before a stage's command: see `tunetrail.launch`. As a function of the resources it is no parameter
-    whose change makes anything anew."""
-    # The people's answers are on this machine, whatever the profile says.
-    here = HUMAN and stage in ("tasks", "comparisons")
+def artifact_of(output):
+    return str(Path(output.manifest).parent.relative_to(RESULTS))
 
-    def launch(wildcards, resources, threads):
-        given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
-        if here:
-            given.pop("launcher", None)
-        # Not a child of the shell's, which a signal to the job would end before the stage has saved.
-        return shlex.join(
-            ["exec", "python", "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs", "--threads"]
-            + [str(threads), "--resources", json.dumps(given)]
-        )
 
-    return launch
+def made_by(output):
+    """The name of the stage that makes this artifact."""
+    return stage_of(CONFIG, artifact_of(output)).name
+
+
+def launcher(wildcards, output, resources, threads):
+    """What stands before a stage's command, see `tunetrail.launch`. A parameter that depends on resources reruns nothing
+    when it changes."""
+    stage = made_by(output)
+    given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
+    if HUMAN and stage in ("tasks", "comparisons"):  # people's answers are on this machine, whatever the profile says
+        given.pop("launcher", None)
+    # exec: as a child of the shell it would die of a signal to the job before the stage has saved.
+    return shlex.join(
+        ["exec", "python", "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
+        + ["--threads", str(threads), "--resources", json.dumps(given)]
+    )
 
 
 wildcard_constraints:

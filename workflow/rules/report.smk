@@ -18,9 +18,6 @@ FIGURES = {  # name -> where `snakemake --report` lists it
 
 
 use rule stage as report with:
-    pathvars:
-        artifact="report",
-        config="report",
     input:
         unpack(reads("report")),
     output:
@@ -40,7 +37,6 @@ use rule stage as report with:
             )
             for name, (category, label) in FIGURES.items()
         ],
+    pathvars:
+        artifact="report",
     localrule: is_submitted("report")
-    params:
-        stage="report",
-        launch=launched("report"),

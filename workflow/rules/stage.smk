@@ -1,7 +1,6 @@
 # The template of every stage's rule. `use rule stage as <name> with:` says what is its own:
-#   pathvars: artifact, the folder below results/<run>/; config, the name of its resolved config
-#   input:    unpack(reads("<name>")), the manifests of its parents and the user's files, as the table of stages says
-#   params:   stage and launch
+#   pathvars: artifact, its folder below results/<run>/
+#   input:    unpack(reads("<name>")): its resolved config, the manifests of its parents, the user's files
 localrules:
     stage_config,
     all,
@@ -22,23 +21,20 @@ rule stage_config:
 
 
 rule stage:
-    pathvars:
-        artifact="template",
-        config="template",
-    input:
-        config=f"{RESULTS}/config/<config>.json",
     output:
         manifest=f"{RESULTS}/<artifact>/manifest.json",
     log:
         f"{LOGS}/<artifact>.log",
     benchmark:
         f"{BENCHMARKS}/<artifact>.tsv"
+    pathvars:
+        artifact="template",
     conda:
         ENVIRONMENT
     params:
-        launch="false",
-        stage="template",
-        state=lambda wildcards, output: output.manifest.replace(RESULTS, STATE, 1).removesuffix("/manifest.json"),
+        launch=launcher,
+        stage=lambda wildcards, output: made_by(output),
+        state=lambda wildcards, output: f"{STATE}/{artifact_of(output)}",
         inputs=lambda wildcards, input: input_options(input),
         part="",
     shell:

@@ -1,16 +1,12 @@
-"""Errors a user can mend, and the exit codes that go with them.
+"""Errors that a user can fix, and their exit codes.
 
-Every error a stage raises on purpose is a `TunetrailError`: its message is one line that names the
-file, line or key, what is wrong and how to mend it. Anything else is a fault of ours and keeps its
-traceback.
+Every error that a stage raises on purpose is a `TunetrailError`: its message is one line that names the file, line or key,
+what is wrong and how to fix it. Anything else is a fault of ours and keeps its traceback.
 """
-
-PEOPLE = "for people"
-"""What the message of Waiting begins with."""
 
 
 class TunetrailError(Exception):
-    """A mistake the user can mend. `exit_code` follows sysexits.h."""
+    """A mistake that the user can fix. `exit_code` follows sysexits.h."""
 
     exit_code = 1
     word = "error"
@@ -36,18 +32,18 @@ class Interrupted(TunetrailError):
 
 
 class Waiting(Interrupted):
-    """People have not finished: nothing was lost and nothing can be done before they have."""
+    """People have not finished. Nothing was lost, and nothing can be done before they have."""
 
     word = "waiting"
 
 
-class Displaced(Interrupted):
-    """Another attempt of the same stage has this one's place: it goes on, and nothing is to be run again."""
+class Superseded(Interrupted):
+    """Another attempt of the same stage has taken over. It goes on; nothing needs to be run again."""
 
     exit_code = 76
 
 
 class DiskError(TunetrailError):
-    """A file cannot be read or written as it must be (EX_IOERR)."""
+    """A file cannot be read or written as required (EX_IOERR)."""
 
     exit_code = 74

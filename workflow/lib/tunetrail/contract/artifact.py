@@ -8,10 +8,10 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.files import sync, write_json
 from tunetrail.provenance.manifest import (
-    BESIDE,
     MANIFEST,
     METRICS,
     PROVENANCE,
+    UNLISTED_FILES,
     DigestCache,
     build,
     canonical,
@@ -25,6 +25,8 @@ from tunetrail.provenance.manifest import (
 from tunetrail.provenance.record import build as build_record
 from tunetrail.provenance.record import code_state, dependency, exact, read_record
 
+FIX = "delete the folder and run its stage again, or restore the file"
+
 
 def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
     """Checks a folder against its manifest and returns the manifest. Raises DataError naming what differs.
@@ -33,7 +35,6 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
         cache: digests of files that have not changed since they were hashed; None: every byte is read.
     """
     manifest, folder = read_manifest(manifest_path), manifest_path.parent
-    mend = "delete the folder and run its stage again, or restore the file"
     listed = {entry["path"]: entry for entry in manifest["files"]}
     for name, entry in listed.items():
         path = folder / name
@@ -42,27 +43,18 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
                 f"{manifest_path}: lists {name}, which is outside the folder; delete the folder and run its stage again"
             )
         if not path.is_file():
-            raise DataError(f"{path}: listed in the manifest but missing; {mend}")
+            raise DataError(f"{path}: listed in the manifest but missing; {FIX}")
         if path.stat().st_size != entry["size"]:
-            raise DataError(f"{path}: differs from its manifest; {mend}")
+            raise DataError(f"{path}: differs from its manifest; {FIX}")
     digests = parallel((cache or DigestCache(None)).sha256, [folder / name for name in listed])
     for (name, entry), digest in zip(listed.items(), digests, strict=True):
         if digest != entry["sha256"]:
-            raise DataError(f"{folder / name}: differs from its manifest; {mend}")
-    for path in walk(folder):  # a file more can change what from_pretrained loads
+            raise DataError(f"{folder / name}: differs from its manifest; {FIX}")
+    for path in walk(folder):  # an extra file can change what from_pretrained loads
         name = path.relative_to(folder).as_posix()
-        if name not in listed and name not in BESIDE and not path.name.startswith(".nfs"):
+        if name not in listed and name not in UNLISTED_FILES and not path.name.startswith(".nfs"):
             raise DataError(f"{path}: is not in the manifest; remove it, or delete the folder and run its stage again")
     return manifest
-
-
-def _settle(folder: Path) -> None:
-    """Readable by whom the umask allows (safetensors writes 0600, which shuts a group out), and on disk."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        sync(path)
 
 
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
@@ -70,70 +62,84 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     write_json(stage.work / METRICS, metrics)
     content = build(stage.work)
     manifest = _manifest(stage, content)
-    parents = {role: parent.origin for role, parent in stage.inputs.items()}
-    # What was learnt from labels names them, however far down they were collected.
+    (stage.work / PROVENANCE).write_bytes(_record(stage, manifest, attempts))
+    _make_durable(stage.work)
+    stage.attempt.check_leases()
+    previous = _previous(stage.output)
+    shutil.rmtree(previous, ignore_errors=True)
+    if stage.output.exists():
+        stage.output.rename(previous)
+    stage.work.rename(stage.output)
+    declare_finished(stage.output, manifest)
+    for entry in content["files"]:  # so that the stage that reads it next need not hash it again
+        stage.attempt.digests.remember(stage.output / entry["path"], entry["sha256"])
+
+
+def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
+    """The provenance record."""
+    parents, draft = {role: parent.origin for role, parent in stage.inputs.items()}, stage.draft
+    # What was learnt from labels names them, however far upstream they were collected.
     inherited = [d for parent in parents.values() if parent["labels"] for d in parent["labels"]]
-    own = [d for d in stage.draft.dependencies if d not in inherited]
+    own = [d for d in draft.dependencies if d not in inherited]
+    unique = [d for n, d in enumerate(inherited) if d not in inherited[:n]]
     tokenizer = (
-        [dependency("tokenizer", "tokenizer and chat template", stage.draft.tokenizer_digest)]
-        if stage.draft.tokenizer_digest
+        [dependency("tokenizer", "tokenizer and chat template", draft.tokenizer_digest)]
+        if draft.tokenizer_digest
         else []
     )
     log_file = stage.state / "log.txt"
-    record = build_record(
+    return build_record(
         stage=stage.name,
         part=stage.request.part,
         config=stage.shared | {"config": stage.config},
         manifest=manifest,
         output=stage.output,
         parents=parents,
-        dependencies=[*own, *_once(inherited), *tokenizer],
+        dependencies=[*own, *unique, *tokenizer],
         attempts=attempts,
         metrics=sha256_file(stage.work / METRICS),
-        training_flops=stage.draft.training_flops,
+        training_flops=draft.training_flops,
         byproducts=[{"name": "log.txt", "digest": {"sha256": sha256_file(log_file)}}] if log_file.exists() else [],
         also_about=[
             {"name": f"{role} under evaluation", "digest": {"sha256": parents[role]["manifest"]}}
-            for role in stage.draft.about
+            for role in draft.about
         ],
     )
-    (stage.work / PROVENANCE).write_bytes(record)
-    _settle(stage.work)
-    stage.attempt.check_leases()
-    old = _old(stage.output)
-    shutil.rmtree(old, ignore_errors=True)
-    if stage.output.exists():
-        stage.output.rename(old)
-    stage.work.rename(stage.output)
-    _declare_finished(stage.output, manifest)
-    for entry in content["files"]:  # so that whoever reads it next need not hash it again
-        stage.attempt.digests.remember(stage.output / entry["path"], entry["sha256"])
+
+
+def _make_durable(folder: Path) -> None:
+    """Flushes every file to disk, readable by whomever the umask allows: safetensors writes 0600, which shuts a group out."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        sync(path)
 
 
 def _manifest(stage: Stage, content: dict) -> bytes:
     return canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.draft.tokenizer_digest} | content)
 
 
-def _old(output: Path) -> Path:
-    """Where the artifact that was there before is until the new one is whole."""
+def _previous(output: Path) -> Path:
+    """Where the previous artifact stays until the new one is whole."""
     return output.with_name(f".{output.name}.old")
 
 
-def _declare_finished(output: Path, manifest: bytes) -> None:
-    """The manifest is what says "finished": it comes last, by a rename of its own."""
+def declare_finished(output: Path, manifest: bytes) -> None:
+    """Writes the manifest, which is what says "finished": it comes last, by a rename of its own."""
     pending = output / f".{MANIFEST}"
     pending.write_bytes(manifest)
     sync(pending)
     pending.rename(output / MANIFEST)
     sync(output)
     sync(output.parent)
-    shutil.rmtree(_old(output), ignore_errors=True)
+    shutil.rmtree(_previous(output), ignore_errors=True)
 
 
 def finished(stage: Stage, declare: bool = True) -> bool:
     """Whether the artifact is already there, made by this code from this config and these inputs.
 
-    The record tells, and the files are hashed again.
+    Its record says so, and its files are hashed again.
 
     Args:
         declare: also write the manifest where it is missing.
@@ -156,9 +162,5 @@ def finished(stage: Stage, declare: bool = True) -> bool:
     if record.manifest != sha256_bytes(manifest):
         return False
     if declare:
-        _declare_finished(stage.output, manifest)
+        declare_finished(stage.output, manifest)
     return True
-
-
-def _once(dependencies: list[dict]) -> list[dict]:
-    return [d for n, d in enumerate(dependencies) if d not in dependencies[:n]]

@@ -1,16 +1,15 @@
-"""One writer to a folder, also where a node that was cut off works on while its job runs elsewhere.
+"""One writer per folder, even when a node was cut off and its job restarts elsewhere.
 
-The writer holds the newest of the files NAME, NAME.2, NAME.3, …: it has a lock on it, which goes when the process
-dies, and renews its time every few seconds. Whoever comes later
+The writer holds the newest of the files NAME, NAME.2, NAME.3, …: it keeps a lock on it, which ends with the process, and
+renews its time every few seconds. A later attempt
 
-- takes the file over at once where its lock is free: the writer died;
-- makes the next file where the lock is held but the time was not renewed for `lease_seconds()`: the writer hangs, or its
-  node has lost the file server, which keeps the lock for it. Should it come back, `Lease.lost` tells it before it writes;
-- is refused otherwise; but if both are jobs of a cluster, it asks the writer to save and leave, and waits: the job that
-  was requeued, or submitted again, is the one that somebody waits for.
+- takes over the file at once if its lock is free: the writer died;
+- creates the next file if the lock is held but the time was not renewed for `lease_seconds()`: the writer hangs, or its
+  node has lost the file server, which keeps the lock for it. If it comes back, `Lease.lost` tells it before it writes;
+- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits: somebody waits
+  for the job that was requeued or submitted again.
 
-Times are the file server's own, since the clocks of two nodes may differ. It was tested on
-local file systems only.
+Times are the file server's own, since the clocks of two nodes may differ. This was tested on local file systems only.
 """
 
 import errno
@@ -24,11 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from tunetrail.errors import DiskError, Displaced, Interrupted
+from tunetrail.errors import DiskError, Interrupted, Superseded
 
 POLL_SECONDS = 1.0
-ASKED_SECONDS = 30.0
-"""A wish to take over counts while it is renewed; whoever had it may have been cancelled."""
+REQUEST_SECONDS = 30.0
+"""A request to take over counts while it is renewed: whoever made it may have been cancelled."""
 
 
 def lease_seconds() -> float:
@@ -44,12 +43,12 @@ def myself() -> str:
 
 def _newest(path: Path) -> tuple[int, Path]:
     """(generation, file) of the newest lease file; the first where there is none yet."""
-    found = {1: path}
+    files = {1: path}
     for other in path.parent.glob(f"{path.name}.*"):
         if (number := other.name.rpartition(".")[2]).isdigit():
-            found[int(number)] = other
-    generation = max(found)
-    return generation, found[generation]
+            files[int(number)] = other
+    generation = max(files)
+    return generation, files[generation]
 
 
 def _server_time(path: Path) -> float:
@@ -76,8 +75,8 @@ def _lock(handle: IO[str]) -> bool:
     return True
 
 
-def _lock_after_a_look(handle: IO[str]) -> bool:
-    """Again in a moment: `holder` has the lock while it looks."""
+def _lock_after_probe(handle: IO[str]) -> bool:
+    """Tries again in a moment: `holder` has the lock while it looks."""
     time.sleep(0.2)
     return _lock(handle)
 
@@ -97,7 +96,7 @@ class Lease:
 
     def __init__(self, path: Path, generation: int, file: Path, handle: IO[str]):
         self.path, self.generation, self.file, self.handle = path, generation, file, handle
-        self.wish = path.with_name(f"{path.name}.wanted")
+        self.request_file = path.with_name(f"{path.name}.wanted")
         self.ended = threading.Event()
         handle.seek(0)
         handle.truncate()
@@ -114,22 +113,26 @@ class Lease:
                 continue
 
     def lost(self) -> bool:
-        """Whether another writer has taken over: then nothing may be written any more."""
+        """Whether another writer has taken over: then nothing more may be written."""
         _server_time(self.path)  # a folder that has just changed is read anew from its server
         return _newest(self.path)[0] != self.generation
 
-    def wanted_by(self) -> str | None:
-        """Who asks for the place, if somebody does."""
+    def requested_by(self) -> str | None:
+        """Who asks this writer to leave, if anyone does."""
         try:
-            asked = self.wish.stat().st_mtime
-            return self.wish.read_text().strip() if _server_time(self.path) - asked < ASKED_SECONDS else None
+            requested_at = self.request_file.stat().st_mtime
+            return (
+                self.request_file.read_text().strip()
+                if _server_time(self.path) - requested_at < REQUEST_SECONDS
+                else None
+            )
         except OSError:
             return None
 
     def check(self) -> None:
-        """Raises Displaced where another writer has taken over."""
+        """Raises Superseded where another writer has taken over."""
         if self.lost():
-            raise Displaced(
+            raise Superseded(
                 f"{self.path}: another attempt has taken over while this one was silent; it goes on, this one ends"
             )
 
@@ -140,14 +143,14 @@ class Lease:
 
 
 def _acquire(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]) -> Lease:
-    wish, told = path.with_name(f"{path.name}.wanted"), False
+    request_file, announced = path.with_name(f"{path.name}.wanted"), False
     while True:
         generation, newest = _newest(path)
         handle = newest.open("a+")
-        if _lock(handle) or _lock_after_a_look(handle):
+        if _lock(handle) or _lock_after_probe(handle):
             if _newest(path)[0] == generation:
                 os.utime(newest)
-                wish.unlink(missing_ok=True)
+                request_file.unlink(missing_ok=True)
                 return Lease(path, generation, newest, handle)
             handle.close()
             continue
@@ -164,10 +167,10 @@ def _acquire(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]
             continue
         if not (", job " in other and ", job " in myself()) or give_up():
             raise Interrupted(f"{newest}: in use by {other}; wait for it to end, then run again")
-        wish.write_text(myself())
-        if not told:
+        request_file.write_text(myself())
+        if not announced:
             say(f"{path.parent}: {other} works on this; it was asked to save and leave")
-            told = True
+            announced = True
         time.sleep(POLL_SECONDS)
 
 

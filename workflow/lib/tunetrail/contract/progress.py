@@ -1,14 +1,18 @@
-"""Progress that people watch: a bar on a terminal, one line every so often in a log file."""
+"""Progress that people watch: a bar on a terminal, a line every so often in a log, the same as data in the state folder."""
 
+import json
 import logging
-import re
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
+from typing import TypedDict
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 log = logging.getLogger("tunetrail")
 
@@ -23,69 +27,55 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def seconds(text: str) -> int:
-    """
-    >>> seconds("1:02:05")
-    3725
-    """
-    total = 0
-    for part in text.split(":"):
-        total = total * 60 + int(part)
-    return total
+class Progress(TypedDict):
+    """How far a stage is: a row of `progress.jsonl` in its state folder."""
 
-
-@dataclass(frozen=True)
-class ProgressLine:
-    """How far a stage is: `str` writes the line of its log, `parse` reads it."""
-
+    time: str
+    """ISO 8601 with time zone."""
     label: str
     done: int
     total: int
     unit: str
     rate: float
-    """Units a second."""
+    """Units per second."""
     left: float | None
-    """Seconds to the end; None before the first piece."""
-    note: str = ""
-
-    def __str__(self) -> str:
-        left = "?" if self.left is None else duration(self.left)
-        return f"{self.label}: {self.done}/{self.total} {self.unit}, {self.rate:.3g}/s, {left} left  {self.note}"
+    """Seconds to the end; null before the first piece."""
+    values: dict[str, float]
+    """Named numbers such as loss, score and kl."""
+    note: str
 
 
-_LINE = re.compile(
-    r"(?P<label>[^:]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,]+), (?P<rate>[\d.e+-]+)/s, (?P<left>[\d:]+|\?) left *(?P<note>.*)"
-)
+FILE = "progress.jsonl"
+_file: Path | None = None
 
 
-def parse(line: str) -> ProgressLine | None:
-    """The progress that a line tells, without what a log writes before it; None where it tells none."""
-    if not (found := _LINE.fullmatch(line)):
-        return None
-    left = None if found["left"] == "?" else seconds(found["left"])
-    return ProgressLine(
-        found["label"],
-        int(found["done"]),
-        int(found["total"]),
-        found["unit"],
-        float(found["rate"]),
-        left,
-        found["note"],
-    )
+def write_to(path: Path | None) -> None:
+    """Where progress is written in this process; None: nowhere. The contract says so."""
+    global _file
+    _file = path
+
+
+def read_progress(path: Path) -> list[Progress]:
+    """The rows of a progress file, oldest first; one that is being written is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines]
 
 
 class ProgressBar:
     """Counts `total` units of work, with rate and time left.
 
-    Used as a context manager; `advance(n, note)` after each piece. `done` units may already be
-    finished (a resumed stage); they do not count in the rate.
+    A context manager: call `advance` after each piece. `done` units may already be finished (a resumed stage); they do not
+    count in the rate.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, every_seconds: float = 15.0):
         self.label, self.total, self.unit, self.every = label, total, unit, every_seconds
         self.done = self.first = done
         self.start = self.printed = time.monotonic()
-        self.bar: Progress | None = None
+        self.bar: RichProgress | None = None
         if sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"),
@@ -94,7 +84,7 @@ class ProgressBar:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.bar = RichProgress(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task(label, total=total, completed=done, note="")
 
     def __enter__(self) -> "ProgressBar":
@@ -108,13 +98,36 @@ class ProgressBar:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, n: int = 1, note: str = "") -> None:
+    def advance(self, n: int = 1, note: str = "", values: Mapping[str, float] | None = None) -> None:
+        """Counts `n` more units.
+
+        Args:
+            note: for people.
+            values: for curves: loss, score, kl.
+        """
         self.done += n
         now = time.monotonic()
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=f"{rate:.3g} {self.unit}/s  {note}")
-        elif now - self.printed >= self.every or self.done >= self.total:
+        if now - self.printed >= self.every or self.done >= self.total:
             self.printed = now
             left = (self.total - self.done) / rate if rate > 0 else None
-            log.info("%s", ProgressLine(self.label, self.done, self.total, self.unit, rate, left, note))
+            if not self.bar:
+                shown = "?" if left is None else duration(left)
+                text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {shown} left  {note}"
+                log.info("%s", text)
+            self._write(rate, left, note, values or {})
+
+    def _write(self, rate: float, left: float | None, note: str, values: Mapping[str, float]) -> None:
+        if _file is None:
+            return
+        row: Progress = {
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"), "label": self.label, "done": self.done,
+            "total": self.total, "unit": self.unit, "rate": rate, "left": left, "values": dict(values), "note": note,
+        }  # fmt: skip
+        try:
+            with _file.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError:  # a full disk: the stage will say so where it matters
+            return

@@ -1,27 +1,28 @@
-"""The contract every stage keeps: verified inputs, resumable state, atomic publishing, a record.
+"""The contract of a stage: verified inputs, resumable state, atomic publishing, a provenance record.
 
 A stage is a module with `run(stage) -> metrics`, called as
 
-    python -m tunetrail.stages.<stage> --config C.json --input role=…/manifest.json …         --output OUT/manifest.json --state STATE
+    python -m tunetrail.stages.<stage> --config C.json --input role=…/manifest.json … \
+        --output OUT/manifest.json --state STATE
 
 and `main(run)` does the rest:
 
-1. every input folder is checked against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS
-   files are not hashed again that have not changed, by size, inode and times, since they were hashed last;
-2. the state folder is `STATE/<fingerprint>`, the digest of the config and the input manifests, so a
-   changed hyperparameter never meets an old optimizer state; a lease keeps a second writer out;
-3. `run` fills `stage.work`, a sibling of the output folder, with files;
-4. `metrics.json`, `provenance.json` and, last, `manifest.json` are added, everything is fsynced and
-   renamed into place: a killed stage leaves nothing that looks finished.
+1. It checks every input folder against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS it does
+   not hash files again that have not changed, by size, inode and times, since they were hashed last.
+2. It works in the state folder `STATE/<fingerprint>`, the digest of the config and the input manifests: a changed
+   hyperparameter never loads an old optimizer state. A lease keeps a second writer out.
+3. `run` fills `stage.work`, a sibling of the output folder, with files.
+4. It adds `metrics.json`, `provenance.json` and, last, `manifest.json`, flushes everything to disk and renames it into
+   place: a killed stage leaves nothing that looks finished.
 
-`metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times,
-hosts and attempts are in `provenance.json`, which the manifest does not list. See `tunetrail.provenance`.
+`metrics.json` holds results only (no times, no hosts), so equal runs give equal manifests. Times, hosts and attempts are
+in `provenance.json`, which the manifest does not list. See `tunetrail.provenance`.
 
-An artifact that is there but for its manifest (its job was killed at the very end, or Snakemake removed the manifest of
-a job whose head had died) is not made again: `finished` compares it with what its record says.
+An artifact that lacks only its manifest is not made again: its job was killed at the very end, or Snakemake removed the
+manifest of a job whose head process had died. `artifact.finished` compares such an artifact with its record.
 
 Exit codes: 0 done; 75 interrupted with progress saved; 76 another attempt has taken over; 65 bad data; 78 bad config;
-74 the disk failed; else a fault.
+74 the disk failed; anything else is a fault.
 """
 
 import argparse
@@ -33,33 +34,54 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from tunetrail.contract import progress
 from tunetrail.contract.artifact import finished, publish, verify
 from tunetrail.contract.distributed import end_process_group, is_main_process, processes
 from tunetrail.contract.lease import hold
 from tunetrail.contract.stage import Attempt, Input, RecordDraft, Request, Stage
 from tunetrail.contract.stop import Stop
-from tunetrail.errors import ConfigError, DataError, Interrupted, TunetrailError, Waiting
+from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
 from tunetrail.files import read_finished_rows, write_jsonl
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
 from tunetrail.provenance.record import energy_joules, environment, parent_of
 
-# What a user can fix: no room, no right, a disk that failed. Any other OSError is a fault and keeps its traceback.
+# What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 ATTEMPTS = "attempts.jsonl"
 KEPT = "kept"
-"""Folder of the state for models of steps along the way, which the artifact gets too."""
+"""Folder of the state for models that were kept along the way; they become part of the artifact."""
 
 log = logging.getLogger("tunetrail")
 
 
+class Ended(TypedDict):
+    """How an attempt ended."""
+
+    outcome: Literal["done", "interrupted", "waiting", "superseded", "failed", "killed"]
+    message: str | None
+
+
+def how_it_ended(error: BaseException | None) -> Ended:
+    """The end of an attempt that raised this, or nothing."""
+    if error is None:
+        return {"outcome": "done", "message": None}
+    if isinstance(error, Waiting):
+        return {"outcome": "waiting", "message": str(error)}
+    if isinstance(error, Superseded):
+        return {"outcome": "superseded", "message": str(error)}
+    if isinstance(error, Interrupted):
+        return {"outcome": "interrupted", "message": str(error)}
+    return {"outcome": "failed", "message": type(error).__name__}
+
+
 def is_finished(argv: list[str], declare: bool) -> bool:
-    """`finished` for the options of a stage's command: launchers ask it before they start several processes."""
+    """`artifact.finished` for the options of a stage's command; launchers ask before they start several processes."""
     args = _parse_arguments(argv)
     return (args.output.parent / PROVENANCE).exists() and finished(_stage(args, None), declare)
 
@@ -100,63 +122,63 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _record(path: Path, attempts: list[dict]) -> None:
+def _write_attempts(path: Path, attempts: list[dict]) -> None:
     """Whole or not at all: a full disk or a kill must not cost the history."""
     pending = path.with_suffix(".new")
     write_jsonl(pending, attempts)
     pending.rename(path)
 
 
-def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
-    attempts_file = stage.state / ATTEMPTS
-    # One that found people at work did nothing, and there may be one an hour.
-    attempts = [a for a in read_finished_rows(attempts_file) if not str(a.get("ended")).startswith(Waiting.word)]
-    for attempt in attempts:  # a killed attempt could not write its own end
-        attempt.setdefault("ended", "killed")
+def _earlier_attempts(path: Path) -> list[dict]:
+    """The attempts in this state folder; one that was killed could not write its own end."""
+    attempts = read_finished_rows(path)
+    for attempt in attempts:
+        attempt.setdefault("ended", {"outcome": "killed", "message": None})
         attempt.setdefault("end", None)
+    # One that only found people at work did nothing, and there may be one an hour.
+    return [attempt for attempt in attempts if attempt["ended"]["outcome"] != "waiting"]
+
+
+def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
+    """Runs the stage, keeps the record of this attempt as it goes, and publishes."""
+    path = stage.state / ATTEMPTS
     this: dict[str, Any] = {"start": _now(), "pid": os.getpid()} | environment()
-    attempts.append(this)
-    _record(attempts_file, attempts)
+    attempts = [*_earlier_attempts(path), this]
+    _write_attempts(path, attempts)
 
     def note(key: str, value: Any) -> None:
         this[key] = value
-        _record(attempts_file, attempts)
+        _write_attempts(path, attempts)
 
     stage.attempt.note = note
-    joules = energy_joules()
-    started = time.monotonic()
+    joules, started, error = energy_joules(), time.monotonic(), None
     try:
         metrics = run(stage)
-        this["ended"] = "done"
-    except Waiting as e:
-        this["ended"] = f"{e.word} {e}"
-        raise
-    except Interrupted as e:
-        this["ended"] = str(e)
-        raise
     except BaseException as e:
-        this["ended"] = f"failed: {type(e).__name__}"
+        error = e
         raise
     finally:
         now = energy_joules()
         this |= environment() | {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
-        # The counter wraps around, and then the difference says nothing.
+        # The counter wraps around; then the difference says nothing.
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
-        if not stage.attempt.is_displaced():
-            _record(attempts_file, attempts)
+        this["ended"] = how_it_ended(error)
+        if not stage.attempt.is_superseded():
+            _write_attempts(path, attempts)
+        error = None  # it holds the stage's frames, and with them the model
     publish(stage, metrics, attempts)
-    _tidy(stage)
+    _clean_up(stage)
 
 
-def _tidy(stage: Stage) -> None:
-    """Leaves in the state of a published artifact what somebody may want to read."""
-    for leftover in stage.state.glob("checkpoint-*"):  # the artifact has what they were kept for
-        shutil.rmtree(leftover, ignore_errors=True)
+def _clean_up(stage: Stage) -> None:
+    """Leaves in the state of a published artifact only what somebody may want to read."""
+    for checkpoint in stage.state.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.rmtree(stage.state / KEPT, ignore_errors=True)
-    attempts_file = stage.state / ATTEMPTS
-    if attempts_file.exists():
-        # They are in the record now; what the same state folder makes another time begins a history of its own.
-        attempts_file.rename(attempts_file.with_name("attempts.published.jsonl"))
+    path = stage.state / ATTEMPTS
+    if path.exists():
+        # The record has them now; what this state folder makes another time begins a history of its own.
+        path.rename(path.with_name("attempts.published.jsonl"))
 
 
 def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
@@ -177,7 +199,7 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
         ),
         {role: Input(Path(path).parent, parents[role], parent_of(Path(path).parent)) for role, path in inputs.items()},
         Attempt(
-            # Its own: one that was displaced must find nothing of the other's to spoil. No name has a tilde.
+            # A folder of its own: a superseded attempt must find nothing of its successor's to spoil. No name has a tilde.
             work=output.with_name(f".{output.name}~{socket.gethostname()}-{os.getpid()}.work"),
             state=args.state / sha256_json({"config": content, "inputs": parents, "part": part})[:16],
             stop=stop,  # type: ignore[arg-type]
@@ -190,45 +212,52 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
 def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
     stage = _stage(args, Stop())
     name, state, output = stage.name, stage.state, stage.output
-    if not is_main_process():  # the main process locks, records and publishes for all
+    if not is_main_process():  # the main process holds leases, records and publishes for all
         state.mkdir(parents=True, exist_ok=True)
         run(stage)
         return
-    waited: list[str] = []
+    waits: list[str] = []
 
     def say(text: str) -> None:
-        waited.append(text)
+        waits.append(text)
         log.info("%s: %s", name, text)
 
-    # Not two attempts in one state folder, and not two in one output, whatever their configs.
-    with ExitStack() as leases:
+    # Neither two attempts in one state folder nor two in one output, whatever their configs.
+    with ExitStack() as stack:
         for path in (state / "lock", args.state / f"{output.name}.lock"):
-            stage.attempt.leases.append(leases.enter_context(hold(path, stage.stop.requested, say)))
+            stage.attempt.leases.append(stack.enter_context(hold(path, stage.stop.requested, say)))
         stage.stop.leases = stage.attempt.leases
-        handler = logging.FileHandler(state / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-        for left in output.parent.glob(f".{output.name}~*.work"):  # by attempts that were killed
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            # Without a reason to think so nobody pays for hashing; made anew is what a user asks for by this command.
-            maybe = (
-                waited or not args.output.exists() or (state / ATTEMPTS).exists() or "SLURM_RESTART_COUNT" in os.environ
-            )
-            if maybe and finished(stage):
-                if (
-                    processes() > 1
-                ):  # who have begun, and would wait for this one; a launcher looks before it starts any
-                    raise Interrupted(f"{output} was finished by another attempt; run the same command again")
-                log.info("%s: %s is finished; nothing to do", name, output)
-                _tidy(stage)
-                return
-            stage.work.mkdir(parents=True)
-            _attempt(stage, run)
-        finally:
-            shutil.rmtree(stage.work, ignore_errors=True)
-            log.removeHandler(handler)
-            handler.close()
+        stack.enter_context(_logging_to(state))
+        for abandoned in output.parent.glob(f".{output.name}~*.work"):  # by attempts that were killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        stack.callback(shutil.rmtree, stage.work, ignore_errors=True)
+        # Skip hashing unless a finished artifact is plausible: an explicit rerun must rebuild.
+        plausible = (
+            waits or not args.output.exists() or (state / ATTEMPTS).exists() or "SLURM_RESTART_COUNT" in os.environ
+        )
+        if plausible and finished(stage):
+            if processes() > 1:  # the others have begun and would wait for this one; a launcher looks beforehand
+                raise Interrupted(f"{output} was finished by another attempt; run the same command again")
+            log.info("%s: %s is finished; nothing to do", name, output)
+            _clean_up(stage)
+            return
+        stage.work.mkdir(parents=True)
+        _attempt(stage, run)
+
+
+@contextmanager
+def _logging_to(state: Path) -> Iterator[None]:
+    """Logs and progress go into the state folder too."""
+    handler = logging.FileHandler(state / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    progress.write_to(state / progress.FILE)
+    try:
+        yield
+    finally:
+        progress.write_to(None)
+        log.removeHandler(handler)
+        handler.close()
 
 
 def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distributed: bool = False) -> int:
@@ -255,7 +284,7 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         if e.errno not in DISK_ERRORS:
             raise
         print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
-        return 74  # EX_IOERR: a full disk, a missing right
+        return 74  # EX_IOERR: a full disk, a missing permission
     except Exception as e:
         if "No space left on device" not in str(e):  # safetensors and torch wrap the system's error in their own
             raise

@@ -54,12 +54,12 @@ class Attempt:
     note: Callable[[str, Any], None] = lambda key, value: None
     """Writes something into the record of this attempt at once: a killed attempt cannot do so later."""
 
-    def is_displaced(self) -> bool:
+    def is_superseded(self) -> bool:
         """Whether another attempt has taken over: then nothing more may be written."""
         return any(lease.lost() for lease in self.leases)
 
     def check_leases(self) -> None:
-        """Call before writing anything that others read. Raises Displaced where another attempt has taken over."""
+        """Call before writing anything that others read. Raises Superseded where another attempt has taken over."""
         for lease in self.leases:
             lease.check()
 

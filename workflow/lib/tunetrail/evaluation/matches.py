@@ -96,6 +96,15 @@ def family(second: str, reference: str) -> str:
     return second if second in ("base", reference) else "policies"
 
 
+def holm_within(families: list[list[tuple[str, str]]], p_values: dict[tuple[str, str], float]) -> dict:
+    """Every pair's p-value, corrected within its family."""
+    return {
+        pair: p
+        for members in families
+        for pair, p in zip(members, holm([p_values[pair] for pair in members]), strict=True)
+    }
+
+
 def match(
     subjects: Sequence[str],
     reference: str,
@@ -119,11 +128,7 @@ def match(
     told = {pair: outcome[known[pair]] for pair, outcome in outcome_of.items()}
     group = np.array([str(g) for g in groups])
     p_values = {pair: sign_flip_p(outcome, group[known[pair]], seed) for pair, outcome in told.items()}
-    corrected = {
-        pair: p
-        for members in families.values()
-        for pair, p in zip(members, holm([p_values[pair] for pair in members]), strict=True)
-    }
+    corrected = holm_within(list(families.values()), p_values)
     gaps = {(a, b): np.subtract(lengths[a], lengths[b])[known[a, b]] for a, b in outcome_of}
     by_length = [pair for pair in outcome_of if has_equal_lengths(gaps[pair])]
     plays = reference in subjects and len(subjects) > 1

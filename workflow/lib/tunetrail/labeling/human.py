@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 from tunetrail.config.comparisons import HumanLabeler
 from tunetrail.contract.stage import Stage
-from tunetrail.errors import PEOPLE, ConfigError, DataError, Waiting
+from tunetrail.errors import ConfigError, DataError, Waiting
 from tunetrail.files import write_jsonl
 from tunetrail.labeling.app.events import Event
 from tunetrail.labeling.app.store import RUN, Progress, Settings, Store
@@ -88,7 +88,7 @@ def rank(rows: list[SampledRow], config: HumanLabeler, stage: Stage) -> Labels:
     if not progress["settled"]:
         stuck = f"; {progress['stuck']} tasks need more labelers: `tunetrail label add`" if progress["stuck"] else ""
         raise Waiting(
-            f"{PEOPLE}: {progress['have']} of {progress['wanted']} rankings collected; start their page with "
+            f"for people: {progress['have']} of {progress['wanted']} rankings collected; start their page with "
             f"`tunetrail label serve --store {config.store}`, and run the same command again when they have "
             f"finished{stuck}"
         )

@@ -29,7 +29,7 @@ from submitit.core.core import Job
 from tunetrail.contract.runner import is_finished
 from tunetrail.errors import TunetrailError
 from tunetrail.launch.resources import SRUN, gpus, processes, sbatch_options
-from tunetrail.launch.supervise import LEFT, for_srun, option, supervise
+from tunetrail.launch.supervise import CLEAN_EXITS, for_srun, option, supervise
 from tunetrail.provenance.manifest import sha256_json
 
 POLL_SECONDS = 2.0
@@ -252,7 +252,7 @@ def _outcome(job: Job) -> int | None:
                 )
             if n == 0:
                 return int(value)
-            if value not in LEFT:
+            if value not in CLEAN_EXITS:
                 raise TunetrailError(
                     f"process {n} of job {job.job_id} ended with {value}, and so the others were ended; see {paths.stdout}"
                 )

@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from tunetrail.errors import Displaced, Interrupted
+from tunetrail.errors import Interrupted, Superseded
+from tunetrail.launch.time_limit import stage_environment
 
-AGAIN = Interrupted.exit_code
-LEFT = (0, AGAIN, Displaced.exit_code)
+INTERRUPTED = Interrupted.exit_code
+CLEAN_EXITS = (0, INTERRUPTED, Superseded.exit_code)
 """Exit codes of a stage whose processes leave together, none of which has failed."""
-LAST_WORDS_SECONDS = 10
+EXIT_GRACE_SECONDS = 10
 """What the first process of a stage has to end by itself where another has failed, mostly of the same error; and what
 the others have where it leaves with them: one that srun ended would make its exit code another."""
-VERDICT_SECONDS = 300
+SLURM_DECISION_SECONDS = 300
 """How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
-_NO_PROGRESS = ("log.txt", "attempts.jsonl", "lock", "events.out")
+_NO_PROGRESS = ("log.txt", "attempts.jsonl", "progress.jsonl", "lock", "events.out")
 
 
 def option(command: Sequence[str], name: str) -> Path:
@@ -74,7 +75,7 @@ def this_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def await_verdict(job: str, saved: bool) -> None:
+def await_slurm_decision(job: str, saved: bool) -> None:
     """What becomes of a Slurm job whose stage left before its end. Slurm kills this process where that is decided.
 
     A job that is no longer running to Slurm was cancelled or preempted. One that is goes back into the queue under its
@@ -82,7 +83,7 @@ def await_verdict(job: str, saved: bool) -> None:
     """
     state = _slurm("squeue", "-h", "-j", job, "-o", "%T")
     if state != "RUNNING" or (saved and _slurm("scontrol", "requeue", job) is not None):
-        time.sleep(VERDICT_SECONDS)
+        time.sleep(SLURM_DECISION_SECONDS)
 
 
 def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: bool) -> int:
@@ -98,7 +99,8 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     before = progress(state)
     sink = log.open("wb") if log else None
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE if sink else None, stderr=subprocess.STDOUT if sink else None,
+        command, env=stage_environment(),
+        stdout=subprocess.PIPE if sink else None, stderr=subprocess.STDOUT if sink else None,
         # A terminal sends Ctrl-C to all its processes, and the stage shall save first.
         # Slurm may signal all processes of a job: only what is passed on counts.
         preexec_fn=lambda: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGUSR2)],
@@ -116,8 +118,8 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     if sink:
         copier.join()
         sink.close()
-    if requeues and code == AGAIN and (job := this_job()):
-        await_verdict(job, bool(progress(state) - before))
+    if requeues and code == INTERRUPTED and (job := this_job()):
+        await_slurm_decision(job, bool(progress(state) - before))
     return code if code >= 0 else 128 - code
 
 
@@ -126,8 +128,8 @@ def for_srun(code: int, rank: int) -> int:
 
     What the first one says holds for all. Another one is to end them only where it has failed.
     """
-    if rank and code in LEFT:
+    if rank and code in CLEAN_EXITS:
         return 0
-    if rank or code in LEFT[1:]:
-        time.sleep(LAST_WORDS_SECONDS)
+    if rank or code in CLEAN_EXITS[1:]:
+        time.sleep(EXIT_GRACE_SECONDS)
     return code

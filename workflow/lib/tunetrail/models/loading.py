@@ -23,7 +23,7 @@ from transformers import (
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import write_json
-from tunetrail.models.attention import plain_attention
+from tunetrail.models.cpu.attention import plain_attention
 from tunetrail.models.head import look_at_head
 from tunetrail.models.scoring import FullPrecisionHead
 from tunetrail.models.tree import share_prefixes

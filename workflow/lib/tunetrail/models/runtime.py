@@ -1,30 +1,15 @@
 """The numerical environment of a stage that runs a model: seeds, determinism, precision, quiet libraries."""
 
-import ctypes
 import os
 import random
-import sys
 import warnings
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
+from tunetrail.models.cpu.memory import keep_freed_memory
 from tunetrail.seeds import derive_seed
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to reuse large freed blocks rather than give them back to the kernel.
-
-    A CPU training step frees and takes gigabytes; fresh pages are zeroed each time. Measured by
-    `make bench`.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            libc.mallopt(m_mmap_threshold, 2**30)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def seed_everything(*parts: object) -> None:

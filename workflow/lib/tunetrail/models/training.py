@@ -1,19 +1,14 @@
-"""What the stages on Hugging Face trainers (sft, reward, dpo) share: order of the data, saving, resuming, leaving.
+"""What the stages on Hugging Face trainers (sft, reward, dpo) share: order of the data, arguments, saving, leaving.
 
-A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order
-of the data is a fixed list made beforehand, and a checkpoint holds weights, optimizer, schedule and
-random states. A checkpoint counts only once its `complete.json` lists every file with its digest, so
-an interrupted save is skipped and the one before it is used.
+A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order of the data is a fixed
+list made beforehand, and a checkpoint holds weights, optimizer, schedule and random states.
 """
 
 import functools
-import json
 import logging
 import math
 import random
-import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +18,16 @@ from transformers import PrinterCallback, TrainerCallback
 from tunetrail.config.training import Epochs
 from tunetrail.contract.distributed import is_main_process, of_all_processes, processes
 from tunetrail.contract.progress import ProgressBar
-from tunetrail.contract.runner import KEPT
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.files import sync, write_json, write_jsonl
+from tunetrail.files import write_jsonl
+from tunetrail.models.checkpoints import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.runtime import use_bf16
-from tunetrail.models.scoring import gather_logprobs
 from tunetrail.models.trackers import trainer_options
-from tunetrail.provenance.manifest import list_files, sha256_file, walk
 from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
 
-COMPLETE = "complete.json"
 # What depends on the clock, or counts from the last resumption.
 _NOT_RESULTS = ("total_flos", "train_loss", "num_tokens")
 
@@ -99,55 +91,6 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
     }
 
 
-def score_labels_only(model: Any) -> None:
-    """Gives a model that a TRL trainer prepared a head for the columns that hold labels, on a CPU.
-
-    Without Triton, TRL's fused head scores every position, the prompts' too, and keeps no logits for
-    the backward pass: of a step on short answers to longer prompts that is a large part (`make bench`).
-    In float32 the numbers are the same. Where labels fill most columns, as raw text does, TRL's head stays
-    in use: it keeps less in memory. Call it between making the trainer and training.
-    """
-    if next(model.parameters()).device.type != "cpu":
-        return
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
-    forward_of_trl = model.forward
-
-    @functools.wraps(forward_of_trl)
-    def forward(*args, fused_lm_head=False, labels=None, **kwargs):
-        if not fused_lm_head:
-            return forward_of_trl(*args, **({} if labels is None else {"labels": labels}), **kwargs)
-        labelled = (labels != -100).any(0).nonzero()
-        first = max(1, int(labelled[0])) if len(labelled) else 0  # the first column that is predicted
-        if first <= labels.shape[1] // 2:
-            return forward_of_trl(*args, fused_lm_head=True, labels=labels, **kwargs)
-        targets = labels[:, first:]
-        mask = targets != -100
-        kwargs |= {"use_cache": False, "logits_to_keep": targets.shape[1] + 1}
-        output = forward_of_trl(*args, **kwargs)
-        logits = output.logits[:, :-1].float()
-        log_probs = gather_logprobs(logits, targets.clamp_min(0))
-        with torch.no_grad():
-            watched = {
-                "entropy": torch.stack([row.logsumexp(-1) - (row.softmax(-1) * row).sum(-1) for row in logits]),
-                "mean_logits": logits.mean(-1),
-                "is_top1": logits.argmax(-1) == targets,
-            }
-
-        def whole(x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.pad(x.masked_fill(~mask, 0), (first - 1, 0))
-
-        return FusedCausalLMOutput(
-            log_probs=whole(log_probs),
-            label_mask=whole(mask),
-            aux_loss=getattr(output, "aux_loss", None),
-            **{name: whole(x) for name, x in watched.items()},
-        )
-
-    model.forward = forward
-
-
 class StageCallback(TrainerCallback):
     """Shows progress, saves when due, leaves when told to."""
 
@@ -163,7 +106,8 @@ class StageCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar and logs and "loss" in logs:
-            self.bar.advance(state.global_step - self.bar.done, f"loss {float(logs['loss']):.4f}")
+            loss = float(logs["loss"])
+            self.bar.advance(state.global_step - self.bar.done, f"loss {loss:.4f}", {"loss": loss})
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stage.stop.save_due():  # after the last step too: what follows may take long
@@ -184,39 +128,6 @@ class StageCallback(TrainerCallback):
             self.bar.__exit__(None, None, None)
 
 
-def kept_steps(total: int, count: int) -> list[int]:
-    """At most `count` steps at equal distances before the last of `total`.
-
-    >>> kept_steps(12, 3), kept_steps(2, 5)
-    ([3, 6, 9], [1])
-    """
-    return sorted({round(total * i / (count + 1)) for i in range(1, count + 1)} - {0, total})
-
-
-def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
-    """Saves the model of this step for good, beside what is saved to resume from. Call it in the process that writes.
-
-    Args:
-        save: fills a folder.
-    """
-    folder = stage.state / KEPT / str(step)
-    if folder.exists():  # an earlier attempt came this far, with the same bytes
-        return
-    pending = folder.with_name(f"{step}.new")
-    shutil.rmtree(pending, ignore_errors=True)
-    save(pending)
-    for path in walk(pending):  # whoever finds the folder takes it for whole
-        sync(path)
-    stage.attempt.check_leases()
-    pending.rename(folder)
-
-
-def publish_kept(stage: Stage) -> None:
-    """Puts the kept models into the artifact; a copy, since this attempt may yet be killed."""
-    if (stage.state / KEPT).exists():
-        shutil.copytree(stage.state / KEPT, stage.work / "checkpoints", ignore=shutil.ignore_patterns("*.new"))
-
-
 class KeepCallback(TrainerCallback):
     """Keeps models along the way."""
 
@@ -226,68 +137,6 @@ class KeepCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if is_main_process() and state.global_step in kept_steps(state.max_steps, self.count):
             keep(self.stage, state.global_step, functools.partial(self.save, model))
-
-
-def mark_complete(stage: Stage, checkpoint: Path) -> None:
-    """Declares a checkpoint whole: the last file to be written lists the others, and all are on disk.
-
-    The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
-    """
-    stage.attempt.check_leases()
-    with ThreadPoolExecutor() as pool:  # the disk writes while the processors hash
-        written = pool.map(sync, walk(checkpoint))
-        write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
-        list(written)  # raises what went wrong
-    sync(checkpoint / f".{COMPLETE}")
-    stage.attempt.saves = [
-        *stage.attempt.saves[-1:],
-        {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")},
-    ]
-    stage.attempt.note("states_out", stage.attempt.saves)
-    (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
-    sync(checkpoint)  # before the older ones go
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint is as it was when its save ended."""
-    try:
-        listed = json.loads((checkpoint / COMPLETE).read_text())
-    except (OSError, ValueError):
-        return False
-    return [f for f in list_files(checkpoint) if f["path"] != COMPLETE] == listed
-
-
-def _by_step(state: Path) -> list[Path]:
-    found = [p for p in state.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def keep_newest(state: Path) -> None:
-    """Two: should a disk lose a part of the last, the one before it is there."""
-    for old in _by_step(state)[:-2]:
-        shutil.rmtree(old)
-
-
-def latest_checkpoint(stage: Stage) -> Path | None:
-    """The newest whole checkpoint, whose digest goes into the record; broken ones are removed.
-
-    Call it in all processes: one looks, for all.
-    """
-    return of_all_processes(_newest_whole(stage) if is_main_process() else None)[0]
-
-
-def _newest_whole(stage: Stage) -> Path | None:
-    for checkpoint in reversed(_by_step(stage.state)):
-        if is_complete(checkpoint):
-            log.info("%s: resuming from %s", stage.name, checkpoint.name)
-            state = {"name": checkpoint.name, "digest": sha256_file(checkpoint / COMPLETE)}
-            stage.attempt.saves = [state]  # a later attempt may have to begin from it again
-            stage.attempt.note("state_in", state)
-            stage.attempt.note("states_out", stage.attempt.saves)
-            return checkpoint
-        log.info("%s: the save was interrupted; using the one before it", checkpoint)
-        shutil.rmtree(checkpoint)
-    return None
 
 
 def history(log_history: list[dict]) -> list[dict]:

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tunetrail.models.attention import PLAIN
+from tunetrail.models.cpu.attention import PLAIN
 
 ROW_TOKENS = 256
 """Of a row of the tree: longer rows repeat less of what all begin with, and attend to more that no token may see."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.errors import ConfigError, TunetrailError
+from tunetrail.files import flatten
 
 EVERY_CORE = 2**20
 """Cores enough for any rule, so that threads are what the profile asks for and not what one machine has."""
@@ -68,20 +69,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
 
 
-def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
-
-
 def config_changes(old: Path, new: str) -> list[str]:
     """Keys whose values differ between a stage's config file and what it will be, as `key: old -> new`.
 
     A stage's own block is named by its keys alone.
     """
     try:
-        before, after = _flat(json.loads(old.read_text(encoding="utf-8"))), _flat(json.loads(new))
+        before, after = flatten(json.loads(old.read_text(encoding="utf-8"))), flatten(json.loads(new))
     except (OSError, ValueError):
         return []
     return [

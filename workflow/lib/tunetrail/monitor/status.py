@@ -1,4 +1,4 @@
-"""Where a run stands: what Snakemake would do, beside what the stages left in their state folders. Nothing is written."""
+"""The status of a run: what Snakemake would do, and what the stages left in their state folders. Nothing is written."""
 
 import json
 import os
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.contract.lease import holder
-from tunetrail.contract.progress import ProgressLine, duration, parse
-from tunetrail.errors import PEOPLE, Waiting
+from tunetrail.contract.progress import FILE as PROGRESS_FILE
+from tunetrail.contract.progress import Progress, duration, read_progress
+from tunetrail.errors import Waiting
 from tunetrail.monitor.dag import Job, jobs_of, listed
 
 STATES = {
@@ -26,7 +27,7 @@ STATES = {
     "failed": "red",
     "waiting": "dim",
 }
-"""State of a stage -> its colour. interrupted: it saved and left, or was asked to, and goes on when run again."""
+"""State of a stage -> its colour. interrupted: it saved and left, and goes on when run again."""
 STARTING_SECONDS = 180
 """How long a job may import and verify before it takes its lease. One silent for longer has died."""
 TAIL_BYTES = 2**16
@@ -36,8 +37,8 @@ _ERROR = re.compile(r"(: error: )|^([\w.]*(Error|Exception|Interrupt|Exit)\b)")
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where one stage stands."""
+class StageStatus:
+    """The status of one stage."""
 
     name: str
     rule: str
@@ -45,13 +46,14 @@ class Standing:
     """One of STATES."""
     detail: str
     """Why it is stale, what it waits for, how far it is, or the error."""
-    progress: ProgressLine | None = None
+    progress: Progress | None = None
     left: float | None = None
     """Seconds to the end, as of now."""
     slurm_job: str | None = None
     attempts: int = 0
     log: str | None = None
     rerun: str | None = None
+    waits_for_people: bool = False
 
 
 def slurm_queue() -> dict[str, str]:
@@ -109,20 +111,18 @@ def read_attempts(folder: Path | None) -> list[dict]:
     return rows
 
 
-def latest_progress(log: Path, since: str) -> tuple[ProgressLine, float] | None:
-    """(the progress last logged, seconds to the end as of now), by an attempt that began at `since` (ISO 8601)."""
-    for line in reversed(_tail(log)):
-        stamp, text = line[:19], line[24:]
-        if found := parse(text):
-            try:
-                written = datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S").astimezone()
-            except ValueError:
-                continue
-            if written < datetime.fromisoformat(since):
-                return None
-            left = 0.0 if found.left is None else found.left - (time.time() - written.timestamp())
-            return found, max(0.0, left)
-    return None
+def is_running_attempt(attempt: dict) -> bool:
+    return "ended" not in attempt
+
+
+def latest_progress(folder: Path, since: str) -> tuple[Progress, float] | None:
+    """(the latest progress, seconds to the end as of now) of an attempt that began at `since` (ISO 8601)."""
+    rows = read_progress(folder / PROGRESS_FILE)
+    if not rows or datetime.fromisoformat(rows[-1]["time"]) < datetime.fromisoformat(since):
+        return None
+    row = rows[-1]
+    age = time.time() - datetime.fromisoformat(row["time"]).timestamp()
+    return row, max(0.0, (row["left"] or 0.0) - age)
 
 
 def submitted_jobs(job: Job) -> list[str]:
@@ -135,75 +135,84 @@ def submitted_jobs(job: Job) -> list[str]:
     return found
 
 
-def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[str, str], ids: list[str]) -> Standing:
-    this = attempts[-1] if attempts and "ended" not in attempts[-1] else {}
-    known = next((number for number in [this.get("job_id"), *ids] if number in queue), this.get("job_id"))
-    found = latest_progress(folder / "log.txt", this["start"]) if this and folder else None
-    progress, left = found if found else (None, None)
+def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[str, str], ids: list[str]) -> StageStatus:
+    this = attempts[-1] if attempts and is_running_attempt(attempts[-1]) else {}
+    job_id = next((number for number in [this.get("job_id"), *ids] if number in queue), this.get("job_id"))
+    latest = latest_progress(folder, this["start"]) if this and folder else None
+    progress, left = latest if latest else (None, None)
     if progress:
-        share = f"{progress.done}/{progress.total} {progress.unit}"
-        detail = f"{share}, {duration(left)} left" if progress.left is not None and left is not None else share
-        detail += f"  {progress.note}" if progress.note else ""
+        share = f"{progress['done']}/{progress['total']} {progress['unit']}"
+        detail = f"{share}, {duration(left)} left" if progress["left"] is not None and left is not None else share
+        detail += f"  {progress['note']}" if progress["note"] else ""
     elif this:
-        detail = f"since {this['start']}, no progress told yet"
+        detail = f"since {this['start']}, no progress reported yet"
     else:
         detail = "starting"
-    if known and queue.get(known, "RUNNING") != "RUNNING":
-        detail = queue[known]
-    return Standing(job.name, job.rule, "running", detail, progress, left, known, len(attempts))
+    if job_id and queue.get(job_id, "RUNNING") != "RUNNING":
+        detail = queue[job_id]
+    return StageStatus(job.name, job.rule, "running", detail, progress, left, job_id, len(attempts))
 
 
-def standing(job: Job, queue: dict[str, str], rerun: str) -> Standing:
-    """Where one stage stands.
+def _stopped(job: Job, attempts: list[dict], folder: Path | None, rerun: str) -> StageStatus | None:
+    """The status of a stage whose last attempt ended before the artifact was there; None where there was no attempt."""
+    log = job.log if job.log and job.log.exists() else None
+    error = error_line(log)
+    # Without an attempt the log may be that of an artifact that was made successfully and deleted since.
+    if not (attempts or job.begun or (error and _ERROR.search(error))):
+        return None
+    ended = attempts[-1].get("ended") if attempts else None
+    if ended is None and attempts:
+        error = "killed without a word: kill -9, out of memory, or its node was lost"
+    is_interrupted = ended is not None and ended["outcome"] in ("interrupted", "superseded", "waiting")
+    if ended is not None and (is_interrupted or not error):
+        error = ended["message"] or ended["outcome"]
+    return StageStatus(
+        job.name, job.rule, "interrupted" if is_interrupted else "failed", error or "it ended before it began",
+        attempts=len(attempts), slurm_job=attempts[-1].get("job_id") if attempts else None,
+        log=str(log or (folder and folder / "log.txt")), rerun=f"{rerun} -- {job.manifest}",
+    )  # fmt: skip
+
+
+def _just_started(job: Job, attempts: list[dict]) -> bool:
+    """Whether a job began so recently that it may not have taken its lease."""
+    log = job.log if job.log and job.log.exists() else None
+    return bool(job.begun and not attempts and log and time.time() - log.stat().st_mtime < STARTING_SECONDS)
+
+
+def stage_status(job: Job, queue: dict[str, str], rerun: str) -> StageStatus:
+    """The status of one stage.
 
     Args:
         queue: from `slurm_queue`.
         rerun: the command that runs the workflow.
     """
-    made = job.manifest.exists()
-    if made and not job.needed and not is_running(job):
-        return Standing(job.name, job.rule, "done", "")
+    made, works = job.manifest.exists(), is_running(job)
+    if made and not job.needed and not works:
+        return StageStatus(job.name, job.rule, "done", "")
     folder = state_folder(job)
     attempts, ids = read_attempts(folder), submitted_jobs(job)
-    own = attempts[-1].get("job_id") if attempts and "ended" not in attempts[-1] else None
-    if is_running(job) or any(number in queue for number in [own, *ids]):
+    own = attempts[-1].get("job_id") if attempts and is_running_attempt(attempts[-1]) else None
+    if works or any(number in queue for number in [own, *ids]):
         return _running(job, attempts, folder, queue, ids)
-    if attempts and not job.after and str(attempts[-1].get("ended")).startswith(Waiting.word):
-        return Standing(job.name, job.rule, "waiting", attempts[-1]["ended"].removeprefix(f"{Waiting.word} "))
+    if attempts and not job.after and (attempts[-1].get("ended") or {}).get("outcome") == "waiting":
+        return StageStatus(job.name, job.rule, "waiting", attempts[-1]["ended"]["message"], waits_for_people=True)
     if made:
-        return Standing(job.name, job.rule, "stale", job.why)
-    log = job.log if job.log and job.log.exists() else None
-    if job.begun and not attempts and log and time.time() - log.stat().st_mtime < STARTING_SECONDS:
-        return Standing(job.name, job.rule, "running", "starting")
-    error = error_line(log)
-    # Without an attempt the log may be that of an artifact that was made well and deleted since.
-    if attempts or job.begun or (error and _ERROR.search(error)):
-        ended = attempts[-1].get("ended") if attempts else None
-        is_interrupted = ended is not None and not ended.startswith("failed") and ended not in ("done", "killed")
-        if ended is None and attempts:
-            error = "killed without a word: kill -9, out of memory, or its node was lost"
-        text = ended if is_interrupted else error or ended or "it ended before it began"
-        return Standing(
-            job.name, job.rule, "interrupted" if is_interrupted else "failed", str(text), attempts=len(attempts),
-            slurm_job=attempts[-1].get("job_id") if attempts else None,
-            log=str(log or (folder and folder / "log.txt")), rerun=f"{rerun} -- {job.manifest}",
-        )  # fmt: skip
+        return StageStatus(job.name, job.rule, "stale", job.why)
+    if _just_started(job, attempts):
+        return StageStatus(job.name, job.rule, "running", "starting")
+    if stopped := _stopped(job, attempts, folder, rerun):
+        return stopped
     if job.after:
-        return Standing(job.name, job.rule, "waiting", f"for {listed(list(job.after))}")
+        return StageStatus(job.name, job.rule, "waiting", f"for {listed(list(job.after))}")
     if not job.needed:
-        return Standing(
-            job.name,
-            job.rule,
-            "stale",
-            "it is gone, but what was made from it is there; name it to make it again",
-            rerun=f"{rerun} -- {job.manifest}",
-        )
-    return Standing(job.name, job.rule, "waiting", "ready to run")
+        detail = "it is gone, but what was made from it is there; name it to make it again"
+        return StageStatus(job.name, job.rule, "stale", detail, rerun=f"{rerun} -- {job.manifest}")
+    return StageStatus(job.name, job.rule, "waiting", "ready to run")
 
 
-def standings(jobs: list[Job], rerun: str) -> list[Standing]:
+def statuses(jobs: list[Job], rerun: str) -> list[StageStatus]:
     queue = slurm_queue()
-    return [standing(job, queue, rerun) for job in jobs]
+    return [stage_status(job, queue, rerun) for job in jobs]
 
 
 def rerun_command(profile: str, configfiles: list[Path]) -> str:
@@ -215,7 +224,7 @@ def rerun_command(profile: str, configfiles: list[Path]) -> str:
 # ----------------------------------------------------------------------------- for people
 
 
-def failure_lines(found: list[Standing]) -> list[str]:
+def failure_lines(found: list[StageStatus]) -> list[str]:
     """What failed: its error, its log, how to run it again."""
     lines = []
     for s in found:
@@ -228,7 +237,7 @@ def failure_lines(found: list[Standing]) -> list[str]:
     return lines
 
 
-def failed(found: list[Standing]) -> list[Standing]:
+def failed(found: list[StageStatus]) -> list[StageStatus]:
     return [s for s in found if s.state in ("failed", "interrupted")]
 
 
@@ -250,11 +259,11 @@ def group_name(group: list[Any]) -> str:
     return group[0].name if len(group) == 1 else f"{group[0].rule} ({len(group)})"
 
 
-def _detail(s: Standing) -> str:
+def _detail(s: StageStatus) -> str:
     return " · ".join(filter(None, [s.detail, s.slurm_job and f"Slurm job {s.slurm_job}"]))
 
 
-def print_status(found: list[Standing], rerun: str) -> None:
+def print_status(found: list[StageStatus], rerun: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -273,7 +282,7 @@ def print_status(found: list[Standing], rerun: str) -> None:
         console.print(Text(f"\nall that is left: {rerun}"))
 
 
-def as_json(found: list[Standing]) -> list[dict[str, Any]]:
+def as_json(found: list[StageStatus]) -> list[dict[str, Any]]:
     return [asdict(s) for s in found]
 
 
@@ -284,8 +293,8 @@ def failure_summary(workflow: Any, arguments: list[str]) -> tuple[str, int]:
         arguments: what snakemake was started with.
     """
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    found = standings([job for job in jobs_of(workflow) if job.needed], shlex.join(["snakemake", *options]))
-    people = [f"{s.name} waits {s.detail}" for s in found if s.state == "waiting" and s.detail.startswith(PEOPLE)]
+    found = statuses([job for job in jobs_of(workflow) if job.needed], shlex.join(["snakemake", *options]))
+    people = [f"{s.name} waits {s.detail}" for s in found if s.waits_for_people]
     broken, again = failed(found), f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"
     code = Waiting.exit_code if people and not broken else 1
     return "\n".join(["", *failure_lines(broken), *people, again]), code

@@ -7,7 +7,6 @@ logs, those of ended ones of `history.jsonl`.
 
 import itertools
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,20 +19,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunetrail.contract.progress import duration, parse
+from tunetrail.contract.progress import FILE as PROGRESS_FILE
+from tunetrail.contract.progress import duration, read_progress
 from tunetrail.files import read_jsonl
 from tunetrail.monitor.dag import Job
 from tunetrail.monitor.status import (
     STATES,
-    Standing,
-    _tail,
+    StageStatus,
     failed,
     failure_lines,
     group_name,
     grouped,
     shared,
     slurm_queue,
-    standing,
+    stage_status,
     state_folder,
 )
 
@@ -41,8 +40,6 @@ QUEUE_SECONDS = 10
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = {"loss": "loss", "score": "reward", "kl": "KL"}
 """What is drawn, as progress lines and histories name it -> as the screen does."""
-_VALUE = re.compile(r"\b(loss|score|kl) (-?\d+(?:\.\d+)?)(?=\s|$)")
-
 Curve = dict[str, list[float]]
 
 
@@ -61,13 +58,12 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def logged(log: Path) -> Curve:
-    """What the last progress lines of a stage's log tell."""
+def reported(folder: Path) -> Curve:
+    """The curves of a running stage, from the progress it has reported."""
     curve: Curve = {}
-    for line in _tail(log):
-        if progress := parse(line[24:]):
-            for key, value in _VALUE.findall(progress.note):
-                curve.setdefault(key, []).append(float(value))
+    for row in read_progress(folder / PROGRESS_FILE):
+        for key, value in row["values"].items():
+            curve.setdefault(key, []).append(value)
     return curve
 
 
@@ -103,15 +99,15 @@ class Watch:
             for job in self.jobs
         ]  # fmt: skip
 
-    def look(self) -> list[tuple[Standing, Curve]]:
+    def look(self) -> list[tuple[StageStatus, Curve]]:
         """Where every stage stands, with its curves."""
         if time.monotonic() - self._asked > QUEUE_SECONDS:
             self.queue, self._asked = slurm_queue(), time.monotonic()
         found = []
         for job in self._now():
-            where = standing(job, self.queue, self.rerun)
+            where = stage_status(job, self.queue, self.rerun)
             folder = state_folder(job) if where.state == "running" else None
-            curve: Curve = logged(folder / "log.txt") if folder else {}
+            curve: Curve = reported(folder) if folder else {}
             if where.state == "done":
                 key = (job.name, _written(job.manifest))
                 if key not in self._ended:
@@ -120,7 +116,7 @@ class Watch:
             found.append((where, curve))
         return found
 
-    def slurm(self, where: Standing) -> str:
+    def slurm(self, where: StageStatus) -> str:
         if where.slurm_job is None:
             return ""
         return f"{where.slurm_job} {self.queue.get(where.slurm_job, '').lower()}".strip()
@@ -141,7 +137,7 @@ def _curves(curve: Curve) -> Text:
     return Text.assemble(*parts)
 
 
-def screen(watch: Watch, found: list[tuple[Standing, Curve]], now: datetime, height: int = 40) -> Group:
+def screen(watch: Watch, found: list[tuple[StageStatus, Curve]], now: datetime, height: int = 40) -> Group:
     """The screen. Where the stages are more than its lines, those that are done are one."""
     crowded = len(found) > height - 8
     groups = grouped(found, lambda item: (item[0].rule, item[0].state))
@@ -182,9 +178,9 @@ def screen(watch: Watch, found: list[tuple[Standing, Curve]], now: datetime, hei
             told,
         ]
         if alone and progress:
-            cells[2] = ProgressBar(total=progress.total, completed=progress.done, width=12)
-            cells[3] = f"{progress.done}/{progress.total}"
-            cells[4] = f"{progress.rate:.3g} {progress.unit}/s"
+            cells[2] = ProgressBar(total=progress["total"], completed=progress["done"], width=12)
+            cells[3] = f"{progress['done']}/{progress['total']}"
+            cells[4] = f"{progress['rate']:.3g} {progress['unit']}/s"
             cells[5] = "?" if where.left is None else duration(where.left)
         table.add_row(*cells, *([watch.slurm(where)] if slurm else []))
     counts = {state: sum(where.state == state for where, _ in found) for state in STATES}

@@ -4,16 +4,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tunetrail.files import flatten
 from tunetrail.provenance.lineage import Lineage, Node
 from tunetrail.provenance.manifest import MANIFEST, read_manifest
 from tunetrail.provenance.record import Record
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
 
 
 def changed(a: dict, b: dict) -> dict[str, list]:
@@ -104,7 +98,7 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     for stage, x, y in both:
         assert x is not None
         assert y is not None
-        for key, pair in changed(flat(x.config_file), flat(y.config_file)).items():
+        for key, pair in changed(flatten(x.config_file), flatten(y.config_file)).items():
             (seeds if key == "seed" else config)[f"{stage}.{key.removeprefix('config.')}"] = pair
         packages |= changed(x.packages, y.packages)
         machines |= {f"{stage}.{key}": pair for key, pair in changed(hardware(x), hardware(y)).items()}

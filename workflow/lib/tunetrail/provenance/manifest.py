@@ -22,7 +22,7 @@ from tunetrail.files import canonical_json
 
 MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
 SIGNATURE = "provenance.dsse.json"
-BESIDE = (MANIFEST, PROVENANCE, SIGNATURE)
+UNLISTED_FILES = (MANIFEST, PROVENANCE, SIGNATURE)
 """Files of an artifact that its manifest does not list."""
 CHUNK = 2**22
 """Bytes read at once."""
@@ -132,7 +132,7 @@ def parallel(function: Any, paths: list[Path]) -> list[Any]:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    return [path for path in walk(folder) if path.relative_to(folder).as_posix() not in BESIDE]
+    return [path for path in walk(folder) if path.relative_to(folder).as_posix() not in UNLISTED_FILES]
 
 
 def list_files(folder: Path) -> list[dict]:

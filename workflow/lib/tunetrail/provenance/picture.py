@@ -1,13 +1,15 @@
 """A lineage as a tree in the terminal and as a drawing."""
 
 import html
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from tunetrail.provenance.drawing import Sizes, layout
 from tunetrail.provenance.lineage import Node
 
-WIDTH, HEIGHT, ACROSS, DOWN = 150, 40, 190, 56
-"""Pixels: a box, the pitch of columns and rows."""
+SIZES = Sizes(width=150, height=40, across=190, down=56)
+MARGIN = 10
 DEPTH = 60
 """Levels of a tree in the terminal."""
 
@@ -77,41 +79,46 @@ def svg(nodes: list[Node], unsound: Collection[Path] = (), records: dict[Path, s
 
     Args:
         unsound: folders of artifacts that an audit found fault with.
-        records: folder -> address of its record, which its box then leads to.
+        records: folder -> address of its record, which its box then links to.
     """
-    records = records or {}
     column = layers(nodes)
-    rows: dict[int, int] = {}
-    place: dict[Path, tuple[int, int]] = {}
-    for node in sorted(nodes, key=lambda n: (column[n.folder], n.name)):
+    nodes = sorted(nodes, key=lambda n: (column[n.folder], n.name))
+    index = {node.folder: i for i, node in enumerate(nodes)}
+    rows: Counter[int] = Counter()
+    cells = []
+    for node in nodes:
         x = column[node.folder]
-        place[node.folder] = (10 + x * ACROSS, 10 + rows.get(x, 0) * DOWN)
-        rows[x] = rows.get(x, 0) + 1
-    width, height = 20 + max(column.values()) * ACROSS + WIDTH, 20 + (max(rows.values()) - 1) * DOWN + HEIGHT
+        cells.append((x, rows[x]))
+        rows[x] += 1
+    parents = [{index[p.folder] for p in node.parents.values() if p and p.folder in index} for node in nodes]
+    drawing = layout(cells, parents, SIZES)
+    width, height = drawing.width + 2 * MARGIN, drawing.height + 2 * MARGIN
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="{-MARGIN} {-MARGIN} {width} {height}" font-family="sans-serif">',
+        f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{width}" height="{height}" fill="#fff"/>',
     ]
-    for node in nodes:
-        x1, y1 = place[node.folder]
-        for role, parent in sorted(node.parents.items()):
-            if parent and parent.folder in place:
-                x0, y0 = place[parent.folder]
-                a, b, gap = x0 + WIDTH, y0 + HEIGHT // 2, (ACROSS - WIDTH) // 2
-                lines.append(
-                    f'<path d="M{a},{b}C{a + gap},{b} {x1 - gap},{y1 + HEIGHT // 2} {x1},{y1 + HEIGHT // 2}" fill="none" stroke="#8a94a0"><title>{html.escape(role)}</title></path>'
-                )
-    for node in nodes:
-        x, y = place[node.folder]
-        sound = node.record and node.record.manifest == node.identity and node.folder not in unsound
-        edge = "#00734f" if sound else "#b04300"
-        name = node.name if len(node.name) <= 20 else f"{node.name[:9]}…{node.name[-10:]}"
-        lines += [
-            f'<a href="{html.escape(records[node.folder])}">' if node.folder in records else "<g>",
-            f"<title>{'sound' if sound else 'NOT SOUND'}: {html.escape(node.name)} sha256 {node.identity}</title>",
-            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="#f6f8fa" stroke="{edge}" stroke-width="1.5"/>',
-            f'<text x="{x + 8}" y="{y + 17}" font-size="13" fill="#1a2129">{html.escape(name)}</text>',
-            f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text>',
-            "</a>" if node.folder in records else "</g>",
-        ]  # fmt: skip
+    for edge in drawing.edges:
+        source, target = nodes[edge.source], nodes[edge.target]
+        roles = ", ".join(sorted(role for role, p in target.parents.items() if p and p.folder == source.folder))
+        title = f"<title>{html.escape(roles)}</title>"
+        lines.append(f'<path d="{edge.path}" fill="none" stroke="#8a94a0">{title}</path>')
+    for node, place in zip(nodes, drawing.places, strict=True):
+        sound = bool(node.record and node.record.manifest == node.identity and node.folder not in unsound)
+        lines += _box(node, place, sound, (records or {}).get(node.folder))
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _box(node: Node, place: tuple[int, int], sound: bool, record: str | None) -> list[str]:
+    x, y = place
+    edge = "#00734f" if sound else "#b04300"
+    name = node.name if len(node.name) <= 20 else f"{node.name[:9]}…{node.name[-10:]}"
+    return [
+        f'<a href="{html.escape(record)}">' if record else "<g>",
+        f"<title>{'sound' if sound else 'NOT SOUND'}: {html.escape(node.name)} sha256 {node.identity}</title>",
+        f'<rect x="{x}" y="{y}" width="{SIZES.width}" height="{SIZES.height}" rx="5" fill="#f6f8fa" stroke="{edge}" '
+        'stroke-width="1.5"/>',
+        f'<text x="{x + 8}" y="{y + 17}" font-size="13" fill="#1a2129">{html.escape(name)}</text>',
+        f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text>',
+        "</a>" if record else "</g>",
+    ]

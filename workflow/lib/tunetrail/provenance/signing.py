@@ -18,7 +18,7 @@ from tunetrail.provenance.manifest import PROVENANCE, SIGNATURE, canonical
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
-class Policy(Block):
+class TrustPolicy(Block):
     """What `audit verify --policy FILE` requires beyond integrity."""
 
     keys: dict[str, Path] = Field(default={}, description="name of a signer -> PEM file of their ed25519 public key")
@@ -29,11 +29,11 @@ class Policy(Block):
     require_sealed: bool = Field(default=False, description="that an artifact is in no ledger is an error")
 
 
-def read_policy(path: Path) -> Policy:
+def read_policy(path: Path) -> TrustPolicy:
     """Raises ConfigError, one line a mistake."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        policy = Policy.model_validate(content or {})
+        policy = TrustPolicy.model_validate(content or {})
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from None
     except yaml.YAMLError as e:
@@ -84,7 +84,7 @@ def sign(folder: Path, private_key: Path) -> Path:
     return path
 
 
-def signers(folder: Path, policy: Policy) -> list[str]:
+def signers(folder: Path, policy: TrustPolicy) -> list[str]:
     """Names of the policy's keys that signed this very record; none where there is no signature.
 
     Raises DataError when there is an envelope that is broken, holds another record, or has a signature that is false.

@@ -11,9 +11,10 @@ from typing import Any
 
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
+from tunetrail.provenance.findings import Finding
 from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCache, identity
 from tunetrail.provenance.record import Record, read_record
-from tunetrail.provenance.verify import Finding, Verifier
+from tunetrail.provenance.verify import Verifier
 
 ORDER = (
     "base", "data", "sft", "completions", "tasks", "comparisons", "reward", "policy", "evaluation", "head_to_head",

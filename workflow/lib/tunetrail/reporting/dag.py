@@ -1,11 +1,11 @@
-"""Lays the DAG out: the main line on the top row, policies and evaluations below each other, long edges on lanes."""
+"""The DAG of the page: the main line on the top row, policies and evaluations below each other."""
 
 from dataclasses import dataclass, field
 
+from tunetrail.provenance import drawing as drawer
 from tunetrail.reporting.collect import ORDER, Artifact, Run, kind
 
-WIDTH, HEIGHT, ACROSS, DOWN, LANE = 118, 46, 144, 62, 9
-"""Pixels: a node, the pitch of columns and rows, the pitch of lanes."""
+SIZES = drawer.Sizes(width=118, height=46, across=144, down=62)
 
 
 @dataclass
@@ -16,20 +16,14 @@ class Node:
     artifacts: list[Artifact]
     layer: int
     row: int
+    x: int = 0
+    y: int = 0
     parents: list["Node"] = field(default_factory=list)
 
     @property
     def short(self) -> str:
         """The label with its middle left out where it is too long for the box."""
         return self.label if len(self.label) <= 15 else f"{self.label[:6]}…{self.label[-8:]}"
-
-    @property
-    def x(self) -> int:
-        return self.layer * ACROSS
-
-    @property
-    def y(self) -> int:
-        return self.row * DOWN
 
     @property
     def href(self) -> str:
@@ -84,50 +78,21 @@ def _nodes(run: Run) -> dict[str, Node]:
     return nodes
 
 
-def _reduce(parents: dict[int, set[int]]) -> dict[int, set[int]]:
-    """Leaves out each edge that a longer path implies (transitive reduction)."""
-
-    def ancestors(node: int) -> set[int]:
-        return parents[node].union(*(ancestors(p) for p in parents[node]))
-
-    return {n: {p for p in ps if not any(p in ancestors(q) for q in ps - {p})} for n, ps in parents.items()}
-
-
 def layout(run: Run) -> Dag:
     """Positions in pixels of nodes and edges."""
     by_role = _nodes(run)
     nodes = list({id(node): node for node in by_role.values()}.values())
     index = {id(node): i for i, node in enumerate(nodes)}
-    parents: dict[int, set[int]] = {i: set() for i in range(len(nodes))}
+    parents: list[set[int]] = [set() for _ in nodes]
     for role, roles in run.parents.items():
-        child = index[id(by_role[role])]
-        parents[child] |= {index[id(by_role[r])] for r in roles if by_role[r].layer < by_role[role].layer}
-    edges: list[tuple[str, bool]] = []
-    lanes: dict[int, int] = {}  # source -> its lane: all its long edges ride on one
-    depth = max(node.y for node in nodes) + HEIGHT
-    for child, sources in _reduce(parents).items():
-        for source in sorted(sources):
-            a, b = nodes[source], nodes[child]
-            b.parents.append(a)
-            between = [node.y for node in nodes if a.layer < node.layer < b.layer]
-            lane = lanes.setdefault(source, len(lanes)) if between else 0
-            below = max(between) + HEIGHT + LANE * (lane + 1) if between else 0
-            depth = max(depth, below)
-            edges.append((_path(a, b, below, lane), bool(between)))
+        child = by_role[role]
+        parents[index[id(child)]] |= {index[id(by_role[r])] for r in roles if by_role[r].layer < child.layer}
+    drawing = drawer.layout([(node.layer, node.row) for node in nodes], drawer.reduced(parents), SIZES)
+    for node, (x, y) in zip(nodes, drawing.places, strict=True):
+        node.x, node.y = x, y
+    for edge in drawing.edges:
+        nodes[edge.target].parents.append(nodes[edge.source])
     named = {"policy": "policies", "evaluation": "evaluation of"}
     headings = {by_role[role].x: named[kind(role)] for role in by_role if kind(role) in named}
-    return Dag(nodes, edges, sorted(headings.items()), max(node.x for node in nodes) + WIDTH, depth)
-
-
-def _path(a: Node, b: Node, below: int, lane: int) -> str:
-    """From the right of `a` to the left of `b`: straight on for neighbours, else along the height `below`."""
-    x0, y0, x1, y1 = a.x + WIDTH, a.y + HEIGHT // 2, b.x, b.y + HEIGHT // 2
-    gap = ACROSS - WIDTH
-    if not below:
-        return f"M{x0},{y0}C{x0 + gap // 2},{y0} {x1 - gap // 2},{y1} {x1},{y1}"
-    down, up, r = x0 + gap // 2, x1 - gap // 2 + 3 * (lane % 4) - 4, 5
-    turn = 0 if y1 == below else (r if y1 > below else -r)
-    return (
-        f"M{x0},{y0}H{down - r}Q{down},{y0} {down},{y0 + r}V{below - r}Q{down},{below} {down + r},{below}"
-        f"H{up - r}Q{up},{below} {up},{below + turn}V{y1 - turn}Q{up},{y1} {up + r},{y1}H{x1}"
-    )
+    edges = [(edge.path, edge.is_long) for edge in drawing.edges]
+    return Dag(nodes, edges, sorted(headings.items()), drawing.width, drawing.height)

@@ -25,6 +25,8 @@ from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
+from tunetrail.models.checkpoints import publish_kept
+from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -34,14 +36,7 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.training import (
-    KeepCallback,
-    epoch_order,
-    publish_kept,
-    score_labels_only,
-    train,
-    trainer_arguments,
-)
+from tunetrail.models.training import KeepCallback, epoch_order, train, trainer_arguments
 from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start

@@ -7,7 +7,9 @@ Writes `model/`, `history.jsonl` and `checkpoints/<step>/model` where `checkpoin
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -19,6 +21,7 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.checkpoints import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
 from tunetrail.models.loading import (
     load_causal_lm,
     load_reward_model,
@@ -30,7 +33,6 @@ from tunetrail.models.loading import (
 )
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.trackers import accelerator_options, tracking
-from tunetrail.models.training import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
 from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.sharding import whole_state
 from tunetrail.ppo.trainer import PPOTrainer
@@ -47,49 +49,53 @@ def save(stage: Stage, trainer: PPOTrainer) -> None:
     stage.stop.saved()
 
 
-def run(stage: Stage) -> dict:
-    config = PpoConfig(**stage.config)
-    prepare(stage.seed, "ppo")
-    parent = stage.inputs["policy"].folder / "model"
-    tokenizer = load_tokenizer(parent)
+def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
+    """The rows of the rl split. Raises DataError where they are fewer than one batch."""
     rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
     if len(rows) < config.prompts_per_batch:
         raise DataError(
             f"ppo: {len(rows)} prompts are fewer than one batch (batch_size: {config.batch_size}); raise data.shares.rl"
         )
+    return rows
+
+
+def gold_scorer(config: PpoConfig, rows: list[dict], tokenizer: Any) -> Callable[[int, list[int]], float] | None:
+    """(row, response ids) -> score against the author's text; None where there is none to compare with."""
+    if config.gold is None or not all("completion" in row for row in rows):
+        return None
+    from tunetrail.scorers.chrf import chrf
+
+    def score(row: int, response: list[int]) -> float:
+        return chrf(tokenizer.decode(response, skip_special_tokens=True).strip(), rows[row]["completion"])
+
+    return score
+
+
+def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> tuple[PPOTrainer, dict[str, int]]:
+    """(the trainer with its models, where an earlier attempt left it; how many parameters there are)."""
+    parent = stage.inputs["policy"].folder / "model"
+    tokenizer, rows = load_tokenizer(parent), read_prompts(stage, config)
     demonstrations = [
         (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]))
         for row in (stage.rows("data", "sft.jsonl") if config.ptx_coef else [])
         if "prompt" in row
     ]
-
-    def chrf_of(row: int, response: list[int]) -> float:
-        from tunetrail.scorers.chrf import chrf
-
-        return chrf(tokenizer.decode(response, skip_special_tokens=True).strip(), rows[row]["completion"])
-
-    watch_gold = config.gold is not None and all("completion" in row for row in rows)
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(policy)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no",
-        cpu=device().type == "cpu",
-        **accelerator_options(stage.state),
-    )
     engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
     trainer = PPOTrainer(
         config, policy, load_reward_model(stage.inputs["reward"].folder / "model"),
         [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
-        demonstrations=demonstrations, engine=engine, gold=chrf_of if watch_gold else None,
+        demonstrations=demonstrations, engine=engine, gold=gold_scorer(config, rows, tokenizer),
     )  # fmt: skip
     if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)
+    return trainer, counts
 
-    def write(folder: Path, lora: Lora | None, whole: dict | None) -> None:
-        policy = trainer.actor_critic.policy
-        save_causal_lm(policy, parent, folder, lora, parent, stage.inputs["policy"].manifest, whole)
 
+def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Accelerator, write: Callable) -> None:
+    """Iterates to the end, keeping models and saving on the way. Raises Interrupted when told to stop, after saving."""
     unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
     bar = ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1)
     with bar, tracking(accelerator, stage.output, stage.state):
@@ -97,14 +103,33 @@ def run(stage: Stage) -> dict:
             row = trainer.iterate()
             accelerator.log({f"ppo/{key}": value for key, value in row.items()}, trainer.step)
             if is_main_process():
-                bar.advance(1, f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}")
+                note = f"score {row['score']:.3f}  kl {row['kl']:.2f}  finished {row['finished']:.0%}"
+                bar.advance(1, note, {"score": row["score"], "kl": row["kl"]})
             if trainer.step in kept_steps(config.steps, config.checkpoints):
-                whole = whole_state(trainer.model, "policy")  # of all processes
+                state = whole_state(trainer.model, "policy")  # all processes take part
                 if is_main_process():
-                    keep(stage, trainer.step, functools.partial(write, lora=unmerged, whole=whole))
+                    keep(stage, trainer.step, functools.partial(write, lora=unmerged, state=state))
             if stage.stop.save_due():
                 save(stage, trainer)
                 stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    config = PpoConfig(**stage.config)
+    prepare(stage.seed, "ppo")
+    parent = stage.inputs["policy"].folder / "model"
+    accelerator = Accelerator(
+        mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no",
+        cpu=device().type == "cpu",
+        **accelerator_options(stage.state),
+    )
+    trainer, counts = make_trainer(stage, config, accelerator)
+
+    def write(folder: Path, lora: Lora | None, state: dict | None) -> None:
+        policy = trainer.actor_critic.policy
+        save_causal_lm(policy, parent, folder, lora, parent, stage.inputs["policy"].manifest, state)
+
+    train(stage, config, trainer, accelerator, write)
     stage.draft.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
     state = whole_state(trainer.model, "policy")
     if not is_main_process():

@@ -1,7 +1,8 @@
 """The table of stages: what there is to know about a stage without running it, said once.
 
 Rules, launchers, the report, exports, the audit and the tests of both profiles read it. A new stage is a module
-`tunetrail.stages.<name>`, a block of the config, a rule and a line here, all of the same name.
+`tunetrail.stages.<name>`, a block of the config, a rule and a line here, all of the same name (which cannot be `count`,
+`index` or another method of lists: Snakemake reserves those).
 
 An artifact is named by its folder below `results/<run>/`: `sft`, `policies/ppo`, `evaluation/base`,
 `completions/0-of-2`. Importing this module imports no stage.
@@ -203,16 +204,16 @@ def start(name: str, run: Callable[..., dict]) -> int:
 
 def enabled(config: Config) -> list[str]:
     """The stages that a run has, upstream first."""
-    has = {
-        "retention": config.retention is not None,
-        "sft": config.sft is not None,
-        "completions": config.completions is not None,
-        "tasks": has_people(config),
-        "comparisons": config.completions is not None,
-        "reward": config.reward is not None,
-        "lm_eval": config.lm_eval is not None,
-    } | {method: method in {p.method for p in config.policies.values()} for method in ("dpo", "ppo", "best_of_n")}
-    return [name for name in STAGES if has.get(name, True)]
+    methods = {policy.method for policy in config.policies.values()}
+
+    def has(stage: StageInfo) -> bool:
+        if stage.wildcard == "policy":
+            return stage.name in methods
+        if stage.name == "tasks":
+            return has_people(config)
+        return getattr(config, stage.block or stage.name) is not None
+
+    return [name for name, stage in STAGES.items() if has(stage)]
 
 
 def family_of(artifact: str) -> StageInfo | None:
@@ -223,6 +224,16 @@ def family_of(artifact: str) -> StageInfo | None:
     """
     family, _, value = artifact.partition("/")
     return next((s for s in _TABLE if s.family == family and bool(s.wildcard) == bool(value)), None)
+
+
+def stage_of(config: Config, artifact: str) -> StageInfo:
+    """The stage that makes an artifact of this run. Raises LookupError where none does."""
+    family, _, value = artifact.partition("/")
+    if family == "policies":
+        return STAGES[config.policies[value].method]
+    if (stage := family_of(artifact)) is None:
+        raise LookupError(f"{artifact}: no stage makes this")
+    return stage
 
 
 def config_name(artifact: str) -> str | None:

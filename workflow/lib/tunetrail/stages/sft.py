@@ -19,6 +19,7 @@ from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -28,7 +29,7 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.training import epoch_order, score_labels_only, train, trainer_arguments
+from tunetrail.models.training import epoch_order, train, trainer_arguments
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 

@@ -1,0 +1,296 @@
+"""tunetrail audit: where a checkpoint came from, and whether it is still what it was."""
+
+import os
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunetrail.cli.common import FINDING, INCOMPLETE, SOUND, WARNING, Json, Output, print_json, write
+from tunetrail.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+ArtifactPath = Annotated[Path, typer.Argument(help="An artifact's folder or manifest.", show_default=False)]
+WORDS = {SOUND: "SOUND", FINDING: "NOT SOUND", INCOMPLETE: "INCOMPLETE", WARNING: "SOUND, WITH WARNINGS"}
+MARKS = {"dirty-tree": "DIRTY", "mixed-environment": "MIXED ENVIRONMENT"}
+
+
+def _folder(path: Path) -> Path:
+    """An artifact may be named by its folder or its manifest."""
+    return path.parent if path.is_file() else path
+
+
+def _anchor(given: str | None) -> str | None:
+    """The head that --anchor gives, itself or in a file. Raises ConfigError."""
+    head = given
+    if head is not None and Path(head).is_file():
+        head = (Path(head).read_text().split() or [""])[0]
+    if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
+        raise ConfigError(f"--anchor {given}: neither a head (64 digits) nor a file that begins with one")
+    return head
+
+
+@app.command()
+def verify(
+    path: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Artifact folders, or whole runs.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte (the default).")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Trust digests of files whose size and times have not changed since.")
+    ] = False,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Also check everything they were made from, down to the raw data.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are findings.")] = False,
+    policy: Annotated[Path | None, typer.Option(help="YAML: whose signatures count and what is required.")] = None,
+    anchor: Annotated[
+        str | None, typer.Option(help="A ledger's head kept elsewhere: the 64 digits, or a file with them.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Compare files, records and ledger; report what does not hold."""
+    from tunetrail.provenance.manifest import DigestCache
+    from tunetrail.provenance.signing import read_policy
+    from tunetrail.provenance.verify import Verifier
+
+    if deep and quick:
+        raise ConfigError("--deep, --quick: choose one")
+    head = _anchor(anchor)
+    cache = DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests"))) if quick else None
+    trusted = read_policy(policy) if policy else None
+    result = Verifier(cache=cache, recursive=recursive, policy=trusted, anchor=head).run(path)
+    code = result.exit_code(strict)
+    if as_json:
+        print_json(result.as_json(strict))
+    else:
+        _print_result(result, code)
+    return code
+
+
+def _print_result(result: Any, code: int) -> None:
+    for finding in result.findings:
+        print(finding)
+    signers = sorted({name for names in result.signed.values() for name in names})
+    found = {finding.name for finding in result.findings}
+    marks = ["UNSIGNED" if result.unsigned else f"signed by {', '.join(signers)}"]
+    marks += [mark for name, mark in MARKS.items() if name in found]
+    print(
+        f"{WORDS[code]}: {len(result.artifacts)} artifacts, {result.bytes_read / 1e9:.2f} GB compared, "
+        f"{len(result.findings)} findings, {', '.join(marks)}"
+    )
+    if result.not_at_hand:
+        print(f"not checked, since not where it was read: {', '.join(sorted(result.not_at_hand))}")
+    for ledger, head in result.heads.items():
+        print(f"head of {ledger}: {head}")
+
+
+@app.command()
+def trace(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="An artifact; with --reverse also dataset:NAME, group:NAME, labeler:NAME or package:NAME[==VERSION].",
+            show_default=False,
+        ),
+    ],
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="Every artifact that came from it; checkpoints must be trained again.")
+    ] = False,
+    runs: Annotated[
+        list[Path] | None, typer.Option("--in", help="Runs to search with --reverse (default: results).")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also draw it.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Show the tree of what an artifact was made from, or of what was made from something."""
+    if reverse:
+        return _trace_reverse(path, runs or [Path("results")], svg, as_json)
+    from tunetrail.provenance import lineage as lines
+    from tunetrail.provenance import picture
+
+    lineage = lines.Lineage()
+    node = lineage.add(_folder(Path(path)))
+    if as_json:
+        print_json(lines.table(node))
+    else:
+        picture.print_tree(node)
+    if svg:
+        svg.write_text(picture.svg(list(lineage.nodes.values())))
+    missing = any(parent is None for n in lineage.nodes.values() for parent in n.parents.values())
+    return INCOMPLETE if missing else SOUND
+
+
+def _trace_reverse(what: str, runs: list[Path], svg: Path | None, as_json: bool) -> int:
+    from tunetrail.provenance import lineage as lines
+    from tunetrail.provenance import picture
+
+    lineage = lines.Lineage()
+    for run in runs:
+        lineage.add_run(run)
+    origins = lines.origins(lineage, what)
+    affected = {node.folder: node for node in [*origins, *lineage.descendants(origins)]}
+    artifacts = sorted(affected.values(), key=lambda node: node.folder)
+    checkpoints = [node for node in artifacts if lines.is_checkpoint(node)]
+    if as_json:
+        print_json(
+            {
+                "origins": [str(node.folder) for node in origins],
+                "artifacts": [str(node.folder) for node in artifacts],
+                "retrain": [str(node.folder) for node in checkpoints],
+            }
+        )
+    else:
+        print(f"{what} is in {', '.join(n.name for n in origins[:8])}{' …' if len(origins) > 8 else ''}")
+        print(
+            f"{len(artifacts)} artifacts come from it. If it is withdrawn, "
+            f"{len(checkpoints)} checkpoints must be trained again:"
+        )
+        for node in checkpoints:
+            print(f"  {os.path.relpath(node.folder)}")
+    if svg:
+        svg.write_text(picture.svg(artifacts))
+    return SOUND
+
+
+@app.command()
+def diff(a: Path, b: Path, as_json: Json = False) -> int:
+    """Show what differs between two artifacts and what they were made from."""
+    from tunetrail.provenance.diff import as_text
+    from tunetrail.provenance.diff import diff as compare
+
+    differences = compare(_folder(a), _folder(b))
+    if as_json:
+        print_json(differences)
+    else:
+        print(as_text(differences))
+    return SOUND if differences["equal"] else FINDING
+
+
+@app.command()
+def show(path: ArtifactPath, as_json: Json = False) -> int:
+    """Show what a record says."""
+    from tunetrail.provenance.manifest import identity
+    from tunetrail.provenance.record import read_record
+
+    folder = _folder(path)
+    record = read_record(folder)
+    if as_json:
+        print_json(record.statement)
+        return SOUND
+    code, hours = record.code, record.usage.get("device_hours", 0)
+    print(f"{folder}: made by the stage {record.stage}, part {record.part}")
+    print(f"  manifest  {identity(folder)}")
+    print(f"  record    {record.digest}")
+    print(
+        f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {hours:.4f} device-hours"
+    )
+    for role, parent in record.parents.items():
+        print(f"  input     {role}: {parent['name']}, manifest {parent['manifest'][:16]}…")
+    for role in ("base", "source", "labels"):
+        for dependency in record.of_role(role):
+            print(f"  {role:9} {dependency['name']}")
+    print(f"  code      commit {code.get('commit')}{', DIRTY' if code.get('dirty') else ''}")
+    for attempt in record.attempts:
+        ended = attempt.get("ended") or {"outcome": "running", "message": None}
+        how = f"{ended['outcome']}{': ' + ended['message'] if ended['message'] else ''}"
+        print(f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {how}")
+    return SOUND
+
+
+@app.command()
+def seal(
+    run: Annotated[Path, typer.Argument(help="A folder such as results/demo.", show_default=False)],
+    key: Annotated[
+        Path | None, typer.Option(help="PEM file of an ed25519 private key: signs every record of the run.")
+    ] = None,
+    anchor: Annotated[Path | None, typer.Option(help="File outside the run that gets the head.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Append what is new to the run's ledger and print its head."""
+    from tunetrail.provenance import ledger as ledgers
+    from tunetrail.provenance.manifest import PROVENANCE
+    from tunetrail.provenance.signing import sign
+
+    if not run.is_dir() or not (artifacts := ledgers.artifacts(run)):
+        print(f"{run}: no run, there is no artifact in it", file=sys.stderr)
+        return INCOMPLETE
+    ledger = ledgers.seal(run)
+    if key:
+        for folder in artifacts:
+            if (folder / PROVENANCE).exists():
+                sign(folder, key)
+    for name in ledger.refused:
+        print(f"{name!r} was not sealed: its record is missing, or of another manifest", file=sys.stderr)
+    if anchor:
+        anchor.write_text(f"{ledger.head}  {run}\n")
+    if as_json:
+        print_json(
+            {
+                "ledger": str(ledger.path),
+                "lines": len(ledger.entries),
+                "head": ledger.head,
+                "signed": bool(key),
+                "refused": ledger.refused,
+            }
+        )
+    else:
+        print(f"{ledger.path}: {len(ledger.entries)} lines, head {ledger.head}")
+        if not anchor:
+            print(
+                "to prove later that it was not rewritten, keep the head elsewhere: "
+                f"git tag -s -m {ledger.head} {run.name}-sealed"
+            )
+    return FINDING if ledger.refused else SOUND
+
+
+@app.command()
+def reproduce(
+    path: ArtifactPath,
+    scratch: Annotated[Path | None, typer.Option(help="Folder to work in (default: state/reproduce/NAME).")] = None,
+    tolerance: Annotated[float, typer.Option(help="Relative, of tensors and metrics.")] = 1e-3,
+    as_json: Json = False,
+) -> int:
+    """Run a stage again from its record and say how similar the result is."""
+    from tunetrail.provenance.reproduce import TIERS
+    from tunetrail.provenance.reproduce import reproduce as rerun
+
+    folder = _folder(path)
+    result = rerun(folder, scratch or Path("state/reproduce") / folder.resolve().name, tolerance)
+    if as_json:
+        print_json({"tier": result.tier, "folder": str(result.folder), "details": result.details})
+    else:
+        print(f"{folder}: {result.tier}; the new one is in {result.folder}")
+        for key, value in result.details.items():
+            print(f"  {key}: {value}")
+    return FINDING if result.tier == TIERS[-1] else SOUND
+
+
+class Format(StrEnum):
+    slsa = "slsa"
+    ro_crate = "ro-crate"
+    prov = "prov"
+    spdx = "spdx"
+    model_card = "model-card"
+
+
+@app.command()
+def export(
+    path: ArtifactPath,
+    format: Annotated[Format, typer.Option(show_default=False)],
+    output: Output = None,
+    as_json: Json = False,
+) -> int:
+    """Write an artifact's lineage in another format."""
+    from tunetrail.provenance.export import FORMATS
+
+    return write(FORMATS[format.value](_folder(path)), output, as_json)
+
+
+@app.command()
+def card(path: ArtifactPath, output: Output = None, as_json: Json = False) -> int:
+    """Write the model card, as Hugging Face reads it."""
+    from tunetrail.provenance.export import model_card
+
+    return write(model_card(_folder(path)), output, as_json)

@@ -1,0 +1,99 @@
+"""tunetrail status, plan, doctor, compare: looking at runs."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunetrail.cli.common import SOUND, Json, print_json
+from tunetrail.errors import ConfigError
+
+Profile = Annotated[str, typer.Option(help="Snakemake's profile, by folder or name.")]
+ConfigFiles = Annotated[
+    list[Path] | None, typer.Option("--configfile", help="As snakemake takes it (default: config/config.yaml).")
+]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (status, plan, doctor, compare):
+        app.command()(command)
+
+
+def status(
+    profile: Profile = "profiles/local",
+    configfile: ConfigFiles = None,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run on a live screen.")] = False,
+) -> int:
+    """Show where each stage of the run stands: done, stale, running, interrupted, failed or waiting."""
+    from tunetrail.monitor import status as monitor
+    from tunetrail.monitor.dag import read_dag
+
+    files = configfile or []
+    rerun, jobs = monitor.rerun_command(profile, files), read_dag(profile, files)
+    if watch:
+        from tunetrail.monitor.watch import follow
+
+        follow(jobs, rerun)
+        return SOUND
+    statuses = monitor.statuses(jobs, rerun)
+    if as_json:
+        print_json(monitor.as_json(statuses))
+    else:
+        monitor.print_status(statuses, rerun)
+    return SOUND
+
+
+def plan(profile: Profile = "profiles/local", configfile: ConfigFiles = None, as_json: Json = False) -> int:
+    """Show what would run and why, and what it took to make what would be made again."""
+    from tunetrail.monitor import plan as monitor
+    from tunetrail.monitor.dag import read_dag
+
+    steps = monitor.plan(read_dag(profile, configfile or []))
+    if as_json:
+        print_json(monitor.as_json(steps))
+    else:
+        print(monitor.as_text(steps))
+    return SOUND
+
+
+def doctor(
+    profile: Profile = "profiles/slurm",
+    configfile: ConfigFiles = None,
+    as_json: Json = False,
+    jobs: Annotated[bool, typer.Option(help="Also run a small job in each partition.")] = True,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long such a job may take to begin.")] = 120,
+) -> int:
+    """Check whether this site's Slurm can run what the profile asks for: 0 all well, 1 findings, 2 could not look."""
+    from tunetrail.monitor import doctor as monitor
+    from tunetrail.monitor.dag import read_dag
+
+    report = (lambda check: None) if as_json else (lambda check: print(check, flush=True))
+    checks = monitor.diagnose(read_dag(profile, configfile or []), jobs, wait, report)
+    if as_json:
+        print_json([vars(check) for check in checks])
+    return monitor.exit_code(checks)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders such as results/demo.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    samples: Annotated[int, typer.Option(help="Prompts shown side by side.")] = 20,
+) -> int:
+    """Write the report's page across runs, with what they differ in."""
+    from tunetrail.provenance.manifest import DigestCache
+    from tunetrail.reporting.collect import collect, inputs_of, together
+    from tunetrail.reporting.figures import FIGURES
+    from tunetrail.reporting.page import draw, render
+
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigError(
+            f"compare {' '.join(map(str, runs))}: name two or more runs whose folders have different names"
+        )
+    page, cache = output.parent, DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests")))
+    collected = together([collect(name, inputs_of(run), page, cache) for name, run in zip(names, runs, strict=True)])
+    output.write_text(render(collected, draw(collected, FIGURES), None, samples), encoding="utf-8")
+    print(output)
+    return SOUND

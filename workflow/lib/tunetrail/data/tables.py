@@ -1,0 +1,50 @@
+"""From the rows of all sources to the tables of the splits."""
+
+from typing import Any
+
+from tunetrail.data.rows import PromptRow, TextRow
+
+
+def best(row: dict) -> str:
+    """The completion with the lowest mean rank."""
+    k = len(row["completions"])
+    means = [sum(ranking["ranks"][i] for ranking in row["rankings"]) for i in range(k)]
+    return row["completions"][means.index(min(means))]
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """One row per id. Rankings of the same completions are joined, say from one file per labeler."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["id"] not in found:
+            found[row["id"]] = row
+        elif row["kind"] == "preferences":
+            first = found[row["id"]]
+            found[row["id"]] = first | {"rankings": first["rankings"] + row["rankings"]}
+    return list(found.values())
+
+
+def one_each(rows: list[dict]) -> list[dict]:
+    """One row per prompt, demonstrations before preferences: in an interval over prompts each counts once."""
+    first: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row["kind"]):
+        first.setdefault(row["prompt"], row["id"])
+    return [row for row in rows if first[row["prompt"]] == row["id"]]
+
+
+def prompt_row(row: dict) -> PromptRow | TextRow:
+    """A row of a split's table."""
+    common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row}
+    if "text" in row:
+        return common | {"text": row["text"]}
+    completion = best(row) if row["kind"] == "preferences" else row["completion"]
+    return common | {"prompt": row["prompt"], "messages": row["messages"], "completion": completion}
+
+
+def comparison_row(row: dict) -> dict[str, Any]:
+    """A row of comparisons.jsonl."""
+    return {
+        "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
+        "messages": row["messages"], "reference": None,
+        "completions": row["completions"], "finished": [True] * len(row["completions"]), "rankings": row["rankings"],
+    }  # fmt: skip

@@ -1,0 +1,138 @@
+"""Where all evaluations meet: outcomes prompt by prompt, what each model forgot, how preferences moved."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunetrail.evaluation.matches import Outcomes, match, pairs_of
+from tunetrail.evaluation.probes import shift
+from tunetrail.evaluation.schema import Forgetting, Interval, Match, PreferenceShift
+from tunetrail.evaluation.stats import bootstrap, bootstrap_of, mean_of, outcomes
+from tunetrail.files import read_jsonl
+from tunetrail.provenance.manifest import METRICS
+
+Rows = dict[str, dict[str, dict]]
+"""Subject -> row id -> row."""
+
+
+def column(rows: Rows, name: str) -> dict[str, list]:
+    """Subject -> values by row, of the subjects that were measured."""
+    columns = {subject: [row[name] for row in by_id.values()] for subject, by_id in rows.items()}
+    return {subject: values for subject, values in columns.items() if None not in values}
+
+
+def gold_outcomes(scores: dict[str, list[float]], tie: float) -> Outcomes:
+    """The outcomes of every two subjects, from the scores [n] of each."""
+    return {(a, b): outcomes(scores[a], scores[b], tie) for a, b in pairs_of(list(scores))}
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of a run, compared by bootstrap with these resamples."""
+
+    folders: dict[str, Path]
+    """By subject: base, sft, then the policies by name."""
+    n_resamples: int
+    seed: int
+
+    @classmethod
+    def of(cls, folders: dict[str, Path], n_resamples: int, seed: int) -> "Evaluations":
+        ordered = sorted(folders, key=lambda name: (name != "base", name != "sft", name))
+        return cls({name: folders[name] for name in ordered}, n_resamples, seed)
+
+    @property
+    def subjects(self) -> list[str]:
+        return list(self.folders)
+
+    @property
+    def reference(self) -> str:
+        """The model that policies started from."""
+        return "sft" if "sft" in self.folders else "base"
+
+    @property
+    def changes(self) -> list[tuple[str, str]]:
+        """(before, after) of every training: from base to the reference, and from there to each policy."""
+        first = [("base", self.reference)] if self.reference != "base" else []
+        return first + [(self.reference, name) for name in self.folders if name not in ("base", "sft")]
+
+    def rows(self, name: str) -> Rows:
+        """A JSONL file of every evaluation that has it."""
+        paths = {subject: folder / name for subject, folder in self.folders.items()}
+        return {
+            subject: {row["id"]: row for row in read_jsonl(path)} for subject, path in paths.items() if path.exists()
+        }
+
+    def content(self, subject: str, name: str) -> Any:
+        """A JSON file of one evaluation."""
+        return json.loads((self.folders[subject] / name).read_text(encoding="utf-8"))
+
+    def match(self, outcome_of: Outcomes, samples: Rows, length: str, tie: float) -> Match | None:
+        """The match with these outcomes; None where there are none.
+
+        Args:
+            samples: rows of samples.jsonl.
+            length: the column with the lengths of the responses that were compared.
+        """
+        if not outcome_of:
+            return None
+        players = [name for name in self.folders if any(name in pair for pair in outcome_of)]
+        groups = [row["group"] for row in samples[self.reference].values()]
+        lengths = column(samples, length)
+        return {"tie": tie} | match(  # type: ignore[return-value]
+            players, self.reference, outcome_of, lengths, groups, self.n_resamples, self.seed
+        )
+
+    def probe_shifts(self) -> list[dict[str, Any]]:
+        """What each training did to the next tokens of the probe sentence."""
+        return [
+            {
+                "before": before,
+                "after": after,
+                "positions": shift(*(self.content(name, "probes.json")["sentence"] for name in (before, after))),
+            }
+            for before, after in self.changes
+        ]
+
+    def forgetting(self) -> list[Forgetting]:
+        """How much more each model forgot than each that comes before it, text by text."""
+        texts = column(self.rows("retention.jsonl"), "nll")
+        choices = column(self.rows("choices.jsonl"), "correct")
+        adapters = {name: self.content(name, METRICS)["adapter"] for name in self.folders}
+
+        def difference(values: dict[str, list], a: str, b: str) -> Interval | None:
+            if a not in values or b not in values:
+                return None
+            differences = [float(x) - float(y) for x, y in zip(values[a], values[b], strict=True)]
+            return bootstrap(differences, self.n_resamples, self.seed)  # type: ignore[return-value]
+
+        return [
+            {
+                "first": a,
+                "second": b,
+                "adapters": [adapters[a], adapters[b]],
+                "nll": difference(texts, a, b),
+                "choices": difference(choices, a, b),
+            }
+            for a, b in pairs_of([name for name in self.folders if name in texts])
+        ]
+
+    def preference_shifts(self) -> list[PreferenceShift]:
+        """How each training moved the log-probs of chosen and rejected responses, pair by pair."""
+        pairs = self.rows("pairs.jsonl")
+        return [
+            self._preference_shift(before, after, pairs) for before, after in self.changes if pairs.get(before)
+        ]  # fmt: skip
+
+    def _preference_shift(self, before: str, after: str, pairs: Rows) -> PreferenceShift:
+        rows = [(pairs[before][i], row) for i, row in pairs[after].items()]
+        chosen, rejected = ([b[key] - a[key] for a, b in rows] for key in ("chosen_logp", "rejected_logp"))
+        margin = list(np.subtract(chosen, rejected))
+        groups = [row["group"] for _, row in rows]
+        shifts = {
+            name: bootstrap_of(mean_of(values), groups, self.n_resamples, self.seed)[0]
+            for name, values in (("chosen", chosen), ("rejected", rejected), ("margin", margin))
+        }
+        return {"before": before, "after": after} | shifts  # type: ignore[return-value]

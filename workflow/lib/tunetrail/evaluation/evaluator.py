@@ -1,0 +1,140 @@
+"""One model under evaluation: its samples, and what they score."""
+
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunetrail.config.evaluation import EvaluationConfig
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
+from tunetrail.evaluation.models import kl_divergences, logprobs_of, reward_scores
+from tunetrail.evaluation.schema import Divergence, Interval
+from tunetrail.evaluation.stats import best_of_n_kl, bootstrap, standard_error
+from tunetrail.models.batching import encode
+from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from tunetrail.models.runtime import device, use_bf16
+from tunetrail.models.sampling import decoding_weights, sample
+from tunetrail.scorers.chrf import chrf
+from tunetrail.seeds import derive_seed
+
+Example = tuple[list[int], list[int]]
+"""(prompt ids, response ids)"""
+
+
+@dataclass
+class Samples:
+    """K responses to each of N prompts, prompt by prompt: every column is [N * K]."""
+
+    examples: list[Example]
+    texts: list[str]
+    gold: list[float] | None = None
+    """None where there is no gold scorer."""
+    reward: list[float] | None = None
+    """The reward model's score; None where there is no reward model."""
+    kl: list[float] | None = None
+    """To the SFT model; None where it was not measured."""
+
+    def __getitem__(self, rows: list[int]) -> "Samples":
+        def pick(values: Any) -> Any:
+            return values and [values[i] for i in rows]
+
+        return Samples(*(pick(v) for v in (self.examples, self.texts, self.gold, self.reward, self.kl)))
+
+
+class Evaluator:
+    """A model with what it is compared to."""
+
+    def __init__(self, stage: Stage, rows: list[dict]):
+        self.stage, self.config = stage, EvaluationConfig(**stage.config)
+        self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
+        policy = stage.inputs["model"].folder / "policy.json"
+        self.n = json.loads(policy.read_text())["n"] if policy.exists() else 1
+        """Samples per prompt; above 1 the reward model keeps the best (best-of-n)."""
+        self.folder = stage.inputs["sft" if self.n > 1 else "model"].folder / "model"
+        self.tokenizer = load_tokenizer(self.folder)
+        self.pad_id = self.tokenizer.pad_token_id
+        self.model = load_causal_lm(self.folder).to(device()).eval()
+        self.prompts = [encode(self.tokenizer, row["prompt"]) for row in rows]
+        self.frontier_rows = rows[: self.config.frontier_prompts]
+        """The prompts of the frontier and of best-of-n. The file is in random order."""
+        groups = [row["group"] for row in rows]
+        self.groups: list[Any] = groups if len(set(groups)) > 1 else list(range(len(rows)))
+        """What is resampled: the source group of each prompt."""
+        self.seed = derive_seed(stage.seed, self.subject["name"]) if self.n > 1 else stage.seed
+        self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
+
+    def logprobs(self, model: Any, examples: list[Example]) -> list[torch.Tensor]:
+        return logprobs_of(model, examples, self.pad_id, self.precision, 1.0, self.config.batch_tokens)
+
+    def interval(self, values: Any, groups: Sequence[Hashable] | None = None) -> Interval | None:
+        return bootstrap(values, self.config.bootstrap, self.stage.seed, groups) if values else None  # type: ignore[return-value]
+
+    def over_prompts(self, values: Any) -> Interval | None:
+        """The interval of one value for each of the first prompts."""
+        return values and self.interval(values, self.groups[: len(values)])
+
+    def divergence(self, samples: Samples) -> Divergence | None:
+        """The mean KL of one response to each of the first prompts, with its standard error."""
+        if self.n > 1:
+            bound = best_of_n_kl(self.n)
+            return {
+                "mean": bound, "low": 0.0, "high": bound, "n": len(self.prompts), "se": None,
+                "estimator": "analytic bound",
+            }  # fmt: skip
+        if not samples.kl:
+            return None
+        error = standard_error(np.array(samples.kl) - np.mean(samples.kl), self.groups[: len(samples.kl)])
+        return (self.over_prompts(samples.kl) or {}) | {"se": error, "estimator": "rao-blackwell"}  # type: ignore[return-value,operator]
+
+    def sampled(self, model: Any, rows: list[dict], k: int, greedy: bool = False) -> tuple[Samples, Samples | None]:
+        """K responses to each of the first prompts with their gold scores; the greedy ones too, where asked for."""
+        config = self.config
+        responses = sample(
+            decoding_weights(model, use_bf16(self.precision)), self.prompts[: len(rows)], [row["id"] for row in rows],
+            k=k + greedy, greedy_first=greedy, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            seed=self.seed, batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
+        )  # fmt: skip
+        drawn = self.scored([of_prompt[greedy:] for of_prompt in responses], rows)
+        return drawn, self.scored([of_prompt[:1] for of_prompt in responses], rows) if greedy else None
+
+    def scored(self, responses: list[list[list[int]]], rows: list[dict]) -> Samples:
+        """Responses of each prompt with their texts and gold scores."""
+        flat = [response for of_prompt in responses for response in of_prompt]
+        owners = [i for i, of_prompt in enumerate(responses) for _ in of_prompt]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(flat, skip_special_tokens=True)]
+        gold = self.config.gold and [chrf(t, rows[i]["completion"]) for t, i in zip(texts, owners, strict=True)]
+        return Samples([(self.prompts[i], r) for r, i in zip(flat, owners, strict=True)], texts, gold or None)
+
+    def reward(self, several: list[Samples]) -> None:
+        """Fills in the reward model's scores."""
+        if "reward" not in self.stage.inputs or not several:
+            return
+        reward_model = load_reward_model(self.stage.inputs["reward"].folder / "model").to(device()).eval()
+        for samples in several:
+            samples.reward = reward_scores(
+                reward_model, samples.examples, self.pad_id, self.precision, self.config.batch_tokens
+            )
+
+    def kl(self, several: list[tuple[Samples, Path | None]]) -> None:
+        """Fills in the KL to the SFT model, of samples of this model (None) or of the one in a folder."""
+        if "sft" not in self.stage.inputs or self.n > 1:
+            return
+        reference = load_causal_lm(self.stage.inputs["sft"].folder / "model").to(device()).eval()
+        for samples, folder in several:
+            model = self.model if folder is None else load_causal_lm(folder).to(device()).eval()
+            samples.kl = kl_divergences(
+                model, reference, samples.examples, self.pad_id, self.precision, self.config.temperature,
+                self.config.batch_tokens,
+            )  # fmt: skip
+
+    def best(self, samples: Samples) -> Samples:
+        """The n samples of each prompt reduced to the one that the reward model prefers."""
+        if self.n == 1 or samples.reward is None:
+            return samples
+        score = samples.reward.__getitem__
+        return samples[[max(range(i, i + self.n), key=score) for i in range(0, len(samples.texts), self.n)]]

@@ -1,0 +1,85 @@
+"""Reward and gold score against KL: a policy's checkpoints, and best-of-n from the model it started from.
+
+A policy's training may keep checkpoints at fixed steps (`policies.<name>.checkpoints`). Each of them answers the first
+`frontier_prompts` prompts, as the final model does: all points of all policies are on prompts that no stage has seen,
+and none depends on when a save happened to be due. The yardstick is best-of-n on the same prompts, from 16 samples of
+the SFT model for each. The final model is the last one, whatever the curve says: a point chosen by looking at the curve
+would have to be measured on other prompts.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tunetrail.evaluation.evaluator import Evaluator, Samples
+from tunetrail.evaluation.schema import BestOfNCurve, BestOfNPoint, Frontier, FrontierPoint
+from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values
+from tunetrail.models.loading import load_causal_lm
+from tunetrail.models.runtime import device
+from tunetrail.provenance.manifest import METRICS
+
+BEST_OF = (1, 2, 4, 8, 16)
+"""n of the yardstick; the last is how many samples of a prompt are drawn."""
+RULE = "the last step, fixed before training"
+"""How the final model is chosen among the checkpoints."""
+
+
+def kept_checkpoints(artifact: Path) -> dict[int, Path]:
+    """Step -> model folder of the checkpoints that training kept."""
+    folders = sorted((artifact / "checkpoints").glob("*"), key=lambda path: int(path.name))
+    return {int(path.name): path / "model" for path in folders}
+
+
+def sample_checkpoints(evaluator: Evaluator, kept: dict[int, Path]) -> dict[int, Samples]:
+    """Step -> one response to each of the frontier's prompts."""
+    return {
+        step: evaluator.sampled(load_causal_lm(folder).to(device()).eval(), evaluator.frontier_rows, 1)[0]
+        for step, folder in kept.items()
+    }
+
+
+def sample_yardstick(evaluator: Evaluator) -> Samples | None:
+    """Many samples of the model that policies start from; None for any other model, or without a reward model."""
+    if "sft" in evaluator.stage.inputs or "reward" not in evaluator.stage.inputs:
+        return None
+    return evaluator.sampled(evaluator.model, evaluator.frontier_rows, max(BEST_OF))[0]
+
+
+def point(evaluator: Evaluator, step: int, chosen: bool, samples: Samples) -> FrontierPoint:
+    return {
+        "step": step,
+        "chosen": chosen,
+        "kl": evaluator.divergence(samples),
+        "reward": evaluator.over_prompts(samples.reward),
+        "gold": evaluator.over_prompts(samples.gold),
+    }
+
+
+def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samples]) -> Frontier | None:
+    """The checkpoints of a trained policy and its final model; None for any other model."""
+    if evaluator.subject["method"] not in ("dpo", "ppo"):
+        return None
+    prompts = len(evaluator.frontier_rows)
+    last = json.loads((evaluator.stage.inputs["model"].folder / METRICS).read_text())["steps"]
+    points = [point(evaluator, step, False, of_step) for step, of_step in checkpoints.items()]
+    final = point(evaluator, last, True, samples[list(range(prompts))])
+    return {"prompts": prompts, "rule": RULE, "points": [*points, final]}
+
+
+def best_of_n(evaluator: Evaluator, samples: Samples | None) -> BestOfNCurve | None:
+    """Best-of-n of the yardstick's samples, for every n of `BEST_OF`."""
+    if samples is None or samples.reward is None:
+        return None
+    proxy = np.reshape(samples.reward, (-1, max(BEST_OF)))
+    gold = None if samples.gold is None else np.reshape(samples.gold, proxy.shape)
+    points: list[BestOfNPoint] = [
+        {
+            "n": n,
+            "kl_bound": best_of_n_kl(n),
+            "reward": evaluator.over_prompts(best_of_n_values(proxy, proxy, n).tolist()),
+            "gold": None if gold is None else evaluator.over_prompts(best_of_n_values(proxy, gold, n).tolist()),
+        }
+        for n in BEST_OF
+    ]
+    return {"samples": max(BEST_OF), "prompts": len(evaluator.frontier_rows), "points": points}

@@ -1,0 +1,162 @@
+"""What evaluation measures, as types: the shapes of metrics.json, samples.jsonl and their parts on disk."""
+
+from typing import NotRequired, TypedDict
+
+
+class Interval(TypedDict):
+    """A mean with a 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    """Values behind it: prompts, texts or pairs."""
+    group_low: NotRequired[float | None]
+    """The bounds when whole source groups are resampled; null for a single group."""
+    group_high: NotRequired[float | None]
+    groups: NotRequired[int]
+
+
+class Divergence(Interval):
+    """KL of a model to the SFT model in nats per response."""
+
+    se: float | None
+    """Standard error; null where nothing was estimated."""
+    estimator: str
+    """`rao-blackwell`; `analytic bound` for best-of-n: mean and high are the bound, low is 0."""
+
+
+class FrontierPoint(TypedDict):
+    """One checkpoint of a policy."""
+
+    step: int
+    chosen: bool
+    """Whether this is the final model."""
+    kl: Divergence | None
+    reward: Interval | None
+    gold: Interval | None
+
+
+class Frontier(TypedDict):
+    """The checkpoints that a policy kept and its final model, all on the same prompts."""
+
+    prompts: int
+    rule: str
+    """How the final model was chosen."""
+    points: list[FrontierPoint]
+
+
+class BestOfNPoint(TypedDict):
+    n: int
+    kl_bound: float
+    reward: Interval | None
+    gold: Interval | None
+
+
+class BestOfNCurve(TypedDict):
+    """The yardstick: best-of-n from the model that policies start from, on the prompts of the frontier."""
+
+    samples: int
+    prompts: int
+    points: list[BestOfNPoint]
+
+
+class Choices(TypedDict):
+    accuracy: Interval
+    chance: float
+
+
+class Retention(TypedDict):
+    """Loss on unrelated text in nats per token, its perplexity, and a multiple-choice task."""
+
+    nll: Interval | None
+    perplexity: Interval | None
+    choices: Choices | None
+
+
+class HeldOutPreferences(TypedDict):
+    """Log-probs of the preferred and the dispreferred response on held-out pairs."""
+
+    chosen_logps: Interval | None
+    rejected_logps: Interval | None
+    accuracy: Interval | None
+    """How often the preferred one is the likelier."""
+
+
+class Pair(TypedDict):
+    """One model against another. `first` comes later than `second` in: base, sft, policies by name."""
+
+    first: str
+    second: str
+    family: str
+    """What `p` is corrected within: `base` and `sft` (everyone against that one) or `policies`."""
+    win_rate: "WinRate"
+    length_controlled: Interval | None
+    """The win rate at equal lengths (Dubois et al. 2024); null where one side is longer on over 95% of the prompts, so
+    that equal lengths are not in the data."""
+    p: float
+    """Two-sided, by flipping the outcomes of whole groups."""
+    p_holm: float
+    significant: bool
+    """p_holm < 0.05."""
+    minimum_detectable: float | None
+    """The difference from one half that n prompts show with 80% power at 5% divided by the size of the family; null where
+    they cannot show any."""
+
+
+class WinRate(Interval):
+    """Of `first` over `second`; a tie counts one half."""
+
+    wins: int
+    ties: int
+    losses: int
+
+
+class Strength(TypedDict):
+    """Bradley-Terry strength in log-odds against the reference, which has 0."""
+
+    name: str
+    score: Interval
+
+
+class Match(TypedDict):
+    """All models against one another on the same prompts."""
+
+    tie: float
+    """Differences of the score up to this are ties."""
+    prompts: int
+    groups: int
+    pairs: list[Pair]
+    scores: list[Strength]
+
+
+class Forgetting(TypedDict):
+    """How much more `first` forgot than `second`, text by text."""
+
+    first: str
+    second: str
+    adapters: list[str | None]
+    """Of first and second: `full`, `lora` or null."""
+    nll: Interval | None
+    choices: Interval | None
+
+
+class PreferenceShift(TypedDict):
+    """How training moved the log-probs of the held-out pairs."""
+
+    before: str
+    after: str
+    chosen: Interval
+    rejected: Interval
+    margin: Interval
+
+
+class JudgeVerdicts(TypedDict):
+    """How a language model judged."""
+
+    verdicts: int
+    unparsed: int
+    inconsistent: int
+    """Pairs whose two orders disagree."""
+    first_wins: float | None
+    """Share of the readable verdicts for the response shown first."""

@@ -1,0 +1,85 @@
+"""Lays out a DAG in columns: parents to the left, short edges as curves, long ones on lanes below what they pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pixels."""
+
+    width: int
+    height: int
+    """Of a box."""
+    across: int
+    down: int
+    """The pitch of columns and rows."""
+    lane: int = 9
+    """The pitch of lanes."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    source: int
+    target: int
+    path: str
+    """For an SVG path's `d`."""
+    is_long: bool
+    """Whether it passes other columns."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    places: list[tuple[int, int]]
+    """(x, y) of each box's upper left corner."""
+    edges: list[Edge]
+    width: int
+    height: int
+
+
+def reduced(parents: Sequence[set[int]]) -> list[set[int]]:
+    """Leaves out each edge that a longer path implies (transitive reduction)."""
+    ancestors: dict[int, set[int]] = {}
+
+    def ancestors_of(node: int) -> set[int]:
+        if node not in ancestors:
+            ancestors[node] = parents[node].union(*(ancestors_of(p) for p in parents[node]))
+        return ancestors[node]
+
+    return [{p for p in of if not any(p in ancestors_of(q) for q in of - {p})} for of in parents]
+
+
+def layout(cells: Sequence[tuple[int, int]], parents: Sequence[set[int]], sizes: Sizes) -> Layout:
+    """Positions and edges.
+
+    Args:
+        cells: (column, row) of each box.
+        parents: indices of each box's parents, which must be in columns to its left.
+    """
+    places = [(column * sizes.across, row * sizes.down) for column, row in cells]
+    height = max(y for _, y in places) + sizes.height
+    lanes: dict[int, int] = {}  # source -> its lane: all its long edges share one
+    edges = []
+    for target, sources in enumerate(parents):
+        for source in sorted(sources):
+            start, end = cells[source][0], cells[target][0]
+            between = [places[i][1] for i, (column, _) in enumerate(cells) if start < column < end]
+            lane = lanes.setdefault(source, len(lanes)) if between else 0
+            below = max(between) + sizes.height + sizes.lane * (lane + 1) if between else 0
+            height = max(height, below)
+            edges.append(Edge(source, target, _path(places[source], places[target], below, lane, sizes), bool(between)))
+    return Layout(places, edges, max(x for x, _ in places) + sizes.width, height)
+
+
+def _path(a: tuple[int, int], b: tuple[int, int], below: int, lane: int, sizes: Sizes) -> str:
+    """From the right of box `a` to the left of box `b`: straight on for neighbours, else along the height `below`."""
+    x0, y0, x1, y1 = a[0] + sizes.width, a[1] + sizes.height // 2, b[0], b[1] + sizes.height // 2
+    gap = sizes.across - sizes.width
+    if not below:
+        return f"M{x0},{y0}C{x0 + gap // 2},{y0} {x1 - gap // 2},{y1} {x1},{y1}"
+    down, up, r = x0 + gap // 2, x1 - gap // 2 + 3 * (lane % 4) - 4, 5
+    turn = 0 if y1 == below else (r if y1 > below else -r)
+    return (
+        f"M{x0},{y0}H{down - r}Q{down},{y0} {down},{y0 + r}V{below - r}Q{down},{below} {down + r},{below}"
+        f"H{up - r}Q{up},{below} {up},{below + turn}V{y1 - turn}Q{up},{y1} {up + r},{y1}H{x1}"
+    )

@@ -1,0 +1,114 @@
+"""What an audit can find, and the result of one."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tunetrail.provenance.lineage import Node
+
+Severity = Literal["error", "incomplete", "warning"]
+FINDINGS: dict[str, tuple[Severity, str]] = {
+    "manifest-missing": ("error", "the folder has no manifest"),
+    "manifest-edited": ("error", "manifest.json is not what a stage wrote"),
+    "manifest-changed": ("error", "the manifest is not the one that was recorded or sealed"),
+    "unsafe-path": ("error", "the manifest lists a path outside the folder"),
+    "link-outside": ("error", "a link leads out of the folder"),
+    "file-missing": ("error", "a file of the manifest is gone"),
+    "file-added": ("error", "a file is not in the manifest"),
+    "file-changed": ("error", "a file is not what the manifest says"),
+    "tensors-changed": ("error", "weights are not what the manifest says"),
+    "file-resaved": ("warning", "the file was saved again, every tensor is what it was"),
+    "record-missing": ("error", "there is no provenance record"),
+    "record-edited": ("error", "provenance.json is not what a stage wrote"),
+    "record-changed": ("error", "the record is not the one that was sealed"),
+    "parent-missing": ("error", "what it was made from is gone"),
+    "parent-changed": ("error", "what it was made from is another by now"),
+    "parent-record-changed": ("error", "the record of what it was made from is another by now"),
+    "labels-changed": ("error", "the labels were changed or corrected after it was made"),
+    "source-changed": ("error", "the raw data is not what was read"),
+    "base-moved": ("error", "the base model's tag or folder is another by now"),
+    "state-swapped": ("error", "an attempt went on from a state that no attempt before it left"),
+    "ledger-broken": ("error", "the ledger's chain does not hold"),
+    "ledger-not-anchored": ("error", "the ledger does not lead to the anchored head"),
+    "artifact-missing": ("error", "an artifact of the ledger is gone"),
+    "not-sealed": ("incomplete", "it is in no ledger, or has changed since it was sealed last"),
+    "signature-false": ("error", "a signature does not hold"),
+    "signature-missing": ("error", "the policy requires a signature"),
+    "policy-dirty": ("error", "the policy forbids code that no commit holds"),
+    "policy-not-sealed": ("error", "the policy requires that it is sealed"),
+    "dirty-tree": ("warning", "it was made by code that no commit holds"),
+    "config-drift": ("warning", "the run's config is another than the one it was made with"),
+    "mixed-environment": ("warning", "hardware or software changed between its attempts"),
+}
+"""Name -> severity, meaning."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    artifact: str
+    message: str
+    folder: str | None = None
+
+    @property
+    def severity(self) -> Severity:
+        return FINDINGS[self.name][0]
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.artifact}: {self.name}: {self.message}"
+
+
+def show(path: Path | str) -> str:
+    """A name as text, even if it is not UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+@dataclass
+class VerifyResult:
+    """What `verify` found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    artifacts: list[str] = field(default_factory=list)
+    unsigned: list[str] = field(default_factory=list)
+    signed: dict[str, list[str]] = field(default_factory=dict)
+    """artifact -> names of the policy's keys that signed it."""
+    heads: dict[str, str] = field(default_factory=dict)
+    """ledger -> its head."""
+    bytes_read: int = 0
+    not_at_hand: set[str] = field(default_factory=set)
+    """Raw data and labels outside the run that are not where they were read, and were therefore not checked."""
+
+    def exit_code(self, strict: bool = False) -> int:
+        severities = {f.severity for f in self.findings}
+        if "error" in severities or (strict and "warning" in severities):
+            return 1
+        return 2 if "incomplete" in severities else 3 if "warning" in severities else 0
+
+    def as_json(self, strict: bool = False) -> dict:
+        return {
+            "exit_code": self.exit_code(strict),
+            "artifacts": self.artifacts,
+            "findings": [asdict(f) | {"severity": f.severity} for f in self.findings],
+            "signed": self.signed,
+            "unsigned": self.unsigned,
+            "heads": self.heads,
+            "bytes_read": self.bytes_read,
+            "not_at_hand": sorted(self.not_at_hand),
+        }
+
+    def add(self, name: str, artifact: Node | str, message: str) -> None:
+        """Notes a finding, once."""
+        assert name in FINDINGS
+        if isinstance(artifact, Node):
+            finding = Finding(name, show(artifact.name), message, show(artifact.folder))
+        else:
+            finding = Finding(name, show(artifact), message)
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    def withdraw(self, name: str, artifact: Node, start: str) -> None:
+        """Removes a finding about an artifact whose message begins like this."""
+        self.findings = [
+            f for f in self.findings
+            if not (f.name == name and f.artifact == show(artifact.name) and f.message.startswith(start))
+        ]  # fmt: skip

@@ -1,0 +1,180 @@
+"""How often a reward model is right on held-out pairs, how well it knows that, and what labelers' agreement allows."""
+
+from itertools import combinations
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+from tunetrail.evaluation.schema import Interval
+from tunetrail.evaluation.stats import bootstrap, bootstrap_of, expected_calibration_error, spearman
+from tunetrail.preferences.pairs import decided_pairs, preference_targets
+from tunetrail.preferences.ranks import agreements, pair_outcomes
+
+
+class HeldOutPair(TypedDict):
+    """A pair that one labeler decided, as `pairs.jsonl` has it."""
+
+    id: str
+    """Of the comparison row."""
+    group: str
+    source: str
+    labeler: str
+    margin: float
+    """Score of the preferred response less that of the other."""
+    longer: int
+    """Characters by which the preferred response is longer."""
+
+
+class Bin(TypedDict):
+    """A bin of the reliability diagram, with a 95% interval of its accuracy."""
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    accuracy_low: float | None
+    accuracy_high: float | None
+    n: int
+
+
+class Ceiling(TypedDict):
+    """What labelers' agreement allows."""
+
+    labelers: int
+    agreement: Interval | None
+    """How often two labelers who both decide on a pair agree."""
+    majority: Interval | None
+    """How often a labeler agrees with the majority of the others."""
+    allowed: Interval | None
+    """The accuracy of a model without error, if labelers err independently and equally often; null where they agree on
+    fewer than half."""
+
+
+def heldout_pairs(rows: list[dict], scores: list[np.ndarray], sources: dict[str, str]) -> list[HeldOutPair]:
+    """One row per pair and labeler who decided it: who won, by how much the model agrees, who is longer.
+
+    Args:
+        sources: row id -> which of the data's sources it came from.
+    """
+    pairs: list[HeldOutPair] = []
+    for row, score in zip(rows, scores, strict=True):
+        for ranking in row["rankings"]:
+            for winner, loser in decided_pairs(preference_targets([ranking])):
+                margin = float(score[winner] - score[loser])
+                longer = len(row["completions"][winner]) - len(row["completions"][loser])
+                pairs.append(
+                    {
+                        "id": row["id"],
+                        "group": row["group"],
+                        "source": sources[row["id"]],
+                        "labeler": ranking["labeler"],
+                        "margin": margin,
+                        "longer": longer,
+                    }
+                )
+    return pairs
+
+
+def accuracy(pairs: list[HeldOutPair], key: Literal["margin", "longer"], seed: int) -> Interval | None:
+    """Share of the pairs where `key` is positive (zero counts one half), resampling whole prompts."""
+    values = np.array([0.5 if pair[key] == 0 else float(pair[key] > 0) for pair in pairs])
+    return bootstrap(values, 2000, seed, groups=[pair["id"] for pair in pairs])
+
+
+def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
+    """How often labelers agree with one another and with the majority of the others, and how often a model that is always
+    right would agree with one of them. None with a single labeler.
+
+    The last is not their agreement: two labelers who are each right with probability p agree on a = p² + (1 - p)², while
+    a model that is always right agrees with either on p = (1 + sqrt(2a - 1)) / 2. The majority of many others comes close.
+
+    Args:
+        rows: comparison rows.
+    """
+    agreeing: list[tuple[str, float]] = []
+    majorities: list[tuple[str, float]] = []
+    for row in rows:
+        rankings = [ranking["ranks"] for ranking in row["rankings"]]
+        agreeing += [(row["id"], same) for a, b in combinations(rankings, 2) for same in agreements(a, b, decided=True)]
+        outcomes = np.array([pair_outcomes(ranks) for ranks in rankings])  # [labelers, pairs]
+        for own in outcomes:
+            votes = np.sign(outcomes.sum(0) - own)
+            # A split vote says nothing and counts as a coin toss.
+            majorities += [(row["id"], (1 + vote * mine) / 2) for vote, mine in zip(votes, own, strict=True) if mine]
+    if not agreeing:
+        return None
+
+    def over_prompts(values: list[tuple[str, float]]) -> Interval | None:
+        return bootstrap([value for _, value in values], 2000, seed, groups=[i for i, _ in values])
+
+    labelers = {ranking["labeler"] for row in rows for ranking in row["rankings"]}
+    agreement = over_prompts(agreeing)
+    return {
+        "labelers": len(labelers),
+        "agreement": agreement,
+        "majority": over_prompts(majorities),
+        "allowed": allowed_accuracy(agreement),
+    }
+
+
+def allowed_accuracy(agreement: Interval | None) -> Interval | None:
+    """The interval of p from that of a, see `ceiling`; bounds below one half are one half."""
+    if agreement is None or agreement["mean"] < 0.5:
+        return None
+    return agreement | {end: (1 + max(0.0, 2 * agreement[end] - 1) ** 0.5) / 2 for end in ("mean", "low", "high")}
+
+
+def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str, Any]:
+    """Expected calibration error and the bins of the diagram, with intervals over prompts.
+
+    The error is a mean of absolute values. With few pairs it lies above 0 even for a calibrated model, and its resamples
+    lie higher still. By the triangle inequality it differs from the true error by no more than the summed deviations of
+    the bins' gaps from theirs; the interval takes the 97.5th percentile of that sum over resamples. It reaches 0 where
+    nothing speaks against calibration.
+    """
+    margins = np.array([pair["margin"] for pair in pairs])
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    correct = np.where(margins == 0, 0.5, margins > 0)
+    ece, rows = expected_calibration_error(confidence.tolist(), correct.tolist(), bins)
+    if ece is None:
+        return {"accuracy_by_confidence": [], "ece": None, "ece_interval": None}
+    ids = [pair["id"] for pair in pairs]
+    bin_of = np.array([next(i for i, row in enumerate(rows) if p <= row["high"]) for p in confidence])
+    for i, row in enumerate(rows):
+        mine = np.flatnonzero(bin_of == i)
+        interval = bootstrap(correct[mine], 2000, seed, groups=[ids[j] for j in mine]) or {}
+        row |= {f"accuracy_{end}": interval.get(end) for end in ("low", "high")}
+
+    gaps = np.stack([np.where(bin_of == i, confidence - correct, 0) for i in range(len(rows))], 1)  # [pairs, bins]
+
+    def noise(counts: np.ndarray) -> np.ndarray:
+        return np.abs(counts @ gaps / counts.sum(1, keepdims=True) - gaps.mean(0)).sum(1, keepdims=True)
+
+    (found,) = bootstrap_of(noise, ids, 2000, seed)
+    most = found["high"] if found["groups"] == 1 else found["group_high"]
+    return {
+        "accuracy_by_confidence": rows,
+        "ece": ece,
+        "ece_interval": {"mean": ece, "low": max(0.0, ece - most), "high": ece + most, "n": len(pairs)},
+    }
+
+
+def evaluate(pairs: list[HeldOutPair], seed: int) -> dict[str, Any]:
+    """Accuracy with intervals, by labeler, source and confidence; calibration; and the length baseline.
+
+    `accuracy_by_confidence` is a list of `Bin`; the correlations are Spearman's.
+    """
+    margins = np.array([pair["margin"] for pair in pairs])
+
+    def accuracy_by(key: Literal["labeler", "source"]) -> dict[str, Interval | None]:
+        values = sorted({pair[key] for pair in pairs})
+        return {value: accuracy([p for p in pairs if p[key] == value], "margin", seed) for value in values}
+
+    return {
+        "pairs": len(pairs),
+        "accuracy": accuracy(pairs, "margin", seed),
+        "accuracy_longer_wins": accuracy(pairs, "longer", seed),
+        "accuracy_by_labeler": accuracy_by("labeler"),
+        "accuracy_by_source": accuracy_by("source"),
+        "length_correlation_of_margins": spearman(margins, np.array([pair["longer"] for pair in pairs])),
+    } | reliability(pairs, seed)

@@ -1,0 +1,110 @@
+"""K-wise training (Ouyang et al. 2022): all pairs of a prompt's K responses in one loss, K forward passes."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer
+
+from tunetrail.errors import DataError
+from tunetrail.models.batching import collate, encode_comparison
+from tunetrail.models.loading import with_full_precision_head
+from tunetrail.models.scoring import head_and_trunk
+from tunetrail.preferences.pairs import preference_targets
+
+
+def kwise_loss(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of all C(K,2) pairs of each prompt, divided by C(K,2) (Ouyang et al. 2022, eq. 1).
+
+    With a target of 1 for the preferred response this is -log sigmoid(r_w - r_l). A tie is a target of one half;
+    several labelers' verdicts are averaged.
+
+    Args:
+        scores: [B, K].
+        targets: [B, K, K], the share of labelers who ranked i above j.
+        mask: [B, K] bool, False where a prompt has fewer than K completions.
+
+    Returns:
+        scalar, the mean over prompts.
+    """
+    margins = scores[:, :, None] - scores[:, None, :]
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(margins, targets.to(margins), reduction="none")
+    k = scores.shape[1]
+    pairs = torch.ones(k, k, dtype=torch.bool, device=scores.device).triu(1) & mask[:, :, None] & mask[:, None, :]
+    return ((losses * pairs).sum((1, 2)) / pairs.sum((1, 2))).mean()
+
+
+def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
+    """Comparison rows -> {prompt, responses, targets}. Raises DataError for one longer than `max_length`."""
+    examples = []
+    for row in rows:
+        prompt, responses = encode_comparison(tokenizer, row)
+        if (longest := len(prompt) + max(map(len, responses))) > max_length:
+            raise DataError(
+                f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or drop the row"
+            )
+        examples.append(
+            {"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()}
+        )
+    return examples
+
+
+class KWiseCollator:
+    """B prompts -> one batch of all their N sequences, with [B, K, K] targets and a [B, K] mask."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        responses = [e["responses"] for e in examples]
+        prompts = [e["prompt"] for e in examples for _ in e["responses"]]
+        batch = collate(prompts, [r for k in responses for r in k], self.pad_id)
+        k = max(map(len, responses))
+        targets = torch.full((len(examples), k, k), 0.5)
+        mask = torch.zeros(len(examples), k, dtype=torch.bool)
+        for i, example in enumerate(examples):
+            n = len(example["responses"])
+            targets[i, :n, :n] = torch.tensor(example["targets"])
+            mask[i, :n] = True
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "ends": batch.ends,
+            "targets": targets,
+            "mask": mask,
+        }
+
+
+def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, K] float32: the score at each sequence's last token, 0 where a prompt has fewer than K completions."""
+    hidden = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        position_ids=inputs["position_ids"],
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states[-1]
+    head, _ = head_and_trunk(extract_model_from_parallel(model))
+    flat = head(hidden[torch.arange(len(hidden), device=hidden.device), inputs["ends"]])[:, 0].float()
+    return flat.new_zeros(inputs["mask"].shape).masked_scatter(inputs["mask"], flat)
+
+
+class KWiseTrainer(Trainer):
+    """transformers' Trainer with the K-wise loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scores = kwise_scores(model, inputs)
+        loss = kwise_loss(scores, inputs["targets"], inputs["mask"])
+        return (loss, scores) if return_outputs else loss
+
+
+def initialise(causal_lm: Any, seed: int) -> Any:
+    """A sequence-classification model on the language model's trunk; head N(0, 1/sqrt(d+1)) as standard deviation."""
+    config = causal_lm.config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(causal_lm.base_model.state_dict())
+    torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+    return with_full_precision_head(model)
