@@ -8,12 +8,13 @@ import pytest
 import sqlalchemy as sa
 from starlette.testclient import TestClient
 
-from tests.labels import ranking
+from tests.labels import Scripted, ranking, served_alone
 from tunetrail.labeling.app import access, queue, serve
 from tunetrail.labeling.app.answers import FLAGS
 from tunetrail.labeling.app.database import labelers, names, sessions
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import COOKIE, LARGEST, application
+from tunetrail.reporting.label_quality import page_values
 
 on_both = pytest.mark.parametrize("store", ["lite", "postgresql"], indirect=True)
 INJECTION = "'); DROP TABLE events; --"
@@ -35,7 +36,9 @@ class Labeler:
 
     def __init__(self, store: Store, name: str = "Ada", admin: bool = False, prefix: str = ""):
         self.store, self.prefix = store, prefix
-        self.client = TestClient(application(store, prefix), base_url="http://labels", follow_redirects=False)
+        self.client = TestClient(
+            application(store, prefix, page_values), base_url="http://labels", follow_redirects=False
+        )
         self.pseudonym, self.token = access.add_labeler(store, name, admin)
         reply = self.client.post(f"{prefix}/enter", json={"token": self.token})
         assert reply.json() == {"next": f"{prefix}/"}
@@ -389,9 +392,9 @@ def test_forwarded_headers_are_trusted_only_from_a_named_proxy(store, monkeypatc
     async def app(scope, receive, send) -> None:
         asked.append((scope["client"][0], scope["scheme"]))
 
-    monkeypatch.setattr(serve, "application", lambda store, prefix: app)
+    monkeypatch.setattr(serve, "application", lambda store, prefix, quality: app)
     monkeypatch.setattr(serve.uvicorn.Server, "run", run)
-    assert serve.serve(store, "127.0.0.1", 0, "", proxy) == 0
+    assert serve.serve(store, "127.0.0.1", 0, "", proxy, page_values) == 0
     assert asked == [("192.0.2.1", "https") if believed else ("127.0.0.1", "http")]
 
 
@@ -431,7 +434,17 @@ def test_only_admins_see_the_progress_of_all_labelers(store, ada):
 
 def test_only_admins_see_the_quality_page(store, ada):
     assert ada.get("quality").status_code == 403
-    assert Labeler(store, "Eve", admin=True).get("quality").status_code == 200
+    page = Labeler(store, "Eve", admin=True).get("quality")
+    assert page.status_code == 200
+    assert page.text.count("<svg") == 4
+
+
+def test_the_command_serves_the_quality_page(tmp_path):
+    url = f"sqlite:///{tmp_path}/labels.db"
+    _, token = access.add_labeler(Store(url), "Eve", admin=True)
+    with served_alone(url) as (_, address):
+        reply, page = Scripted(address, token).ask("GET", "/quality")
+    assert (reply.status, "How good are the labels?" in page) == (200, True)
 
 
 def test_training_comes_first_and_shows_the_solution(store, ada):
