@@ -12,7 +12,7 @@ import tunetrail.stages.dpo
 import tunetrail.stages.ppo
 import tunetrail.stages.reward
 import tunetrail.stages.sft  # noqa: F401
-from tunetrail.provenance.record import code_state, packages
+from tunetrail.provenance.environment import code_state, packages
 
 get_checkpoint_conversion_mapping("llama")
 code_state()

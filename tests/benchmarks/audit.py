@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.records import seal_folder
+from tunetrail.provenance.environment import packages
 from tunetrail.provenance.ledger import artifacts
 from tunetrail.provenance.lineage import Lineage, origins
 from tunetrail.provenance.manifest import MANIFEST, read_manifest
-from tunetrail.provenance.record import packages
 from tunetrail.provenance.verify import Verifier
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import Project
 from tests.records import seal_folder
-from tunetrail.provenance.record import packages
+from tunetrail.provenance.environment import packages
 
 RUN = ["--profile", "profiles/local", "--configfile", "large.yaml"]
 COMMANDS = {

@@ -283,14 +283,14 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write an artifact's lineage in another format."""
-    from tunetrail.provenance.export import FORMATS
+    from tunetrail.provenance import exports
 
-    return write(FORMATS[format.value](_folder(path)), output, as_json)
+    return write(exports.export(_folder(path), format.value), output, as_json)
 
 
 @app.command()
 def card(path: ArtifactPath, output: Output = None, as_json: Json = False) -> int:
     """Write the model card, as Hugging Face reads it."""
-    from tunetrail.provenance.export import model_card
+    from tunetrail.provenance import exports
 
-    return write(model_card(_folder(path)), output, as_json)
+    return write(exports.export(_folder(path), "model-card"), output, as_json)

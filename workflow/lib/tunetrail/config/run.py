@@ -1,5 +1,6 @@
 """The whole config of a run, and how its blocks must fit together."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,59 +76,11 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _stages_fit(self):
-        data, problems = self.data, []
-        if self.sft is not None and not data.demonstrations:
-            problems.append("sft: needs data.demonstrations; set sft to null to start from the base model")
-        if self.sft is not None and data.demonstrations and data.shares.sft == 0:
-            problems.append("data.shares.sft: is 0, but sft is to be trained")
-        if self.completions is not None:
-            if not data.demonstrations:
-                problems.append("completions: needs prompts from data.demonstrations")
-            if self.comparisons is None:
-                problems.append("comparisons: needed, to rank what completions samples")
-            if data.preferences:
-                problems.append("completions: drop it or data.preferences; comparisons come from one of them")
-        elif self.comparisons is not None:
-            problems.append(
-                "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"
-            )
-        # A lone comparisons block has been told of already; it need not be told of in three places.
-        has_comparisons = self.completions is not None or self.comparisons is not None or bool(data.preferences)
-        if has_comparisons and data.shares.reward == 0:
-            problems.append("data.shares.reward: is 0, but comparisons are to be collected from that split")
-        if data.shares.evaluation == 0:
-            problems.append("data.shares.evaluation: is 0, but every run is evaluated; give it a share")
-        if self.reward is not None and data.shares.heldout == 0:
-            problems.append("data.shares.heldout: is 0, but the reward model is tested on that split")
-        if (
-            not data.preferences
-            and data.demonstrations
-            and all(isinstance(s, TopicsSource) for s in data.demonstrations)
-        ):
-            problems.append("data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs")
-        if self.reward is not None and not has_comparisons:
-            problems.append("reward: needs comparisons: give completions and comparisons, or data.preferences")
-        for name, policy in self.policies.items():
-            if policy.method == "dpo" and not has_comparisons:
-                problems.append(
-                    f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
-                )
-            if policy.method in ("ppo", "best_of_n") and self.reward is None:
-                problems.append(f"policies.{name}: {policy.method} needs a reward model: add a reward block")
-            if policy.method == "ppo" and data.shares.rl == 0:
-                problems.append(f"policies.{name}: ppo needs prompts, but data.shares.rl is 0")
-            if policy.method == "ppo" and data.limits.rl is not None and data.limits.rl < policy.prompts_per_batch:
-                problems.append(
-                    f"data.limits.rl: {data.limits.rl} rows are fewer than one batch "
-                    f"(policies.{name}.batch_size: {policy.batch_size})"
-                )
-            if policy.method == "ppo" and policy.ptx_coef and data.shares.sft == 0:
-                problems.append(f"policies.{name}: ptx_coef needs demonstrations, but data.shares.sft is 0")
-        for key, block, limit in (("sft", self.sft, data.limits.sft), ("reward", self.reward, data.limits.reward)):
-            if block is not None and limit is not None and limit < block.batch_size:
-                problems.append(
-                    f"data.limits.{key}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"
-                )
+        problems = [
+            problem
+            for check in (_data_problems, _comparison_problems, _share_problems, _policy_problems, _limit_problems)
+            for problem in check(self)
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -151,3 +104,73 @@ class Config(Block):
 
         walk(self, "")
         return found
+
+
+# Each yields what does not fit together, a line per mistake.
+
+
+def _has_comparisons(config: Config) -> bool:
+    # A comparisons block without completions is a mistake of its own; the stages that need comparisons need not repeat it.
+    return config.completions is not None or config.comparisons is not None or bool(config.data.preferences)
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    data = config.data
+    if config.sft is not None and not data.demonstrations:
+        yield "sft: needs data.demonstrations; set sft to null to start from the base model"
+    is_text = [isinstance(source, TopicsSource) for source in data.demonstrations]
+    if not data.preferences and is_text and all(is_text):
+        yield "data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs"
+
+
+def _comparison_problems(config: Config) -> Iterator[str]:
+    data = config.data
+    if config.completions is not None:
+        if not data.demonstrations:
+            yield "completions: needs prompts from data.demonstrations"
+        if config.comparisons is None:
+            yield "comparisons: needed, to rank what completions samples"
+        if data.preferences:
+            yield "completions: drop it or data.preferences; comparisons come from one of them"
+    elif config.comparisons is not None:
+        yield "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"
+    if config.reward is not None and not _has_comparisons(config):
+        yield "reward: needs comparisons: give completions and comparisons, or data.preferences"
+
+
+def _share_problems(config: Config) -> Iterator[str]:
+    shares = config.data.shares
+    if config.sft is not None and config.data.demonstrations and shares.sft == 0:
+        yield "data.shares.sft: is 0, but sft is to be trained"
+    if _has_comparisons(config) and shares.reward == 0:
+        yield "data.shares.reward: is 0, but comparisons are to be collected from that split"
+    if shares.evaluation == 0:
+        yield "data.shares.evaluation: is 0, but every run is evaluated; give it a share"
+    if config.reward is not None and shares.heldout == 0:
+        yield "data.shares.heldout: is 0, but the reward model is tested on that split"
+
+
+def _policy_problems(config: Config) -> Iterator[str]:
+    data = config.data
+    for name, policy in config.policies.items():
+        if policy.method == "dpo" and not _has_comparisons(config):
+            yield f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
+        if policy.method in ("ppo", "best_of_n") and config.reward is None:
+            yield f"policies.{name}: {policy.method} needs a reward model: add a reward block"
+        if policy.method == "ppo" and data.shares.rl == 0:
+            yield f"policies.{name}: ppo needs prompts, but data.shares.rl is 0"
+        if policy.method == "ppo" and policy.ptx_coef and data.shares.sft == 0:
+            yield f"policies.{name}: ptx_coef needs demonstrations, but data.shares.sft is 0"
+
+
+def _limit_problems(config: Config) -> Iterator[str]:
+    limits = config.data.limits
+    for name, policy in config.policies.items():
+        if policy.method == "ppo" and limits.rl is not None and limits.rl < policy.prompts_per_batch:
+            yield (
+                f"data.limits.rl: {limits.rl} rows are fewer than one batch "
+                f"(policies.{name}.batch_size: {policy.batch_size})"
+            )
+    for key, block, limit in (("sft", config.sft, limits.sft), ("reward", config.reward, limits.reward)):
+        if block is not None and limit is not None and limit < block.batch_size:
+            yield f"data.limits.{key}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"

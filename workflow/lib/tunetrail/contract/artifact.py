@@ -7,6 +7,7 @@ from pathlib import Path
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.files import sync, write_json
+from tunetrail.provenance.environment import code_state
 from tunetrail.provenance.manifest import (
     MANIFEST,
     METRICS,
@@ -23,7 +24,7 @@ from tunetrail.provenance.manifest import (
     walk,
 )
 from tunetrail.provenance.record import build as build_record
-from tunetrail.provenance.record import code_state, dependency, exact, read_record
+from tunetrail.provenance.record import dependency, exact, read_record
 
 FIX = "delete the folder and run its stage again, or restore the file"
 

@@ -48,8 +48,9 @@ from tunetrail.contract.stage import Attempt, Input, RecordDraft, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
 from tunetrail.files import read_finished_rows, write_jsonl
+from tunetrail.provenance.environment import energy_joules, environment
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
-from tunetrail.provenance.record import energy_joules, environment, parent_of
+from tunetrail.provenance.record import parent_of
 
 # What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

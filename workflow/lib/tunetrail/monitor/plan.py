@@ -9,7 +9,8 @@ from tunetrail.errors import DataError
 from tunetrail.launch.resources import gpus
 from tunetrail.monitor.dag import Job
 from tunetrail.monitor.status import group_name, grouped, shared
-from tunetrail.provenance.record import device_hours, read_record
+from tunetrail.provenance.environment import device_hours
+from tunetrail.provenance.record import read_record
 
 
 @dataclass(frozen=True)

@@ -9,158 +9,20 @@ import base64
 import hashlib
 import json
 import os
-import platform
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tunetrail
 from tunetrail.errors import DataError
+from tunetrail.provenance.environment import code_state, device_hours, lock_file, packages
 from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, canonical, sha256_bytes, sha256_file, sha256_json
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:tunetrail:stage:v1"
-ENVIRONMENT = (
-    "ACCELERATE_MIXED_PRECISION", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS",
-    "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTHONHASHSEED", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION",
-    "TUNETRAIL_CHECKPOINT_MINUTES", "TUNETRAIL_TIME_LIMIT", "WORLD_SIZE",
-)  # fmt: skip
-"""Environment variables that a record may hold: an allowlist, so that no secret gets in."""
 MAX_DIFF = 2**20
 """Bytes of a dirty tree's diff that a record keeps; of a larger one only the digest."""
-
-
-# ----------------------------------------------------------------------------- what a record says of code and software
-
-
-def _git(*arguments: str) -> bytes | None:
-    command = ["git", "-C", str(Path(__file__).parent), "-c", "core.quotepath=off", *arguments]
-    try:
-        reply = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return reply.stdout if reply.returncode == 0 else None
-
-
-@cache
-def code_state() -> dict[str, Any]:
-    """Commit, whether the tree differs from it, the diff, untracked files, and a digest of the library's own files."""
-    library = Path(tunetrail.__file__).parent
-    files = {p.relative_to(library).as_posix(): sha256_file(p) for p in sorted(library.rglob("*.py"))}
-    state: dict[str, Any] = {"commit": None, "dirty": None, "diff": None, "untracked": {}}
-    commit, root = _git("rev-parse", "HEAD"), _git("rev-parse", "--show-toplevel")
-    # A package installed into an environment may lie in somebody else's checkout.
-    tracked = _git("ls-files", "--error-unmatch", str(Path(__file__)))
-    if commit is None or root is None or tracked is None:
-        state["reason"] = "not a git checkout, or git is not installed"
-    else:
-        top = root.decode().strip()
-        diff = _git("-C", top, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD") or b""
-        untracked = (
-            _git(
-                "-C",
-                top,
-                "ls-files",
-                "--others",
-                "--exclude-standard",
-                "--",
-                "Snakefile",
-                "workflow",
-                "config",
-                "profiles",
-            )
-            or b""
-        )
-        state |= {
-            "commit": commit.decode().strip(),
-            "dirty": bool(diff or untracked),
-            "untracked": {
-                name: sha256_file(Path(top, name))
-                for name in untracked.decode(errors="replace").splitlines()
-                if Path(top, name).is_file()
-            },
-        }
-        state["diff"] = diff or None
-    return state | {"library": sha256_json(files)}
-
-
-@cache
-def packages() -> dict[str, str]:
-    """Every installed distribution and its version, from the names of their folders: reading their metadata takes 100 times as long."""
-    found: dict[str, str] = {}
-    for entry in sys.path:
-        for folder in Path(entry).glob("*.dist-info"):
-            name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
-    return dict(sorted(found.items()))
-
-
-def _lock() -> dict | None:
-    path = Path(tunetrail.__file__).parents[3] / "envs/requirements.txt"
-    return {"name": "envs/requirements.txt", "digest": {"sha256": sha256_file(path)}} if path.exists() else None
-
-
-# ----------------------------------------------------------------------------- what a record says of an attempt
-
-
-def environment() -> dict[str, Any]:
-    """Where this attempt runs: host, job, nodes, devices, software, determinism. No torch is imported for it."""
-    torch = sys.modules.get("torch")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return {
-        "host": platform.node(),
-        "job_id": os.environ.get("SLURM_JOB_ID"),
-        "partition": os.environ.get("SLURM_JOB_PARTITION"),
-        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "gpus": gpus,
-        "driver": _driver() if gpus else None,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__ if torch else None,
-        "code": code_state()["library"],
-        "packages": sha256_json(packages()),
-        "deterministic": torch.are_deterministic_algorithms_enabled() if torch else None,
-        "variables": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-    }
-
-
-@cache
-def _cpu() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
-
-
-def _driver() -> str | None:
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except OSError:
-        return None
-
-
-def energy_joules() -> float | None:
-    """The processors' own counter since some moment in the past; None where there is none to read."""
-    total = 0
-    for counter in Path("/sys/class/powercap").glob("intel-rapl:?"):
-        try:
-            total += int((counter / "energy_uj").read_text())
-        except (OSError, ValueError):
-            return None
-    return total / 1e6 or None
-
-
-def device_hours(attempts: list[dict]) -> float:
-    """Hours of all attempts times their processes; what a killed attempt took is not known and not in it."""
-    return sum((a.get("seconds") or 0) * a.get("world_size", 1) for a in attempts) / 3600
 
 
 # ----------------------------------------------------------------------------- writing
@@ -250,44 +112,16 @@ def build(
         dependencies: what else it was made from, as SLSA ResourceDescriptors with `annotations.role`.
         attempts: the segments, oldest first.
         metrics: sha256 of metrics.json.
-        byproducts: ResourceDescriptors of logs and such.
-        also_about: further subjects, an evaluation's model for one.
+        byproducts: ResourceDescriptors of logs and the like.
+        also_about: further subjects, for instance an evaluation's model.
     """
-    code = code_state()
-    resolved: list[dict] = [
-        {
-            "name": os.path.relpath(parent["path"], output),  # from folder to folder: a run may be moved
-            "digest": {"sha256": parent["manifest"]},
-            "annotations": {"role": f"parent:{role}", "record": parent["record"]},
-        }
-        for role, parent in sorted(parents.items())
-    ]
-    resolved += [_renamed(d, lambda path: os.path.relpath(path, output)) for d in dependencies]
-    git = {"commit": code["commit"], "dirty": code["dirty"], "untracked": code["untracked"], "library": code["library"]}
-    resolved.append(
-        {"name": "code"}
-        | ({"digest": {"gitCommit": code["commit"]}} if code["commit"] else {})
-        | {"annotations": {"role": "code"} | git | ({"reason": code["reason"]} if "reason" in code else {})}
-    )
-    if lock := _lock():
-        resolved.append(lock | {"annotations": {"role": "lock"}})
-    resolved.append(
-        {
-            "name": "packages",
-            "digest": {"sha256": sha256_json(packages())},
-            "annotations": {"role": "packages", "installed": packages()},
-        }
-    )
-    products: list[dict] = [{"name": "metrics.json", "digest": {"sha256": metrics}}, *byproducts]
-    if code["diff"] is not None:
-        diff = code["diff"]
-        products.append(
-            {"name": "code.diff", "digest": {"sha256": hashlib.sha256(diff).hexdigest()}}
-            | ({"content": base64.b64encode(diff).decode()} if len(diff) <= MAX_DIFF else {})
-        )
-    energy = [a.get("energy_joules") for a in attempts]
-    known = all(e is not None for e in energy)
-    statement: dict[str, Any] = {
+    code, inputs = code_state(), _inputs(parents, output)
+    made_from = [*inputs, *(_renamed(d, lambda path: os.path.relpath(path, output)) for d in dependencies)]
+    invocation = {"config": config, "parents": [parent["digest"] for parent in inputs], "part": part}
+    version = {"tunetrail": tunetrail.__version__, "snakemake": packages().get("snakemake", "")}
+    metrics_file = {"name": "metrics.json", "digest": {"sha256": metrics}}
+    usage = {"name": "usage", "annotations": _usage(stage, attempts, training_flops)}
+    statement = {
         "_type": STATEMENT,
         "subject": [{"name": stage, "digest": {"sha256": sha256_bytes(manifest)}}, *also_about],
         "predicateType": PREDICATE,
@@ -296,27 +130,68 @@ def build(
                 "buildType": BUILD_TYPE,
                 "externalParameters": {"stage": stage, "part": f"{part[0]}/{part[1]}", "config": exact(config)},
                 "internalParameters": {"attempts": exact(attempts)},
-                "resolvedDependencies": resolved,
+                "resolvedDependencies": [*made_from, *_software(code)],
             },
             "runDetails": {
-                "builder": {
-                    "id": "urn:tunetrail",
-                    "version": {"tunetrail": tunetrail.__version__, "snakemake": packages().get("snakemake", "")},
-                },
+                "builder": {"id": "urn:tunetrail", "version": version},
                 "metadata": {
-                    "invocationId": sha256_json({"config": config, "parents": [r["digest"] for r in resolved[: len(parents)]], "part": part}),
+                    "invocationId": sha256_json(invocation),
                     "startedOn": attempts[0]["start"],
                     "finishedOn": attempts[-1]["end"],
                 },
-                "byproducts": products,
+                "byproducts": [metrics_file, *byproducts, *_code_diff(code), usage],
             },
         },
-    }  # fmt: skip
+    }
+    return canonical(statement)
+
+
+def _inputs(parents: dict[str, dict], output: Path) -> list[dict]:
+    """The parents as ResourceDescriptors, named from folder to folder: a run may be moved."""
+    return [
+        {
+            "name": os.path.relpath(parent["path"], output),
+            "digest": {"sha256": parent["manifest"]},
+            "annotations": {"role": f"parent:{role}", "record": parent["record"]},
+        }
+        for role, parent in sorted(parents.items())
+    ]
+
+
+def _software(code: dict[str, Any]) -> list[dict]:
+    """Code, lock file and installed packages as ResourceDescriptors."""
+    git = {key: code[key] for key in ("commit", "dirty", "untracked", "library")}
+    reason = {"reason": code["reason"]} if "reason" in code else {}
+    digest = {"digest": {"gitCommit": code["commit"]}} if code["commit"] else {}
+    lock = lock_file()
+    return [
+        {"name": "code"} | digest | {"annotations": {"role": "code"} | git | reason},
+        *([lock | {"annotations": {"role": "lock"}}] if lock else []),
+        {
+            "name": "packages",
+            "digest": {"sha256": sha256_json(packages())},
+            "annotations": {"role": "packages", "installed": packages()},
+        },
+    ]
+
+
+def _code_diff(code: dict[str, Any]) -> list[dict]:
+    """What the code differed from its commit in; of a large diff only the digest."""
+    diff = code["diff"]
+    if diff is None:
+        return []
+    content = {"content": base64.b64encode(diff).decode()} if len(diff) <= MAX_DIFF else {}
+    return [{"name": "code.diff", "digest": {"sha256": hashlib.sha256(diff).hexdigest()}} | content]
+
+
+def _usage(stage: str, attempts: list[dict], training_flops: float | None) -> dict[str, Any]:
+    """What it took; an unknown value is null with a reason."""
+    energy = [attempt.get("energy_joules") for attempt in attempts]
     usage: dict[str, Any] = {
         "rule": stage,
         "device_hours": round(device_hours(attempts), 6),
         "training_flops": training_flops,
-        "energy_joules": sum(e for e in energy if e) if known else None,
+        "energy_joules": sum(e for e in energy if e) if None not in energy else None,
     }
     for key, reason in (
         ("training_flops", "this stage trains nothing, or its trainer does not count"),
@@ -324,8 +199,7 @@ def build(
     ):
         if usage[key] is None:
             usage[f"{key}_reason"] = reason
-    statement["predicate"]["runDetails"]["byproducts"].append({"name": "usage", "annotations": usage})
-    return canonical(statement)
+    return usage
 
 
 def exact(value: Any) -> Any:

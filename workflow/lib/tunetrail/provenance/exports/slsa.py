@@ -1,0 +1,12 @@
+"""The record as it is, in its DSSE envelope where it is signed."""
+
+from pathlib import Path
+
+from tunetrail.provenance.exports.common import lineage_of
+from tunetrail.provenance.manifest import PROVENANCE, SIGNATURE
+
+
+def export(folder: Path) -> str:
+    path = folder / (SIGNATURE if (folder / SIGNATURE).exists() else PROVENANCE)
+    lineage_of(folder)
+    return path.read_text() + "\n"
