@@ -1,4 +1,4 @@
-"""What the tests of the labeling page share: tasks, a served store."""
+"""What the tests of the label server share: tasks, a served store, scripted labelers, a PostgreSQL."""
 
 import contextlib
 import http.client
@@ -25,6 +25,7 @@ import uvicorn
 from tunetrail.labeling.app import access
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import application
+from tunetrail.reporting.label_quality import page_values
 
 
 def ranking(name: str, k: int = 3, **more) -> dict:
@@ -35,7 +36,7 @@ def ranking(name: str, k: int = 3, **more) -> dict:
 def served(store: Store, prefix: str = "") -> Iterator[str]:
     """The address of the page, served by a thread."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=128)
-    server = uvicorn.Server(uvicorn.Config(application(store, prefix), log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(application(store, prefix, page_values), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     while not server.started:
@@ -47,7 +48,7 @@ def served(store: Store, prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def served_alone(store: str, *options: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`tunetrail label serve` as a process of its own, and its address."""
+    """`tunetrail label serve` as a separate process, with its address."""
     command = [sys.executable, "-m", "tunetrail", "label", "serve", "--store", store, "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -63,18 +64,18 @@ def served_alone(store: str, *options: str) -> Iterator[tuple[subprocess.Popen, 
 
 @dataclass
 class Scripted:
-    """A labeler that ranks through the page's HTTP interface and keeps what it was told."""
+    """A labeler that ranks over HTTP and remembers what the server replied."""
 
     address: str
     token: str
     latencies: list[float] = field(default_factory=list)
-    """Seconds of each submit."""
+    """The seconds that each submit took."""
     stored: list[int] = field(default_factory=list)
-    """The events that the page said it had stored."""
+    """The events that the server reported as stored."""
 
     @staticmethod
     def wait(address: str) -> None:
-        """Until the page answers."""
+        """Waits until the server accepts connections."""
         parts = urlsplit(address)
         for _ in range(600):
             with contextlib.suppress(OSError):
@@ -89,7 +90,8 @@ class Scripted:
         self.headers = {"content-type": "application/json"}
         reply, _ = self.ask("POST", "/enter", {"token": self.token})
         self.headers["cookie"] = (reply.getheader("set-cookie") or "").partition(";")[0]
-        self.headers["x-csrf-token"] = re.search(r'data-csrf="([^"]+)"', self.ask("GET", "/guidelines")[1])[1]  # type: ignore[index]
+        _, page = self.ask("GET", "/guidelines")
+        self.headers["x-csrf-token"] = re.findall(r'data-csrf="([^"]+)"', page)[0]
 
     def ask(self, method: str, path: str, body: dict | None = None) -> tuple[http.client.HTTPResponse, str]:
         self.connection.request(method, path, json.dumps(body) if body else None, self.headers)
@@ -97,20 +99,20 @@ class Scripted:
         return reply, reply.read().decode()
 
     def task(self) -> tuple[str, int] | None:
-        """The nonce of the next task and its number of outputs."""
+        """The nonce and the number of outputs of the next task; None if there is none."""
         _, page = self.ask("GET", "/task")
         found = re.search(r'data-nonce="([^"]+)"', page)
         return (found[1], page.count('<article class="output')) if found else None
 
     def submit(self, nonce: str, ranks: list[int]) -> None:
         start = time.perf_counter()
-        reply, said = self.ask("POST", "/submit", {"nonce": nonce, "answer": {"ranks": ranks, "seconds": 1}})
+        reply, text = self.ask("POST", "/submit", {"nonce": nonce, "answer": {"ranks": ranks, "seconds": 1}})
         self.latencies.append(time.perf_counter() - start)
-        assert reply.status == 200, said
-        self.stored.append(json.loads(said)["event"])
+        assert reply.status == 200, text
+        self.stored.append(json.loads(text)["event"])
 
     def work(self, most: int, pause: float = 0.0) -> None:
-        """Ranks so many tasks, resting about `pause` seconds before and after each page."""
+        """Ranks at most this many tasks, resting about `pause` seconds before and after each page."""
         random = Random(self.token)
         for n in range(most):
             time.sleep(pause * 2 * random.random())
@@ -122,7 +124,7 @@ class Scripted:
 
 
 def at_once(store: Store, address: str, labelers: int, rankings: int, pause: float = 0.0) -> list[Scripted]:
-    """So many labelers that each rank so much, all at the same time."""
+    """`labelers` labelers who each rank `rankings` tasks, all at the same time."""
     tokens = [access.add_labeler(store, f"labeler {n}")[1] for n in range(labelers)]
     all_ = [Scripted(address, token) for token in tokens]
     with ThreadPoolExecutor(labelers) as pool:
@@ -131,14 +133,14 @@ def at_once(store: Store, address: str, labelers: int, rankings: int, pause: flo
 
 
 def postgres_programs() -> Path | None:
-    """The folder of Debian's PostgreSQL server, the newest there is."""
+    """The folder of the newest PostgreSQL server that Debian installed."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     return found[-1].parent if found else None
 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """The URL of an empty database of a PostgreSQL of its own. It refuses to run as root, so root becomes nobody."""
+    """The URL of an empty database on a new PostgreSQL server, which runs as nobody since it refuses to run as root."""
     programs = postgres_programs()
     assert programs, "PostgreSQL is not installed; .ci/run installs it"
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path must be short

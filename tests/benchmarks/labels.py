@@ -1,10 +1,10 @@
-"""How long a labeler waits for a ranking to be stored, with twenty labelers at once, over HTTP.
+"""How long a labeler waits for a ranking to be stored, with twenty labelers working at once over HTTP.
 
     python -m tests.benchmarks.labels
 
-`paced`: each rests about half a second before its page and again before its answer, which is many times faster than
-people rank; `flat_out`: none rests, so each request queues behind those of the other nineteen. In PostgreSQL only where it is
-installed.
+`paced`: each labeler rests about half a second before each page and again before each answer, which is many times
+faster than people rank. `flat_out`: nobody rests, so each request queues behind those of the other nineteen. PostgreSQL
+is measured only where it is installed.
 """
 
 import json
@@ -18,7 +18,7 @@ LABELERS, RANKINGS = 20, 50
 
 
 def latency(url: str, pause: float) -> dict[str, float]:
-    """Milliseconds of a submit, median and 95th percentile, and how many there were."""
+    """Milliseconds per submit, median and 95th percentile, and the number of submits."""
     store = Store(url)
     tasks = [ranking(f"t{i}", 4) for i in range(LABELERS * RANKINGS // 2)]
     store.publish(tasks, {"overlap": 3})

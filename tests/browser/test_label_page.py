@@ -421,7 +421,8 @@ def test_what_screen_readers_are_told(ada):
     assert ada.tray() == "C A D | B", "a button that has the focus does what it says"
     ada.press("z")
     snapshot = page.locator("body").aria_snapshot()
-    for line in ('list "Ranking, best first"', 'region "Outputs"', "Rating from 1 (bad) to 7 (excellent)", 'button "Submit'):
+    rating = "Rating from 1 (bad) to 7 (excellent)"
+    for line in ('list "Ranking, best first"', 'region "Outputs"', rating, 'button "Submit'):
         assert line in snapshot
 
 

@@ -1,4 +1,4 @@
-"""Stores of labels, in either database."""
+"""Label stores in either database."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ from tunetrail.provenance.manifest import sha256_bytes
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A PostgreSQL of this file's own; None where it is not installed."""
+    """The URL of a PostgreSQL server for one test module; None where it is not installed."""
     with postgres() if postgres_programs() else contextlib.nullcontext() as url:
         yield url
 
@@ -24,7 +24,7 @@ def lite(tmp_path) -> Store:
 
 @pytest.fixture
 def postgresql(cluster, request) -> Store:
-    """In a schema of the test's own."""
+    """A store in a schema of its own."""
     if cluster is None:
         pytest.skip("PostgreSQL is not installed")
     schema = f"t{sha256_bytes(request.node.name.encode())[:20]}"

@@ -75,7 +75,7 @@ def compare(tmp_path, artifact):
     return call
 
 
-def test_artifact(compare):
+def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
     code, folder = compare(ROWS[:2], ROWS[2:], labelers=2)
     assert code == 0
     rows = read_jsonl(folder / "comparisons.jsonl")
@@ -104,7 +104,7 @@ def test_artifact(compare):
     assert labels["annotations"]["labelers"] == ["reference-0", "reference-1"]
 
 
-def test_bytes_do_not_depend_on_sharding_but_on_seed_and_noise(compare):
+def test_bytes_depend_on_seed_and_noise_but_not_on_sharding(compare):
     def written(*shards, **options):
         code, folder = compare(*shards, **options)
         assert code == 0
@@ -131,7 +131,7 @@ def test_summary_by_hand():
     assert summary["labelers"] == {"ann": {"rankings": 1}, "bob": {"rankings": 1}}
 
 
-def test_one_labeler_has_no_agreement(compare):
+def test_agreement_needs_two_labelers(compare):
     _, folder = compare(ROWS)
     assert json.loads((folder / "metrics.json").read_text())["agreement"] is None
 
@@ -140,8 +140,14 @@ def test_one_labeler_has_no_agreement(compare):
     ("rows", "options", "code", "message"),
     [
         (
-            [ROWS[0], make_row("alone", completions=["one"]), make_row("same", completions=["x", "x"]), make_row("h", split="heldout")],
-            {}, 65,
+            [
+                ROWS[0],
+                make_row("alone", completions=["one"]),
+                make_row("same", completions=["x", "x"]),
+                make_row("h", split="heldout"),
+            ],
+            {},
+            65,
             "only 1 of 3 prompts of the reward split have two distinct completions, at least 2 are needed",
         ),
         ([], {}, 65, "only 0 of 0 prompts"),
@@ -149,8 +155,8 @@ def test_one_labeler_has_no_agreement(compare):
         (ROWS, {"tie": 100.0}, 65, "every pair is a tie"),
         ([ROWS[0], make_row("no-reference", ref=None)], {}, 65, "row no-reference has no reference text"),
     ],
-)  # fmt: skip
-def test_refusals_are_one_line_and_leave_nothing(compare, capfd, rows, options, code, message):
+)
+def test_refusals_are_one_line_and_leave_no_artifact(compare, capfd, rows, options, code, message):
     result, folder = compare(rows, **options)
     error = capfd.readouterr().err.strip()
     assert result == code
@@ -162,10 +168,16 @@ def test_refusals_are_one_line_and_leave_nothing(compare, capfd, rows, options, 
 def test_recorded_rankings_through_the_stage(compare, tmp_path, capfd):
     path = tmp_path / "people.jsonl"
     people = [
-        {"prompt": row["prompt"], "completions": COMPLETIONS[::-1], "ranks": [1, 2, 2], "labeler": labeler, "time": "2024-05-01"}
+        {
+            "prompt": row["prompt"],
+            "completions": COMPLETIONS[::-1],
+            "ranks": [1, 2, 2],
+            "labeler": labeler,
+            "time": "2024-05-01",
+        }
         for row in ROWS
         for labeler in ("ann", "bob")
-    ]  # fmt: skip
+    ]
     write_jsonl(path, people)
     code, folder = compare(ROWS, labeler="recorded", path=str(path))
     assert code == 0

@@ -1,4 +1,4 @@
-"""Readers on the rows that files out there hold: what they must understand, and what they must refuse with which line."""
+"""Readers on rows as real files hold them: what they must understand, and what they must refuse, naming the line."""
 
 import datetime
 import gzip
@@ -32,7 +32,7 @@ def assistant(content: str) -> dict:
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """Writes rows, text or bytes to a file in a folder of its own; gives its source."""
+    """A function that writes rows, text or bytes to a file and returns its source."""
     monkeypatch.chdir(tmp_path)
 
     def write(content, name: str = "d.jsonl", **more) -> FileSource:
@@ -52,54 +52,153 @@ def parquet(rows: list[dict]) -> bytes:
 
 JSON = "; every line must hold one JSON object"
 BAD_DEMONSTRATIONS = {
-    "half a character": ('{"prompt": "\\ud800", "completion": "A"}\n', "d.jsonl:1: 'prompt' holds half of a surrogate pair, which is no character; remove it"),
-    "a message without role": ([{"messages": [{"content": "x", "name": "n"}]}], "d.jsonl:1: 'messages[0]' must have 'role' and 'content'"),
+    "half a character": (
+        '{"prompt": "\\ud800", "completion": "A"}\n',
+        "d.jsonl:1: 'prompt' holds half of a surrogate pair, which is no character; remove it",
+    ),
+    "a message without role": (
+        [{"messages": [{"content": "x", "name": "n"}]}],
+        "d.jsonl:1: 'messages[0]' must have 'role' and 'content'",
+    ),
     "a message that is a text": ([{"messages": ["x"]}], "d.jsonl:1: 'messages[0]' must have 'role' and 'content'"),
-    "a message in parts": ([{"messages": [user("x") | {"content": [{"type": "text"}]}]}], "d.jsonl:1: 'content' must be a text, got list"),
-    "the assistant first": ([{"messages": [assistant("x")]}], "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user"),
-    "no user before the assistant": ([{"messages": [{"role": "system", "content": "s"}, assistant("x")]}], "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user"),
-    "a bad byte far down": (b'{"text": "a"}\n' * 40 + b'{"text": "\xff"}\n', "d.jsonl:41: not UTF-8; convert the file with iconv"),
-    "a cut last line": ('{"text": "a"}\n{"text": "b', "d.jsonl:2: not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))" + JSON),
-    "two objects in a line": ('{"text": "a"} {"text": "b"}\n', "d.jsonl:1: not valid JSON (Extra data: line 1 column 15 (char 14))" + JSON),
+    "a message in parts": (
+        [{"messages": [user("x") | {"content": [{"type": "text"}]}]}],
+        "d.jsonl:1: 'content' must be a text, got list",
+    ),
+    "the assistant first": (
+        [{"messages": [assistant("x")]}],
+        "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user",
+    ),
+    "no user before the assistant": (
+        [{"messages": [{"role": "system", "content": "s"}, assistant("x")]}],
+        "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user",
+    ),
+    "a bad byte far down": (
+        b'{"text": "a"}\n' * 40 + b'{"text": "\xff"}\n',
+        "d.jsonl:41: not UTF-8; convert the file with iconv",
+    ),
+    "a cut last line": (
+        '{"text": "a"}\n{"text": "b',
+        "d.jsonl:2: not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))" + JSON,
+    ),
+    "two objects in a line": (
+        '{"text": "a"} {"text": "b"}\n',
+        "d.jsonl:1: not valid JSON (Extra data: line 1 column 15 (char 14))" + JSON,
+    ),
     "a JSON array": ('[{"text": "a"}]\n', "d.jsonl:1: must be a JSON object, got list"),
     "a number": ('{"text": NaN}\n', "d.jsonl:1: 'text' must be a text, got float"),
     "only white lines": ("\n \n", "d.jsonl: holds no rows"),
-}  # fmt: skip
+}
 BAD_PREFERENCES = {
-    "an order of texts": ([RANKED | {"order": [0, "1"]}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
-    "an order that is a number": ([RANKED | {"order": 5}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
-    "a time that is a number": ([RANKED | {"time": 5}], "d.jsonl:1: 'time' must be a text such as 2026-01-01T12:00:00Z, got int"),
+    "an order of texts": (
+        [RANKED | {"order": [0, "1"]}],
+        "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0",
+    ),
+    "an order that is a number": (
+        [RANKED | {"order": 5}],
+        "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0",
+    ),
+    "a time that is a number": (
+        [RANKED | {"time": 5}],
+        "d.jsonl:1: 'time' must be a text such as 2026-01-01T12:00:00Z, got int",
+    ),
     "a labeler that is a list": ([RANKED | {"labeler": ["ann"]}], "d.jsonl:1: 'labeler' must be a name, got list"),
-    "no ranks": ([{"prompt": "Q", "completions": ["a", "b"]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
-    "half ranks": ([RANKED | {"ranks": [1, 1.5]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
-    "true for a rank": ([RANKED | {"ranks": [True, 2]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
+    "no ranks": (
+        [{"prompt": "Q", "completions": ["a", "b"]}],
+        "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion",
+    ),
+    "half ranks": (
+        [RANKED | {"ranks": [1, 1.5]}],
+        "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion",
+    ),
+    "true for a rank": (
+        [RANKED | {"ranks": [True, 2]}],
+        "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion",
+    ),
     "no prompt": ([{"completions": ["a", "b"], "ranks": [1, 2]}], "d.jsonl:1: 'prompt' must be a text, got NoneType"),
-    "chosen of several turns": ([{"prompt": [user("q")], "chosen": [assistant("1"), user("2"), assistant("3")], "rejected": [assistant("x")]}], "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one"),
-    "rejected of the user": ([{"prompt": [user("q")], "chosen": [assistant("x")], "rejected": [user("y")]}], "d.jsonl:1: 'rejected' must be one message of the assistant, or the prompt's messages and then that one"),
-    "chosen after another prompt": ([{"prompt": "q", "chosen": [user("r"), assistant("x")], "rejected": [user("q"), assistant("y")]}], "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one"),
-    "a chat beside a text": ([{"prompt": "q", "chosen": "x", "rejected": [assistant("y")]}], "d.jsonl:1: 'rejected' must be a text, got list"),
-    "a prompt of the assistant": ([{"prompt": [user("q"), assistant("x")], "chosen": "a", "rejected": "b"}], "d.jsonl:1: 'prompt' must end with a turn of the user"),
-    "chats without a user": ([{"chosen": [{"role": "system", "content": "s"}, assistant("x")], "rejected": [{"role": "system", "content": "s"}, assistant("y")]}], "d.jsonl:1: the turn before the last of 'chosen' and 'rejected' must be the user's"),
-    "the second row": ([RANKED, RANKED | {"completions": ["a", " a"]}], "d.jsonl:2: two of its responses are the same text; remove the row"),
-    "labels that are no list": ([{"prompt": "Q", "a": "x", "b": "y", "labels": 1}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), 1 (a is better) or 2 (b is better)"),
-}  # fmt: skip
+    "chosen of several turns": (
+        [{"prompt": [user("q")], "chosen": [assistant("1"), user("2"), assistant("3")], "rejected": [assistant("x")]}],
+        "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one",
+    ),
+    "rejected of the user": (
+        [{"prompt": [user("q")], "chosen": [assistant("x")], "rejected": [user("y")]}],
+        "d.jsonl:1: 'rejected' must be one message of the assistant, or the prompt's messages and then that one",
+    ),
+    "chosen after another prompt": (
+        [{"prompt": "q", "chosen": [user("r"), assistant("x")], "rejected": [user("q"), assistant("y")]}],
+        "d.jsonl:1: 'chosen' must be one message of the assistant, or the prompt's messages and then that one",
+    ),
+    "a chat beside a text": (
+        [{"prompt": "q", "chosen": "x", "rejected": [assistant("y")]}],
+        "d.jsonl:1: 'rejected' must be a text, got list",
+    ),
+    "a prompt of the assistant": (
+        [{"prompt": [user("q"), assistant("x")], "chosen": "a", "rejected": "b"}],
+        "d.jsonl:1: 'prompt' must end with a turn of the user",
+    ),
+    "chats without a user": (
+        [
+            {
+                "chosen": [{"role": "system", "content": "s"}, assistant("x")],
+                "rejected": [{"role": "system", "content": "s"}, assistant("y")],
+            }
+        ],
+        "d.jsonl:1: the turn before the last of 'chosen' and 'rejected' must be the user's",
+    ),
+    "the second row": (
+        [RANKED, RANKED | {"completions": ["a", " a"]}],
+        "d.jsonl:2: two of its responses are the same text; remove the row",
+    ),
+    "labels that are no list": (
+        [{"prompt": "Q", "a": "x", "b": "y", "labels": 1}],
+        "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), 1 (a is better) or 2 (b is better)",
+    ),
+}
 BAD_FILES = {
-    "more cells than the header": ("d.csv", b"prompt,completion\nQ,A,extra\n", "d.csv: rows have more cells than the header; quote cells that hold a comma"),
-    "more cells further down": ("d.csv", b"prompt,completion\nQ,A\nQ,A,x\n", "d.csv: cannot be read as CSV: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3"),
-    "fewer cells": ("d.csv", b"prompt,completion\nQ,A\nR\n", "d.csv:2: 'completion' is empty; remove the row or fill it"),
+    "more cells than the header": (
+        "d.csv",
+        b"prompt,completion\nQ,A,extra\n",
+        "d.csv: rows have more cells than the header; quote cells that hold a comma",
+    ),
+    "more cells further down": (
+        "d.csv",
+        b"prompt,completion\nQ,A\nQ,A,x\n",
+        "d.csv: cannot be read as CSV: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3",
+    ),
+    "fewer cells": (
+        "d.csv",
+        b"prompt,completion\nQ,A\nR\n",
+        "d.csv:2: 'completion' is empty; remove the row or fill it",
+    ),
     "Latin-1": ("d.csv", b"prompt,completion\nQ,\xff\n", "d.csv: not UTF-8; convert the file with iconv"),
-    "a cut gzip": ("d.csv.gz", gzip.compress(b"prompt,completion\nQ,A\n" * 99)[:40], "d.csv.gz: the gzip file is cut short or damaged; copy it again"),
+    "a cut gzip": (
+        "d.csv.gz",
+        gzip.compress(b"prompt,completion\nQ,A\n" * 99)[:40],
+        "d.csv.gz: the gzip file is cut short or damaged; copy it again",
+    ),
     "no gzip": ("d.parquet.gz", b"PAR1", "d.parquet.gz: the gzip file is cut short or damaged; copy it again"),
-    "a missing value": ("d.parquet", parquet([GOOD, {"prompt": "R", "completion": None}]), "d.parquet:2: 'completion' must be a text, got NoneType"),
-    "numbers": ("d.parquet", parquet([{"prompt": 1, "completion": "A"}]), "d.parquet:1: 'prompt' must be a text, got int"),
+    "a missing value": (
+        "d.parquet",
+        parquet([GOOD, {"prompt": "R", "completion": None}]),
+        "d.parquet:2: 'completion' must be a text, got NoneType",
+    ),
+    "numbers": (
+        "d.parquet",
+        parquet([{"prompt": 1, "completion": "A"}]),
+        "d.parquet:1: 'prompt' must be a text, got int",
+    ),
     "no rows": ("d.parquet", pd.DataFrame({"text": []}).to_parquet(), "d.parquet: holds no rows"),
-    "gz of an unknown format": ("d.json.gz", b"", "d.json.gz: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)"),
+    "gz of an unknown format": (
+        "d.json.gz",
+        b"",
+        "d.json.gz: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)",
+    ),
     "no suffix": ("d", b"", "d: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_DEMONSTRATIONS)
-def test_bad_demonstrations(file, case):
+def test_bad_demonstrations_are_refused(file, case):
     content, message = BAD_DEMONSTRATIONS[case]
     with pytest.raises(DataError) as error:
         check_sources(DataConfig(demonstrations=[file(content)]))
@@ -107,7 +206,7 @@ def test_bad_demonstrations(file, case):
 
 
 @pytest.mark.parametrize("case", BAD_PREFERENCES)
-def test_bad_preferences(file, case):
+def test_bad_preferences_are_refused(file, case):
     content, message = BAD_PREFERENCES[case]
     with pytest.raises(DataError) as error:
         check_sources(DataConfig(preferences=[file(content)]))
@@ -115,14 +214,14 @@ def test_bad_preferences(file, case):
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(file, case):
+def test_bad_files_are_refused(file, case):
     name, content, message = BAD_FILES[case]
     with pytest.raises(DataError) as error:
         check_sources(DataConfig(demonstrations=[file(content, name)]))
     assert str(error.value) == message
 
 
-def test_nesting_without_end_is_one_line(file):
+def test_the_error_for_endless_nesting_is_one_line(file):
     with pytest.raises(
         DataError, match=r"^d\.jsonl:1: not valid JSON \([^\n]+\); every line must hold one JSON object$"
     ):
@@ -131,7 +230,7 @@ def test_nesting_without_end_is_one_line(file):
 
 @pytest.mark.parametrize("value", [None, "", "  "])
 def test_an_empty_group_is_refused(file, value):
-    """Not taken for a group of its own, which would tie all such rows together."""
+    """An empty value is not a group: it would put all such rows into one split."""
     with pytest.raises(DataError, match=r"^d\.jsonl:1: 'user', which group names, is empty; fill it$"):
         read_demonstrations(file([GOOD | {"user": value}], group="user"))
 
@@ -144,7 +243,7 @@ def test_a_row_without_a_mapped_column_can_be_left_out(file):
     assert invalid == [f"d.jsonl:2: {message}"]
 
 
-def test_a_file_of_invalid_rows_is_no_empty_file(file):
+def test_a_file_with_only_invalid_rows_is_not_reported_as_empty(file):
     with pytest.raises(DataError) as error:
         read_demonstrations(file([{"prompt": "", "completion": "A"}] * 2), [])
     assert str(error.value) == (
@@ -155,7 +254,7 @@ def test_a_file_of_invalid_rows_is_no_empty_file(file):
 # ----------------------------------------------------------------------------- understood
 
 
-def test_columns_may_change_places(file):
+def test_two_columns_may_swap_names(file):
     (row,) = read_demonstrations(file([GOOD], columns={"prompt": "completion", "completion": "prompt"}))
     assert (row["messages"], row["completion"]) == ([user("A")], "Q")
 
@@ -167,8 +266,8 @@ def test_group_may_name_a_mapped_column_by_either_name(file):
     assert [read_demonstrations(source)[0]["group"] for source in (by_source, by_ours)] == ["Q", "7"]
 
 
-def test_rows_of_one_conversation_stay_in_one_group(file):
-    """Whatever came later: a conversation is known by what the user said first."""
+def test_all_rows_of_a_conversation_share_a_group(file):
+    """A conversation is identified by the user's first message, whatever follows."""
     first, second = [user("Hi  There"), assistant("1")], [user("and now?"), assistant("2")]
     system = {"role": "system", "content": "s"}
     chats = read_demonstrations(file([{"messages": first + second}, {"messages": [system, *first]}]))
@@ -185,7 +284,7 @@ def test_rows_of_one_conversation_stay_in_one_group(file):
     assert [row["group"] for row in read_preferences(file(pairs))] == ["hi there"] * 3
 
 
-def test_byte_order_marks_and_windows_lines(file):
+def test_byte_order_marks_and_windows_line_ends_are_read(file):
     rows = b'{"prompt": "Q", "completion": "A"}\r\n\r\n{"prompt": "R", "completion": "B"}\r\n'
     assert [row["completion"] for row in read_demonstrations(file(b"\xef\xbb\xbf" + rows))] == ["A", "B"]
     assert len(read_demonstrations(file(b"\xef\xbb\xbfprompt,completion\r\nQ,A\r\n", "d.csv"))) == 1
@@ -209,7 +308,7 @@ def test_a_csv_prompt_that_looks_like_a_list_is_a_text(file):
 
 
 @pytest.mark.parametrize("name", ["d.parquet", "d.parquet.gz", "my.csv.parquet"])
-def test_parquet_cells_become_plain(file, name):
+def test_parquet_cells_become_plain_values(file, name):
     rows = [
         RANKED | {"order": [1, 0], "time": pd.Timestamp("2026-01-02T03:04:05Z"), "labeler": 0},
         RANKED | {"prompt": "R", "order": None, "time": None, "labeler": 1},
@@ -225,7 +324,7 @@ def test_parquet_cells_become_plain(file, name):
 
 
 def test_labelers_keep_their_names(file):
-    """0 is a labeler, not the absence of one."""
+    """A labeler called 0 is not a missing labeler."""
     rows = read_preferences(file([RANKED | {"labeler": name} for name in (0, 1, "", None, "ann")]))
     assert [ranking["labeler"] for row in rows for ranking in row["rankings"]] == [
         "0",
@@ -236,7 +335,7 @@ def test_labelers_keep_their_names(file):
     ]
 
 
-def test_conversational_preferences(file):
+def test_conversational_preferences_are_read(file):
     chat = [user("q"), assistant("1"), user("r")]
     rows = read_preferences(file([
         {"prompt": chat, "chosen": [assistant("good")], "rejected": [assistant("bad")]},
@@ -249,7 +348,7 @@ def test_conversational_preferences(file):
     assert rows[3]["rankings"][0]["ranks"] == [2, 1]
 
 
-def test_annotators_of_repeated_pairs_are_kept(file):
+def test_all_annotators_of_a_repeated_pair_are_kept(file):
     pair = {"prompt": "Q", "a": "x", "b": "y"}
     (row,) = read_preferences(file([pair | {"labels": [0, 1, 2]}, pair | {"labels": [2]}]))
     assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [
@@ -257,8 +356,8 @@ def test_annotators_of_repeated_pairs_are_kept(file):
     ]  # fmt: skip
 
 
-def test_a_row_knows_where_it_stands(file):
-    """Empty lines count, and a chat's rows share a line."""
+def test_every_row_comes_with_its_line(file):
+    """Empty lines count, and all rows of a chat have the same line."""
     chat = {"messages": [user("1"), assistant("2"), user("3"), assistant("4")]}
     source = file(json.dumps(GOOD) + "\n\n" + json.dumps(chat))
     assert [where for where, _ in demonstrations(source)] == ["d.jsonl:1", "d.jsonl:3", "d.jsonl:3"]
@@ -287,7 +386,7 @@ def test_hub_rows_are_checked_like_a_file(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "reason"), [(ConnectionError("no network\nmore"), "no network"), (AssertionError(), "AssertionError")]
 )
-def test_a_hub_out_of_reach_is_one_line(monkeypatch, error, reason):
+def test_the_error_for_an_unreachable_hub_is_one_line(monkeypatch, error, reason):
     def load(*args, **kwargs):
         raise error
 
@@ -301,7 +400,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, error, reason):
 
 
 def test_checking_needs_no_heavy_library(tmp_path):
-    """It runs each time Snakemake starts."""
+    """Sources are checked each time Snakemake starts."""
     (tmp_path / "d.jsonl").write_text(json.dumps(GOOD) + "\n", encoding="utf-8")
     code = (
         "import sys; from tunetrail.config.data import DataConfig; from tunetrail.data.readers import check_sources\n"
@@ -332,8 +431,8 @@ def test_readers_and_rankings_import_nothing_of_later_steps(module):
 
 
 @needs_shared
-def test_real_files_have_no_more_than_the_known_bad_rows():
-    """Outputs of PandaLM's models that are empty, HH conversations that are empty or part early."""
+def test_real_files_have_only_the_known_bad_rows():
+    """The bad rows are empty outputs of PandaLM's models, and HH conversations that are empty or diverge early."""
     for name, rankings, bad in (("pandalm/pairs", 2817, 54), ("hh-harmless-base/comparisons", 1794, 6)):
         invalid: list[str] = []
         source = FileSource(source="file", path=SHARED / f"{name}.jsonl.gz")

@@ -44,7 +44,7 @@ def there_and_back(given: list[exchange.Item], form: str, folder) -> list[exchan
 
 
 def ranks_by_text(found: list[exchange.Item]) -> dict:
-    """What every format must keep: who gave which text of which prompt which rank."""
+    """What every format must preserve: the rank that each labeler gave to each text of a prompt."""
     return {
         (item["id"], item["prompt"], ranking["labeler"]): dict(zip(item["completions"], ranking["ranks"], strict=True))
         for item in found
@@ -63,10 +63,10 @@ def test_jsonl_loses_nothing(folder, given):
 
 
 @given(given=items(all_tied=False))
-def test_trl_pairs_tell_all_ranks_unless_all_are_tied(folder, given):
+def test_trl_pairs_determine_all_ranks_unless_all_are_tied(folder, given):
     found = there_and_back(given, "trl", folder)
     assert ranks_by_text(found) == ranks_by_text(given)
-    assert len(found) == len(given)  # two labelers' pairs are of one task
+    assert len(found) == len(given)  # the pairs of two labelers belong to one task
 
 
 def item(ranks: list[int], order: list[int] | None = None) -> exchange.Item:
@@ -75,14 +75,14 @@ def item(ranks: list[int], order: list[int] | None = None) -> exchange.Item:
     return {"id": "t", "prompt": "p", "completions": texts, "rankings": [ranking]}
 
 
-def test_what_a_tie_becomes():
+def test_a_tied_pair_has_no_line_in_trl():
     tied, all_tied = item([2, 1, 1], [0, 2, 1]), item([1, 1, 1])
     pairs = [(row["chosen"], row["rejected"]) for row in exchange.to_trl([tied])]
     assert pairs == [("b", "a"), ("c", "a")]
     assert exchange.to_trl([all_tied]) == []
 
 
-def test_pairs_of_another_tool_are_rankings_of_two(tmp_path):
+def test_pairs_without_id_and_labeler_are_rankings_of_two(tmp_path):
     (tmp_path / "trl").write_text('{"prompt": "p", "chosen": "y", "rejected": "x"}\n' * 2)
     assert ranks_by_text(exchange.read(tmp_path / "trl", "trl")) == {
         ("line-1", "p", "recorded"): {"y": 1, "x": 2},
@@ -93,15 +93,23 @@ def test_pairs_of_another_tool_are_rankings_of_two(tmp_path):
 PAIR = {"id": "t", "prompt": "p", "labeler": "l"}
 BAD = [
     ("jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}\n{"prompt": "p"', "bad:2: not valid JSON"),
-    ("jsonl", '\n{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}', "bad:2: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
+    (
+        "jsonl",
+        '\n{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}',
+        "bad:2: 'ranks' must be 2 whole numbers from 1 (best), one per completion",
+    ),
     ("trl", '{"prompt": "p", "chosen": "a"}', "bad:1: 'rejected' must be a text"),
-    ("trl", "\n".join(json.dumps(PAIR | {"chosen": a, "rejected": b}) for a, b in ("ab", "bc", "ca")), "bad:1: the pairs of id 't' by l do not form a ranking"),
+    (
+        "trl",
+        "\n".join(json.dumps(PAIR | {"chosen": a, "rejected": b}) for a, b in ("ab", "bc", "ca")),
+        "bad:1: the pairs of id 't' by l do not form a ranking",
+    ),
     ("trl", "[]", "bad:1: must be a JSON object, got list"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("form", "content", "message"), BAD)
-def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, form, content, message):
+def test_the_error_for_a_bad_file_is_one_line_that_names_the_place(tmp_path, form, content, message):
     (tmp_path / "bad").write_text(content)
     with pytest.raises(DataError) as error:
         exchange.read(tmp_path / "bad", form)
@@ -137,7 +145,7 @@ def store(tmp_path) -> str:
     return path
 
 
-def test_what_is_exported_can_be_trained_on(store, tmp_path):
+def test_exported_labels_can_be_trained_on(store, tmp_path):
     ranked, written = tmp_path / "ranked.jsonl", tmp_path / "written.jsonl"
     assert main(["label", "export", "--store", store, "--format", "jsonl", "--output", str(ranked)]) == 0
     (row,) = read_preferences(FileSource(source="file", path=ranked))

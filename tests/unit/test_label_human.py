@@ -1,4 +1,4 @@
-"""Labeler human: tasks out, rankings in, and what happens until they are all there."""
+"""The labeler human: tasks are published, rankings are collected, and the run waits until they are complete."""
 
 import json
 from functools import partial
@@ -24,7 +24,7 @@ KINDS = {"tasks": tasks.run, "comparisons": comparisons.run}
 
 @pytest.fixture
 def run(tmp_path, artifact):
-    """Runs one of the two stages of a run on the same shard and returns (exit code, output folder)."""
+    """A function that runs one of the two stages on the same shard and returns (exit code, output folder)."""
     tiny_tokenizer().save_pretrained(tmp_path / "base" / "model")
     base = artifact("base")
 
@@ -48,14 +48,14 @@ def by_length(texts: list[str]) -> list[int]:
 
 
 def answer(store: Store, labeler: str, most: int = 100) -> None:
-    """Ranks up to so many tasks: the longer the better, equally long ones are a tie."""
+    """Ranks at most `most` tasks by length: longer is better, equal lengths are a tie."""
     for _ in range(most):
         if (given := queue.next_task(store, labeler)) is None:
             return
         queue.submit(store, labeler, given.nonce, {"ranks": by_length(given.outputs), "seconds": 5})
 
 
-def test_tasks_hold_what_people_see_and_no_more(run):
+def test_tasks_contain_only_what_people_see(run):
     code, folder = run("tasks")
     assert code == 0
     found = read_tasks(folder / "tasks.jsonl")
@@ -64,9 +64,14 @@ def test_tasks_hold_what_people_see_and_no_more(run):
         *(("reward", f"r{i}") for i in range(4)),
     ]
     assert found[0] == {
-        "id": "h0", "kind": "ranking", "prompt": "Q h0", "completions": ROWS[0]["completions"], "draft": None, "gold": None,
+        "id": "h0",
+        "kind": "ranking",
+        "prompt": "Q h0",
+        "completions": ROWS[0]["completions"],
+        "draft": None,
+        "gold": None,
         "split": "heldout",
-    }  # fmt: skip
+    }
     assert json.loads((folder / "metrics.json").read_text()) == {
         "tasks": 5,
         "gold": 0,
@@ -81,7 +86,7 @@ def test_the_template_around_a_prompt_is_not_shown(run):
     assert {task["prompt"] for task in read_tasks(folder / "tasks.jsonl")} == {"What is it?"}
 
 
-def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp_path, capfd):
+def test_the_stage_exits_with_75_until_the_quota_is_reached_and_then_exports_everything(run, tmp_path, capfd):
     run("tasks")
     capfd.readouterr()
     guidelines = tmp_path / "guidelines.md"
@@ -92,7 +97,8 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     assert (code, said.count("\n")) == (75, 1)
     path = tmp_path / "labels.db"
     assert said.startswith(
-        f"comparisons: waiting: for people: 0 of 10 rankings collected; start their page with `tunetrail label serve --store {path}`"
+        "comparisons: waiting: for people: 0 of 10 rankings collected; start their page with "
+        f"`tunetrail label serve --store {path}`"
     )
     assert not folder.exists()
 
@@ -114,7 +120,7 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["labelers"] == {f"human-{i}": {"rankings": n} for i, n in ((1, 5), (2, 3), (3, 2))}
     assert metrics["quality"]["agreement"]["mean"] == metrics["agreement"] == 1
-    assert "longer_wins" in metrics.keys() - metrics["quality"].keys(), "two definitions of one number"
+    assert "longer_wins" in metrics.keys() - metrics["quality"].keys(), "one number must not have two definitions"
 
     # The chain in the artifact can be followed to its head without the store, and the record names it.
     head = START
@@ -128,11 +134,11 @@ def test_it_waits_with_75_until_the_quota_is_there_and_then_exports_all(run, tmp
     assert about["labelers"] == ["human-1", "human-2", "human-3"]
     assert about["guideline"] == [sha256_bytes(b"Be *kind*.")]
     assert set(record.parents) == {"base", "data", "shard0", "tasks"}
-    # attempts that only found people at work are left out
+    # attempts that only waited for people are left out
     assert [attempt["ended"]["outcome"] for attempt in record.attempts] == ["done"]
 
 
-def test_an_exported_set_stays_what_it_was_until_more_is_asked_for(run, tmp_path):
+def test_an_exported_label_set_does_not_change_until_more_labels_are_requested(run, tmp_path):
     run("tasks")
     store = Store(str(tmp_path / "labels.db"))
     run("comparisons")
@@ -140,7 +146,7 @@ def test_an_exported_set_stays_what_it_was_until_more_is_asked_for(run, tmp_path
     _, folder = run("comparisons")
     before = (folder / "manifest.json").read_bytes()
     assert queue.undo(store, "human-1")
-    assert run("comparisons")[0] == 75  # made anew, as the user asked
+    assert run("comparisons")[0] == 75  # an explicit rerun rebuilds the artifact
     assert (folder / "manifest.json").read_bytes() == before
     assert run("comparisons", overlap=2)[0] == 75
     answer(store, "human-1")
@@ -149,7 +155,7 @@ def test_an_exported_set_stays_what_it_was_until_more_is_asked_for(run, tmp_path
     assert json.loads((folder / "metrics.json").read_text())["rankings"] == 10
 
 
-def test_what_too_many_skip_is_left_out(run, tmp_path, capfd):
+def test_tasks_skipped_by_too_many_labelers_are_left_out(run, tmp_path, capfd):
     run("tasks")
     store = Store(str(tmp_path / "labels.db"))
     run("comparisons", skips=1)
@@ -163,7 +169,7 @@ def test_what_too_many_skip_is_left_out(run, tmp_path, capfd):
     assert (metrics["prompts"], metrics["left_out"], metrics["skips"]) == (4, 2, 1)  # and one prompt has one completion
 
 
-def test_all_skipped_is_an_error(run, tmp_path, capfd):
+def test_skipping_every_task_is_an_error(run, tmp_path, capfd):
     run("tasks")
     store = Store(str(tmp_path / "labels.db"))
     run("comparisons", skips=1)
@@ -173,7 +179,7 @@ def test_all_skipped_is_an_error(run, tmp_path, capfd):
     assert "only 0 prompts of the reward split were ranked" in capfd.readouterr().err
 
 
-def test_gold_measures_and_is_no_label(run, tmp_path, capfd):
+def test_gold_answers_measure_quality_and_are_not_labels(run, tmp_path, capfd):
     gold = tmp_path / "gold.jsonl"
     write_jsonl(
         gold, [{"id": f"g{i}", "prompt": "p", "completions": ["a", "bb"], "gold": {"ranks": [2, 1]}} for i in range(2)]
@@ -197,7 +203,7 @@ def test_gold_measures_and_is_no_label(run, tmp_path, capfd):
     assert "gold.jsonl: task 'g' has no gold" in capfd.readouterr().err
 
 
-def test_a_store_of_another_run_is_left_alone(run, tmp_path, capfd):
+def test_a_store_of_another_run_is_not_touched(run, tmp_path, capfd):
     run("tasks")
     run("comparisons")
     tasks_before = Store(str(tmp_path / "labels.db")).tasks()
@@ -207,7 +213,7 @@ def test_a_store_of_another_run_is_left_alone(run, tmp_path, capfd):
     assert Store(str(tmp_path / "labels.db")).tasks() == tasks_before
 
 
-def test_a_store_with_tasks_of_no_run_is_left_alone(run, tmp_path, capfd):
+def test_a_store_with_tasks_of_no_run_is_not_touched(run, tmp_path, capfd):
     run("tasks")
     store = Store(str(tmp_path / "labels.db"))
     store.publish([ranking("a")])
@@ -216,14 +222,14 @@ def test_a_store_with_tasks_of_no_run_is_left_alone(run, tmp_path, capfd):
     assert [task["id"] for task in store.tasks()] == ["a"]
 
 
-def test_completions_that_are_not_those_people_saw_are_refused(run, capfd):
+def test_completions_other_than_those_people_saw_are_refused(run, capfd):
     run("tasks")
     row = ROWS[0] | {"completions": ROWS[0]["completions"][::-1]}
     assert run("comparisons", [row, *ROWS[1:]])[0] == 65
     assert f"the completions of {row['id']} are not those" in capfd.readouterr().err
 
 
-def test_what_the_only_labeler_skips_does_not_keep_the_run_waiting(run, tmp_path, capfd):
+def test_a_run_does_not_wait_for_tasks_that_the_only_labeler_skipped(run, tmp_path, capfd):
     run("tasks")
     store = Store(str(tmp_path / "labels.db"))
     run("comparisons", overlap=2)

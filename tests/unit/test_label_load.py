@@ -1,4 +1,4 @@
-"""Many labelers at once, a server that is killed, a database on a network: no answer is lost and none is doubled."""
+"""Many labelers at once, a killed server, a database on a network: no answer is lost or stored twice."""
 
 import os
 import random
@@ -53,7 +53,7 @@ def test_twenty_labelers_at_once_lose_nothing(url):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_server_that_is_killed_stores_an_answer_whole_or_not_at_all(tmp_path, seed):
-    """Killed while labelers submit; each then submits again what it was not told to be stored."""
+    """The server is killed while labelers submit; each then repeats the answer that was not confirmed."""
     url = f"sqlite:///{tmp_path}/labels.db"
     store = Store(url)
     store.publish(tasks(200), {})
@@ -92,10 +92,10 @@ def test_a_server_that_is_killed_stores_an_answer_whole_or_not_at_all(tmp_path, 
         process.send_signal(signal.SIGKILL)
         for thread in threads:
             thread.join()
-    assert len(broken) == 4, "each labeler saw that it broke"
-    assert unsure, "it was killed in the middle of a submit"
+    assert len(broken) == 4, "each labeler lost the connection"
+    assert unsure, "the server was killed during a submit"
     assert store.fault() is None
-    assert set(told) <= {row["event"] for row in store.labels()}, "what was said to be stored is stored"
+    assert set(told) <= {row["event"] for row in store.labels()}, "every confirmed answer is stored"
     with served_alone(url) as (_, address):
         for token, (nonce, ranks) in unsure.items():
             Scripted(address, token).submit(nonce, ranks)
@@ -122,7 +122,7 @@ def test_two_processes_do_not_fork_the_chain(tmp_path):
     assert len(rows) == 80
 
 
-def test_a_network_file_system_is_seen_and_said(tmp_path, monkeypatch):
+def test_a_network_file_system_is_detected_and_reported(tmp_path, monkeypatch):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(
         "22 1 0:1 / / rw - ext4 /dev/sda rw\n"

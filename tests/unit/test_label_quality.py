@@ -1,4 +1,4 @@
-"""The quality page's numbers beside scipy, krippendorff and what was computed by hand."""
+"""The quality page's numbers against scipy, krippendorff and hand-computed values."""
 
 import math
 from datetime import UTC, datetime
@@ -57,7 +57,7 @@ def test_agreement_by_hand():
     assert own["human-2"]["self"] is None
 
 
-def test_tau_b_is_scipys_and_undefined_where_one_ties_everything():
+def test_tau_b_equals_scipys_and_is_undefined_where_a_labeler_ties_everything():
     rows = [label("x", "human-1", [1, 2, 3, 3]), label("x", "human-2", [2, 1, 2, 3])]
     expected = kendalltau(rows[0]["ranks"], rows[1]["ranks"]).statistic
     assert quality.tau_b(quality.between_labelers(rows))["mean"] == pytest.approx(expected)
@@ -68,7 +68,7 @@ def test_tau_b_is_scipys_and_undefined_where_one_ties_everything():
 
 
 def many(random: np.random.Generator, tasks: int = 40) -> list[dict]:
-    """Rankings of different size by two of four labelers, who agree to some degree."""
+    """Rankings of different sizes by one to three of four labelers, who agree to some degree."""
     rows = []
     for n in range(tasks):
         k = int(random.integers(2, 6))
@@ -80,8 +80,8 @@ def many(random: np.random.Generator, tasks: int = 40) -> list[dict]:
     return rows
 
 
-def test_alpha_is_that_of_a_matrix_with_gaps():
-    """Beside the package's other way in: a row a labeler, a column a pair, nan where they did not see it."""
+def test_alpha_equals_that_of_a_matrix_with_missing_values():
+    """The package also takes a matrix: one row per labeler, one column per pair, NaN where a labeler did not see it."""
     rows = many(np.random.default_rng(1))
     names, columns = sorted({row["labeler"] for row in rows}), []
     for group in by_task(rows).values():
@@ -107,7 +107,7 @@ def test_alpha_by_hand_and_where_it_is_undefined():
 
 
 def test_alpha_does_not_depend_on_the_order_of_completions():
-    """Where the better text always comes first in the file, chance would seem to agree as well."""
+    """If the better text always came first in the file, agreement by chance would look high."""
     rows = many(np.random.default_rng(2))
     for row in rows:
         row["ranks"] = sorted(row["ranks"]) if row["labeler"] != "human-0" else row["ranks"]
@@ -115,8 +115,8 @@ def test_alpha_does_not_depend_on_the_order_of_completions():
     assert quality.alpha(turned) == pytest.approx(quality.alpha(rows))
 
 
-def test_intervals_are_over_tasks():
-    """Ten rankings of one task are one observation, however many pairs they have."""
+def test_intervals_resample_tasks():
+    """Ten rankings of one task are one observation, however many pairs they contain."""
     one = [label("x", f"human-{n}", [1, 2, 3] if n % 2 else [3, 2, 1]) for n in range(10)]
     found = quality.same_outcomes(quality.between_labelers(one))
     assert found["low"] == found["high"] == found["mean"]
@@ -133,7 +133,7 @@ def test_bias_by_hand():
     assert quality.longer_wins(rows, tasks)["n"] == 2
 
 
-def test_a_labeler_who_takes_the_first_shown_is_seen():
+def test_a_labeler_who_always_prefers_the_first_output_is_detected():
     random = np.random.default_rng(0)
     rows = []
     for n in range(40):
@@ -145,7 +145,7 @@ def test_a_labeler_who_takes_the_first_shown_is_seen():
     assert own["human-2"]["first_shown_wins"]["low"] < 0.5 < own["human-2"]["first_shown_wins"]["high"]
 
 
-def test_robust_z_is_scipys_and_finds_who_did_not_read():
+def test_robust_z_equals_scipys_and_finds_answers_given_without_reading():
     values = [20.0, 25, 30, 35, 40, 1]
     expected = (np.array(values) - np.median(values)) / median_abs_deviation(values, scale="normal")
     assert quality.robust_z(values) == pytest.approx(expected.tolist())
@@ -155,14 +155,14 @@ def test_robust_z_is_scipys_and_finds_who_did_not_read():
     assert [row["event"] for row in quality.speed_outliers(rows)] == [5]
 
 
-def test_what_is_left_goes_by_the_pace_so_far():
+def test_the_remaining_time_follows_from_the_pace_so_far():
     rows = [label("x", "human-1", [1, 2], seconds=s) for s in (10.0, 20.0, 60.0)]
     now = datetime(2026, 1, 1, 6, tzinfo=UTC)  # six hours after the first
     assert quality.remaining(rows, 9, 3, now) == {"answers": 6, "work_seconds": 120, "seconds": 2 * 6 * 3600}
     assert quality.remaining([], 9, 0, now) == {"answers": 9, "work_seconds": None, "seconds": None}
 
 
-def test_the_page_has_its_figures_and_says_what_was_not_measured():
+def test_the_quality_page_has_its_figures_and_says_what_was_not_measured():
     progress = {"wanted": 4, "have": 2}
     page = quality_page(LABELS, TASKS, progress, datetime(2026, 1, 2, tzinfo=UTC))
     assert page["remaining"]["answers"] == 2

@@ -1,4 +1,4 @@
-"""The labeling store: tasks, the chain of events, the queue."""
+"""The label store: tasks, the chain of events, the queue."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from tests.labels import ranking
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.labeling.app import access, queue
+from tunetrail.labeling.app import access, choosing, queue
 from tunetrail.labeling.app.answers import TEXT, Refused
 from tunetrail.labeling.app.store import START, Store
 
@@ -29,7 +29,7 @@ def answer(store: Store, labeler: str, ranks: list[int] | None = None, **more) -
     return given.task
 
 
-def test_an_answer_comes_back_in_the_tasks_order(store):
+def test_labels_are_in_the_tasks_order_of_completions(store):
     store.publish([ranking("a"), ranking("b", 2)], {"overlap": 2})
     assert store.labels() == []
     answer(store, "human-1", [2, 1, 2])
@@ -39,7 +39,7 @@ def test_an_answer_comes_back_in_the_tasks_order(store):
     assert store.fault() is None
 
 
-def test_publishing_the_same_again_changes_nothing(store):
+def test_publishing_the_same_tasks_again_changes_nothing(store):
     assert store.head() == START
     store.publish([ranking("a")], {"overlap": 2})
     head = store.head()
@@ -49,7 +49,7 @@ def test_publishing_the_same_again_changes_nothing(store):
     assert store.head() != head
 
 
-def test_undo_is_an_event_and_gives_the_task_back(store):
+def test_undo_is_an_event_and_reopens_the_task(store):
     store.publish([ranking("a")])
     answer(store, "human-1", [1, 2, 2])
     assert queue.undo(store, "human-1")
@@ -73,7 +73,7 @@ CHANGES = ["UPDATE events SET kind = 'x'", "DELETE FROM events", "UPDATE tasks S
         "REPLACE INTO tasks SELECT digest, 'x', content FROM tasks",
     ],
 )
-def test_sqlite_refuses_to_change_what_was(lite, statement):
+def test_sqlite_refuses_to_change_stored_rows(lite, statement):
     refuses(lite, statement)
 
 
@@ -85,7 +85,7 @@ def test_sqlite_refuses_to_change_what_was(lite, statement):
         "INSERT INTO events SELECT * FROM events ON CONFLICT (number) DO UPDATE SET kind = 'x'",
     ],
 )
-def test_postgresql_refuses_to_change_what_was(postgresql, statement):
+def test_postgresql_refuses_to_change_stored_rows(postgresql, statement):
     refuses(postgresql, statement)
 
 
@@ -96,7 +96,7 @@ def refuses(store: Store, statement: str) -> None:
     assert store.fault() is None
 
 
-def test_a_chain_that_was_edited_behind_the_databases_back_is_found(lite):
+def test_an_event_edited_without_the_triggers_is_detected(lite):
     lite.publish([ranking("a"), ranking("b")])
     answer(lite, "human-1")
     answer(lite, "human-1")
@@ -116,7 +116,7 @@ def test_a_chain_that_was_edited_behind_the_databases_back_is_found(lite):
         (ranking("a", model="x"), "task 'a': unknown key 'model'"),
     ],
 )
-def test_a_bad_task_is_one_line(store, task, message):
+def test_the_error_for_a_bad_task_is_one_line(store, task, message):
     with pytest.raises(DataError, match=message):
         store.publish([task])
     with pytest.raises(ConfigError, match="overlap: 0 is too small"):
@@ -124,7 +124,7 @@ def test_a_bad_task_is_one_line(store, task, message):
 
 
 def purposes(store: Store, labeler: str, most: int = 100) -> list[tuple[str, str]]:
-    """Answers all of a labeler's tasks; (id, purpose) in the order they came."""
+    """Answers all of a labeler's tasks and returns their (id, purpose) in order."""
     found = []
     while len(found) < most and (given := queue.next_task(store, labeler)):
         found.append((given.task["id"], given.purpose))
@@ -132,7 +132,7 @@ def purposes(store: Store, labeler: str, most: int = 100) -> list[tuple[str, str
     return found
 
 
-def test_gold_training_and_repeats_come_between_the_others(store):
+def test_training_gold_and_repeats_are_interspersed(store):
     gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 2]}) for n in range(4)]
     plain = [ranking(f"t{n:02}", 5) for n in range(30)]
     store.publish([*gold, *plain], {"training": 1, "gold_every": 10, "repeat_every": 10})
@@ -145,7 +145,7 @@ def test_gold_training_and_repeats_come_between_the_others(store):
     first = {name: n for n, (name, purpose) in enumerate(came) if purpose == "label"}
     assert len(again) == 3
     assert len({name for _, name in again}) == 3
-    assert all(n - first[name] > queue.GAP for n, name in again)
+    assert all(n - first[name] > choosing.GAP for n, name in again)
     rows = store.labels()
     assert [row["task"] for row in rows if row["repeat"]] == [name for _, name in again]
     by_task = {row["task"]: row["shown"] for row in rows if not row["repeat"]}
@@ -153,7 +153,7 @@ def test_gold_training_and_repeats_come_between_the_others(store):
     assert store.progress() | {"have": 30, "complete": 30, "settled": True} == store.progress()
 
 
-def test_quotas_of_tasks_and_of_labelers(store):
+def test_tasks_and_labelers_have_quotas(store):
     store.publish([ranking(f"t{n}") for n in range(4)], {"overlap": 2, "per_labeler": 3})
     assert len(purposes(store, "human-1")) == 3
     assert len(purposes(store, "human-2")) == 3
@@ -163,13 +163,13 @@ def test_quotas_of_tasks_and_of_labelers(store):
     assert store.progress()["settled"]
 
 
-def test_what_a_labeler_skips_does_not_count_as_given(store):
+def test_skips_do_not_count_towards_a_labelers_quota(store):
     store.publish([ranking(f"t{n}") for n in range(3)], {"per_labeler": 2})
     queue.skip(store, "human-1", queue.next_task(store, "human-1").nonce, {"reason": "broken"})
     assert len(purposes(store, "human-1")) == 2
 
 
-def test_a_task_that_a_labeler_skipped_is_retired_where_nobody_is_left_for_it(store):
+def test_a_skipped_task_is_retired_when_nobody_else_can_take_it(store):
     ada, _ = access.add_labeler(store, "Ada")
     access.add_labeler(store, "Eve, who looks on", admin=True)
     store.publish([ranking("a"), ranking("b")], {"overlap": 1, "skips": 2})
@@ -181,7 +181,7 @@ def test_a_task_that_a_labeler_skipped_is_retired_where_nobody_is_left_for_it(st
     assert store.progress() | {"retired": 0, "stuck": 0, "settled": False} == store.progress()
 
 
-def test_tasks_that_nobody_who_may_enter_can_take_are_counted(store):
+def test_tasks_that_no_labeler_can_take_are_counted_as_stuck(store):
     store.publish([ranking("a"), ranking("b"), ranking("c")], {"overlap": 2, "per_labeler": 2})
     assert store.progress()["stuck"] == 3
     ada, _ = access.add_labeler(store, "Ada")
@@ -197,7 +197,7 @@ def test_tasks_that_nobody_who_may_enter_can_take_are_counted(store):
     assert store.progress()["stuck"] == 1, "both have given what one may give, and c is left"
 
 
-def test_a_demonstration_does_not_come_again(lite):
+def test_demonstrations_are_not_repeated(lite):
     lite.publish([{"id": f"d{n}", "kind": "demonstration", "prompt": "p"} for n in range(12)], {"repeat_every": 2})
     came = 0
     while given := queue.next_task(lite, "human-1"):
@@ -207,7 +207,7 @@ def test_a_demonstration_does_not_come_again(lite):
     assert came == 12
 
 
-def test_neither_gold_nor_what_comes_again_can_be_told_from_the_last_answers(lite):
+def test_the_last_answers_give_away_neither_gold_nor_repeats(lite):
     gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 2]}) for n in range(3)]
     plain = [ranking(f"t{n:02}") for n in range(30)]
     lite.publish([*gold, *plain], {"training": 1, "gold_every": 5, "repeat_every": 5})
@@ -226,7 +226,7 @@ def test_neither_gold_nor_what_comes_again_can_be_told_from_the_last_answers(lit
     assert {row["repeat"] for row in lite.labels()} == {True, False}
 
 
-def test_a_task_that_is_no_longer_on_takes_no_answer(store):
+def test_a_withdrawn_task_accepts_no_answer(store):
     store.publish([ranking("a")])
     given = queue.next_task(store, "human-1")
     store.publish([ranking("b")])
@@ -243,7 +243,7 @@ def test_a_task_that_is_no_longer_on_takes_no_answer(store):
         "UPDATE places SET gold = NOT gold WHERE position = 0",
     ],
 )
-def test_a_list_of_tasks_that_is_not_what_was_published_is_found(store, statement):
+def test_a_changed_list_of_published_tasks_is_detected(store, statement):
     assert store.fault() is None
     store.publish([ranking("a"), ranking("b")])
     answer(store, "human-1")
@@ -262,7 +262,7 @@ def test_reading_sees_one_moment(store):
         assert store.settings(connection) == before
 
 
-def test_what_enough_labelers_skipped_is_wanted_no_more(store):
+def test_a_task_that_enough_labelers_skipped_is_retired(store):
     store.publish([ranking("a"), ranking("b")], {"skips": 2})
     for labeler in ("human-1", "human-2"):
         given = queue.next_task(store, labeler)
@@ -275,7 +275,7 @@ def test_what_enough_labelers_skipped_is_wanted_no_more(store):
     assert store.progress()["retired"] == 0
 
 
-def test_an_expired_lease_is_renewed_where_nobody_else_took_the_task(store, monkeypatch):
+def test_an_expired_lease_is_renewed_if_nobody_else_took_the_task(store, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(queue.time, "time", lambda: now[0])
     store.publish([ranking("a")], {"lease_minutes": 10})
@@ -292,7 +292,7 @@ def test_an_expired_lease_is_renewed_where_nobody_else_took_the_task(store, monk
     assert len(store.labels()) == 1
 
 
-def test_a_draft_survives_a_lease_that_another_took(store, monkeypatch):
+def test_a_draft_survives_while_another_labeler_holds_the_lease(store, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(queue.time, "time", lambda: now[0])
     store.publish([ranking("a", 5)], {"lease_minutes": 10})
@@ -313,7 +313,7 @@ def test_a_draft_may_be_as_long_as_an_answer(store):
     queue.submit(store, "human-1", given.nonce, {"text": "語" * TEXT})
 
 
-def test_answers_stay_with_tasks_whose_content_stays(store):
+def test_answers_stay_with_tasks_whose_content_is_unchanged(store):
     store.publish([ranking("a"), ranking("b")])
     answer(store, "human-1")
     answer(store, "human-1")
@@ -324,7 +324,7 @@ def test_answers_stay_with_tasks_whose_content_stays(store):
     assert {row["task"] for row in store.labels()} == {"a", "b"}
 
 
-def test_time_goes_on_counting_where_an_answer_is_taken_back(store, monkeypatch):
+def test_the_time_spent_continues_after_an_undo(store, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(queue.time, "time", lambda: now[0])
     store.publish([ranking("a"), ranking("b")])
@@ -341,7 +341,7 @@ def test_time_goes_on_counting_where_an_answer_is_taken_back(store, monkeypatch)
     assert queue.next_task(store, "human-1").task["id"] == "b"
 
 
-def test_every_event_says_what_was_shown_under_which_guidelines(store):
+def test_every_event_records_the_order_shown_and_the_guidelines(store):
     store.publish([ranking("a", 9)], {"guidelines": "Be fair."})
     answer(store, "human-1")
     published, event = store.events()

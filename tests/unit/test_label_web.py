@@ -1,4 +1,4 @@
-"""The labeling page over HTTP: what it gives, what it refuses, and that what it refuses leaves no trace."""
+"""The label server over HTTP: what it serves, what it refuses, and that refused requests leave no trace."""
 
 import asyncio
 import json
@@ -8,16 +8,20 @@ import pytest
 import sqlalchemy as sa
 from starlette.testclient import TestClient
 
-from tests.labels import ranking
+from tests.labels import Scripted, ranking, served_alone
 from tunetrail.labeling.app import access, queue, serve
 from tunetrail.labeling.app.answers import FLAGS
 from tunetrail.labeling.app.database import labelers, names, sessions
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import COOKIE, LARGEST, application
+from tunetrail.reporting.label_quality import page_values
 
 on_both = pytest.mark.parametrize("store", ["lite", "postgresql"], indirect=True)
 INJECTION = "'); DROP TABLE events; --"
-SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1)) ![b](https://c.example/d.png) [e](https://f.example)"
+SCRIPT = (
+    "<script>alert(1)</script><img src=x onerror=alert(1)>[a](javascript:alert(1)) "
+    "![b](https://c.example/d.png) [e](https://f.example)"
+)
 
 
 @pytest.fixture
@@ -28,11 +32,13 @@ def store(request) -> Store:
 
 
 class Labeler:
-    """A labeler with a browser, but without its scripts."""
+    """A labeler whose browser runs no scripts."""
 
     def __init__(self, store: Store, name: str = "Ada", admin: bool = False, prefix: str = ""):
         self.store, self.prefix = store, prefix
-        self.client = TestClient(application(store, prefix), base_url="http://labels", follow_redirects=False)
+        self.client = TestClient(
+            application(store, prefix, page_values), base_url="http://labels", follow_redirects=False
+        )
         self.pseudonym, self.token = access.add_labeler(store, name, admin)
         reply = self.client.post(f"{prefix}/enter", json={"token": self.token})
         assert reply.json() == {"next": f"{prefix}/"}
@@ -59,12 +65,12 @@ def ada(store) -> Labeler:
 
 
 def everything(store: Store) -> list:
-    """All that is stored about answers."""
+    """Everything that is stored about answers."""
     with store.reading() as connection:
         return [connection.execute(sa.text(f"SELECT * FROM {name}")).all() for name in ("events", "tasks", "places")]
 
 
-def test_a_ranking_goes_in_by_what_is_shown_and_comes_out_in_the_tasks_order(store, ada):
+def test_rankings_arrive_in_the_order_shown_and_are_stored_in_the_tasks_order(store, ada):
     store.publish([ranking("a", 9)])  # of nine no order is its own inverse by chance
     nonce, k = ada.open()
     ranks, ratings = [3, 1, 2, 2, 4, 5, 6, 7, 8], [7, None, 1, 2, 3, 4, 5, 6, 7]
@@ -83,7 +89,7 @@ def test_a_ranking_goes_in_by_what_is_shown_and_comes_out_in_the_tasks_order(sto
     assert "Stored as event 3." in page
 
 
-def test_the_page_does_not_know_which_output_is_which(store, ada):
+def test_the_page_does_not_reveal_which_output_is_which(store, ada):
     store.publish([ranking("a", 9) | {"split": "secret-split"}], {})
     page = ada.get("task").text
     shown = queue.next_task(store, ada.pseudonym).shown
@@ -94,7 +100,7 @@ def test_the_page_does_not_know_which_output_is_which(store, ada):
     assert ada.get("task").text == page, "a reload shows the same"
 
 
-def test_two_labelers_see_different_orders_and_one_task_goes_to_no_more_than_its_overlap(store, ada):
+def test_labelers_see_different_orders_and_a_task_goes_to_at_most_overlap_labelers(store, ada):
     store.publish([ranking(f"t{n}", 9) for n in range(4)], {"overlap": 2})
     bob, eve = Labeler(store, "Bob"), Labeler(store, "Eve")
     given = [queue.next_task(store, who.pseudonym) for who in (ada, bob, eve)]
@@ -103,7 +109,7 @@ def test_two_labelers_see_different_orders_and_one_task_goes_to_no_more_than_its
 
 
 @on_both
-def test_submitting_twice_stores_once_and_a_used_nonce_takes_nothing_else(store, ada):
+def test_submitting_twice_stores_once_and_a_used_nonce_accepts_nothing_else(store, ada):
     nonce, _ = ada.open()
     first = ada.submit(nonce, ranks=[1, 2, 3], seconds=1)
     before = everything(store)
@@ -141,7 +147,7 @@ def test_submitting_twice_stores_once_and_a_used_nonce_takes_nothing_else(store,
         {"text": "an answer to a ranking"},
     ],
 )
-def test_an_answer_that_cannot_be_is_refused_whole(store, ada, answer):
+def test_an_invalid_answer_is_refused_as_a_whole(store, ada, answer):
     nonce, _ = ada.open()
     before = everything(store)
     reply = ada.submit(nonce, **answer)
@@ -150,7 +156,7 @@ def test_an_answer_that_cannot_be_is_refused_whole(store, ada, answer):
     assert store.labels() == []
 
 
-def test_numbers_and_texts_that_json_alone_allows_are_refused(store, ada):
+def test_numbers_and_texts_that_only_json_parsers_accept_are_refused(store, ada):
     nonce, _ = ada.open()
     before = everything(store)
     for bad in ('{"ranks": [1, 2, 3], "seconds": NaN}', '{"ranks": [1, 2, 3], "comment": "\\ud800"}'):
@@ -161,7 +167,7 @@ def test_numbers_and_texts_that_json_alone_allows_are_refused(store, ada):
 
 
 @on_both
-def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
+def test_somebody_elses_task_cannot_be_answered(store, ada):
     bob = Labeler(store, "Bob")
     nonce, _ = ada.open()
     before = everything(store)
@@ -183,14 +189,25 @@ def test_a_task_of_somebody_else_cannot_be_answered(store, ada):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        *((path, {"nonce": nonce, "answer": {"ranks": [1, 2, 3]}, "draft": {}, "skip": {"reason": "broken"}})
-          for path in ("submit", "draft", "skip") for nonce in ("\0", "\ud800", "é" * 10_000, 1, None, ["x"])),
+        *(
+            (path, {"nonce": nonce, "answer": {"ranks": [1, 2, 3]}, "draft": {}, "skip": {"reason": "broken"}})
+            for path in ("submit", "draft", "skip")
+            for nonce in ("\0", "\ud800", "é" * 10_000, 1, None, ["x"])
+        ),
         *(("undo", {"event": event}) for event in (10**30, -1, "1", 1.5, True, [])),
-        *(("skip", {"skip": why}) for why in ({}, {"reason": ["broken"]}, {"reason": "broken", "comment": "\ud800"},
-                                             {"reason": "broken", "comment": "\0"}, {"reason": "broken", "seconds": -1})),
+        *(
+            ("skip", {"skip": why})
+            for why in (
+                {},
+                {"reason": ["broken"]},
+                {"reason": "broken", "comment": "\ud800"},
+                {"reason": "broken", "comment": "\0"},
+                {"reason": "broken", "seconds": -1},
+            )
+        ),
     ],
-)  # fmt: skip
-def test_what_names_nothing_changes_nothing(store, ada, path, body):
+)
+def test_invalid_identifiers_change_nothing(store, ada, path, body):
     nonce, _ = ada.open()
     before = everything(store)
     headers = {"x-csrf-token": ada.csrf, "content-type": "application/json"}
@@ -200,7 +217,7 @@ def test_what_names_nothing_changes_nothing(store, ada, path, body):
 
 
 @on_both
-def test_sql_in_every_field_is_text(store):
+def test_sql_in_any_field_is_stored_as_text(store):
     ada = Labeler(store, INJECTION)
     store.publish(
         [
@@ -246,7 +263,7 @@ def test_scripts_in_prompts_outputs_and_guidelines_stay_text(store, ada):
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_body_that_is_too_large_is_refused(store, ada, chunked):
+def test_a_request_that_is_too_large_is_refused(store, ada, chunked):
     nonce, _ = ada.open()
     before = everything(store)
     body = json.dumps({"nonce": nonce, "answer": {"ranks": [1, 2, 3], "comment": "x" * LARGEST}}).encode()
@@ -261,7 +278,7 @@ def test_a_body_that_is_too_large_is_refused(store, ada, chunked):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'"x"'])
-def test_what_is_no_json_object_is_refused(ada, content):
+def test_a_request_that_is_not_a_json_object_is_refused(ada, content):
     headers = {"x-csrf-token": ada.csrf, "content-type": "application/json"}
     assert ada.client.post("/submit", content=content, headers=headers).status_code == 400
     assert (
@@ -293,7 +310,7 @@ def test_a_request_from_another_site_is_refused(store, ada):
 
 
 @on_both
-def test_an_expired_cookie_and_one_whose_labeler_was_forgotten_let_nobody_in(store, ada):
+def test_expired_cookies_and_those_of_forgotten_labelers_are_refused(store, ada):
     nonce, _ = ada.open()
     before = everything(store)
     with store.writing() as connection:
@@ -309,7 +326,7 @@ def test_an_expired_cookie_and_one_whose_labeler_was_forgotten_let_nobody_in(sto
     assert everything(store) == before
 
 
-def test_neither_tokens_nor_cookies_are_stored_and_a_deleted_name_is_gone_from_the_files(store, tmp_path):
+def test_tokens_and_cookies_are_not_stored_and_a_deleted_name_is_gone_from_the_files(store, tmp_path):
     ada = Labeler(store, "Ada Countess Lovelace")
     files = lambda: b"".join(path.read_bytes() for path in tmp_path.glob("labels.db*"))  # noqa: E731
     assert b"Ada Countess" in files()
@@ -320,10 +337,10 @@ def test_neither_tokens_nor_cookies_are_stored_and_a_deleted_name_is_gone_from_t
     with store.reading() as connection:
         assert connection.execute(sa.select(labelers.c.pseudonym)).scalars().all() == [ada.pseudonym]
         assert connection.execute(sa.select(names)).all() == []
-    assert access.add_labeler(store, "Bob")[0] == "human-2", "a pseudonym does not come again"
+    assert access.add_labeler(store, "Bob")[0] == "human-2", "a pseudonym is never reused"
 
 
-def test_the_cookie_is_for_this_page_alone(store):
+def test_the_cookie_is_limited_to_this_page(store):
     client = TestClient(application(store, "/lab/x"), base_url="https://labels")
     reply = client.post("/lab/x/enter", json={"token": access.add_labeler(store, "Ada")[1]})
     cookie = reply.headers["set-cookie"].lower()
@@ -332,7 +349,7 @@ def test_the_cookie_is_for_this_page_alone(store):
 
 
 @pytest.mark.parametrize("stripped", [True, False])
-def test_it_works_under_a_prefix_whether_or_not_the_proxy_takes_it_off(store, stripped):
+def test_pages_work_under_a_prefix_whether_or_not_the_proxy_removes_it(store, stripped):
     ada = Labeler(store, prefix="/lab/x")
     front = "" if stripped else "/lab/x"
     cookie = {"cookie": f"{COOKIE}={ada.client.cookies[COOKIE]}"}
@@ -361,8 +378,8 @@ def test_a_rate_refills_with_time():
 
 
 @pytest.mark.parametrize(("proxy", "believed"), [(None, False), ("10.0.0.7", False), ("127.0.0.1,10.0.0.7", True)])
-def test_only_a_proxy_that_was_named_says_who_asks(store, monkeypatch, proxy, believed):
-    """Through uvicorn as `serve` sets it up: an address of one's own for each attempt would be no limit."""
+def test_forwarded_headers_are_trusted_only_from_a_named_proxy(store, monkeypatch, proxy, believed):
+    """Tests uvicorn as `serve` configures it: with a made-up address per attempt, the rate limit would be none."""
     asked = []
 
     def run(server, sockets) -> None:
@@ -375,18 +392,18 @@ def test_only_a_proxy_that_was_named_says_who_asks(store, monkeypatch, proxy, be
     async def app(scope, receive, send) -> None:
         asked.append((scope["client"][0], scope["scheme"]))
 
-    monkeypatch.setattr(serve, "application", lambda store, prefix: app)
+    monkeypatch.setattr(serve, "application", lambda store, prefix, quality: app)
     monkeypatch.setattr(serve.uvicorn.Server, "run", run)
-    assert serve.serve(store, "127.0.0.1", 0, "", proxy) == 0
+    assert serve.serve(store, "127.0.0.1", 0, "", proxy, page_values) == 0
     assert asked == [("192.0.2.1", "https") if believed else ("127.0.0.1", "http")]
 
 
-def test_who_guesses_a_token_waits_for_no_writer_and_keeps_none_waiting(store):
+def test_a_wrong_token_is_refused_without_taking_the_writers_lock(store):
     with store.writing():
         assert access.enter(store, "wrong") is None
 
 
-def test_a_fault_does_not_say_what_it_cannot_know(store, ada, monkeypatch):
+def test_a_server_fault_does_not_claim_that_nothing_was_stored(store, ada, monkeypatch):
     nonce, _ = ada.open()
 
     def stored_and_lost(*args):
@@ -409,18 +426,28 @@ def test_a_fault_does_not_say_what_it_cannot_know(store, ada, monkeypatch):
     assert len(store.labels()) == 1
 
 
-def test_how_far_all_are_is_for_admins(store, ada):
-    """A task of whose answer that number takes no note would be gold, or one that came before."""
+def test_only_admins_see_the_progress_of_all_labelers(store, ada):
+    """Otherwise a task whose answer does not change the number would be known to be gold or a repeat."""
     assert "All answers" not in ada.get("").text
     assert "All answers" in Labeler(store, "Eve", admin=True).get("").text
 
 
 def test_only_admins_see_the_quality_page(store, ada):
     assert ada.get("quality").status_code == 403
-    assert Labeler(store, "Eve", admin=True).get("quality").status_code == 200
+    page = Labeler(store, "Eve", admin=True).get("quality")
+    assert page.status_code == 200
+    assert page.text.count("<svg") == 4
 
 
-def test_training_comes_first_and_says_the_solution(store, ada):
+def test_the_command_serves_the_quality_page(tmp_path):
+    url = f"sqlite:///{tmp_path}/labels.db"
+    _, token = access.add_labeler(Store(url), "Eve", admin=True)
+    with served_alone(url) as (_, address):
+        reply, page = Scripted(address, token).ask("GET", "/quality")
+    assert (reply.status, "How good are the labels?" in page) == (200, True)
+
+
+def test_training_comes_first_and_shows_the_solution(store, ada):
     gold = [ranking("g", 3, gold={"ranks": [2, 1, 2]})]
     store.publish([ranking("a"), *gold], {"training": 1})
     given = queue.next_task(store, ada.pseudonym)

@@ -1,4 +1,4 @@
-"""Labelers: their arithmetic by hand and by brute force, and what they must refuse."""
+"""Labelers: their arithmetic against hand-computed and brute-force values, and what they must refuse."""
 
 import itertools
 import json
@@ -139,7 +139,7 @@ def test_chrf_equals_its_formula(completion, ref):
 def test_chrf_golden_and_limits():
     assert chrf("Return the sum.", "Return the sum.") == pytest.approx(100)
     assert chrf("", "Return the sum.") == 0
-    # recall weighs four times precision: to leave out is worse than to add
+    # recall counts four times as much as precision: omissions cost more than additions
     assert chrf("Return", "Return the sum.") < chrf("Return the sum.", "Return")
 
 
@@ -230,7 +230,7 @@ def _render(tokenizer, *contents, system=None):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def test_who_ranks_sees_who_said_what():
+def test_a_prompt_of_several_turns_shows_the_speakers():
     assert shown_prompt([{"role": "user", "content": "hello\nyou "}]) == "hello\nyou"
     said = [("system", "Be\nbrief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
     messages = [{"role": role, "content": content} for role, content in said]
@@ -246,7 +246,7 @@ def _recorded(tmp_path, *rows, columns=None):
     return RecordedLabeler(labeler="recorded", path=path, columns=columns or {})
 
 
-def test_recorded_rankings_follow_the_completions_not_their_places(stage, tmp_path):
+def test_recorded_rankings_follow_the_completions_and_not_their_positions(stage, tmp_path):
     line = {
         "prompt": "Q", "completions": ["best", "unseen", "worst", "middle"], "ranks": [1, 2, 4, 3],
         "labeler": "ann", "time": "2024-05-01T10:00:00Z", "order": [2, 0, 1, 3],
@@ -267,14 +267,18 @@ def test_recorded_order_is_mapped_to_the_rows_completions(stage, tmp_path):
     assert ranking["labeler"] == "recorded"
 
 
-def test_recorded_knows_all_three_shapes_and_gives_every_labelers_ranking(stage, tmp_path):
+def test_recorded_reads_all_shapes_and_returns_every_labelers_ranking(stage, tmp_path):
     config = _recorded(
         tmp_path,
         {"prompt": "Q", "chosen": "a", "rejected": "b", "labeler": "ann"},
         {"prompt": "Q", "completions": ["b", "a"], "ranks": [1, 1], "labeler": "bob"},
-        {"prompt": "Q", "completions": ["b", "a"], "rankings": [{"labeler": "cem", "ranks": [1, 2]}, {"labeler": "dan", "ranks": [2, 1]}]},
+        {
+            "prompt": "Q",
+            "completions": ["b", "a"],
+            "rankings": [{"labeler": "cem", "ranks": [1, 2]}, {"labeler": "dan", "ranks": [2, 1]}],
+        },
         {"prompt": "Q", "completions": ["b", "c"], "ranks": [1, 2], "labeler": "not about a"},
-    )  # fmt: skip
+    )
     rankings = recorded.rank([make_row(completions=["a", "b"])], config, stage).rankings[0]
     assert {r["labeler"]: r["ranks"] for r in rankings} == {"ann": [1, 2], "bob": [1, 1], "cem": [2, 1], "dan": [1, 2]}
 
@@ -300,7 +304,10 @@ def test_recorded_columns_are_renamed(stage, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"prompt": "other", "chosen": "a", "rejected": "b"}], r"preferences.jsonl: no line ranks .* prompt 'Q' \(row r0\)"),
+        (
+            [{"prompt": "other", "chosen": "a", "rejected": "b"}],
+            r"preferences.jsonl: no line ranks .* prompt 'Q' \(row r0\)",
+        ),
         (
             [{"prompt": "other", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "chosen": "a", "rejected": "c"}],
             r"preferences.jsonl:2: does not rank the completion 'b' of the prompt 'Q' \(row r0\)",
@@ -309,16 +316,28 @@ def test_recorded_columns_are_renamed(stage, tmp_path):
         (["[1]"], "preferences.jsonl:1: must be a JSON object"),
         ([{"chosen": "a", "rejected": "b"}], "preferences.jsonl:1: 'prompt' must be a text"),
         ([{"prompt": "Q", "completions": ["a", "b"], "rankings": [1]}], "preferences.jsonl:1: "),
-        ([{"prompt": "Q", "completions": ["a", "b"], "rankings": [{"ranks": [1, 2], "time": 5}]}], "preferences.jsonl:1: 'time' must be a text"),
+        (
+            [{"prompt": "Q", "completions": ["a", "b"], "rankings": [{"ranks": [1, 2], "time": 5}]}],
+            "preferences.jsonl:1: 'time' must be a text",
+        ),
         ([{"prompt": "Q", "chosen": "a"}], "preferences.jsonl:1: must have one of the shapes"),
-        ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}], "preferences.jsonl:1: 'ranks' must be 2 whole numbers"),
+        (
+            [{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}],
+            "preferences.jsonl:1: 'ranks' must be 2 whole numbers",
+        ),
         ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}], "preferences.jsonl:1: 'ranks' must be"),
         ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1.5, 1]}], "preferences.jsonl:1: 'ranks' must be"),
         ([{"prompt": "Q", "completions": ["a", "b"]}], "preferences.jsonl:1: 'ranks' must be"),
-        ([{"prompt": "Q", "completions": ["a", "a "], "ranks": [1, 2]}], "preferences.jsonl:1: two of its responses are the same text"),
-        ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "order": [0, 2]}], "preferences.jsonl:1: 'order' must name"),
+        (
+            [{"prompt": "Q", "completions": ["a", "a "], "ranks": [1, 2]}],
+            "preferences.jsonl:1: two of its responses are the same text",
+        ),
+        (
+            [{"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "order": [0, 2]}],
+            "preferences.jsonl:1: 'order' must name",
+        ),
     ],
-)  # fmt: skip
+)
 def test_recorded_refuses(stage, tmp_path, lines, message):
     with pytest.raises(DataError, match=message) as e:
         recorded.rank([make_row()], _recorded(tmp_path, *lines), stage)
@@ -371,7 +390,7 @@ REWARD_ROW["finished"][2] = False
 
 
 @pytest.mark.parametrize("pad", [0, None])
-def test_reward_model_ranks_by_score_less_bias_however_padded(stage, classifier, pad):
+def test_reward_model_ranks_by_score_minus_bias_with_and_without_padding(stage, classifier, pad):
     folder = classifier(reward_bias=0.25, pad_token_id=pad)
     config = RewardModelLabeler(labeler="reward_model", path=folder)
     labels = reward_model.rank([REWARD_ROW], config, stage)
@@ -384,7 +403,7 @@ def test_reward_model_ranks_by_score_less_bias_however_padded(stage, classifier,
     assert len(labels.source["digest"]) == 64
 
 
-def test_reward_model_of_two_labels_scores_by_the_difference(stage, classifier):
+def test_reward_model_with_two_labels_scores_by_their_difference(stage, classifier):
     folder = classifier(num_labels=2)
     (ranking,) = reward_model.rank(
         [REWARD_ROW], RewardModelLabeler(labeler="reward_model", path=folder), stage
@@ -393,7 +412,7 @@ def test_reward_model_of_two_labels_scores_by_the_difference(stage, classifier):
     assert ranking["scores"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_reward_model_labelers_have_noise_and_tie(stage, classifier):
+def test_reward_model_labelers_apply_noise_and_tie(stage, classifier):
     folder = classifier()
     noisy = RewardModelLabeler(labeler="reward_model", path=folder, labelers=2, noise=50.0)
     first, second = reward_model.rank([REWARD_ROW], noisy, stage).rankings[0]
@@ -410,7 +429,7 @@ def test_batches_keep_order_and_size():
     assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
 
 
-def test_reward_model_refuses_what_it_would_have_to_cut(stage, classifier):
+def test_reward_model_refuses_inputs_it_would_have_to_truncate(stage, classifier):
     folder = classifier(max_position_embeddings=16)
     row = make_row("long-one", prompt="p" * 12, completions=["a", "b" * 9])
     with pytest.raises(DataError, match=r"row long-one: completion 1 is 22 tokens long .* reads 16"):
@@ -476,7 +495,10 @@ def test_scores_are_wins_and_half_the_ties():
 
 
 class FakeEndpoint:
-    """An OpenAI-compatible server on this machine: `reply(first, second) -> answer`, failing first with `statuses`, or answering all with `body`."""
+    """An OpenAI-compatible server on this machine.
+
+    It fails with `statuses` first, then answers with `reply(first, second)`, or always with `body`.
+    """
 
     def __init__(self, reply, statuses=(), body=None):
         self.statuses, self.requests, endpoint = list(statuses), [], self
@@ -526,7 +548,7 @@ def prefers_longer(first, second):
     return "tie" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
 
 
-def test_a_position_biased_judge_gives_nothing_but_ties(stage):
+def test_a_position_biased_judge_yields_only_ties(stage):
     rows = [make_row(f"r{i}", completions=["x", "yy", "zzz"]) for i in range(2)]
     with FakeEndpoint(lambda first, second: "A") as endpoint:
         labels = llm.rank(rows, endpoint.config(), stage)
@@ -574,7 +596,7 @@ def test_texts_with_braces_reach_the_judge_unchanged(stage):
     )
 
 
-def test_the_key_is_sent_and_never_shown(stage, monkeypatch, caplog):
+def test_the_api_key_is_sent_and_never_shown(stage, monkeypatch, caplog):
     monkeypatch.setenv("TEST_JUDGE_KEY", "sk-secret")
     with FakeEndpoint(prefers_longer, statuses=[401] * 8) as endpoint, pytest.raises(ConfigError) as e:
         llm.rank([make_row()], endpoint.config(), stage)
@@ -586,7 +608,7 @@ def test_the_key_is_sent_and_never_shown(stage, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_busy_endpoints_are_asked_again(stage, status):
+def test_requests_to_busy_endpoints_are_retried(stage, status):
     with FakeEndpoint(prefers_longer, statuses=[status, status]) as endpoint:
         labels = llm.rank([make_row(completions=["a", "bb"])], endpoint.config(), stage)
     assert labels.rankings[0][0]["ranks"] == [2, 1]
@@ -614,7 +636,7 @@ def test_a_refused_request_is_not_repeated(stage, status):
     assert len(endpoint.requests) == 1
 
 
-def test_a_silent_endpoint_interrupts_and_finished_rows_are_not_asked_again(stage):
+def test_an_unavailable_endpoint_interrupts_and_finished_rows_are_not_asked_again(stage):
     rows = [make_row(f"r{i}", completions=["x", "yy"]) for i in range(4)]
     with FakeEndpoint(prefers_longer) as endpoint:
         config = endpoint.config()
@@ -629,12 +651,12 @@ def test_a_silent_endpoint_interrupts_and_finished_rows_are_not_asked_again(stag
         assert len(endpoint.requests) == 4
     assert labels.rankings[:2] == first.rankings
     assert [row[0]["ranks"] for row in labels.rankings] == [[2, 1]] * 4
-    with pytest.raises(Interrupted, match="does not answer"):  # nobody listens there any more
+    with pytest.raises(Interrupted, match="does not answer"):  # the server is gone
         llm.rank([make_row("new")], config, stage)
-    assert llm.rank(rows, config, stage).rankings == labels.rankings  # all is on disk
+    assert llm.rank(rows, config, stage).rankings == labels.rankings  # everything is on disk
 
 
-def test_it_leaves_when_asked_with_every_finished_row_saved(stage):
+def test_a_stop_request_leaves_every_finished_row_saved(stage):
     rows = [make_row(f"r{i}", completions=["x", "yy"]) for i in range(3)]
 
     def stop_while_answering(first, second):
@@ -658,7 +680,7 @@ def test_every_row_is_on_disk_before_the_next_is_asked(stage):
     assert on_disk == [0, 0, 1, 1, 2, 2]
 
 
-def test_an_endpoint_of_another_kind_is_refused(stage):
+def test_an_endpoint_that_is_not_openai_compatible_is_refused(stage):
     with (
         FakeEndpoint(None, body={"error": "?"}) as endpoint,
         pytest.raises(ConfigError, match="is it OpenAI-compatible"),
@@ -667,7 +689,7 @@ def test_an_endpoint_of_another_kind_is_refused(stage):
 
 
 def test_llm_noise_is_the_share_of_coin_flips():
-    """With a share e of flipped coins, e/2 of the verdicts come out wrong; with none, none."""
+    """If a share e of the verdicts is replaced by coin flips, e/2 of them come out wrong."""
     config = LlmLabeler(labeler="llm", endpoint="http://x/v1", model="m", noise=0.4, labelers=2)
     answers = [{"id": f"r{i}", "verdicts": [[0, 1, "A", "B"]], "time": "t"} for i in range(2000)]
     ranks = np.array([[r["ranks"] for r in llm.rankings_of(a, 2, config, seed=0)] for a in answers])

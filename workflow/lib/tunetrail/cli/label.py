@@ -85,7 +85,13 @@ def serve(
         if name := labels.noted(RUN):
             raise ConfigError(f"--tasks: {store} holds the tasks of the run {name}; name another --store")
         labels.publish(read_tasks(tasks), settings)
-    return run(labels, host, port, prefix, proxy)
+    return run(labels, host, port, prefix, proxy, _quality)
+
+
+def _quality(labels: Any) -> dict[str, Any]:
+    from tunetrail.reporting.label_quality import page_values  # what draws takes seconds to import
+
+    return page_values(labels)
 
 
 def _link(store: Any, token: str) -> str:

@@ -1,17 +1,18 @@
 """The quality page of the label server: the numbers of `labeling.quality` with their figures."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import altair as alt
 
+from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.labels import Label, is_ranking
 from tunetrail.labeling.quality import Interval, Quality, Remaining, measure, remaining
 from tunetrail.labeling.tasks import Task
 from tunetrail.reporting import charts
+from tunetrail.reporting.numbers import duration, percent_interval
 from tunetrail.reporting.numbers import interval as interval_text
-from tunetrail.reporting.numbers import percent_interval
 
 INSTRUCT_GPT = (0.726, 0.773)
 """How often its training labelers agreed with each other, and its held-out ones (Ouyang et al. 2022, section 3.4)."""
@@ -47,6 +48,19 @@ def quality_page(
         **quality,
         "remaining": remaining(labels, progress["wanted"], progress["have"], now) if progress and now else None,
         "figures": {name: charts.svg(figure) for name, figure in figures.items()},
+    }
+
+
+def page_values(store: Store) -> dict[str, Any]:
+    """What the template of the quality page needs, as of now."""
+    head, progress = store.head(), store.progress()
+    return {
+        "quality": quality_page(store.labels(), store.tasks(), progress, datetime.now(UTC)),
+        "progress": progress,
+        "fault": store.fault(),
+        "head": head,
+        "share": percent_interval,
+        "duration": duration,
     }
 
 

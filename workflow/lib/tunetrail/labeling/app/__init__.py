@@ -3,7 +3,8 @@
 database.py  tables, changes that the database itself refuses, SQLite and PostgreSQL
 events.py    the type of an event
 store.py     the audit trail: tasks, and events chained by their digests
-queue.py     who gets which task; drafts, answers, undo
+choosing.py  which task comes next
+queue.py     assignments, leases, drafts, answers, undo
 answers.py   which answers are valid
 access.py    labelers, tokens, sessions, rate limits
 web.py       the pages, from templates/ and static/

@@ -8,23 +8,17 @@ given; and since it is unique among events, nothing is stored twice.
 import json
 import secrets
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import sqlalchemy as sa
 
 from tunetrail.labeling.app.answers import TEXT, Answer, Refused, as_answer, as_skip
+from tunetrail.labeling.app.choosing import GAP, PUBLISHED, choose, of_labeler, shown_order
 from tunetrail.labeling.app.database import assignments, events, places
 from tunetrail.labeling.app.store import Settings, Store
 from tunetrail.labeling.tasks import Task
-from tunetrail.preferences.ranks import generator, pairwise_agreement
-
-PUBLISHED = sa.select(places.c.task)
-"""The digests of the published tasks."""
-GAP = 5
-"""A task is repeated only after at least this many others."""
+from tunetrail.preferences.ranks import pairwise_agreement
 
 
 @dataclass(frozen=True)
@@ -95,72 +89,9 @@ def _assignment(store: Store, connection: sa.Connection, row: sa.Row) -> Assignm
     )
 
 
-def shown_order(settings: Settings, digest: str, labeler: str, purpose: str, k: int) -> list[int]:
-    """[k]: the order in which a labeler sees a task's completions; a repeat has an order of its own."""
-    occasion = "again" if purpose == "repeat" else ""
-    return generator(settings.seed, "shown", digest, labeler, occasion).permutation(k).tolist()
-
-
-def _of(labeler: str) -> sa.Select:
-    return sa.select(assignments).where(assignments.c.labeler == labeler)
-
-
-def _choose(connection: sa.Connection, settings: Settings, labeler: str, now: float) -> tuple[str, str] | None:
-    """The digest and purpose of what a labeler gets next; None where nothing is left for them."""
-    done = connection.execute(
-        _of(labeler)
-        .where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED))
-        .order_by(assignments.c.event)
-    ).all()
-    counts = Counter(row.purpose for row in done)
-    unseen = ~sa.exists().where(
-        assignments.c.task == places.c.task, assignments.c.labeler == labeler, assignments.c.state != "undone"
-    )
-    gold = sa.select(places.c.task).where(places.c.gold, unseen).order_by(places.c.position).limit(1)
-    if counts["training"] < settings.training and (digest := connection.execute(gold).scalar()):
-        return digest, "training"
-    given = sum(row.purpose == "label" and row.state == "answered" for row in done)
-    if settings.per_labeler is not None and given >= settings.per_labeler:
-        return None
-    every = settings.gold_every
-    gold_is_due = every and counts["gold"] < (counts["label"] + every // 2) // every
-    if gold_is_due and (digest := connection.execute(gold).scalar()):
-        return digest, "gold"
-    every = settings.repeat_every
-    repeat_is_due = every and counts["repeat"] < counts["label"] // every
-    if repeat_is_due and (digest := _to_repeat(connection, settings, labeler, done)):
-        return digest, "repeat"
-    of_task = sa.select(sa.func.count()).where(assignments.c.task == places.c.task, assignments.c.purpose == "label")
-    answered = of_task.where(assignments.c.state == "answered").scalar_subquery()
-    skipped = of_task.where(assignments.c.state == "skipped").scalar_subquery()
-    leased = of_task.where(assignments.c.state == "open", assignments.c.expires > now).scalar_subquery()
-    free = sa.and_(~places.c.gold, unseen, answered + leased < settings.overlap, skipped < settings.skips)
-    digest = connection.execute(sa.select(places.c.task).where(free).order_by(places.c.position).limit(1)).scalar()
-    return (digest, "label") if digest else None
-
-
-def _to_repeat(connection: sa.Connection, settings: Settings, labeler: str, done: Sequence[sa.Row]) -> str | None:
-    """A task that a labeler ranked some time ago, drawn from those not repeated yet.
-
-    Args:
-        done: the labeler's finished assignments, in order.
-    """
-    repeated = {row.task for row in done if row.purpose == "repeat"}
-    ranked = sa.select(events.c.number).where(events.c.labeler == labeler, events.c.kind == "ranking")
-    rankings = set(connection.execute(ranked).scalars())
-    earlier = [row.task for row in done[:-GAP] if row.purpose == "label" and row.event in rankings]
-    candidates = [task for task in earlier if task not in repeated]
-    if not candidates:
-        return None
-    drawn = generator(settings.seed, "repeat", labeler, sum(row.purpose == "repeat" for row in done)).integers(
-        len(candidates)
-    )
-    return candidates[int(drawn)]
-
-
 def _open(connection: sa.Connection, labeler: str) -> sa.Row | None:
     """A labeler's open assignment; after an undo, the one that was taken back, while the other one waits."""
-    open_ = _of(labeler).where(assignments.c.state == "open", assignments.c.task.in_(PUBLISHED))
+    open_ = of_labeler(labeler).where(assignments.c.state == "open", assignments.c.task.in_(PUBLISHED))
     return connection.execute(open_.order_by(assignments.c.expires.desc()).limit(1)).first()
 
 
@@ -176,7 +107,7 @@ def next_task(store: Store, labeler: str) -> Assignment | None:
         if row:
             _set(connection, row.nonce, expires=expires)
         else:
-            chosen = _choose(connection, settings, labeler, now)
+            chosen = choose(connection, settings, labeler, now)
             if chosen is None:
                 return None
             row = _assign(store, connection, settings, labeler, *chosen, now)
@@ -228,7 +159,7 @@ def _set(connection: sa.Connection, nonce: str, **values) -> None:
 def _given(connection: sa.Connection, labeler: str, nonce: str) -> sa.Row:
     """The assignment with this nonce. Raises Refused where this labeler was not given it."""
     possible = nonce.isascii() and nonce.isprintable()
-    row = connection.execute(_of(labeler).where(assignments.c.nonce == nonce)).first() if possible else None
+    row = connection.execute(of_labeler(labeler).where(assignments.c.nonce == nonce)).first() if possible else None
     if row is None:
         raise Refused("this task was not given to you", 404)
     return row
@@ -351,7 +282,9 @@ def undo(store: Store, labeler: str, event: int | None = None) -> bool:
 
 def _recent(labeler: str) -> sa.Select:
     """A labeler's answers and skips, the newest first."""
-    done = _of(labeler).where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED))
+    done = of_labeler(labeler).where(
+        assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED)
+    )
     return done.order_by(assignments.c.event.desc())
 
 

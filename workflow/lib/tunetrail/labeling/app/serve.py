@@ -11,7 +11,7 @@ import uvicorn
 
 from tunetrail.errors import ConfigError
 from tunetrail.labeling.app.store import Store
-from tunetrail.labeling.app.web import application
+from tunetrail.labeling.app.web import QualityValues, application
 
 EVERYWHERE = ("0.0.0.0", "::")
 
@@ -48,11 +48,12 @@ def listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None = None) -> int:
+def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None, quality: QualityValues) -> int:
     """Serves until it is interrupted; the exit code.
 
     Args:
         proxy: comma-separated addresses whose X-Forwarded-For and X-Forwarded-Proto are trusted; None: no address.
+        quality: see `application`.
     """
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
@@ -81,9 +82,14 @@ def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None = N
         flush=True,
     )
     config = uvicorn.Config(
-        application(store, prefix), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
-        proxy_headers=proxy is not None, forwarded_allow_ips=proxy or "",
-    )  # fmt: skip
+        application(store, prefix, quality),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        proxy_headers=proxy is not None,
+        forwarded_allow_ips=proxy or "",
+    )
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[sock])
     return 0

@@ -11,7 +11,6 @@ are shown, and the nonce of the assignment is all that a page knows about its ta
 import hmac
 import json
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ from tunetrail.labeling.app.store import Settings, Store
 
 HERE = Path(__file__).parent
 COOKIE = "tunetrail_label"
+QualityValues = Callable[[Store], dict[str, Any]]
+"""Store -> the values of the template of the quality page."""
 LETTERS = "ABCDEFGHI"
 """Names of outputs on a page, in the order shown."""
 LARGEST = 256 * 1024
@@ -109,11 +110,15 @@ def _field(sent: dict, name: str, kind: type, default: Any = None) -> Any:
     return value
 
 
+def _not_available(store: Store) -> dict[str, Any]:
+    raise Refused("this server has no quality page", 404)
+
+
 class Pages:
     """The handlers, over a store."""
 
-    def __init__(self, store: Store, prefix: str):
-        self.store, self.prefix = store, prefix
+    def __init__(self, store: Store, prefix: str, quality: QualityValues):
+        self.store, self.prefix, self.measure_quality = store, prefix, quality
         self.requests = access.Rate(per_minute=300, burst=120)
         self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel everyone has the same address
         self.templates = Environment(
@@ -235,17 +240,7 @@ class Pages:
         return self.page("guidelines.html.j2", request, settings=await self._settings())
 
     async def quality(self, request: Request) -> Response:
-        return self.page("quality.html.j2", request, **await run_in_threadpool(self._quality))
-
-    def _quality(self) -> dict[str, Any]:
-        # Imported when an admin asks for the page: what draws takes seconds to load.
-        from tunetrail.reporting.label_quality import quality_page
-        from tunetrail.reporting.numbers import duration, percent_interval
-
-        head, progress = self.store.head(), self.store.progress()
-        quality = quality_page(self.store.labels(), self.store.tasks(), progress, datetime.now(UTC))
-        formats = {"share": percent_interval, "duration": duration}
-        return {"quality": quality, "progress": progress, "fault": self.store.fault(), "head": head} | formats
+        return self.page("quality.html.j2", request, **await run_in_threadpool(self.measure_quality, self.store))
 
     # Actions
 
@@ -291,9 +286,14 @@ class Pages:
         return JSONResponse({"error": message}, 500, HEADERS | {"cache-control": "no-store"})
 
 
-def application(store: Store, prefix: str = "") -> Starlette:
-    """The pages as an ASGI application, under a path prefix such as /labels ('' for none)."""
-    pages = Pages(store, prefix)
+def application(store: Store, prefix: str = "", quality: QualityValues = _not_available) -> Starlette:
+    """The pages as an ASGI application.
+
+    Args:
+        prefix: the path under which they are served, such as /labels; '' for none.
+        quality: computes what the quality page shows, each time an admin asks for it.
+    """
+    pages = Pages(store, prefix, quality)
     guarded = pages.guarded
     routes = [
         Route("/enter", pages.entrance),
