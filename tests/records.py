@@ -30,7 +30,8 @@ def seal_folder(
     labels = [d for parent in found.values() for d in parent["labels"]]
     content = record.build(
         stage=stage, part=(0, 1), config={"stage": stage, "seed": 17, "config": config or {}}, manifest=manifest,
-        output=folder, parents=found, dependencies=[*(dependencies or []), *labels], attempts=attempts or [ATTEMPT], metrics="0" * 64,
+        output=folder, parents=found, dependencies=[*(dependencies or []), *labels], attempts=attempts or [ATTEMPT],
+            metrics="0" * 64,
         training_flops=None, byproducts=[],
         also_about=[{"name": role, "digest": {"sha256": found[role]["manifest"]}} for role in about],
     )  # fmt: skip

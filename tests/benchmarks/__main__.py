@@ -8,8 +8,8 @@ take it above 100%. Of sampling, what reading all weights once a step would take
 What keeps us from the limit. Sampling: products of few rows run at half of the best product's rate, and torch's
 attention of one token to its past takes a fifth of the time; at 64 rows and two cores the products alone take
 longer than reading the weights. PPO: two thirds of an update are products; the rest are the steps between them, casting
-weights and gradients of float32 masters, and AdamW over all of them. Float32 masters, gradients and moments take twice the
-memory of TRL's with all in bf16. Where a CPU has matrix units (AMX), products are faster and the rest weighs more.
+weights and gradients of float32 masters, and AdamW over all of them. Float32 masters, gradients and moments take twice
+the memory of TRL's with all in bf16. Where a CPU has matrix units (AMX), products are faster and the rest weighs more.
 
 Our side runs in bf16 autocast where the CPU computes in bf16. Where it does not, what is in bf16 is not measured.
 """
@@ -81,8 +81,10 @@ def compare(
     found = {
         "ratio": spread(ratios),
         "unit": "episodes/s" if case == "ppo" else "tokens/s",
-        "ours": {"speed": spread([s for s, _ in speeds]), "peak_bytes": max(a["peak_bytes"] for a in ours), "precision": precision},
-        "theirs": {"speed": spread([t for _, t in speeds]), "peak_bytes": max(b["peak_bytes"] for b in theirs), "precision": other},
+        "ours": {"speed": spread([s for s, _ in speeds]), "peak_bytes": max(a["peak_bytes"] for a in ours),
+            "precision": precision},
+        "theirs": {"speed": spread([t for _, t in speeds]), "peak_bytes": max(b["peak_bytes"] for b in theirs),
+            "precision": other},
         "share_of_limit": spread([a["flops"] / a["seconds"] / peak for a in ours]),
     }  # fmt: skip
     if case == "sampling":
@@ -127,7 +129,8 @@ def main() -> None:
             found = results[name] = compare(case, ours, precision, theirs, their_precision, peak, bandwidth)
             print(
                 f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "
-                f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(found['share_of_limit'], True)} of the limit; peak "
+                f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(found['share_of_limit'], True)} of "
+                "the limit; peak "
                 f"{found['ours']['peak_bytes'] / 2**30:.1f} against {found['theirs']['peak_bytes'] / 2**30:.1f} GiB",
                 flush=True,
             )
@@ -140,7 +143,8 @@ def main() -> None:
     if not only or "audit" in only:
         found = results["audit.vs_sha256sum"] = verifying(Path("results/demo"))
         print(
-            f"{'audit.vs_sha256sum':28} {said(found['ratio'])} times as fast; {found['bytes_a_second'] / 1e9:.2f} GB/s over {found['bytes'] / 1e9:.2f} GB; the command {found['command_seconds']:.1f} s"
+            f"{'audit.vs_sha256sum':28} {said(found['ratio'])} times as fast; {found['bytes_a_second'] / 1e9:.2f} "
+            f"GB/s over {found['bytes'] / 1e9:.2f} GB; the command {found['command_seconds']:.1f} s"
         )
         found = results["audit.trace_10000"] = tracing()
         print(
@@ -152,7 +156,8 @@ def main() -> None:
         for name, found in results["plan.2000_shards"].items():
             if name != "artifacts":
                 print(
-                    f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the processor), peak {found['peak_bytes'] / 2**30:.2f} GiB",
+                    f"{'plan.2000_shards':28} {name}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of the "
+                    f"processor), peak {found['peak_bytes'] / 2**30:.2f} GiB",
                     flush=True,
                 )
     if not only or "saving" in only:
@@ -166,7 +171,8 @@ def main() -> None:
         found = results["labels.submit"] = run([sys.executable, "-m", "tests.benchmarks.labels"])
         for name, case in found.items():
             print(
-                f"{'labels.submit':28} {name}: median {case['median_ms']:.1f} ms, 95% within {case['p95_ms']:.0f} ms, of {case['rankings']} rankings by 20 labelers",
+                f"{'labels.submit':28} {name}: median {case['median_ms']:.1f} ms, 95% within {case['p95_ms']:.0f} "
+                f"ms, of {case['rankings']} rankings by 20 labelers",
                 flush=True,
             )
     for name in PARTS:

@@ -1,4 +1,6 @@
-"""Speed of the audit: verifying beside sha256sum on all cores over the same bytes, tracing a lineage of 10,000 artifacts."""
+"""Speed of the audit: verifying beside sha256sum on all cores over the same bytes, tracing a lineage of 10,000
+artifacts.
+"""
 
 import os
 import statistics

@@ -18,7 +18,10 @@ if CHROMIUM is None and os.environ.get("CI"):
     raise RuntimeError("chromium is not installed; .ci/run installs it")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 expect.set_options(timeout=20_000)
-MARKUP = '# Title\n\n```python\ndef f(x):\n    return "<b>" + x\n```\n<script>window.stolen = 1</script><img src=x onerror="window.stolen = 1">\n\n[link](https://example.org)'
+MARKUP = (
+    '# Title\n\n```python\ndef f(x):\n    return "<b>" + x\n```\n<script>window.stolen = 1</script><img src=x '
+    'onerror="window.stolen = 1">\n\n[link](https://example.org)'
+)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +287,8 @@ def test_markdown_and_code_are_shown_and_scripts_are_not_run(ada, store):
     ada.press("v")
     assert MARKUP in page.locator(".raw:visible").all_inner_texts()
     page.evaluate(
-        "() => { const s = document.createElement('script'); s.textContent = 'window.stolen = 2'; document.body.append(s); }"
+        "() => { const s = document.createElement('script'); s.textContent = 'window.stolen = 2'; "
+        "document.body.append(s); }"
     )
     assert page.evaluate("window.stolen") is None, "the policy forbids scripts in the page"
     assert any("Content Security Policy" in line for line in ada.said)
@@ -336,7 +340,9 @@ CONTRASTS = """() => {
             return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 120)];
         });
 }"""
-"""[contrast, element] of all text outside of figures, by WCAG 2.1's formula; translucent backgrounds are looked through."""
+"""[contrast, element] of all text outside of figures, by WCAG 2.1's formula; translucent backgrounds are looked
+through.
+"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -87,7 +87,8 @@ def demo(project) -> Case:
     return Case(project, "config/examples/human-labels.yaml", results, "state/human-labels.db", 272, worth)
 
 
-DEMO = pytest.param("demo", marks=pytest.mark.skipif(not os.environ.get("TUNETRAIL_DEMO"), reason="the demo takes ten minutes; TUNETRAIL_DEMO=1 runs it"))  # fmt: skip
+DEMO = pytest.param("demo", marks=pytest.mark.skipif(not os.environ.get("TUNETRAIL_DEMO"),
+    reason="the demo takes ten minutes; TUNETRAIL_DEMO=1 runs it"))  # fmt: skip
 
 
 @pytest.fixture(params=["tiny", DEMO])
@@ -116,7 +117,8 @@ def test_the_run_waits_for_three_people_and_its_reward_model_names_them(case, br
     waited = project.snakemake("--retries", "2", "--", *targets, config=case.config)
     assert waited.returncode == 75, waited.stderr[-3000:]
     last = waited.stderr.strip().splitlines()[-2]
-    assert last.startswith(f"comparisons waits for people: 0 of {case.wanted} rankings collected; start their page with `tunetrail label serve --store {case.store}`")  # fmt: skip
+    assert last.startswith(f"comparisons waits for people: 0 of {case.wanted} rankings collected; start their page "
+                           f"with `tunetrail label serve --store {case.store}`")  # fmt: skip
     assert waited.stderr.count("\nError in rule comparisons") == 1  # one attempt, whatever the profile's retries
     assert (project.folder / results / "retention/manifest.json").exists()  # the other branch went on
     assert not (project.folder / results / "comparisons/manifest.json").exists()

@@ -40,7 +40,8 @@ def test_the_page_opens_from_disk_without_an_error(tiny_run, tmp_path):
         assert text in reply.stdout
 
 
-# What is wider than the screen, the theme, and text whose contrast to the ground it stands on is below 4.5 (WCAG 1.4.3).
+# What is wider than the screen, the theme, and text whose contrast to the ground it stands on is below 4.5 (WCAG
+# 1.4.3).
 LOOK = """<script>addEventListener('load', () => {
   const light = (colour) => colour.slice(0, 3).map((v) => v / 255)
     .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)

@@ -6,12 +6,12 @@ machine's own /etc is touched. Root is needed, and Debian's slurmctld, slurmd, s
     with Cluster(folder) as cluster:
         cluster.command("sinfo")
 
-Partitions: cpu (two nodes), gpu, preempt and spot (two nodes with two GPUs: a job in gpu preempts one in the others, which
-is requeued, or cancelled in spot), gpu-large (one node, four GPUs with a type). Character devices stand in for the GPUs.
-Slurm's accounting is off and sacct is installed, as on many a small site.
+Partitions: cpu (two nodes), gpu, preempt and spot (two nodes with two GPUs: a job in gpu preempts one in the others,
+which is requeued, or cancelled in spot), gpu-large (one node, four GPUs with a type). Character devices stand in for
+the GPUs. Slurm's accounting is off and sacct is installed, as on many a small site.
 
-Several clusters can run at once: each has its own ports, its own node names (and by them its own control groups), and job
-ids of its own range, from which stages derive the port of torch.distributed.
+Several clusters can run at once: each has its own ports, its own node names (and by them its own control groups), and
+job ids of its own range, from which stages derive the port of torch.distributed.
 """
 
 import os
@@ -77,7 +77,8 @@ def hindrance() -> str | None:
         return f"not found: {', '.join(lacking)}; apt-get install slurmctld slurmd slurm-client munge"
     if os.geteuid():
         return "only root can start a cluster in namespaces"
-    trial = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "--bind", "/etc", "/etc"], capture_output=True, text=True, check=False)  # fmt: skip
+    trial = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "--bind", "/etc", "/etc"],
+        capture_output=True, text=True, check=False)  # fmt: skip
     return f"this container may not make namespaces: {trial.stderr.strip()}" if trial.returncode else None
 
 
@@ -147,10 +148,12 @@ class Cluster:
         cgroup = Path("/sys/fs/cgroup/freezer").is_dir()
         ports = {name: free_port() for name in self.nodes}
         types = {node: TYPES[kind] for kind in TYPES for node in self.kinds[kind]}
-        lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder, first_job=10000 * self.number + 1, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
+        lines = [CONF.format(host=socket.gethostname(), port=free_port(), folder=self.folder,
+            first_job=10000 * self.number + 1, proctrack="cgroup" if cgroup else "pgid")]  # fmt: skip
         for name, gpus in self.nodes.items():
             gres = f" Gres=gpu:{types[name]}:{gpus}" if name in types else f" Gres=gpu:{gpus}" if gpus else ""
-            lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 RealMemory=128000{gres}")  # fmt: skip
+            lines.append(f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[name]} CPUs=16 "
+                         f"RealMemory=128000{gres}")  # fmt: skip
         cpu, gpu, big = (",".join(nodes) for nodes in self.kinds.values())
         lines += [
             f"PartitionName=cpu Nodes={cpu} Default=YES MaxTime=1-0 PriorityTier=10",
@@ -175,7 +178,8 @@ class Cluster:
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o600)
         munge.chmod(0o755)
-        files = [f"--{kind}={munge}/{name}" for kind, name in (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
+        files = [f"--{kind}={munge}/{name}" for kind, name in (("socket", "socket"), ("key-file", "key"), ("pid-file",
+            "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
         subprocess.run(["munged", "--force", *files], env=self.environment, check=True, capture_output=True)
 
     def _start(self, name: str, program: str, namespaces: tuple[str, ...] = ()) -> None:
@@ -240,7 +244,8 @@ class Cluster:
         """Every job that the controller remembers, as it shows them."""
         fields = {
             "id": "JobID", "state": "State", "name": "Name", "comment": "Comment", "partition": "Partition",
-            "nodes": "NodeList", "reason": "Reason", "restarts": "RestartCnt", "gres": "tres-per-node", "folder": "WorkDir",
+            "nodes": "NodeList", "reason": "Reason", "restarts": "RestartCnt", "gres": "tres-per-node",
+                "folder": "WorkDir",
             "memory": "MinMemory", "minutes": "TimeLimit", "cpus": "NumCPUs", "requeue": "Requeue",
             "array": "ArrayJobID",
         }  # fmt: skip

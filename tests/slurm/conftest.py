@@ -112,7 +112,8 @@ class OnSlurm:
     def status(self) -> dict[str, dict]:
         """What `tunetrail status` tells of each stage."""
         command = [sys.executable, "-m", "tunetrail", "status", "--profile", "slurm", "--configfile", CONFIG, "--json"]
-        reply = subprocess.run(command, cwd=self.folder, env=self.variables({}), capture_output=True, text=True, check=True)  # fmt: skip
+        reply = subprocess.run(command, cwd=self.folder, env=self.variables({}), capture_output=True, text=True,
+            check=True)  # fmt: skip
         return {standing["name"]: standing for standing in json.loads(reply.stdout)}
 
     # ------------------------------------------------------------------------- what is there
@@ -153,7 +154,8 @@ class OnSlurm:
 
     def preempt(self) -> None:
         """Another job wants all GPUs of two nodes for three seconds, in a partition that goes before the others."""
-        urgent = self.cluster.command("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3").strip()  # fmt: skip
+        urgent = self.cluster.command("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null",
+            "--wrap", "sleep 3").strip()  # fmt: skip
         until(lambda: any(j["id"] == urgent and j["state"] == "COMPLETED" for j in self.cluster.jobs()), "it is done")
 
     def trainers(self, node: str, stage: str = "sft") -> list[int]:
@@ -191,16 +193,11 @@ def on_slurm(cluster: Cluster, folder: Path) -> OnSlurm:
 
 
 @pytest.fixture(scope="session")
-def prepared(whole, tmp_path_factory) -> OnSlurm:
+def prepared(cluster, tmp_path_factory) -> OnSlurm:
     """Base model and data, and the SFT of a run that nothing disturbed, which is kept in `undisturbed`."""
-    folder = tmp_path_factory.mktemp("prepared") / "p"
-    shutil.copytree(whole.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("head.log", "sft.log"))
-    for name in ("results", "state"):
-        for path in (folder / name / RUN).iterdir():
-            if path.name not in ("base", "data", "config", ".digests"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    project = on_slurm(cluster, tmp_path_factory.mktemp("prepared"))
     # Saves after every step, so that what is lost can be counted, and so that the training lasts.
-    project = OnSlurm(whole.cluster, folder, {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"})
+    project.environment = {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"}
     project.configure(sft__epochs=12)
     project.run("--until", "sft")
     for name in ("results", "state"):

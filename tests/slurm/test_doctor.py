@@ -43,8 +43,10 @@ def test_a_profile_that_asks_for_what_is_not_there(site):
     code, lines = doctor(site, "--no-jobs")
     assert code == 1
     assert lines == [
-        "FINDING  partition nowhere: there is none (ppo go there); name one of cpu, gpu, gpu-large, preempt, spot at the top of the profile",
-        "FINDING  rule best_of_n: asks for 140000 MB a node, those of cpu have at most 128000; lower mem_mb in set-resources: best_of_n of the profile, or name another partition",
+        "FINDING  partition nowhere: there is none (ppo go there); name one of cpu, gpu, gpu-large, preempt, spot at "
+        "the top of the profile",
+        "FINDING  rule best_of_n: asks for 140000 MB a node, those of cpu have at most 128000; lower mem_mb in "
+        "set-resources: best_of_n of the profile, or name another partition",
     ]
 
 
@@ -53,7 +55,9 @@ def test_a_partition_whose_preempted_jobs_are_cancelled(site):
     code, lines = doctor(site, "--no-jobs")
     assert code == 1
     [line] = lines
-    assert line.startswith("FINDING  partition spot: jobs of gpu cancel those of it (PreemptMode=CANCEL), and snakemake would wait for them for ever (")  # fmt: skip
-    assert line.endswith("give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that requeues")  # fmt: skip
+    assert line.startswith("FINDING  partition spot: jobs of gpu cancel those of it (PreemptMode=CANCEL), and "
+                           "snakemake would wait for them for ever (")  # fmt: skip
+    assert line.endswith("give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition "
+                         "that requeues")  # fmt: skip
     site.resources("sft", launcher="submitit")
     assert "(dpo, reward go there)" in doctor(site, "--no-jobs")[1][0].replace("reward, dpo", "dpo, reward")

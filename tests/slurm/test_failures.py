@@ -82,7 +82,8 @@ def test_slurms_own_time_limit(project, expected):
     job = project.job()
     [trainer] = project.trainers(job["nodes"])
     os.kill(trainer, signal.SIGSTOP)
-    until(lambda: (parse_time_left(project.cluster.command("squeue", "-h", "-j", job["id"], "-o", "%L").strip()) or 0) < 8 / 60, "nearly over")  # fmt: skip
+    until(lambda: (parse_time_left(project.cluster.command("squeue", "-h", "-j", job["id"], "-o",
+        "%L").strip()) or 0) < 8 / 60, "nearly over")  # fmt: skip
     os.kill(trainer, signal.SIGCONT)
     ends_well(project, head, expected, attempts=2)
     assert project.ends("sft")[0].startswith("stopped by time limit at step ")
@@ -141,7 +142,8 @@ def test_a_node_cut_off_whose_trainer_is_silent_loses_its_lease(project, expecte
     last = int(project.saved()[-1].name.rpartition("-")[2])
     until(lambda: project.saved() and int(project.saved()[-1].name.rpartition("-")[2]) > last + 5, "the new one trains")
     os.kill(old, signal.SIGCONT)  # in the middle of the other's training
-    until(lambda: not Path(f"/proc/{old}").exists() or ") Z" in Path(f"/proc/{old}/stat").read_text(), "the old trainer ends")  # fmt: skip
+    until(lambda: not Path(f"/proc/{old}").exists() or ") Z" in Path(f"/proc/{old}/stat").read_text(),
+        "the old trainer ends")  # fmt: skip
     ends_well(project, head, expected, attempts=2)
     goes_on_from(project, step)
     assert not list((project.folder / "state/tiny/sft").glob("*/attempts.jsonl"))  # the old one wrote nothing more

@@ -22,7 +22,8 @@ from .test_failures import ends_well, goes_on_from
 
 # The profile's own partition of each rule, as its first lines name them.
 PARTITIONS = {
-    "base": "cpu", "data": "cpu", "comparisons": "cpu", "best_of_n": "cpu", "head_to_head": "cpu", "report": "cpu", "retention": "gpu", "sft": "gpu",
+    "base": "cpu", "data": "cpu", "comparisons": "cpu", "best_of_n": "cpu", "head_to_head": "cpu", "report": "cpu",
+        "retention": "gpu", "sft": "gpu",
     "completions": "gpu", "reward": "gpu", "dpo": "gpu", "evaluation": "gpu", "ppo": "gpu-large",
 }  # fmt: skip
 
@@ -57,7 +58,8 @@ def test_every_job_lands_where_the_profile_says(whole):
 def test_a_branch_that_fails_for_good_stops_no_other(whole, tmp_path):
     """What failed, where its log is and how to run it again are said at the end."""
     run = copy_of(whole, tmp_path / "copy")
-    run.configure(policies__dpo={"method": "dpo", "batch_size": 8, "learning_rate": 1e30}, **{"policies__best-of-2": {"method": "best_of_n", "n": 3}})  # fmt: skip
+    run.configure(policies__dpo={"method": "dpo", "batch_size": 8, "learning_rate": 1e30},
+    **{"policies__best-of-2": {"method": "best_of_n", "n": 3}})  # fmt: skip
     assert run.wait(run.start("--retries", "0")) != 0
     assert json.loads((run.artifact("policies/best-of-2") / "policy.json").read_text())["n"] == 3
     assert verify(run.artifact("evaluation/best-of-2") / "manifest.json")
@@ -161,8 +163,8 @@ def sft_gives_what_one_process_gives(project: OnSlurm, prepared: OnSlurm) -> Non
 def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project, prepared, launcher):
     """Inline: two on one node, with two GPUs of a type. Submitit: one on each of two nodes.
 
-    The first is stopped, as if it waited in a collective for the second, which is killed. Both go on in another job, and
-    give what one process gives.
+    The first is stopped, as if it waited in a collective for the second, which is killed. Both go on in another job,
+    and give what one process gives.
     """
     if launcher == "inline":
         nodes = set(project.cluster.kinds["big"])
@@ -182,7 +184,8 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     until(lambda: project.job("sft", "all")["state"] == "FAILED", "the other is ended")  # and not after --wait, 300 s
     assert project.wait(head) == 0, project.said()[-5000:]
     again = max(project.jobs(), key=lambda j: int(j["id"]))
-    assert [(j["id"], j["state"]) for j in sorted(project.jobs(), key=lambda j: int(j["id"]))] == [(job["id"], "FAILED"), (again["id"], "COMPLETED")]  # fmt: skip
+    assert [(j["id"], j["state"]) for j in sorted(project.jobs(), key=lambda j: int(j["id"]))] == [(job["id"],
+    "FAILED"), (again["id"], "COMPLETED")]  # fmt: skip
     if launcher == "submitit":
         assert f"process 1 of job {job['id']} ended with 137, and so the others were ended" in project.said()
     assert project.ends("sft") == ["killed", "done"]
@@ -368,7 +371,8 @@ def test_without_slurm_submitit_runs_it_here(project, tmp_path):
         "sft",
     ]
     reply = subprocess.run(
-        command, cwd=project.folder, env=environment | {"PATH": f"{Path(sys.executable).parent}:{tools}"}, capture_output=True, text=True, check=False
+        command, cwd=project.folder, env=environment | {"PATH": f"{Path(sys.executable).parent}:{tools}"},
+        capture_output=True, text=True, check=False
     )  # fmt: skip
     assert reply.returncode == 0, reply.stderr[-3000:]
     assert "sft: submitted as job" in reply.stderr

@@ -59,7 +59,8 @@ def make_run(root: Path, seed: int = 0) -> Path:
     (folders["comparisons"] / "comparisons.jsonl").write_text(json.dumps(rows[0]) + "\n")
 
     seal_folder(folders["base"], "base", dependencies=[
-        dependency("base", "someone/model", uri="pkg:huggingface/someone/model@v1", revision="v1", commit="c" * 40, licence="Apache-2.0", reason="its files are in the manifest"),
+        dependency("base", "someone/model", uri="pkg:huggingface/someone/model@v1", revision="v1", commit="c" * 40,
+            licence="Apache-2.0", reason="its files are in the manifest"),
     ])  # fmt: skip
     files = {str(raw / "rows.jsonl"): sha256_file(raw / "rows.jsonl")}
     seal_folder(
@@ -341,39 +342,62 @@ def ledger_lines(change):
 
 
 CASES = {
-    "a bit of weights": (lambda run: flip(run / "reward/model/model.safetensors"), "tensors-changed", "reward", "model/model.safetensors: 1 of 2 tensors differ, b first; restore it from a copy"),
-    "a bit of the tokenizer": (lambda run: flip(run / "sft/model/tokenizer.json"), "file-changed", "sft", "model/tokenizer.json has sha256"),
-    "a bit of the model's config": (lambda run: flip(run / "sft/model/config.json", 2), "file-changed", "sft", "model/config.json has sha256"),
+    "a bit of weights": (lambda run: flip(run / "reward/model/model.safetensors"), "tensors-changed", "reward",
+        "model/model.safetensors: 1 of 2 tensors differ, b first; restore it from a copy"),
+    "a bit of the tokenizer": (lambda run: flip(run / "sft/model/tokenizer.json"), "file-changed", "sft",
+        "model/tokenizer.json has sha256"),
+    "a bit of the model's config": (lambda run: flip(run / "sft/model/config.json", 2), "file-changed", "sft",
+        "model/config.json has sha256"),
     "a bit of the data": (lambda run: flip(run / "data/sft.jsonl"), "file-changed", "data", "sft.jsonl has sha256"),
-    "a label": (lambda run: flip(run / "comparisons/comparisons.jsonl", -20), "file-changed", "comparisons", "comparisons.jsonl has sha256"),
+    "a label": (lambda run: flip(run / "comparisons/comparisons.jsonl", -20), "file-changed", "comparisons",
+        "comparisons.jsonl has sha256"),
     "a file added": (add, "file-added", "sft", "model/extra.bin is not in the manifest; remove it"),
-    "a file removed": (lambda run: (run / "sft/model/config.json").unlink(), "file-missing", "sft", "model/config.json is gone"),
+    "a file removed": (lambda run: (run / "sft/model/config.json").unlink(), "file-missing", "sft",
+        "model/config.json is gone"),
     "a file renamed": (rename, "file-added", "sft", "model/konfig.json is not in the manifest"),
     "another run's weights": (swap_with_another_run, "tensors-changed", "reward", "2 of 2 tensors differ"),
     "a manifest made anew": (edit_and_recompute, "manifest-changed", "reward", "the record is of manifest"),
     "a field of a record": (edit_record, "record-changed", "evaluation/dpo", "was sealed"),
-    "a parent's record": (edit_parent_record, "parent-record-changed", "reward", "the record of policy (sft) is not the one it had then"),
-    "a parent deleted": (lambda run: shutil.rmtree(run / "sft"), "parent-missing", "reward", "policy (../sft, manifest"),
+    "a parent's record": (edit_parent_record, "parent-record-changed", "reward", "the record of policy (sft) is not "
+        "the one it had then"),
+    "a parent deleted": (lambda run: shutil.rmtree(run / "sft"), "parent-missing", "reward", "policy (../sft, "
+        "manifest"),
     "a parent made again": (retrain_parent, "parent-changed", "reward", "policy was manifest"),
-    "a parent's record deleted": (lambda run: (run / "sft/provenance.json").unlink(), "record-missing", "sft", "no record"),
+    "a parent's record deleted": (lambda run: (run / "sft/provenance.json").unlink(), "record-missing", "sft",
+        "no record"),
     "a sparse file added": (sparse, "file-added", "sft", "model/huge.bin is not in the manifest"),
     "a file grown to 10 GB": (grow_sparse, "file-changed", "sft", "model/config.json has 10737418240 bytes, not 11"),
     "a name that is not UTF-8": (not_utf8, "file-added", "sft", "caf\\udce9.txt is not in the manifest"),
     "a link out of the folder": (link_outside, "link-outside", "sft", "it was not read"),
-    "a path with ..": (dotted_path, "unsafe-path", "reward", "../base/metrics.json would leave the folder; it was not read"),
-    "a state of another attempt": (swap_state, "state-swapped", "sft", "went on from checkpoint-2 (9999999999999999…), which the attempt before it did not leave"),
-    "a line of the ledger removed": (ledger_lines(lambda x: x.pop(2)), "ledger-broken", "ledger.jsonl", "line 3 does not follow the line before it"),
-    "lines of the ledger swapped": (ledger_lines(lambda x: x.insert(1, x.pop(3))), "ledger-broken", "ledger.jsonl", "line 2 does not follow"),
+    "a path with ..": (dotted_path, "unsafe-path", "reward", "../base/metrics.json would leave the folder; it was "
+        "not read"),
+    "a state of another attempt": (swap_state, "state-swapped", "sft", "went on from checkpoint-2 "
+        "(9999999999999999…), which the attempt before it did not leave"),
+    "a line of the ledger "
+    "removed": (ledger_lines(lambda x: x.pop(2)), "ledger-broken", "ledger.jsonl", "line 3 does not follow the line "
+        "before it"),
+    "lines of the ledger "
+    "swapped": (ledger_lines(lambda x: x.insert(1, x.pop(3))), "ledger-broken", "ledger.jsonl",
+        "line 2 does not follow"),
     "the ledger's tail cut": (ledger_lines(lambda x: x.pop()), "not-sealed", "sft", "it is not in ledger.jsonl"),
-    "an artifact replaced by a link to an edited copy": (link_artifact, "record-changed", "evaluation/dpo", "was sealed"),
-    "a ledger of one's own further down": (nested_ledger, "ledger-broken", "evaluation/ledger.jsonl", "a second ledger within the run"),
-    "a record that is a link": (link_record, "link-outside", "sft", "provenance.json is a link; put the file itself there"),
-    "a file in the guise of a network file system's": (lambda run: (run / "sft/.nfs_evil.py").write_text("x"), "file-added", "sft", ".nfs_evil.py is not in the manifest"),
+    "an artifact replaced by a link to an "
+    "edited copy": (link_artifact, "record-changed", "evaluation/dpo", "was sealed"),
+    "a ledger of one's own further down": (nested_ledger, "ledger-broken", "evaluation/ledger.jsonl",
+        "a second ledger within the run"),
+    "a record that is a link": (link_record, "link-outside", "sft", "provenance.json is a link; put the file itself "
+        "there"),
+    "a file in the guise of a network file "
+    "system's": (lambda run: (run / "sft/.nfs_evil.py").write_text("x"), "file-added", "sft", ".nfs_evil.py is not "
+        "in the manifest"),
     "an older state of the same run": (older_state, "state-swapped", "sft", "went on from checkpoint-1"),
     "a link that leads to itself": (link_loop, "file-changed", "sft", "model/config.json is no file any more"),
     "a record that is a folder": (record_folder, "record-edited", "sft", "cannot be read"),
-    "half a line of the ledger": (ledger_lines(lambda x: x.append('{"artifact"')), "ledger-broken", "ledger.jsonl", "its last line is cut off"),
-    "an artifact and its children gone": (lambda run: shutil.rmtree(run / "evaluation"), "artifact-missing", "evaluation/dpo", "the ledger has it"),
+    "half a line of the "
+    "ledger": (ledger_lines(lambda x: x.append('{"artifact"')), "ledger-broken", "ledger.jsonl",
+        "its last line is cut off"),
+    "an artifact and its "
+    "children gone": (lambda run: shutil.rmtree(run / "evaluation"), "artifact-missing", "evaluation/dpo",
+        "the ledger has it"),
 }  # fmt: skip
 
 
@@ -454,7 +478,8 @@ def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run)
     assert {(f.name, f.artifact): f.message.removesuffix("; the record has the diff") for f in verdict.findings} == {
         ("dirty-tree", "evaluation/dpo"): "the code differed from commit fde7df5d8a2d, 1 untracked files",
         ("mixed-environment", "evaluation/dpo"): "python changed between attempts: 3.11.7, then 3.12.1",
-        ("config-drift", "policies/dpo"): "config/policies.dpo.json has another config.beta; run snakemake to make it again",
+        ("config-drift", "policies/dpo"): "config/policies.dpo.json has another config.beta; run snakemake to make "
+                                          "it again",
     }  # fmt: skip
     assert (verdict.exit_code(), verdict.exit_code(strict=True)) == (3, 1)
 
@@ -620,11 +645,15 @@ ODD = {
     "a list": lambda run: (run / "sft/provenance.json").write_text("[[]]"),
     "deep nesting": lambda run: (run / "sft/provenance.json").write_text("[" * 100_000),
     "a manifest of lists": lambda run: (run / "sft/manifest.json").write_text("[]"),
-    "tensors that are none": lambda run: edit_json(run / "sft/manifest.json", lambda m: m.update(tensors=[{"name": "a"}])),
-    "a manifest that is a folder": lambda run: ((run / "sft/manifest.json").unlink(), (run / "sft/manifest.json").mkdir()),
+    "tensors that "
+    "are none": lambda run: edit_json(run / "sft/manifest.json", lambda m: m.update(tensors=[{"name": "a"}])),
+    "a manifest that is a "
+    "folder": lambda run: ((run / "sft/manifest.json").unlink(), (run / "sft/manifest.json").mkdir()),
     "a header without types": lambda run: (run / "sft/model/model.safetensors").write_bytes((run / "sft/model/model.safetensors").read_bytes().replace(b"dtype", b"dtypd")),
     "a header with a short span": lambda run: (run / "sft/model/model.safetensors").write_bytes((run / "sft/model/model.safetensors").read_bytes().replace(b"0,2048", b"002048")),
-    "a ledger's artifact that is a list": lambda run: (run / "ledger.jsonl").write_bytes(canonical({"artifact": ["x"], "manifest": "a", "record": "b", "previous": "0" * 64, "number": 0}) + b"\n"),
+    "a ledger's artifact that is "
+    "a list": lambda run: (run / "ledger.jsonl").write_bytes(canonical({"artifact": ["x"], "manifest": "a",
+        "record": "b", "previous": "0" * 64, "number": 0}) + b"\n"),
     "a ledger that is a folder": lambda run: ((run / "ledger.jsonl").unlink(), (run / "ledger.jsonl").mkdir()),
 }  # fmt: skip
 
@@ -962,7 +991,8 @@ def test_export_ro_crate(run, capsys, tmp_path, monkeypatch):
         crate.mkdir(exist_ok=True)
         (crate / "ro-crate-metadata.json").write_text(content)
         result = services.validate(services.ValidationSettings(
-            rocrate_uri=str(crate), profile_identifier="ro-crate-1.1", requirement_severity=models.Severity.REQUIRED, skip_availability_check=True,
+            rocrate_uri=str(crate), profile_identifier="ro-crate-1.1", requirement_severity=models.Severity.REQUIRED,
+                skip_availability_check=True,
         ))  # fmt: skip
         return [str(issue.message) for issue in result.get_issues()]
 

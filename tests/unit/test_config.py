@@ -76,7 +76,8 @@ BAD = [
     ("sft.lora", {"rank": 8}, "sft.lora.rank: " + UNKNOWN),
     ("policies.dpo.betta", 0.1, "policies.dpo.betta: unknown key; did you mean beta?"),
     ("policies.dpo.critic", "shared", "policies.dpo.critic: " + UNKNOWN),
-    ("evaluation.preferences", [{"prompt": "a", "preferred": "b", "dispreferred": "c", "d": 1}], "evaluation.preferences[0].d: " + UNKNOWN),
+    ("evaluation.preferences", [{"prompt": "a", "preferred": "b", "dispreferred": "c", "d": 1}],
+        "evaluation.preferences[0].d: " + UNKNOWN),
     # missing and of the wrong type
     ("run", ..., "run: is required"),
     ("base", ..., "base: is required"),
@@ -84,34 +85,42 @@ BAD = [
     ("base.source", ..., "base.source: is required"),
     ("base.source", "gguf", "base.source: must be one of 'pypi', 'hub', 'local', 'random', got 'gguf'"),
     ("base", {"source": "pypi", "package": "p", "version": "1", "gguf": "g"}, "base.sha256: is required"),
-    ("base", {"source": "pypi", "package": "p", "version": "1", "gguf": "g", "sha256": "abc"}, "base.sha256: must be 64 hexadecimal digits in lower case, got 'abc'"),
-    ("base", {"source": "hub", "repo": "no-owner", "revision": "main"}, "base.repo: must be owner/name, got 'no-owner'"),
+    ("base", {"source": "pypi", "package": "p", "version": "1", "gguf": "g", "sha256": "abc"},
+        "base.sha256: must be 64 hexadecimal digits in lower case, got 'abc'"),
+    ("base", {"source": "hub", "repo": "no-owner", "revision": "main"}, "base.repo: must be owner/name, got "
+        "'no-owner'"),
     ("base", {"source": "hub", "repo": "a/b"}, "base.revision: is required"),
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
     ("policies.dpo.method", "kto", "policies.dpo.method: must be one of 'ppo', 'dpo', 'best_of_n', got 'kto'"),
-    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'reference', 'recorded', 'reward_model', 'llm', 'human', got 'crowd'"),
+    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'reference', 'recorded', 'reward_model', "
+                                     "'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
     ("policies.dpo", "yes", "policies.dpo: must be a block of keys, got 'yes'"),
     ("seed", "one", "seed: must be a whole number, got 'one'"),
     ("precision", "fp16", "precision: must be 'auto', 'fp32' or 'bf16', got 'fp16'"),
     ("run", 2024, "run: must be a text, got 2024; put it in quotes"),
-    ("base", {"source": "pypi", "package": "p", "version": 1.1, "gguf": "g", "sha256": "0" * 64}, "base.version: must be a text, got 1.1; put it in quotes"),
+    ("base", {"source": "pypi", "package": "p", "version": 1.1, "gguf": "g", "sha256": "0" * 64},
+        "base.version: must be a text, got 1.1; put it in quotes"),
     ("seed", True, "seed: must be a whole number, got True"),
     ("sft.learning_rate", True, "sft.learning_rate: must be a number, got True"),
     ("sft.learning_rate", "fast", "sft.learning_rate: must be a number, got 'fast'"),
     ("data.chat", "no", "data.chat: must be true or false, got 'no'"),
-    ("data.demonstrations", {"source": "docstrings"}, "data.demonstrations: must be a list, got {'source': 'docstrings'}"),
+    ("data.demonstrations", {"source": "docstrings"}, "data.demonstrations: must be a list, got {'source': "
+                                                      "'docstrings'}"),
     ("data.demonstrations", ["docstrings"], "data.demonstrations[0]: must be a block of keys, got 'docstrings'"),
     ("base", {"source": "local", "path": 5}, "base.path: must be a path, got 5"),
     ("policies", None, "policies: is empty; give it keys, or remove it where it is optional"),
     ("data", None, "data: is empty; give it keys, or remove it where it is optional"),
     ("evaluation.sentence", "", "evaluation.sentence: must not be empty, got ''"),
-    ("head_to_head.judge", {"model": "m"}, "head_to_head.judge: give either endpoint (with model) or path (a local model)"),
+    ("head_to_head.judge", {"model": "m"}, "head_to_head.judge: give either endpoint (with model) or path (a local "
+                                           "model)"),
     ("lm_eval", {"tasks": []}, "lm_eval.tasks: should have at least 1 item after validation, not 0, got []"),
     ("sft.lora", {"target_modules": 5}, "sft.lora.target_modules: must be all-linear or a list of layer names, got 5"),
-    ("sft.lora", {"target_modules": []}, "sft.lora.target_modules: must be all-linear or a list of layer names, got []"),
-    ("comparisons", {"labeler": "llm", "endpoint": "localhost:8000", "model": "m"}, "comparisons.endpoint: must start with http:// or https://, got 'localhost:8000'"),
+    ("sft.lora", {"target_modules": []}, "sft.lora.target_modules: must be all-linear or a list of layer names, "
+                                         "got []"),
+    ("comparisons", {"labeler": "llm", "endpoint": "localhost:8000", "model": "m"}, "comparisons.endpoint: must "
+        "start with http:// or https://, got 'localhost:8000'"),
     ("sft.epochs", 1.5, "sft.epochs: must be a whole number, got 1.5"),
     # out of range
     ("seed", -1, "seed: must be greater than or equal to 0, got -1"),
@@ -121,12 +130,14 @@ BAD = [
     ("sft.learning_rate", float("nan"), "sft.learning_rate: must be a finite number, got nan"),
     ("policies.dpo.beta", float("inf"), "policies.dpo.beta: must be a finite number, got inf"),
     ("policies.ppo.kl_target", float("nan"), "policies.ppo.kl_target: must be a finite number, got nan"),
-    ("policies.ppo.missing_eos_score", float("-inf"), "policies.ppo.missing_eos_score: must be a finite number, got -inf"),
+    ("policies.ppo.missing_eos_score", float("-inf"), "policies.ppo.missing_eos_score: must be a finite number, got "
+                                                      "-inf"),
     ("data.shares.sft", float("nan"), "data.shares.sft: must be a finite number, got nan"),
     ("comparisons.noise", float("inf"), "comparisons.noise: must be a finite number, got inf"),
     ("base.hidden_size", 12, "base.hidden_size: must be a multiple of 8, got 12"),
     ("tournament", {}, "tournament: was renamed to head_to_head"),
-    ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: is always off: log-probs must be functions of the text alone; remove the key"),
+    ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: is always off: log-probs must be functions of the text alone; "
+                                   "remove the key"),
     ("policies.dpo.label_smoothing", 0.5, "policies.dpo.label_smoothing: must be less than 0.5, got 0.5"),
     ("completions.shards", 10000, "completions.shards: must be less than or equal to 9999, got 10000"),
     ("run", "x" * 81, f"run: should have at most 80 characters, got '{'x' * 79}…"),
@@ -142,49 +153,72 @@ BAD = [
     # impossible combinations
     ("data.demonstrations", [], "data: give at least one source under demonstrations or preferences"),
     ("data.shares.sft", 0.9, "data.shares: the shares of the splits must add up to 1, got 1.4"),
-    ("base", {"source": "random", "hidden_size": 40, "heads": 3}, "base: hidden_size (40) must be a multiple of 2 x heads (3)"),
+    ("base", {"source": "random", "hidden_size": 40, "heads": 3}, "base: hidden_size (40) must be a multiple of 2 x "
+        "heads (3)"),
     ("sft.micro_batch_size", 3, "sft: batch_size (16) must be a multiple of micro_batch_size (3)"),
     ("policies.ppo.minibatch_size", 7, "policies.ppo: batch_size (64) must be a multiple of minibatch_size (7)"),
     ("policies.ppo.micro_batch_size", 48, "policies.ppo: batch_size (64) must be a multiple of micro_batch_size (48)"),
-    ("policies.ppo", {"method": "ppo", "steps": 1, "minibatch_size": 8, "micro_batch_size": 16}, "policies.ppo: minibatch_size (8) must be a multiple of micro_batch_size (16)"),
+    ("policies.ppo", {"method": "ppo", "steps": 1, "minibatch_size": 8, "micro_batch_size": 16},
+        "policies.ppo: minibatch_size (8) must be a multiple of micro_batch_size (16)"),
     ("policies.dpo.micro_batch_size", 5, "policies.dpo: batch_size (16) must be a multiple of micro_batch_size (5)"),
-    ("completions", ..., "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"),
+    ("completions", ..., "comparisons: needs completions to rank; comparisons read from a file go under "
+                         "data.preferences"),
     ("comparisons", ..., "comparisons: needed, to rank what completions samples"),
     ("policies.sft", {"method": "dpo"}, "policies: 'sft' names a stage; choose another name for the policy"),
-    ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop' or 'sft', got 'kto'"),
+    ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', "
+                                 "'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', "
+                                 "'apo_down', 'discopop' or 'sft', got 'kto'"),
     ("policies.dpo.loss", "exo_pair", "policies.dpo: loss exo_pair needs label_smoothing above 0"),
-    ("policies.dpo", {"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "policies.dpo: label_smoothing has no effect with loss ipo; remove it"),
-    ("comparisons", {"labeler": "human", "store": "postgresql://ann:secret@db/labels"}, "comparisons: store holds a password, which would get into records; put it into ~/.pgpass or $PGPASSWORD"),
-    ("comparisons", {"labeler": "human", "training": 2}, "comparisons: training needs gold: a file of tasks with known ranks"),
+    ("policies.dpo", {"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "policies.dpo: label_smoothing has no "
+        "effect with loss ipo; remove it"),
+    ("comparisons", {"labeler": "human", "store": "postgresql://ann:secret@db/labels"}, "comparisons: store holds a "
+        "password, which would get into records; put it into ~/.pgpass or $PGPASSWORD"),
+    ("comparisons", {"labeler": "human", "training": 2}, "comparisons: training needs gold: a file of tasks with "
+                                                         "known ranks"),
     ("comparisons", {"labeler": "llm", "endpoint": "http://x/v1"}, "comparisons: model is needed with endpoint"),
     ("comparisons", {"labeler": "llm"}, "comparisons: give either endpoint (with model) or path (a local model)"),
-    ("comparisons", {"labeler": "reward_model"}, "comparisons: give either path (a local folder) or repo (a hub repository with its revision)"),
-    ("comparisons", {"labeler": "reward_model", "repo": "a/b"}, "comparisons: revision is needed with repo, so that a rerun gets the same model"),
+    ("comparisons", {"labeler": "reward_model"}, "comparisons: give either path (a local folder) or repo (a hub "
+                                                 "repository with its revision)"),
+    ("comparisons", {"labeler": "reward_model", "repo": "a/b"}, "comparisons: revision is needed with repo, so that "
+        "a rerun gets the same model"),
     ("retention", {"source": "file"}, "retention: path goes with source: file, and only with it"),
     ("data.limits", {"sft": 8}, "data.limits.sft: 8 rows are fewer than one batch (sft.batch_size: 16)"),
     ("data.limits", {"reward": 4}, "data.limits.reward: 4 rows are fewer than one batch (reward.batch_size: 8)"),
-    ("data.preferences", [{"source": "file", "path": "p.jsonl"}], "completions: drop it or data.preferences; comparisons come from one of them"),
-    ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block\nx.yaml: policies.bon: best_of_n needs a reward model: add a reward block"),
+    ("data.preferences", [{"source": "file", "path": "p.jsonl"}], "completions: drop it or data.preferences; "
+        "comparisons come from one of them"),
+    ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block\nx.yaml: policies.bon: best_of_n "
+                    "needs a reward model: add a reward block"),
     ("data.shares", {"sft": 0, "reward": 0.4, "rl": 0.4}, "data.shares.sft: is 0, but sft is to be trained"),
-    ("data.shares", {"sft": 0.65, "reward": 0}, "data.shares.reward: is 0, but comparisons are to be collected from that split"),
+    ("data.shares", {"sft": 0.65, "reward": 0}, "data.shares.reward: is 0, but comparisons are to be collected from "
+                                                "that split"),
     ("data.shares", {"sft": 0.65, "rl": 0}, "policies.ppo: ppo needs prompts, but data.shares.rl is 0"),
-    ("data.shares", {"sft": 0.6, "evaluation": 0}, "data.shares.evaluation: is 0, but every run is evaluated; give it a share"),
-    ("data.shares", {"sft": 0.6, "heldout": 0}, "data.shares.heldout: is 0, but the reward model is tested on that split"),
-    ("policies.ppo.advantage", "rloo", "policies.ppo: advantage rloo compares episodes of a prompt: set completions_per_prompt to 2 or more"),
-    ("policies.ppo.completions_per_prompt", 3, "policies.ppo: batch_size (64) must be a multiple of completions_per_prompt (3)"),
-    ("policies.ppo.missing_eos_penalty", 1.0, "policies.ppo: missing_eos_penalty has no effect with missing_eos_score; set missing_eos_score to null"),
+    ("data.shares", {"sft": 0.6, "evaluation": 0}, "data.shares.evaluation: is 0, but every run is evaluated; give "
+                                                   "it a share"),
+    ("data.shares", {"sft": 0.6, "heldout": 0}, "data.shares.heldout: is 0, but the reward model is tested on that "
+                                                "split"),
+    ("policies.ppo.advantage", "rloo", "policies.ppo: advantage rloo compares episodes of a prompt: set "
+                                       "completions_per_prompt to 2 or more"),
+    ("policies.ppo.completions_per_prompt", 3, "policies.ppo: batch_size (64) must be a multiple of "
+                                               "completions_per_prompt (3)"),
+    ("policies.ppo.missing_eos_penalty", 1.0, "policies.ppo: missing_eos_penalty has no effect with "
+                                              "missing_eos_score; set missing_eos_score to null"),
     ("data.limits", {"rl": 32}, "data.limits.rl: 32 rows are fewer than one batch (policies.ppo.batch_size: 64)"),
-    ("data.demonstrations", [{"source": "topics"}], "data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs"),
+    ("data.demonstrations", [{"source": "topics"}], "data.demonstrations: topics is raw text; add a source of "
+                                                    "prompts, which evaluation needs"),
     ("retention", {"path": "x.txt"}, "retention: path goes with source: file, and only with it"),
     ("policies.base", {"method": "dpo"}, "policies: 'base' names a stage; choose another name for the policy"),
     # sweeps
     ("policies.dpo.beta", [], "policies.dpo.beta: a sweep needs at least one value, got an empty list"),
-    ("policies.dpo.beta", [0.1, 0.1], "policies.dpo: two policies would be named dpo-beta-0.1; remove one or rename it"),
+    ("policies.dpo.beta", [0.1, 0.1], "policies.dpo: two policies would be named dpo-beta-0.1; remove one or "
+                                      "rename it"),
     ("policies.dpo.beta", [0.1, -1], "policies.dpo-beta--1.beta: must be greater than 0, got -1"),
     ("policies.dpo.beta", [0.1, float("nan")], "policies.dpo-beta-nan.beta: must be a finite number, got nan"),
-    ("policies.dpo.beta", [[0.1], [0.2]], "policies.dpo.beta: cannot be swept; give each policy a name and a block of its own"),
-    ("policies.dpo.lora", [None, {"r": 8}], "policies.dpo.lora: cannot be swept; give each policy a name and a block of its own"),
-    ("policies.dpo.method", ["dpo", "ppo"], "policies.dpo.method: cannot be swept; give each policy a name and a block of its own"),
+    ("policies.dpo.beta", [[0.1], [0.2]], "policies.dpo.beta: cannot be swept; give each policy a name and a block "
+                                          "of its own"),
+    ("policies.dpo.lora", [None, {"r": 8}], "policies.dpo.lora: cannot be swept; give each policy a name and a block "
+                                            "of its own"),
+    ("policies.dpo.method", ["dpo", "ppo"], "policies.dpo.method: cannot be swept; give each policy a name and a "
+                                            "block of its own"),
     # names that look like pydantic's own words
     ("policies.ppo.ppo", 1, "policies.ppo.ppo: " + UNKNOWN),
     ("policies.policies", {"method": "dpo", "beta": 0}, "policies.policies.beta: must be greater than 0, got 0"),
@@ -272,7 +306,8 @@ def test_every_mistake_is_told_at_once():
         ("a: 1\n---\nb: 2\n", ":2: not valid YAML: but found another document"),
         (
             "a: !!python/name:os.system\n",
-            ":1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
+            ":1: not valid YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/name:os.system'",
         ),
         ("revision: 2024-13-45\n", ": not valid YAML: month must be in 1..12"),
         ("a: \x01\n", ": not valid YAML: unacceptable character #x0001: special characters are not allowed"),

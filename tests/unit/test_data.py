@@ -43,7 +43,8 @@ def test_the_three_demonstration_shapes(tmp_path):
     rows = read_demonstrations(source(write(tmp_path / "d.jsonl", [
         {"text": "raw"},
         {"prompt": "Q", "completion": "A"},
-        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "1"}, {"role": "assistant",
+            "content": "2"},
                       {"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]},
     ])))  # fmt: skip
     assert rows[0] == {"text": "raw", "group": "raw"}
@@ -75,7 +76,8 @@ def test_preference_shapes(tmp_path):
     rows = read_preferences(source(write(tmp_path / "p.jsonl", [
         {"prompt": "Q", "chosen": "good", "rejected": "bad"},
         {"chosen": hh + " yes", "rejected": hh + " no"},
-        {"prompt": "K", "completions": ["x", "y", "z"], "ranks": [3, 1, 3], "labeler": "ann", "order": [2, 1, 0], "time": "2026-01-01"},
+        {"prompt": "K", "completions": ["x", "y", "z"], "ranks": [3, 1, 3], "labeler": "ann", "order": [2, 1, 0],
+            "time": "2026-01-01"},
         {"prompt": "K", "completions": ["x", "y", "z"], "ranks": [1, 2, 3], "labeler": "bob"},
         {"prompt": "P", "a": "left", "b": "right", "labels": [1, 2, 0]},
     ])))  # fmt: skip
@@ -109,7 +111,8 @@ DEMO_SHAPES = (
     "must have one of the shapes text; prompt, completion; or messages; its columns are {}; map others with columns"
 )
 BAD_DEMONSTRATIONS = [
-    (["{not json\n"], "d.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); every line must hold one JSON object"),
+    (["{not json\n"], "d.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+                      "(char 1)); every line must hold one JSON object"),
     ([GOOD, "[1]\n"], "d.jsonl:2: must be a JSON object, got list"),
     ([], "d.jsonl: holds no rows"),
     (["\n", GOOD, {"prompt": "Q", "completion": ""}], "d.jsonl:3: 'completion' is empty; remove the row or fill it"),
@@ -122,28 +125,44 @@ BAD_DEMONSTRATIONS = [
     ([{"messages": []}], "d.jsonl:1: 'messages' must be a non-empty list of messages"),
     ([{"messages": "hello"}], "d.jsonl:1: 'messages' must be a non-empty list of messages"),
     ([{"messages": [{"role": "user"}]}], "d.jsonl:1: 'messages[0]' must have 'role' and 'content'"),
-    ([{"messages": [{"role": "bot", "content": "x"}]}], "d.jsonl:1: 'messages[0].role' must be system, user or assistant, got 'bot'"),
+    ([{"messages": [{"role": "bot", "content": "x"}]}], "d.jsonl:1: 'messages[0].role' must be system, user or "
+                                                        "assistant, got 'bot'"),
     ([{"messages": [{"role": "user", "content": ""}]}], "d.jsonl:1: 'content' is empty; remove the row or fill it"),
-    ([{"messages": [{"role": "user", "content": "x"}]}], "d.jsonl:1: 'messages' needs a turn of the assistant after one of the user"),
-    ([{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "s"}]}], "d.jsonl:1: 'messages[1]': a system message must come first"),
+    ([{"messages": [{"role": "user", "content": "x"}]}], "d.jsonl:1: 'messages' needs a turn of the assistant after "
+                                                         "one of the user"),
+    ([{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "s"}]}],
+        "d.jsonl:1: 'messages[1]': a system message must come first"),
 ]  # fmt: skip
-PREFERENCE_SHAPES = "must have one of the shapes prompt, chosen, rejected; chosen, rejected (transcripts); prompt, completions, ranks; or prompt, a, b, labels; its columns are {}; map others with columns"
+PREFERENCE_SHAPES = (
+    "must have one of the shapes prompt, chosen, rejected; chosen, rejected (transcripts); prompt, "
+    "completions, ranks; or prompt, a, b, labels; its columns are {}; map others with columns"
+)
 BAD_PREFERENCES = [
     ([GOOD], "d.jsonl:1: " + PREFERENCE_SHAPES.format("completion, prompt")),
     ([PAIR | {"rejected": "a "}], "d.jsonl:1: two of its responses are the same text; remove the row"),
     ([PAIR | {"chosen": ""}], "d.jsonl:1: 'chosen' is empty; remove the row or fill it"),
     ([PAIR | {"prompt": ["x"]}], "d.jsonl:1: 'prompt[0]' must have 'role' and 'content'"),
-    ([{"chosen": "plain", "rejected": "text"}], "d.jsonl:1: a transcript must start with '\\n\\nHuman: ' and hold '\\n\\nAssistant: '"),
-    ([{"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}], "d.jsonl:1: 'chosen' and 'rejected' must be the same conversation up to the last turn"),
-    ([{"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: a\n\nAssistant: "}], "d.jsonl:1: the last turn of 'rejected' is empty; remove the row"),
-    ([{"chosen": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: d"}], "d.jsonl:1: the last turn of 'chosen' and 'rejected' must be the assistant's"),
-    ([{"prompt": "Q", "completions": ["a"], "ranks": [1]}], "d.jsonl:1: 'completions' must be a list of at least two texts"),
-    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
-    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 (best), one per completion"),
+    ([{"chosen": "plain", "rejected": "text"}], "d.jsonl:1: a transcript must start with '\\n\\nHuman: ' and hold "
+                                                "'\\n\\nAssistant: '"),
+    ([{"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}],
+        "d.jsonl:1: 'chosen' and 'rejected' must be the same conversation up to the last turn"),
+    ([{"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: a\n\nAssistant: "}], "d.jsonl:1: the last "
+        "turn of 'rejected' is empty; remove the row"),
+    ([{"chosen": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: "
+        "x\n\nHuman: d"}], "d.jsonl:1: the last turn of 'chosen' and 'rejected' must be the assistant's"),
+    ([{"prompt": "Q", "completions": ["a"], "ranks": [1]}], "d.jsonl:1: 'completions' must be a list of at least two "
+        "texts"),
+    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from 1 "
+        "(best), one per completion"),
+    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}], "d.jsonl:1: 'ranks' must be 2 whole numbers from "
+        "1 (best), one per completion"),
     ([{"prompt": "Q", "completions": ["a", 3], "ranks": [1, 2]}], "d.jsonl:1: 'completions' must be a text, got int"),
-    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "order": [0, 0]}], "d.jsonl:1: 'order' must name each of the 2 completions once, counting from 0"),
-    ([{"prompt": "Q", "a": "x", "b": "y", "labels": [3]}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), 1 (a is better) or 2 (b is better)"),
-    ([{"prompt": "Q", "a": "x", "b": "y", "labels": []}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), 1 (a is better) or 2 (b is better)"),
+    ([{"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "order": [0, 0]}], "d.jsonl:1: 'order' must name "
+        "each of the 2 completions once, counting from 0"),
+    ([{"prompt": "Q", "a": "x", "b": "y", "labels": [3]}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), "
+                                                           "1 (a is better) or 2 (b is better)"),
+    ([{"prompt": "Q", "a": "x", "b": "y", "labels": []}], "d.jsonl:1: 'labels' must be a non-empty list of 0 (tie), "
+                                                          "1 (a is better) or 2 (b is better)"),
 ]  # fmt: skip
 
 
@@ -170,7 +189,8 @@ def test_bad_preferences(tmp_path, monkeypatch, rows, message):
     [
         ("d.txt", b"x", "d.txt: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)"),
         ("d.jsonl", b'{"text": "\xff"}\n', "d.jsonl:1: not UTF-8; convert the file with iconv"),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:60], "d.jsonl.gz: the gzip file is cut short or damaged; copy it again"),
+        ("d.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:60], "d.jsonl.gz: the gzip file is cut short or "
+            "damaged; copy it again"),
         ("d.jsonl.gz", b'{"text": "x"}\n', "d.jsonl.gz: the gzip file is cut short or damaged; copy it again"),
         ("d.csv", b"", "d.csv: cannot be read as CSV: No columns to parse from file"),
         ("d.csv", b"prompt,completion\nQ,\n", "d.csv:1: 'completion' is empty; remove the row or fill it"),
@@ -398,11 +418,15 @@ def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp
 
 
 BAD_STAGES = [
-    (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these shares: add data, name a finer data group, or set the share to 0"),
+    (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these "
+                      "shares: add data, name a finer data group, or set the share to 0"),
     (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "more than data.max_completion_tokens (80): "),
     (numbered(60), {"max_prompt_tokens": 10}, "more than data.max_prompt_tokens (10): "),
-    ([{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]} for i in range(60)], {"chat": False}, "data.chat: is false, but the data holds conversations; set it to true"),
-    ([{"prompt": f"{LONG} {i}", "completion": "x"} for i in range(60)], {}, "rows repeat a row of another split, such as "),
+    ([{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}, {"role": "user",
+        "content": "c"}, {"role": "assistant", "content": "d"}]} for i in range(60)], {"chat": False},
+            "data.chat: is false, but the data holds conversations; set it to true"),
+    ([{"prompt": f"{LONG} {i}", "completion": "x"} for i in range(60)], {}, "rows repeat a row of another split, "
+        "such as "),
 ]  # fmt: skip
 
 

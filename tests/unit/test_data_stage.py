@@ -81,7 +81,8 @@ def test_conversations_do_not_straddle_splits():
     chats = [
         {"messages": [
             {"role": "user", "content": prompt(i)}, {"role": "assistant", "content": f"{i}"},
-            {"role": "user", "content": f"and what about {WORDS[i % 10]} {i}?"}, {"role": "assistant", "content": f"{i}"},
+            {"role": "user", "content": "and what about "
+                                        f"{WORDS[i % 10]} {i}?"}, {"role": "assistant", "content": f"{i}"},
         ]} for i in range(60)
     ]  # fmt: skip
     done = Prepared(DataConfig(demonstrations=[file("d.jsonl", chats)]))
@@ -120,7 +121,8 @@ def test_who_wrote_demonstrations_is_in_the_rows_and_the_record():
 def test_raw_text_is_not_lost():
     texts = [{"text": "raw " + prompt(i + 500)} for i in range(60)]
     done = Prepared(
-        DataConfig(demonstrations=[file("t.jsonl", texts), file("d.jsonl", [{"prompt": prompt(i), "completion": "a"} for i in range(60)])])
+        DataConfig(demonstrations=[file("t.jsonl", texts), file("d.jsonl", [{"prompt": prompt(i),
+            "completion": "a"} for i in range(60)])])
     )  # fmt: skip
     assert {split: sum("text" in row for row in done[split]) for split in ("sft", "heldout")} == {
         "sft": 50,
@@ -244,7 +246,8 @@ def test_too_few_comparisons_are_told_of(capfd):
     done = Prepared(DataConfig(preferences=[file("p.jsonl", pairs)], demonstrations=[file("d.jsonl", demonstrations)]))
     assert done.code == 65
     assert capfd.readouterr().err == (
-        "data: error: data.shares.reward: no comparison is left for this split; 2 preference rows are too few for these "
+        "data: error: data.shares.reward: no comparison is left for this split; 2 preference rows are too few for "
+        "these "
         "shares and limits: add data, name a finer data group, or set the share to 0\n"
     )
 
@@ -266,8 +269,8 @@ def test_a_row_that_is_too_long_is_named(capfd):
     rows = [*ROWS[:7], {"prompt": "p", "completion": "x" * 90}, *ROWS]
     message = refused(capfd, rows, max_completion_tokens=80, chat=False)
     assert (
-        message
-        == "d.jsonl:8: has 90 tokens, more than data.max_completion_tokens (80): 'p'…; raise it, or set data.too_long to drop"
+        message == "d.jsonl:8: has 90 tokens, more than data.max_completion_tokens (80): 'p'…; raise it, or set "
+        "data.too_long to drop"
     )
 
 
@@ -297,12 +300,13 @@ def test_a_model_without_chat_template(capfd):
 
 def test_a_template_that_refuses_a_conversation(capfd):
     save_base(
-        template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ messages[0].content }}"
+        template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ "
+        "messages[0].content }}"
     )
     message = refused(capfd, ROWS, system="Be brief.")
     assert (
-        message
-        == "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or data.system, or give base.chat_template"
+        message == "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or "
+        "data.system, or give base.chat_template"
     )
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)])).code == 0
 

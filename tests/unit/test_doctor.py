@@ -150,7 +150,8 @@ def test_a_node_that_has_all(written):
         ({"head": "6"}, "is not seen here within"),
         ({"lock": "free"}, "n1 does not see a lock that is held here"),
         ({"lock": "[Errno 38] Function not implemented"}, "has no locks on n1 ([Errno 38] Function not implemented)"),
-        ({"missing": ["torch (ModuleNotFoundError: No module named 'torch')"]}, "n1 cannot import torch (ModuleNotFoundError"),
+        ({"missing": ["torch (ModuleNotFoundError: No module named 'torch')"]}, "n1 cannot import torch "
+            "(ModuleNotFoundError"),
         ({"visible": ""}, "Slurm gave no GPU to a job on n1"),
         ({"torch_gpus": 0}, "torch, built for CUDA 12.8, sees no GPU on n1 although Slurm gave 0"),
         ({"torch_gpus": 0, "cuda": None}, "torch, built without CUDA, sees no GPU"),
@@ -190,7 +191,9 @@ def cluster(tmp_path, monkeypatch):
         put(name, "exit 0")
     put("sinfo", f"[[ $* == *-N* ]] || cat <<'END'\n{SINFO}END")
     put("srun", 'while [ "$1" != "' + sys.executable + '" ]; do shift; done; exec "$@"')
-    monkeypatch.setattr(node_probe, "PROBE", node_probe.PROBE.replace('"torch", "transformers", "trl", "snakemake"', ""))
+    monkeypatch.setattr(
+        node_probe, "PROBE", node_probe.PROBE.replace('"torch", "transformers", "trl", "snakemake"', "")
+    )
     return put
 
 
@@ -233,7 +236,8 @@ def test_a_silent_controller(cluster):
 def test_slurm_has_the_last_word(cluster):
     cluster(
         "sbatch",
-        'echo "$@" > asked; echo "allocation failure: Invalid account or account/partition combination specified" >&2; exit 1',
+        'echo "$@" > asked; echo "allocation failure: Invalid account or account/partition combination specified" '
+        ">&2; exit 1",
     )
     code, (check,) = look([a_job(slurm_account="nobody")])
     assert code == 1

@@ -46,8 +46,10 @@ def match():
 
 
 FRONTIER = {
-    "sft": {"best_of_n": {"points": [{"n": n, "kl_bound": stats.best_of_n_kl(n), "reward": interval(n / 8), "gold": interval(20 + n)} for n in (1, 2, 4)]}},
-    "dpo": {"frontier": {"points": [{"step": s, "chosen": s == 9, "kl": interval(s / 10), "reward": interval(s / 9), "gold": interval(20 + s)} for s in (3, 9)]}},
+    "sft": {"best_of_n": {"points": [{"n": n, "kl_bound": stats.best_of_n_kl(n), "reward": interval(n / 8),
+        "gold": interval(20 + n)} for n in (1, 2, 4)]}},
+    "dpo": {"frontier": {"points": [{"step": s, "chosen": s == 9, "kl": interval(s / 10), "reward": interval(s / 9),
+        "gold": interval(20 + s)} for s in (3, 9)]}},
     "ppo": {"frontier": None},
 }  # fmt: skip
 FORGETTING = [
@@ -64,9 +66,11 @@ TOKENS = [
 ]
 PROBES = {"positions": [{"position": 1, "token": " a", "before": 0.1, "after": 0.5, "tokens": TOKENS}]}
 REWARD = {
-    "accuracy": interval(0.6), "accuracy_longer_wins": interval(0.5), "ece": 0.04, "ceiling": {"labelers": 2, "agreement": interval(0.8), "majority": interval(0.85), "allowed": interval(0.89)},
+    "accuracy": interval(0.6), "accuracy_longer_wins": interval(0.5), "ece": 0.04, "ceiling": {"labelers": 2,
+        "agreement": interval(0.8), "majority": interval(0.85), "allowed": interval(0.89)},
     "accuracy_by_source": {"web": interval(0.61)}, "accuracy_by_labeler": {"ann": interval(0.62)},
-    "accuracy_by_confidence": [{"low": 0.5, "high": 0.55, "confidence": 0.52, "accuracy": 0.51, "accuracy_low": 0.4, "accuracy_high": 0.6, "n": 9}],
+    "accuracy_by_confidence": [{"low": 0.5, "high": 0.55, "confidence": 0.52, "accuracy": 0.51, "accuracy_low": 0.4,
+        "accuracy_high": 0.6, "n": 9}],
 }  # fmt: skip
 CARD = {"contamination": {"words": 8, "limit": 0.5, "histogram": {"edges": [0, 0.5, 1], "counts": [7, 2]}}}
 DRAWN = {

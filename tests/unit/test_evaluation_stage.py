@@ -32,11 +32,14 @@ from .test_training import write_workspace
 
 EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3}
 RUNS = {  # stage of each artifact, its config block, its inputs by role, and what else it is told
-    "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data", "comparisons": "comparisons"}, {}),
-    "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base", "comparisons": "comparisons"}, {}),
+    "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data",
+        "comparisons": "comparisons"}, {}),
+    "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base",
+        "comparisons": "comparisons"}, {}),
     "best": ("best_of_n", {"method": "best_of_n", "n": 3}, {"policy": "base", "reward": "reward"}, {}),
     "retention": ("retention", {"prompts": 8, "max_new_tokens": 6}, {"base": "base"}, {}),
-    "text": ("retention", {"source": "file", "path": "text.txt", "prompts": 4, "max_new_tokens": 6}, {"base": "base"}, {}),
+    "text": ("retention", {"source": "file", "path": "text.txt", "prompts": 4, "max_new_tokens": 6}, {"base": "base"},
+        {}),
     **{
         f"evaluation/{name}": (
             "evaluation",
@@ -50,7 +53,8 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
     "head_to_head": (
         "head_to_head",
         {},
-        {"evaluation.base": "evaluation/base", "evaluation.dpo": "evaluation/dpo", "evaluation.best": "evaluation/best"},
+        {"evaluation.base": "evaluation/base", "evaluation.dpo": "evaluation/dpo",
+            "evaluation.best": "evaluation/best"},
         {"evaluation.bootstrap": 100},
     ),
 }  # fmt: skip

@@ -70,7 +70,8 @@ def test_serving_says_where_and_how_and_ends_well(store, tmp_path, capfd):
         (["--tasks", "latin.txt"], "latin.txt:2: not UTF-8"),
         (["--tasks", "bad.jsonl", "--guidelines", "latin.txt"], "--guidelines latin.txt: not UTF-8"),
         (["--prefix", "a b"], "--prefix a b: must be a path such as /labels"),
-        (["--port", "{taken}"], "--host 127.0.0.1 --port {taken}: cannot listen there (Address already in use); try another --port"),
+        (["--port", "{taken}"], "--host 127.0.0.1 --port {taken}: cannot listen there (Address already in use); try "
+                                "another --port"),
         (["--host", "no.such.host.invalid"], "cannot listen there"),
         (["--store", "mysql://x/y"], "mysql://x/y: labels are kept in SQLite or PostgreSQL, not in mysql"),
         (["--store", "postgresql://127.0.0.1:1/x"], "cannot be opened (connection failed"),

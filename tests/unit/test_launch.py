@@ -44,7 +44,8 @@ def launch(folder: Path, *command: str, **environment: str) -> subprocess.Popen:
     (folder / "stage.py").write_text(STAGE)
     variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | environment
     return subprocess.Popen(
-        [sys.executable, "-m", "tunetrail.launch", "--stage", "sft", "--jobs", "jobs", "--resources", "{}", "--log", "log", "--", sys.executable, "stage.py", *command, "--state", "state"],
+        [sys.executable, "-m", "tunetrail.launch", "--stage", "sft", "--jobs", "jobs", "--resources", "{}", "--log",
+            "log", "--", sys.executable, "stage.py", *command, "--state", "state"],
         cwd=folder, env=variables, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -113,16 +114,20 @@ def test_progress_is_what_could_be_gone_on_from(tmp_path):
 
 
 @pytest.mark.parametrize(("resources", "options"), [
-    ({"slurm_partition": "cpu", "runtime": 60, "mem_mb": 8000}, {"partition": "cpu", "time": "60", "mem": "8000", "ntasks": "1", "cpus-per-task": "3"}),
-    ({"gres": "gpu:a100:4", "cpus_per_gpu": 8, "nodes": 2, "qos": "high"}, {"nodes": "2", "qos": "high", "cpus-per-gpu": "8", "gres": "gpu:a100:4"}),
-    ({"gpu": 8, "gpu_model": "h100", "slurm_account": "lab 7", "slurm_extra": "--exclusive"}, {"account": "lab 7", "cpus-per-task": "3", "exclusive": "", "gpus": "h100:8"}),
+    ({"slurm_partition": "cpu", "runtime": 60, "mem_mb": 8000}, {"partition": "cpu", "time": "60", "mem": "8000",
+        "ntasks": "1", "cpus-per-task": "3"}),
+    ({"gres": "gpu:a100:4", "cpus_per_gpu": 8, "nodes": 2, "qos": "high"}, {"nodes": "2", "qos": "high",
+        "cpus-per-gpu": "8", "gres": "gpu:a100:4"}),
+    ({"gpu": 8, "gpu_model": "h100", "slurm_account": "lab 7", "slurm_extra": "--exclusive"}, {"account": "lab 7",
+        "cpus-per-task": "3", "exclusive": "", "gpus": "h100:8"}),
 ])  # fmt: skip
 def test_resources_become_the_options_that_the_plugin_gives(resources, options):
     assert asked.sbatch_options(resources, threads=3) == options
 
 
 @pytest.mark.parametrize(("stage", "resources", "n"), [
-    ("sft", {}, 1), ("sft", {"gres": "gpu:1"}, 1), ("ppo", {"gres": "gpu:a100:4", "nodes": 2}, 4), ("dpo", {"gpu": 8, "nodes": 2}, 4),
+    ("sft", {}, 1), ("sft", {"gres": "gpu:1"}, 1), ("ppo", {"gres": "gpu:a100:4", "nodes": 2}, 4), ("dpo", {"gpu": 8,
+        "nodes": 2}, 4),
     ("reward", {"gpu_model": "h100"}, 1), ("sft", {"tasks_per_node": 3}, 3), ("sft", {"gres": "gpu"}, 1),
     ("completions", {"gres": "gpu:8"}, 1), ("evaluation", {"tasks_per_node": 2}, 1),
 ])  # fmt: skip
@@ -132,7 +137,10 @@ def test_processes_of_a_node(stage, resources, n):
 
 def test_the_launcher_imports_no_torch():
     """It waits beside a hundred others on a login node."""
-    script = "import sys, tunetrail.launch.__main__, tunetrail.launch.submit; print(sorted({'torch', 'transformers', 'pandas'} & sys.modules.keys()))"
+    script = (
+        "import sys, tunetrail.launch.__main__, tunetrail.launch.submit; print(sorted({'torch', 'transformers', "
+        "'pandas'} & sys.modules.keys()))"
+    )
     reply = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert reply.stdout.strip() == "[]"
 
@@ -162,7 +170,10 @@ def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.Compl
 
 
 def test_one_of_several_processes_says_who_it_is(tmp_path):
-    show = "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')}))"
+    show = (
+        "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', "
+        "'WORLD_SIZE', 'LOCAL_RANK')}))"
+    )
     reply = one_of_several(tmp_path, 3, show)
     assert json.loads(reply.stdout) == {
         "MASTER_ADDR": "gpu3",

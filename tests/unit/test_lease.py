@@ -99,7 +99,8 @@ def test_a_later_job_asks_the_earlier_to_leave_and_waits(other, tmp_path, monkey
         assert process.stdout.read() == f"asked by process {os.getpid()} on {os.uname().nodename}, job 9\n"
         assert lease.requested_by() is None  # the wish is fulfilled
     assert said == [
-        f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and leave"
+        f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and "
+        "leave"
     ]
 
 

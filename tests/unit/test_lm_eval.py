@@ -1,4 +1,6 @@
-"""The evaluation harness as a stage: what it says without the package, its table, and (where installed) a task of one's own."""
+"""The evaluation harness as a stage: what it says without the package, its table, and (where installed) a task of one's
+own.
+"""
 
 import importlib.util
 import json
@@ -52,7 +54,8 @@ def test_without_the_package_there_is_one_clear_line(run, monkeypatch):
     code, error, _ = run(tasks=["arc_easy"])
     assert code == 78
     assert [line for line in error.splitlines() if "lm_eval.tasks" in line] == [
-        "c: error: lm_eval.tasks: the package lm-eval is not installed; run `pip install lm-eval`, or set lm_eval to null"
+        "c: error: lm_eval.tasks: the package lm-eval is not installed; run `pip install lm-eval`, or set lm_eval to "
+        "null"
     ]
     assert "Traceback" not in error
 
@@ -61,7 +64,8 @@ def test_the_table_has_a_row_for_each_task_and_metric():
     results = {
         "results": {
             "b": {"alias": "b", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
-            "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "acc_norm_stderr,none": 0.09},
+            "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75,
+                "acc_norm_stderr,none": 0.09},
         },
         "n-samples": {"a": {"original": 30, "effective": 20}},
         "higher_is_better": {"a": {"acc": True}},
@@ -69,7 +73,8 @@ def test_the_table_has_a_row_for_each_task_and_metric():
     assert lm_eval.table(results) == [
         {"task": "a", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 20, "higher_is_better": True},
         {"task": "a", "metric": "acc_norm", "value": 0.75, "stderr": 0.09, "n": 20, "higher_is_better": None},
-        {"task": "b", "metric": "exact_match (strict-match)", "value": 0.25, "stderr": None, "n": None, "higher_is_better": None},
+        {"task": "b", "metric": "exact_match "
+                                "(strict-match)", "value": 0.25, "stderr": None, "n": None, "higher_is_better": None},
     ]  # fmt: skip
 
 

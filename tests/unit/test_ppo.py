@@ -1,4 +1,6 @@
-"""PPO: estimators and losses against hand-computed numbers, brute force and finite differences; the trainer's invariants."""
+"""PPO: estimators and losses against hand-computed numbers, brute force and finite differences; the trainer's
+invariants.
+"""
 
 import copy
 import inspect
@@ -292,7 +294,8 @@ def test_without_a_critic_an_episode_is_compared_with_its_prompts_others(advanta
 @pytest.mark.parametrize("changes", [
     {"advantage": "rloo", "completions_per_prompt": 4, "missing_eos_score": None},
     {"advantage": "grpo", "completions_per_prompt": 4, "schedule": "linear", "missing_eos_score": None},
-    {"critic": "shared", "completions_per_prompt": 2, "ptx_coef": 0.5, "normalize_scores": True, "entropy_coef": 0.01, "stop_kl": 1e-5},
+    {"critic": "shared", "completions_per_prompt": 2, "ptx_coef": 0.5, "normalize_scores": True, "entropy_coef": 0.01,
+        "stop_kl": 1e-5},
 ])  # fmt: skip
 def test_resuming_with_options_gives_the_same_bytes(tmp_path, changes):
     test_resuming_gives_the_same_bytes(tmp_path, changes)

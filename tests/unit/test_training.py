@@ -86,7 +86,8 @@ def test_kwise_scores_are_those_of_each_sequence_alone():
 def test_reward_metrics_by_hand():
     rows = [
         {"id": "a", "group": "g", "completions": ["long one", "x"], "rankings": [{"labeler": "l", "ranks": [1, 2]}]},
-        {"id": "b", "group": "g", "completions": ["x", "long one"], "rankings": [{"labeler": "l", "ranks": [1, 2]}, {"labeler": "m", "ranks": [1, 1]}]},
+        {"id": "b", "group": "g", "completions": ["x", "long one"], "rankings": [{"labeler": "l", "ranks": [1, 2]},
+            {"labeler": "m", "ranks": [1, 1]}]},
         {"id": "c", "group": "g", "completions": ["x", "y"], "rankings": [{"labeler": "m", "ranks": [2, 1]}]},
     ]  # fmt: skip
     scores = [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])]
@@ -268,7 +269,8 @@ def write_workspace(folder: Path) -> str:
     ]
     comparisons = [
         {
-            "id": f"heldout-{i // 4}" if i % 4 == 3 else str(i), "group": str(i), "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
+            "id": f"heldout-{i // 4}" if i % 4 == 3 else str(i), "group": str(i),
+                "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
             "completions": ["x" * (i % 3 + 2), "y", "zz"], "finished": [True, True, False],
             "rankings": [{"labeler": "a", "ranks": [1, 2, 3], "order": [0, 1, 2], "time": None, "scores": None}],
         }
@@ -524,7 +526,8 @@ def test_merged_export_has_no_adapter(run_stage):
         ("sft", {"max_length": 5}, "raise sft.max_length (5) or lower data.max_prompt_tokens"),
         ("reward", {"batch_size": 19}, "18 prompts with comparisons are fewer than one batch (reward.batch_size: 19)"),
         ("reward", {"max_length": 5}, "raise reward.max_length (5) or drop the row"),
-        ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "54 pairs are fewer than one batch (batch_size: 60); collect more comparisons"),
+        ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "54 pairs are fewer than one batch (batch_size: 60); "
+            "collect more comparisons"),
         ("dpo", {"max_length": 5}, "raise max_length (5) or drop the row"),
     ],
 )  # fmt: skip

@@ -125,7 +125,8 @@ def test_trainers_share_prefixes_too(lora, tmp_path):
 
     trainer = SFTTrainer(
         model=with_lora(share_prefixes(llama()), lora, seed=0),
-        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], dataset_kwargs={"skip_prepare_dataset": True}),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[],
+            dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}]),
         processing_class=tiny_tokenizer(),
     )  # fmt: skip

@@ -38,7 +38,16 @@ def test_records_have_what_an_auditor_asks_for(run):
     reward = read_record(run / "reward")
     assert reward.of_role("labels")
     assert reward.annotations("labels")["labelers"] == ["reference-0", "reference-1"]
-    assert {d["annotations"]["role"] for d in reward.dependencies} >= {"code", "lock", "packages", "tokenizer", "labels", "parent:policy", "parent:comparisons", "parent:data"}  # fmt: skip
+    assert {d["annotations"]["role"] for d in reward.dependencies} >= {
+        "code",
+        "lock",
+        "packages",
+        "tokenizer",
+        "labels",
+        "parent:policy",
+        "parent:comparisons",
+        "parent:data",
+    }
     for name in ("sft", "reward", "policies/dpo", "policies/ppo", "policies/ppo-lora"):
         usage = read_record(run / name).usage
         assert usage["training_flops"] > 0, name
@@ -95,7 +104,14 @@ def test_what_cannot_be_reproduced_is_told(run, tmp_path, capsys):
 
 
 DOCS = [ROOT / "README.md", ROOT / "workflow/lib/tunetrail/provenance/README.md"]
-COMMANDS = sorted({line.split("#")[0].strip() for doc in DOCS for line in doc.read_text().splitlines() if line.startswith("    tunetrail audit")})  # fmt: skip
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for doc in DOCS
+        for line in doc.read_text().splitlines()
+        if line.startswith("    tunetrail audit")
+    }
+)
 
 
 def test_the_commands_of_the_docs(tiny_run, tmp_path, monkeypatch, capfd):

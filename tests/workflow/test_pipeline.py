@@ -25,7 +25,8 @@ from ..conftest import ROOT, SHARED, Project
 
 TINY = "results/tiny"
 ARTIFACTS = [
-    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward", "head_to_head", "report",
+    "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward",
+        "head_to_head", "report",
     *(f"policies/{name}" for name in ("dpo", "ppo", "ppo-lora", "best-of-2")),
     *(f"evaluation/{name}" for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2")),
 ]  # fmt: skip
@@ -122,7 +123,9 @@ def test_files_that_are_measured_on_are_inputs(project):
     (project.folder / "tasks").mkdir()
     for name in ("text.txt", "tasks/own.yaml"):
         (project.folder / name).write_text("text")
-    config = edited(project, retention={"source": "file", "path": "text.txt"}, lm_eval={"tasks": ["own"], "include_path": "tasks"})  # fmt: skip
+    config = edited(
+        project, retention={"source": "file", "path": "text.txt"}, lm_eval={"tasks": ["own"], "include_path": "tasks"}
+    )
     targets = (f"results/tiny/{artifact}/manifest.json" for artifact in ("retention", "lm_eval/base"))
     output = project.run("--dry-run", *targets, config=config)
     inputs = dict(re.findall(r"rule (\w+):\n    input: (.*)", output))
@@ -189,7 +192,9 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
     project.folder = tmp_path / "copy"
     shutil.copytree(tiny_run.folder, project.folder, symlinks=True)
     results = project.folder / TINY
-    lost, ranked, kept = (results / f"{name}/manifest.json" for name in ("completions/1-of-2", "comparisons", "completions/0-of-2"))  # fmt: skip
+    lost, ranked, kept = (
+        results / f"{name}/manifest.json" for name in ("completions/1-of-2", "comparisons", "completions/0-of-2")
+    )
     before, kept_time = [lost.read_bytes(), ranked.read_bytes()], kept.stat().st_mtime_ns
     shutil.rmtree(project.folder / "state/tiny/completions")  # or the shard would find its samples there
     for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "head_to_head", "report"):
@@ -238,8 +243,10 @@ def test_a_killed_stage_ends_with_the_same_bytes(tiny_run, tmp_path):
     ("changes", "message"),
     [
         ({"sft__lr": 1}, "edited.yaml: sft.lr: unknown key; see config/README.md for the keys of this block"),
-        ({"retention": {"source": "file", "path": "no.txt"}}, "edited.yaml: retention.path: no such file or folder: no.txt"),
-        ({"data": {"demonstrations": [{"source": "file", "path": "bad.jsonl"}]}}, "bad.jsonl:2: 'completion' is empty; remove the row or fill it"),
+        ({"retention": {"source": "file", "path": "no.txt"}}, "edited.yaml: retention.path: no such file or folder: "
+            "no.txt"),
+        ({"data": {"demonstrations": [{"source": "file", "path": "bad.jsonl"}]}}, "bad.jsonl:2: 'completion' is "
+            "empty; remove the row or fill it"),
     ],
 )  # fmt: skip
 def test_mistakes_stop_before_any_job(project, changes, message):
@@ -257,7 +264,8 @@ def rules(output: dict) -> set[str]:
 
 def test_the_default_has_every_node(project):
     assert rules(project.pending(config=None)) == {
-        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n", "evaluation",
+        "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n",
+            "evaluation",
         "head_to_head", "report",
     }  # fmt: skip
 
@@ -325,9 +333,12 @@ def test_hh_transcripts_train_dpo_and_a_reward_model(project):
     run_config(project, {
         "run": "hh",
         "data": {
-            "preferences": [{"source": "file", "path": str(SHARED / "hh-harmless-base/comparisons.jsonl.gz"), "licence": "MIT"}],
-            "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 400, "max_completion_tokens": 300,
-            "shares": {"sft": 0, "reward": 0.6, "rl": 0, "evaluation": 0.2, "heldout": 0.2}, "limits": {"reward": 64, "evaluation": 8, "heldout": 32},
+            "preferences": [{"source": "file", "path": str(SHARED / "hh-harmless-base/comparisons.jsonl.gz"),
+                "licence": "MIT"}],
+            "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 400,
+                "max_completion_tokens": 300,
+            "shares": {"sft": 0, "reward": 0.6, "rl": 0, "evaluation": 0.2, "heldout": 0.2}, "limits": {"reward": 64,
+                "evaluation": 8, "heldout": 32},
         },
         "reward": {"learning_rate": 1.0e-3, "batch_size": 16},
         "policies": {"dpo": {"method": "dpo", "learning_rate": 1.0e-3, "batch_size": 16}},
@@ -345,9 +356,12 @@ def test_recorded_annotators_with_ties_and_expert_demonstrations(project):
     run_config(project, {
         "run": "pandalm",
         "data": {
-            "demonstrations": [{"source": "file", "path": str(SHARED / "self-instruct/demonstrations.jsonl.gz"), "columns": {"group": "id"}}],
-            "preferences": [{"source": "file", "path": str(SHARED / "pandalm/pairs.jsonl.gz"), "licence": "Apache-2.0"}],
-            "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 700, "max_completion_tokens": 400,
+            "demonstrations": [{"source": "file", "path": str(SHARED / "self-instruct/demonstrations.jsonl.gz"),
+                "columns": {"group": "id"}}],
+            "preferences": [{"source": "file", "path": str(SHARED / "pandalm/pairs.jsonl.gz"),
+                "licence": "Apache-2.0"}],
+            "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 700,
+                "max_completion_tokens": 400,
             "limits": {"sft": 64, "reward": 64, "rl": 16, "evaluation": 8, "heldout": 48},
         },
         "sft": {"learning_rate": 1.0e-3, "batch_size": 8, "max_length": 1200},

@@ -120,12 +120,22 @@ def test_another_attempt_gets_more_memory():
 
 
 def test_the_table_in_the_readme_is_the_profile():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / "config/README.md").read_text(), re.MULTILINE)  # fmt: skip
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$",
+        (ROOT / "config/README.md").read_text(),
+        re.MULTILINE,
+    )
     told = {rule: cells for rule, *cells in rows}
     for rule, found in options(PROFILE).items():
         gpus = found.get("gres", "0").rpartition(":")[2]
         cpus = found.get("cpus-per-gpu", found.get("cpus-per-task"))
-        assert told.pop(rule) == [found["partition"], gpus, cpus, f"{int(found['mem']) / 1000:g} GB", f"{int(found['time']) / 60:g} h"], rule  # fmt: skip
+        assert told.pop(rule) == [
+            found["partition"],
+            gpus,
+            cpus,
+            f"{int(found['mem']) / 1000:g} GB",
+            f"{int(found['time']) / 60:g} h",
+        ], rule
     assert told == {}
 
 

@@ -56,7 +56,13 @@ def test_a_changed_key_makes_stale_what_reads_it_and_says_so(tiny_run):
     found = told(tiny_run, "plan", config)
     assert [step["name"] for step in found["steps"]] == ["policies/dpo", "evaluation/dpo", "head_to_head", "report"]
     assert found["at_stake"]["unknown"] == 0
-    seconds = sum(json.loads((tiny_run.folder / TINY / name / "provenance.json").read_text())["predicate"]["buildDefinition"]["internalParameters"]["attempts"][0]["seconds"] * threads for name, threads in (("policies/dpo", 2), ("evaluation/dpo", 1), ("head_to_head", 1), ("report", 1)))  # fmt: skip
+    seconds = sum(
+        json.loads((tiny_run.folder / TINY / name / "provenance.json").read_text())["predicate"]["buildDefinition"][
+            "internalParameters"
+        ]["attempts"][0]["seconds"]
+        * threads
+        for name, threads in (("policies/dpo", 2), ("evaluation/dpo", 1), ("head_to_head", 1), ("report", 1))
+    )
     assert found["at_stake"]["hours"]["core-hours"] == pytest.approx(seconds / 3600)
 
 
@@ -96,7 +102,10 @@ def test_a_stage_is_seen_running_and_then_failed_while_another_branch_goes_on(ti
         shutil.rmtree(project.folder / TINY / name)
     shutil.rmtree(project.folder / TINY / "report")
     source = project.folder / "workflow/lib/tunetrail/stages/reward.py"
-    wait = '    import time\n    while not Path("go").exists():\n        time.sleep(0.05)\n    raise ValueError("no such thing")\n'
+    wait = (
+        '    import time\n    while not Path("go").exists():\n        time.sleep(0.05)\n    raise ValueError("no '
+        'such thing")\n'
+    )
     head, signature, body = source.read_text().partition("def run(stage: Stage) -> dict:\n")
     source.write_text("from pathlib import Path\n" + head + signature + wait + body)
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--configfile", CONFIG]

@@ -17,7 +17,7 @@ def is_main_process() -> bool:
 
 
 def process_group() -> Any:
-    """torch.distributed where this stage runs in several processes, else None; stages without torch do not import it."""
+    """torch.distributed where this stage has several processes, else None; stages without torch do not import it."""
     distributed = sys.modules.get("torch.distributed")
     return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
 

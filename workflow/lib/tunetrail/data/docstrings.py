@@ -50,7 +50,7 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def pairs() -> list[dict]:
-    """{prompt, completion, group} of the whole library, group being the module; each function once, in a fixed order."""
+    """{prompt, completion, group} of the whole library, the module being the group; each function once, in order."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, dict] = {}
     for path in sorted(root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What a model still knows, what it prefers, and what it would say next: measured on given texts, nothing is sampled."""
+"""What a model still knows, what it prefers, and what it would say next: on given texts, nothing is sampled."""
 
 import math
 from typing import Any

@@ -51,7 +51,7 @@ def device() -> torch.device:
 
 
 def use_bf16(precision: str) -> bool:
-    """Whether `precision` (auto, fp32, bf16) means bf16 autocast on this machine: auto does where the hardware has it."""
+    """Whether `precision` (auto, fp32, bf16) means bf16 autocast here: auto does where the hardware has it."""
     if precision == "auto":
         return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
     return precision == "bf16"

@@ -102,72 +102,60 @@ def _shows_up(path: Path, content: str, seconds: float) -> bool:
 
 
 def read_report(name: str, report: dict[str, Any], written: Path, content: str, with_gpu: bool) -> list[Check]:
-    """Checks what the job on a node report.
+    """The checks of what the job on a node reports.
 
     Args:
-        written: the file that it wrote in the shared folder, and that has `content` then.
+        written: the file that it wrote in the shared folder, which then has `content`.
     """
-    host, shared = report["host"], written.parents[2]
-    found = []
-    if "disk" in report:
-        found.append(
-            finding(
-                name,
-                f"{host} cannot read and write {shared} ({report['disk']})",
-                "clone to a file system that the nodes mount and you may write to",
-            )
-        )
-    elif report["head"] != content or not _shows_up(written, content, SEEN_SECONDS):
-        found.append(
-            finding(
-                name,
-                f"what {host} writes to {shared} is not seen here within {SEEN_SECONDS} s",
-                "clone to a file system that all nodes share, or raise latency-wait in the profile",
-            )
-        )
-    elif report["lock"] == "free":
-        found.append(
-            finding(
-                name,
-                f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both "
-                "write",
-                "clone to a file system with locks across nodes (NFS not mounted with nolock, Lustre with -o flock)",
-            )
-        )
-    elif report["lock"] != "held":
-        found.append(
-            finding(
-                name,
-                f"{shared} has no locks on {host} ({report['lock']}), and no stage starts without",
-                "clone to a file system with locks across nodes (Lustre is mounted with -o flock)",
-            )
-        )
-    if report["missing"]:
-        found.append(
-            finding(
-                name,
-                f"{host} cannot import {', '.join(report['missing'])}",
-                "install envs/requirements.txt where the nodes see it, and start from that environment",
-            )
-        )
-    if with_gpu and not report["visible"]:
-        found.append(
-            finding(
-                name,
-                f"Slurm gave no GPU to a job on {host} that asked for one (CUDA_VISIBLE_DEVICES is empty)",
-                "check gres in the profile; else ask the site about its gres.conf",
-            )
-        )
-    elif with_gpu and not report["torch_gpus"]:
-        build = f"built for CUDA {report['cuda']}" if report["cuda"] else "built without CUDA"
-        found.append(
-            finding(
-                name,
-                f"torch, {build}, sees no GPU on {host} although Slurm gave {report['visible']}",
-                "install torch for CUDA (envs/), or one that the driver there (nvidia-smi) can run",
-            )
-        )
-    gpu = f", {report['torch_gpus']} GPU seen" if with_gpu else ""
-    return found or [
-        Check(name, SOUND, f"{host}: shares this folder, imports the software on Python {report['python']}{gpu}")
+    problems = [
+        *_folder_problems(name, report, written, content),
+        *_software_problems(name, report),
+        *(_gpu_problems(name, report) if with_gpu else []),
     ]
+    gpu = f", {report['torch_gpus']} GPU seen" if with_gpu else ""
+    text = f"{report['host']}: shares this folder, imports the software on Python {report['python']}{gpu}"
+    return problems or [Check(name, SOUND, text)]
+
+
+def _folder_problems(name: str, report: dict[str, Any], written: Path, content: str) -> list[Check]:
+    host, shared = report["host"], written.parents[2]
+    if "disk" in report:
+        text = f"{host} cannot read and write {shared} ({report['disk']})"
+        return [finding(name, text, "clone to a file system that the nodes mount and you may write to")]
+    if report["head"] != content or not _shows_up(written, content, SEEN_SECONDS):
+        text = f"what {host} writes to {shared} is not seen here within {SEEN_SECONDS} s"
+        fix = "clone to a file system that all nodes share, or raise latency-wait in the profile"
+        return [finding(name, text, fix)]
+    if report["lock"] == "free":
+        text = (
+            f"{host} does not see a lock that is held here in {shared}, and two attempts at one stage could both write"
+        )
+        fix = "clone to a file system with locks across nodes (NFS not mounted with nolock, Lustre with -o flock)"
+        return [finding(name, text, fix)]
+    if report["lock"] != "held":
+        text = f"{shared} has no locks on {host} ({report['lock']}), and no stage starts without"
+        fix = "clone to a file system with locks across nodes (Lustre is mounted with -o flock)"
+        return [finding(name, text, fix)]
+    return []
+
+
+def _software_problems(name: str, report: dict[str, Any]) -> list[Check]:
+    if not report["missing"]:
+        return []
+    text = f"{report['host']} cannot import {', '.join(report['missing'])}"
+    return [
+        finding(name, text, "install envs/requirements.txt where the nodes see it, and start from that environment")
+    ]
+
+
+def _gpu_problems(name: str, report: dict[str, Any]) -> list[Check]:
+    host = report["host"]
+    if not report["visible"]:
+        text = f"Slurm gave no GPU to a job on {host} that asked for one (CUDA_VISIBLE_DEVICES is empty)"
+        return [finding(name, text, "check gres in the profile; else ask the site about its gres.conf")]
+    if not report["torch_gpus"]:
+        build = f"built for CUDA {report['cuda']}" if report["cuda"] else "built without CUDA"
+        text = f"torch, {build}, sees no GPU on {host} although Slurm gave {report['visible']}"
+        fix = "install torch for CUDA (envs/), or one that the driver there (nvidia-smi) can run"
+        return [finding(name, text, fix)]
+    return []

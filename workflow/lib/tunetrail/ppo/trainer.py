@@ -191,7 +191,7 @@ class PPOTrainer:
         )  # fmt: skip
 
     def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """(advantages, returns), both [N, R]; of GAE whitened, of RLOO and GRPO the same at every token of an episode."""
+        """(advantages, returns), both [N, R]; whitened for GAE, one value per episode for RLOO and GRPO."""
         config, mask = self.config, rollout.mask
         kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
         rewards = token_rewards(self.rewards(rollout), kl, mask, self.kl_controller.value)

@@ -72,7 +72,7 @@ def _renamed(d: dict, rename: Callable[[str], str]) -> dict:
 
 
 def parent_of(folder: Path) -> dict[str, Any]:
-    """What a record says of an input: where it is, its manifest, its record (null where there is none) and its labels."""
+    """What a record says of an input: its place, its manifest, its record (null where there is none), its labels."""
     path = folder / PROVENANCE
     try:
         record = Record(path.read_bytes(), str(path))

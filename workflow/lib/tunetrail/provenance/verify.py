@@ -60,7 +60,7 @@ class Verifier:
         self.ledgers: dict[Path, Ledger] = {}
 
     def run(self, paths: list[Path]) -> VerifyResult:
-        """Artifacts (a folder, or its manifest) and whole runs (a folder with a ledger). Raises DataError for others."""
+        """Checks artifacts (folders, or manifests) and runs (folders with a ledger). Raises DataError for others."""
         for path in paths:
             folder = Path(os.path.abspath(path.parent if path.name == MANIFEST else path))
             if (folder / LEDGER).exists():
@@ -238,7 +238,7 @@ class Verifier:
                 )
 
     def _made_again_alike(self, parent: Node, recorded: dict) -> bool:
-        """Whether the ledger shows that the parent's stage ran again and gave the same bytes: both records were sealed."""
+        """Whether the ledger shows that the parent's stage ran again with the same bytes: both records were sealed."""
         run = self._run_of(parent.folder)
         if run is None or parent.record is None:
             return False

@@ -6,9 +6,7 @@ the numbers only.
 """
 
 import html
-import itertools
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from tunetrail.reporting.collect import Artifact, Model, Run, reference_of
+from tunetrail.reporting.collect import Model, Run
 from tunetrail.reporting.numbers import NOT_MEASURED, interval
 
 Spec = dict[str, Any]
@@ -220,164 +218,6 @@ def gold(runs: Runs, narrow: bool) -> Spec | None:
         if chart := dots(rows, PLOT[narrow], "gold score", domain=[low - margin, high + margin]):
             panels.append([alt.layer(chart, _title(title))])
     return grid(panels, down=26)
-
-
-def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
-    """Two panels, reward-model score and gold score of PPO's episodes (where it was watched), along the way that
-    training took them.
-    """
-    learners = [m for run in runs for m in run.policies if m.metrics.get("method") == "ppo"]
-    panels = []
-    for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
-        rows: list[dict] = []
-        for model in learners:
-            points = [row for row in (model.trained.history if model.trained else []) if row.get(key) is not None]
-            kls, scores = (_means([row[name] for row in points]) for name in ("kl", key))
-            rows += [
-                {
-                    "step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name,
-                        "colour": COLOURS[model.series],
-                    "tip": f"{model.name}, step {row['step']}: score {score:.4g}, KL {kl:.3g}",
-                }
-                for row, kl, score in _thinned(list(zip(points, kls, scores, strict=True)))
-            ]  # fmt: skip
-        if not rows:
-            continue
-        few = len(rows) <= 24
-        base = alt.Chart(_data(rows)).encode(
-            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8),
-                axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats an episode (√ scale)", tickCount=5)),
-            y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
-            color=_colour(), detail="line:N", order="step:Q", description="tip:N",
-        )  # fmt: skip
-        layers = [
-            base.mark_line(strokeWidth=1.5, opacity=0.6),
-            base.mark_point(filled=True, opacity=1, size=40 if few else 10),
-        ]
-        if few:
-            layers.append(base.mark_text(dx=8, dy=-7, fontSize=10).encode(text="step:Q"))
-        panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))
-    return _beside(panels, narrow) if panels else None
-
-
-# ----------------------------------------------------------------------------- learning curves
-
-# Stage -> what is drawn: (title, keys of history.jsonl, reference line).
-CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
-    "sft": [("loss", ("loss",), None), ("token accuracy", ("mean_token_accuracy",), None)],
-    "reward": [("loss", ("loss",), None), ("accuracy", ("accuracy",), 0.5)],
-    "dpo": [
-        ("loss", ("loss",), math.log(2)),
-        ("accuracy", ("rewards/accuracies",), 0.5),
-        ("margin", ("rewards/margins",), 0),
-        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
-    ],
-    "ppo": [
-        ("reward-model score", ("score",), None),
-        ("KL to its start", ("kl",), None),
-        ("entropy", ("entropy",), None),
-        ("response length", ("length",), None),
-    ],
-}
-
-
-MOST_POINTS = 300
-"""Of a curve; of more steps every second, third, … is drawn, so that a long run's page stays small."""
-
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """Mean of each value and up to `window` - 1 before it."""
-    sums = [0.0, *itertools.accumulate(values)]
-    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-
-
-def _means(values: list[float]) -> list[float]:
-    """The mean of each value and the tenth of the curve before it."""
-    return smooth(values, max(1, len(values) // 10))
-
-
-def _thinned(points: list) -> list:
-    return points[:: math.ceil(len(points) / MOST_POINTS) or 1]
-
-
-HANDLES = 40
-"""Points of a curve that have a tooltip."""
-
-
-def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...]) -> list[dict]:
-    rows = []
-    for key in keys:
-        points = [(row["step"], row[key]) for row in artifact.history if row.get(key) is not None]
-        means, dashed = _means([value for _, value in points]), key == "logps/rejected"
-        thinned = _thinned(list(zip(points, means, strict=True)))
-        for i, ((step, value), mean) in enumerate(thinned):
-            rows.append(
-                {
-                    "step": step, "value": value, "mean": mean, "colour": colour, "line": f"{name} {key}",
-                        "dashed": dashed,
-                    "handle": i % math.ceil(len(thinned) / HANDLES) == 0, "tip": f"{name}, step {step}: "
-                        f"{key.rpartition('/')[2]} {value:.4g}",
-                }
-            )  # fmt: skip
-    return rows
-
-
-def _resumed(artifact: Artifact) -> list[dict]:
-    """The segments of a history that attempts after the first trained; the last goes to its end."""
-    steps = [*artifact.resumed_at, artifact.history[-1]["step"]]
-    spans = itertools.pairwise(steps)
-    return [{"from": a, "to": b, "tip": f"resumed from step {a}"} for a, b in spans if a < b]
-
-
-def learning(runs: Runs, narrow: bool) -> Spec | None:
-    """Small multiples; policies of one method share their panels. What was trained after a resumption is shaded."""
-    by_stage: dict[str, list[tuple[Artifact, str, str]]] = {}
-    for i, run in enumerate(runs):
-        for role in ("sft", "reward"):
-            if (artifact := run.artifacts.get(role)) and artifact.history:
-                colour = COLOURS["sft"] if len(runs) == 1 else list(COLOURS.values())[2 + i % 6]
-                by_stage.setdefault(role, []).append((artifact, role if len(runs) == 1 else run.name, colour))
-        for model in run.policies:
-            if model.trained and model.trained.history:
-                by_stage.setdefault(model.trained.stage, []).append((model.trained, model.name, COLOURS[model.series]))
-    rows_of_panels = []
-    for stages in (("sft", "reward"), ("dpo",), ("ppo",)):
-        panels = []
-        for stage in stages:
-            learners = by_stage.get(stage, [])
-            spans = [span for artifact, _, _ in learners for span in _resumed(artifact)]
-            for title, keys, reference in CURVES[stage]:
-                rows = [row for learner in learners for row in _curve_rows(*learner, keys)]
-                if rows:
-                    panels.append(_curve(f"{stage}: {title}", rows, reference, spans, 125 if narrow else 142))
-        rows_of_panels += [panels[i : i + 2] for i in range(0, len(panels), 2)] if narrow else [panels]
-    rows_of_panels = [panels for panels in rows_of_panels if panels]
-    return grid(rows_of_panels, across=10, down=14) if rows_of_panels else None
-
-
-def _curve(title: str, rows: list[dict], reference: float | None, resumed: list[dict], width: int) -> Chart:
-    base = alt.Chart(_data(rows))
-    steps = sorted({row["step"] for row in rows})
-    ticks: dict[str, Any] = {"tickCount": 3} if len(steps) > 4 else {"values": steps}
-    x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title=None, format="d", grid=False, **ticks))
-    scale, axis = alt.Scale(zero=False, padding=4), alt.Axis(title=None, tickCount=4, minExtent=26)
-    dash = alt.StrokeDash("dashed:N", scale=alt.Scale(domain=[False, True], range=[[1, 0], [4, 2]]), legend=None)
-    layers = [
-        base.mark_line(strokeWidth=1, opacity=0.35).encode(
-            x=x, y=alt.Y("value:Q", scale=scale, axis=axis), color=_colour(), detail="line:N"
-        ),
-        base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("mean:Q"), color=_colour(), detail="line:N", strokeDash=dash),
-        base.transform_filter(alt.datum.handle)
-        .mark_point(size=22, filled=True, opacity=1 if len(steps) <= 12 else 0)  # of few steps each is shown
-        .encode(x=x, y=alt.Y("value:Q"), color=_colour(), description="tip:N"),
-    ]
-    if reference is not None:
-        line = alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
-        layers.insert(0, line.encode(y=alt.Y("at:Q")))
-    if resumed:
-        shade = alt.Chart(_data(resumed)).mark_rect(color=SHADE, opacity=0.18)
-        layers.insert(0, shade.encode(x=alt.X("from:Q"), x2="to:Q", description="tip:N"))
-    return alt.layer(*layers, _title(title, 11)).properties(width=width, height=95)
 
 
 # ----------------------------------------------------------------------------- probes

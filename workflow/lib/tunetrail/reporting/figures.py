@@ -7,7 +7,7 @@ shows the models of all, under their names.
 from collections.abc import Callable
 from typing import Any
 
-from tunetrail.reporting import charts, numbers
+from tunetrail.reporting import charts, curves, numbers
 from tunetrail.reporting import evaluation_charts as ec
 from tunetrail.reporting.charts import Runs, Spec
 from tunetrail.reporting.collect import Run, reference_of
@@ -110,8 +110,8 @@ FIGURES: dict[str, Figure] = {
     "strengths": strengths,
     "gold": charts.gold,
     "reward_kl": reward_kl,
-    "over_optimisation": charts.over_optimisation,
-    "learning": charts.learning,
+    "over_optimisation": curves.over_optimisation,
+    "learning": curves.learning,
     "probes": probes,
     "preferences": charts.preferences,
     "preference_shift": preference_shift,

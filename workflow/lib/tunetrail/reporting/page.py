@@ -142,7 +142,7 @@ def sentence_sum(model: Model) -> float | None:
 
 
 def comparable(runs: Sequence[Run]) -> tuple[list[Model], list[Model]]:
-    """The models whose probe sentence has the tokens of the first one's, and those whose tokenizer cuts it otherwise."""
+    """The models whose tokenizer cuts the probe sentence as the first one's does, and those whose does not."""
     probed = [m for run in runs for m in run.models if m.sentence]
     tokens = {m.name: [position["token"] for position in m.sentence] for m in probed}
     alike = [m for m in probed if tokens[m.name] == tokens[probed[0].name]]
