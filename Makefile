@@ -1,12 +1,12 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
 # make status where that run stands
-# make test   set up and run every test
+# make test   set up and run every test; make test-unit: the quick ones
 # make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,labels,parts)
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo status test check bench schema lock clean
+.PHONY: demo status test test-unit check bench schema lock clean
 
 demo: $(VENV)/.installed
 	$(RUN) snakemake --profile profiles/local
@@ -18,12 +18,17 @@ status: $(VENV)/.installed
 test: $(VENV)/.tested check
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 --durations 25
 
+# For daily work: no training, no killing, no cluster, no browser.
+test-unit: $(VENV)/.tested
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow" tests/unit
+
 check: $(VENV)/.tested
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) snakefmt --check Snakefile workflow/rules
 	$(RUN) snakemake --lint --configfile config/examples/tiny.yaml
+	$(RUN) python -m pytest -q tests/unit/test_layout.py
 
 bench: $(VENV)/.tested $(VENV)-trl/.installed
 	$(RUN) snakemake --profile profiles/local --quiet --until data

@@ -63,7 +63,7 @@ class Work:
         return self.folder / name / "manifest.json"
 
     def report(self, name: str, rank: int = 0) -> dict:
-        """What the last attempt left: its exit code, None where it was killed; [phase, call at which it began]; calls."""
+        """Of the last attempt: its exit code, None where it was killed; [phase, call at which it began]; calls."""
         return json.loads((self.folder / f"{name}.{rank}.report").read_text())
 
     def error(self, name: str, rank: int = 0) -> str:

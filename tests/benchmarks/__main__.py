@@ -109,6 +109,32 @@ def said(x: dict[str, float], percent: bool = False) -> str:
     return f"{x['median'] * scale:.{digits}f}{mark} ({x['low'] * scale:.{digits}f} to {x['high'] * scale:.{digits}f})"
 
 
+def against_peers(case: str, precision: str, peak: float, bandwidth: float) -> dict:
+    """Our training or sampling against each peer that this CPU can run, printed as it comes."""
+    results: dict = {}
+    ours, others = rounds(case, precision)
+    for other in PEERS[case][0].keys() - others.keys():
+        results[f"{case}.{other}"] = {"ratio": None, "reason": "this CPU does not compute in bf16"}
+        print(f"{case}.{other}: not measured, this CPU does not compute in bf16")
+    for other, (their_precision, theirs) in others.items():
+        name = f"{case}.{other}"
+        found = results[name] = compare(case, ours, precision, theirs, their_precision, peak, bandwidth)
+        print(
+            f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "
+            f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(found['share_of_limit'], True)} of "
+            "the limit; peak "
+            f"{found['ours']['peak_bytes'] / 2**30:.1f} against {found['theirs']['peak_bytes'] / 2**30:.1f} GiB",
+            flush=True,
+        )
+        for key, what in (
+            ("update_share_of_limit", "update alone"),
+            ("share_of_bandwidth_limit", "reading the weights alone"),
+        ):
+            if key in found:
+                print(f"{'':28} {what}: {said(found[key], True)} of the limit", flush=True)
+    return results
+
+
 def main() -> None:
     only = [name for name in os.environ.get("ONLY", "").split(",") if name]
     precision = "bf16" if use_bf16("auto") else "fp32"
@@ -118,28 +144,8 @@ def main() -> None:
         print(f"{name:28} {results[name]:.0f} GFLOP/s")
     peak, bandwidth = results[f"gemm.{precision}"] * 1e9, memory_bandwidth()
     for case in PEERS:
-        if only and case not in only:
-            continue
-        ours, others = rounds(case, precision)
-        for other in PEERS[case][0].keys() - others.keys():
-            results[f"{case}.{other}"] = {"ratio": None, "reason": "this CPU does not compute in bf16"}
-            print(f"{case}.{other}: not measured, this CPU does not compute in bf16")
-        for other, (their_precision, theirs) in others.items():
-            name = f"{case}.{other}"
-            found = results[name] = compare(case, ours, precision, theirs, their_precision, peak, bandwidth)
-            print(
-                f"{name:28} {said(found['ratio'])} times as fast; {found['ours']['speed']['median']:.3g} against "
-                f"{found['theirs']['speed']['median']:.3g} {found['unit']}; {said(found['share_of_limit'], True)} of "
-                "the limit; peak "
-                f"{found['ours']['peak_bytes'] / 2**30:.1f} against {found['theirs']['peak_bytes'] / 2**30:.1f} GiB",
-                flush=True,
-            )
-            for key, what in (
-                ("update_share_of_limit", "update alone"),
-                ("share_of_bandwidth_limit", "reading the weights alone"),
-            ):
-                if key in found:
-                    print(f"{'':28} {what}: {said(found[key], True)} of the limit", flush=True)
+        if not only or case in only:
+            results |= against_peers(case, precision, peak, bandwidth)
     if not only or "audit" in only:
         found = results["audit.vs_sha256sum"] = verifying(Path("results/demo"))
         print(

@@ -134,7 +134,7 @@ def scoring(shared_start: bool) -> float:
 
 
 def attending(by_products: bool) -> float:
-    """Seconds a training step in bf16 of 8 layers on 16 rows of 90 tokens, attending by products or torch's fused way."""
+    """Seconds per bf16 training step of 8 layers on 16 rows of 90 tokens, with plain products or fused attention."""
     import torch
 
     from tunetrail.models.cpu.attention import plain_attention

@@ -55,7 +55,7 @@ class Arithmetic:
         self.trunk = sum(p.numel() for p in model.base_model.parameters()) - self.head  # less the embedding
 
     def forward(self, tokens: int, scored: int = 0) -> int:
-        """Of `tokens` through the trunk and `scored` of them through the head. With gradients it is three times that."""
+        """Of `tokens` through the trunk, `scored` of them through the head. With gradients it is three times that."""
         return 2 * (self.trunk * tokens + self.head * scored)
 
 

@@ -334,7 +334,8 @@ CONTRASTS = """() => {
         return [255, 255, 255];
     };
     return [...document.querySelectorAll("body *:not(svg *)")]
-        .filter(e => e.checkVisibility() && !e.disabled && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+        .filter(e => e.checkVisibility() && !e.disabled)
+        .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
         .map(e => {
             const [a, b] = [luminance(read(getComputedStyle(e).color)), luminance(behind(e))].sort((x, y) => y - x);
             return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 120)];

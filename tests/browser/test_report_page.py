@@ -55,7 +55,8 @@ LOOK = """<script>addEventListener('load', () => {
     return [255, 255, 255];
   };
   const faint = new Set();
-  for (const element of document.querySelectorAll('h1, h2, h3, h4, p, td, th, dt, dd, li, figcaption, caption, small')) {
+  const texts = 'h1, h2, h3, h4, p, td, th, dt, dd, li, figcaption, caption, small';
+  for (const element of document.querySelectorAll(texts)) {
     if (!element.textContent.trim() || !element.getClientRects().length) continue;
     const [a, b] = [numbers(getComputedStyle(element).color), ground(element)].map(light).sort((x, y) => y - x);
     if ((a + 0.05) / (b + 0.05) < 4.5) faint.add(`${element.tagName}.${element.className}`);

@@ -635,13 +635,22 @@ def odd(change):
     return lambda run: edit_json(run / "sft/provenance.json", lambda s: change(s["predicate"]["buildDefinition"]))
 
 
+def replaced(name: str, old: bytes, new: bytes):
+    """Damage: bytes of a file of the run replaced by others."""
+
+    def damage(run: Path) -> None:
+        (run / name).write_bytes((run / name).read_bytes().replace(old, new))
+
+    return damage
+
+
 ODD = {
     "no name of a parent": odd(lambda b: b["resolvedDependencies"][0].pop("name")),
     "no digest of a parent": odd(lambda b: b["resolvedDependencies"][0]["digest"].pop("sha256")),
     "no attempts": odd(lambda b: b["internalParameters"].update(attempts=None)),
     "no digest of a state": odd(lambda b: b["internalParameters"]["attempts"][1]["state_in"].pop("digest")),
     "attempts of another kind": odd(lambda b: b["internalParameters"].update(attempts=[3])),
-    "a number out of range": lambda run: (run / "sft/provenance.json").write_bytes((run / "sft/provenance.json").read_bytes().replace(b"60", b"1e999")),
+    "a number out of range": replaced("sft/provenance.json", b"60", b"1e999"),
     "a list": lambda run: (run / "sft/provenance.json").write_text("[[]]"),
     "deep nesting": lambda run: (run / "sft/provenance.json").write_text("[" * 100_000),
     "a manifest of lists": lambda run: (run / "sft/manifest.json").write_text("[]"),
@@ -649,8 +658,8 @@ ODD = {
     "are none": lambda run: edit_json(run / "sft/manifest.json", lambda m: m.update(tensors=[{"name": "a"}])),
     "a manifest that is a "
     "folder": lambda run: ((run / "sft/manifest.json").unlink(), (run / "sft/manifest.json").mkdir()),
-    "a header without types": lambda run: (run / "sft/model/model.safetensors").write_bytes((run / "sft/model/model.safetensors").read_bytes().replace(b"dtype", b"dtypd")),
-    "a header with a short span": lambda run: (run / "sft/model/model.safetensors").write_bytes((run / "sft/model/model.safetensors").read_bytes().replace(b"0,2048", b"002048")),
+    "a header without types": replaced("sft/model/model.safetensors", b"dtype", b"dtypd"),
+    "a header with a short span": replaced("sft/model/model.safetensors", b"0,2048", b"002048"),
     "a ledger's artifact that is "
     "a list": lambda run: (run / "ledger.jsonl").write_bytes(canonical({"artifact": ["x"], "manifest": "a",
         "record": "b", "previous": "0" * 64, "number": 0}) + b"\n"),

@@ -13,6 +13,8 @@ from tunetrail.ppo.sharding import gathered
 
 from .test_ppo import make_trainer
 
+pytestmark = pytest.mark.slow
+
 
 def two_iterations(path: Path, changes: dict, environment: dict[str, str]) -> None:
     """As one of several processes; the first writes what came out."""

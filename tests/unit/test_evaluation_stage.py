@@ -30,6 +30,8 @@ from tunetrail.stages.head_to_head import verdict_outcomes
 
 from .test_training import write_workspace
 
+pytestmark = pytest.mark.slow
+
 EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3}
 RUNS = {  # stage of each artifact, its config block, its inputs by role, and what else it is told
     "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data",

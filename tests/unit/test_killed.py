@@ -1,4 +1,4 @@
-"""Every stage that saves progress, killed with SIGKILL and run again, ends with the bytes of a run that was left alone."""
+"""Every stage that saves progress, killed with SIGKILL and run again, ends with the bytes of an undisturbed run."""
 
 import json
 import random
@@ -17,6 +17,8 @@ from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.verify import Verifier
 
 from .test_training import write_artifact, write_workspace
+
+pytestmark = pytest.mark.slow
 
 EPOCHS = {"learning_rate": 1e-3, "batch_size": 4}
 PPO = {

@@ -16,6 +16,8 @@ from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.database import as_url, network_file_system
 from tunetrail.labeling.app.store import Store
 
+pytestmark = pytest.mark.slow
+
 LABELERS, RANKINGS = 20, 50
 if postgres_programs() is None and os.environ.get("CI"):
     raise RuntimeError("PostgreSQL is not installed; .ci/run installs it")

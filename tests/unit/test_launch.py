@@ -189,7 +189,7 @@ def test_one_of_several_processes_says_who_it_is(tmp_path):
     [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)],
 )
 def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path, monkeypatch, rank, code, told):
-    """With --kill-on-bad-exit. One that fails waits for the first one's last words, which waits for those that leave."""
+    """With --kill-on-bad-exit. A failing process gives the first one time to exit, which gives it to the others."""
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
     end = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"

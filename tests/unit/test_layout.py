@@ -94,7 +94,7 @@ def test_importing_loads_only_what_is_used(module):
 
 
 def test_the_head_process_loads_nothing_heavy():
-    """What the rules import, and what validating a config with local files adds, is paid at every start of Snakemake."""
+    """Every start of Snakemake pays for what the rules import and for validating a config with local files."""
     rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
     lines = [line.strip() for line in rules.splitlines() if line.strip().startswith("from tunetrail")]
     assert any("check_sources" in line for line in lines)

@@ -21,6 +21,8 @@ from tests.optimum import (
 )
 from tunetrail.evaluation.stats import best_of_n_kl
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def log_ref():

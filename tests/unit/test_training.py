@@ -30,6 +30,8 @@ from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_loss, kwise_
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def log_sigmoid(x):
     return -math.log1p(math.exp(-x))

@@ -78,7 +78,7 @@ def heldout_pairs(rows: list[dict], scores: list[np.ndarray], sources: dict[str,
 def accuracy(pairs: list[HeldOutPair], key: Literal["margin", "longer"], seed: int) -> Interval | None:
     """Share of the pairs where `key` is positive (zero counts one half), resampling whole prompts."""
     values = np.array([0.5 if pair[key] == 0 else float(pair[key] > 0) for pair in pairs])
-    return bootstrap(values, 2000, seed, groups=[pair["id"] for pair in pairs])
+    return bootstrap(values, 2000, seed, groups=[pair["id"] for pair in pairs])  # type: ignore[return-value]
 
 
 def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
@@ -106,7 +106,7 @@ def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
         return None
 
     def over_prompts(values: list[tuple[str, float]]) -> Interval | None:
-        return bootstrap([value for _, value in values], 2000, seed, groups=[i for i, _ in values])
+        return bootstrap([value for _, value in values], 2000, seed, groups=[i for i, _ in values])  # type: ignore[return-value]
 
     labelers = {ranking["labeler"] for row in rows for ranking in row["rankings"]}
     agreement = over_prompts(agreeing)
@@ -122,7 +122,9 @@ def allowed_accuracy(agreement: Interval | None) -> Interval | None:
     """The interval of p from that of a, see `ceiling`; bounds below one half are one half."""
     if agreement is None or agreement["mean"] < 0.5:
         return None
-    return agreement | {end: (1 + max(0.0, 2 * agreement[end] - 1) ** 0.5) / 2 for end in ("mean", "low", "high")}
+    return agreement | {  # type: ignore[return-value]
+        end: (1 + max(0.0, 2 * agreement[end] - 1) ** 0.5) / 2 for end in ("mean", "low", "high")
+    }
 
 
 def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str, Any]:

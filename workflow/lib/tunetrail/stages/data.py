@@ -24,7 +24,7 @@ from tunetrail.data.contamination import contamination, overlap_row, without_con
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
 from tunetrail.data.rendering import Renderer, fits
 from tunetrail.data.splits import assign_splits, histogram, shuffled
-from tunetrail.data.tables import comparison_row, merged, one_each, prompt_row
+from tunetrail.data.tables import answer_of, comparison_row, merged, one_each, prompt_row
 from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
 from tunetrail.provenance.manifest import sha256_file
@@ -113,8 +113,7 @@ def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, An
         "groups": len({row["group"] for row in rows}),
         "digest": sha256_file(path),
         "prompt_tokens": histogram(renderer.tokens([row["prompt"] for row in prompts])),
-        "completion_tokens": histogram(renderer.tokens([prompt_row(row)["completion"] for row in prompts])),
-        # type: ignore[typeddict-item]
+        "completion_tokens": histogram(renderer.tokens([answer_of(row) for row in prompts])),
         "text_tokens": histogram(renderer.tokens([row["text"] for row in rows if "text" in row])),
     }
 

@@ -60,12 +60,12 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
     columns: dict[str, list | None] = {
         "completion": samples.texts,
         "gold": samples.gold,
-        "greedy": greedy and greedy.texts,
-        "greedy_gold": greedy and greedy.gold,
+        "greedy": greedy.texts if greedy else None,
+        "greedy_gold": greedy.gold if greedy else None,
         "reward": samples.reward,
         "kl": samples.kl,
         "length": [len(response) for _, response in samples.examples],
-        "greedy_length": greedy and [len(response) for _, response in greedy.examples],
+        "greedy_length": [len(response) for _, response in greedy.examples] if greedy else None,
         "finished": finished(evaluator, samples),
     }
     return [

@@ -245,7 +245,8 @@ def config_name(artifact: str) -> str | None:
     ('policies.ppo', 'completions', 'lm_eval.sft')
     """
     stage = family_of(artifact)
-    return stage and stage.config_pattern.replace(f"{{{stage.wildcard}}}", artifact.partition("/")[2])
+    value = artifact.partition("/")[2]
+    return stage.config_pattern.replace(f"{{{stage.wildcard}}}", value) if stage else None
 
 
 def role_of(artifact: str) -> str:
