@@ -6,18 +6,12 @@ Snakemake runs; `jobs_of` reads it from a workflow that is already loaded. No fi
 
 import json
 import re
-import warnings
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.files import flatten
-
-EVERY_CORE = 2**20
-"""Cores enough for any rule, so that threads are what the profile asks for and not what one machine has."""
+from tunetrail.monitor import snakemake_adapter
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def _why(reason: Any, changes: dict[str, list[str]]) -> str:
 
     configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
     said = [
-        f"config: {', '.join(changes[str(f)])}" if changes[str(f)] else "its config is written anew" for f in configs
+        f"config: {', '.join(changes[str(f)])}" if changes[str(f)] else "its config is written again" for f in configs
     ]
     rerun = reason.updated_input_run.difference(configs)
     changed = reason.updated_input.difference(configs, rerun)
@@ -145,8 +139,8 @@ def jobs_of(workflow: Any) -> list[Job]:
                 why=_why(dag.reason(job), changes) if job in needed else "",
                 after=tuple(sorted({artifact_name(f) for f,
                     parent in parents.items() if parent in needed and parent.output.get("manifest")})),
-                begun=bool(workflow.persistence._filter_incomplete_keys([str(manifest)])),
-                submitted=tuple(workflow.persistence.external_jobids(job)) if job in needed else (),
+                begun=snakemake_adapter.has_begun(workflow, str(manifest)),
+                submitted=snakemake_adapter.submitted_ids(workflow, job) if job in needed else (),
             )
         )  # fmt: skip
     return found
@@ -159,13 +153,13 @@ def forget_failed(workflow: Any) -> None:
     earlier artifact is there still, it would say the next time that nothing is to be done, whatever has changed
     upstream.
     """
-    dag, persistence = workflow.dag, workflow.persistence
+    dag = workflow.dag
     for job in dag.jobs:
         manifest = job.output.get("manifest")
         if not manifest or Path(manifest).exists() or not dag.needrun(job) or dag.finished(job):
             continue
-        if not persistence._filter_incomplete_keys([str(manifest)]):  # else it may still run on the cluster
-            persistence.cleanup(job)
+        if not snakemake_adapter.has_begun(workflow, str(manifest)):  # else it may still run on the cluster
+            snakemake_adapter.forget(workflow, job)
 
 
 def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
@@ -174,44 +168,5 @@ def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
     Args:
         configfiles: none: the Snakefile's default.
     """
-    from snakemake.api import SnakemakeApi
-    from snakemake.cli import get_profile_dir, parse_args
-    from snakemake.exceptions import WorkflowError
-    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
-
-    if not get_profile_dir(profile) and not Path(profile, "config.yaml").exists():
-        raise ConfigError(
-            f"--profile {profile}: no such profile; name a folder with a config.yaml, profiles/local for one"
-        )
-    for path in configfiles:
-        if not path.is_file():
-            raise ConfigError(f"--configfile {path}: no such file")
-    chosen = ["--configfile", *map(str, configfiles)] if configfiles else []
-    said = StringIO()
-    try:
-        with redirect_stderr(said):
-            _, args = parse_args(["--profile", profile, *chosen, "--dry-run"])
-    except SystemExit:
-        raise ConfigError(f"--profile {profile}: {said.getvalue().strip().splitlines()[-1]}") from None
-    with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL}, log_level_override="ERROR")) as api:
-        # Of a resource that depends on the size of a file that is not there yet; Snakemake drops its own coroutine.
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        try:
-            dag = api.workflow(
-                resource_settings=ResourceSettings(
-                    cores=EVERY_CORE,
-                    overwrite_threads=args.set_threads,
-                    overwrite_resources=args.set_resources,
-                    default_resources=args.default_resources,
-                ),
-                config_settings=ConfigSettings(configfiles=args.configfile or []),
-                snakefile=args.snakefile,
-                workdir=args.directory,
-            ).dag(DAGSettings(rerun_triggers=args.rerun_triggers, max_checksum_file_size=args.max_checksum_file_size))
-            workflow = dag.workflow_api._workflow
-            # As Snakemake's own --summary does it: nothing is locked, and what another Snakemake is at does not matter.
-            workflow._prepare_dag(forceall=False, ignore_incomplete=True, lock_warn_only=True)
-            workflow._build_dag()
-        except WorkflowError as e:
-            raise TunetrailError(f"Snakemake cannot plan this: {' '.join(str(e).split())}") from e
+    with snakemake_adapter.planned_workflow(profile, configfiles) as workflow:
         return jobs_of(workflow)
