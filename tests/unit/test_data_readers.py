@@ -173,7 +173,7 @@ BAD_FILES = {
     "Latin-1": ("d.csv", b"prompt,completion\nQ,\xff\n", "d.csv: not UTF-8; convert the file with iconv"),
     "a cut gzip": (
         "d.csv.gz",
-        gzip.compress(b"prompt,completion\nQ,A\n" * 99)[:40],
+        gzip.compress(b"prompt,completion\nQ,A\n" * 99, mtime=0)[:40],
         "d.csv.gz: the gzip file is cut short or damaged; copy it again",
     ),
     "no gzip": ("d.parquet.gz", b"PAR1", "d.parquet.gz: the gzip file is cut short or damaged; copy it again"),
