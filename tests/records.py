@@ -26,7 +26,7 @@ def seal_folder(
 ) -> Path:
     """Gives a folder of files a manifest and a record. `code` overrides what the record says of the code."""
     manifest = canonical({"schema": 1, "stage": stage, "tokenizer": "t" * 64} | build(folder))
-    found = {role: record.parent_of(path) for role, path in (parents or {}).items()}
+    found = {role: record.parent_entry(path) for role, path in (parents or {}).items()}
     labels = [d for parent in found.values() for d in parent["labels"]]
     content = record.build(
         stage=stage, part=(0, 1), config={"stage": stage, "seed": 17, "config": config or {}}, manifest=manifest,

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.records import seal_folder
 from tunetrail.provenance.environment import packages
 from tunetrail.provenance.ledger import artifacts
-from tunetrail.provenance.lineage import Lineage, origins
+from tunetrail.provenance.lineage import Lineage, artifacts_using
 from tunetrail.provenance.manifest import MANIFEST, read_manifest
 from tunetrail.provenance.verify import Verifier
 
@@ -72,6 +72,6 @@ def tracing(n: int = 10_000) -> dict:
         def down() -> None:
             lineage = Lineage()
             lineage.add_run(run)
-            assert len(lineage.descendants(origins(lineage, str(folders[0])))) == n - 1
+            assert len(lineage.descendants(artifacts_using(lineage, str(folders[0])))) == n - 1
 
         return {"artifacts": n, "up_seconds": up, "reverse_seconds": seconds(down)}

@@ -129,7 +129,7 @@ def _trace_reverse(what: str, runs: list[Path], svg: Path | None, as_json: bool)
     lineage = lines.Lineage()
     for run in runs:
         lineage.add_run(run)
-    origins = lines.origins(lineage, what)
+    origins = lines.artifacts_using(lineage, what)
     affected = {node.folder: node for node in [*origins, *lineage.descendants(origins)]}
     artifacts = sorted(affected.values(), key=lambda node: node.folder)
     checkpoints = [node for node in artifacts if lines.is_checkpoint(node)]

@@ -24,7 +24,7 @@ from tunetrail.provenance.manifest import (
     walk,
 )
 from tunetrail.provenance.record import build as build_record
-from tunetrail.provenance.record import dependency, exact, read_record
+from tunetrail.provenance.record import dependency, exact_integers, read_record
 
 FIX = "delete the folder and run its stage again, or restore the file"
 
@@ -152,7 +152,7 @@ def finished(stage: Stage, declare: bool = True) -> bool:
         made_from = {role: parent["manifest"] for role, parent in record.parents.items()}
         if (
             (record.stage, record.part) != (stage.name, f"{stage.request.part[0]}/{stage.request.part[1]}")
-            or record.config_file != exact(stage.shared | {"config": stage.config})
+            or record.config_file != exact_integers(stage.shared | {"config": stage.config})
             or made_from != {role: parent.origin["manifest"] for role, parent in stage.inputs.items()}
             or record.code.get("library") != code_state()["library"]
         ):

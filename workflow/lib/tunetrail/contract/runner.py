@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from tunetrail.contract import progress
 from tunetrail.contract.artifact import finished, publish, verify
@@ -51,7 +51,8 @@ from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, Tu
 from tunetrail.files import read_finished_rows, write_jsonl
 from tunetrail.provenance.environment import energy_joules, environment
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
-from tunetrail.provenance.record import parent_of
+from tunetrail.provenance.record import parent_entry
+from tunetrail.provenance.schema import Ended
 
 # What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -60,13 +61,6 @@ KEPT = "kept"
 """Folder of the state for models that were kept along the way; they become part of the artifact."""
 
 log = logging.getLogger("tunetrail")
-
-
-class Ended(TypedDict):
-    """How an attempt ended."""
-
-    outcome: Literal["done", "interrupted", "waiting", "superseded", "failed", "killed"]
-    message: str | None
 
 
 def how_it_ended(error: BaseException | None) -> Ended:
@@ -200,7 +194,10 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             output=output,
             part=(part[0], part[1]),
         ),
-        {role: Input(Path(path).parent, parents[role], parent_of(Path(path).parent)) for role, path in inputs.items()},
+        {
+            role: Input(Path(path).parent, parents[role], parent_entry(Path(path).parent))
+            for role, path in inputs.items()
+        },
         Attempt(
             # A folder of its own: a superseded attempt must find nothing of its successor's to spoil. No name has a
             # tilde.

@@ -9,6 +9,7 @@ from tunetrail.contract.lease import Lease
 from tunetrail.contract.stop import Stop
 from tunetrail.files import read_jsonl
 from tunetrail.provenance.manifest import DigestCache
+from tunetrail.provenance.schema import Dependency, ParentEntry
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Input:
     folder: Path
     """Verified against its manifest."""
     manifest: dict[str, Any]
-    origin: dict[str, Any]
-    """What the record says of it, as it was when the stage began: see `provenance.record.parent_of`."""
+    origin: ParentEntry
+    """What the record will say of it, as it was when the stage began."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Attempt:
 class RecordDraft:
     """What only the stage knows about the artifact's origin, for its provenance record."""
 
-    dependencies: list[dict[str, Any]] = field(default_factory=list)
+    dependencies: list[Dependency] = field(default_factory=list)
     """Data sources, packages, labels, made by `provenance.record.dependency`."""
     about: tuple[str, ...] = ()
     """Roles of the inputs that the artifact is a statement about: the model of an evaluation."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.files import flatten
-from tunetrail.provenance.lineage import Lineage, Node
+from tunetrail.provenance.lineage import Lineage, Node, ancestors
 from tunetrail.provenance.manifest import MANIFEST, read_manifest
 from tunetrail.provenance.record import Record
 
@@ -13,21 +13,6 @@ from tunetrail.provenance.record import Record
 def changed(a: dict, b: dict) -> dict[str, list]:
     """Key -> [in A, in B] where two mappings differ; null where it is absent."""
     return {key: [a.get(key), b.get(key)] for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
-
-
-def ancestors(node: Node) -> dict[str, Node]:
-    """Stage -> artifact, of all it was made from and itself; shards by number."""
-    found: dict[str, Node] = {}
-    todo = [node]
-    while todo:
-        at = todo.pop()
-        if at.record:
-            key = at.record.stage if at.record.part == "0/1" else f"{at.record.stage} {at.record.part}"
-            if key in found:
-                continue
-            found[key] = at
-        todo += [parent for parent in at.parents.values() if parent]
-    return found
 
 
 def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,37 @@ class Layout:
     height: int
 
 
+def ordered(parents: Sequence[set[int]]) -> list[int]:
+    """The nodes, parents first. Raises CycleError."""
+    return list(TopologicalSorter(dict(enumerate(parents))).static_order())
+
+
+def acyclic(parents: Sequence[set[int]]) -> list[set[int]]:
+    """Leaves out one edge of each cycle: a record that was tampered with may name its own artifact as an input."""
+    found = [set(of) for of in parents]
+    while True:
+        try:
+            ordered(found)
+            return found
+        except CycleError as e:
+            parent, child, *_ = e.args[1]
+            found[child].discard(parent)
+
+
 def reduced(parents: Sequence[set[int]]) -> list[set[int]]:
     """Leaves out each edge that a longer path implies (transitive reduction)."""
     ancestors: dict[int, set[int]] = {}
+    for node in ordered(parents):
+        ancestors[node] = parents[node].union(*(ancestors[p] for p in parents[node]))
+    return [{p for p in of if not any(p in ancestors[q] for q in of - {p})} for of in parents]
 
-    def ancestors_of(node: int) -> set[int]:
-        if node not in ancestors:
-            ancestors[node] = parents[node].union(*(ancestors_of(p) for p in parents[node]))
-        return ancestors[node]
 
-    return [{p for p in of if not any(p in ancestors_of(q) for q in of - {p})} for of in parents]
+def columns(parents: Sequence[set[int]]) -> list[int]:
+    """The column of each node: one to the right of its rightmost parent."""
+    found = [0] * len(parents)
+    for node in ordered(parents):
+        found[node] = max((found[p] + 1 for p in parents[node]), default=0)
+    return found
 
 
 def layout(cells: Sequence[tuple[int, int]], parents: Sequence[set[int]], sizes: Sizes) -> Layout:

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from tunetrail.provenance.manifest import sha256_file, sha256_json
 
 ENVIRONMENT = (
     "ACCELERATE_MIXED_PRECISION", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE",
-        "MKL_NUM_THREADS",
-    "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTHONHASHSEED", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION",
-    "TUNETRAIL_CHECKPOINT_MINUTES", "TUNETRAIL_TIME_LIMIT", "WORLD_SIZE",
+    "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTHONHASHSEED", "SLURM_JOB_NUM_NODES",
+    "SLURM_JOB_PARTITION", "TUNETRAIL_CHECKPOINT_MINUTES", "TUNETRAIL_TIME_LIMIT", "WORLD_SIZE",
 )  # fmt: skip
 """Environment variables that a record may hold: an allowlist, so that no secret gets in."""
 
@@ -37,7 +37,7 @@ def code_state() -> dict[str, Any]:
     files = {p.relative_to(library).as_posix(): sha256_file(p) for p in sorted(library.rglob("*.py"))}
     state: dict[str, Any] = {"commit": None, "dirty": None, "diff": None, "untracked": {}}
     commit, root = _git("rev-parse", "HEAD"), _git("rev-parse", "--show-toplevel")
-    # A package installed into an environment may lie in somebody else's checkout.
+    # An environment that has this package installed may lie in somebody else's checkout.
     tracked = _git("ls-files", "--error-unmatch", str(Path(__file__)))
     if commit is None or root is None or tracked is None:
         state["reason"] = "not a git checkout, or git is not installed"
@@ -61,8 +61,9 @@ def code_state() -> dict[str, Any]:
 
 @cache
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version, from the names of their folders: reading their metadata takes 100
-    times as long.
+    """Every installed distribution and its version.
+
+    From the names of their folders: reading their metadata takes 100 times as long.
     """
     found: dict[str, str] = {}
     for entry in sys.path:
@@ -117,7 +118,7 @@ def _driver() -> str | None:
 
 
 def energy_joules() -> float | None:
-    """The processors' own counter since some moment in the past; None where there is none to read."""
+    """The processors' own counter, from an arbitrary start; None where there is none to read."""
     total = 0
     for counter in Path("/sys/class/powercap").glob("intel-rapl:?"):
         try:
@@ -127,6 +128,6 @@ def energy_joules() -> float | None:
     return total / 1e6 or None
 
 
-def device_hours(attempts: list[dict]) -> float:
-    """Hours of all attempts times their processes; what a killed attempt took is not known and not in it."""
+def device_hours(attempts: Iterable[Mapping[str, Any]]) -> float:
+    """Hours of all attempts times their processes, without killed attempts: what they took is not known."""
     return sum((a.get("seconds") or 0) * a.get("world_size", 1) for a in attempts) / 3600

@@ -1,13 +1,13 @@
-"""Every file of an artifact against its manifest."""
+"""Compares every file of an artifact with its manifest."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.findings import VerifyResult, show
+from tunetrail.provenance.findings import VerifyResult, printable
 from tunetrail.provenance.lineage import Node
 from tunetrail.provenance.manifest import (
     MANIFEST,
@@ -19,6 +19,7 @@ from tunetrail.provenance.manifest import (
     read_manifest,
     walk,
 )
+from tunetrail.provenance.schema import FileEntry, TensorEntry
 
 NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
 """What a network file system leaves of a file that is removed while somebody has it open."""
@@ -30,7 +31,7 @@ class ToHash(NamedTuple):
     node: Node
     path: Path
     sha256: str
-    tensors: list[dict[str, Any]]
+    tensors: list[TensorEntry]
 
 
 class FileCheck:
@@ -50,7 +51,9 @@ class FileCheck:
             if file.tensors:
                 self._tensors(file.node, file.path, name, file.tensors)
             else:
-                message = f"{show(name)} has sha256 {digest[:16]}…, not {file.sha256[:16]}…; restore it from a copy"
+                message = (
+                    f"{printable(name)} has sha256 {digest[:16]}…, not {file.sha256[:16]}…; restore it from a copy"
+                )
                 self.result.add("file-changed", file.node, message)
 
     def _digest(self, path: Path) -> str:
@@ -71,34 +74,34 @@ class FileCheck:
                 self.result.add("link-outside", node, f"{name} is a link; put the file itself there")
         if not is_canonical(manifest, (node.folder / MANIFEST).read_bytes()):
             self.result.add("manifest-edited", node, f"{MANIFEST} is not in canonical form; restore it from a copy")
-        tensors: dict[str, list[dict]] = {}
+        tensors: dict[str, list[TensorEntry]] = {}
         for tensor in manifest.get("tensors", []):
-            tensors.setdefault(tensor["file"], []).append({k: v for k, v in tensor.items() if k != "file"})
+            tensors.setdefault(tensor.pop("file"), []).append(tensor)
         there = {path.relative_to(node.folder).as_posix(): path for path in walk(node.folder)}
         listed = {entry["path"]: entry for entry in manifest["files"]}
         for name in sorted(there.keys() - listed.keys() - set(UNLISTED_FILES)):
             if not NFS.fullmatch(there[name].name):
-                self.result.add("file-added", node, f"{show(name)} is not in the manifest; remove it")
+                self.result.add("file-added", node, f"{printable(name)} is not in the manifest; remove it")
         return [
             ToHash(node, node.folder / name, entry["sha256"], tensors.get(name, []))
             for name, entry in listed.items()
             if self._is_comparable(node, entry, name in there, tensors.get(name, []))
         ]
 
-    def _is_comparable(self, node: Node, entry: dict, exists: bool, tensors: list[dict]) -> bool:
+    def _is_comparable(self, node: Node, entry: FileEntry, exists: bool, tensors: list[TensorEntry]) -> bool:
         """Whether a listed file is a plain file in its folder with the right size; notes what it is if not."""
         name, path = entry["path"], node.folder / entry["path"]
         if not is_inside(name):
-            self.result.add("unsafe-path", node, f"{show(name)} would leave the folder; it was not read")
+            self.result.add("unsafe-path", node, f"{printable(name)} would leave the folder; it was not read")
         elif not exists:
-            self.result.add("file-missing", node, f"{show(name)} is gone; restore it from a copy")
+            self.result.add("file-missing", node, f"{printable(name)} is gone; restore it from a copy")
         elif path.is_symlink() and not _is_below(path, node.folder):
-            target = show(os.readlink(path))
-            self.result.add("link-outside", node, f"{show(name)} is a link to {target}; it was not read")
+            target = printable(os.readlink(path))
+            self.result.add("link-outside", node, f"{printable(name)} is a link to {target}; it was not read")
         elif not path.is_file():
-            self.result.add("file-changed", node, f"{show(name)} is no file any more")
+            self.result.add("file-changed", node, f"{printable(name)} is no file any more")
         elif (size := path.stat().st_size) != entry["size"]:
-            message = f"{show(name)} has {size} bytes, not {entry['size']}; restore it from a copy"
+            message = f"{printable(name)} has {size} bytes, not {entry['size']}; restore it from a copy"
             self.result.add("file-changed", node, message)
             if name.endswith(".safetensors"):
                 self._tensors(node, path, name, tensors)
@@ -106,25 +109,23 @@ class FileCheck:
             return True
         return False
 
-    def _tensors(self, node: Node, path: Path, name: str, expected: list[dict]) -> None:
+    def _tensors(self, node: Node, path: Path, name: str, expected: list[TensorEntry]) -> None:
         """Which tensors of a changed file differ."""
         try:
             _, tensors = hash_safetensors(path)
         except (DataError, OSError):
-            message = f"{show(name)} is no whole safetensors file any more; restore it from a copy"
+            message = f"{printable(name)} is no whole safetensors file any more; restore it from a copy"
             self.result.add("file-changed", node, message)
             return
         if tensors == expected:
-            self.result.withdraw("file-changed", node, f"{show(name)} has ")
-            message = f"{show(name)} was saved again; all {len(tensors)} tensors are what they were"
+            self.result.withdraw("file-changed", node, f"{printable(name)} has ")
+            message = f"{printable(name)} was saved again; all {len(tensors)} tensors are what they were"
             self.result.add("file-resaved", node, message)
             return
         before, now = ({t["name"]: t for t in of} for of in (expected, tensors))
         changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-        self.result.add(
-            "tensors-changed", node,
-            f"{show(name)}: {len(changed)} of {len(before)} tensors differ, {changed[0]} first; restore it from a copy",
-        )  # fmt: skip
+        difference = f"{len(changed)} of {len(before)} tensors differ, {changed[0]} first"
+        self.result.add("tensors-changed", node, f"{printable(name)}: {difference}; restore it from a copy")
 
 
 def _is_below(path: Path, folder: Path) -> bool:

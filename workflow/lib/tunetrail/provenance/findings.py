@@ -17,27 +17,27 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "file-added": ("error", "a file is not in the manifest"),
     "file-changed": ("error", "a file is not what the manifest says"),
     "tensors-changed": ("error", "weights are not what the manifest says"),
-    "file-resaved": ("warning", "the file was saved again, every tensor is what it was"),
+    "file-resaved": ("warning", "the file was saved again, every tensor is unchanged"),
     "record-missing": ("error", "there is no provenance record"),
     "record-edited": ("error", "provenance.json is not what a stage wrote"),
     "record-changed": ("error", "the record is not the one that was sealed"),
     "parent-missing": ("error", "what it was made from is gone"),
-    "parent-changed": ("error", "what it was made from is another by now"),
-    "parent-record-changed": ("error", "the record of what it was made from is another by now"),
+    "parent-changed": ("error", "what it was made from has changed since"),
+    "parent-record-changed": ("error", "the record of what it was made from has changed since"),
     "labels-changed": ("error", "the labels were changed or corrected after it was made"),
     "source-changed": ("error", "the raw data is not what was read"),
-    "base-moved": ("error", "the base model's tag or folder is another by now"),
-    "state-swapped": ("error", "an attempt went on from a state that no attempt before it left"),
+    "base-moved": ("error", "the base model's tag or folder has changed since"),
+    "state-swapped": ("error", "an attempt resumed from a state that no earlier attempt had saved"),
     "ledger-broken": ("error", "the ledger's chain does not hold"),
     "ledger-not-anchored": ("error", "the ledger does not lead to the anchored head"),
     "artifact-missing": ("error", "an artifact of the ledger is gone"),
-    "not-sealed": ("incomplete", "it is in no ledger, or has changed since it was sealed last"),
+    "not-sealed": ("incomplete", "it is in no ledger, or has changed since it was last sealed"),
     "signature-false": ("error", "a signature does not hold"),
     "signature-missing": ("error", "the policy requires a signature"),
-    "policy-dirty": ("error", "the policy forbids code that no commit holds"),
-    "policy-not-sealed": ("error", "the policy requires that it is sealed"),
-    "dirty-tree": ("warning", "it was made by code that no commit holds"),
-    "config-drift": ("warning", "the run's config is another than the one it was made with"),
+    "policy-dirty": ("error", "the policy forbids uncommitted code"),
+    "policy-not-sealed": ("error", "the policy requires that it be sealed"),
+    "dirty-tree": ("warning", "it was made by uncommitted code"),
+    "config-drift": ("warning", "the run's config is no longer the one it was made with"),
     "mixed-environment": ("warning", "hardware or software changed between its attempts"),
 }
 """Name -> severity, meaning."""
@@ -58,7 +58,7 @@ class Finding:
         return f"{self.severity}: {self.artifact}: {self.name}: {self.message}"
 
 
-def show(path: Path | str) -> str:
+def printable(path: Path | str) -> str:
     """A name as text, even if it is not UTF-8."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
@@ -96,13 +96,18 @@ class VerifyResult:
             "not_at_hand": sorted(self.not_at_hand),
         }
 
+    def sort(self) -> None:
+        """The gravest first, then by artifact."""
+        gravity = ("error", "incomplete", "warning")
+        self.findings.sort(key=lambda finding: (gravity.index(finding.severity), finding.artifact))
+
     def add(self, name: str, artifact: Node | str, message: str) -> None:
         """Notes a finding, once."""
         assert name in FINDINGS
         if isinstance(artifact, Node):
-            finding = Finding(name, show(artifact.name), message, show(artifact.folder))
+            finding = Finding(name, printable(artifact.name), message, printable(artifact.folder))
         else:
-            finding = Finding(name, show(artifact), message)
+            finding = Finding(name, printable(artifact), message)
         if finding not in self.findings:
             self.findings.append(finding)
 
@@ -110,5 +115,5 @@ class VerifyResult:
         """Removes a finding about an artifact whose message begins like this."""
         self.findings = [
             f for f in self.findings
-            if not (f.name == name and f.artifact == show(artifact.name) and f.message.startswith(start))
+            if not (f.name == name and f.artifact == printable(artifact.name) and f.message.startswith(start))
         ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The ledger of a run: which artifacts it has had, in the order they were sealed, each line chained to the one before.
 
-`results/<run>/ledger.jsonl`, canonical JSON a line. Only the head process writes it, when jobs have ended. Whoever can
-write the run's folder can also write a ledger of their own, so its head (the sha256 of the last line) has to be kept
-elsewhere to prove anything: `audit seal` prints it and can write it to a file you name or into a signed git tag.
+`results/<run>/ledger.jsonl`, one line of canonical JSON per artifact. Only the head process writes it, when jobs have
+ended. Whoever can write the run's folder can also write a ledger of their own. To prove anything, keep its head (the
+sha256 of the last line) elsewhere: `audit seal` prints it, and writes it to a file you name.
 """
 
 import fcntl
@@ -12,14 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.manifest import (
-    MANIFEST,
-    canonical,
-    identity,
-    is_canonical,
-    sha256_bytes,
-)
+from tunetrail.provenance.manifest import MANIFEST, canonical, identity, is_canonical, sha256_bytes
 from tunetrail.provenance.record import read_record
+from tunetrail.provenance.schema import LedgerEntry
 
 LEDGER = "ledger.jsonl"
 START = "0" * 64
@@ -31,12 +26,11 @@ class Ledger:
     """The lines of a ledger that hold together."""
 
     path: Path
-    entries: list[dict]
+    entries: list[LedgerEntry]
     hashes: list[str]
     """sha256 of each line."""
     fault: str | None = None
-    """What is wrong with the first line that does not; the lines from there on are not in `entries`."""
-
+    """What is wrong with the first line that does not hold; the lines from there on are not in `entries`."""
     refused: list[str] = field(default_factory=list)
     """Artifacts that were not sealed: their record is missing, or of another manifest."""
 
@@ -45,7 +39,7 @@ class Ledger:
         return self.hashes[-1] if self.hashes else START
 
     @property
-    def latest(self) -> dict[str, dict]:
+    def latest(self) -> dict[str, LedgerEntry]:
         """The last entry of each artifact, by its path in the run."""
         return {entry["artifact"]: entry for entry in self.entries}
 
@@ -63,26 +57,31 @@ def read_ledger(run: Path) -> Ledger:
     if lines.pop() != b"":
         ledger.fault = "its last line is cut off"
     for number, line in enumerate(lines):
-        try:
-            entry = json.loads(line)
-            texts = [entry[key] for key in ("artifact", "manifest", "record", "previous")]
-            whole = is_canonical(entry, line) and len(entry) == 5 and all(isinstance(text, str) for text in texts)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            whole = False
-        if not whole:
+        entry = _parse(line)
+        if entry is None:
             ledger.fault = f"line {number + 1} is not what was written"
-        elif entry["number"] != number or entry["previous"] != ledger.head:
+            break
+        if entry["number"] != number or entry["previous"] != ledger.head:
             ledger.fault = f"line {number + 1} does not follow the line before it"
-        else:
-            ledger.entries.append(entry)
-            ledger.hashes.append(sha256_bytes(line))
-            continue
-        break
+            break
+        ledger.entries.append(entry)
+        ledger.hashes.append(sha256_bytes(line))
     return ledger
 
 
+def _parse(line: bytes) -> LedgerEntry | None:
+    """The entry in a line; None where it is not one that `seal` would write."""
+    try:
+        entry = json.loads(line)
+        texts = [entry[key] for key in ("artifact", "manifest", "record", "previous")]
+        whole = "number" in entry and len(entry) == 5 and all(isinstance(text, str) for text in texts)
+        return entry if whole and is_canonical(entry, line) else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def artifacts(run: Path) -> list[Path]:
-    """Every finished artifact below a run's folder, shards included; links to folders are followed, each once."""
+    """Every finished artifact below a run's folder, shards included. Follows links to folders, each folder once."""
     found, seen = [], set()
     for root, folders, names in os.walk(run, followlinks=True):
         real = os.path.realpath(root)
@@ -110,27 +109,35 @@ def seal(run: Path) -> Ledger:
         latest = ledger.latest
         for folder in artifacts(run):
             name = folder.relative_to(run).as_posix()
-            try:
-                name.encode()
-                record, manifest = read_record(folder), identity(folder)
-                fits = record.manifest == manifest
-            except (DataError, UnicodeEncodeError, OSError):
-                fits = False
-            if not fits:  # nobody should vouch for it
+            digests = _digests(folder, name)
+            if digests is None:
                 ledger.refused.append(name)
                 continue
-            now = {
+            manifest, record = digests
+            before = latest.get(name)
+            if before and (before["manifest"], before["record"]) == digests:
+                continue
+            entry: LedgerEntry = {
                 "artifact": name,
                 "manifest": manifest,
-                "record": record.digest,
+                "record": record,
+                "number": len(ledger.entries),
+                "previous": ledger.head,
             }
-            before = latest.get(now["artifact"])
-            if before and before | now == before:
-                continue
-            line = canonical(now | {"number": len(ledger.entries), "previous": ledger.head})
+            line = canonical(entry)
             f.write(line + b"\n")
-            ledger.entries.append(json.loads(line))
+            ledger.entries.append(entry)
             ledger.hashes.append(sha256_bytes(line))
         f.flush()
         os.fsync(f.fileno())
     return ledger
+
+
+def _digests(folder: Path, name: str) -> tuple[str, str] | None:
+    """sha256 of an artifact's manifest and record; None where they do not agree, or its name is no UTF-8."""
+    try:
+        name.encode()
+        record, manifest = read_record(folder), identity(folder)
+    except (DataError, UnicodeEncodeError, OSError):
+        return None
+    return (manifest, record.digest) if record.manifest == manifest else None

@@ -1,7 +1,7 @@
 """Lineage: which artifacts an artifact was made from, and which were made from it, as their records say.
 
 A record names a parent by the way from folder to folder and by the digests of its manifest and its record, so that a
-run may be moved or copied; a parent that is not where it was is looked for by its digest in the run.
+run may be moved or copied. A parent that is not where it was is searched for in the run by its digest.
 """
 
 import functools
@@ -13,15 +13,41 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.ledger import LEDGER, artifacts
+from tunetrail.provenance.ledger import LEDGER, Ledger, artifacts, read_ledger
 from tunetrail.provenance.manifest import MANIFEST, identity
 from tunetrail.provenance.record import Record, read_record
+from tunetrail.provenance.schema import LedgerEntry, RecordedParent
 
 
 @functools.cache
 def run_of(folder: Path) -> Path | None:
     """The run an artifact belongs to: the nearest folder above it that holds a ledger."""
     return next((above for above in folder.parents if (above / LEDGER).exists()), None)
+
+
+class Runs:
+    """The runs that an audit comes across, with their ledgers; each is read once."""
+
+    def __init__(self) -> None:
+        self.named: list[Path] = []
+        """Those that the audit is of; others are runs of their parents."""
+        self.ledgers: dict[Path, Ledger] = {}
+        self._latest: dict[Path, dict[str, LedgerEntry]] = {}
+
+    def of(self, folder: Path) -> Path | None:
+        """An artifact's run: a named one, even if there are ledgers further down, else the nearest."""
+        return next((run for run in self.named if folder.is_relative_to(run)), None) or run_of(folder)
+
+    def ledger(self, run: Path) -> Ledger:
+        if run not in self.ledgers:
+            self.ledgers[run] = read_ledger(run)
+        return self.ledgers[run]
+
+    def latest(self, run: Path) -> dict[str, LedgerEntry]:
+        """The last entry of each artifact."""
+        if run not in self._latest:
+            self._latest[run] = self.ledger(run).latest
+        return self._latest[run]
 
 
 @dataclass
@@ -34,11 +60,11 @@ class Node:
     fault: str | None = None
     """Why there is no record."""
     parents: dict[str, "Node | None"] = field(default_factory=dict)
-    """By role; None where it is nowhere to be found."""
+    """By role; None for one that is nowhere to be found."""
 
     @property
     def name(self) -> str:
-        """Its path in its run; from here where there is no ledger yet to tell the run by."""
+        """Its path in its run; from the working directory where no ledger marks the run yet."""
         run = run_of(self.folder)
         return self.folder.relative_to(run).as_posix() if run else os.path.relpath(self.folder)
 
@@ -52,7 +78,7 @@ class Lineage:
         self._runs: dict[Path, dict[str, Path]] = {}
 
     def add(self, folder: Path, recursive: bool = True) -> Node:
-        """The artifact in a folder and, if asked, all it was made from. Raises DataError when there is no manifest."""
+        """Reads an artifact and, if `recursive`, all it was made from. Raises DataError where there is no manifest."""
         folder = Path(os.path.abspath(folder))  # not resolved: a folder linked into a run is part of it
         todo = [self._read(folder)]
         while recursive and todo:
@@ -83,7 +109,7 @@ class Lineage:
                 self.nodes[folder] = Node(folder, digest, None, str(e))
         return self.nodes[folder]
 
-    def find(self, child: Path, parent: dict) -> Path | None:
+    def find(self, child: Path, parent: RecordedParent) -> Path | None:
         """Where a parent is: where the record says, else wherever the run has it, else what is in its place now."""
         there = Path(os.path.normpath(child / parent["name"]))
         is_there = there in self.nodes or (there / MANIFEST).exists()
@@ -99,7 +125,7 @@ class Lineage:
         return there if is_there else None
 
     def children(self) -> dict[Path, list[Node]]:
-        """Folder -> the artifacts that were made from it, of those that were added."""
+        """Folder -> the artifacts made from it, as far as they were added."""
         found: dict[Path, list[Node]] = {}
         for node in self.nodes.values():
             for parent in node.parents.values():
@@ -107,15 +133,30 @@ class Lineage:
                     found.setdefault(parent.folder, []).append(node)
         return found
 
-    def descendants(self, origins: list[Node]) -> list[Node]:
-        """All that was made from these, in the order of the folders."""
-        children, found, todo = self.children(), {}, list(origins)
+    def descendants(self, nodes: list[Node]) -> list[Node]:
+        """Everything that was made from these, in the order of the folders."""
+        children, found, todo = self.children(), {}, list(nodes)
         while todo:
             for child in children.get(todo.pop().folder, []):
                 if child.folder not in found:
                     found[child.folder] = child
                     todo.append(child)
         return sorted(found.values(), key=lambda node: node.folder)
+
+
+def ancestors(node: Node) -> dict[str, Node]:
+    """An artifact and all it was made from, by stage; shards by stage and number."""
+    found: dict[str, Node] = {}
+    todo = [node]
+    while todo:
+        at = todo.pop()
+        if at.record:
+            key = at.record.stage if at.record.part == "0/1" else f"{at.record.stage} {at.record.part}"
+            if key in found:
+                continue
+            found[key] = at
+        todo += [parent for parent in at.parents.values() if parent]
+    return found
 
 
 # ----------------------------------------------------------------------------- what a withdrawal touches
@@ -126,34 +167,14 @@ SUBJECTS = (
 )
 
 
-def origins(lineage: Lineage, what: str) -> list[Node]:
+def artifacts_using(lineage: Lineage, what: str) -> list[Node]:
     """The artifacts that hold or used `what`, one of SUBJECTS. Raises DataError when it is none, or nobody used it."""
     kind, _, name = what.partition(":")
-    nodes = list(lineage.nodes.values())
-    if kind == "dataset":
-        found = [
-            n
-            for n in nodes
-            if n.record and any(name in (d.get("name"), d.get("uri")) for d in n.record.of_role("source"))
-        ]
-    elif kind == "group":
-        found = [n for n in nodes if _has_group(n.folder, name)]
-    elif kind == "labeler":
-        found = [
-            n
-            for n in nodes
-            if n.record and any(name in d["annotations"].get("labelers", []) for d in n.record.of_role("labels"))
-        ]
-    elif kind == "package":
-        package, _, version = name.partition("==")
-        package = re.sub(r"[-_.]+", "-", package).lower()
-        found = [
-            n
-            for n in nodes
-            if n.record and package in n.record.packages and version in ("", n.record.packages[package])
-        ]
+    if kind in USES:
+        uses = USES[kind]
+        found = [node for node in lineage.nodes.values() if uses(node, name)]
     elif Path(what).is_dir():
-        found = [n for n in nodes if n.folder == Path(os.path.abspath(what))]
+        found = [node for node in lineage.nodes.values() if node.folder == Path(os.path.abspath(what))]
     else:
         raise DataError(f"{what}: name {SUBJECTS}")
     if not found:
@@ -161,15 +182,34 @@ def origins(lineage: Lineage, what: str) -> list[Node]:
     return found
 
 
-def _has_group(folder: Path, group: str) -> bool:
-    """Whether a training split in this folder holds rows of this source group."""
+def _read_dataset(node: Node, name: str) -> bool:
+    sources = node.record.of_role("source") if node.record else []
+    return any(name in (source.get("name"), source.get("uri")) for source in sources)
+
+
+def _has_group(node: Node, group: str) -> bool:
+    """Whether a split in this folder holds rows of this source group. Its files tell, with or without a record."""
     needle = json.dumps(group, ensure_ascii=False)
-    for path in folder.glob("*.jsonl"):
+    for path in node.folder.glob("*.jsonl"):
         with path.open(encoding="utf-8") as f:
-            for line in f:
-                if needle in line and json.loads(line).get("group") == group:
-                    return True
+            if any(needle in line and json.loads(line).get("group") == group for line in f):
+                return True
     return False
+
+
+def _has_labels_of(node: Node, labeler: str) -> bool:
+    found = node.record.of_role("labels") if node.record else []
+    return any(labeler in labels["annotations"].get("labelers", []) for labels in found)
+
+
+def _ran_with(node: Node, requirement: str) -> bool:
+    name, _, version = requirement.partition("==")
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    packages = node.record.packages if node.record else {}
+    return name in packages and version in ("", packages[name])
+
+
+USES = {"dataset": _read_dataset, "group": _has_group, "labeler": _has_labels_of, "package": _ran_with}
 
 
 def is_checkpoint(node: Node) -> bool:
@@ -178,8 +218,9 @@ def is_checkpoint(node: Node) -> bool:
 
 
 def table(node: Node) -> list[dict[str, Any]]:
-    """The lineage of an artifact, itself first: a row for each artifact, its parents by role and folder (null:
-    missing).
+    """A row for an artifact and for each one it was made from, itself first.
+
+    `from` has the folders of its parents by role, null for one that is missing.
     """
     rows, todo, seen = [], [node], {node.folder}
     while todo:

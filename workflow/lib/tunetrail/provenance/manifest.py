@@ -1,9 +1,8 @@
-"""Manifests: what an artifact is. Every file's path, size and sha256, every tensor's dtype, shape and sha256; nothing
-else.
+"""Manifests: what an artifact is. Path, size and sha256 of every file; dtype, shape and sha256 of every tensor.
 
 `manifest.json` is canonical JSON (RFC 8785), so an artifact's identity is what `sha256sum manifest.json` prints, and
-equal content gives an equal identity. Digests of tensors tell weights that were saved again from weights that differ:
-equal tensors need not give equal safetensors files.
+equal content gives an equal identity. Equal tensors need not give equal safetensors files; the digests of tensors
+distinguish weights that were saved again from weights that differ.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ import rfc8785
 
 from tunetrail.errors import DataError
 from tunetrail.files import canonical_json
+from tunetrail.provenance.schema import FileEntry, TensorEntry
 
 MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
 SIGNATURE = "provenance.dsse.json"
@@ -39,7 +39,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Of anything that JSON can hold, to compare within one run. Identities are `sha256_bytes` of canonical files."""
+    """Of any JSON value, to compare within one run. Identities are `sha256_bytes` of canonical files."""
     return sha256_bytes(canonical_json(value).encode())
 
 
@@ -89,21 +89,21 @@ def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def hash_safetensors(path: Path) -> tuple[str, list[dict]]:
+def hash_safetensors(path: Path) -> tuple[str, list[TensorEntry]]:
     """(sha256 of the file; name, dtype, shape and sha256 of each tensor, by name). Reads each byte once."""
     with path.open("rb") as f:
         header, start = safetensors_header(f)
         f.seek(0)
         whole = hashlib.sha256(f.read(start))
-        tensors = []
+        tensors: list[TensorEntry] = []
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             digest = hashlib.sha256()
-            left = end - begin
-            while left and (chunk := f.read(min(left, CHUNK))):
+            remaining = end - begin
+            while remaining and (chunk := f.read(min(remaining, CHUNK))):
                 whole.update(chunk)
                 digest.update(chunk)
-                left -= len(chunk)
+                remaining -= len(chunk)
             tensors.append(
                 {"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "sha256": digest.hexdigest()}
             )
@@ -114,7 +114,7 @@ def hash_safetensors(path: Path) -> tuple[str, list[dict]]:
 
 
 def walk(folder: Path) -> list[Path]:
-    """Every file and link below `folder`, whatever it points to, sorted by path."""
+    """Every file below `folder`, and every link whatever it points to, sorted by path."""
     found = []
     for root, folders, names in os.walk(folder):  # follows no links to folders
         found += [Path(root, name) for name in names]
@@ -123,7 +123,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def parallel(function: Any, paths: list[Path]) -> list[Any]:
-    """`function` of each path, in order, on all cores: hashing lets go of the interpreter. Large files start first."""
+    """`function` of each path, in order, on all cores: hashing releases the interpreter. Large files start first."""
     by_size = sorted(range(len(paths)), key=lambda i: -paths[i].lstat().st_size)
     results: list[Any] = [None] * len(paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -136,7 +136,7 @@ def _own_files(folder: Path) -> list[Path]:
     return [path for path in walk(folder) if path.relative_to(folder).as_posix() not in UNLISTED_FILES]
 
 
-def list_files(folder: Path) -> list[dict]:
+def list_files(folder: Path) -> list[FileEntry]:
     """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path."""
     paths = _own_files(folder)
     return [
@@ -146,9 +146,7 @@ def list_files(folder: Path) -> list[dict]:
 
 
 def build(folder: Path) -> dict[str, list[dict]]:
-    """`files` and `tensors` of a folder. Raises DataError for a file name that is no UTF-8, or a broken safetensors
-    file.
-    """
+    """`files` and `tensors` of a folder. Raises DataError for a broken safetensors file or a name that is no UTF-8."""
     paths = _own_files(folder)
     for path in paths:
         try:
@@ -156,19 +154,20 @@ def build(folder: Path) -> dict[str, list[dict]]:
         except UnicodeEncodeError:
             raise DataError(f"{str(path)!r}: a file name must be UTF-8; rename it") from None
 
-    def look(path: Path) -> tuple[str, list[dict]]:
+    def hash_file(path: Path) -> tuple[str, list[TensorEntry]]:
         return hash_safetensors(path) if path.suffix == ".safetensors" else (sha256_file(path), [])
 
-    files, tensors = [], []
-    for path, (digest, found) in zip(paths, parallel(look, paths), strict=True):
+    files: list[dict] = []
+    tensors: list[dict] = []
+    for path, (digest, found) in zip(paths, parallel(hash_file, paths), strict=True):
         name = path.relative_to(folder).as_posix()
         files.append({"path": name, "size": path.stat().st_size, "sha256": digest})
-        tensors += [{"file": name} | tensor for tensor in found]
+        tensors += [{"file": name, **tensor} for tensor in found]
     return {"files": files, "tensors": tensors}
 
 
 def read_manifest(path: Path) -> dict:
-    """Raises DataError when there is none, or what is there is none."""
+    """Raises DataError where there is none, or the file is no manifest."""
     try:
         manifest = json.loads(path.read_bytes())
         for entry in manifest["files"]:
@@ -194,15 +193,15 @@ def is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
 
 
-# ----------------------------------------------------------------------------- what has been hashed before
+# ----------------------------------------------------------------------------- cache of digests
 
 
 class DigestCache:
-    """sha256 of files that have not changed since they were hashed last, by any process of the run.
+    """sha256 of files that have not changed since any process of the run hashed them.
 
-    A file counts as the same while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
-    a small file, written whole by a rename. Stages and quick audits use it, deep audits do not: a disk that rots
-    changes none of these.
+    A file counts as unchanged while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
+    a small file, written whole by a rename. Stages and quick audits use the cache. Deep audits do not: bit rot changes
+    none of these.
     """
 
     def __init__(self, folder: Path | None):
@@ -223,7 +222,7 @@ class DigestCache:
         return digest
 
     def remember(self, path: Path, digest: str, stamp: tuple[int, ...] | None = None) -> None:
-        """Notes a digest that was just computed; `stamp` is what the file looked like before."""
+        """Keeps a digest that was just computed. `stamp` is of the file before it was read."""
         stamp = stamp or _stamp(path)
         folder = self.folder
         if folder is None or stamp != _stamp(path):
@@ -233,7 +232,7 @@ class DigestCache:
             pending = folder / f".{os.getpid()}-{threading.get_ident()}"  # two threads may hash two links to one file
             pending.write_text(" ".join(map(str, (*stamp, digest))))
             pending.rename(folder / f"{stamp[0]}-{stamp[1]}")
-        except OSError:  # a cache that cannot be written costs time and nothing else
+        except OSError:  # a cache that cannot be written only costs time
             self.folder = None
 
 

@@ -2,10 +2,9 @@
 
 import html
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 
-from tunetrail.provenance.drawing import Sizes, layout
+from tunetrail.provenance.drawing import Sizes, acyclic, columns, layout
 from tunetrail.provenance.lineage import Node
 
 SIZES = Sizes(width=150, height=40, across=190, down=56)
@@ -15,7 +14,7 @@ DEPTH = 60
 
 
 def print_tree(node: Node) -> None:
-    from rich import print as show
+    from rich import print as print_rich
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -50,47 +49,19 @@ def print_tree(node: Node) -> None:
 
     tree = Tree(label("", node))
     grow(tree, node)
-    show(tree)
+    print_rich(tree)
 
 
-def layers(nodes: list[Node]) -> dict[Path, int]:
-    """Column of each artifact: one more than the furthest of its parents'. Iterative: a lineage may be deep."""
-    among = {node.folder for node in nodes}
-    by_folder = {node.folder: node for node in nodes}
-    found: dict[Path, int] = {}
-    for node in nodes:
-        stack = [node]
-        while stack:
-            at = stack[-1]
-            open_parents = [
-                p for p in at.parents.values() if p and p.folder in among and p.folder not in found and p not in stack
-            ]
-            if open_parents:
-                stack += open_parents
-                continue
-            stack.pop()
-            above = [found[p.folder] for p in by_folder[at.folder].parents.values() if p and p.folder in found]
-            found[at.folder] = max(above, default=-1) + 1
-    return found
-
-
-def svg(nodes: list[Node], unsound: Collection[Path] = (), records: dict[Path, str] | None = None) -> str:
-    """Boxes in columns, parents to the left; green where sound, red where not.
-
-    Args:
-        unsound: folders of artifacts that an audit found fault with.
-        records: folder -> address of its record, which its box then links to.
-    """
-    column = layers(nodes)
-    nodes = sorted(nodes, key=lambda n: (column[n.folder], n.name))
+def svg(nodes: list[Node]) -> str:
+    """Boxes in columns, parents to the left; green where the record is of this manifest, red where not."""
+    nodes = sorted(nodes, key=lambda node: node.name)
     index = {node.folder: i for i, node in enumerate(nodes)}
+    parents = acyclic([{index[p.folder] for p in n.parents.values() if p and p.folder in index} for n in nodes])
     rows: Counter[int] = Counter()
     cells = []
-    for node in nodes:
-        x = column[node.folder]
-        cells.append((x, rows[x]))
-        rows[x] += 1
-    parents = [{index[p.folder] for p in node.parents.values() if p and p.folder in index} for node in nodes]
+    for column in columns(parents):
+        cells.append((column, rows[column]))
+        rows[column] += 1
     drawing = layout(cells, parents, SIZES)
     width, height = drawing.width + 2 * MARGIN, drawing.height + 2 * MARGIN
     lines = [
@@ -104,21 +75,19 @@ def svg(nodes: list[Node], unsound: Collection[Path] = (), records: dict[Path, s
         title = f"<title>{html.escape(roles)}</title>"
         lines.append(f'<path d="{edge.path}" fill="none" stroke="#8a94a0">{title}</path>')
     for node, place in zip(nodes, drawing.places, strict=True):
-        sound = bool(node.record and node.record.manifest == node.identity and node.folder not in unsound)
-        lines += _box(node, place, sound, (records or {}).get(node.folder))
+        lines += _box(node, place)
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _box(node: Node, place: tuple[int, int], sound: bool, record: str | None) -> list[str]:
+def _box(node: Node, place: tuple[int, int]) -> list[str]:
     x, y = place
+    sound = node.record is not None and node.record.manifest == node.identity
     edge = "#00734f" if sound else "#b04300"
     name = node.name if len(node.name) <= 20 else f"{node.name[:9]}…{node.name[-10:]}"
     return [
-        f'<a href="{html.escape(record)}">' if record else "<g>",
-        f"<title>{'sound' if sound else 'NOT SOUND'}: {html.escape(node.name)} sha256 {node.identity}</title>",
+        f"<g><title>{'sound' if sound else 'NOT SOUND'}: {html.escape(node.name)} sha256 {node.identity}</title>",
         f'<rect x="{x}" y="{y}" width="{SIZES.width}" height="{SIZES.height}" rx="5" fill="#f6f8fa" stroke="{edge}" '
         'stroke-width="1.5"/>',
         f'<text x="{x + 8}" y="{y + 17}" font-size="13" fill="#1a2129">{html.escape(name)}</text>',
-        f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text>',
-        "</a>" if record else "</g>",
+        f'<text x="{x + 8}" y="{y + 32}" font-size="10" fill="#5a6672">{node.identity[:16]}</text></g>',
     ]

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import tunetrail
 from tunetrail.errors import DataError
 from tunetrail.provenance.environment import code_state, device_hours, lock_file, packages
 from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, canonical, sha256_bytes, sha256_file, sha256_json
+from tunetrail.provenance.schema import AttemptRecord, Dependency, ParentEntry, RecordedParent
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -28,27 +29,30 @@ MAX_DIFF = 2**20
 # ----------------------------------------------------------------------------- writing
 
 
-def dependency(role: str, name: str, digest: str | None = None, uri: str | None = None, **annotations: Any) -> dict:
-    """A SLSA ResourceDescriptor of something an artifact was made from.
+def dependency(
+    role: str, name: str, digest: str | None = None, uri: str | None = None, **annotations: Any
+) -> Dependency:
+    """Something that an artifact was made from.
 
     Args:
         digest: sha256 of its content; None where none can be had, and an annotation `reason` says why.
         annotations: `files`, a mapping of paths to sha256, is checked again by a recursive audit.
     """
-    found: dict[str, Any] = {"name": name}
+    found: Dependency = {"name": name}
     if uri:
         found["uri"] = uri
     if digest:
         found["digest"] = {"sha256": digest}
-    return found | {"annotations": {"role": role} | exact(annotations)}
+    found["annotations"] = {"role": role} | exact_integers(annotations)
+    return found
 
 
-def labels_dependency(path: Path, rows: list[dict], source: dict) -> dict:
-    """The exact label set: its export, how many rankings by whom (pseudonyms), and where they come from.
+def labels_dependency(path: Path, rows: Sequence[Mapping[str, Any]], source: dict) -> Dependency:
+    """The exact set of labels: its export, how many rankings by whom (pseudonyms), and where they come from.
 
     Args:
         rows: of the export, each with `rankings`.
-        source: what the labeler says; `files` (path -> sha256) where the labels were read from files.
+        source: what the labeler reports; `files` (path -> sha256) if the labels were read from files.
     """
     rankings = [ranking for row in rows for ranking in row["rankings"]]
     chain = {key: source.get(key) for key in ("events", "chain_head", "guideline")}
@@ -60,31 +64,31 @@ def labels_dependency(path: Path, rows: list[dict], source: dict) -> dict:
     )  # fmt: skip
 
 
-def _renamed(d: dict, rename: Callable[[str], str]) -> dict:
-    """The dependency with other names for its files.
+def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:
+    """The dependency with other paths for its files.
 
-    A record names them from its folder, as it names parents: a run and its raw data may be moved together.
+    A record names files from its own folder, as it names inputs: a run and its raw data may be moved together.
     """
-    files = d["annotations"].get("files")
-    if not files:
-        return d
-    return d | {"annotations": d["annotations"] | {"files": {rename(path): digest for path, digest in files.items()}}}
+    annotations = found["annotations"]
+    if not annotations.get("files"):
+        return found
+    files = {rename(path): digest for path, digest in annotations["files"].items()}
+    return found | {"annotations": annotations | {"files": files}}
 
 
-def parent_of(folder: Path) -> dict[str, Any]:
-    """What a record says of an input: its place, its manifest, its record (null where there is none), its labels."""
+def parent_entry(folder: Path) -> ParentEntry:
+    """What a record will say of the input in this folder, as it is now."""
     path = folder / PROVENANCE
     try:
         record = Record(path.read_bytes(), str(path))
     except FileNotFoundError:
         record = None
+    labels = record.of_role("labels") if record else []
     return {
         "path": folder,
         "manifest": sha256_file(folder / MANIFEST),
         "record": record.digest if record else None,
-        "labels": [_renamed(d, lambda path: os.path.relpath(folder / path)) for d in record.of_role("labels")]
-        if record
-        else [],
+        "labels": [_renamed(d, lambda path: os.path.relpath(folder / path)) for d in labels],
     }
 
 
@@ -95,9 +99,9 @@ def build(
     config: dict,
     manifest: bytes,
     output: Path,
-    parents: dict[str, dict],
-    dependencies: list[dict],
-    attempts: list[dict],
+    parents: Mapping[str, ParentEntry],
+    dependencies: Sequence[Dependency],
+    attempts: Sequence[Mapping[str, Any]],
     metrics: str,
     training_flops: float | None,
     byproducts: list[dict],
@@ -108,9 +112,9 @@ def build(
     Args:
         config: the stage's resolved config file.
         manifest: the bytes of manifest.json.
-        parents: role -> {path (of the folder), manifest, record} of each input.
-        dependencies: what else it was made from, as SLSA ResourceDescriptors with `annotations.role`.
-        attempts: the segments, oldest first.
+        parents: the inputs, by role.
+        dependencies: what else it was made from.
+        attempts: an `AttemptRecord` each, oldest first.
         metrics: sha256 of metrics.json.
         byproducts: ResourceDescriptors of logs and the like.
         also_about: further subjects, for instance an evaluation's model.
@@ -128,8 +132,12 @@ def build(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"stage": stage, "part": f"{part[0]}/{part[1]}", "config": exact(config)},
-                "internalParameters": {"attempts": exact(attempts)},
+                "externalParameters": {
+                    "stage": stage,
+                    "part": f"{part[0]}/{part[1]}",
+                    "config": exact_integers(config),
+                },
+                "internalParameters": {"attempts": exact_integers(attempts)},
                 "resolvedDependencies": [*made_from, *_software(code)],
             },
             "runDetails": {
@@ -146,8 +154,8 @@ def build(
     return canonical(statement)
 
 
-def _inputs(parents: dict[str, dict], output: Path) -> list[dict]:
-    """The parents as ResourceDescriptors, named from folder to folder: a run may be moved."""
+def _inputs(parents: Mapping[str, ParentEntry], output: Path) -> list[Dependency]:
+    """The inputs, named by the way from folder to folder: a run may be moved."""
     return [
         {
             "name": os.path.relpath(parent["path"], output),
@@ -159,7 +167,7 @@ def _inputs(parents: dict[str, dict], output: Path) -> list[dict]:
 
 
 def _software(code: dict[str, Any]) -> list[dict]:
-    """Code, lock file and installed packages as ResourceDescriptors."""
+    """Code, lock file and installed packages."""
     git = {key: code[key] for key in ("commit", "dirty", "untracked", "library")}
     reason = {"reason": code["reason"]} if "reason" in code else {}
     digest = {"digest": {"gitCommit": code["commit"]}} if code["commit"] else {}
@@ -176,7 +184,7 @@ def _software(code: dict[str, Any]) -> list[dict]:
 
 
 def _code_diff(code: dict[str, Any]) -> list[dict]:
-    """What the code differed from its commit in; of a large diff only the digest."""
+    """How the code differed from its commit; of a large diff only the digest."""
     diff = code["diff"]
     if diff is None:
         return []
@@ -184,8 +192,8 @@ def _code_diff(code: dict[str, Any]) -> list[dict]:
     return [{"name": "code.diff", "digest": {"sha256": hashlib.sha256(diff).hexdigest()}} | content]
 
 
-def _usage(stage: str, attempts: list[dict], training_flops: float | None) -> dict[str, Any]:
-    """What it took; an unknown value is null with a reason."""
+def _usage(stage: str, attempts: Sequence[Mapping[str, Any]], training_flops: float | None) -> dict[str, Any]:
+    """What it cost to make; an unknown value is null with a reason."""
     energy = [attempt.get("energy_joules") for attempt in attempts]
     usage: dict[str, Any] = {
         "rule": stage,
@@ -202,12 +210,12 @@ def _usage(stage: str, attempts: list[dict], training_flops: float | None) -> di
     return usage
 
 
-def exact(value: Any) -> Any:
-    """The value with integers that JSON readers may round (2^53 and above: seeds) as strings."""
+def exact_integers(value: Any) -> Any:
+    """The value with integers from 2^53 on, which JSON readers may round, as strings: a seed can be that large."""
     if isinstance(value, dict):
-        return {key: exact(item) for key, item in value.items()}
+        return {key: exact_integers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [exact(item) for item in value]
+        return [exact_integers(item) for item in value]
     return str(value) if isinstance(value, int) and abs(value) >= 2**53 else value
 
 
@@ -215,7 +223,7 @@ def exact(value: Any) -> Any:
 
 
 class Record:
-    """What provenance.json says, by names. Raises DataError where it is no record."""
+    """The content of provenance.json by name. Raises DataError where it is no record."""
 
     def __init__(self, content: bytes, source: str = PROVENANCE):
         self.content, self.digest = content, sha256_bytes(content)
@@ -228,45 +236,51 @@ class Record:
             self.stage: str = build["externalParameters"]["stage"]
             self.part: str = build["externalParameters"]["part"]
             self.config_file: dict = build["externalParameters"]["config"]
-            self.attempts: list[dict] = build["internalParameters"]["attempts"]
-            self.dependencies: list[dict] = build["resolvedDependencies"]
+            self.attempts: list[AttemptRecord] = build["internalParameters"]["attempts"]
+            self.dependencies: list[Dependency] = build["resolvedDependencies"]
             self.manifest: str = self.statement["subject"][0]["digest"]["sha256"]
             self.roles = [d["annotations"]["role"] for d in self.dependencies]
             self.parents = self._parents()
-            for d in self.dependencies:
-                for path, digest in d["annotations"].get("files", {}).items():
-                    os.fspath(path), digest.encode()
-            for attempt in self.attempts:
-                states = [*([attempt["state_in"]] if attempt.get("state_in") else []), *attempt.get("states_out", [])]
-                if not isinstance(attempt["start"], str) or not all(
-                    isinstance(s["digest"] + s["name"], str) for s in states
-                ):
-                    raise ValueError("an attempt without start or states")
-            if not self.attempts:
-                raise ValueError("no attempt")
+            self._check_types()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise DataError(f"{source}: is no provenance record ({type(e).__name__}: {e})") from None
+
+    def _check_types(self) -> None:
+        """Raises ValueError or TypeError where an audit would stumble over a value of the wrong type."""
+        for d in self.dependencies:
+            for path, digest in d["annotations"].get("files", {}).items():
+                os.fspath(path), digest.encode()
+        for attempt in self.attempts:
+            states = [*([attempt["state_in"]] if attempt.get("state_in") else []), *attempt.get("states_out", [])]
+            if not isinstance(attempt["start"], str) or not all(
+                isinstance(state["digest"] + state["name"], str) for state in states
+            ):
+                raise ValueError("an attempt without start or states")
+        if not self.attempts:
+            raise ValueError("no attempt")
 
     @property
     def config(self) -> dict:
         """The stage's own block."""
         return self.config_file.get("config", {})
 
-    def _parents(self) -> dict[str, dict]:
-        """Role -> {name (from folder to folder), manifest, record}."""
+    def _parents(self) -> dict[str, RecordedParent]:
+        """The inputs, by role."""
         return {
-            role.partition(":")[2]: {"name": d["name"], "manifest": d["digest"]["sha256"],
-            "record": d["annotations"].get("record")}
+            role.removeprefix("parent:"): {
+                "name": d["name"],
+                "manifest": d["digest"]["sha256"],
+                "record": d["annotations"].get("record"),
+            }
             for role, d in zip(self.roles, self.dependencies, strict=True)
             if role.startswith("parent:")
-        }  # fmt: skip
+        }
 
-    def of_role(self, role: str) -> list[dict]:
-        """The dependencies with this role."""
+    def of_role(self, role: str) -> list[Dependency]:
         return [d for r, d in zip(self.roles, self.dependencies, strict=True) if r == role]
 
     def annotations(self, role: str) -> dict:
-        """Those of the first dependency with this role."""
+        """Of the first dependency with this role."""
         found = self.of_role(role)
         return found[0]["annotations"] if found else {}
 

@@ -1,4 +1,4 @@
-"""Runs a stage again from its record, in a scratch folder, and says how alike the result is."""
+"""Runs a stage again from its record, in a scratch folder, and compares the result."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Reproduction:
 
 
 def command(node: Node, scratch: Path) -> list[str]:
-    """The stage's command line. Raises DataError where an input is gone or is another by now."""
+    """The stage's command line. Raises DataError where an input is gone or has changed."""
     record = node.record
     if record is None:
         raise DataError(f"{node.folder}: {node.fault}")
@@ -38,7 +38,7 @@ def command(node: Node, scratch: Path) -> list[str]:
     for role, parent in record.parents.items():
         found = node.parents.get(role)
         if found is None or found.identity != parent["manifest"]:
-            state = "is gone" if found is None else "is another by now"
+            state = "is gone" if found is None else "has changed"
             raise DataError(f"{node.folder}: its input {role} ({parent['name']}) {state}; restore it first")
         inputs += ["--input", f"{role}={os.path.relpath(found.folder / MANIFEST)}"]
     config = scratch / "config.json"
@@ -51,7 +51,7 @@ def command(node: Node, scratch: Path) -> list[str]:
 
 
 def _as_given(config: dict) -> dict:
-    """The config file with a seed above 2^53, which a record keeps as a string, as the number it was."""
+    """The config file with its seed as a number: a record keeps one from 2^53 on as a string."""
     seed = config.get("seed")
     return config | ({"seed": int(seed)} if isinstance(seed, str) and seed.lstrip("-").isdigit() else {})
 
@@ -92,7 +92,7 @@ def compare(original: Path, again: Path, tolerance: float) -> Reproduction:
 
 
 def _number(value: float | None) -> float:
-    """Infinity for what is no number."""
+    """Infinity for None and NaN."""
     return float("inf") if value is None or value != value else value
 
 
@@ -123,13 +123,12 @@ def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduct
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     (scratch / MARK).touch()
-    # As many threads as then: sums are in another order with others.
+    # As many threads as then: with another number, sums are taken in another order.
     last = node.record.attempts[-1].get("variables", {}) if node.record else {}
     threads = {name: value for name, value in last.items() if name.endswith("_NUM_THREADS")}
     reply = subprocess.run(command(node, scratch), env=os.environ | threads, check=False)
     if reply.returncode:
         raise DataError(
-            f"{folder}: the stage ended with exit code {reply.returncode}; what it said is above, its state in "
-            f"{scratch}"
+            f"{folder}: the stage ended with exit code {reply.returncode}; its output is above, its state in {scratch}"
         )
     return compare(node.folder, scratch / "out", tolerance)

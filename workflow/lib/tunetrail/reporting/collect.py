@@ -14,6 +14,7 @@ from tunetrail.files import read_jsonl
 from tunetrail.provenance.findings import Finding
 from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCache, identity
 from tunetrail.provenance.record import Record, read_record
+from tunetrail.provenance.schema import AttemptRecord
 from tunetrail.provenance.verify import Verifier
 
 ORDER = (
@@ -55,7 +56,7 @@ class Artifact:
         return self.record.stage if self.record else self.role.partition(".")[0]
 
     @property
-    def attempts(self) -> list[dict]:
+    def attempts(self) -> list[AttemptRecord]:
         return self.record.attempts if self.record else []
 
     @property

@@ -22,9 +22,10 @@ from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
 from tunetrail.models.runtime import quiet_libraries
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.provenance.hub import resolved_revision
 from tunetrail.provenance.manifest import list_files, sha256_file, sha256_json
 from tunetrail.provenance.record import dependency
-from tunetrail.provenance.verify import resolved_revision
+from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
 
 
@@ -95,7 +96,7 @@ def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTra
         raise DataError(f"base: cannot load {name}: {str(e).splitlines()[0]}") from None
 
 
-def origin(source: BaseModelConfig) -> dict:
+def origin(source: BaseModelConfig) -> Dependency:
     """Where the model comes from, for the record."""
     match source:
         case PypiModel():

@@ -29,6 +29,7 @@ from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency
+from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
 
 
@@ -128,7 +129,7 @@ def comparisons_card(rows: list[dict]) -> dict[str, Any]:
     }
 
 
-def source_dependency(source: dict) -> dict:
+def source_dependency(source: dict) -> Dependency:
     """A source of the data card, for the record; a recursive audit checks a file again."""
     about = {key: value for key, value in source.items() if key not in ("source", "digest")}
     name, digest = source["source"], source["digest"]
@@ -137,7 +138,7 @@ def source_dependency(source: dict) -> dict:
     return dependency("source", name, reason="the manifest has the digests of the rows that were read", **about)
 
 
-def authors_dependency(path: Path, authors: list[str]) -> dict:
+def authors_dependency(path: Path, authors: list[str]) -> Dependency:
     """Who wrote the demonstrations of a split, for the record of everything learnt from them."""
     return dependency(
         "labels", path.name, sha256_file(path), demonstrations=len(authors), labelers=sorted(set(authors))

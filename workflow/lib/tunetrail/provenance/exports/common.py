@@ -6,6 +6,7 @@ from pathlib import Path
 from tunetrail.errors import DataError
 from tunetrail.provenance.lineage import Lineage, Node
 from tunetrail.provenance.record import Record
+from tunetrail.stages.registry import STAGES
 
 NAMESPACE = "urn:tunetrail:"
 
@@ -24,6 +25,12 @@ def lineage_of(folder: Path) -> tuple[Node, list[Node]]:
 def record_of(node: Node) -> Record:
     assert node.record is not None
     return node.record
+
+
+def is_data(node: Node) -> bool:
+    """Whether its stage makes data: splits, completions, comparisons."""
+    stage = STAGES.get(record_of(node).stage)  # None for a stage of an older version
+    return stage is not None and stage.makes == "data"
 
 
 def time_of(text: str | None) -> datetime:

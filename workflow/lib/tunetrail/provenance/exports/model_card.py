@@ -9,15 +9,15 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.diff import ancestors
 from tunetrail.provenance.exports.common import licence_of, lineage_of, record_of
 from tunetrail.provenance.ledger import artifacts
-from tunetrail.provenance.lineage import Node, is_checkpoint, run_of
+from tunetrail.provenance.lineage import Node, ancestors, is_checkpoint, run_of
 from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, read_manifest
 from tunetrail.provenance.record import Record
+from tunetrail.provenance.schema import Dependency
 
 
-def published_ancestor(node: Node) -> dict | None:
+def published_ancestor(node: Node) -> Dependency | None:
     """The first model on the way up that others can fetch: a hub repository or a package; None where there is none."""
     for found in ancestors(node).values():
         for d in record_of(found).of_role("base"):
@@ -45,7 +45,7 @@ def results(folder: Path, node: Node) -> dict[str, dict]:
     return {}
 
 
-def _is_on_hub(source: dict) -> bool:
+def _is_on_hub(source: Dependency) -> bool:
     name = source["name"]
     return bool(source["annotations"].get("kind")) and "/" in name and not Path(name).exists()
 

@@ -6,12 +6,11 @@ from typing import Any
 
 from spdx_python_model import v3_0_1
 
-from tunetrail.provenance.exports.common import NAMESPACE, lineage_of, record_of, slug, time_of
+from tunetrail.provenance.exports.common import NAMESPACE, is_data, lineage_of, record_of, slug, time_of
 from tunetrail.provenance.lineage import Node, is_checkpoint
-from tunetrail.stages.registry import STAGES
+from tunetrail.provenance.schema import Dependency
 
 model: Any = v3_0_1  # its classes are made from the specification, and so are their types
-PROFILES = ("core", "software", "ai", "dataset")
 
 
 class Document:
@@ -19,74 +18,62 @@ class Document:
 
     def __init__(self, node: Node):
         self.base = f"https://spdx.org/spdxdocs/tunetrail-{node.identity}"
-        self.objects, self.relations = model.SHACLObjectSet(), 0
+        self.objects, self.relations, self.packages = model.SHACLObjectSet(), 0, dict[str, Any]()
         finished = time_of(record_of(node).finished)
         self.created = model.CreationInfo(_id="_:creation", specVersion="3.0.1", created=finished)
         self.agent = model.SoftwareAgent(_id=f"{self.base}#tunetrail", name="tunetrail", creationInfo=self.created)
         self.created.createdBy = [self.agent]
-        self.objects.add(self.created)
-        self.objects.add(self.agent)
-        self.packages: dict[Any, Any] = {}
+        self.objects.update([self.created, self.agent])
 
-    def package(self, key: Any, name: str, is_data: bool, digest: str | None, location: str, **more: Any) -> Any:
-        """The package of an artifact or of something from outside, made once."""
+    def package(self, key: str, data: bool, digest: str | None, **properties: Any) -> Any:
+        """Added once."""
         if key not in self.packages:
-            kind = model.dataset_DatasetPackage if is_data else model.ai_AIPackage
-            package = kind(
-                _id=f"{self.base}#{slug(str(key))}", name=name, creationInfo=self.created,
-                software_downloadLocation=location, **more,
-            )  # fmt: skip
-            if is_data:
+            kind = model.dataset_DatasetPackage if data else model.ai_AIPackage
+            package = self.packages[key] = kind(_id=f"{self.base}#{key}", creationInfo=self.created, **properties)
+            if data:
                 package.dataset_datasetType = [model.dataset_DatasetType.text]
             if digest:
                 package.verifiedUsing = [model.Hash(algorithm=model.HashAlgorithm.sha256, hashValue=digest)]
             self.objects.add(package)
-            self.packages[key] = package
         return self.packages[key]
 
     def artifact(self, node: Node) -> Any:
-        is_data = STAGES[record_of(node).stage].makes == "data"
-        finished, purpose = time_of(record_of(node).finished), model.software_SoftwarePurpose
-        more = {"originatedBy": [self.agent]} if is_data else {"suppliedBy": self.agent}
+        data, finished, purpose = is_data(node), time_of(record_of(node).finished), model.software_SoftwarePurpose
         return self.package(
-            node.identity, node.name, is_data, node.identity, f"{NAMESPACE}{node.identity}",
-            software_packageVersion=node.identity[:16], releaseTime=finished, builtTime=finished,
-            software_primaryPurpose=purpose.data if is_data else purpose.model, **more,
+            node.identity, data, node.identity, name=node.name, software_packageVersion=node.identity[:16],
+            software_downloadLocation=f"{NAMESPACE}{node.identity}", releaseTime=finished, builtTime=finished,
+            software_primaryPurpose=purpose.data if data else purpose.model,
+            **({"originatedBy": [self.agent]} if data else {"suppliedBy": self.agent}),
         )  # fmt: skip
 
+    def outside(self, role: str, d: Dependency) -> Any:
+        """Data or a base model from outside the run."""
+        name, place = slug(d["name"]), d.get("uri") or f"{NAMESPACE}{slug(d['name'])}"
+        properties = {"name": d["name"], "software_downloadLocation": place}
+        return self.package(f"{role}-{name}", role == "source", (d.get("digest") or {}).get("sha256"), **properties)
+
     def relate(self, kind: str, source: Any, target: Any) -> None:
-        self.objects.add(model.Relationship(
-            _id=f"{self.base}#relation-{self.relations}", creationInfo=self.created, from_=source, to=[target],
-            relationshipType=getattr(model.RelationshipType, kind),
-        ))  # fmt: skip
+        kind, name = getattr(model.RelationshipType, kind), f"{self.base}#relation-{self.relations}"
+        ends = {"from_": source, "to": [target]}
+        self.objects.add(model.Relationship(_id=name, creationInfo=self.created, relationshipType=kind, **ends))
         self.relations += 1
 
 
 def export(folder: Path) -> str:
     node, nodes = lineage_of(folder)
     document = Document(node)
-    shown = [n for n in nodes if is_checkpoint(n) or STAGES[record_of(n).stage].makes == "data"]
-    folders = {n.folder for n in shown}
-    for n in shown:
+    for n in (n for n in nodes if is_checkpoint(n) or is_data(n)):
         own = document.artifact(n)
-        for parent in n.parents.values():
-            if parent is not None and parent.folder in folders:
+        for parent in filter(None, n.parents.values()):
+            if is_checkpoint(parent) or is_data(parent):
                 kind = "descendantOf" if is_checkpoint(parent) else "trainedOn"
                 document.relate(kind if is_checkpoint(n) else "dependsOn", own, document.artifact(parent))
         for role, kind in (("source", "dependsOn"), ("base", "descendantOf")):
             for d in record_of(n).of_role(role):
-                digest, location = (
-                    (d.get("digest") or {}).get("sha256"),
-                    d.get("uri") or f"{NAMESPACE}{slug(d['name'])}",
-                )
-                outside = document.package(f"{role}-{d['name']}", d["name"], role == "source", digest, location)
-                document.relate(kind, own, outside)
-    elements = [o for o in document.objects.objects if isinstance(o, model.Element) and o is not document.agent]
-    document.objects.add(model.SpdxDocument(
-        _id=f"{document.base}#document", name=node.name, creationInfo=document.created,
-        rootElement=[document.artifact(node)], element=elements,
-        profileConformance=[getattr(model.ProfileIdentifierType, name) for name in PROFILES],
-    ))  # fmt: skip
-    buffer = io.BytesIO()
-    model.JSONLDSerializer().write(document.objects, buffer, indent=1)
+                document.relate(kind, own, document.outside(role, d))
+    about = {"name": node.name, "creationInfo": document.created, "rootElement": [document.artifact(node)]}
+    profiles = [getattr(model.ProfileIdentifierType, name) for name in ("core", "software", "ai", "dataset")]
+    about["element"] = [o for o in document.objects.foreach_type(model.Element) if o is not document.agent]
+    document.objects.add(model.SpdxDocument(_id=f"{document.base}#document", profileConformance=profiles, **about))
+    model.JSONLDSerializer().write(document.objects, buffer := io.BytesIO(), indent=1)
     return buffer.getvalue().decode() + "\n"

@@ -1,0 +1,160 @@
+"""Compares every record with what it names: inputs, data from outside the run, saved states, the run's config."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+from tunetrail.files import flatten
+from tunetrail.provenance.findings import VerifyResult, printable
+from tunetrail.provenance.hub import resolved_revision
+from tunetrail.provenance.lineage import Node, Runs
+from tunetrail.provenance.manifest import PROVENANCE, is_canonical, sha256_file
+from tunetrail.provenance.record import Record, exact_integers
+from tunetrail.provenance.schema import RecordedParent
+from tunetrail.provenance.signing import TrustPolicy
+from tunetrail.stages.registry import config_name
+
+OUTSIDE = {"source": "source-changed", "labels": "labels-changed", "base": "base-moved"}
+"""Role of files from outside the run -> what it means if they differ."""
+MACHINE = ("cpu", "gpus", "driver", "python", "torch", "world_size", "code", "packages")
+"""Keys of an attempt that should not change from one attempt to the next."""
+
+
+class RecordCheck:
+    """Compares records with what they name and notes what differs.
+
+    Args:
+        recursive: also compare inputs, raw data and labels.
+    """
+
+    def __init__(self, result: VerifyResult, policy: TrustPolicy, runs: Runs, recursive: bool):
+        self.result, self.policy, self.runs, self.recursive = result, policy, runs, recursive
+        self._digests: dict[Path, str | None] = {}
+
+    def run(self, node: Node) -> None:
+        record = node.record
+        if record is None:
+            exists = (node.folder / PROVENANCE).exists()
+            self.result.add("record-edited" if exists else "record-missing", node, f"{node.fault}")
+            return
+        if not is_canonical(record.statement, record.content):
+            self.result.add("record-edited", node, f"{PROVENANCE} is not in canonical form; restore it from a copy")
+        if self.recursive:
+            for role, recorded in record.parents.items():
+                self._parent(node, role, recorded)
+            self._outside_files(node, record)
+            self._base_revision(node, record)
+        self._code(node, record)
+        self._states(node, record)
+        self._machines(node, record)
+        self._config(node, record)
+
+    def _parent(self, node: Node, role: str, recorded: RecordedParent) -> None:
+        parent, then = node.parents.get(role), f"manifest {recorded['manifest'][:16]}…"
+        if parent is None:
+            message = f"{role} ({recorded['name']}, {then}) is not there; restore it from a copy"
+            self.result.add("parent-missing", node, message)
+        elif parent.identity != recorded["manifest"]:
+            now = f"{printable(parent.name)} is {parent.identity[:16]}… now"
+            message = f"{role} was {then}, {now}; run this stage again, or restore what it was made from"
+            self.result.add("parent-changed", node, message)
+        elif recorded["record"] and not self._has_record(parent, recorded):
+            message = f"the record of {role} ({printable(parent.name)}) is not the one it had then"
+            self.result.add("parent-record-changed", node, message)
+
+    def _has_record(self, parent: Node, recorded: RecordedParent) -> bool:
+        """Whether a parent's record is the recorded one, or both were sealed: its stage ran again with equal bytes."""
+        if parent.record is None:
+            return False
+        if parent.record.digest == recorded["record"]:
+            return True
+        run = self.runs.of(parent.folder)
+        if run is None:
+            return False
+        name = parent.folder.relative_to(run).as_posix()
+        sealed = {(e["manifest"], e["record"]) for e in self.runs.ledger(run).entries if e["artifact"] == name}
+        return {(recorded["manifest"], recorded["record"]), (parent.identity, parent.record.digest)} <= sealed
+
+    def _outside_files(self, node: Node, record: Record) -> None:
+        """Raw data, labels and local base models, as far as they are still where they were read."""
+        for role, finding in OUTSIDE.items():
+            for dependency in record.of_role(role):
+                for name, expected in dependency["annotations"].get("files", {}).items():
+                    path = Path(os.path.normpath(node.folder / name))
+                    digest = self._digest(path)
+                    if digest is None:
+                        self.result.not_at_hand.add(printable(path))
+                    elif digest != expected:
+                        message = (
+                            f"{printable(path)} is not what was read when this was made; run the stages from there "
+                            "again, or restore it"
+                        )
+                        self.result.add(finding, node, message)
+
+    def _digest(self, path: Path) -> str | None:
+        """sha256 of a file that many records may name; None where it cannot be read."""
+        if path not in self._digests:
+            try:
+                self._digests[path] = sha256_file(path)
+            except OSError:
+                self._digests[path] = None
+        return self._digests[path]
+
+    def _base_revision(self, node: Node, record: Record) -> None:
+        for dependency in record.of_role("base"):
+            revision, commit = dependency["annotations"].get("revision"), dependency["annotations"].get("commit")
+            now = resolved_revision(dependency.get("name", ""), revision) if revision and commit else None
+            if now and now != commit:
+                change = f"{dependency['name']}@{revision} was commit {commit[:12]}, it is {now[:12]} now"
+                self.result.add("base-moved", node, f"{change}; pin the commit")
+
+    def _code(self, node: Node, record: Record) -> None:
+        code = record.code
+        if not code.get("dirty") or self.policy.allow_dirty is True:
+            return
+        commit = (code.get("commit") or "")[:12]
+        untracked = f", {len(code['untracked'])} untracked files" if code.get("untracked") else ""
+        has_diff = any(b.get("name") == "code.diff" and "content" in b for b in record.run.get("byproducts", []))
+        diff = "; the record has the diff" if has_diff else ""
+        finding = "dirty-tree" if self.policy.allow_dirty is None else "policy-dirty"
+        self.result.add(finding, node, f"the code differed from commit {commit}{untracked}{diff}")
+
+    def _states(self, node: Node, record: Record) -> None:
+        """Attempts must chain: each resumes from a state that one before it had saved."""
+        saved: set[str] = set()
+        for attempt in record.attempts:
+            state = attempt.get("state_in")
+            if state is not None and state["digest"] not in saved:
+                message = (
+                    f"the attempt of {attempt['start']} went on from {state['name']} ({state['digest'][:16]}…), "
+                    "which the attempt before it did not leave"
+                )
+                self.result.add("state-swapped", node, message)
+            if "states_out" in attempt:  # the last two: an attempt never goes back further
+                saved = {state["digest"] for state in attempt["states_out"]}
+
+    def _machines(self, node: Node, record: Record) -> None:
+        for before, after in pairwise(record.attempts):
+            for key in MACHINE:
+                values = before.get(key), after.get(key)
+                if values[0] != values[1] and None not in values:
+                    message = f"{key} changed between attempts: {values[0]}, then {values[1]}"
+                    self.result.add("mixed-environment", node, message)
+
+    def _config(self, node: Node, record: Record) -> None:
+        """The config it was made with against the one that the run has now."""
+        run = self.runs.of(node.folder)
+        name = config_name(node.folder.relative_to(run).as_posix()) if run else None
+        if run is None or name is None:
+            return
+        path = run / "config" / f"{name}.json"
+        try:
+            config = exact_integers(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            return
+        if config != record.config_file:
+            before, after = flatten(record.config_file), flatten(config)
+            keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+            change = f"{path.relative_to(run)} has another {', '.join(keys[:3])}"
+            self.result.add("config-drift", node, f"{change}; run snakemake to make it again")
