@@ -1,4 +1,4 @@
-"""Artifacts made up for tests, with records in the real form."""
+"""Made-up artifacts for tests, with real records."""
 
 import json
 from pathlib import Path
@@ -24,15 +24,14 @@ def seal_folder(
     installed: dict[str, str] | None = None,
     **code: Any,
 ) -> Path:
-    """Gives a folder of files a manifest and a record. `code` overrides what the record says of the code."""
+    """Gives a folder of files a manifest and a record. `code` overrides what the record says about the code."""
     manifest = canonical({"schema": 1, "stage": stage, "tokenizer": "t" * 64} | build(folder))
     found = {role: record.parent_entry(path) for role, path in (parents or {}).items()}
     labels = [d for parent in found.values() for d in parent["labels"]]
     content = record.build(
         stage=stage, part=(0, 1), config={"stage": stage, "seed": 17, "config": config or {}}, manifest=manifest,
-        output=folder, parents=found, dependencies=[*(dependencies or []), *labels], attempts=attempts or [ATTEMPT],
-            metrics="0" * 64,
-        training_flops=None, byproducts=[],
+        output=folder, parents=found, dependencies=[*(dependencies or []), *labels],
+        attempts=attempts or [ATTEMPT], metrics="0" * 64, training_flops=None, byproducts=[],
         also_about=[{"name": role, "digest": {"sha256": found[role]["manifest"]}} for role in about],
     )  # fmt: skip
     statement = json.loads(content)

@@ -28,10 +28,10 @@ def run(tiny_run, tmp_path_factory):
 
 
 def test_the_head_process_sealed_the_run_and_the_copy_is_sound(run):
-    verdict = Verifier(recursive=True).run([run])
-    assert verdict.findings == []
-    assert len(verdict.artifacts) == len(artifacts(run)) == 20
-    assert verdict.bytes_read > 5e6
+    result = Verifier(recursive=True).run([run])
+    assert result.findings == []
+    assert len(result.artifacts) == len(artifacts(run)) == 20
+    assert result.bytes_read > 5e6
 
 
 def test_records_have_what_an_auditor_asks_for(run):
@@ -72,9 +72,9 @@ def test_two_hundred_random_single_byte_edits_are_all_caught(run):
         content = path.read_bytes()
         place = rng.randrange(len(content))
         path.write_bytes(content[:place] + bytes([content[place] ^ rng.randrange(1, 256)]) + content[place + 1 :])
-        verdict = Verifier(recursive=True).run([run])
+        result = Verifier(recursive=True).run([run])
         path.write_bytes(content)
-        assert verdict.exit_code() != 0, (path, place)
+        assert result.exit_code() != 0, (path, place)
 
 
 def test_a_merged_adapter_is_sound_and_its_base_is_in_the_tree(run, capsys):
@@ -94,7 +94,7 @@ def test_a_stage_is_reproduced_from_its_record(tiny_run, artifact, tmp_path, mon
     assert json.loads(out[out.index("{\n") :])["tier"] == "same file bytes"
 
 
-def test_what_cannot_be_reproduced_is_told(run, tmp_path, capsys):
+def test_a_stage_whose_input_is_gone_cannot_be_reproduced(run, tmp_path, capsys):
     copy = tmp_path / "tiny"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "sft")
