@@ -104,8 +104,8 @@ class RecordCheck:
     def _base_revision(self, node: Node, record: Record) -> None:
         for dependency in record.of_role("base"):
             revision, commit = dependency["annotations"].get("revision"), dependency["annotations"].get("commit")
-            now = resolved_revision(dependency.get("name", ""), revision) if revision and commit else None
-            if now and now != commit:
+            now = resolved_revision(dependency.get("name", ""), revision) if revision else None
+            if now and commit and now != commit:
                 change = f"{dependency['name']}@{revision} was commit {commit[:12]}, it is {now[:12]} now"
                 self.result.add("base-moved", node, f"{change}; pin the commit")
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from tunetrail.files import read_jsonl
 from tunetrail.provenance.findings import Finding
 from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCache, identity
 from tunetrail.provenance.record import Record, read_record
-from tunetrail.provenance.schema import AttemptRecord
 from tunetrail.provenance.verify import Verifier
 
 ORDER = (
@@ -56,7 +55,7 @@ class Artifact:
         return self.record.stage if self.record else self.role.partition(".")[0]
 
     @property
-    def attempts(self) -> list[AttemptRecord]:
+    def attempts(self) -> Sequence[Mapping[str, Any]]:
         return self.record.attempts if self.record else []
 
     @property
