@@ -97,7 +97,7 @@ def artifacts(run: Path) -> list[Path]:
 
 
 def seal(run: Path) -> Ledger:
-    """Appends a line for every artifact that is new or was made again. Raises DataError when the ledger is broken."""
+    """Appends a line forevery artifact that is new or was made again. Raises DataError when the ledger is broken."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / LEDGER).open("ab") as f:
         fcntl.lockf(f, fcntl.LOCK_EX)

@@ -96,8 +96,7 @@ class Verifier:
                 self.result.add(
                     "ledger-not-anchored",
                     LEDGER,
-                    f"no line has the anchored hash {self.anchor[:16]}…: the ledger was written anew or its tail was "
-                    "cut",
+                    f"no line has the anchored hash {self.anchor[:16]}…: the ledger was rewritten or its tail was cut",
                 )
         self.result.findings.sort(key=lambda f: (("error", "incomplete", "warning").index(f.severity), f.artifact))
         return self.result
