@@ -98,7 +98,7 @@ def picture(table: pd.DataFrame) -> str:
     curve = pd.DataFrame([reward_and_kl(tilted(log_ref, b), log_ref) for b in betas], columns=["reward", "kl"])
     curve = curve[curve.kl <= 1.05 * table.kl.max()]
     x = alt.X("kl:Q", title="KL to the reference, nats", scale=alt.Scale(type="sqrt"))
-    y = alt.Y("reward:Q", title="expected reward (wanted tokens a response)", scale=alt.Scale(zero=False))
+    y = alt.Y("reward:Q", title="expected reward (wanted tokens per response)", scale=alt.Scale(zero=False))
     line = alt.Chart(curve).mark_line(color="#888", strokeWidth=2).encode(x=x, y=y, order="kl:Q")
     dots = alt.Chart(table).mark_point(size=70, filled=True, opacity=0.85)
     dots = dots.encode(x=x, y=y, color=alt.Color("method:N", title=None), shape=alt.Shape("method:N", title=None))

@@ -56,7 +56,7 @@ def test_a_partition_whose_preempted_jobs_are_cancelled(site):
     assert code == 1
     [line] = lines
     assert line.startswith("FINDING  partition spot: jobs of gpu cancel those of it (PreemptMode=CANCEL), and "
-                           "snakemake would wait for them for ever (")  # fmt: skip
+                           "snakemake would wait for them forever (")  # fmt: skip
     assert line.endswith("give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition "
                          "that requeues")  # fmt: skip
     site.resources("sft", launcher="submitit")

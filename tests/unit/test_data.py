@@ -189,7 +189,8 @@ def test_bad_preferences(tmp_path, monkeypatch, rows, message):
     [
         ("d.txt", b"x", "d.txt: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)"),
         ("d.jsonl", b'{"text": "\xff"}\n', "d.jsonl:1: not UTF-8; convert the file with iconv"),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:60], "d.jsonl.gz: the gzip file is cut short or "
+        ("d.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:60], "d.jsonl.gz: the gzip file is cut short "
+            "or "
             "damaged; copy it again"),
         ("d.jsonl.gz", b'{"text": "x"}\n', "d.jsonl.gz: the gzip file is cut short or damaged; copy it again"),
         ("d.csv", b"", "d.csv: cannot be read as CSV: No columns to parse from file"),

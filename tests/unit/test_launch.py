@@ -77,7 +77,7 @@ def stand_ins(folder: Path, **scripts: str) -> str:
 
 @pytest.mark.parametrize(("state", "saved", "requeued", "waits"), [
     ("RUNNING", True, True, True),  # the time limit: back into the queue
-    ("RUNNING", False, False, False),  # nothing saved: it would go round for ever
+    ("RUNNING", False, False, False),  # nothing saved: it would go round forever
     ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm has decided
     ("", True, False, True),
 ])  # fmt: skip

@@ -47,8 +47,9 @@ ENVIRONMENT = "../../envs/tunetrail.yaml"
 HUMAN = has_people(CONFIG)
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
+LIBRARY = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "lib"
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={workflow.basedir}/workflow/lib TUNETRAIL_DIGESTS={STATE}/.digests"
+    f"set -euo pipefail; export PYTHONPATH={LIBRARY} TUNETRAIL_DIGESTS={STATE}/.digests"
     f" {REPORT_TO}={','.join(CONFIG.report_to)}; "
 )
 

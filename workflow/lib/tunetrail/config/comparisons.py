@@ -123,7 +123,7 @@ class HumanLabeler(Block):
         description="where answers are kept: an SQLite file, or `postgresql://user@host/name` with the password in "
         "`~/.pgpass` or `$PGPASSWORD`. Each run needs its own",
     )
-    overlap: Count = Field(default=1, description="labelers a task; the quota is so many rankings of every task")
+    overlap: Count = Field(default=1, description="labelers per task; the quota is so many rankings of every task")
     per_labeler: Count | None = Field(default=None, description="the most rankings of one labeler; null: no limit")
     skips: Count = Field(
         default=2, description="a task that so many labelers skipped goes to nobody else; answers it has are kept"

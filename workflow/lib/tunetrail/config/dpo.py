@@ -18,7 +18,7 @@ class DpoConfig(Epochs):
 
     method: Literal["dpo"]
     learning_rate: Positive = Field(default=1e-5, description="peak; about 10 times more with LoRA")
-    batch_size: Count = Field(default=16, description="pairs an optimizer step")
+    batch_size: Count = Field(default=16, description="pairs per optimizer step")
     beta: Positive = Field(
         default=0.1, description="pull to the reference; lower: further from the SFT model for more reward"
     )
@@ -27,7 +27,7 @@ class DpoConfig(Epochs):
         default=0.0, description="assumed share of wrong labels; for the losses sigmoid, robust and exo_pair"
     )
     pairs_per_prompt: Count | None = Field(
-        default=None, description="pairs of a prompt at most, the widest gaps in rank first; null: all"
+        default=None, description="pairs per prompt at most, the widest gaps in rank first; null: all"
     )
     checkpoints: Checkpoints = 0
 

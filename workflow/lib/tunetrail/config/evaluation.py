@@ -68,7 +68,7 @@ class EvaluationConfig(Sampling):
     )
     batch_tokens: Count | None = Field(
         default=None,
-        description="tokens of a forward pass when scoring; lower it where memory runs out; null: 4096 on a GPU, "
+        description="tokens per forward pass when scoring; lower it where memory runs out; null: 4096 on a GPU, "
         "2048 on a CPU",
     )
     sentence: Text = Field(
@@ -98,7 +98,7 @@ class LmEvalConfig(Block):
     include_path: Path | None = Field(default=None, description="a folder of YAML files that define further tasks")
     few_shot: NonNegativeInt | None = Field(default=None, description="examples in each prompt; null: the task's own")
     limit: Count | None = Field(default=None, description="documents of each task, at most; for trying out")
-    batch_size: Count = Field(default=8, description="requests of a forward pass; lower it where memory runs out")
+    batch_size: Count = Field(default=8, description="requests per forward pass; lower it where memory runs out")
 
     def own_files(self) -> list[Path]:
         """Every file below include_path, sorted, less what Python caches beside its sources."""

@@ -93,7 +93,7 @@ def expand_sweeps(policies: Any) -> Any:
 
 
 def parse(content: dict, source: str = "config") -> Config:
-    """Validates a config. Raises ConfigError with one line a mistake."""
+    """Validates a config. Raises ConfigError with one line per mistake."""
     try:
         content = dict(content)
         if "policies" in content:
@@ -108,7 +108,7 @@ def parse(content: dict, source: str = "config") -> Config:
 
 
 def check_files(config: Config, source: str = "config") -> None:
-    """Raises ConfigError for every path in the config that does not exist, or is a folder where a file is due."""
+    """Raises ConfigError forevery path in the config that does not exist, or is a folder where a file is due."""
     models = {"base.path", "head_to_head.judge.path", "lm_eval.include_path"} | (
         {"comparisons.path"} if not isinstance(config.comparisons, RecordedLabeler) else set()
     )

@@ -34,9 +34,9 @@ class PpoConfig(Training):
         default="separate",
         description="a model of its own, started from the reward model; or a value head on the policy, for less memory",
     )
-    batch_size: Count = Field(default=64, description="episodes (a prompt and its response) an iteration")
+    batch_size: Count = Field(default=64, description="episodes (a prompt and its response) per iteration")
     minibatch_size: Count | None = Field(
-        default=None, description="episodes of an optimizer step, a divisor of the batch; null: the batch"
+        default=None, description="episodes per optimizer step, a divisor of the batch; null: the batch"
     )
     completions_per_prompt: Count = Field(
         default=1, description="episodes of each prompt in a batch, which share its prefill; a divisor of batch_size"
@@ -59,14 +59,14 @@ class PpoConfig(Training):
         default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
     )
     kl_target: Positive | None = Field(
-        default=None, description="nats an episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
+        default=None, description="nats per episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
     )
     kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts to kl_target")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k1", description="of the penalty at each token, see `tunetrail.ppo.kl_penalty`"
     )
     stop_kl: Positive | None = Field(
-        default=None, description="nats a token; a minibatch that has moved further ends the update; null: never"
+        default=None, description="nats per token; a minibatch that has moved further ends the update; null: never"
     )
     ptx_coef: NonNegative = Field(
         default=0.0,
@@ -74,7 +74,7 @@ class PpoConfig(Training):
         "(PPO-ptx, Ouyang et al. 2022)",
     )
     entropy_coef: NonNegative = Field(default=0.0, description="score per nat; bonus for a policy that stays unsure")
-    gamma: Fraction = Field(default=1.0, description="discount a token")
+    gamma: Fraction = Field(default=1.0, description="discount per token")
     lam: Fraction = Field(default=0.95, description="lambda of generalised advantage estimation")
     clip_range: Positive = Field(default=0.2, description="of the ratio of new to old probability, around 1")
     value_clip_range: Positive = Field(default=0.2, description="units of the score; how far a value moves an update")

@@ -46,7 +46,7 @@ class Config(Block):
         default=None, description="fine-tuning on demonstrations; null: start from the base model"
     )
     completions: CompletionsConfig | None = Field(
-        default=None, description="sampling of K responses a prompt; null: comparisons come with the data"
+        default=None, description="sampling of K responses per prompt; null: comparisons come with the data"
     )
     comparisons: ComparisonsConfig | None = Field(
         default=None, description="who ranks what was sampled; goes with completions"

@@ -35,10 +35,10 @@ class Training(Block):
     """What every trained stage shares."""
 
     lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train every weight")
-    learning_rate: Positive = Field(description="peak of the optimizer's step; lower it where the loss is unstable")
-    batch_size: Count = Field(default=16, description="rows of an optimizer step")
+    learning_rate: Positive = Field(description="peak learning rate; lower it if the loss is unstable")
+    batch_size: Count = Field(default=16, description="rows per optimizer step")
     micro_batch_size: Count | None = Field(
-        default=None, description="rows of a forward pass, a divisor of the batch; lower it where memory runs out"
+        default=None, description="rows per forward pass, a divisor of the batch; lower it where memory runs out"
     )
     max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this L2 norm")
 
@@ -55,9 +55,9 @@ class Epochs(Training):
     """Training that passes over a fixed data set."""
 
     epochs: Count = Field(default=1, description="passes over the data")
-    warmup: OpenFraction = Field(default=0.05, description="share of the steps in which the learning rate rises")
+    warmup: OpenFraction = Field(default=0.05, description="share of the steps over which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="of the learning rate after the warm-up"
+        default="cosine", description="how the learning rate goes on after the warm-up"
     )
     weight_decay: NonNegative = Field(default=0.0, description="of AdamW, per unit of learning rate")
     max_length: Count = Field(
@@ -69,11 +69,11 @@ class SftConfig(Epochs):
     """Fine-tuning on demonstrations by TRL's SFTTrainer; the loss is on answers, and on all of raw text."""
 
     learning_rate: Positive = Field(default=5e-5, description="peak; about 10 times more with LoRA")
-    batch_size: Count = Field(default=16, description="demonstrations an optimizer step")
+    batch_size: Count = Field(default=16, description="demonstrations per optimizer step")
 
 
 class RewardConfig(Epochs):
     """The K-wise reward model (Ouyang et al. 2022), started from the SFT model."""
 
     learning_rate: Positive = Field(default=2e-5, description="peak; about 10 times more with LoRA")
-    batch_size: Count = Field(default=8, description="prompts an optimizer step, each with its K responses")
+    batch_size: Count = Field(default=8, description="prompts per optimizer step, each with its K responses")

@@ -37,7 +37,7 @@ def end_process_group() -> None:
     "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when
     a stage failed, since the other processes may be waiting in a collective, where this would wait with them. Nothing
     may hold the model any more, an exception neither: where its reducer is the last to hold the group it ends it with
-    Python's lock, and waits for ever for a thread of the group that wants this lock to let a tensor go.
+    Python's lock, and waits forever for a thread of the group that wants this lock to let a tensor go.
     """
     if group := process_group():
         gc.collect()

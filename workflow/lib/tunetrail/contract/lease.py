@@ -116,7 +116,7 @@ class Lease:
 
     def lost(self) -> bool:
         """Whether another writer has taken over: then nothing more may be written."""
-        _server_time(self.path)  # a folder that has just changed is read anew from its server
+        _server_time(self.path)  # a folder that has just changed is read again from its server
         return _newest(self.path)[0] != self.generation
 
     def requested_by(self) -> str | None:

@@ -40,7 +40,7 @@ def gpus(resources: Mapping[str, Any]) -> int:
 
 
 def processes(stage: str, resources: Mapping[str, Any]) -> int:
-    """Of one node: `tasks_per_node`, or one a GPU; 1 for stages that cannot be spread."""
+    """Of one node: `tasks_per_node`, or one per GPU; 1 for stages that cannot be spread."""
     if stage not in STAGES or not STAGES[stage].distributed:
         return 1
     nodes = int(resources.get("nodes") or 1)

@@ -1,10 +1,10 @@
 """A stage as a Slurm job of its own through submitit: several nodes, one id through all its attempts, found again.
 
-The launcher is a local job of Snakemake's. It submits with the resources that the profile gives the rule, writes the
-job's id into the state folder, passes the job's output on and ends with the stage's exit code. Where the head process
-died and was started again, it finds the id and waits for the job that is there instead of submitting another; where the
-stage's config or inputs are others by now, that job is cancelled first. Ctrl-C cancels. Without Slurm, submitit's local
-executor runs the same on this machine.
+The launcher is one of Snakemake's local jobs. It submits with the resources that the profile gives the rule, writes the
+job's id into the state folder, passes the job's output on and ends with the stage's exit code. If the head process died
+and was started again, the launcher finds the id and waits for that job instead of submitting another; if the stage's
+config or inputs have changed since, it cancels that job first. Ctrl-C cancels the job. Without Slurm, submitit's local
+executor does the same on this machine.
 """
 
 import atexit
@@ -34,9 +34,9 @@ from tunetrail.provenance.manifest import sha256_json
 
 POLL_SECONDS = 2.0
 GATHER_SECONDS = 3.0
-"""How long jobs wait for others of their stage to go out as one array with them."""
+"""How long a launcher waits for others of its stage, to submit them as one array."""
 SIGNAL_SECONDS = 60
-"""Before a time limit, when Slurm tells the job; the stage's own clock is earlier (contract.Stop)."""
+"""How long before a time limit Slurm signals the job; the stage's own clock is earlier (`contract.stop`)."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 ALIVE = {
     "PENDING",
@@ -57,7 +57,7 @@ ALIVE = {
 
 
 class StageCommand:
-    """What each process of the job does: the stage's command, as one of the processes of torch.distributed."""
+    """What each process of the job runs: the stage's command, as one of the processes of torch.distributed."""
 
     def __init__(self, command: Sequence[str], folder: Path):
         self.command, self.folder = list(command), folder
@@ -175,23 +175,23 @@ def _key(command: Sequence[str]) -> str:
 
 
 @contextmanager
-def _unbroken() -> Iterator[None]:
-    """Signals wait for the end of this block: a job whose id nobody has written down could not be cancelled."""
-    came: list[int] = []
-    before = {signum: signal.signal(signum, lambda n, _: came.append(n)) for signum in STOPPING}
+def _signals_deferred() -> Iterator[None]:
+    """Signals wait for the end of this block: a job whose id was not written down yet could not be cancelled."""
+    pending: list[int] = []
+    before = {signum: signal.signal(signum, lambda n, _: pending.append(n)) for signum in STOPPING}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-        for came_first in came[:1]:
-            signal.raise_signal(came_first)
+        for first in pending[:1]:
+            signal.raise_signal(first)
 
 
 @contextmanager
-def _alone(wishes: Path) -> Iterator[None]:
-    """One launcher at a time reads and grants the wishes in a folder."""
-    with (wishes / ".lock").open("w") as lock:
+def _exclusive(requests: Path) -> Iterator[None]:
+    """One launcher at a time reads and submits the requests in a folder."""
+    with (requests / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
 
@@ -199,43 +199,46 @@ def _alone(wishes: Path) -> Iterator[None]:
 def _submit(
     jobs: Jobs, name: str, key: str, command: list[str], stage: str, resources: Mapping[str, Any], threads: int
 ) -> Job:
-    """Submits a job, or with `array` those of the stage that ask within a few seconds as one."""
+    """Submits a job; with `array`, all jobs of the stage that are requested within a few seconds as one array."""
     here = Path.cwd()
     if not resources.get("array") or shutil.which("srun") is None:
-        with _unbroken():
+        with _signals_deferred():
             executor = _executor(jobs.folder, f"{stage}-{name}", stage, resources, threads)
             job = executor.submit(StageCommand(command, here))
             jobs.write(name, key, job)
         return job
-    wishes = jobs.folder / f"{stage}.{sha256_json({'resources': dict(resources), 'threads': threads})[:16]}"
-    wishes.mkdir(exist_ok=True)
-    pending, me = wishes / f".{name}", str(os.getpid())
-    pending.write_text(json.dumps({"name": name, "key": key, "command": command, "launcher": [me, _process(me)]}))
-    pending.rename(wishes / name)
+    requests = jobs.folder / f"{stage}.{sha256_json({'resources': dict(resources), 'threads': threads})[:16]}"
+    requests.mkdir(exist_ok=True)
+    pending, launcher = requests / f".{name}", str(os.getpid())
+    request = {"name": name, "key": key, "command": command, "launcher": [launcher, _process(launcher)]}
+    pending.write_text(json.dumps(request))
+    pending.rename(requests / name)
     time.sleep(GATHER_SECONDS)
-    with _unbroken(), _alone(wishes):
-        if (wishes / name).exists():  # else another launcher has submitted it with its own
-            asked = [json.loads(path.read_text()) for path in sorted(wishes.iterdir()) if path.name[0] != "."]
+    with _signals_deferred(), _exclusive(requests):
+        if (requests / name).exists():  # otherwise another launcher has submitted it with its own
+            pending_requests = [
+                json.loads(path.read_text()) for path in sorted(requests.iterdir()) if path.name[0] != "."
+            ]
             # Nobody would wait for the job of a launcher that was killed. One on another host submits its own.
-            gathered = [wish for wish in asked if _process(wish["launcher"][0]) == wish["launcher"][1]]
+            gathered = [r for r in pending_requests if _process(r["launcher"][0]) == r["launcher"][1]]
             executor = _executor(jobs.folder, stage, stage, resources, threads)
-            for wish, job in zip(
+            for submitted, job in zip(
                 gathered,
-                executor.map_array(StageCommand.__call__, [StageCommand(w["command"], here) for w in gathered]),
+                executor.map_array(StageCommand.__call__, [StageCommand(r["command"], here) for r in gathered]),
                 strict=True,
             ):
-                jobs.write(wish["name"], wish["key"], job)
-                (wishes / wish["name"]).unlink()
-    found = jobs.read(name)
-    assert found is not None
-    return found[0]
+                jobs.write(submitted["name"], submitted["key"], job)
+                (requests / submitted["name"]).unlink()
+    known = jobs.read(name)
+    assert known is not None
+    return known[0]
 
 
 def _withdraw(jobs: Jobs, stage: str, name: str) -> None:
-    """Takes a wish back; one that another launcher is just granting is a job once this returns."""
-    for wish in jobs.folder.glob(f"{stage}.*/{name}"):
-        with _alone(wish.parent):
-            wish.unlink(missing_ok=True)
+    """Takes a request back; one that another launcher is just submitting is a job once this returns."""
+    for request in jobs.folder.glob(f"{stage}.*/{name}"):
+        with _exclusive(request.parent):
+            request.unlink(missing_ok=True)
 
 
 def _outcome(job: Job) -> int | None:

@@ -1,8 +1,9 @@
-"""Runs a stage's command where it was launched: its output to a log, signals to it, and what follows from its end.
+"""Runs a stage's command where it was launched: its output goes to a log, signals reach it, its end decides what
+follows.
 
-In a Slurm job the stage is told by its own clock when to save and leave, with exit code 75 (`contract.Stop`). The job
-then goes back into the queue under the same id, so that no retry of Snakemake's is used up; but only if something was
-saved, since a stage that never gets as far as its first save would go round for ever.
+In a Slurm job the stage's own clock tells it when to save and leave, with exit code 75 (`contract.stop`). The job then
+goes back into the queue under the same id and uses up none of Snakemake's retries. It does so only if something was
+saved: a stage that never reaches its first save would be requeued forever.
 """
 
 import os
@@ -20,10 +21,10 @@ from tunetrail.launch.time_limit import stage_environment
 
 INTERRUPTED = Interrupted.exit_code
 CLEAN_EXITS = (0, INTERRUPTED, Superseded.exit_code)
-"""Exit codes of a stage whose processes leave together, none of which has failed."""
+"""Exit codes of a stage whose processes leave together, none of them having failed."""
 EXIT_GRACE_SECONDS = 10
-"""What the first process of a stage has to end by itself where another has failed, mostly of the same error; and what
-the others have where it leaves with them: one that srun ended would make its exit code another."""
+"""Grace period for rank 0 to exit after another rank fails (mostly of the same error), and for the other ranks to exit
+when rank 0 leaves: srun would end them and change their exit codes."""
 SLURM_DECISION_SECONDS = 300
 """How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
 _NO_PROGRESS = ("log.txt", "attempts.jsonl", "progress.jsonl", "lock", "events.out")
@@ -35,7 +36,7 @@ def option(command: Sequence[str], name: str) -> Path:
 
 
 def progress(state: Path) -> set[tuple[str, int, int]]:
-    """What a stage has saved: path, size and time of every file that it could go on from."""
+    """What a stage has saved: path, size and time of every file that it could resume from."""
     found = set()
     for path in state.rglob("*"):
         if not any(mark in path.name for mark in _NO_PROGRESS):
@@ -49,7 +50,7 @@ def progress(state: Path) -> set[tuple[str, int, int]]:
 
 
 def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:
-    """Passes output on as it comes; a log on a full disk must not stop a stage."""
+    """Passes output on as it comes; a full disk under the log must not stop the stage."""
     while chunk := source.read1(65536):  # type: ignore[attr-defined]
         for sink in (sys.stderr.buffer, log):
             if sink:
@@ -76,10 +77,10 @@ def this_job() -> str | None:
 
 
 def await_slurm_decision(job: str, saved: bool) -> None:
-    """What becomes of a Slurm job whose stage left before its end. Slurm kills this process where that is decided.
+    """Waits for Slurm to decide about a job whose stage left before its end; Slurm then kills this process.
 
-    A job that is no longer running to Slurm was cancelled or preempted. One that is goes back into the queue under its
-    id, if its stage has saved anything.
+    If Slurm no longer counts the job as running, it was cancelled or preempted. If it does, the job goes back into the
+    queue under its id, provided that its stage has saved anything.
     """
     state = _slurm("squeue", "-h", "-j", job, "-o", "%T")
     if state != "RUNNING" or (saved and _slurm("scontrol", "requeue", job) is not None):
@@ -124,9 +125,9 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
 
 
 def for_srun(code: int, rank: int) -> int:
-    """The exit code by which one of a stage's processes tells srun whether to end the others, given its own.
+    """The exit code with which one of a stage's processes tells srun whether to end the others.
 
-    What the first one says holds for all. Another one is to end them only where it has failed.
+    Rank 0 decides for all; another rank ends them only if it failed.
     """
     if rank and code in CLEAN_EXITS:
         return 0

@@ -35,7 +35,7 @@ _NOT_RESULTS = ("total_flos", "train_loss", "num_tokens")
 def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[int]:
     """Row indices for all epochs in training order: batches of similar length, in random order.
 
-    Every epoch shuffles anew; the remainder that does not fill a batch is left out, another one each
+    Every epoch shuffles again; the remainder that does not fill a batch is left out, another one each
     time, so that every optimizer step sees `batch_size` rows.
     """
     order: list[int] = []
@@ -140,7 +140,7 @@ class KeepCallback(TrainerCallback):
 
 
 def history(log_history: list[dict]) -> list[dict]:
-    """One row a step of what the trainer logged, without anything that the clock or an interruption decides."""
+    """One row per step of what the trainer logged, without anything that the clock or an interruption decides."""
     return [
         {k: v for k, v in row.items() if k not in _NOT_RESULTS and "runtime" not in k and "per_second" not in k}
         for row in log_history

@@ -183,7 +183,7 @@ def _runs_as_tree(trunk: Any) -> bool:
     if (
         config._attn_implementation not in ("sdpa", PLAIN)  # the others read other masks
         or not has_full_attention(config)
-        or getattr(config, "output_router_logits", False)  # one row a token of the tree
+        or getattr(config, "output_router_logits", False)  # one row per token of the tree
     ):
         return False
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [1, 2, 6, 5, 4, 3]], device=trunk.device)

@@ -46,7 +46,7 @@ class Nodes:
     mem_mb: int
     cpus: int
     gpus: dict[str, int]
-    """Type ("" without) -> GPUs a node."""
+    """Type ("" without) -> GPUs per node."""
     state: str
     count: int
 

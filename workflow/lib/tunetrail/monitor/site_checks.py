@@ -149,7 +149,7 @@ def check_preemption(asked: list[ResourceRequest], partitions: str, nodes: str) 
                 finding(
                     f"partition {name}",
                     f"jobs of {', '.join(above)} cancel those of it (PreemptMode=CANCEL), and snakemake would wait "
-                    f"for them for ever ({rules} go there)",
+                    f"for them forever ({rules} go there)",
                     "give these rules `launcher: submitit`, whose jobs are submitted again, or name a partition that "
                     "requeues",
                 )

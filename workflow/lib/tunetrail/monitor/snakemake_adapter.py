@@ -1,8 +1,8 @@
 """Every private call into Snakemake, in one place.
 
-Snakemake's public API runs a workflow but does not say what its jobs are, which of them have begun, or under which id the
-cluster runs them; `--summary` and the executor plugins use the same calls as these. They were written against the version
-in envs/requirements.txt: a test fails when the lock moves, and then each has to be looked at again.
+Snakemake's public API runs a workflow but does not say what its jobs are, which of them have begun, or under which id
+the cluster runs them; `--summary` and the executor plugins use the same calls as these. They were written against the
+version in envs/requirements.txt: a test fails when the lock moves, and then each has to be looked at again.
 """
 
 import warnings

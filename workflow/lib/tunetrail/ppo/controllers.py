@@ -15,7 +15,7 @@ class AdaptiveKLController:
     """Proportional control in log space: value *= 1 + clip(KL/target - 1, -0.2, 0.2) * n_steps / horizon.
 
     Args:
-        target: nats an episode.
+        target: nats per episode.
         horizon: episodes.
     """
 
@@ -23,6 +23,6 @@ class AdaptiveKLController:
         self.value, self.target, self.horizon = init_kl_coef, target, horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Args: current_kl: nats an episode, measured on the last `n_steps` episodes."""
+        """Args: current_kl: nats per episode, measured on the last `n_steps` episodes."""
         error = min(max(current_kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon

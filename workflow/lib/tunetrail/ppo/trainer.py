@@ -227,7 +227,7 @@ class PPOTrainer:
         return means | {"minibatches": len(results), "tokens": tokens}
 
     def _minibatches(self, n: int) -> Iterator[list[int]]:
-        """Episodes of each optimizer step: every epoch shuffles anew."""
+        """Episodes of each optimizer step: every epoch shuffles again."""
         for epoch in range(self.config.epochs):
             rows = list(range(n))
             random.Random(derive_seed(self.seed, "minibatches", self.step, epoch)).shuffle(rows)
@@ -242,7 +242,7 @@ class PPOTrainer:
     def _ptx(self, minibatch: int) -> float:
         """Adds the gradient of `ptx_coef` times the loss on demonstrations to the next minibatch's; returns the loss.
 
-        Ouyang et al. 2022, eq. 2, in nats a token.
+        Ouyang et al. 2022, eq. 2, in nats per token.
         """
         accelerator = self.accelerator
         drawn = random.Random(derive_seed(self.seed, "ptx", self.step, minibatch)).choices(

@@ -30,7 +30,7 @@ class TrustPolicy(Block):
 
 
 def read_policy(path: Path) -> TrustPolicy:
-    """Raises ConfigError, one line a mistake."""
+    """Raises ConfigError, one line per mistake."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         policy = TrustPolicy.model_validate(content or {})

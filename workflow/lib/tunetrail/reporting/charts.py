@@ -158,7 +158,7 @@ def _colour() -> alt.Color:
 
 
 def _names() -> alt.Y:
-    """One row a model, in the order given."""
+    """One row per model, in the order given."""
     axis = alt.Axis(labelFontSize=12, labelColor=INK, labelLimit=170, grid=False, labelExpr="split(datum.label, '\\n')")
     return alt.Y("label:N", sort=None, title=None, axis=axis)
 
@@ -174,7 +174,7 @@ def _row(label: str, value: dict | None, text: str, series: str, hollow: bool = 
 
 
 def dots(rows: list[dict], width: int, title: str, reference: float | None = None, **axis: Any) -> Chart | None:
-    """One row a model: a dot, its 95% interval as a line, the numbers to the right; a line at `reference`."""
+    """One row per model: a dot, its 95% interval as a line, the numbers to the right; a line at `reference`."""
     measured = [row for row in rows if "mean" in row]
     if not measured:
         return None

@@ -34,7 +34,7 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
         few = len(rows) <= 24
         base = alt.Chart(_data(rows)).encode(
             x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8),
-                axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats an episode (√ scale)", tickCount=5)),
+                axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats per episode (√ scale)", tickCount=5)),
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
             color=_colour(), detail="line:N", order="step:Q", description="tip:N",
         )  # fmt: skip

@@ -160,7 +160,7 @@ def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     x = alt.X(
         "kl:Q",
         scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False),
-        axis=alt.Axis(title=f"KL to {reference}, nats a response (√ scale)", tickCount=5),
+        axis=alt.Axis(title=f"KL to {reference}, nats per response (√ scale)", tickCount=5),
     )
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
     chosen, labelled = alt.datum.chosen, alt.datum.label != ""
@@ -187,7 +187,7 @@ def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -
     """Against one model: the change of loss on unrelated text, and of accuracy in the multiple-choice task."""
     panels = []
     for key, title, axis, sign in (
-        ("nll", "Loss on unrelated text", "nats a token more than {} (right: forgotten)", 3),
+        ("nll", "Loss on unrelated text", "nats per token more than {} (right: forgotten)", 3),
         ("choices", "Multiple choice", "accuracy less that of {} (left: forgotten)", 2),
     ):
         rows = []

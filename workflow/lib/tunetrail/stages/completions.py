@@ -2,7 +2,7 @@
 
     python -m tunetrail.stages.completions --part 0/2 --config C.json --input sft=… --input data=… --output … --state …
 
-Writes `completions.jsonl`, one row a prompt of this shard. Duplicates of a prompt's completions are
+Writes `completions.jsonl`, one row per prompt of this shard. Duplicates of a prompt's completions are
 dropped. Every finished batch is kept in the state folder, so a killed shard loses one batch.
 """
 

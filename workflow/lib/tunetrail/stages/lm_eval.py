@@ -27,7 +27,7 @@ from tunetrail.stages.registry import start
 
 
 def table(results: dict) -> list[dict]:
-    """The harness's results, one row a task and metric."""
+    """The harness's results, one row per task and metric."""
     rows = []
     for task, found in sorted(results["results"].items()):
         for key, value in sorted(found.items()):
