@@ -48,35 +48,15 @@ def make_run(root: Path, seed: int = 0) -> Path:
             licence="Apache-2.0", reason="its files are in the manifest"),
     ])  # fmt: skip
     files = {str(raw / "rows.jsonl"): sha256_file(raw / "rows.jsonl")}
-    seal_folder(
-        folders["data"],
-        "data",
-        {"base": folders["base"]},
-        dependencies=[
-            dependency(
-                "source",
-                "rows",
-                files[str(raw / "rows.jsonl")],
-                files=files,
-                rows=1,
-                licence="CC0-1.0",
-                kind="demonstrations",
-            )
-        ],
+    source = dependency(
+        "source", "rows", files[str(raw / "rows.jsonl")], files=files, rows=1, licence="CC0-1.0", kind="demonstrations"
     )
+    seal_folder(folders["data"], "data", {"base": folders["base"]}, dependencies=[source])
     states = [{"name": f"checkpoint-{i}", "digest": str(i) * 64} for i in (1, 2)]
-    attempts = [
-        ATTEMPT | {"ended": {"outcome": "interrupted", "message": "stopped by SIGTERM"}, "states_out": states},
-        ATTEMPT
-        | {
-            "ended": {"outcome": "killed", "message": None},
-            "end": None,
-            "seconds": None,
-            "state_in": states[1],
-            "states_out": [states[1]],
-        },
-        ATTEMPT | {"state_in": states[1], "states_out": [states[1]]},
-    ]
+    interrupted = {"ended": {"outcome": "interrupted", "message": "stopped by SIGTERM"}}
+    killed = {"ended": {"outcome": "killed", "message": None}, "end": None, "seconds": None}
+    resumed = {"state_in": states[1], "states_out": [states[1]]}
+    attempts = [ATTEMPT | interrupted | {"states_out": states}, ATTEMPT | killed | resumed, ATTEMPT | resumed]
     seal_folder(
         folders["sft"], "sft", {"base": folders["base"], "data": folders["data"]}, {"learning_rate": 5e-5}, attempts
     )

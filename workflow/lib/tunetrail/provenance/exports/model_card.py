@@ -72,7 +72,7 @@ def export(folder: Path) -> str:
     )  # fmt: skip
     tensors = len(read_manifest(folder / MANIFEST).get("tensors", []))
     card = ModelCard.from_template(
-        data, TEMPLATE, node=node, record=record_of(node), base=base, ancestors=ancestors(node), sources=sources,
+        data, str(TEMPLATE), node=node, record=record_of(node), base=base, ancestors=ancestors(node), sources=sources,
         results=measured, tensors=tensors,
     )  # fmt: skip
     return f"{card}\n"
