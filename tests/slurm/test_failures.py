@@ -183,7 +183,7 @@ def test_the_head_killed_and_started_again(project, expected):
     kill(head)
     sft = project.status()["sft"]
     assert (sft["state"], sft["slurm_job"]) == ("running", first["id"])
-    assert re.match(r"\d+/\d+ steps, .* left|since .*, no progress told yet", sft["detail"])
+    assert re.match(r"\d+/\d+ steps, .* left|since .*, no progress reported yet", sft["detail"])
     os.kill(trainer, signal.SIGCONT)
     ends_well(project, project.start("--until", "sft"), expected)
     assert "unlock" not in project.said()

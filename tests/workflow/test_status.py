@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_a_stage_is_seen_running_and_then_failed_while_another_branch_goes_on(ti
         '    import time\n    while not Path("go").exists():\n        time.sleep(0.05)\n    raise ValueError("no '
         'such thing")\n'
     )
-    head, signature, body = source.read_text().partition("def run(stage: Stage) -> dict:\n")
+    head, signature, body = re.split(r"(def run\(stage: Stage\).*:\n)", source.read_text())
     source.write_text("from pathlib import Path\n" + head + signature + wait + body)
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--configfile", CONFIG]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

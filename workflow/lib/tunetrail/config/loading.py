@@ -108,7 +108,7 @@ def parse(content: dict, source: str = "config") -> Config:
 
 
 def check_files(config: Config, source: str = "config") -> None:
-    """Raises ConfigError forevery path in the config that does not exist, or is a folder where a file is due."""
+    """Raises ConfigError for every path in the config that does not exist, or is a folder where a file is due."""
     models = {"base.path", "head_to_head.judge.path", "lm_eval.include_path"} | (
         {"comparisons.path"} if not isinstance(config.comparisons, RecordedLabeler) else set()
     )

@@ -84,7 +84,7 @@ def _group(parsed: Mapping[str, Any], row: dict, column: str | None) -> str:
 def _read(
     source: FileSource | HubSource, parse: Callable[[dict], list[Parsed]], invalid: list[str] | None
 ) -> Iterator[tuple[str, Any]]:
-    """(where, row) forevery row that `parse` makes of a source's rows.
+    """(where, row) for every row that `parse` makes of a source's rows.
 
     A row that fails its schema raises DataError naming file and line, or is noted in `invalid` and left out.
     """
@@ -117,7 +117,7 @@ def _read(
 
 
 def _parse_demonstration(row: dict) -> list[Demonstration]:
-    """One row in any of the three shapes; a chat gives a row forevery turn of the assistant."""
+    """One row in any of the three shapes; a chat gives a row for every turn of the assistant."""
     shapes = [
         shape
         for shape, keys in (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",)))

@@ -68,7 +68,7 @@ def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samp
 
 
 def best_of_n(evaluator: Evaluator, samples: Samples | None) -> BestOfNCurve | None:
-    """Best-of-n of the yardstick's samples, forevery n of `BEST_OF`."""
+    """Best-of-n of the yardstick's samples, for every n of `BEST_OF`."""
     if samples is None or samples.reward is None:
         return None
     proxy = np.reshape(samples.reward, (-1, max(BEST_OF)))

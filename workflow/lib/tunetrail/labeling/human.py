@@ -98,7 +98,7 @@ def rank(rows: list[SampledRow], config: HumanLabeler, stage: Stage) -> Labels:
     answers, numbers = by_task(training_data), {label["event"] for label in training_data}
     guidelines = {event["guidelines"] for event in events if event["number"] in numbers}
     quality = measure(labels, tasks)
-    # The stage measures longer_wins forevery labeler, and counts completions of equal length as well.
+    # The stage measures longer_wins for every labeler, and counts completions of equal length as well.
     metrics = {name: value for name, value in quality.items() if name != "longer_wins"}
     return Labels(
         [[ranking_of(label) for label in answers.get(row["id"], [])] for row in rows],

@@ -67,7 +67,7 @@ class Answer(TypedDict):
     id: str
     """Of the row."""
     verdicts: list[tuple[int, int, Verdict, Verdict]]
-    """(i, j, verdict with i first, verdict with j first) forevery pair of completions i < j."""
+    """(i, j, verdict with i first, verdict with j first) for every pair of completions i < j."""
     time: str
 
 
