@@ -25,7 +25,7 @@ class Sampling(Block):
     """How responses are sampled."""
 
     temperature: Positive = Field(
-        default=1.0, description="of the softmax; log-probs are taken at the same one. Lower: safer, more alike"
+        default=1.0, description="of the softmax, also for log-probs; lower values give safer, more similar samples"
     )
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
     batch_size: Count = Field(default=64, description="sequences decoded at once; lower it where memory runs out")

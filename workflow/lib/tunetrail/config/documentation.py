@@ -100,7 +100,8 @@ def _describe(spec: dict) -> str:
         return "block"
     match spec["type"]:
         case "array":
-            return f"list of {_describe(spec['items'])}s"
+            items = _describe(spec["items"])
+            return f"list of {items}" if items.startswith("`") else f"list of {items}s"
         case "object":
             return "blocks by name" if spec.get("additionalProperties", {}).get("type") != "string" else "texts by name"
         case "string":

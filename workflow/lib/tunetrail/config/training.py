@@ -57,7 +57,7 @@ class Epochs(Training):
     epochs: Count = Field(default=1, description="passes over the data")
     warmup: OpenFraction = Field(default=0.05, description="share of the steps over which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="how the learning rate goes on after the warm-up"
+        default="cosine", description="shape of the learning rate after the warm-up"
     )
     weight_decay: NonNegative = Field(default=0.0, description="of AdamW, per unit of learning rate")
     max_length: Count = Field(
