@@ -51,9 +51,9 @@ def test_what_fits_is_no_finding():
     ("resources", "text"),
     [
         ({"runtime": 721}, "asks for 721 minutes, gpu gives at most 720"),
-        ({"mem_mb": 128001}, "asks for 128001 MB a node, those of gpu have at most 128000"),
-        ({"gres": "gpu:4", "cpus_per_gpu": 9}, "asks for 36 CPUs a node, those of gpu have at most 32"),
-        ({"cpus_per_task": 33}, "asks for 33 CPUs a node, those of gpu have at most 32"),
+        ({"mem_mb": 128001}, "asks for 128001 MB per node, those of gpu have at most 128000"),
+        ({"gres": "gpu:4", "cpus_per_gpu": 9}, "asks for 36 CPUs per node, those of gpu have at most 32"),
+        ({"cpus_per_task": 33}, "asks for 33 CPUs per node, those of gpu have at most 32"),
         ({"gres": "gpu:5"}, "asks for 5 GPUs per node, those of gpu have a100:4"),
         ({"gres": "gpu:h100:1"}, "asks for 1 GPUs of type h100 a node, those of gpu have a100:4"),
         ({"gpu": 16, "nodes": 2}, "asks for 8 GPUs per node, those of gpu have a100:4"),

@@ -63,7 +63,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
         found.append(
             finding(
                 name,
-                f"asks for {request.mem_mb} MB a node, those of {request.partition} have at most {memory}",
+                f"asks for {request.mem_mb} MB per node, those of {request.partition} have at most {memory}",
                 f"lower mem_mb in {where}, or name another partition",
             )
         )
@@ -71,7 +71,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
         found.append(
             finding(
                 name,
-                f"asks for {request.cpus} CPUs a node, those of {request.partition} have at most {cpus}",
+                f"asks for {request.cpus} CPUs per node, those of {request.partition} have at most {cpus}",
                 f"lower cpus_per_gpu (or set-threads) in {where}",
             )
         )
@@ -81,7 +81,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
             found.append(
                 finding(
                     name,
-                    f"asks for {n} GPUs{f' of type {kind}' if kind else ''} a node, those of {request.partition} "
+                    f"asks for {n} GPUs{f' of type {kind}' if kind else ''} per node, those of {request.partition} "
                     f"have {has}",
                     f"change gres in {where}, or name a partition with such GPUs",
                 )
