@@ -45,7 +45,7 @@ def test_a_profile_that_asks_for_what_is_not_there(site):
     assert lines == [
         "FINDING  partition nowhere: there is none (ppo go there); name one of cpu, gpu, gpu-large, preempt, spot at "
         "the top of the profile",
-        "FINDING  rule best_of_n: asks for 140000 MB a node, those of cpu have at most 128000; lower mem_mb in "
+        "FINDING  rule best_of_n: asks for 140000 MB per node, those of cpu have at most 128000; lower mem_mb in "
         "set-resources: best_of_n of the profile, or name another partition",
     ]
 

@@ -55,7 +55,7 @@ def test_what_fits_is_no_finding():
         ({"gres": "gpu:4", "cpus_per_gpu": 9}, "asks for 36 CPUs per node, those of gpu have at most 32"),
         ({"cpus_per_task": 33}, "asks for 33 CPUs per node, those of gpu have at most 32"),
         ({"gres": "gpu:5"}, "asks for 5 GPUs per node, those of gpu have a100:4"),
-        ({"gres": "gpu:h100:1"}, "asks for 1 GPUs of type h100 a node, those of gpu have a100:4"),
+        ({"gres": "gpu:h100:1"}, "asks for 1 GPUs of type h100 per node, those of gpu have a100:4"),
         ({"gpu": 16, "nodes": 2}, "asks for 8 GPUs per node, those of gpu have a100:4"),
         ({"gres": "gpu:1", "slurm_partition": "cpu"}, "asks for 1 GPUs per node, those of cpu have none"),
     ],
