@@ -306,6 +306,15 @@ def test_where_people_answer_is_this_machine_whatever_the_profile_submits(projec
     assert launched.keys() > {"tasks", "comparisons"}
 
 
+def test_the_catalogs_snakefile_runs_everything_too(project):
+    """An include drops the default target: without one, Snakemake exits with 0 and runs nothing."""
+    output = project.run("--dry-run", "--snakefile", "workflow/Snakefile")
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE))
+    expected = {rule: str(count) for rule, count in project.pending().items() if rule != "all"}
+    assert expected
+    assert expected.items() <= jobs.items()
+
+
 @pytest.mark.parametrize("name", ["demo-lora", "llama-8b-h100"])
 def test_examples_dry_run(project, name):
     assert "ppo" in project.pending(config=f"config/examples/{name}.yaml")
