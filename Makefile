@@ -1,7 +1,7 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
-# make status where that run stands
+# make status how far that run is
 # make test   set up and run every test; make test-unit: the quick ones
-# make bench  speed beside TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,labels,parts)
+# make bench  speed next to TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,labels,parts)
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
