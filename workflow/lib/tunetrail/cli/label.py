@@ -50,10 +50,10 @@ def serve(
     skips: Annotated[int | None, _setting("Skips after which a task goes to nobody else (default: 2).")] = None,
     training: Annotated[int | None, _setting("Gold tasks that come first, with feedback (default: 0).")] = None,
     gold_every: Annotated[
-        int | None, _setting("A gold task comes after so many others; 0: none (default: 10).")
+        int | None, _setting("A gold task comes after every n others; 0: none (default: 10).")
     ] = None,
     repeat_every: Annotated[
-        int | None, _setting("A task comes again after so many others; 0: none (default: 20).")
+        int | None, _setting("After every n tasks an earlier one is repeated; 0: none (default: 20).")
     ] = None,
     ratings: Annotated[
         bool | None, _setting("Also ask for ratings from 1 to 7 (default: yes).", "--ratings/--no-ratings")

@@ -123,10 +123,10 @@ class HumanLabeler(Block):
         description="where answers are kept: an SQLite file, or `postgresql://user@host/name` with the password in "
         "`~/.pgpass` or `$PGPASSWORD`. Each run needs its own",
     )
-    overlap: Count = Field(default=1, description="labelers per task; the quota is so many rankings of every task")
+    overlap: Count = Field(default=1, description="labelers per task: every task needs this many rankings")
     per_labeler: Count | None = Field(default=None, description="the most rankings of one labeler; null: no limit")
     skips: Count = Field(
-        default=2, description="a task that so many labelers skipped goes to nobody else; answers it has are kept"
+        default=2, description="once this many labelers skipped a task, no one else gets it; its answers are kept"
     )
     lease_minutes: Positive = Field(default=30, description="how long an untouched task stays with its labeler")
     guidelines: Path | None = Field(default=None, description="a Markdown file that labelers read; null: none")
@@ -135,10 +135,10 @@ class HumanLabeler(Block):
         description="a JSONL file of tasks with known ranks, `{id, prompt, completions, gold: {ranks}}`, to measure "
         "labelers by; null: none",
     )
-    training: NonNegativeInt = Field(default=0, description="so many gold tasks come first, with feedback")
-    gold_every: NonNegativeInt = Field(default=10, description="a gold task comes after so many others; 0: none")
+    training: NonNegativeInt = Field(default=0, description="how many gold tasks come first, with feedback")
+    gold_every: NonNegativeInt = Field(default=10, description="a gold task comes after every n others; 0: none")
     repeat_every: NonNegativeInt = Field(
-        default=20, description="a task comes again, unmarked, after so many others; 0: none"
+        default=20, description="after every n tasks an earlier one is repeated, unmarked; 0: none"
     )
     ratings: Flag = Field(default=True, description="also offer a rating from 1 to 7 for each output")
 

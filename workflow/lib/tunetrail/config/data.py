@@ -87,7 +87,7 @@ class Shares(Block):
 
 
 class Limits(Block):
-    """At most so many rows in each split, drawn by the seed; null: all of them. Lower them to save time."""
+    """The most rows to keep in each split, drawn by the seed; null: all of them. Lower them to save time."""
 
     sft: Count | None = Field(default=None, description="rows")
     reward: Count | None = Field(default=None, description="rows; each is sampled K times")

@@ -101,7 +101,7 @@ class LmEvalConfig(Block):
     batch_size: Count = Field(default=8, description="requests per forward pass; lower it where memory runs out")
 
     def own_files(self) -> list[Path]:
-        """Every file below include_path, sorted, less what Python caches beside its sources."""
+        """Every file below include_path, sorted, without what Python caches next to its sources."""
         found = [] if self.include_path is None else self.include_path.rglob("*")
         return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
