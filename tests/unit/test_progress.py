@@ -60,6 +60,16 @@ def test_a_row_that_is_being_written_is_left_out(rows):
     assert read_progress(rows.with_name("none.jsonl")) == []
 
 
+def test_a_row_that_a_full_disk_cut_short_costs_itself_and_the_one_glued_to_it(rows):
+    with ProgressBar("sft", 4, "steps", every_seconds=0) as bar:
+        bar.advance()
+        with rows.open("a") as f:
+            f.write('{"time": "20')
+        for _ in range(3):
+            bar.advance()
+    assert [row["done"] for row in read_progress(rows)] == [1, 3, 4]
+
+
 def test_a_file_that_cannot_be_written_stops_nothing(tmp_path):
     progress.write_to(tmp_path / "no" / progress.FILE)
     with ProgressBar("sft", 1, "steps") as bar:

@@ -178,11 +178,10 @@ def test_killed_without_a_word(job):
     assert look(j) == found
 
 
-def test_an_interrupted_stage_failed_nothing(job):
+@pytest.mark.parametrize("outcome", ["interrupted", "superseded"])
+def test_an_interrupted_stage_failed_nothing(job, outcome):
     j = job()
-    attempt(
-        j, ended=ended("interrupted", "stopped by SIGTERM after step 3; progress is saved, run the same command again")
-    )
+    attempt(j, ended=ended(outcome, "stopped by SIGTERM after step 3; progress is saved, run the same command again"))
     found = look(j)
     assert found.state == "interrupted"
     assert found.detail.startswith("stopped by SIGTERM")
@@ -209,6 +208,23 @@ def test_a_running_stage_tells_how_far_it_is(job, hold):
     assert 100 < found.left <= 120
     assert found.detail.startswith("40/100 steps, ")
     assert found.detail.endswith("left  kl 0.1")
+
+
+def test_a_running_stage_whose_time_left_is_unknown_does_not_claim_to_be_nearly_done(job, hold):
+    j = job()
+    attempt(j, rows=(progress(0, datetime.now()) | {"left": None},))
+    hold(j)
+    assert look(j).left is None
+    assert look(j).detail == "0/100 steps"
+
+
+def test_a_progress_row_that_was_cut_short_hides_nothing(job, hold):
+    j = job()
+    place = attempt(j, rows=(progress(40, datetime.now()),))
+    with (place / "progress.jsonl").open("a") as f:
+        f.write('{"time": "20\n')
+    hold(j)
+    assert look(j).progress["done"] == 40
 
 
 def test_progress_of_an_earlier_attempt_is_none_of_this_one(job, hold):

@@ -63,6 +63,16 @@ def test_a_running_stage_has_progress_rate_time_left_curves_and_its_slurm_job():
     assert "0:59" in line or "1:00" in line
 
 
+def test_an_unknown_time_left_is_a_question_mark():
+    ppo = job("policies/ppo")
+    start(ppo, [{"score": 0.1}])
+    path = ppo.state / ("f" * 16) / "progress.jsonl"
+    path.write_text(path.read_text().replace('"left": 60.0', '"left": null'))
+    line = next(line for line in shown(watch.Watch([ppo], "again")).splitlines() if line.startswith("policies/ppo"))
+    assert "?" in line
+    assert "0:00" not in line
+
+
 def test_a_stage_made_since_is_done_and_nobody_waits_for_it_any_more():
     sft, dpo = job("sft"), job("policies/dpo", after=("sft",))
     seen = watch.Watch([sft, dpo], "again")

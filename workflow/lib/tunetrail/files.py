@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,15 @@ def read_finished_rows(path: Path) -> list[dict]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def whole_rows(lines: Iterable[str]) -> list[Any]:
+    """The rows of JSON lines that another process writes; one that is being written, or was cut short, is left out."""
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -1,6 +1,4 @@
-"""Progress that people watch: a bar on a terminal, a line every so often in a log, the same as data in the state
-folder.
-"""
+"""Progress that people watch: a bar on a terminal, a line every so often in a log, and rows in the state folder."""
 
 import json
 import logging
@@ -15,6 +13,8 @@ from typing import TypedDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from tunetrail.files import whole_rows
 
 log = logging.getLogger("tunetrail")
 
@@ -58,12 +58,11 @@ def write_to(path: Path | None) -> None:
 
 
 def read_progress(path: Path) -> list[Progress]:
-    """The rows of a progress file, oldest first; one that is being written is left out."""
+    """The whole rows of a progress file, oldest first: a full disk may have cut one short."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return whole_rows(path.read_text(encoding="utf-8").splitlines())
     except OSError:
         return []
-    return [json.loads(line) for line in lines]
 
 
 class ProgressBar:

@@ -15,8 +15,9 @@ from typing import Any
 
 from tunetrail.contract.lease import holder
 from tunetrail.contract.progress import FILE as PROGRESS_FILE
-from tunetrail.contract.progress import Progress, duration, read_progress
+from tunetrail.contract.progress import Progress, duration
 from tunetrail.errors import Waiting
+from tunetrail.files import whole_rows
 from tunetrail.monitor.dag import Job, jobs_of, listed
 
 STATES = {
@@ -102,27 +103,24 @@ def state_folder(job: Job) -> Path | None:
 
 def read_attempts(folder: Path | None) -> list[dict]:
     """Rows of attempts.jsonl. A half-written one, which its writer will replace, is left out."""
-    rows = []
-    for line in _tail(folder / "attempts.jsonl") if folder else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return whole_rows(_tail(folder / "attempts.jsonl")) if folder else []
 
 
 def is_running_attempt(attempt: dict) -> bool:
     return "ended" not in attempt
 
 
-def latest_progress(folder: Path, since: str) -> tuple[Progress, float] | None:
-    """(the latest progress, seconds to the end as of now) of an attempt that began at `since` (ISO 8601)."""
-    rows = read_progress(folder / PROGRESS_FILE)
+def latest_progress(folder: Path, since: str) -> tuple[Progress, float | None] | None:
+    """(the latest progress, seconds to the end as of now) of an attempt that began at `since` (ISO 8601).
+
+    The time left is None where it is not known.
+    """
+    rows: list[Progress] = whole_rows(_tail(folder / PROGRESS_FILE))
     if not rows or datetime.fromisoformat(rows[-1]["time"]) < datetime.fromisoformat(since):
         return None
     row = rows[-1]
     age = time.time() - datetime.fromisoformat(row["time"]).timestamp()
-    return row, max(0.0, (row["left"] or 0.0) - age)
+    return row, None if row["left"] is None else max(0.0, row["left"] - age)
 
 
 def submitted_jobs(job: Job) -> list[str]:
@@ -142,7 +140,7 @@ def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[st
     progress, left = latest if latest else (None, None)
     if progress:
         share = f"{progress['done']}/{progress['total']} {progress['unit']}"
-        detail = f"{share}, {duration(left)} left" if progress["left"] is not None and left is not None else share
+        detail = share if left is None else f"{share}, {duration(left)} left"
         detail += f"  {progress['note']}" if progress["note"] else ""
     elif this:
         detail = f"since {this['start']}, no progress reported yet"

@@ -1,8 +1,8 @@
 """`tunetrail status --watch`: the stages of a run on a screen that follows it, from what the stages write anyway.
 
-The DAG is built once, which takes Snakemake seconds; after that a look reads the ends of logs and asks for leases, a
-few milliseconds, and asks Slurm every `QUEUE_SECONDS`. Curves of running stages are of the progress lines in their
-logs, those of ended ones of `history.jsonl`.
+The DAG is built once, which takes Snakemake seconds; after that a look reads the state folders and asks for leases, a
+few milliseconds, and asks Slurm every `QUEUE_SECONDS`. Curves of running stages come from `progress.jsonl`, those of
+ended ones from `history.jsonl`.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from tunetrail.monitor.status import (
 QUEUE_SECONDS = 10
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = {"loss": "loss", "score": "reward", "kl": "KL"}
-"""What is drawn, as progress lines and histories name it -> as the screen does."""
+"""What is drawn: its name in progress rows and histories -> its name on the screen."""
 Curve = dict[str, list[float]]
 
 
