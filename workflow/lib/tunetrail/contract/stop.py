@@ -10,6 +10,8 @@ from tunetrail.contract.distributed import of_all_processes
 from tunetrail.contract.lease import Lease, lease_seconds
 from tunetrail.errors import ConfigError, Interrupted, Superseded
 
+TIME_LIMIT = "TUNETRAIL_TIME_LIMIT"
+"""Environment variable: minutes that are left, as of when the stage is started."""
 TAKEOVER = "another attempt of this stage"
 LEASE_LOST = "lease lost"
 
@@ -39,7 +41,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        left = minutes_from("TUNETRAIL_TIME_LIMIT")
+        left = minutes_from(TIME_LIMIT)
         self.deadline = None if left is None else time.monotonic() + 60 * max(left * 0.9, left - 5)
         minutes = minutes_from("TUNETRAIL_CHECKPOINT_MINUTES")
         self.interval = 60 * (10 if minutes is None else minutes)

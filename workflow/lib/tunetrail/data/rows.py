@@ -2,11 +2,7 @@
 
 from typing import NotRequired, TypedDict
 
-
-class Message(TypedDict):
-    role: str
-    """`system`, `user` or `assistant`."""
-    content: str
+from tunetrail.preferences.rows import Message
 
 
 class TextRow(TypedDict):

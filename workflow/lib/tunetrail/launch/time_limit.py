@@ -3,8 +3,7 @@
 import os
 import subprocess
 
-VARIABLE = "TUNETRAIL_TIME_LIMIT"
-"""Minutes from now, for the stage's own clock (`contract.stop`)."""
+from tunetrail.contract.stop import TIME_LIMIT
 
 
 def parse_time_left(text: str) -> float | None:
@@ -38,5 +37,5 @@ def minutes_left() -> float | None:
 
 def stage_environment() -> dict[str, str]:
     """The environment of a stage's command: ours with the time limit, unless the user set one."""
-    limit = None if VARIABLE in os.environ else minutes_left()
-    return os.environ | ({} if limit is None else {VARIABLE: str(limit)})
+    limit = None if TIME_LIMIT in os.environ else minutes_left()
+    return os.environ | ({} if limit is None else {TIME_LIMIT: str(limit)})

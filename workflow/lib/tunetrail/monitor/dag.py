@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunetrail.files import flatten
+from tunetrail.files import changed, flatten
 from tunetrail.monitor import snakemake_adapter
 
 
@@ -73,9 +73,8 @@ def config_changes(old: Path, new: str) -> list[str]:
     except (OSError, ValueError):
         return []
     return [
-        f"{key.removeprefix('config.')}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        f"{key.removeprefix('config.')}: {json.dumps(was)} -> {json.dumps(now)}"
+        for key, (was, now) in changed(before, after).items()
     ]
 
 
@@ -111,7 +110,7 @@ def _why(reason: Any, changes: dict[str, list[str]]) -> str:
 
 
 def jobs_of(workflow: Any) -> list[Job]:
-    """The stages of a loaded workflow, parents first. Stage configs are not among them, but their changes are told."""
+    """The stages of a loaded workflow, parents first. Stage configs are left out, but `why` names their changes."""
     dag = workflow.dag
     needed = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
     changes = {
@@ -124,6 +123,7 @@ def jobs_of(workflow: Any) -> list[Job]:
     for job in (job for level in stages for job in sorted(level, key=lambda job: _natural(job.output.manifest))):
         manifest = job.output.manifest
         parents = {file: parent for parent, files in dag.dependencies[job].items() for file in files}
+        awaited = {file for file, parent in parents.items() if parent in needed and parent.output.get("manifest")}
         state = job.params.get("state")
         found.append(
             Job(
@@ -137,12 +137,11 @@ def jobs_of(workflow: Any) -> list[Job]:
                 resources={k: v for k, v in job.resources.items() if not k.startswith("_")},
                 needed=job in needed,
                 why=_why(dag.reason(job), changes) if job in needed else "",
-                after=tuple(sorted({artifact_name(f) for f,
-                    parent in parents.items() if parent in needed and parent.output.get("manifest")})),
+                after=tuple(sorted({artifact_name(file) for file in awaited})),
                 begun=snakemake_adapter.has_begun(workflow, str(manifest)),
                 submitted=snakemake_adapter.submitted_ids(workflow, job) if job in needed else (),
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -4,15 +4,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunetrail.files import flatten
+from tunetrail.files import changed, flatten
 from tunetrail.provenance.lineage import Lineage, Node, ancestors
 from tunetrail.provenance.manifest import MANIFEST, read_manifest
 from tunetrail.provenance.record import Record
-
-
-def changed(a: dict, b: dict) -> dict[str, list]:
-    """Key -> [in A, in B] where two mappings differ; null where it is absent."""
-    return {key: [a.get(key), b.get(key)] for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
 def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:

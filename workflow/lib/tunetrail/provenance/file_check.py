@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunetrail.errors import DataError
+from tunetrail.files import changed
 from tunetrail.provenance.findings import VerifyResult, printable
 from tunetrail.provenance.lineage import Node
 from tunetrail.provenance.manifest import (
@@ -123,8 +124,8 @@ class FileCheck:
             self.result.add("file-resaved", node, message)
             return
         before, now = ({t["name"]: t for t in of} for of in (expected, tensors))
-        changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-        difference = f"{len(changed)} of {len(before)} tensors differ, {changed[0]} first"
+        names = list(changed(before, now))
+        difference = f"{len(names)} of {len(before)} tensors differ, {names[0]} first"
         self.result.add("tensors-changed", node, f"{printable(name)}: {difference}; restore it from a copy")
 
 

@@ -5,7 +5,7 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from tunetrail.files import flatten
+from tunetrail.files import changed, flatten
 from tunetrail.provenance.findings import VerifyResult, printable
 from tunetrail.provenance.hub import resolved_revision
 from tunetrail.provenance.lineage import Node, Runs
@@ -154,7 +154,6 @@ class RecordCheck:
         except (OSError, ValueError):
             return
         if config != record.config_file:
-            before, after = flatten(record.config_file), flatten(config)
-            keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+            keys = list(changed(flatten(record.config_file), flatten(config)))
             change = f"{path.relative_to(run)} has another {', '.join(keys[:3])}"
             self.result.add("config-drift", node, f"{change}; run snakemake to make it again")

@@ -49,7 +49,7 @@ CONFIG = {
 def svg(spec: Spec | None) -> str:
     """SVG of a Vega-Lite spec, on white; for None one that says 'not measured'."""
     if spec is None:
-        words = alt.Chart(_data([{}])).mark_text(text=NOT_MEASURED, color=MUTED, fontSize=13, fontStyle="italic")
+        words = alt.Chart(inline_data([{}])).mark_text(text=NOT_MEASURED, color=MUTED, fontSize=13, fontStyle="italic")
         spec = grid([[words.properties(width=240, height=40)]])
     return _MARK.sub(_titled, vl_convert.vegalite_to_svg(spec | {"config": CONFIG}))
 
@@ -121,11 +121,12 @@ def grid(rows: list[list[Chart]], across: int = 0, down: int = 0) -> Spec:
     }
 
 
-def _beside(panels: list[Chart], narrow: bool) -> Spec:
+def side_by_side(panels: list[Chart], narrow: bool) -> Spec:
+    """Panels in a row; on a narrow screen one below the other."""
     return grid([[panel] for panel in panels] if narrow else [panels], across=30, down=30)
 
 
-def _data(rows: list[dict]) -> alt.Data:
+def inline_data(rows: list[dict]) -> alt.Data:
     """Rows as one string of JSON: Altair copies its charts again and again, and a string is copied for free."""
     return alt.Data(values=json.dumps(rows), format={"type": "json"})
 
@@ -145,15 +146,16 @@ def wrap(name: str) -> str:
     return f"{name[:middle]}\n{name[middle:]}"
 
 
-def _title(text: str, size: float = 12) -> Chart:
+def panel_title(text: str, size: float = 12) -> Chart:
     """A panel's title as a mark: real titles shift with the labels of the axis, and would not stand in line."""
-    mark = alt.Chart(_data([{}])).mark_text(
+    mark = alt.Chart(inline_data([{}])).mark_text(
         text=text, align="left", baseline="bottom", fontWeight="bold", fontSize=size, color=INK
     )
     return mark.encode(x=alt.value(0), y=alt.value(-10))
 
 
-def _colour() -> alt.Color:
+def own_colour() -> alt.Color:
+    """Each row in the colour that it names."""
     return alt.Color("colour:N", scale=None)
 
 
@@ -163,7 +165,8 @@ def _names() -> alt.Y:
     return alt.Y("label:N", sort=None, title=None, axis=axis)
 
 
-def _row(label: str, value: dict | None, text: str, series: str, hollow: bool = False) -> dict:
+def dot_row(label: str, value: dict | None, text: str, series: str, hollow: bool = False) -> dict:
+    """A row of `dots`; a value that was not measured has a text alone."""
     place = {key: value[key] for key in ("mean", "low", "high")} if value else {}
     return {
         "label": wrap(label),
@@ -183,10 +186,10 @@ def dots(rows: list[dict], width: int, title: str, reference: float | None = Non
     domain = axis.pop("domain", None) or [min(ends) - margin, max(ends) + margin]
     y, scale = _names(), alt.Scale(domain=domain, nice=False, zero=False)
     x = alt.X("mean:Q", scale=scale, axis=alt.Axis(title=title, tickCount=6 if width > 200 else 3, **axis))
-    base = alt.Chart(_data(rows))
+    base = alt.Chart(inline_data(rows))
     layers = [
         base.mark_rule(strokeWidth=2.5, strokeCap="round").encode(
-            y=y, x=alt.X("low:Q", scale=scale), x2="high:Q", color=_colour()
+            y=y, x=alt.X("low:Q", scale=scale), x2="high:Q", color=own_colour()
         ),
         base.mark_point(size=85, filled=True, opacity=1, strokeWidth=2).encode(
             y=y, x=x, fill=alt.Fill("fill:N", scale=None), stroke=alt.Stroke("colour:N", scale=None)
@@ -194,7 +197,7 @@ def dots(rows: list[dict], width: int, title: str, reference: float | None = Non
         base.mark_text(align="left", fontSize=11.5, color=INK).encode(y=y, x=alt.value(width + 14), text="text:N"),
     ]
     if reference is not None:
-        rule = alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
+        rule = alt.Chart(inline_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
         layers.insert(0, rule.encode(x=alt.X("at:Q", scale=scale)))
     return alt.layer(*layers).properties(width=width, height=alt.Step(34))
 
@@ -214,9 +217,9 @@ def gold(runs: Runs, narrow: bool) -> Spec | None:
     panels = []
     for key, title in keys.items():
         measured = [m for m in models if m.interval(key) or key == "gold"]
-        rows = [_row(m.name, m.interval(key), interval(m.interval(key), 1), m.series) for m in measured]
+        rows = [dot_row(m.name, m.interval(key), interval(m.interval(key), 1), m.series) for m in measured]
         if chart := dots(rows, PLOT[narrow], "gold score", domain=[low - margin, high + margin]):
-            panels.append([alt.layer(chart, _title(title))])
+            panels.append([alt.layer(chart, panel_title(title))])
     return grid(panels, down=26)
 
 
@@ -260,15 +263,15 @@ def preferences(runs: Runs, narrow: bool) -> Spec | None:
 
     limit, drawn = (36 if narrow else 80), []
     for title, rows in panels.items():
-        base, y = alt.Chart(_data(rows)), _names()
+        base, y = alt.Chart(inline_data(rows)), _names()
         x = alt.X("preferred:Q", scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(title=None, tickCount=5))
         layers = [
-            base.mark_rule(strokeWidth=2, opacity=0.5).encode(y=y, x=x, x2="dispreferred:Q", color=_colour()),
-            base.mark_point(size=70, filled=True, opacity=1).encode(y=y, x=x, color=_colour()),
+            base.mark_rule(strokeWidth=2, opacity=0.5).encode(y=y, x=x, x2="dispreferred:Q", color=own_colour()),
+            base.mark_point(size=70, filled=True, opacity=1).encode(y=y, x=x, color=own_colour()),
             base.mark_point(size=70, filled=True, opacity=1, fill=PAPER, strokeWidth=2).encode(
                 y=y, x=alt.X("dispreferred:Q"), stroke=alt.Stroke("colour:N", scale=None)
             ),
-            _title(title if len(title) <= limit else title[: limit - 1] + "…"),
+            panel_title(title if len(title) <= limit else title[: limit - 1] + "…"),
         ]
         drawn.append(alt.layer(*layers).properties(width=230 if narrow else 560, height=alt.Step(28)))
     return grid([[chart] for chart in drawn], down=14) if drawn else None

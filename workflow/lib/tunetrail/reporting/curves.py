@@ -6,7 +6,19 @@ from typing import Any
 
 import altair as alt
 
-from tunetrail.reporting.charts import COLOURS, MUTED, SHADE, Chart, Runs, Spec, _beside, _colour, _data, _title, grid
+from tunetrail.reporting.charts import (
+    COLOURS,
+    MUTED,
+    SHADE,
+    Chart,
+    Runs,
+    Spec,
+    grid,
+    inline_data,
+    own_colour,
+    panel_title,
+    side_by_side,
+)
 from tunetrail.reporting.collect import Artifact, reference_of
 
 
@@ -32,11 +44,11 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
         if not rows:
             continue
         few = len(rows) <= 24
-        base = alt.Chart(_data(rows)).encode(
+        base = alt.Chart(inline_data(rows)).encode(
             x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8),
                 axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats per episode (√ scale)", tickCount=5)),
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
-            color=_colour(), detail="line:N", order="step:Q", description="tip:N",
+            color=own_colour(), detail="line:N", order="step:Q", description="tip:N",
         )  # fmt: skip
         layers = [
             base.mark_line(strokeWidth=1.5, opacity=0.6),
@@ -44,8 +56,8 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
         ]
         if few:
             layers.append(base.mark_text(dx=8, dy=-7, fontSize=10).encode(text="step:Q"))
-        panels.append(alt.layer(*layers, _title(title)).properties(width=270 if narrow else 310, height=230))
-    return _beside(panels, narrow) if panels else None
+        panels.append(alt.layer(*layers, panel_title(title)).properties(width=270 if narrow else 310, height=230))
+    return side_by_side(panels, narrow) if panels else None
 
 
 # ----------------------------------------------------------------------------- learning curves
@@ -144,7 +156,7 @@ def learning(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def _curve(title: str, rows: list[dict], reference: float | None, resumed: list[dict], width: int) -> Chart:
-    base = alt.Chart(_data(rows))
+    base = alt.Chart(inline_data(rows))
     steps = sorted({row["step"] for row in rows})
     ticks: dict[str, Any] = {"tickCount": 3} if len(steps) > 4 else {"values": steps}
     x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title=None, format="d", grid=False, **ticks))
@@ -152,17 +164,19 @@ def _curve(title: str, rows: list[dict], reference: float | None, resumed: list[
     dash = alt.StrokeDash("dashed:N", scale=alt.Scale(domain=[False, True], range=[[1, 0], [4, 2]]), legend=None)
     layers = [
         base.mark_line(strokeWidth=1, opacity=0.35).encode(
-            x=x, y=alt.Y("value:Q", scale=scale, axis=axis), color=_colour(), detail="line:N"
+            x=x, y=alt.Y("value:Q", scale=scale, axis=axis), color=own_colour(), detail="line:N"
         ),
-        base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("mean:Q"), color=_colour(), detail="line:N", strokeDash=dash),
+        base.mark_line(strokeWidth=2).encode(
+            x=x, y=alt.Y("mean:Q"), color=own_colour(), detail="line:N", strokeDash=dash
+        ),
         base.transform_filter(alt.datum.handle)
         .mark_point(size=22, filled=True, opacity=1 if len(steps) <= 12 else 0)  # of few steps each is shown
-        .encode(x=x, y=alt.Y("value:Q"), color=_colour(), description="tip:N"),
+        .encode(x=x, y=alt.Y("value:Q"), color=own_colour(), description="tip:N"),
     ]
     if reference is not None:
-        line = alt.Chart(_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
+        line = alt.Chart(inline_data([{"at": reference}])).mark_rule(color=MUTED, strokeDash=[4, 3])
         layers.insert(0, line.encode(y=alt.Y("at:Q")))
     if resumed:
-        shade = alt.Chart(_data(resumed)).mark_rect(color=SHADE, opacity=0.18)
+        shade = alt.Chart(inline_data(resumed)).mark_rect(color=SHADE, opacity=0.18)
         layers.insert(0, shade.encode(x=alt.X("from:Q"), x2="to:Q", description="tip:N"))
-    return alt.layer(*layers, _title(title, 11)).properties(width=width, height=95)
+    return alt.layer(*layers, panel_title(title, 11)).properties(width=width, height=95)

@@ -19,13 +19,13 @@ from tunetrail.reporting.charts import (
     PLOT,
     Chart,
     Spec,
-    _beside,
-    _colour,
-    _data,
-    _row,
-    _title,
+    dot_row,
     dots,
     grid,
+    inline_data,
+    own_colour,
+    panel_title,
+    side_by_side,
     visible,
     wrap,
 )
@@ -66,7 +66,7 @@ def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
         "labelLimit": 110 if narrow else 170,
         "grid": False,
     }
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(inline_data(rows)).encode(
         y=alt.Y("first:N", sort=order, axis=alt.Axis(title=None, **label)),
         x=alt.X("second:N", sort=order, axis=alt.Axis(title=None, orient="top", labelAngle=-40, **label)),
     )
@@ -85,7 +85,7 @@ def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
 def strengths(match: dict | None, series: Series, narrow: bool) -> Spec | None:
     """Bradley-Terry scores."""
     rows = [
-        _row(score["name"], score["score"], interval(score["score"], 2, sign=True), series[score["name"]])
+        dot_row(score["name"], score["score"], interval(score["score"], 2, sign=True), series[score["name"]])
         for score in (match or {}).get("scores", [])
     ]
     chart = dots(rows, PLOT[narrow], "strength in log-odds, 0 is the model all started from", reference=0)
@@ -99,7 +99,7 @@ def length_controlled(match: dict | None, opponent: str, series: Series, narrow:
         if pair["second"] == opponent:
             for key, more in (("win_rate", ""), ("length_controlled", ", equal length")):
                 name, value = pair["first"], pair[key]
-                row = _row(name, value, percent_interval(value), series[name], hollow=key != "win_rate")
+                row = dot_row(name, value, percent_interval(value), series[name], hollow=key != "win_rate")
                 rows.append(row | {"label": f"{wrap(name)}{more}"})
     axis = {"format": "%", "domain": [0, 1]}
     chart = dots(rows, PLOT[narrow], f"win rate against {opponent}, ties count half", reference=0.5, **axis)
@@ -147,16 +147,16 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
                     }
                 )  # fmt: skip
         panels.append(
-            alt.layer(*_frontier_layers(rows, reference), _title(title)).properties(
+            alt.layer(*_frontier_layers(rows, reference), panel_title(title)).properties(
                 width=270 if narrow else 310, height=240
             )
         )
-    return _beside(panels, narrow) if panels else None
+    return side_by_side(panels, narrow) if panels else None
 
 
 def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     top = max(row["kl_high"] if row["chosen"] else row["kl"] for row in rows)
-    base = alt.Chart(_data(rows))
+    base = alt.Chart(inline_data(rows))
     x = alt.X(
         "kl:Q",
         scale=alt.Scale(type="sqrt", domain=[0, 1.2 * top or 1], nice=False),
@@ -165,18 +165,18 @@ def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
     chosen, labelled = alt.datum.chosen, alt.datum.label != ""
     return [
-        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=_colour(), detail="line:N",
+        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=own_colour(), detail="line:N",
         order="order:Q"),
         base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"),
-        y2="high:Q", color=_colour()),
+        y2="high:Q", color=own_colour()),
         base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"),
-        x2="kl_high:Q", y=y, color=_colour()),
+        x2="kl_high:Q", y=y, color=own_colour()),
         base.mark_point(filled=True, opacity=1).encode(
-            x=x, y=y, color=_colour(), shape=alt.Shape("shape:N", scale=None), size=alt.condition(chosen,
+            x=x, y=y, color=own_colour(), shape=alt.Shape("shape:N", scale=None), size=alt.condition(chosen,
                 alt.value(110), alt.value(35)),
         ),
         base.transform_filter(labelled).mark_text(align="left", dx=8, dy=-9, fontSize=11, lineBreak="\n").encode(x=x,
-        y=y, text="label:N", color=_colour()),
+        y=y, text="label:N", color=own_colour()),
     ]  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -
             adapter = pair["adapters"][0]
             label = f"{pair['first']} ({'LoRA' if adapter == 'lora' else adapter})" if adapter else pair["first"]
             rows.append(
-                _row(
+                dot_row(
                     label,
                     pair[key],
                     interval(pair[key], sign, sign=True),
@@ -206,7 +206,7 @@ def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -
                 )
             )
         if chart := dots(rows, PLOT[narrow], axis.format(opponent), reference=0):
-            panels.append([alt.layer(chart, _title(title))])
+            panels.append([alt.layer(chart, panel_title(title))])
     return grid(panels, down=26) if panels else None
 
 
@@ -217,7 +217,7 @@ def preference_shift(changes: list[dict], series: Series, narrow: bool) -> Spec 
         for key in ("chosen", "rejected"):
             value, name = change[key], f"{change['after']}: {key}"
             rows.append(
-                _row(name, value, interval(value, 1, sign=True), series[change["after"]], hollow=key == "rejected")
+                dot_row(name, value, interval(value, 1, sign=True), series[change["after"]], hollow=key == "rejected")
             )
     chart = dots(rows, PLOT[narrow], "change of the log-prob of a response, nats", reference=0)
     return chart and grid([[chart]])
@@ -241,7 +241,7 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
         labels = {row["place"]: row["token"] for row in rows}
         expression = f"{json.dumps(list(labels.values()))}[datum.value]"
         axis = alt.Axis(title=None, grid=False, labelExpr=expression, labelFontSize=10, labelColor=INK, labelLimit=80)
-        chart = alt.Chart(_data(rows)).mark_bar(height=5).encode(
+        chart = alt.Chart(inline_data(rows)).mark_bar(height=5).encode(
             y=alt.Y("place:O", axis=axis),
             yOffset=alt.YOffset("when:N", sort=["before", "after"]),
             x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1],
@@ -249,7 +249,9 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
             color=alt.Color("when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])),
         )  # fmt: skip
         title = f"{position['position']}. {visible(position['token'])}"
-        panels.append(alt.layer(chart, _title(title, 10)).properties(width=200 if narrow else 92, height=alt.Step(8)))
+        panels.append(
+            alt.layer(chart, panel_title(title, 10)).properties(width=200 if narrow else 92, height=alt.Step(8))
+        )
     rows_of = [panels[i : i + across] for i in range(0, len(panels), across)]
     return grid(rows_of, across=8, down=12) if panels else None
 
@@ -274,7 +276,7 @@ def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
         found = metrics.get(f"accuracy_by_{by}") or {}
         measured += [(f"{word} {name}", value, "p0") for name, value in sorted(found.items())]
     rows = [
-        _row(label, value, percent_interval(value), series, hollow=i > 4)
+        dot_row(label, value, percent_interval(value), series, hollow=i > 4)
         for i, (label, value, series) in enumerate(measured)
         if value or i == 0
     ]
@@ -292,17 +294,17 @@ def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
     low = max(0.0, math.floor(10 * lowest) / 10)
     scale = alt.Scale(domain=[low, 1], nice=False, zero=False)
     axis: dict[str, Any] = {"format": "%", "tickCount": 5}
-    base = alt.Chart(_data(bins))
+    base = alt.Chart(inline_data(bins))
     x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the reward model", **axis))
     y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, **axis))
-    diagonal = alt.Chart(_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
+    diagonal = alt.Chart(inline_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
     size = alt.Size("n:Q", scale=alt.Scale(domainMin=0, range=[15, 260]), legend=None)
     return grid([[alt.layer(
         diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
         base.mark_rule(color=COLOURS["p0"], strokeWidth=2, opacity=0.6).encode(x=x, y=alt.Y("accuracy_low:Q",
         scale=scale), y2="accuracy_high:Q"),
         base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=size),
-        _title(f"How often it is right; calibration error {number(metrics['ece'], 3)}"),
+        panel_title(f"How often it is right; calibration error {number(metrics['ece'], 3)}"),
     ).properties(width=240 if narrow else 300, height=240)]])  # fmt: skip
 
 
@@ -313,10 +315,10 @@ def contamination(card: dict | None, narrow: bool) -> Spec | None:
         return None
     edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
     rows = [{"low": a, "high": b, "prompts": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    bars = alt.Chart(_data(rows)).mark_bar(color=COLOURS["p0"]).encode(
+    bars = alt.Chart(inline_data(rows)).mark_bar(color=COLOURS["p0"]).encode(
         x=alt.X("low:Q", bin="binned", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share of a prompt's "
             f"{found['words']}-word sequences in training texts", format="%", tickCount=5)),
         x2="high:Q", y=alt.Y("prompts:Q", axis=alt.Axis(title="prompts", tickCount=4, format="d")),
     )  # fmt: skip
-    limit = alt.Chart(_data([{"at": found["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="at:Q")
+    limit = alt.Chart(inline_data([{"at": found["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="at:Q")
     return grid([[alt.layer(bars, limit).properties(width=240 if narrow else 420, height=120)]])

@@ -80,7 +80,7 @@ def reward_accuracy(runs: Runs, narrow: bool) -> Spec | None:
     rows = []
     for i, run in enumerate(runs):
         value = (run.metrics("reward") or {}).get("accuracy")
-        rows.append(charts._row(run.name, value, numbers.percent_interval(value), f"p{i % 6}"))
+        rows.append(charts.dot_row(run.name, value, numbers.percent_interval(value), f"p{i % 6}"))
     chart = charts.dots(rows, charts.PLOT[narrow], "accuracy on unseen prompts", reference=0.5, format="%")
     return chart and charts.grid([[chart]])
 

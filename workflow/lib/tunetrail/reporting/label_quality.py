@@ -65,8 +65,7 @@ def page_values(store: Store) -> dict[str, Any]:
 
 
 def _dot(label: str, value: Interval, text: str, colour: str = "p0") -> dict:
-    place = {key: value[key] for key in ("mean", "low", "high")} if value else {}
-    return {"label": label, "text": text, "colour": charts.COLOURS[colour], "fill": charts.COLOURS[colour]} | place
+    return charts.dot_row(label, value, text, colour) | {"label": label}  # on one line
 
 
 def _panel(rows: list[dict], title: str, axis: str, **options: Any) -> charts.Chart | None:
