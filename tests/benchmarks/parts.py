@@ -76,7 +76,7 @@ def fine_tuning(ours: bool) -> float:
         model=model,
         args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=16, bf16=True, use_cpu=True,
             max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[], disable_tqdm=True,
-                gradient_checkpointing=False, save_strategy="no"),
+            gradient_checkpointing=False, save_strategy="no"),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
     )  # fmt: skip

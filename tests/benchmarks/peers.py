@@ -40,7 +40,7 @@ def arguments(batch_size: int, bf16: bool) -> dict[str, Any]:
     """What both sides of a trainer are told."""
     return {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch_size, "num_train_epochs": 1,
-            "bf16": bf16,
+        "bf16": bf16,
         "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-5,
         "gradient_checkpointing": False,  # TRL's default computes activations twice: its stock scripts are slower still
     }  # fmt: skip

@@ -31,7 +31,7 @@ def trained(folder: Path) -> SFTTrainer:
         model=load_causal_lm(MODEL),
         args=SFTConfig(output_dir=str(folder), max_steps=1, per_device_train_batch_size=1, bf16=False, use_cpu=True,
             max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[], disable_tqdm=True,
-                gradient_checkpointing=False, save_strategy="no", optim="adamw_torch_fused"),
+            gradient_checkpointing=False, save_strategy="no", optim="adamw_torch_fused"),
         train_dataset=Dataset.from_list([{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}]),
         processing_class=load_tokenizer(MODEL),
     )  # fmt: skip

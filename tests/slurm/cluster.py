@@ -245,7 +245,7 @@ class Cluster:
         fields = {
             "id": "JobID", "state": "State", "name": "Name", "comment": "Comment", "partition": "Partition",
             "nodes": "NodeList", "reason": "Reason", "restarts": "RestartCnt", "gres": "tres-per-node",
-                "folder": "WorkDir",
+            "folder": "WorkDir",
             "memory": "MinMemory", "minutes": "TimeLimit", "cpus": "NumCPUs", "requeue": "Requeue",
             "array": "ArrayJobID",
         }  # fmt: skip

@@ -23,7 +23,7 @@ from .test_failures import ends_well, goes_on_from
 # The profile's own partition of each rule, as its first lines name them.
 PARTITIONS = {
     "base": "cpu", "data": "cpu", "comparisons": "cpu", "best_of_n": "cpu", "head_to_head": "cpu", "report": "cpu",
-        "retention": "gpu", "sft": "gpu",
+    "retention": "gpu", "sft": "gpu",
     "completions": "gpu", "reward": "gpu", "dpo": "gpu", "evaluation": "gpu", "ppo": "gpu-large",
 }  # fmt: skip
 

@@ -1,13 +1,29 @@
-"""Label stores in either database."""
+"""Label stores in either database; a run to audit."""
 
 import contextlib
+import shutil
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from tests.audited_run import make_run
 from tests.labels import postgres, postgres_programs
 from tunetrail.labeling.app.store import Store
 from tunetrail.provenance.manifest import sha256_bytes
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A made-up run for the audit, which its tests only read."""
+    return make_run(tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture
+def run(original, tmp_path) -> Path:
+    """A copy to damage: records name raw data where the original has it."""
+    shutil.copytree(original, tmp_path / "copy/r")
+    return tmp_path / "copy/r"
 
 
 @pytest.fixture(scope="module")

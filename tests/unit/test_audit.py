@@ -31,18 +31,6 @@ from ..audited_run import flip, ledger_lines, make_run, weights
 from ..records import ATTEMPT, seal_folder
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("audit"))
-
-
-@pytest.fixture
-def run(original, tmp_path) -> Path:
-    """A copy: records name raw data where the original has it."""
-    shutil.copytree(original, tmp_path / "copy/r")
-    return tmp_path / "copy/r"
-
-
 def verify(*paths: Path, **options):
     lines.run_of.cache_clear()
     return Verifier(recursive=True, **options).run(list(paths))
@@ -391,7 +379,7 @@ def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run)
         ("dirty-tree", "evaluation/dpo"): "the code differed from commit fde7df5d8a2d, 1 untracked files",
         ("mixed-environment", "evaluation/dpo"): "python changed between attempts: 3.11.7, then 3.12.1",
         ("config-drift", "policies/dpo"): "config/policies.dpo.json has another config.beta; run snakemake to make "
-                                          "it again",
+        "it again",
     }  # fmt: skip
     assert (result.exit_code(), result.exit_code(strict=True)) == (3, 1)
 

@@ -17,19 +17,6 @@ from tunetrail.provenance.manifest import build, identity, sha256_file
 from ..audited_run import flip, ledger_lines, make_run
 from ..records import ATTEMPT, seal_folder
 
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("audit"))
-
-
-@pytest.fixture
-def run(original, tmp_path) -> Path:
-    """A copy: records name raw data where the original has it."""
-    shutil.copytree(original, tmp_path / "copy/r")
-    return tmp_path / "copy/r"
-
-
 # ----------------------------------------------------------------------------- trace, diff, command line
 
 
@@ -280,7 +267,7 @@ def test_export_ro_crate(run, capsys, tmp_path, monkeypatch):
         (crate / "ro-crate-metadata.json").write_text(content)
         result = services.validate(services.ValidationSettings(
             rocrate_uri=str(crate), profile_identifier="ro-crate-1.1", requirement_severity=models.Severity.REQUIRED,
-                skip_availability_check=True,
+            skip_availability_check=True,
         ))  # fmt: skip
         return [str(issue.message) for issue in result.get_issues()]
 

@@ -1,4 +1,4 @@
-"""Evaluation and tournament of tiny models: every number against the rows it was made from."""
+"""Evaluation and head-to-head comparison of tiny models: every number against the rows it was made from."""
 
 import importlib
 import json

@@ -128,7 +128,7 @@ class Fixture:
                 {"id": f"difflib.{i:03d}", "prompt": PROMPT.format(prompts[i % len(prompts)] + f"\n    # {i}"),
                     "reference": "Return the ratio of matching characters.",
                  "completion": text, "gold": gold, "reward": self.random.gauss(0, 1), "kl": 0.2,
-                     "length": len(text.split()), "finished": i % 9 != 0}
+                    "length": len(text.split()), "finished": i % 9 != 0}
             )  # fmt: skip
         return rows
 
@@ -191,7 +191,7 @@ class Fixture:
             self.artifact(f"shard{i}", f"completions/{i}", {"duplicates_removed": i}, ["sft", "data"], seconds=61.0 + i)
         comparisons = {
             "prompts": 170, "completions_per_prompt": 3.87, "rankings": 510, "ties": 0.1234, "agreement": 0.7912,
-                "longer_wins": 0.5371,
+            "longer_wins": 0.5371,
             "duplicates_removed": 23, "labelers": {f"{labeler}-{i}": {"rankings": 170} for i in range(3)},
         }  # fmt: skip
         self.artifact(
@@ -213,7 +213,7 @@ class Fixture:
                 "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047,
                     280)},
             "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183,
-                "score_mean_demonstrations": 0.0004, "bias": 0.41,
+            "score_mean_demonstrations": 0.0004, "bias": 0.41,
         }  # fmt: skip
         self.artifact(
             "reward",
@@ -268,7 +268,7 @@ class Fixture:
                 "length": interval(13.2 + i, 0.9), "distinct_1": 0.4123, "distinct_2": 0.8211, "finished": 0.9375,
                 "retention": {"perplexity": interval(6.7 + 0.3 * i, 0.5, 64),
                     "choices": {"accuracy": interval(0.61 - 0.02 * i, 0.06, 64), "chance": 0.25},
-                              "nll": interval(1.9 + 0.04 * i, 0.09, 64)},
+                    "nll": interval(1.9 + 0.04 * i, 0.09, 64)},
                 "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i,
                     3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
             }  # fmt: skip
@@ -375,7 +375,7 @@ class Fixture:
 
 ANSWERS = [
     "Return a measure of the sequences' similarity.", "Compute the ratio.", "Return True if the two sequences are "
-        "close enough.",
+    "close enough.",
     "Get the list of matching blocks and return it as a list of triples, with the last one being a "
     "dummy.", "Set the two sequences to be compared.",
 ]  # fmt: skip

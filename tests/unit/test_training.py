@@ -272,7 +272,7 @@ def write_workspace(folder: Path) -> str:
     comparisons = [
         {
             "id": f"heldout-{i // 4}" if i % 4 == 3 else str(i), "group": str(i),
-                "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
+            "split": "heldout" if i % 4 == 3 else "reward", "prompt": f"count {i}: ", "reference": None,
             "completions": ["x" * (i % 3 + 2), "y", "zz"], "finished": [True, True, False],
             "rankings": [{"labeler": "a", "ranks": [1, 2, 3], "order": [0, 1, 2], "time": None, "scores": None}],
         }

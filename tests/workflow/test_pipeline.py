@@ -26,7 +26,7 @@ from ..conftest import ROOT, SHARED, Project
 TINY = "results/tiny"
 ARTIFACTS = [
     "base", "data", "sft", "retention", "comparisons", "completions/0-of-2", "completions/1-of-2", "reward",
-        "head_to_head", "report",
+    "head_to_head", "report",
     *(f"policies/{name}" for name in ("dpo", "ppo", "ppo-lora", "best-of-2")),
     *(f"evaluation/{name}" for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2")),
 ]  # fmt: skip
@@ -265,7 +265,7 @@ def rules(output: dict) -> set[str]:
 def test_the_default_has_every_node(project):
     assert rules(project.pending(config=None)) == {
         "base", "data", "retention", "sft", "completions", "comparisons", "reward", "ppo", "dpo", "best_of_n",
-            "evaluation",
+        "evaluation",
         "head_to_head", "report",
     }  # fmt: skip
 
@@ -345,7 +345,7 @@ def test_hh_transcripts_train_dpo_and_a_reward_model(project):
             "preferences": [{"source": "file", "path": str(SHARED / "hh-harmless-base/comparisons.jsonl.gz"),
                 "licence": "MIT"}],
             "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 400,
-                "max_completion_tokens": 300,
+            "max_completion_tokens": 300,
             "shares": {"sft": 0, "reward": 0.6, "rl": 0, "evaluation": 0.2, "heldout": 0.2}, "limits": {"reward": 64,
                 "evaluation": 8, "heldout": 32},
         },
@@ -370,7 +370,7 @@ def test_recorded_annotators_with_ties_and_expert_demonstrations(project):
             "preferences": [{"source": "file", "path": str(SHARED / "pandalm/pairs.jsonl.gz"),
                 "licence": "Apache-2.0"}],
             "invalid": "drop", "too_long": "drop", "duplicates": "drop", "max_prompt_tokens": 700,
-                "max_completion_tokens": 400,
+            "max_completion_tokens": 400,
             "limits": {"sft": 64, "reward": 64, "rl": 16, "evaluation": 8, "heldout": 48},
         },
         "sft": {"learning_rate": 1.0e-3, "batch_size": 8, "max_length": 1200},

@@ -22,9 +22,12 @@ from tunetrail.cli.common import INCOMPLETE, SOUND
 from tunetrail.errors import TunetrailError
 
 app = typer.Typer(
-    name="tunetrail", help="Post-training of language models as one auditable DAG.", no_args_is_help=True,
-    rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    name="tunetrail",
+    help="Post-training of language models as one auditable DAG.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 runs.register(app)
 app.add_typer(config.app, name="config", help="Check, resolve and document config files.")
 app.add_typer(label.app, name="label", help="People rank outputs and write answers, on a page of their own.")

@@ -67,15 +67,19 @@ def serve(
     from tunetrail.labeling.tasks import read_tasks
 
     settings: dict[str, Any] = {
-        "overlap": overlap, "per_labeler": per_labeler, "lease_minutes": lease_minutes, "skips": skips,
-        "training": training, "gold_every": gold_every, "repeat_every": repeat_every, "ratings": ratings, "seed": seed,
-    }  # fmt: skip
+        "overlap": overlap,
+        "per_labeler": per_labeler,
+        "lease_minutes": lease_minutes,
+        "skips": skips,
+        "training": training,
+        "gold_every": gold_every,
+        "repeat_every": repeat_every,
+        "ratings": ratings,
+        "seed": seed,
+    }
     settings = {name: value for name, value in settings.items() if value is not None}
     if guidelines:
-        try:
-            settings["guidelines"] = guidelines.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ConfigError(f"--guidelines {guidelines}: not UTF-8") from None
+        settings["guidelines"] = _read_guidelines(guidelines)
     if settings and not tasks:
         raise ConfigError(f"--{min(settings).replace('_', '-')}: settings are published with tasks; add --tasks FILE")
     labels = _open(store, create=True)
@@ -86,6 +90,13 @@ def serve(
             raise ConfigError(f"--tasks: {store} holds the tasks of the run {name}; name another --store")
         labels.publish(read_tasks(tasks), settings)
     return run(labels, host, port, prefix, proxy, _quality)
+
+
+def _read_guidelines(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--guidelines {path}: not UTF-8") from None
 
 
 def _quality(labels: Any) -> dict[str, Any]:

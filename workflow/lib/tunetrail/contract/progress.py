@@ -124,9 +124,16 @@ class ProgressBar:
         if _file is None:
             return
         row: Progress = {
-            "time": datetime.now().astimezone().isoformat(timespec="seconds"), "label": self.label, "done": self.done,
-            "total": self.total, "unit": self.unit, "rate": rate, "left": left, "values": dict(values), "note": note,
-        }  # fmt: skip
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "label": self.label,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "rate": rate,
+            "left": left,
+            "values": dict(values),
+            "note": note,
+        }
         try:
             with _file.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")

@@ -63,7 +63,12 @@ def multiple_choice(examples: list[Example], neutral: list[int], rng: random.Ran
         choices = [answer, *rng.sample([other for other in answers if other != answer], CHOICES - 1)]
         rng.shuffle(choices)
         rows.append(
-            {"id": str(i), "prompt_ids": prompt, "neutral_ids": neutral, "choices": choices,
-                "answer": choices.index(answer)}
-        )  # fmt: skip
+            {
+                "id": str(i),
+                "prompt_ids": prompt,
+                "neutral_ids": neutral,
+                "choices": choices,
+                "answer": choices.index(answer),
+            }
+        )
     return rows

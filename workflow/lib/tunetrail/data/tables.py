@@ -49,7 +49,13 @@ def prompt_row(row: dict) -> PromptRow | TextRow:
 def comparison_row(row: dict) -> dict[str, Any]:
     """A row of comparisons.jsonl."""
     return {
-        "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
-        "messages": row["messages"], "reference": None,
-        "completions": row["completions"], "finished": [True] * len(row["completions"]), "rankings": row["rankings"],
-    }  # fmt: skip
+        "id": row["id"],
+        "group": row["group"],
+        "split": row["split"],
+        "prompt": row["prompt"],
+        "messages": row["messages"],
+        "reference": None,
+        "completions": row["completions"],
+        "finished": [True] * len(row["completions"]),
+        "rankings": row["rankings"],
+    }

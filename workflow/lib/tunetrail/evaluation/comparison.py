@@ -122,9 +122,7 @@ class Evaluations:
     def preference_shifts(self) -> list[PreferenceShift]:
         """How each training moved the log-probs of chosen and rejected responses, pair by pair."""
         pairs = self.rows("pairs.jsonl")
-        return [
-            self._preference_shift(before, after, pairs) for before, after in self.changes if pairs.get(before)
-        ]  # fmt: skip
+        return [self._preference_shift(before, after, pairs) for before, after in self.changes if pairs.get(before)]
 
     def _preference_shift(self, before: str, after: str, pairs: Rows) -> PreferenceShift:
         rows = [(pairs[before][i], row) for i, row in pairs[after].items()]

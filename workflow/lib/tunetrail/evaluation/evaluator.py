@@ -83,9 +83,13 @@ class Evaluator:
         if self.n > 1:
             bound = best_of_n_kl(self.n)
             return {
-                "mean": bound, "low": 0.0, "high": bound, "n": len(self.prompts), "se": None,
+                "mean": bound,
+                "low": 0.0,
+                "high": bound,
+                "n": len(self.prompts),
+                "se": None,
                 "estimator": "analytic bound",
-            }  # fmt: skip
+            }
         if not samples.kl:
             return None
         error = standard_error(np.array(samples.kl) - np.mean(samples.kl), self.groups[: len(samples.kl)])
@@ -95,10 +99,18 @@ class Evaluator:
         """K responses to each of the first prompts with their gold scores; the greedy ones too, where asked for."""
         config = self.config
         responses = sample(
-            decoding_weights(model, use_bf16(self.precision)), self.prompts[: len(rows)], [row["id"] for row in rows],
-            k=k + greedy, greedy_first=greedy, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            seed=self.seed, batch_size=config.batch_size, eos_id=self.tokenizer.eos_token_id, pad_id=self.pad_id,
-        )  # fmt: skip
+            decoding_weights(model, use_bf16(self.precision)),
+            self.prompts[: len(rows)],
+            [row["id"] for row in rows],
+            k=k + greedy,
+            greedy_first=greedy,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=self.seed,
+            batch_size=config.batch_size,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.pad_id,
+        )
         drawn = self.scored([of_prompt[greedy:] for of_prompt in responses], rows)
         return drawn, self.scored([of_prompt[:1] for of_prompt in responses], rows) if greedy else None
 
@@ -128,9 +140,14 @@ class Evaluator:
         for samples, folder in several:
             model = self.model if folder is None else load_causal_lm(folder).to(device()).eval()
             samples.kl = kl_divergences(
-                model, reference, samples.examples, self.pad_id, self.precision, self.config.temperature,
+                model,
+                reference,
+                samples.examples,
+                self.pad_id,
+                self.precision,
+                self.config.temperature,
                 self.config.batch_tokens,
-            )  # fmt: skip
+            )
 
     def best(self, samples: Samples) -> Samples:
         """The n samples of each prompt reduced to the one that the reward model prefers."""

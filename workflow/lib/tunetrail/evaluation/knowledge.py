@@ -33,8 +33,10 @@ def retention(evaluator: Evaluator) -> Retention | None:
         "choices": {
             "accuracy": accuracy,
             "chance": sum(1 / len(row["choices"]) for row in questions) / len(questions),
-        } if questions else None,
-    }  # fmt: skip
+        }
+        if questions
+        else None,
+    }
 
 
 def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:

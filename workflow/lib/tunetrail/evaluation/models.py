@@ -12,9 +12,12 @@ from tunetrail.models.scoring import map_batches, response_logprobs, sequence_sc
 
 
 def _over(
-    function: Callable[[Batch], torch.Tensor], examples: list[tuple[list[int], list[int]]], pad_id: int, precision: str,
+    function: Callable[[Batch], torch.Tensor],
+    examples: list[tuple[list[int], list[int]]],
+    pad_id: int,
+    precision: str,
     max_tokens: int | None,
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     """`map_batches` of (prompt ids, response ids) in this precision."""
 
     def in_precision(batch: Batch) -> torch.Tensor:

@@ -26,7 +26,12 @@ def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
         ]
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
         rows.append(
-            {"position": now["position"], "token": now["token"], "before": was["prob"], "after": now["prob"],
-                "tokens": tokens}
-        )  # fmt: skip
+            {
+                "position": now["position"],
+                "token": now["token"],
+                "before": was["prob"],
+                "after": now["prob"],
+                "tokens": tokens,
+            }
+        )
     return rows

@@ -84,11 +84,16 @@ def bootstrap_of(
     clusters = bounds(size, lambda counts: counts[:, member]) if size > 1 else np.full_like(rows, None, dtype=object)
     return [
         {
-            "mean": float(mean), "low": float(low), "high": float(high), "n": n,
-            "group_low": g_low, "group_high": g_high, "groups": size,
+            "mean": float(mean),
+            "low": float(low),
+            "high": float(high),
+            "n": n,
+            "group_low": g_low,
+            "group_high": g_high,
+            "groups": size,
         }
         for mean, low, high, g_low, g_high in zip(estimates, *rows, *clusters.tolist(), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def mean_of(values: Sequence[float] | np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

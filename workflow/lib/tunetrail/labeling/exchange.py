@@ -184,9 +184,7 @@ def from_trl(rows: Rows) -> list[Item]:
         if pairs != {(a, b) for a in texts for b in texts if above[a] < above[b]}:
             raise ValueError(f"the pairs of id {name!r} by {labeler} do not form a ranking")
         ranks = dense([above[text] + 1 for text in texts])
-        return {
-            "id": name, "prompt": prompt, "completions": texts, "rankings": [{"labeler": labeler, "ranks": ranks}]
-        }  # fmt: skip
+        return {"id": name, "prompt": prompt, "completions": texts, "rankings": [{"labeler": labeler, "ranks": ranks}]}
 
     list(_each(rows, collect))
     return _joined(_each(((number, key) for key, number in first_line.items()), as_item))

@@ -22,8 +22,13 @@ def rank(rows: list[SampledRow], config: ReferenceLabeler, stage: Stage) -> Labe
         scores = [chrf(completion, reference) for completion in row["completions"]]
         rankings.append(
             simulated_rankings(
-                scores, row["id"], "reference",
-                labelers=config.labelers, noise=config.noise, tie=config.tie, seed=stage.seed,
+                scores,
+                row["id"],
+                "reference",
+                labelers=config.labelers,
+                noise=config.noise,
+                tie=config.tie,
+                seed=stage.seed,
             )
-        )  # fmt: skip
+        )
     return Labels(rankings)

@@ -113,10 +113,15 @@ def rank(rows: list[SampledRow], config: RewardModelLabeler, stage: Stage) -> La
         own = [next(remaining) for _ in row["completions"]]
         rankings.append(
             simulated_rankings(
-                own, row["id"], "reward_model",
-                labelers=config.labelers, noise=config.noise, tie=config.tie, seed=stage.seed,
+                own,
+                row["id"],
+                "reward_model",
+                labelers=config.labelers,
+                noise=config.noise,
+                tie=config.tie,
+                seed=stage.seed,
             )
-        )  # fmt: skip
+        )
     origin = (
         {"path": str(config.path), "digest": sha256_json(list_files(config.path))}
         if config.path

@@ -9,7 +9,7 @@ from tunetrail.stages.registry import STAGES
 
 SLURM = (
     "slurm_account", "slurm_partition", "runtime", "mem_mb", "mem_mb_per_cpu", "gpu", "gpu_model", "gres",
-        "cpus_per_gpu",
+    "cpus_per_gpu",
     "cpus_per_task", "nodes", "tasks", "tasks_per_gpu", "tasks_per_node", "constraint", "qos", "slurm_extra",
 )  # fmt: skip
 """Resources that decide where and with what a job runs."""

@@ -93,12 +93,17 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
     )  # srun does not inherit it
     executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
-        job_name=name, nodes=int(options.pop("nodes", 1)), ntasks_per_node=on_each_node, signal_delay_s=SIGNAL_SECONDS,
-        time=int(resources.get("runtime") or 60), stderr_to_stdout=True, wckey=None,
+        job_name=name,
+        nodes=int(options.pop("nodes", 1)),
+        ntasks_per_node=on_each_node,
+        signal_delay_s=SIGNAL_SECONDS,
+        time=int(resources.get("runtime") or 60),
+        stderr_to_stdout=True,
+        wckey=None,
         srun_args=[*cores, *SRUN],
-        additional_parameters={"requeue": True} | {key: value or True for key,
-            value in options.items() if key != "time"},
-    )  # fmt: skip
+        additional_parameters={"requeue": True}
+        | {key: value or True for key, value in options.items() if key != "time"},
+    )
     return executor
 
 

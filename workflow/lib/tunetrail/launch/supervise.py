@@ -100,12 +100,14 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     before = progress(state)
     sink = log.open("wb") if log else None
     child = subprocess.Popen(
-        command, env=stage_environment(),
-        stdout=subprocess.PIPE if sink else None, stderr=subprocess.STDOUT if sink else None,
+        command,
+        env=stage_environment(),
+        stdout=subprocess.PIPE if sink else None,
+        stderr=subprocess.STDOUT if sink else None,
         # A terminal sends Ctrl-C to all its processes, and the stage shall save first.
         # Slurm may signal all processes of a job: only what is passed on counts.
         preexec_fn=lambda: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGUSR2)],
-    )  # fmt: skip
+    )
 
     def pass_on(signum: int, _: object) -> None:
         child.send_signal(signal.SIGTERM)

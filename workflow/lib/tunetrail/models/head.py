@@ -14,9 +14,13 @@ SCORED_AT_ONCE = 512
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float,
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: torch.Tensor,
+        temperature: float,
         with_entropy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         ctx.dtype, ctx.temperature = torch.get_autocast_dtype(device) if autocast else hidden.dtype, temperature

@@ -186,9 +186,13 @@ def _sample_batch(
     for step in range(max_new_tokens):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         positions = positions + 1
         tokens, chosen = pick(logits, uniforms[running.cpu(), step], temperature)
         ended = tokens == eos_id

@@ -27,7 +27,7 @@ from tunetrail.monitor.site_checks import (
 
 
 def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callable[[Check], None]) -> list[Check]:
-    """Every check in turn, each report as soon as it is known.
+    """Every check in turn, each reported as soon as it is known.
 
     Args:
         with_jobs: also run a small job in each partition.

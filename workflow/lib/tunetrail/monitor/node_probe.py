@@ -58,11 +58,23 @@ def check_node(request: ResourceRequest, folder: Path, wait_seconds: float) -> l
     gres = [f"--gres=gpu{f':{kind}' if kind else ''}:1"] if kind is not None else []
     kept = [f"--{key}={value}" for key, value in request.options.items() if key in ("account", "qos", "constraint")]
     command = [
-        "srun", f"--partition={request.partition}", *kept, *gres, "--nodes=1", "--ntasks=1", "--cpus-per-task=1",
-            "--mem=4000",
-        "--time=10", f"--immediate={wait_seconds:.0f}", "--job-name=tunetrail-doctor", sys.executable, "-c", PROBE,
-            str(folder), request.partition,
-    ]  # fmt: skip
+        "srun",
+        f"--partition={request.partition}",
+        *kept,
+        *gres,
+        "--nodes=1",
+        "--ntasks=1",
+        "--cpus-per-task=1",
+        "--mem=4000",
+        "--time=10",
+        f"--immediate={wait_seconds:.0f}",
+        "--job-name=tunetrail-doctor",
+        sys.executable,
+        "-c",
+        PROBE,
+        str(folder),
+        request.partition,
+    ]
     code, out, said = run(command, wait_seconds + 300)
     line = next((line for line in out.splitlines() if line.startswith("REPORT ")), None)
     if line is None:

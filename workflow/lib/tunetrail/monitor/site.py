@@ -14,7 +14,7 @@ SOUND, FINDING, UNKNOWN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Check:
-    """What one look report."""
+    """The result of one check."""
 
     name: str
     level: int
@@ -73,9 +73,17 @@ def read_sinfo(text: str) -> list[Nodes]:
         name, up, limit, memory, cpus, gres, state, count = line.split("|")
         minutes = parse_time_left(limit)
         found.append(
-            Nodes(name, up == "up", math.inf if minutes is None else minutes, int(memory), int(cpus), read_gres(gres),
-                state, int(count))
-        )  # fmt: skip
+            Nodes(
+                name,
+                up == "up",
+                math.inf if minutes is None else minutes,
+                int(memory),
+                int(cpus),
+                read_gres(gres),
+                state,
+                int(count),
+            )
+        )
     return found
 
 
@@ -108,10 +116,17 @@ def requests(jobs: list[Job]) -> list[ResourceRequest]:
         )
         found.setdefault(
             job.rule,
-            ResourceRequest(job.rule, str(given.get("slurm_partition", "")), float(given.get("runtime") or 0),
-                int(given.get("mem_mb") or 0), cpus, kinds, sbatch_options(given, job.threads),
-                    str(job.resources.get("launcher") or "inline")),
-        )  # fmt: skip
+            ResourceRequest(
+                job.rule,
+                str(given.get("slurm_partition", "")),
+                float(given.get("runtime") or 0),
+                int(given.get("mem_mb") or 0),
+                cpus,
+                kinds,
+                sbatch_options(given, job.threads),
+                str(job.resources.get("launcher") or "inline"),
+            ),
+        )
     if not any(request.partition for request in found.values()):
         raise ConfigError(
             "no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as "

@@ -48,7 +48,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
     """What a rule asks for that no node of its partition has."""
     own, name = [n for n in nodes if n.partition == request.partition], f"rule {request.rule}"
     if not own:
-        return []  # report once, for the partition
+        return []  # reported once, for the partition
     where, found = f"set-resources: {request.rule} of the profile", []
     limit, memory, cpus = max(n.minutes for n in own), max(n.mem_mb for n in own), max(n.cpus for n in own)
     if request.minutes > limit:

@@ -165,10 +165,15 @@ def _stopped(job: Job, attempts: list[dict], folder: Path | None, rerun: str) ->
     if ended is not None and (is_interrupted or not error):
         error = ended["message"] or ended["outcome"]
     return StageStatus(
-        job.name, job.rule, "interrupted" if is_interrupted else "failed", error or "it ended before it began",
-        attempts=len(attempts), slurm_job=attempts[-1].get("job_id") if attempts else None,
-        log=str(log or (folder and folder / "log.txt")), rerun=f"{rerun} -- {job.manifest}",
-    )  # fmt: skip
+        job.name,
+        job.rule,
+        "interrupted" if is_interrupted else "failed",
+        error or "it ended before it began",
+        attempts=len(attempts),
+        slurm_job=attempts[-1].get("job_id") if attempts else None,
+        log=str(log or (folder and folder / "log.txt")),
+        rerun=f"{rerun} -- {job.manifest}",
+    )
 
 
 def _just_started(job: Job, attempts: list[dict]) -> bool:

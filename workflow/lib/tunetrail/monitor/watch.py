@@ -97,7 +97,7 @@ class Watch:
         return [
             replace(job, needed=job.needed and job.name not in made, after=tuple(n for n in job.after if n not in made))
             for job in self.jobs
-        ]  # fmt: skip
+        ]
 
     def look(self) -> list[tuple[StageStatus, Curve]]:
         """Where every stage stands, with its curves."""

@@ -34,10 +34,17 @@ class LocalEngine:
         bf16 = self.accelerator.mixed_precision == "bf16"
         with nullcontext() if self.copies else self.accelerator.autocast():
             return sample(
-                decoding_weights(self.policy, bf16) if self.copies else self.policy, prompts, keys, k=k, seed=seed,
-                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
-                batch_size=max(len(prompts) * k, 1), eos_id=self.eos_id, pad_id=self.pad_id,
-            )  # fmt: skip
+                decoding_weights(self.policy, bf16) if self.copies else self.policy,
+                prompts,
+                keys,
+                k=k,
+                seed=seed,
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                batch_size=max(len(prompts) * k, 1),
+                eos_id=self.eos_id,
+                pad_id=self.pad_id,
+            )
 
 
 class VllmEngine:
@@ -59,11 +66,16 @@ class VllmEngine:
             from trl.generation.vllm_generation import VLLMGeneration  # only here: it imports vLLM where it is
 
             self.generation = VLLMGeneration(
-                policy, accelerator, tokenizer, mode="server" if server else "colocate", server_base_url=server,
-                gpu_memory_utilization=config.vllm.gpu_memory, temperature=config.temperature,
+                policy,
+                accelerator,
+                tokenizer,
+                mode="server" if server else "colocate",
+                server_base_url=server,
+                gpu_memory_utilization=config.vllm.gpu_memory,
+                temperature=config.temperature,
                 max_completion_length=config.max_new_tokens,
                 generation_kwargs={"stop_token_ids": [tokenizer.eos_token_id], "ignore_eos": True},  # no other end
-            )  # fmt: skip
+            )
         except ImportError as error:
             raise ConfigError(
                 f"ppo: vllm is set but cannot be imported ({error}); pip install vllm, or set vllm to null"

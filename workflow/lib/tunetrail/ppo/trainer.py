@@ -184,11 +184,15 @@ class PPOTrainer:
         """[N]: the scores as the config shapes them."""
         config = self.config
         return shaped_scores(
-            rollout.scores, rollout.lengths, rollout.finished, normalise=config.normalize_scores,
+            rollout.scores,
+            rollout.lengths,
+            rollout.finished,
+            normalise=config.normalize_scores,
             clip=config.score_clip,
-            missing_eos_score=config.missing_eos_score, missing_eos_penalty=config.missing_eos_penalty,
+            missing_eos_score=config.missing_eos_score,
+            missing_eos_penalty=config.missing_eos_penalty,
             length_penalty=config.length_penalty,
-        )  # fmt: skip
+        )
 
     def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """(advantages, returns), both [N, R]; whitened for GAE, one value per episode for RLOO and GRPO."""

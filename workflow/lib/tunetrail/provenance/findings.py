@@ -114,6 +114,7 @@ class VerifyResult:
     def withdraw(self, name: str, artifact: Node, start: str) -> None:
         """Removes a finding about an artifact whose message begins like this."""
         self.findings = [
-            f for f in self.findings
+            f
+            for f in self.findings
             if not (f.name == name and f.artifact == printable(artifact.name) and f.message.startswith(start))
-        ]  # fmt: skip
+        ]

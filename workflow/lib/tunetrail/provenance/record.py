@@ -59,9 +59,13 @@ def labels_dependency(path: Path, rows: Sequence[Mapping[str, Any]], source: dic
     if chain["chain_head"] is None:
         chain["reason"] = "these labels were not collected by the ranking page, which keeps a chain of events"
     return dependency(
-        "labels", path.name, sha256_file(path), rankings=len(rankings),
-        labelers=sorted({ranking["labeler"] for ranking in rankings}), **(source | chain),
-    )  # fmt: skip
+        "labels",
+        path.name,
+        sha256_file(path),
+        rankings=len(rankings),
+        labelers=sorted({ranking["labeler"] for ranking in rankings}),
+        **(source | chain),
+    )
 
 
 def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:

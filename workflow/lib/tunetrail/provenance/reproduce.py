@@ -45,9 +45,18 @@ def command(node: Node, scratch: Path) -> list[str]:
     config.write_bytes(canonical(_as_given(record.config_file)))
     part = [] if record.part == "0/1" else ["--part", record.part]
     return [
-        sys.executable, "-m", f"tunetrail.stages.{record.stage}", "--config", str(config), *inputs, *part,
-        "--output", str(scratch / "out" / MANIFEST), "--state", str(scratch / "state"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        f"tunetrail.stages.{record.stage}",
+        "--config",
+        str(config),
+        *inputs,
+        *part,
+        "--output",
+        str(scratch / "out" / MANIFEST),
+        "--state",
+        str(scratch / "state"),
+    ]
 
 
 def _as_given(config: dict) -> dict:
@@ -69,11 +78,9 @@ def compare(original: Path, again: Path, tolerance: float) -> Reproduction:
     names = [sorted(m["path"] for m in manifest["files"]) for manifest in manifests]
     digests = [{(t["file"], t["name"]): t["sha256"] for t in m.get("tensors", [])} for m in manifests]
     details: dict[str, Any] = {
-        "files that differ": sorted(
-            f["path"] for f in manifests[0]["files"] if f not in manifests[1]["files"]
-        ),
+        "files that differ": sorted(f["path"] for f in manifests[0]["files"] if f not in manifests[1]["files"]),
         "tensors that differ": len(weights["different"]),
-    }  # fmt: skip
+    }
     if digests[0] and digests[0] == digests[1]:
         return Reproduction(TIERS[1], again, details)
     if not digests[0]:

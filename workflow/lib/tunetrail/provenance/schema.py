@@ -1,4 +1,4 @@
-"""The rows of manifests, records and ledgers. Each is JSON on disk as it stands here."""
+"""The rows of manifests, records and ledgers. On disk each is JSON of exactly this shape."""
 
 from pathlib import Path
 from typing import Any, Literal, TypedDict

@@ -23,9 +23,15 @@ Chart = Any  # Altair's kinds of charts share no base class with what is used he
 
 # Okabe and Ito's palette, told apart with any colour vision; page.css has the same with lighter twins for dark mode.
 COLOURS = {
-    "base": "#7a828a", "sft": "#22272b",
-    "p0": "#0072b2", "p1": "#d55e00", "p2": "#009e73", "p3": "#cc79a7", "p4": "#e69f00", "p5": "#56b4e9",
-}  # fmt: skip
+    "base": "#7a828a",
+    "sft": "#22272b",
+    "p0": "#0072b2",
+    "p1": "#d55e00",
+    "p2": "#009e73",
+    "p3": "#cc79a7",
+    "p4": "#e69f00",
+    "p5": "#56b4e9",
+}
 INK, MUTED, LINE, PAPER, SHADE = "#22272b", "#66707a", "#dfe3e7", "#ffffff", "#e69f00"
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 PLOT = {False: 500, True: 140}
@@ -38,12 +44,20 @@ CONFIG = {
     "padding": {"left": 10, "top": 4, "right": 36, "bottom": 4},  # a browser without these fonts sets wider letters
     "view": {"stroke": None},
     "axis": {
-        "domain": False, "ticks": False, "gridColor": LINE, "labelColor": MUTED, "titleColor": MUTED,
-            "labelFontSize": 11,
-        "titleFontSize": 11, "titleFontWeight": "normal", "labelPadding": 6, "labelFlush": False, "titlePadding": 8,
+        "domain": False,
+        "ticks": False,
+        "gridColor": LINE,
+        "labelColor": MUTED,
+        "titleColor": MUTED,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "labelPadding": 6,
+        "labelFlush": False,
+        "titlePadding": 8,
     },
     "title": {"color": INK, "fontSize": 11, "fontWeight": "bold", "anchor": "start", "offset": 8},
-}  # fmt: skip
+}
 
 
 def svg(spec: Spec | None) -> str:

@@ -17,8 +17,17 @@ from tunetrail.provenance.record import Record, read_record
 from tunetrail.provenance.verify import Verifier
 
 ORDER = (
-    "base", "data", "sft", "completions", "tasks", "comparisons", "reward", "policy", "evaluation", "head_to_head",
-)  # fmt: skip
+    "base",
+    "data",
+    "sft",
+    "completions",
+    "tasks",
+    "comparisons",
+    "reward",
+    "policy",
+    "evaluation",
+    "head_to_head",
+)
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("reference", "reward_model", "llm")
 CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved")

@@ -35,21 +35,30 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
             kls, scores = (_means([row[name] for row in points]) for name in ("kl", key))
             rows += [
                 {
-                    "step": row["step"], "kl": max(0.0, kl), "score": score, "line": model.name,
-                        "colour": COLOURS[model.series],
+                    "step": row["step"],
+                    "kl": max(0.0, kl),
+                    "score": score,
+                    "line": model.name,
+                    "colour": COLOURS[model.series],
                     "tip": f"{model.name}, step {row['step']}: score {score:.4g}, KL {kl:.3g}",
                 }
                 for row, kl, score in _thinned(list(zip(points, kls, scores, strict=True)))
-            ]  # fmt: skip
+            ]
         if not rows:
             continue
         few = len(rows) <= 24
         base = alt.Chart(inline_data(rows)).encode(
-            x=alt.X("kl:Q", scale=alt.Scale(type="sqrt", nice=False, padding=8),
-                axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats per episode (√ scale)", tickCount=5)),
+            x=alt.X(
+                "kl:Q",
+                scale=alt.Scale(type="sqrt", nice=False, padding=8),
+                axis=alt.Axis(title=f"KL to {reference_of(runs)}, nats per episode (√ scale)", tickCount=5),
+            ),
             y=alt.Y("score:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5)),
-            color=own_colour(), detail="line:N", order="step:Q", description="tip:N",
-        )  # fmt: skip
+            color=own_colour(),
+            detail="line:N",
+            order="step:Q",
+            description="tip:N",
+        )
         layers = [
             base.mark_line(strokeWidth=1.5, opacity=0.6),
             base.mark_point(filled=True, opacity=1, size=40 if few else 10),
@@ -113,12 +122,16 @@ def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...
         for i, ((step, value), mean) in enumerate(thinned):
             rows.append(
                 {
-                    "step": step, "value": value, "mean": mean, "colour": colour, "line": f"{name} {key}",
-                        "dashed": dashed,
-                    "handle": i % math.ceil(len(thinned) / HANDLES) == 0, "tip": f"{name}, step {step}: "
-                        f"{key.rpartition('/')[2]} {value:.4g}",
+                    "step": step,
+                    "value": value,
+                    "mean": mean,
+                    "colour": colour,
+                    "line": f"{name} {key}",
+                    "dashed": dashed,
+                    "handle": i % math.ceil(len(thinned) / HANDLES) == 0,
+                    "tip": f"{name}, step {step}: {key.rpartition('/')[2]} {value:.4g}",
                 }
-            )  # fmt: skip
+            )
     return rows
 
 

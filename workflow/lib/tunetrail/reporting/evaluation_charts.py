@@ -126,26 +126,39 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
             points = [p for p in found if p["kl"] and p[key]]
             rows += [
                 {
-                    "line": name, "order": p["step"], "colour": COLOURS[series[name]], "shape": "circle",
-                        "chosen": p["chosen"],
-                    "label": wrap(name) if p["chosen"] else "", "kl": max(0, p["kl"]["mean"]), "kl_low": max(0,
-                        p["kl"]["low"]),
-                    "kl_high": p["kl"]["high"], "mean": p[key]["mean"], "low": p[key]["low"], "high": p[key]["high"],
+                    "line": name,
+                    "order": p["step"],
+                    "colour": COLOURS[series[name]],
+                    "shape": "circle",
+                    "chosen": p["chosen"],
+                    "label": wrap(name) if p["chosen"] else "",
+                    "kl": max(0, p["kl"]["mean"]),
+                    "kl_low": max(0, p["kl"]["low"]),
+                    "kl_high": p["kl"]["high"],
+                    "mean": p[key]["mean"],
+                    "low": p[key]["low"],
+                    "high": p[key]["high"],
                 }
                 for p in points
-            ]  # fmt: skip
+            ]
         if not rows:
             continue
         for p in (yardstick or {}).get("points", []):
             if p[key]:
                 rows.append(
                     {
-                        "line": "best of n", "order": p["n"], "colour": MUTED, "shape": "diamond", "chosen": False,
-                            "label": f"n={p['n']}",
-                        "kl": p["kl_bound"], "kl_low": p["kl_bound"], "kl_high": p["kl_bound"],
-                            **{end: p[key][end] for end in ("mean", "low", "high")},
+                        "line": "best of n",
+                        "order": p["n"],
+                        "colour": MUTED,
+                        "shape": "diamond",
+                        "chosen": False,
+                        "label": f"n={p['n']}",
+                        "kl": p["kl_bound"],
+                        "kl_low": p["kl_bound"],
+                        "kl_high": p["kl_bound"],
+                        **{end: p[key][end] for end in ("mean", "low", "high")},
                     }
-                )  # fmt: skip
+                )
         panels.append(
             alt.layer(*_frontier_layers(rows, reference), panel_title(title)).properties(
                 width=270 if narrow else 310, height=240
@@ -165,19 +178,26 @@ def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(title=None, tickCount=5))
     chosen, labelled = alt.datum.chosen, alt.datum.label != ""
     return [
-        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=own_colour(), detail="line:N",
-        order="order:Q"),
-        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=x, y=alt.Y("low:Q"),
-        y2="high:Q", color=own_colour()),
-        base.transform_filter(chosen).mark_rule(strokeWidth=1.5, opacity=0.75).encode(x=alt.X("kl_low:Q"),
-        x2="kl_high:Q", y=y, color=own_colour()),
-        base.mark_point(filled=True, opacity=1).encode(
-            x=x, y=y, color=own_colour(), shape=alt.Shape("shape:N", scale=None), size=alt.condition(chosen,
-                alt.value(110), alt.value(35)),
+        base.mark_line(strokeWidth=1.5, opacity=0.6).encode(
+            x=x, y=y, color=own_colour(), detail="line:N", order="order:Q"
         ),
-        base.transform_filter(labelled).mark_text(align="left", dx=8, dy=-9, fontSize=11, lineBreak="\n").encode(x=x,
-        y=y, text="label:N", color=own_colour()),
-    ]  # fmt: skip
+        base.transform_filter(chosen)
+        .mark_rule(strokeWidth=1.5, opacity=0.75)
+        .encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=own_colour()),
+        base.transform_filter(chosen)
+        .mark_rule(strokeWidth=1.5, opacity=0.75)
+        .encode(x=alt.X("kl_low:Q"), x2="kl_high:Q", y=y, color=own_colour()),
+        base.mark_point(filled=True, opacity=1).encode(
+            x=x,
+            y=y,
+            color=own_colour(),
+            shape=alt.Shape("shape:N", scale=None),
+            size=alt.condition(chosen, alt.value(110), alt.value(35)),
+        ),
+        base.transform_filter(labelled)
+        .mark_text(align="left", dx=8, dy=-9, fontSize=11, lineBreak="\n")
+        .encode(x=x, y=y, text="label:N", color=own_colour()),
+    ]
 
 
 # ----------------------------------------------------------------------------- what was forgotten, what moved
@@ -232,22 +252,35 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
         tokens = sorted(position["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:top]
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
         rows = [
-            {"place": i, "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}",
-                "when": when, "prob": t[when]}
+            {
+                "place": i,
+                "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}",
+                "when": when,
+                "prob": t[when],
+            }
             for i, t in enumerate(tokens)
             for when in ("before", "after")
             if t[when] is not None
-        ]  # fmt: skip
+        ]
         labels = {row["place"]: row["token"] for row in rows}
         expression = f"{json.dumps(list(labels.values()))}[datum.value]"
         axis = alt.Axis(title=None, grid=False, labelExpr=expression, labelFontSize=10, labelColor=INK, labelLimit=80)
-        chart = alt.Chart(inline_data(rows)).mark_bar(height=5).encode(
-            y=alt.Y("place:O", axis=axis),
-            yOffset=alt.YOffset("when:N", sort=["before", "after"]),
-            x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1],
-                labels=place >= len(positions) - across)),
-            color=alt.Color("when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])),
-        )  # fmt: skip
+        chart = (
+            alt.Chart(inline_data(rows))
+            .mark_bar(height=5)
+            .encode(
+                y=alt.Y("place:O", axis=axis),
+                yOffset=alt.YOffset("when:N", sort=["before", "after"]),
+                x=alt.X(
+                    "prob:Q",
+                    scale=alt.Scale(domain=[0, 1]),
+                    axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1], labels=place >= len(positions) - across),
+                ),
+                color=alt.Color(
+                    "when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])
+                ),
+            )
+        )
         title = f"{position['position']}. {visible(position['token'])}"
         panels.append(
             alt.layer(chart, panel_title(title, 10)).properties(width=200 if narrow else 92, height=alt.Step(8))
@@ -299,13 +332,20 @@ def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
     y = alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(title=None, **axis))
     diagonal = alt.Chart(inline_data([{"at": low}, {"at": 1}])).mark_line(color=MUTED, strokeDash=[4, 3], strokeWidth=1)
     size = alt.Size("n:Q", scale=alt.Scale(domainMin=0, range=[15, 260]), legend=None)
-    return grid([[alt.layer(
-        diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
-        base.mark_rule(color=COLOURS["p0"], strokeWidth=2, opacity=0.6).encode(x=x, y=alt.Y("accuracy_low:Q",
-        scale=scale), y2="accuracy_high:Q"),
-        base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=size),
-        panel_title(f"How often it is right; calibration error {number(metrics['ece'], 3)}"),
-    ).properties(width=240 if narrow else 300, height=240)]])  # fmt: skip
+    return grid(
+        [
+            [
+                alt.layer(
+                    diagonal.encode(x=alt.X("at:Q", scale=scale), y=alt.Y("at:Q", scale=scale)),
+                    base.mark_rule(color=COLOURS["p0"], strokeWidth=2, opacity=0.6).encode(
+                        x=x, y=alt.Y("accuracy_low:Q", scale=scale), y2="accuracy_high:Q"
+                    ),
+                    base.mark_point(color=COLOURS["p0"], filled=True, opacity=1).encode(x=x, y=y, size=size),
+                    panel_title(f"How often it is right; calibration error {number(metrics['ece'], 3)}"),
+                ).properties(width=240 if narrow else 300, height=240)
+            ]
+        ]
+    )
 
 
 def contamination(card: dict | None, narrow: bool) -> Spec | None:
@@ -315,10 +355,23 @@ def contamination(card: dict | None, narrow: bool) -> Spec | None:
         return None
     edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
     rows = [{"low": a, "high": b, "prompts": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    bars = alt.Chart(inline_data(rows)).mark_bar(color=COLOURS["p0"]).encode(
-        x=alt.X("low:Q", bin="binned", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share of a prompt's "
-            f"{found['words']}-word sequences in training texts", format="%", tickCount=5)),
-        x2="high:Q", y=alt.Y("prompts:Q", axis=alt.Axis(title="prompts", tickCount=4, format="d")),
-    )  # fmt: skip
+    bars = (
+        alt.Chart(inline_data(rows))
+        .mark_bar(color=COLOURS["p0"])
+        .encode(
+            x=alt.X(
+                "low:Q",
+                bin="binned",
+                scale=alt.Scale(domain=[0, 1]),
+                axis=alt.Axis(
+                    title=f"share of a prompt's {found['words']}-word sequences in training texts",
+                    format="%",
+                    tickCount=5,
+                ),
+            ),
+            x2="high:Q",
+            y=alt.Y("prompts:Q", axis=alt.Axis(title="prompts", tickCount=4, format="d")),
+        )
+    )
     limit = alt.Chart(inline_data([{"at": found["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="at:Q")
     return grid([[alt.layer(bars, limit).properties(width=240 if narrow else 420, height=120)]])

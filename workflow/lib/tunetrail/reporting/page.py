@@ -343,4 +343,4 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
         ppo_learners=sources(runs, lambda role: role in ppo),
         trained=sources(runs, lambda role: role in ("sft", "reward") or role.startswith("policy.")),
         sources=lambda *starts: sources(runs, lambda role: role.partition(".")[0] in starts),
-    )  # fmt: skip
+    )

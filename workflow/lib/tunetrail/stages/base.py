@@ -101,18 +101,24 @@ def origin(source: BaseModelConfig) -> Dependency:
     match source:
         case PypiModel():
             return dependency(
-                "base", f"{source.package}=={source.version}", source.sha256,
-                    f"pkg:pypi/{source.package}@{source.version}",
+                "base",
+                f"{source.package}=={source.version}",
+                source.sha256,
+                f"pkg:pypi/{source.package}@{source.version}",
                 licence=source.licence,
-            )  # fmt: skip
+            )
         case RandomModel():
             return dependency("base", "random weights", reason="drawn from the seed", licence=source.licence)
         case HubModel():
             return dependency(
-                "base", source.repo, uri=f"pkg:huggingface/{source.repo}@{source.revision}", licence=source.licence,
-                revision=source.revision, commit=resolved_revision(source.repo, source.revision),
+                "base",
+                source.repo,
+                uri=f"pkg:huggingface/{source.repo}@{source.revision}",
+                licence=source.licence,
+                revision=source.revision,
+                commit=resolved_revision(source.repo, source.revision),
                 reason="the manifest has the digests of what was downloaded",
-            )  # fmt: skip
+            )
     files = {os.path.relpath(source.path / f["path"]): f["sha256"] for f in list_files(source.path)}
     return dependency("base", os.path.relpath(source.path), sha256_json(files), licence=source.licence, files=files)
 

@@ -7,6 +7,7 @@ dropped. Every finished batch is kept in the state folder, so a killed shard los
 """
 
 import sys
+from typing import Any
 
 from tunetrail.config.comparisons import CompletionsConfig
 from tunetrail.contract.progress import ProgressBar
@@ -16,6 +17,7 @@ from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.preferences.rows import SampledRow
 from tunetrail.stages.registry import start
 
 
@@ -31,6 +33,22 @@ def unique_completions(texts: list[str], finished: list[bool]) -> tuple[list[str
         if text.strip():
             first.setdefault(text.strip(), ended)
     return list(first), list(first.values())
+
+
+def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> SampledRow:
+    """What is kept of a prompt: its completions as text, and whether each ended by itself."""
+    ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
+    texts, finished = unique_completions(tokenizer.batch_decode(completions, skip_special_tokens=True), ended)
+    return {
+        "id": row["id"],
+        "group": row["group"],
+        "split": row["split"],
+        "prompt": row["prompt"],
+        "messages": row["messages"],
+        "reference": row["completion"],
+        "completions": texts,
+        "finished": finished,
+    }
 
 
 def run(stage: Stage) -> dict:
@@ -58,22 +76,20 @@ def run(stage: Stage) -> dict:
     with ProgressBar("completions", len(mine), "prompts", done=len(mine) - left) as bar, done_file.open("a") as out:
         for rows in todo:
             sampled = sample(
-                model, [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
-                k=config.per_prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=stage.seed, batch_size=config.batch_size, eos_id=tokenizer.eos_token_id,
-                    pad_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+                model,
+                [encode(tokenizer, row["prompt"]) for row in rows],
+                [row["id"] for row in rows],
+                k=config.per_prompt,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                seed=stage.seed,
+                batch_size=config.batch_size,
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+            )
             stage.attempt.check_leases()
             for row, completions in zip(rows, sampled, strict=True):
-                ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
-                texts, finished = unique_completions(
-                    tokenizer.batch_decode(completions, skip_special_tokens=True), ended
-                )
-                done[row["id"]] = {
-                    "id": row["id"], "group": row["group"], "split": row["split"], "prompt": row["prompt"],
-                    "messages": row["messages"],
-                    "reference": row["completion"], "completions": texts, "finished": finished,
-                }  # fmt: skip
+                done[row["id"]] = sampled_row(row, completions, tokenizer)
                 out.write(canonical_json(done[row["id"]]) + "\n")
             out.flush()
             bar.advance(len(rows))

@@ -154,9 +154,11 @@ def run(stage: Stage) -> dict[str, Any]:
     unique = without_leaks(rows, config)
     clean, contaminated = without_contamination(unique, config)
     dropped = Counter(
-        too_long=len(read) - len(rows), duplicates=len(rows) - len(unique), contaminated=len(unique) - len(clean),
+        too_long=len(read) - len(rows),
+        duplicates=len(rows) - len(unique),
+        contaminated=len(unique) - len(clean),
         over_limit=0,
-    )  # fmt: skip
+    )
     kept = merged(clean)
     preference_rows = sum(row["kind"] == "preferences" for row in kept)
 

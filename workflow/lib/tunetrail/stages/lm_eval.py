@@ -76,18 +76,26 @@ def run(stage: Stage) -> dict:
     seed = stage.seed % 2**32
     results = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=config.batch_size),
-        tasks=config.tasks, task_manager=tasks, num_fewshot=config.few_shot, limit=config.limit,
-        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-        log_samples=False, bootstrap_iters=1000,
-    )  # fmt: skip
+        tasks=config.tasks,
+        task_manager=tasks,
+        num_fewshot=config.few_shot,
+        limit=config.limit,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
     if config.include_path is not None:
         files = {str(path): sha256_file(path) for path in config.own_files()}
         stage.draft.dependencies.append(dependency("tasks", str(config.include_path), sha256_json(files), files=files))
     released = version("lm_eval")
     stage.draft.dependencies.append(
-        dependency("evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}",
-            reason="installed beside the lock")
-    )  # fmt: skip
+        dependency(
+            "evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}", reason="installed beside the lock"
+        )
+    )
     return {"subject": stage.shared["subject"], "version": released, "tasks": table(results)}
 
 

@@ -84,11 +84,19 @@ def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> t
     counts = trained_parameters(policy)
     engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
     trainer = PPOTrainer(
-        config, policy, load_reward_model(stage.inputs["reward"].folder / "model"),
-        [encode(tokenizer, row["prompt"]) for row in rows], [row["id"] for row in rows],
-        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, seed=stage.seed, accelerator=accelerator,
-        demonstrations=demonstrations, engine=engine, gold=gold_scorer(config, rows, tokenizer),
-    )  # fmt: skip
+        config,
+        policy,
+        load_reward_model(stage.inputs["reward"].folder / "model"),
+        [encode(tokenizer, row["prompt"]) for row in rows],
+        [row["id"] for row in rows],
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        seed=stage.seed,
+        accelerator=accelerator,
+        demonstrations=demonstrations,
+        engine=engine,
+        gold=gold_scorer(config, rows, tokenizer),
+    )
     if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)
     return trainer, counts

@@ -56,10 +56,18 @@ def from_questions(stage: Stage, config: RetentionConfig, model: Any, tokenizer:
     questions = multiple_choice(list(zip(prompts, written, strict=True)), encode(tokenizer, neutral), rng)
     with ProgressBar("retention", len(prompts), "questions") as bar:
         answers = sample(
-            decoding_weights(model, use_bf16(stage.shared["precision"])), prompts, asked,
-            k=1, max_new_tokens=config.max_new_tokens, temperature=0, seed=stage.seed, batch_size=config.batch_size,
-            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, on_batch=bar.advance,
-        )  # fmt: skip
+            decoding_weights(model, use_bf16(stage.shared["precision"])),
+            prompts,
+            asked,
+            k=1,
+            max_new_tokens=config.max_new_tokens,
+            temperature=0,
+            seed=stage.seed,
+            batch_size=config.batch_size,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            on_batch=bar.advance,
+        )
     # The ids as they were sampled: decoding and encoding again may give others.
     examples = [(prompt, answer) for prompt, (answer,) in zip(prompts, answers, strict=True)]
     texts = [

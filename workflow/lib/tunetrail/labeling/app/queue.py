@@ -220,11 +220,19 @@ def _finish(
         return [values[shown.index(i)] for i in range(len(shown))] if values else values
 
     content = {
-        "task": task["id"], "task_digest": row.task, "task_kind": task["kind"], "purpose": row.purpose, "shown": shown,
-        "ranks": in_task_order(answer.ranks), "ratings": in_task_order(answer.ratings),
-        "flags": in_task_order(answer.flags), "all_bad": answer.all_bad, "comment": answer.comment, "text": answer.text,
+        "task": task["id"],
+        "task_digest": row.task,
+        "task_kind": task["kind"],
+        "purpose": row.purpose,
+        "shown": shown,
+        "ranks": in_task_order(answer.ranks),
+        "ratings": in_task_order(answer.ratings),
+        "flags": in_task_order(answer.flags),
+        "all_bad": answer.all_bad,
+        "comment": answer.comment,
+        "text": answer.text,
         "skipped": skipped,
-    }  # fmt: skip
+    }
     if row.state in ("answered", "skipped"):
         stored = _event_content(connection, row.event)
         if stored | content == stored:

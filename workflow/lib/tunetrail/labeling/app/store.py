@@ -106,8 +106,19 @@ class Progress(TypedDict):
 
 
 _COPIED = (
-    "task", "labeler", "ranks", "ratings", "flags", "all_bad", "comment", "text", "shown", "seconds", "skipped", "at"
-)  # fmt: skip
+    "task",
+    "labeler",
+    "ranks",
+    "ratings",
+    "flags",
+    "all_bad",
+    "comment",
+    "text",
+    "shown",
+    "seconds",
+    "skipped",
+    "at",
+)
 """What a label takes over from its event."""
 
 

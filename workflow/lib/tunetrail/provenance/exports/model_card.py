@@ -68,11 +68,19 @@ def export(folder: Path) -> str:
         eval_results=[
             EvalResult("text-generation", metric_type=k, metric_name=k, metric_value=round(v["mean"], 4), **held_out)
             for k, v in measured.items()
-        ] or None,
-    )  # fmt: skip
+        ]
+        or None,
+    )
     tensors = len(read_manifest(folder / MANIFEST).get("tensors", []))
     card = ModelCard.from_template(
-        data, str(TEMPLATE), node=node, record=record_of(node), base=base, ancestors=ancestors(node), sources=sources,
-        results=measured, tensors=tensors,
-    )  # fmt: skip
+        data,
+        str(TEMPLATE),
+        node=node,
+        record=record_of(node),
+        base=base,
+        ancestors=ancestors(node),
+        sources=sources,
+        results=measured,
+        tensors=tensors,
+    )
     return f"{card}\n"

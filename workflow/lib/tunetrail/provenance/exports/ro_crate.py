@@ -25,17 +25,33 @@ def export(folder: Path) -> str:
     by_folder = {}
     for n in nodes:
         record = record_of(n)
-        entity = crate.add(ContextEntity(crate, f"#{n.identity}", {
-            "@type": "CreativeWork", "name": n.name, "identifier": f"sha256:{n.identity}",
-            "description": f"made by the stage {record.stage}",
-        }))  # fmt: skip
+        entity = crate.add(
+            ContextEntity(
+                crate,
+                f"#{n.identity}",
+                {
+                    "@type": "CreativeWork",
+                    "name": n.name,
+                    "identifier": f"sha256:{n.identity}",
+                    "description": f"made by the stage {record.stage}",
+                },
+            )
+        )
         by_folder[n.folder] = entity
     for n in nodes:
         record = record_of(n)
-        action = crate.add(ContextEntity(crate, f"#run-{record.digest}", {
-            "@type": "CreateAction", "name": f"{record.stage} {record.part}", "startTime": record.started,
-            "endTime": record.finished,
-        }))  # fmt: skip
+        action = crate.add(
+            ContextEntity(
+                crate,
+                f"#run-{record.digest}",
+                {
+                    "@type": "CreateAction",
+                    "name": f"{record.stage} {record.part}",
+                    "startTime": record.started,
+                    "endTime": record.finished,
+                },
+            )
+        )
         action["result"] = by_folder[n.folder]
         action["agent"] = author
         inputs = [by_folder[parent.folder] for _, parent in sorted(n.parents.items()) if parent]

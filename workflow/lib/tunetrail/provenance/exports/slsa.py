@@ -8,5 +8,5 @@ from tunetrail.provenance.manifest import PROVENANCE, SIGNATURE
 
 def export(folder: Path) -> str:
     path = folder / (SIGNATURE if (folder / SIGNATURE).exists() else PROVENANCE)
-    lineage_of(folder)
+    lineage_of(folder)  # raises where the folder is no artifact, or an ancestor is missing
     return path.read_text() + "\n"

@@ -40,11 +40,17 @@ class Document:
     def artifact(self, node: Node) -> Any:
         data, finished, purpose = is_data(node), time_of(record_of(node).finished), model.software_SoftwarePurpose
         return self.package(
-            node.identity, data, node.identity, name=node.name, software_packageVersion=node.identity[:16],
-            software_downloadLocation=f"{NAMESPACE}{node.identity}", releaseTime=finished, builtTime=finished,
+            node.identity,
+            data,
+            node.identity,
+            name=node.name,
+            software_packageVersion=node.identity[:16],
+            software_downloadLocation=f"{NAMESPACE}{node.identity}",
+            releaseTime=finished,
+            builtTime=finished,
             software_primaryPurpose=purpose.data if data else purpose.model,
             **({"originatedBy": [self.agent]} if data else {"suppliedBy": self.agent}),
-        )  # fmt: skip
+        )
 
     def outside(self, role: str, d: Dependency) -> Any:
         """Data or a base model from outside the run."""
