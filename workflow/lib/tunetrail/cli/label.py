@@ -67,16 +67,9 @@ def serve(
     from tunetrail.labeling.tasks import read_tasks
 
     settings: dict[str, Any] = {
-        "overlap": overlap,
-        "per_labeler": per_labeler,
-        "lease_minutes": lease_minutes,
-        "skips": skips,
-        "training": training,
-        "gold_every": gold_every,
-        "repeat_every": repeat_every,
-        "ratings": ratings,
-        "seed": seed,
-    }
+        "overlap": overlap, "per_labeler": per_labeler, "lease_minutes": lease_minutes, "skips": skips,
+        "training": training, "gold_every": gold_every, "repeat_every": repeat_every, "ratings": ratings, "seed": seed,
+    }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     if guidelines:
         settings["guidelines"] = _read_guidelines(guidelines)
