@@ -25,6 +25,7 @@ TEST = [
     "pytest-xdist",
     "roc-validator",
     "ruff",
+    "setproctitle",
     "snakefmt",
     "types-PyYAML",
     "types-jsonschema",

@@ -5,10 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from .stage_server import StageServer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -17,8 +20,12 @@ SHARED = ROOT.parent / "shared/data"
 class Project:
     """A checkout with its own results, state and Snakemake metadata."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, path: str = str(Path(sys.executable).parent)):
+        """
+        Args:
+            path: where `python` is, which stages are run with.
+        """
+        self.folder, self.path = folder, path
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -30,9 +37,9 @@ class Project:
     def snakemake(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> subprocess.CompletedProcess:
         chosen = ["--configfile", config] if config else []
         command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = {"PATH": f"{self.path}{os.pathsep}{os.environ['PATH']}"}
         return subprocess.run(
-            command, cwd=self.folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+            command, cwd=self.folder, env=os.environ | path, capture_output=True, text=True, check=False
         )
 
     def run(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> str:
@@ -45,6 +52,11 @@ class Project:
         output = self.run("--dry-run", config=config)
         table = output[output.index("Job stats") :] if "Job stats" in output else ""
         return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if rule != "total"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first."""
+    items.sort(key=lambda item: "test_whole_run" not in item.nodeid)
 
 
 class Together(LoadScopeScheduling):
@@ -60,13 +72,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Together:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory) -> Project:
+def stage_server(tmp_path_factory) -> Iterator[StageServer]:
+    server = StageServer(tmp_path_factory.mktemp("stages"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(stage_server, tmp_path_factory) -> Project:
     """The tiny random model through every rule."""
-    project = Project(tmp_path_factory.mktemp("tiny"))
+    project = Project(tmp_path_factory.mktemp("tiny"), stage_server.path)
     project.run()
     return project
 
 
 @pytest.fixture
-def project(tmp_path) -> Project:
+def project(stage_server, tmp_path) -> Project:
+    return Project(tmp_path, stage_server.path)
+
+
+@pytest.fixture
+def edited_project(tmp_path) -> Project:
+    """One whose library a test changes: its stages import it anew."""
     return Project(tmp_path)

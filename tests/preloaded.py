@@ -1,4 +1,4 @@
-"""What the children of `tests.killed` have in common: their forkserver imports it once, and they are forked from it."""
+"""What stages import. The servers of `tests.killed` and `tests.stage_server` import it once and fork their children."""
 
 import gc
 
@@ -7,11 +7,20 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import tests.killed  # noqa: F401
+import tunetrail.stages.base
+import tunetrail.stages.best_of_n
+import tunetrail.stages.comparisons
 import tunetrail.stages.completions
+import tunetrail.stages.data
 import tunetrail.stages.dpo
+import tunetrail.stages.evaluation
+import tunetrail.stages.head_to_head
 import tunetrail.stages.ppo
+import tunetrail.stages.report
+import tunetrail.stages.retention
 import tunetrail.stages.reward
-import tunetrail.stages.sft  # noqa: F401
+import tunetrail.stages.sft
+import tunetrail.stages.tasks  # noqa: F401
 from tunetrail.provenance.environment import code_state, packages
 
 get_checkpoint_conversion_mapping("llama")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tunetrail.provenance.record import Record, read_record
 
@@ -36,10 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
+def cluster(stage_server, tmp_path_factory) -> Iterator[Cluster]:
     assert not (reason := hindrance()), reason
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")  # each has a cluster of its own
     with Cluster(tmp_path_factory.mktemp("slurm") / "c", int(worker.removeprefix("gw"))) as up:
+        up.environment["PATH"] = f"{stage_server.path}{os.pathsep}{up.environment['PATH']}"
         yield up
         end_heads()  # of a fixture that failed
 
@@ -89,9 +91,13 @@ class OnSlurm:
 
     def variables(self, more: dict[str, str]) -> dict[str, str]:
         """The environment of a head."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
-        ours = {"PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib"}
+        ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib"}
         return self.cluster.environment | self.environment | more | ours
+
+    def import_anew(self) -> None:
+        """Stages are started by the interpreter, and not forked from the server."""
+        path = self.cluster.environment["PATH"].partition(os.pathsep)[2]
+        self.environment = self.environment | {"PATH": path}
 
     def wait(self, head: subprocess.Popen, seconds: float = 600) -> int:
         """The head's exit code; requeued jobs need not wait the two minutes that Slurm has them wait."""
@@ -194,16 +200,24 @@ def on_slurm(cluster: Cluster, folder: Path) -> OnSlurm:
 
 @pytest.fixture(scope="session")
 def prepared(cluster, tmp_path_factory) -> OnSlurm:
-    """Base model and data, and the SFT of a run that nothing disturbed, which is kept in `undisturbed`."""
-    project = on_slurm(cluster, tmp_path_factory.mktemp("prepared"))
+    """Base model and data, and the SFT of a run that nothing disturbed, which is kept in `undisturbed`.
+
+    The first process of the tests that wants it makes it for all.
+    """
     # Saves after every step, so that what is lost can be counted, and so that the training lasts.
-    project.environment = {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"}
-    project.configure(sft__epochs=12)
-    project.run("--until", "sft")
-    for name in ("results", "state"):
-        shutil.copytree(project.folder / name, project.folder / "undisturbed" / name)
-        shutil.rmtree(project.folder / name / RUN / "sft")
-    return project
+    environment = {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"}
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prepared"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "undisturbed").exists():
+            project = on_slurm(cluster, shared)
+            project.environment = environment
+            project.configure(sft__epochs=12)
+            project.run("--until", "sft")
+            for name in ("results", "state"):
+                shutil.copytree(shared / name, shared / "undisturbed" / name)
+                shutil.rmtree(shared / name / RUN / "sft")
+    return OnSlurm(cluster, shared, environment)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """tunetrail doctor on a real Slurm: no finding where all is well, and what is wrong by name."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +16,7 @@ def site(cluster, tmp_path) -> OnSlurm:
 def doctor(project: OnSlurm, *options: str) -> tuple[int, list[str]]:
     """(exit code, the lines that are not "ok")."""
     command = [sys.executable, "-m", "tunetrail", "doctor", "--profile", "slurm", "--configfile", CONFIG, *options]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{project.cluster.environment['PATH']}"
-    variables = project.cluster.environment | {"PATH": path}
+    variables = project.cluster.environment
     reply = subprocess.run(command, cwd=project.folder, env=variables, capture_output=True, text=True, check=False)
     assert not reply.stderr
     return reply.returncode, [line for line in reply.stdout.splitlines() if not line.startswith("ok ")]

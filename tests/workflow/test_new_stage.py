@@ -53,8 +53,8 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(content.replace(old, new))
 
 
-def test_a_new_stage_is_known_everywhere(project, monkeypatch):
-    folder = project.folder
+def test_a_new_stage_is_known_everywhere(edited_project, monkeypatch):
+    project, folder = edited_project, edited_project.folder
     monkeypatch.setenv("PYTHONPATH", str(folder / LIBRARY.parent))
     (folder / LIBRARY / "stages/tally.py").write_text(MODULE)
     replace(folder / LIBRARY / "config/run.py", "class Config(Block):\n", BLOCK)
