@@ -110,6 +110,7 @@ def test_a_stage_that_never_gets_as_far_as_a_save_is_tried_three_times_in_all(pr
 
 
 def test_out_of_memory_it_gets_more(project, expected):
+    project.import_anew()
     project.edit_profile('mem_mb: ?f"min(attempt * 32000, {memory})"', "mem_mb: attempt * attempt * 330")
     head = project.start("--until", "sft")
     ends_well(project, head, expected)
