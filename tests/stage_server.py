@@ -61,8 +61,11 @@ class StageServer:
 
 def serve() -> None:
     """Forks a guardian for every client, until standard input is closed."""
+    from setproctitle import getproctitle
+
     import tests.preloaded  # noqa: F401
 
+    getproctitle()  # finds our arguments in memory, which a child that has changed its environment no longer can
     listener = socket.socket(socket.AF_UNIX)
     address = sys.argv[1]
     listener.bind(address + ".new")

@@ -31,6 +31,7 @@ def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(pro
     head = project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.5")
     project.wait_for_saves()
     both = project.trainers(*project.cluster.kinds["big"])
+    assert len(both) == 2
     for trainer in both:
         os.kill(trainer, signal.SIGSTOP)
     time.sleep(0.9 * 30)

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -93,7 +94,7 @@ def environment() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
-        "host": platform.node(),
+        "host": socket.gethostname(),
         "job_id": os.environ.get("SLURM_JOB_ID"),
         "partition": os.environ.get("SLURM_JOB_PARTITION"),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
