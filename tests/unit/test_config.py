@@ -138,6 +138,8 @@ BAD = [
     ("tournament", {}, "tournament: was renamed to head_to_head"),
     ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: is always off: log-probs must be functions of the text alone; "
                                    "remove the key"),
+    ("policies.ppo.kl_estimator", "k3", "policies.ppo.kl_estimator: is always k1: k2 and k3 in the reward do not have "
+                                        "the gradient of the KL; remove the key"),
     ("policies.dpo.label_smoothing", 0.5, "policies.dpo.label_smoothing: must be less than 0.5, got 0.5"),
     ("completions.shards", 10000, "completions.shards: must be less than or equal to 9999, got 10000"),
     ("run", "x" * 81, f"run: should have at most 80 characters, got '{'x' * 79}…"),

@@ -51,7 +51,10 @@ def _locate(loc: tuple) -> tuple[str, Any]:
 
 RENAMED = {"tournament": "head_to_head"}
 """Key of an earlier version -> its name now."""
-REMOVED = {"dropout": "is always off: log-probs must be functions of the text alone"}
+REMOVED = {
+    "dropout": "is always off: log-probs must be functions of the text alone",
+    "kl_estimator": "is always k1: k2 and k3 in the reward do not have the gradient of the KL",
+}
 """Key of an earlier version -> why it is gone."""
 _WORDS = {
     "bool_type": "must be true or false",

@@ -56,15 +56,14 @@ class PpoConfig(Training):
         "models one GPU cannot hold",
     )
     kl_coef: NonNegative = Field(
-        default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
+        default=0.05,
+        description="score per nat (with grpo: deviations of a prompt's scores); weight of the per-token KL penalty. "
+        "Raise it where text degenerates",
     )
     kl_target: Positive | None = Field(
         default=None, description="nats per episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
     )
     kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts to kl_target")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k1", description="of the penalty at each token, see `tunetrail.ppo.kl_penalty`"
-    )
     stop_kl: Positive | None = Field(
         default=None, description="nats per token; a minibatch that has moved further ends the update; null: never"
     )

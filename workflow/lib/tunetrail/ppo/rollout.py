@@ -39,6 +39,11 @@ class Rollout:
         """[N, R] bool"""
         return torch.arange(self.logprobs.shape[1])[None] < self.lengths[:, None]
 
+    @property
+    def kl(self) -> torch.Tensor:
+        """[N, R]: log-prob of the policy less that of the reference, nats; 0 on padding."""
+        return (self.logprobs - self.ref_logprobs) * self.mask
+
     def batch(self, rows: list[int], pad_id: int) -> Batch:
         return collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id)
 

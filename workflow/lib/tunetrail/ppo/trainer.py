@@ -27,7 +27,6 @@ from tunetrail.ppo.engines import Engine, LocalEngine
 from tunetrail.ppo.estimators import (
     gae,
     grpo,
-    kl_penalty,
     masked_mean,
     masked_whiten,
     rloo,
@@ -197,11 +196,11 @@ class PPOTrainer:
     def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """(advantages, returns), both [N, R]; whitened for GAE, one value per episode for RLOO and GRPO."""
         config, mask = self.config, rollout.mask
-        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
-        rewards = token_rewards(self.rewards(rollout), kl, mask, self.kl_controller.value)
+        kl, scores, kl_coef = rollout.kl, self.rewards(rollout), self.kl_controller.value
+        rewards = token_rewards(scores, kl, mask, kl_coef)
         if config.advantage != "gae":
-            estimator = rloo if config.advantage == "rloo" else grpo
-            advantages = estimator(rewards.sum(1), config.completions_per_prompt)
+            k = config.completions_per_prompt
+            advantages = rloo(rewards.sum(1), k) if config.advantage == "rloo" else grpo(scores, kl_coef * kl.sum(1), k)
             return advantages[:, None] * mask, torch.zeros_like(rewards)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -306,7 +305,7 @@ class PPOTrainer:
         rollout = self.rollout()
         mask = rollout.mask
         kl_coef, learning_rate = self.kl_controller.value, self.config.learning_rate * self.learning_rate_scale()
-        kl = (kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1") * mask).sum(1)
+        kl = rollout.kl.sum(1)
         result = self.update(rollout)
         self.kl_controller.update(float(kl.mean()), len(rollout.responses))
         self.step += 1
