@@ -9,7 +9,7 @@ import torch
 
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.models.batching import Batch, collate, encode_response, token_batches
+from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -25,6 +25,7 @@ from tunetrail.models.tree import share_prefixes
 from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
 from tunetrail.provenance.manifest import sha256_json
 from tunetrail.reward.kwise import initialise
+from tunetrail.stages.completions import sampled_row
 
 EOS, PAD, VOCABULARY = 1, 0, 30
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -226,6 +227,24 @@ def test_eos_closes_a_finished_response_only():
     tokenizer = tiny_tokenizer()
     assert encode_response(tokenizer, "ab")[-1] == tokenizer.eos_token_id
     assert encode_response(tokenizer, "ab", finished=False) == encode_response(tokenizer, "ab")[:-1]
+
+
+def test_sampled_ids_are_kept_and_trained_on():
+    """White space before EOS and two tokens where the encoder has one: what is learnt from is what was sampled."""
+    tokenizer = tiny_tokenizer()
+    eos = tokenizer.eos_token_id
+    said, padded, cut = encode(tokenizer, "yes"), encode(tokenizer, "yes\n"), encode(tokenizer, "no ")
+    blank = encode(tokenizer, " ")
+    row = {"id": "1", "group": "g", "split": "reward", "prompt": "p", "messages": [], "completion": "r"}
+    kept = sampled_row(row, [[*padded, eos], [*said, eos], [*blank, eos], cut], tokenizer)
+    assert kept["completions"] == ["yes", "no"]  # what labelers see; the second and third say nothing new
+    assert kept["completion_ids"] == [[*padded, eos], cut]
+    assert kept["finished"] == [True, False]
+    prompt, responses = encode_comparison(tokenizer, dict(kept))
+    assert prompt == encode(tokenizer, "p")
+    assert responses == [[*padded, eos], cut]
+    del kept["completion_ids"]  # recorded or imported text
+    assert encode_comparison(tokenizer, dict(kept))[1] == [[*said, eos], encode(tokenizer, "no")]
 
 
 def test_tokenizer_without_a_pad_of_its_own_is_refused(tmp_path):

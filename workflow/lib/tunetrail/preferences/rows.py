@@ -1,6 +1,6 @@
 """The rows that carry rankings from files and labelers to the reward model, DPO and evaluation."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -50,7 +50,10 @@ class SampledRow(TypedDict):
     reference: str | None
     """The author's own answer, where the data has one."""
     completions: list[str]
-    """[K]"""
+    """[K], without the white space around them."""
+    completion_ids: NotRequired[list[list[int]]]
+    """[K]: the tokens that the model sampled, with EOS where it ended; missing where texts came from a file. Encoding a
+    text again may give other tokens."""
     finished: list[bool]
     """[K]: whether each completion ended with EOS."""
 
