@@ -169,7 +169,14 @@ BAD = [
     ("policies.sft", {"method": "dpo"}, "policies: 'sft' names a stage; choose another name for the policy"),
     ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', "
                                  "'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', "
-                                 "'apo_down', 'discopop' or 'sft', got 'kto'"),
+                                 "'apo_down', 'discopop' or 'sft', or a list of them, got 'kto'"),
+    ("policies.dpo.loss", ["sigmoid", 3], "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', "
+                                          "'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', "
+                                          "'aot_unpaired', 'apo_zero', 'apo_down', 'discopop' or 'sft', or a list of "
+                                          "them, got 3"),
+    ("policies.dpo", {"method": "dpo", "loss": ["sigmoid", "sft"], "loss_weights": [1.0]}, "policies.dpo: loss_weights "
+        "must have one weight for each loss, here are 1 for 2 (sigmoid, sft)"),
+    ("policies.dpo", {"method": "dpo", "loss_weights": [0]}, "policies.dpo: loss_weights must not all be 0"),
     ("policies.dpo.loss", "exo_pair", "policies.dpo: loss exo_pair needs label_smoothing above 0"),
     ("policies.dpo", {"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "policies.dpo: label_smoothing has no "
         "effect with loss ipo; remove it"),
@@ -405,16 +412,24 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 
 def test_a_sweep_is_every_combination():
     policies = expand_sweeps(
-        {"d": {"method": "dpo", "beta": [0.1, 0.5], "loss": ["ipo", "hinge"]}, "p": {"method": "ppo"}}
+        {"d": {"method": "dpo", "beta": [0.1, 0.5], "schedule": ["linear", "cosine"]}, "p": {"method": "ppo"}}
     )
     assert list(policies) == [
-        "d-beta-0.1-loss-ipo",
-        "d-beta-0.1-loss-hinge",
-        "d-beta-0.5-loss-ipo",
-        "d-beta-0.5-loss-hinge",
+        "d-beta-0.1-schedule-linear",
+        "d-beta-0.1-schedule-cosine",
+        "d-beta-0.5-schedule-linear",
+        "d-beta-0.5-schedule-cosine",
         "p",
     ]
-    assert policies["d-beta-0.5-loss-ipo"] == {"method": "dpo", "beta": 0.5, "loss": "ipo"}
+    assert policies["d-beta-0.5-schedule-linear"] == {"method": "dpo", "beta": 0.5, "schedule": "linear"}
+
+
+def test_a_list_of_losses_is_one_policy():
+    block = {"method": "dpo", "beta": [0.1, 0.5], "loss": ["sigmoid", "sft"], "loss_weights": [1, 0.5]}
+    policies = parse(changed("policies.dpo", block)).policies
+    for name in ("dpo-beta-0.1", "dpo-beta-0.5"):
+        assert (policies[name].losses, policies[name].loss_weights) == (["sigmoid", "sft"], [1, 0.5])
+    assert parse(changed("policies.dpo.loss", "ipo")).policies["dpo"].losses == ["ipo"]
 
 
 def test_a_policy_of_the_sweep_is_named_the_same_however_its_number_was_read():
@@ -554,6 +569,8 @@ def test_the_schema_is_a_schema():
         ("policies.dpo.beta", [0.1, 0.5], True),
         ("policies.ppo.kl_target", [None, 2.0], True),
         ("policies.dpo.loss", ["ipo", "hinge"], True),
+        ("policies.dpo.loss", [], False),
+        ("policies.dpo.loss", ["ipo", ["hinge"]], False),
         ("policies.dpo.beta", [], False),
         ("policies.dpo.beta", [0.1, -1], False),
         ("policies.dpo.method", ["dpo"], False),

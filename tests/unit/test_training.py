@@ -17,11 +17,12 @@ from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import read_jsonl, write_json, write_jsonl
+from tunetrail.models.batching import encode_comparison
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.models.training import epoch_order, history, rows_at_once
+from tunetrail.models.training import epoch_order, history, learning_rate_scale, rows_at_once, rows_left_out
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
@@ -193,6 +194,28 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert max(spreads) <= 3
     assert order[:40] != order[40:80]
     assert order == epoch_order(lengths, 8, 3, seed=1)
+
+
+def test_learning_rates_by_hand():
+    def rates(steps: int, warmup: int, schedule: str) -> list[float]:
+        return [learning_rate_scale(step, steps, warmup, schedule) for step in range(1, steps + 1)]
+
+    # Two steps up, then three down in fourths.
+    assert rates(5, 2, "linear") == pytest.approx([0.5, 1, 0.75, 0.5, 0.25])
+    half = math.sqrt(0.5) / 2
+    assert rates(5, 2, "cosine") == pytest.approx([0.5, 1, 0.5 + half, 0.5, 0.5 - half])
+    assert rates(4, 3, "constant") == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates(3, 0, "linear") == pytest.approx([1, 2 / 3, 1 / 3])
+    assert rates(1, 1, "cosine") == [1]
+
+
+def test_rows_that_fill_no_batch_are_told(caplog):
+    with caplog.at_level("INFO", "tunetrail"):
+        assert rows_left_out("dpo", 43, 8) == 3
+        assert rows_left_out("dpo", 40, 8) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "dpo: 3 of 43 rows do not fill a batch of 8; each epoch leaves out others"
+    ]
 
 
 def test_kept_steps_are_spread_and_never_the_last():
@@ -386,6 +409,22 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
 
 
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
+    """An optimizer step with a learning rate of 0 would be a batch that teaches nothing."""
+    code, error, output = run_stage(
+        name, "rates", config={"epochs": 1, "warmup": 0.4, "batch_size": 5, "micro_batch_size": 5}
+    )
+    assert code == 0, error
+    rates = [row["learning_rate"] for row in read_jsonl(output.with_name("history.jsonl"))]
+    warmup = math.ceil(0.4 * len(rates))
+    expected = [1e-3 * learning_rate_scale(n, len(rates), warmup, "cosine") for n in range(1, len(rates) + 1)]
+    assert rates == pytest.approx(expected)
+    assert min(rates) > 0
+    rows = {"sft": 24, "reward": 18, "dpo": 54}[name]
+    assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
+
+
 def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
     """State swapped between attempts: whole and loadable, but not what the attempt before left."""
     for name in ("mine", "theirs"):
@@ -483,6 +522,41 @@ def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
     )
     expected = response_logprobs(model, batch).sum(1).mean().item()
     assert read_jsonl(output.with_name("history.jsonl"))[0]["logps/chosen"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_sft_term_is_the_mean_nll_of_preferred_tokens(run_stage, workspace):
+    """The first loss is log 2 from the pairs, as policy and reference are still one, and the term by plain passes."""
+    config = {"batch_size": 54, "micro_batch_size": 54, "loss": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]}
+    code, error, output = run_stage("dpo", "one", config=config)
+    assert code == 0, error
+    tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
+    nlls = []
+    for row in read_jsonl(workspace / "comparisons/comparisons.jsonl"):
+        prompt, responses = encode_comparison(tokenizer, row)
+        for i in (0, 0, 1) if row["split"] == "reward" else ():
+            logprobs = model(torch.tensor([prompt + responses[i]])).logits[0].log_softmax(-1)
+            nlls += [-logprobs[len(prompt) + n - 1, token].item() for n, token in enumerate(responses[i])]
+    expected = 2 * math.log(2) + 0.5 * sum(nlls) / len(nlls)
+    assert read_jsonl(output.with_name("history.jsonl"))[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_with_the_sft_term_preferred_responses_become_likelier(run_stage, workspace):
+    """The same pairs of nearly equal responses, with the term and without."""
+    rows = read_jsonl(workspace / "comparisons/comparisons.jsonl")
+    rows = [row | {"completions": ["abcdefgh", "abcdefgi", "abcdefgj"]} for row in rows]
+    digest = json.loads((workspace / "comparisons/manifest.json").read_text())["tokenizer"]
+    write_artifact(workspace / "comparisons", {"comparisons.jsonl": rows}, digest)
+    moved = []
+    for loss in (["sigmoid"], ["sigmoid", "sft"]):
+        config = {"loss": loss, "learning_rate": 1e-2, "batch_size": 27, "micro_batch_size": 27, "epochs": 6}
+        code, error, output = run_stage("dpo", "-".join(loss), config=config | {"checkpoints": 0})
+        assert code == 0, error
+        history = read_jsonl(output.with_name("history.jsonl"))
+        assert history[-1]["rewards/margins"] > 0.1
+        moved.append(history[-1]["logps/chosen"] - history[0]["logps/chosen"])
+    plain, with_term = moved
+    assert with_term > 10
+    assert with_term > plain + 5
 
 
 def test_every_dpo_loss_trains(run_stage):

@@ -37,7 +37,7 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.training import epoch_order, train, trainer_arguments
+from tunetrail.models.training import epoch_order, rows_left_out, train, trainer_arguments
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
 from tunetrail.seeds import derive_seed
@@ -83,7 +83,7 @@ def train_model(stage: Stage, config: RewardConfig, tokenizer: Any, examples: li
         data_collator=KWiseCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    history = train(stage, trainer)
+    history = train(stage, trainer, config)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     if config.lora is not None and is_main_process():
         model = model.merge_and_unload()  # stages that read scores know nothing of adapters
@@ -132,6 +132,7 @@ def run(stage: Stage) -> dict[str, Any]:
             "train_loss": history[-1]["loss"],
             "steps": len(history),
             "prompts": len(training),
+            "rows_left_out": rows_left_out("reward", len(training), config.batch_size),
             "bias": model.config.reward_bias,
             "score_mean_demonstrations": float((scores_of_people - model.config.reward_bias).mean())
             if len(scores_of_people)
