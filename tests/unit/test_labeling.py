@@ -403,6 +403,27 @@ def test_reward_model_ranks_by_score_minus_bias_with_and_without_padding(stage, 
     assert len(labels.source["digest"]) == 64
 
 
+def test_a_reward_model_that_pools_is_read_as_the_pipeline_reads_it(stage, classifier):
+    """The ids of the row are of another tokenizer: the text is encoded with the reward model's own."""
+    import torch
+
+    from tunetrail.models.loading import load_reward_model
+
+    folder = classifier(reward_bias=0.25, reward_pooling="mean")
+    row = REWARD_ROW | {"completion_ids": [[7], [8], [9], [10]]}
+    (ranking,) = reward_model.rank([row], RewardModelLabeler(labeler="reward_model", path=folder), stage).rankings[0]
+    model, tokenizer = load_reward_model(folder).eval(), tiny_tokenizer()
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    expected = []
+    for completion, finished in zip(row["completions"], row["finished"], strict=True):
+        ids = prompt + tokenizer(completion + ("<|eos|>" if finished else ""))["input_ids"]
+        with torch.no_grad():
+            states = model.model(torch.tensor([ids])).last_hidden_state[0, len(prompt) :]
+            expected.append(model.score(states).mean().item() - 0.25)
+    assert ranking["scores"] == pytest.approx(expected, abs=1e-5)
+    assert expected != pytest.approx([logits[0].item() - 0.25 for logits in _score_one_by_one(folder, row)], abs=1e-2)
+
+
 def test_reward_model_with_two_labels_scores_by_their_difference(stage, classifier):
     folder = classifier(num_labels=2)
     (ranking,) = reward_model.rank(

@@ -12,6 +12,7 @@ from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
 from tunetrail.models.loading import (
     load_causal_lm,
+    load_reward_model,
     load_tokenizer,
     save_causal_lm,
     tokenizer_digest,
@@ -84,6 +85,26 @@ def test_left_and_right_padding_agree_on_scores_and_values():
         values = response_values(classifier, ours)[row]
         prefix = classifier(torch.tensor([prompt])).logits[0, 0] - 0.25  # the state before the first response token
         torch.testing.assert_close(values[0], prefix, atol=1e-5, rtol=0)
+
+
+def test_a_pooled_score_is_the_heads_mean_over_the_response():
+    classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1, pooling="mean").eval()
+    classifier.config.reward_bias = 0.25
+    ours = collate(PROMPTS, RESPONSES, PAD)
+    scores = sequence_scores(classifier, ours)
+    for score, prompt, response in zip(scores, PROMPTS, RESPONSES, strict=True):
+        states = classifier.model(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) :]
+        torch.testing.assert_close(score, classifier.score(states).mean() - 0.25, atol=1e-5, rtol=0)
+    classifier.config.reward_pooling = "last"
+    assert not torch.allclose(scores, sequence_scores(classifier, ours))
+
+
+def test_a_saved_reward_model_is_read_as_it_was_trained(tmp_path):
+    classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1, pooling="mean").eval()
+    classifier.save_pretrained(tmp_path)
+    ours = collate(PROMPTS, RESPONSES, PAD)
+    loaded = load_reward_model(tmp_path).eval()
+    torch.testing.assert_close(sequence_scores(loaded, ours), sequence_scores(classifier, ours))
 
 
 def test_map_batches_keeps_order_and_lengths(model):
