@@ -27,7 +27,7 @@ GOOD = {
     "data": {"demonstrations": [{"source": "docstrings"}]},
     "sft": {},
     "completions": {},
-    "comparisons": {"labeler": "reference"},
+    "comparisons": {"labeler": "simulated"},
     "reward": {},
     "policies": {
         "ppo": {"method": "ppo", "steps": 2},
@@ -93,7 +93,7 @@ BAD = [
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
     ("policies.dpo.method", "kto", "policies.dpo.method: must be one of 'ppo', 'dpo', 'best_of_n', got 'kto'"),
-    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'reference', 'recorded', 'reward_model', "
+    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', 'reward_model', "
                                      "'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
     ("policies.dpo", "yes", "policies.dpo: must be a block of keys, got 'yes'"),
@@ -195,7 +195,8 @@ BAD = [
     ("data.limits", {"reward": 4}, "data.limits.reward: 4 rows are fewer than one batch (reward.batch_size: 8)"),
     ("data.preferences", [{"source": "file", "path": "p.jsonl"}], "completions: drop it or data.preferences; "
         "comparisons come from one of them"),
-    ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block\nx.yaml: policies.bon: best_of_n "
+    ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block, "
+     "or name scorers under its reward\nx.yaml: policies.bon: best_of_n "
                     "needs a reward model: add a reward block"),
     ("data.shares", {"sft": 0, "reward": 0.4, "rl": 0.4}, "data.shares.sft: is 0, but sft is to be trained"),
     ("data.shares", {"sft": 0.65, "reward": 0}, "data.shares.reward: is 0, but comparisons are to be collected from "
@@ -260,7 +261,7 @@ FROM_FILE = {
         ({}, []),
         ({"sft": {}}, ["sft: needs data.demonstrations; set sft to null to start from the base model"]),
         (
-            {"completions": {}, "comparisons": {"labeler": "reference"}},
+            {"completions": {}, "comparisons": {"labeler": "simulated"}},
             [
                 "completions: needs prompts from data.demonstrations",
                 "completions: drop it or data.preferences; comparisons come from one of them",
@@ -276,7 +277,7 @@ FROM_FILE = {
         (
             {"reward": None, "policies": {"p": {"method": "ppo", "steps": 1}, "b": {"method": "best_of_n"}}},
             [
-                "policies.p: ppo needs a reward model: add a reward block",
+                "policies.p: ppo needs a reward model: add a reward block, or name scorers under its reward",
                 "policies.b: best_of_n needs a reward model: add a reward block",
             ],
         ),

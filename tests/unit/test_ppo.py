@@ -152,7 +152,7 @@ def test_prompts_are_passed_over_before_they_repeat():
 VOCABULARY, EOS, PAD = 20, 1, 0
 
 
-def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, engine=None, **changes):
+def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, engine=None, scorers=None, **changes):
     settings = {"method": "ppo", "steps": 4, "batch_size": 8, "epochs": 2, "max_new_tokens": 6, "learning_rate": 1e-3}
     config = PpoConfig(**(settings | changes))
     policy = share_prefixes(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0))
@@ -161,9 +161,9 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     start = list(range(2, 10))  # what all begin with is computed once
     prompts = [start + [2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
     return PPOTrainer(
-        config, policy, classifier, prompts, [str(i) for i in range(12)],
+        config, policy, classifier if config.uses_reward_model else None, prompts, [str(i) for i in range(12)],
         eos_id=EOS, pad_id=PAD, seed=7, accelerator=Accelerator(cpu=True),
-        demonstrations=demonstrations, gold=gold, engine=engine,
+        demonstrations=demonstrations, gold=gold, engine=engine, scorers=scorers,
     )  # fmt: skip
 
 
@@ -398,9 +398,9 @@ def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
 def test_the_gold_score_is_watched_and_changes_nothing():
     seen = []
 
-    def gold(prompt: int, response: list[int]) -> float:
-        seen.append(prompt)
-        return float(len(response))
+    def gold(prompts: list[int], responses: list[list[int]]) -> list[float]:
+        seen.extend(prompts)
+        return [float(len(response)) for response in responses]
 
     watched, plain = make_trainer(gold=gold, completions_per_prompt=2), make_trainer(completions_per_prompt=2)
     for step in range(2):
@@ -409,6 +409,37 @@ def test_the_gold_score_is_watched_and_changes_nothing():
         assert row.pop("gold") == pytest.approx(row["length"])
         assert row == expected
         assert seen == [i for i in watched.batches[step] for _ in range(2)]
+
+
+def test_it_learns_from_scorers_and_the_reward_model_by_their_weights():
+    def length(_: list[int], responses: list[list[int]]) -> list[float]:
+        return [float(len(response)) for response in responses]
+
+    both = make_trainer(reward={"reward_model": 2.0, "length": -0.5}, scorers={"length": length})
+    plain = make_trainer()
+    ours, theirs = both.rollout(), plain.rollout()
+    assert ours.responses == theirs.responses
+    expected = 2 * theirs.scores - 0.5 * theirs.lengths
+    torch.testing.assert_close(ours.scores, expected)
+    torch.testing.assert_close(ours.terms[:, 0], theirs.scores)
+    row = make_trainer(reward={"reward_model": 2.0, "length": -0.5}, scorers={"length": length}).iterate()
+    assert row["score_length"] == pytest.approx(row["length"])
+    assert row["score"] == pytest.approx(2 * row["score_reward_model"] - 0.5 * row["score_length"], abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_it_learns_from_scorers_alone(advantage):
+    """Short responses are rewarded, and responses get shorter."""
+
+    def brevity(_: list[int], responses: list[list[int]]) -> list[float]:
+        return [-float(len(response)) for response in responses]
+
+    trainer = make_trainer(
+        scorers={"brevity": brevity}, reward={"brevity": 1.0}, advantage=advantage,
+        completions_per_prompt=4, batch_size=32, steps=25, learning_rate=1e-2, kl_coef=0.0, missing_eos_score=None,
+    )  # fmt: skip
+    lengths = [trainer.iterate()["length"] for _ in range(25)]
+    assert sum(lengths[-3:]) < 0.8 * sum(lengths[:3])
 
 
 class StandIn:

