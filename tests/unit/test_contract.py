@@ -788,3 +788,33 @@ def test_stages_that_train_run_in_several_processes(name, monkeypatch):
     with pytest.raises(SystemExit):
         runpy.run_module(f"tunetrail.stages.{name}", run_name="__main__")
     assert told == [{"distributed": name in ("sft", "reward", "dpo", "ppo")}]
+
+
+def test_a_scorer_of_the_users_own_is_in_the_record_and_must_be_the_one_that_was_planned(space):
+    mine = space.folder / "mine.py"
+    mine.write_text("def score(*_): return 1\n")
+    digest = sha256_file(mine)
+    space.arguments()
+    config = json.loads((space.folder / "copy.json").read_text())
+    scorer = {"scorer": "python", "path": "mine.py", "sha256": digest}
+    (space.folder / "scored.json").write_text(json.dumps(config | {"scorers": {"mine": scorer}}))
+    command = ["--config=scored.json", *space.arguments()[1:]]
+
+    def run() -> tuple[int, str]:
+        reply = subprocess.run([sys.executable, "stage.py", *command], cwd=space.folder, capture_output=True, text=True,
+            check=False)  # fmt: skip
+        return reply.returncode, reply.stderr
+
+    assert run()[0] == 0
+    [found] = [d for d in read_record(space.folder / "out").dependencies if d["annotations"]["role"] == "scorer"]
+    assert (found["name"], found["digest"], found["annotations"]["files"]) == (
+        "mine",
+        {"sha256": digest},
+        {"mine.py": digest},
+    )
+    (space.folder / "out/manifest.json").unlink()
+    mine.write_text("def score(*_): return 2\n")
+    assert run() == (65, "scored: error: scorers.mine: mine.py differs from what it was when this run was planned; run "
+                         "snakemake again\n")  # fmt: skip
+    mine.unlink()
+    assert run()[1].endswith("scorers.mine: mine.py is missing; run snakemake again\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tunetrail.config.loading import parse
+from tunetrail.config.loading import check_files, parse
 from tunetrail.config.scorers import SumScorer, needed
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.scorers.build import Completion, build
@@ -30,6 +30,9 @@ def of(text: str, reference: str | None = "Return the sum.", row_id: str = "r0")
     ("add(a, b) -> int", ("no_signature", "period")),
     ('Return "the sum" \\ or not.', ()),
     ("", RULES),
+    (".", RULES),
+    ("Return.", RULES),
+    ("Return what the U.S. Army counts.", ()),
 ])  # fmt: skip
 def test_the_guideline_reads_like_pydocstyle(text, broken):
     [kept] = build("guideline", {}).parts([of(text)])
@@ -91,10 +94,12 @@ def test_a_function_of_ones_own_sees_everything_and_keeps_the_order(tmp_path):
     ("import nowhere\n", r"mine.py cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
     ("def score(p, c, r, row):\n    return 1 / (row['id'] - 17)\n",
      r"mine.py: score: row 17 raised ZeroDivisionError: division by zero"),
+    ("def score(p, c, r, row):\n    assert row['id'] not in (8, 17), 'two\\nlines'\n    return 1\n",
+     r"row 8 raised AssertionError: two lines"),
     ("def score(*_):\n    return float('nan')\n", r"score: row \d+ gave nan; it must give a finite number"),
     ("def score(*_):\n    return 'good'\n", r"score: row \d+ gave 'good'; it must give a finite number"),
     ("def score(*_):\n    return {'polite': 1}\n", r"row \d+ gave a dict without 'total'"),
-    ("import time\ndef score(p, c, r, row):\n    time.sleep(60 * (row['id'] == 17))\n    return 1\n",
+    ("import time\ndef score(p, c, r, row):\n    time.sleep(60 if row['id'] == 17 else 0.15)\n    return 1\n",
      r"score: took longer than 1 s on row 17; speed it up or raise timeout_seconds"),
     ("import os\ndef score(*_):\n    os._exit(3)\n", r"its process ended on row \d+, exit code 3"),
 ])  # fmt: skip
@@ -102,6 +107,12 @@ def test_each_way_to_go_wrong_is_one_line(tmp_path, code, message):
     with pytest.raises(DataError, match=message) as error:
         own(tmp_path, code, timeout_seconds=1).scores([Completion("p", "x", None, {"id": n}) for n in range(20)])
     assert "\n" not in str(error.value)
+
+
+def test_a_signature_begins_with_the_outer_functions_name():
+    nested = "def outer(a):\n    def inner(b):\n        return b\n    return inner(a)\n"
+    [kept] = build("guideline", {}).parts([Completion(nested, "outer(a) gives a.", None, {})])
+    assert not kept["no_signature"]
 
 
 # ----------------------------------------------------------------------------- in the config
@@ -144,3 +155,10 @@ def test_mistakes_are_named(changes, message):
 def test_a_sum_names_all_that_it_needs():
     defined = {"a": SumScorer(scorer="sum", of={"b": 1, "chrf": 2}), "b": SumScorer(scorer="sum", of={"exact": 1})}
     assert list(needed(["a"], defined)) == ["a", "b", "chrf", "exact"]
+
+
+def test_a_missing_file_is_named_before_any_job(tmp_path):
+    scorers = {"mine": {"scorer": "python", "path": str(tmp_path / "none.py")}}
+    config = parse(GOOD | {"scorers": scorers}, "c.yaml")
+    with pytest.raises(ConfigError, match=r"c.yaml: scorers.mine.path: no such file or folder"):
+        check_files(config, "c.yaml")

@@ -50,9 +50,9 @@ from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
 from tunetrail.files import read_finished_rows, write_jsonl
 from tunetrail.provenance.environment import energy_joules, environment
-from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
-from tunetrail.provenance.record import parent_entry
-from tunetrail.provenance.schema import Ended
+from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_file, sha256_json
+from tunetrail.provenance.record import dependency, parent_entry
+from tunetrail.provenance.schema import Dependency, Ended
 
 # What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -178,6 +178,20 @@ def _clean_up(stage: Stage) -> None:
         path.rename(path.with_name("attempts.published.jsonl"))
 
 
+def _own_scorers(scorers: dict[str, dict]) -> list[Dependency]:
+    """The user's own files among a stage's scorers. Raises DataError for one that changed since the run was planned."""
+    found = []
+    for name, scorer in scorers.items():
+        if scorer["scorer"] == "python":
+            path = scorer["path"]
+            digest = sha256_file(Path(path)) if Path(path).is_file() else None
+            if digest is None or digest != scorer.get("sha256"):
+                what = "differs from what it was when this run was planned" if digest else "is missing"
+                raise DataError(f"scorers.{name}: {path} {what}; run snakemake again")
+            found.append(dependency("scorer", name, digest, files={path: digest}))
+    return found
+
+
 def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
     """What a stage's command names, its inputs verified."""
     content = _read_stage_config(args.config)
@@ -206,7 +220,7 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             stop=stop,  # type: ignore[arg-type]
             digests=cache,
         ),
-        RecordDraft(tokenizer_digest=_tokenizer_of(parents)),
+        RecordDraft(tokenizer_digest=_tokenizer_of(parents), dependencies=_own_scorers(content.get("scorers", {}))),
     )
 
 

@@ -15,11 +15,12 @@ from tunetrail.errors import DataError
 # What such a process does: a line of JSON in, a line of JSON out. What the function prints goes to standard error.
 PROGRAM = """
 import json, os, runpy, sys
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
 out, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
 os.dup2(2, 1)
 path, name = sys.argv[1:]
 def said(word, error):
-    return {word: f"{type(error).__name__}: {error}"}
+    return {word: " ".join(f"{type(error).__name__}: {error}".split())}
 try:
     module = runpy.run_path(path)
     function = module.get(name)
@@ -68,12 +69,24 @@ class OwnScorer:
         Raises DataError, which names the row, where it raises, takes too long or gives what is no finite number.
         """
 
-        def some(n: int) -> list[float | dict[str, float]]:
-            return [self._call(self.workers[n], call) for call in calls[n :: len(self.workers)]]
+        def some(n: int) -> list[float | dict[str, float] | DataError]:
+            given: list[float | dict[str, float] | DataError] = []
+            for call in calls[n :: len(self.workers)]:
+                try:
+                    given.append(self._call(self.workers[n], call))
+                except DataError as error:
+                    return [*given, error]
+            return given
 
         with ThreadPoolExecutor(len(self.workers)) as pool:
             parts = list(pool.map(some, range(len(self.workers))))
-        return [parts[i % len(parts)][i // len(parts)] for i in range(len(calls))]
+        scores = []
+        for i in range(len(calls)):  # in the rows' order, so that of two errors the first is told
+            score = parts[i % len(parts)][i // len(parts)]
+            if isinstance(score, DataError):
+                raise score
+            scores.append(score)
+        return scores
 
     def _call(self, worker: subprocess.Popen, call: tuple[str, str, str | None, dict]) -> float | dict[str, float]:
         where = f"row {call[3].get('id')}"
@@ -102,8 +115,7 @@ class OwnScorer:
     def _reply(self, worker: subprocess.Popen, seconds: float, where: str) -> dict[str, Any]:
         assert worker.stdout is not None
         if not select.select([worker.stdout], [], [], seconds)[0]:
-            for each in self.workers:
-                each.kill()
+            worker.kill()
             raise self._error(f"took longer than {seconds:g} s {where}; speed it up or raise timeout_seconds")
         line = worker.stdout.readline()
         if not line:
