@@ -294,7 +294,7 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
 
 def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
     """Accuracy of the reward model, by source and by labeler, beside what length alone gets, how often labelers agree,
-    and the accuracy that this allows."""
+    and the most that this allows."""
     if not metrics:
         return None
     ceiling = metrics.get("ceiling") or {}
@@ -303,7 +303,7 @@ def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
         ("the longer wins", metrics.get("accuracy_longer_wins"), "base"),
         ("two labelers agree", ceiling.get("agreement"), "sft"),
         ("labeler and majority", ceiling.get("majority"), "sft"),
-        ("allowed by agreement", ceiling.get("allowed"), "sft"),
+        ("at most, by agreement", ceiling.get("at_most"), "sft"),
     ]
     for by, word in (("source", "on"), ("labeler", "by")):
         found = metrics.get(f"accuracy_by_{by}") or {}

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import jinja2
@@ -246,9 +247,10 @@ def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
 
 
 def _gain(answer: dict, before: dict | None, key: str) -> float | None:
+    """Of the means over both models' samples of a prompt."""
     if before is None or answer.get(key) is None or before.get(key) is None:
         return None
-    return answer[key] - before[key]
+    return mean(answer[key]) - mean(before[key])
 
 
 def _flat(content: Mapping, prefix: str) -> dict[str, Any]:
