@@ -61,7 +61,7 @@ def compare(tmp_path, artifact):
             "stage": "comparisons",
             "seed": seed,
             "precision": "fp32",
-            "config": {"labeler": "reference"} | config,
+            "config": {"labeler": "simulated"} | config,
         }
         write_json(tmp_path / "config.json", content)
         inputs = {"data": artifact("data"), "base": artifact("base")}
@@ -81,7 +81,7 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
     rows = read_jsonl(folder / "comparisons.jsonl")
     assert [(row["split"], row["id"]) for row in rows] == [("heldout", "h0"), *(("reward", f"r{i}") for i in range(4))]
     for row in rows:
-        assert [r["labeler"] for r in row["rankings"]] == ["reference-0", "reference-1"]
+        assert [r["labeler"] for r in row["rankings"]] == ["simulated-0", "simulated-1"]
         assert all(r["ranks"] == [3, 1, 2] for r in row["rankings"])
         assert row["rankings"][0]["scores"] == [chrf(c, REF) for c in COMPLETIONS]
     assert set(rows[0]) == {*ROWS[0], "rankings"}
@@ -92,7 +92,7 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
         "completions_per_prompt": 3.0,
         "rankings": 10,
         "ties": 0.0,
-        "labelers": {"reference-0": {"rankings": 5}, "reference-1": {"rankings": 5}},
+        "labelers": {"simulated-0": {"rankings": 5}, "simulated-1": {"rankings": 5}},
         "agreement": 1.0,
         "longer_wins": pytest.approx((1 + 1 + 0.5) / 3),  # the two that miss are of one length
         "duplicates_removed": 3,
@@ -101,7 +101,7 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
     (labels,) = read_record(folder).of_role("labels")
     assert labels["digest"]["sha256"] == hashlib.sha256((folder / "comparisons.jsonl").read_bytes()).hexdigest()
     assert labels["annotations"]["rankings"] == 10
-    assert labels["annotations"]["labelers"] == ["reference-0", "reference-1"]
+    assert labels["annotations"]["labelers"] == ["simulated-0", "simulated-1"]
 
 
 def test_bytes_depend_on_seed_and_noise_but_not_on_sharding(compare):
@@ -153,7 +153,12 @@ def test_agreement_needs_two_labelers(compare):
         ([], {}, 65, "only 0 of 0 prompts"),
         ([ROWS[0], ROWS[1], ROWS[0]], {}, 65, "row r3 is in shard0 too"),
         (ROWS, {"tie": 100.0}, 65, "every pair is a tie"),
-        ([ROWS[0], make_row("no-reference", ref=None)], {}, 65, "row no-reference has no reference text"),
+        (
+            [ROWS[0], make_row("no-reference", ref=None)],
+            {},
+            65,
+            "first that of row no-reference",
+        ),
     ],
 )
 def test_refusals_are_one_line_and_leave_no_artifact(compare, capfd, rows, options, code, message):

@@ -27,7 +27,7 @@ GOOD = {
     "data": {"demonstrations": [{"source": "docstrings"}]},
     "sft": {},
     "completions": {},
-    "comparisons": {"labeler": "reference"},
+    "comparisons": {"labeler": "simulated"},
     "reward": {},
     "policies": {
         "ppo": {"method": "ppo", "steps": 2},
@@ -93,7 +93,7 @@ BAD = [
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
     ("policies.dpo.method", "kto", "policies.dpo.method: must be one of 'ppo', 'dpo', 'best_of_n', got 'kto'"),
-    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'reference', 'recorded', 'reward_model', "
+    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', 'reward_model', "
                                      "'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
     ("policies.dpo", "yes", "policies.dpo: must be a block of keys, got 'yes'"),
@@ -138,6 +138,8 @@ BAD = [
     ("tournament", {}, "tournament: was renamed to head_to_head"),
     ("sft.lora", {"dropout": 0.1}, "sft.lora.dropout: is always off: log-probs must be functions of the text alone; "
                                    "remove the key"),
+    ("policies.ppo.kl_estimator", "k3", "policies.ppo.kl_estimator: is always k1: k2 and k3 in the reward do not have "
+                                        "the gradient of the KL; remove the key"),
     ("policies.dpo.label_smoothing", 0.5, "policies.dpo.label_smoothing: must be less than 0.5, got 0.5"),
     ("completions.shards", 10000, "completions.shards: must be less than or equal to 9999, got 10000"),
     ("run", "x" * 81, f"run: should have at most 80 characters, got '{'x' * 79}…"),
@@ -167,7 +169,14 @@ BAD = [
     ("policies.sft", {"method": "dpo"}, "policies: 'sft' names a stage; choose another name for the policy"),
     ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', "
                                  "'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', "
-                                 "'apo_down', 'discopop' or 'sft', got 'kto'"),
+                                 "'apo_down', 'discopop' or 'sft', or a list of them, got 'kto'"),
+    ("policies.dpo.loss", ["sigmoid", 3], "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', "
+                                          "'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', "
+                                          "'aot_unpaired', 'apo_zero', 'apo_down', 'discopop' or 'sft', or a list of "
+                                          "them, got 3"),
+    ("policies.dpo", {"method": "dpo", "loss": ["sigmoid", "sft"], "loss_weights": [1.0]}, "policies.dpo: loss_weights "
+        "must have one weight for each loss, here are 1 for 2 (sigmoid, sft)"),
+    ("policies.dpo", {"method": "dpo", "loss_weights": [0]}, "policies.dpo: loss_weights must not all be 0"),
     ("policies.dpo.loss", "exo_pair", "policies.dpo: loss exo_pair needs label_smoothing above 0"),
     ("policies.dpo", {"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "policies.dpo: label_smoothing has no "
         "effect with loss ipo; remove it"),
@@ -186,7 +195,8 @@ BAD = [
     ("data.limits", {"reward": 4}, "data.limits.reward: 4 rows are fewer than one batch (reward.batch_size: 8)"),
     ("data.preferences", [{"source": "file", "path": "p.jsonl"}], "completions: drop it or data.preferences; "
         "comparisons come from one of them"),
-    ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block\nx.yaml: policies.bon: best_of_n "
+    ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block, "
+     "or name scorers under its reward\nx.yaml: policies.bon: best_of_n "
                     "needs a reward model: add a reward block"),
     ("data.shares", {"sft": 0, "reward": 0.4, "rl": 0.4}, "data.shares.sft: is 0, but sft is to be trained"),
     ("data.shares", {"sft": 0.65, "reward": 0}, "data.shares.reward: is 0, but comparisons are to be collected from "
@@ -251,7 +261,7 @@ FROM_FILE = {
         ({}, []),
         ({"sft": {}}, ["sft: needs data.demonstrations; set sft to null to start from the base model"]),
         (
-            {"completions": {}, "comparisons": {"labeler": "reference"}},
+            {"completions": {}, "comparisons": {"labeler": "simulated"}},
             [
                 "completions: needs prompts from data.demonstrations",
                 "completions: drop it or data.preferences; comparisons come from one of them",
@@ -267,7 +277,7 @@ FROM_FILE = {
         (
             {"reward": None, "policies": {"p": {"method": "ppo", "steps": 1}, "b": {"method": "best_of_n"}}},
             [
-                "policies.p: ppo needs a reward model: add a reward block",
+                "policies.p: ppo needs a reward model: add a reward block, or name scorers under its reward",
                 "policies.b: best_of_n needs a reward model: add a reward block",
             ],
         ),
@@ -403,16 +413,24 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 
 def test_a_sweep_is_every_combination():
     policies = expand_sweeps(
-        {"d": {"method": "dpo", "beta": [0.1, 0.5], "loss": ["ipo", "hinge"]}, "p": {"method": "ppo"}}
+        {"d": {"method": "dpo", "beta": [0.1, 0.5], "schedule": ["linear", "cosine"]}, "p": {"method": "ppo"}}
     )
     assert list(policies) == [
-        "d-beta-0.1-loss-ipo",
-        "d-beta-0.1-loss-hinge",
-        "d-beta-0.5-loss-ipo",
-        "d-beta-0.5-loss-hinge",
+        "d-beta-0.1-schedule-linear",
+        "d-beta-0.1-schedule-cosine",
+        "d-beta-0.5-schedule-linear",
+        "d-beta-0.5-schedule-cosine",
         "p",
     ]
-    assert policies["d-beta-0.5-loss-ipo"] == {"method": "dpo", "beta": 0.5, "loss": "ipo"}
+    assert policies["d-beta-0.5-schedule-linear"] == {"method": "dpo", "beta": 0.5, "schedule": "linear"}
+
+
+def test_a_list_of_losses_is_one_policy():
+    block = {"method": "dpo", "beta": [0.1, 0.5], "loss": ["sigmoid", "sft"], "loss_weights": [1, 0.5]}
+    policies = parse(changed("policies.dpo", block)).policies
+    for name in ("dpo-beta-0.1", "dpo-beta-0.5"):
+        assert (policies[name].losses, policies[name].loss_weights) == (["sigmoid", "sft"], [1, 0.5])
+    assert parse(changed("policies.dpo.loss", "ipo")).policies["dpo"].losses == ["ipo"]
 
 
 def test_a_policy_of_the_sweep_is_named_the_same_however_its_number_was_read():
@@ -552,6 +570,8 @@ def test_the_schema_is_a_schema():
         ("policies.dpo.beta", [0.1, 0.5], True),
         ("policies.ppo.kl_target", [None, 2.0], True),
         ("policies.dpo.loss", ["ipo", "hinge"], True),
+        ("policies.dpo.loss", [], False),
+        ("policies.dpo.loss", ["ipo", ["hinge"]], False),
         ("policies.dpo.beta", [], False),
         ("policies.dpo.beta", [0.1, -1], False),
         ("policies.dpo.method", ["dpo"], False),

@@ -66,7 +66,11 @@ TOKENS = [
 ]
 PROBES = {"positions": [{"position": 1, "token": " a", "before": 0.1, "after": 0.5, "tokens": TOKENS}]}
 REWARD = {
-    "accuracy": interval(0.6), "accuracy_longer_wins": interval(0.5), "ece": 0.04, "ceiling": {"labelers": 2,
+    "accuracy": interval(0.6), "accuracy_longer_wins": interval(0.5), "accuracy_shorter_wins": interval(0.52),
+    "accuracy_probe": interval(0.55), "accuracy_longer_preferred": interval(0.7), "accuracy_shorter_preferred":
+    interval(0.45), "gain_over":
+    {"longer_wins": interval(0.1), "shorter_wins": interval(0.08), "probe": interval(0.05)},
+    "ece": 0.04, "ceiling": {"labelers": 2,
         "agreement": interval(0.8), "majority": interval(0.85), "at_most": interval(0.89)},
     "accuracy_by_source": {"web": interval(0.61)}, "accuracy_by_labeler": {"ann": interval(0.62)},
     "accuracy_by_confidence": [{"low": 0.5, "high": 0.55, "confidence": 0.52, "accuracy": 0.51, "accuracy_low": 0.4,
@@ -127,7 +131,9 @@ def test_dots_are_the_metrics_intervals(match):
     ]
     assert drawn(charts.forgetting(FORGETTING, "base", SERIES, False)) == [0.1, 0.2, -0.1]
     assert drawn(charts.preference_shift(PREFERENCES, SERIES, False)) == [-1.0, -3.0]
-    assert drawn(charts.reward_accuracy(REWARD, False)) == [0.6, 0.5, 0.8, 0.85, 0.89, 0.61, 0.62]
+    accuracies, gains = [0.6, 0.5, 0.52, 0.55, 0.8, 0.85, 0.89, 0.7, 0.45, 0.61, 0.62], [0.1, 0.08, 0.05]
+    assert sorted(drawn(charts.reward_accuracy(REWARD, False))) == sorted(accuracies + gains)
+    assert len(rows_of(charts.reward_accuracy(REWARD | {"gain_over": None}, False))) == len(accuracies) + 1
 
 
 def test_the_diagram_begins_where_a_bin_does():

@@ -26,13 +26,14 @@ PPO = {
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
 LORA = {"lora": {"r": 2, "export_merged": True}}
+PROBED = {"head_learning_rate": 1e-2, "warm_start": "probe", "pooling": "mean"}
 SAMPLING = {"per_prompt": 2, "batch_size": 4, "max_new_tokens": 6}
 OF_BASE = {"policy": "base", "comparisons": "comparisons"}
 # kind: (stage, its config, its inputs)
 KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "sft": ("sft", EPOCHS | {"epochs": 2}, {"base": "base", "data": "data"}),
     "sft-lora": ("sft", EPOCHS | LORA | {"epochs": 2}, {"base": "base", "data": "data"}),
-    "reward": ("reward", EPOCHS | {"epochs": 3}, OF_BASE | {"data": "data"}),
+    "reward": ("reward", EPOCHS | PROBED | {"epochs": 3}, OF_BASE | {"data": "data"}),
     "reward-lora": ("reward", EPOCHS | LORA | {"epochs": 3}, OF_BASE | {"data": "data"}),
     "dpo": ("dpo", EPOCHS | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo", "checkpoints": 2}, OF_BASE),

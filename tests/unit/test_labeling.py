@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunetrail.config.comparisons import LlmLabeler, RecordedLabeler, ReferenceLabeler, RewardModelLabeler
+from tunetrail.config.comparisons import LlmLabeler, RecordedLabeler, RewardModelLabeler, SimulatedLabeler
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.data.chat import shown_prompt
 from tunetrail.errors import ConfigError, DataError, Interrupted
-from tunetrail.labeling import llm, recorded, reference, reward_model
+from tunetrail.labeling import llm, recorded, reward_model, simulated
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.preferences.ranks import dense, pair_outcomes, pairwise_agreement, ranks_from_scores
 from tunetrail.scorers.chrf import chrf
@@ -109,7 +109,7 @@ def test_pairwise_agreement_pools_pairs_of_labelers_and_needs_two():
 # ----------------------------------------------------------------------------- chrF
 
 
-def _chrf_by_hand(hypothesis, ref, order=6, beta=2):
+def _chrf_by_hand(hypothesis, ref, order=6, beta=1):
     """Popović 2015: mean n-gram precision and recall over the orders both texts have, then F-beta."""
     hypothesis, ref = hypothesis.replace(" ", ""), ref.replace(" ", "")
     precisions, recalls = [], []
@@ -139,8 +139,9 @@ def test_chrf_equals_its_formula(completion, ref):
 def test_chrf_golden_and_limits():
     assert chrf("Return the sum.", "Return the sum.") == pytest.approx(100)
     assert chrf("", "Return the sum.") == 0
-    # recall counts four times as much as precision: omissions cost more than additions
-    assert chrf("Return", "Return the sum.") < chrf("Return the sum.", "Return")
+    short, long = "Return", "Return the sum."
+    assert chrf(short, long) == pytest.approx(chrf(long, short))  # beta 1: what is missing counts as what is too much
+    assert chrf(short, long, 2) < chrf(long, short, 2)
 
 
 # ----------------------------------------------------------------------------- reference
@@ -152,11 +153,11 @@ GOOD, MIDDLE, BAD = "Return the absolute value of the number.", "Return a value.
 
 def test_reference_ranks_by_chrf(stage):
     row = make_row(completions=[BAD, GOOD, MIDDLE], ref=REF)
-    (rankings,) = reference.rank([row], ReferenceLabeler(labeler="reference"), stage).rankings
+    (rankings,) = simulated.rank([row], SimulatedLabeler(labeler="simulated"), stage).rankings
     (ranking,) = rankings
     assert ranking["ranks"] == [3, 1, 2]
     assert ranking["scores"] == [chrf(c, REF) for c in row["completions"]]
-    assert (ranking["labeler"], ranking["time"]) == ("reference-0", None)
+    assert (ranking["labeler"], ranking["time"]) == ("simulated-0", None)
     assert sorted(ranking["order"]) == [0, 1, 2]
 
 
@@ -164,21 +165,21 @@ def test_reference_tie_is_in_chrf_points(stage):
     row = make_row(completions=[BAD, GOOD, MIDDLE], ref=REF)
     gap = chrf(MIDDLE, REF) - chrf(BAD, REF)
     for tie, ranks in ((gap + 0.01, [2, 1, 2]), (gap - 0.01, [3, 1, 2])):
-        config = ReferenceLabeler(labeler="reference", tie=tie)
-        assert reference.rank([row], config, stage).rankings[0][0]["ranks"] == ranks
+        config = SimulatedLabeler(labeler="simulated", tie=tie)
+        assert simulated.rank([row], config, stage).rankings[0][0]["ranks"] == ranks
 
 
 def test_reference_noise_has_the_standard_deviation_asked_for_and_labelers_are_independent(stage):
     rows = [make_row(f"r{i}", completions=[BAD, GOOD, MIDDLE], ref=REF) for i in range(400)]
-    config = ReferenceLabeler(labeler="reference", labelers=3, noise=12.0)
-    labels = reference.rank(rows, config, stage)
+    config = SimulatedLabeler(labeler="simulated", labelers=3, noise=12.0)
+    labels = simulated.rank(rows, config, stage)
     true = [chrf(c, REF) for c in rows[0]["completions"]]
     errors = np.array([[np.subtract(r["scores"], true) for r in row] for row in labels.rankings])  # [rows, labelers, K]
     assert errors.std() == pytest.approx(12.0, rel=0.05)
     assert abs(errors.mean()) < 1
     correlation = np.corrcoef(errors.transpose(1, 0, 2).reshape(3, -1))
     assert np.abs(correlation[np.triu_indices(3, 1)]).max() < 0.1
-    assert [r["labeler"] for r in labels.rankings[0]] == ["reference-0", "reference-1", "reference-2"]
+    assert [r["labeler"] for r in labels.rankings[0]] == ["simulated-0", "simulated-1", "simulated-2"]
     for row in labels.rankings:
         for ranking in row:
             assert ranking["ranks"] == ranks_from_scores(ranking["scores"])
@@ -186,8 +187,8 @@ def test_reference_noise_has_the_standard_deviation_asked_for_and_labelers_are_i
 
 def test_reference_errs_less_the_wider_the_gap(stage):
     rows = [make_row(f"r{i}", completions=[GOOD, MIDDLE, BAD], ref=REF) for i in range(500)]
-    config = ReferenceLabeler(labeler="reference", noise=20.0)
-    ranks = np.array([r[0]["ranks"] for r in reference.rank(rows, config, stage).rankings])
+    config = SimulatedLabeler(labeler="simulated", noise=20.0)
+    ranks = np.array([r[0]["ranks"] for r in simulated.rank(rows, config, stage).rankings])
     scores = [chrf(c, REF) for c in (GOOD, MIDDLE, BAD)]
     for i, j in ((0, 1), (1, 2), (0, 2)):
         wrong = np.mean(ranks[:, i] > ranks[:, j])
@@ -198,25 +199,25 @@ def test_reference_errs_less_the_wider_the_gap(stage):
 
 def test_reference_does_not_depend_on_order_or_sharding_but_on_seed(stage):
     rows = [make_row(f"r{i}", completions=[GOOD, MIDDLE, BAD], ref=REF) for i in range(20)]
-    config = ReferenceLabeler(labeler="reference", labelers=2, noise=30.0)
-    whole = reference.rank(rows, config, stage).rankings
-    assert reference.rank(rows[::-1], config, stage).rankings == whole[::-1]
-    assert reference.rank(rows[7:9], config, stage).rankings == whole[7:9]
+    config = SimulatedLabeler(labeler="simulated", labelers=2, noise=30.0)
+    whole = simulated.rank(rows, config, stage).rankings
+    assert simulated.rank(rows[::-1], config, stage).rankings == whole[::-1]
+    assert simulated.rank(rows[7:9], config, stage).rankings == whole[7:9]
     stage.shared["seed"] = 1
-    assert reference.rank(rows, config, stage).rankings != whole
+    assert simulated.rank(rows, config, stage).rankings != whole
 
 
 def test_order_shown_is_shuffled_by_row_and_labeler(stage):
     rows = [make_row(f"r{i}", completions=[GOOD, MIDDLE, BAD], ref=REF) for i in range(60)]
-    config = ReferenceLabeler(labeler="reference", labelers=2)
-    orders = [[tuple(r["order"]) for r in row] for row in reference.rank(rows, config, stage).rankings]
+    config = SimulatedLabeler(labeler="simulated", labelers=2)
+    orders = [[tuple(r["order"]) for r in row] for row in simulated.rank(rows, config, stage).rankings]
     assert {order for row in orders for order in row} == set(itertools.permutations(range(3)))
     assert any(a != b for a, b in orders)
 
 
 def test_reference_needs_a_reference(stage):
-    with pytest.raises(DataError, match="row r0 has no reference text"):
-        reference.rank([make_row(ref=None)], ReferenceLabeler(labeler="reference"), stage)
+    with pytest.raises(DataError, match=r"2 of 2 completions have no reference text .* row r0"):
+        simulated.rank([make_row(ref=None)], SimulatedLabeler(labeler="simulated"), stage)
 
 
 # ----------------------------------------------------------------------------- prompts
@@ -401,6 +402,27 @@ def test_reward_model_ranks_by_score_minus_bias_with_and_without_padding(stage, 
     assert ranking["ranks"] == ranks_from_scores(expected)
     assert ranking["labeler"] == "reward_model-0"
     assert len(labels.source["digest"]) == 64
+
+
+def test_a_reward_model_that_pools_is_read_as_the_pipeline_reads_it(stage, classifier):
+    """The ids of the row are of another tokenizer: the text is encoded with the reward model's own."""
+    import torch
+
+    from tunetrail.models.loading import load_reward_model
+
+    folder = classifier(reward_bias=0.25, reward_pooling="mean")
+    row = REWARD_ROW | {"completion_ids": [[7], [8], [9], [10]]}
+    (ranking,) = reward_model.rank([row], RewardModelLabeler(labeler="reward_model", path=folder), stage).rankings[0]
+    model, tokenizer = load_reward_model(folder).eval(), tiny_tokenizer()
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    expected = []
+    for completion, finished in zip(row["completions"], row["finished"], strict=True):
+        ids = prompt + tokenizer(completion + ("<|eos|>" if finished else ""))["input_ids"]
+        with torch.no_grad():
+            states = model.model(torch.tensor([ids])).last_hidden_state[0, len(prompt) :]
+            expected.append(model.score(states).mean().item() - 0.25)
+    assert ranking["scores"] == pytest.approx(expected, abs=1e-5)
+    assert expected != pytest.approx([logits[0].item() - 0.25 for logits in _score_one_by_one(folder, row)], abs=1e-2)
 
 
 def test_reward_model_with_two_labels_scores_by_their_difference(stage, classifier):

@@ -9,9 +9,10 @@ import torch
 
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.models.batching import Batch, collate, encode_response, token_batches
+from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
 from tunetrail.models.loading import (
     load_causal_lm,
+    load_reward_model,
     load_tokenizer,
     save_causal_lm,
     tokenizer_digest,
@@ -25,6 +26,7 @@ from tunetrail.models.tree import share_prefixes
 from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
 from tunetrail.provenance.manifest import sha256_json
 from tunetrail.reward.kwise import initialise
+from tunetrail.stages.completions import sampled_row
 
 EOS, PAD, VOCABULARY = 1, 0, 30
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -83,6 +85,26 @@ def test_left_and_right_padding_agree_on_scores_and_values():
         values = response_values(classifier, ours)[row]
         prefix = classifier(torch.tensor([prompt])).logits[0, 0] - 0.25  # the state before the first response token
         torch.testing.assert_close(values[0], prefix, atol=1e-5, rtol=0)
+
+
+def test_a_pooled_score_is_the_heads_mean_over_the_response():
+    classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1, pooling="mean").eval()
+    classifier.config.reward_bias = 0.25
+    ours = collate(PROMPTS, RESPONSES, PAD)
+    scores = sequence_scores(classifier, ours)
+    for score, prompt, response in zip(scores, PROMPTS, RESPONSES, strict=True):
+        states = classifier.model(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) :]
+        torch.testing.assert_close(score, classifier.score(states).mean() - 0.25, atol=1e-5, rtol=0)
+    classifier.config.reward_pooling = "last"
+    assert not torch.allclose(scores, sequence_scores(classifier, ours))
+
+
+def test_a_saved_reward_model_is_read_as_it_was_trained(tmp_path):
+    classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1, pooling="mean").eval()
+    classifier.save_pretrained(tmp_path)
+    ours = collate(PROMPTS, RESPONSES, PAD)
+    loaded = load_reward_model(tmp_path).eval()
+    torch.testing.assert_close(sequence_scores(loaded, ours), sequence_scores(classifier, ours))
 
 
 def test_map_batches_keeps_order_and_lengths(model):
@@ -226,6 +248,24 @@ def test_eos_closes_a_finished_response_only():
     tokenizer = tiny_tokenizer()
     assert encode_response(tokenizer, "ab")[-1] == tokenizer.eos_token_id
     assert encode_response(tokenizer, "ab", finished=False) == encode_response(tokenizer, "ab")[:-1]
+
+
+def test_sampled_ids_are_kept_and_trained_on():
+    """White space before EOS and two tokens where the encoder has one: what is learnt from is what was sampled."""
+    tokenizer = tiny_tokenizer()
+    eos = tokenizer.eos_token_id
+    said, padded, cut = encode(tokenizer, "yes"), encode(tokenizer, "yes\n"), encode(tokenizer, "no ")
+    blank = encode(tokenizer, " ")
+    row = {"id": "1", "group": "g", "split": "reward", "prompt": "p", "messages": [], "completion": "r"}
+    kept = sampled_row(row, [[*padded, eos], [*said, eos], [*blank, eos], cut], tokenizer)
+    assert kept["completions"] == ["yes", "no"]  # what labelers see; the second and third say nothing new
+    assert kept["completion_ids"] == [[*padded, eos], cut]
+    assert kept["finished"] == [True, False]
+    prompt, responses = encode_comparison(tokenizer, dict(kept))
+    assert prompt == encode(tokenizer, "p")
+    assert responses == [[*padded, eos], cut]
+    del kept["completion_ids"]  # recorded or imported text
+    assert encode_comparison(tokenizer, dict(kept))[1] == [[*said, eos], encode(tokenizer, "no")]
 
 
 def test_tokenizer_without_a_pad_of_its_own_is_refused(tmp_path):

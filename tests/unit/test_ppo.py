@@ -24,7 +24,6 @@ from tunetrail.ppo import (
     FixedKLController,
     gae,
     grpo,
-    kl_penalty,
     masked_mean,
     masked_whiten,
     policy_loss,
@@ -79,18 +78,21 @@ def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
         assert not returns[b, n:].any()
 
 
-def test_kl_estimators_by_hand_and_in_expectation():
-    d = torch.tensor([[math.log(2.0)]])
-    zero = torch.zeros(1, 1)
-    assert kl_penalty(d, zero, "k1").item() == pytest.approx(0.693147, abs=1e-6)
-    assert kl_penalty(d, zero, "k2").item() == pytest.approx(0.240227, abs=1e-6)
-    assert kl_penalty(d, zero, "k3").item() == pytest.approx(0.193147, abs=1e-6)  # 1/2 - 1 + log 2
-    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
-    exact = (p * (p / q).log()).sum()
-    for estimator in ("k1", "k3"):  # unbiased: the expectation under p is the KL itself
-        torch.testing.assert_close((p * kl_penalty(p.log(), q.log(), estimator)).sum(), exact)
-    with pytest.raises(ValueError, match="k1, k2 or k3"):
-        kl_penalty(d, zero, "k4")
+def test_the_log_ratio_in_the_reward_has_the_gradient_of_the_kl():
+    """Over all tokens of a softmax: E[estimate * grad log p] is grad KL for k1, and hardly any of it for k2 and k3."""
+    logits = torch.tensor([0.2, -0.3, 0.05], requires_grad=True)
+    log_q = torch.tensor([0.0, 0.1, -0.2]).log_softmax(0)
+    log_p = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), logits, retain_graph=True)
+    d = (log_p - log_q).detach()
+    shares = []
+    for estimate in (d, d**2 / 2, torch.expm1(-d) + d):
+        rewards = token_rewards(torch.zeros(3), estimate[:, None], torch.ones(3, 1, dtype=torch.bool), kl_coef=1.0)
+        objective = (log_p.exp().detach() * -rewards[:, 0] * log_p).sum()
+        (found,) = torch.autograd.grad(objective, logits, retain_graph=True)
+        shares.append(float(found @ exact / (exact @ exact)))
+    assert shares[0] == pytest.approx(1, abs=1e-5)
+    assert max(abs(share) for share in shares[1:]) < 0.2
 
 
 def test_score_lands_on_the_last_token_of_each_response():
@@ -150,7 +152,7 @@ def test_prompts_are_passed_over_before_they_repeat():
 VOCABULARY, EOS, PAD = 20, 1, 0
 
 
-def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, engine=None, **changes):
+def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, engine=None, scorers=None, **changes):
     settings = {"method": "ppo", "steps": 4, "batch_size": 8, "epochs": 2, "max_new_tokens": 6, "learning_rate": 1e-3}
     config = PpoConfig(**(settings | changes))
     policy = share_prefixes(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0))
@@ -159,9 +161,9 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     start = list(range(2, 10))  # what all begin with is computed once
     prompts = [start + [2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
     return PPOTrainer(
-        config, policy, classifier, prompts, [str(i) for i in range(12)],
+        config, policy, classifier if config.uses_reward_model else None, prompts, [str(i) for i in range(12)],
         eos_id=EOS, pad_id=PAD, seed=7, accelerator=Accelerator(cpu=True),
-        demonstrations=demonstrations, gold=gold, engine=engine,
+        demonstrations=demonstrations, gold=gold, engine=engine, scorers=scorers,
     )  # fmt: skip
 
 
@@ -249,7 +251,25 @@ def test_leave_one_out_and_group_advantages_by_hand():
     torch.testing.assert_close(rloo(rewards, 3), torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
     deviation = math.sqrt((4 + 1 + 9) / 3)  # mean 3
     expected = torch.tensor([-2.0, -1.0, 3.0, 0.0, 0.0, 0.0]) / deviation
-    torch.testing.assert_close(grpo(rewards, 3), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grpo(rewards, torch.zeros(6), 3), expected, atol=1e-5, rtol=0)
+    # the KL penalty is subtracted from that, less the mean of the prompt's others: 0.1 - (0.2+0.6)/2, ...
+    penalties = torch.tensor([0.1, 0.2, 0.6, 0.0, 0.0, 0.3])
+    less = torch.tensor([-0.3, -0.15, 0.45, -0.15, -0.15, 0.3])
+    torch.testing.assert_close(grpo(rewards, penalties, 3), expected - less, atol=1e-5, rtol=0)
+
+
+def test_where_scores_tie_grpo_does_not_turn_noise_of_the_kl_into_advantages():
+    """Four responses to a prompt that were all cut off, with KLs of a fresh policy: nothing there is worth learning."""
+    trainer = make_trainer(advantage="grpo", completions_per_prompt=4, missing_eos_score=-1.0, kl_coef=0.05)
+    rollout = trainer.rollout()
+    rollout.finished[:4] = False
+    noise = torch.randn(rollout.ref_logprobs.shape, generator=torch.Generator().manual_seed(0))
+    rollout.ref_logprobs += 0.1 * noise
+    advantages, _ = trainer.advantages(rollout)
+    kl = rollout.kl[:4].sum(1)
+    assert kl.std() > 0.05
+    torch.testing.assert_close(advantages[:4, 0], -0.05 * rloo(kl, 4), atol=1e-5, rtol=0)
+    assert advantages[:4].abs().max() < 0.05
 
 
 def test_scores_are_shaped_by_hand():
@@ -378,9 +398,9 @@ def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
 def test_the_gold_score_is_watched_and_changes_nothing():
     seen = []
 
-    def gold(prompt: int, response: list[int]) -> float:
-        seen.append(prompt)
-        return float(len(response))
+    def gold(prompts: list[int], responses: list[list[int]]) -> list[float]:
+        seen.extend(prompts)
+        return [float(len(response)) for response in responses]
 
     watched, plain = make_trainer(gold=gold, completions_per_prompt=2), make_trainer(completions_per_prompt=2)
     for step in range(2):
@@ -389,6 +409,37 @@ def test_the_gold_score_is_watched_and_changes_nothing():
         assert row.pop("gold") == pytest.approx(row["length"])
         assert row == expected
         assert seen == [i for i in watched.batches[step] for _ in range(2)]
+
+
+def test_it_learns_from_scorers_and_the_reward_model_by_their_weights():
+    def length(_: list[int], responses: list[list[int]]) -> list[float]:
+        return [float(len(response)) for response in responses]
+
+    both = make_trainer(reward={"reward_model": 2.0, "length": -0.5}, scorers={"length": length})
+    plain = make_trainer()
+    ours, theirs = both.rollout(), plain.rollout()
+    assert ours.responses == theirs.responses
+    expected = 2 * theirs.scores - 0.5 * theirs.lengths
+    torch.testing.assert_close(ours.scores, expected)
+    torch.testing.assert_close(ours.terms[:, 0], theirs.scores)
+    row = make_trainer(reward={"reward_model": 2.0, "length": -0.5}, scorers={"length": length}).iterate()
+    assert row["score_length"] == pytest.approx(row["length"])
+    assert row["score"] == pytest.approx(2 * row["score_reward_model"] - 0.5 * row["score_length"], abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_it_learns_from_scorers_alone(advantage):
+    """Short responses are rewarded, and responses get shorter."""
+
+    def brevity(_: list[int], responses: list[list[int]]) -> list[float]:
+        return [-float(len(response)) for response in responses]
+
+    trainer = make_trainer(
+        scorers={"brevity": brevity}, reward={"brevity": 1.0}, advantage=advantage,
+        completions_per_prompt=4, batch_size=32, steps=25, learning_rate=1e-2, kl_coef=0.0, missing_eos_score=None,
+    )  # fmt: skip
+    lengths = [trainer.iterate()["length"] for _ in range(25)]
+    assert sum(lengths[-3:]) < 0.8 * sum(lengths[:3])
 
 
 class StandIn:

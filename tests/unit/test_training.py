@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from tunetrail.config.dpo import DpoLoss
 from tunetrail.config.training import Lora, SftConfig
@@ -17,16 +18,19 @@ from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import read_jsonl, write_json, write_jsonl
+from tunetrail.models.batching import collate, encode_comparison
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
+from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.models.training import epoch_order, history, rows_at_once
+from tunetrail.models.training import epoch_order, history, learning_rate_scale, rows_at_once, rows_left_out
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
-from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, reliability
-from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_loss, kwise_scores
+from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, over_groups, reliability, right
+from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, kwise_loss, kwise_scores
+from tunetrail.reward.probe import bradley_terry, fit_probe, frozen_states
 from tunetrail.stages import sft
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 
@@ -74,7 +78,8 @@ def test_collator_masks_missing_completions():
     assert batch["input_ids"].shape == (5, 5)  # K sequences a prompt, not K(K-1)
     assert batch["mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["targets"][1, 0, 1] == 1
-    assert batch["input_ids"][torch.arange(5), batch["ends"]].tolist() == [6, 8, 9, 1, 7]
+    assert batch["input_ids"][:, 3:].tolist() == [[6, 0], [7, 8], [9, 0], [6, 1], [7, 0]]
+    assert batch["response_mask"].tolist() == [[True, n == 2] for n in (1, 2, 1, 2, 1)]
 
 
 def test_kwise_scores_are_those_of_each_sequence_alone():
@@ -85,6 +90,88 @@ def test_kwise_scores_are_those_of_each_sequence_alone():
     torch.testing.assert_close(scores, torch.tensor([plain[0], [*plain[1], 0.0]]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_training_and_scoring_read_the_same_scores(pooling):
+    model = initialise(tiny_model(16, 2, 2, 30, seed=0), seed=1, pooling=pooling).eval()
+    model.config.pad_token_id = 0
+    sequences = [(e["prompt"], response) for e in EXAMPLES for response in e["responses"]]
+    scores = sequence_scores(model, collate(*zip(*sequences, strict=True), 0))
+    trained = kwise_scores(model, KWiseCollator(0)(EXAMPLES))
+    torch.testing.assert_close(trained[trained != 0], scores, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)])
+def test_the_head_has_its_own_learning_rate(tmp_path, lora):
+    model = with_lora(initialise(tiny_model(16, 2, 2, 30, seed=0), seed=1), lora, seed=1, extra_modules=["score"])
+    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True)
+    optimizer = KWiseTrainer(model=model, args=arguments, head_learning_rate=0.5).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+    for name, p in named.items():
+        assert rates[id(p)] == (0.5 if "score" in name else 1e-3), name
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["lr"] == 0.5} == {0.1}
+
+
+def test_the_probe_is_where_its_gradient_is_0():
+    """One feature, three pairs with soft targets; and the root found by bisection."""
+    x, y, weights = np.array([[1.0], [2.0], [-0.5]]), np.array([1.0, 0.25, 0.5]), np.array([0.5, 0.25, 0.25])
+
+    def slope(w: float) -> float:
+        return float(sum(weights * (1 / (1 + np.exp(-x[:, 0] * w)) - y) * x[:, 0]) + 0.1 * w)
+
+    low, high = -10.0, 10.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if slope((low + high) / 2) < 0 else (low, (low + high) / 2)
+    assert abs(low) > 0.05
+    assert bradley_terry(x, y, weights, 0.1) == pytest.approx([low], abs=1e-4)
+
+
+def planted(random, prompts: int, strength: float) -> tuple[list, list]:
+    """States of 3 responses to each prompt, of very different scales; labelers prefer a large sum of all features."""
+    scale = np.geomspace(0.01, 100, 12)
+    states, targets = [], []
+    for _ in range(prompts):
+        features = random.standard_normal((3, 12))
+        utility = strength * features.sum(1) + random.gumbel(size=3)
+        states.append(features * scale)
+        targets.append((utility[:, None] > utility).astype(float) + 0.5 * np.eye(3))
+    return states, targets
+
+
+def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
+    def accuracy(strength: float, seed: int) -> tuple[float, float]:
+        random = np.random.default_rng(seed)
+        states, targets = planted(random, 200, strength)
+        probe = fit_probe(states, targets, [str(i // 4) for i in range(200)])
+        unseen, truth = planted(random, 400, strength)
+        margins = [(s @ probe)[:, None] - s @ probe for s in unseen]
+        upper = np.triu_indices(3, 1)
+        found = np.mean([(m[upper] > 0) == (t[upper] > 0.5) for m, t in zip(margins, truth, strict=True)])
+        return float(found), float(np.std([s @ probe for s in unseen]))
+
+    (clear, wide), (nothing, narrow) = accuracy(1.0, 0), accuracy(0.0, 1)
+    assert clear > 0.85  # noise of the labelers alone allows about 0.88
+    assert 0.45 < nothing < 0.55
+    assert narrow < wide / 5  # the ridge chosen by cross-validation lets it say little
+
+
+def test_the_probe_of_one_group_is_fitted_without_cross_validation():
+    states, targets = planted(np.random.default_rng(0), 3, 1.0)
+    assert np.isfinite(fit_probe(states, targets, ["g", "g", "g"])).all()
+
+
+def test_frozen_states_are_those_of_each_sequence_alone():
+    model = tiny_model(16, 2, 2, 30, seed=0).eval()
+    for pooling in ("last", "mean"):
+        found = frozen_states(model, EXAMPLES, 0, "fp32", pooling)
+        for example, states in zip(EXAMPLES, found, strict=True):
+            for response, state in zip(example["responses"], states, strict=True):
+                hidden = model.model(torch.tensor([example["prompt"] + response])).last_hidden_state[0].detach()
+                alone = hidden[-1] if pooling == "last" else hidden[len(example["prompt"]) :].mean(0)
+                assert state == pytest.approx(alone.double().numpy(), abs=1e-5)
+
+
 def test_reward_metrics_by_hand():
     rows = [
         {"id": "a", "group": "g", "completions": ["long one", "x"], "rankings": [{"labeler": "l", "ranks": [1, 2]}]},
@@ -93,15 +180,39 @@ def test_reward_metrics_by_hand():
         {"id": "c", "group": "g", "completions": ["x", "y"], "rankings": [{"labeler": "m", "ranks": [2, 1]}]},
     ]  # fmt: skip
     scores = [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 3.0])]
-    pairs = heldout_pairs(rows, scores, {"a": "web", "b": "book", "c": "web"})
+    probe = [np.array([1.0, 0.5]), np.array([4.0, 1.0]), np.array([0.0, 0.0])]
+    pairs = heldout_pairs(rows, scores, probe, {"a": "web", "b": "book", "c": "web"})
+    assert [p["probe"] for p in pairs] == [0.5, 3.0, 0.0]
     assert [round(p["margin"], 3) for p in pairs] == [2.0, -1.0, 3.0]  # the tie decides nothing
     metrics = evaluate(pairs, seed=0)
     assert metrics["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert metrics["accuracy_longer_wins"]["mean"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert metrics["accuracy_shorter_wins"]["mean"] == pytest.approx((0 + 1 + 0.5) / 3)
+    assert metrics["accuracy_probe"]["mean"] == pytest.approx((1 + 1 + 0.5) / 3)
+    gains = {name: gain["mean"] for name, gain in metrics["gain_over"].items()}
+    assert gains == pytest.approx({"longer_wins": 0.5 / 3, "shorter_wins": 0.5 / 3, "probe": -0.5 / 3})
+    assert metrics["accuracy_longer_preferred"]["mean"] == 1  # a
+    assert metrics["accuracy_shorter_preferred"]["mean"] == 0  # b; in c they are of one length
     assert metrics["accuracy_by_labeler"]["m"]["mean"] == 1
     assert metrics["accuracy_by_labeler"]["l"]["mean"] == 0.5
     assert metrics["accuracy_by_source"]["web"]["mean"] == 1
     assert metrics["accuracy_by_source"]["book"]["mean"] == 0
+
+
+def test_the_interval_of_a_gain_covers_the_true_one_where_groups_differ():
+    """30 groups of 10 pairs; in some groups the model is the better one, in others the baseline."""
+    covered = 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        pairs = []
+        for group in range(30):
+            ours, theirs = np.clip(random.normal([0.7, 0.55], 0.2), 0.05, 0.95)
+            for i in range(10):
+                margin, probe = (1.0 if random.random() < p else -1.0 for p in (ours, theirs))
+                pairs.append({"id": f"{group}-{i}", "group": str(group), "margin": margin, "probe": probe})
+        gain = over_groups(right(pairs, "margin") - right(pairs, "probe"), pairs, seed=seed)
+        covered += gain["low"] <= 0.141 <= gain["high"]
+    assert 0.9 <= covered / 200 <= 0.985
 
 
 def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
@@ -110,7 +221,8 @@ def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
     margins = random.exponential(1.0, size=4000)
     right = random.random(4000) < 1 / (1 + np.exp(-margins))
     pairs = [
-        {"id": str(i // 2), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))
+        {"id": str(i // 2), "group": "g", "margin": m if ok else -m}
+        for i, (m, ok) in enumerate(zip(margins, right, strict=True))
     ]
     calibrated = reliability(pairs, seed=0)
     assert all(
@@ -134,7 +246,8 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_0():
         margins = random.exponential(1.0, size=300)
         right = random.random(300) < 1 / (1 + np.exp(-margins))
         pairs = [
-            {"id": str(i), "margin": m if ok else -m} for i, (m, ok) in enumerate(zip(margins, right, strict=True))
+            {"id": str(i), "group": "g", "margin": m if ok else -m}
+            for i, (m, ok) in enumerate(zip(margins, right, strict=True))
         ]
         found = reliability(pairs, seed=0)
         errors.append(found["ece"])
@@ -207,6 +320,28 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert max(spreads) <= 3
     assert order[:40] != order[40:80]
     assert order == epoch_order(lengths, 8, 3, seed=1)
+
+
+def test_learning_rates_by_hand():
+    def rates(steps: int, warmup: int, schedule: str) -> list[float]:
+        return [learning_rate_scale(step, steps, warmup, schedule) for step in range(1, steps + 1)]
+
+    # Two steps up, then three down in fourths.
+    assert rates(5, 2, "linear") == pytest.approx([0.5, 1, 0.75, 0.5, 0.25])
+    half = math.sqrt(0.5) / 2
+    assert rates(5, 2, "cosine") == pytest.approx([0.5, 1, 0.5 + half, 0.5, 0.5 - half])
+    assert rates(4, 3, "constant") == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates(3, 0, "linear") == pytest.approx([1, 2 / 3, 1 / 3])
+    assert rates(1, 1, "cosine") == [1]
+
+
+def test_rows_that_fill_no_batch_are_told(caplog):
+    with caplog.at_level("INFO", "tunetrail"):
+        assert rows_left_out("dpo", 43, 8) == 3
+        assert rows_left_out("dpo", 40, 8) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "dpo: 3 of 43 rows do not fill a batch of 8; each epoch leaves out others"
+    ]
 
 
 def test_kept_steps_are_spread_and_never_the_last():
@@ -322,8 +457,12 @@ STAGES = {
         {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3, "checkpoints": 8},
         {"policy": "base", "comparisons": "comparisons"},
     ),
+    "reward-probe": (
+        {"learning_rate": 1e-3, "batch_size": 2, "head_learning_rate": 1e-2, "warm_start": "probe", "pooling": "mean"},
+        {"policy": "base", "data": "data", "comparisons": "comparisons"},
+    ),
     "reward-lora": (
-        {"learning_rate": 1e-3, "batch_size": 2, "lora": {"r": 2}},
+        {"learning_rate": 1e-3, "batch_size": 2, "lora": {"r": 2}, "warm_start": "probe"},
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
     ),
     "dpo-lora": (
@@ -398,6 +537,22 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
         assert modules == sorted(modules)
     attempts = read_record(stopped.parent).attempts
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
+    """An optimizer step with a learning rate of 0 would be a batch that teaches nothing."""
+    code, error, output = run_stage(
+        name, "rates", config={"epochs": 1, "warmup": 0.4, "batch_size": 5, "micro_batch_size": 5}
+    )
+    assert code == 0, error
+    rates = [row["learning_rate"] for row in read_jsonl(output.with_name("history.jsonl"))]
+    warmup = math.ceil(0.4 * len(rates))
+    expected = [1e-3 * learning_rate_scale(n, len(rates), warmup, "cosine") for n in range(1, len(rates) + 1)]
+    assert rates == pytest.approx(expected)
+    assert min(rates) > 0
+    rows = {"sft": 24, "reward": 18, "dpo": 54}[name]
+    assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
 
 
 def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
@@ -499,6 +654,41 @@ def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
     assert read_jsonl(output.with_name("history.jsonl"))[0]["logps/chosen"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_sft_term_is_the_mean_nll_of_preferred_tokens(run_stage, workspace):
+    """The first loss is log 2 from the pairs, as policy and reference are still one, and the term by plain passes."""
+    config = {"batch_size": 54, "micro_batch_size": 54, "loss": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]}
+    code, error, output = run_stage("dpo", "one", config=config)
+    assert code == 0, error
+    tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
+    nlls = []
+    for row in read_jsonl(workspace / "comparisons/comparisons.jsonl"):
+        prompt, responses = encode_comparison(tokenizer, row)
+        for i in (0, 0, 1) if row["split"] == "reward" else ():
+            logprobs = model(torch.tensor([prompt + responses[i]])).logits[0].log_softmax(-1)
+            nlls += [-logprobs[len(prompt) + n - 1, token].item() for n, token in enumerate(responses[i])]
+    expected = 2 * math.log(2) + 0.5 * sum(nlls) / len(nlls)
+    assert read_jsonl(output.with_name("history.jsonl"))[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_with_the_sft_term_preferred_responses_become_likelier(run_stage, workspace):
+    """The same pairs of nearly equal responses, with the term and without."""
+    rows = read_jsonl(workspace / "comparisons/comparisons.jsonl")
+    rows = [row | {"completions": ["abcdefgh", "abcdefgi", "abcdefgj"]} for row in rows]
+    digest = json.loads((workspace / "comparisons/manifest.json").read_text())["tokenizer"]
+    write_artifact(workspace / "comparisons", {"comparisons.jsonl": rows}, digest)
+    moved = []
+    for loss in (["sigmoid"], ["sigmoid", "sft"]):
+        config = {"loss": loss, "learning_rate": 1e-2, "batch_size": 27, "micro_batch_size": 27, "epochs": 6}
+        code, error, output = run_stage("dpo", "-".join(loss), config=config | {"checkpoints": 0})
+        assert code == 0, error
+        history = read_jsonl(output.with_name("history.jsonl"))
+        assert history[-1]["rewards/margins"] > 0.1
+        moved.append(history[-1]["logps/chosen"] - history[0]["logps/chosen"])
+    plain, with_term = moved
+    assert with_term > 10
+    assert with_term > plain + 5
+
+
 def test_every_dpo_loss_trains(run_stage):
     for loss in get_args(DpoLoss):
         smoothing = {"label_smoothing": 0.1} if loss == "exo_pair" else {}
@@ -525,6 +715,19 @@ def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage
     scores = np.array(reward_scores(model, examples, tokenizer.pad_token_id, "fp32"))
     assert scores.std() > 1e-4
     assert scores.mean() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reward-probe", "reward-lora"])
+def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_stage, workspace, name):
+    config = {"learning_rate": 1e-12, "head_learning_rate": None, "pooling": "mean"}
+    code, error, output = run_stage(name, "first", config=config)
+    assert code == 0, error
+    pairs = read_jsonl(output.with_name("pairs.jsonl"))
+    assert [p["margin"] for p in pairs] == pytest.approx([p["probe"] for p in pairs], abs=1e-4)
+    assert max(abs(p["probe"]) for p in pairs) > 0.5
+    metrics = json.loads(output.with_name("metrics.json").read_text())
+    assert metrics["gain_over"]["probe"]["mean"] == 0
+    assert metrics["accuracy_probe"]["mean"] == 1  # these rankings are linear in the states
 
 
 def test_merged_export_has_no_adapter(run_stage):

@@ -14,7 +14,7 @@ from tunetrail.config.training import Lora
 from tunetrail.models.batching import collate
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import with_lora
-from tunetrail.models.scoring import response_logprobs, response_values, sequence_scores
+from tunetrail.models.scoring import response_logprobs, response_values, reward_pooling, sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import prefix_tree, share_prefixes, without_sharing
 from tunetrail.reward.kwise import KWiseCollator, initialise, kwise_scores
@@ -89,13 +89,15 @@ def test_sharing_changes_no_value_and_no_gradient(side):
         for function, model in (
             (response_logprobs, llama()),
             (sequence_scores, copy.deepcopy(classifier)),
+            (sequence_scores, initialise(llama(), seed=1, pooling="mean").eval()),
             (response_values, copy.deepcopy(classifier)),
         ):
             if shared:
                 share_prefixes(model)
             else:
                 without_sharing(model)
-            if side == "left" and function is not sequence_scores:  # there is no response
+            # There is no response.
+            if side == "left" and (function is not sequence_scores or reward_pooling(model) == "mean"):
                 continue
             with tokens_computed(model) as counted:
                 values = function(model, batch)

@@ -37,7 +37,7 @@ def test_the_head_process_sealed_the_run_and_the_copy_is_sound(run):
 def test_records_have_what_an_auditor_asks_for(run):
     reward = read_record(run / "reward")
     assert reward.of_role("labels")
-    assert reward.annotations("labels")["labelers"] == ["reference-0", "reference-1"]
+    assert reward.annotations("labels")["labelers"] == ["simulated-0", "simulated-1"]
     assert {d["annotations"]["role"] for d in reward.dependencies} >= {
         "code",
         "lock",

@@ -12,6 +12,7 @@ from tunetrail.config.fields import (
     Flag,
     Fraction,
     Integer,
+    Name,
     NonNegative,
     NonNegativeInt,
     Positive,
@@ -43,15 +44,21 @@ class CompletionsConfig(Sampling):
     )
 
 
-class ReferenceLabeler(Block):
-    """Ranks by chrF against the author's own text (sacrebleu)."""
+class SimulatedLabeler(Block):
+    """Ranks by a scorer, and errs."""
 
-    labeler: Literal["reference"]
+    labeler: Literal["simulated"]
+    scorer: Name = Field(default="chrf", description="what it ranks by: a built-in scorer, or one of `scorers`")
     labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
     noise: NonNegative = Field(
-        default=0.0, description="chrF points, 0 to 100; standard deviation of the noise added to each score"
+        default=0.0, description="units of the score; standard deviation of the noise added to each score"
     )
-    tie: NonNegative = Field(default=0.0, description="chrF points; scores that differ by at most this tie")
+    tie: NonNegative = Field(default=0.0, description="units of the score; scores that differ by at most this tie")
+
+    @property
+    def scorer_keys(self) -> dict[str, str]:
+        """Key -> the name of the scorer that it gives."""
+        return {"scorer": self.scorer}
 
 
 class RecordedLabeler(Block):
@@ -154,6 +161,6 @@ class HumanLabeler(Block):
 
 
 ComparisonsConfig = Annotated[
-    ReferenceLabeler | RecordedLabeler | RewardModelLabeler | LlmLabeler | HumanLabeler,
+    SimulatedLabeler | RecordedLabeler | RewardModelLabeler | LlmLabeler | HumanLabeler,
     Field(discriminator="labeler"),
 ]

@@ -12,8 +12,8 @@ from tunetrail.config.comparisons import (
     LlmJudge,
     LlmLabeler,
     RecordedLabeler,
-    ReferenceLabeler,
     RewardModelLabeler,
+    SimulatedLabeler,
 )
 from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, Limits, Shares, TopicsSource
 from tunetrail.config.dpo import DpoConfig
@@ -27,9 +27,18 @@ from tunetrail.config.evaluation import (
     ReportConfig,
     RetentionConfig,
 )
-from tunetrail.config.loading import NEVER_SWEPT
+from tunetrail.config.loading import LISTS, NEVER_SWEPT
 from tunetrail.config.ppo import PpoConfig, Vllm
 from tunetrail.config.run import Config
+from tunetrail.config.scorers import (
+    ChrfScorer,
+    ExactScorer,
+    GuidelineScorer,
+    LengthScorer,
+    PythonScorer,
+    RegexScorer,
+    SumScorer,
+)
 from tunetrail.config.training import Lora, RewardConfig, SftConfig
 
 
@@ -42,7 +51,7 @@ def schema() -> dict:
     for model in (PpoConfig, DpoConfig, BestOfNConfig):
         properties = described["$defs"][model.__name__]["properties"]
         for key, value in properties.items():
-            if key not in NEVER_SWEPT:
+            if key not in NEVER_SWEPT + LISTS:
                 properties[key] = {"anyOf": [value, {"type": "array", "items": value, "minItems": 1}]}
     return described
 
@@ -62,11 +71,18 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("data.limits", "", Limits),
     ("sft", "", SftConfig),
     ("completions", "", CompletionsConfig),
-    ("comparisons", "labeler: reference", ReferenceLabeler),
+    ("comparisons", "labeler: simulated", SimulatedLabeler),
     ("comparisons", "labeler: recorded", RecordedLabeler),
     ("comparisons", "labeler: reward_model", RewardModelLabeler),
     ("comparisons", "labeler: llm", LlmLabeler),
     ("comparisons", "labeler: human", HumanLabeler),
+    ("scorers.<name>", "scorer: chrf", ChrfScorer),
+    ("scorers.<name>", "scorer: guideline", GuidelineScorer),
+    ("scorers.<name>", "scorer: exact", ExactScorer),
+    ("scorers.<name>", "scorer: regex", RegexScorer),
+    ("scorers.<name>", "scorer: length", LengthScorer),
+    ("scorers.<name>", "scorer: python", PythonScorer),
+    ("scorers.<name>", "scorer: sum", SumScorer),
     ("reward", "", RewardConfig),
     ("policies.<name>", "method: dpo", DpoConfig),
     ("policies.<name>", "method: ppo", PpoConfig),
@@ -93,15 +109,19 @@ def _describe(spec: dict) -> str:
     'whole number, at least 1; or null'
     """
     if options := spec.get("anyOf"):
-        return "; or ".join(dict.fromkeys(_describe(option) for option in options))
+        options_in_words = [
+            "list of these" if "enum" in option.get("items", {}) and option["items"] in options else _describe(option)
+            for option in options
+        ]
+        return "; or ".join(dict.fromkeys(options_in_words))
     if "const" in spec or "enum" in spec:
         return ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in spec.get("enum", [spec.get("const")]))
     if "type" not in spec:  # a reference, or the variants of a union
         return "block"
     match spec["type"]:
         case "array":
-            items = _describe(spec["items"])
-            return f"list of {items}" if items.startswith("`") else f"list of {items}s"
+            item, comma, rest = _describe(spec["items"]).partition(",")
+            return f"list of {item}{comma}{rest}" if item.startswith("`") else f"list of {item}s{comma}{rest}"
         case "object":
             return "blocks by name" if spec.get("additionalProperties", {}).get("type") != "string" else "texts by name"
         case "string":

@@ -1,16 +1,25 @@
 """`policies.<name>` with `method: dpo`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from tunetrail.config.fields import Checkpoints, Count, Positive, no_flags
+from tunetrail.config.fields import Checkpoints, Count, NonNegative, Positive, no_flags
 from tunetrail.config.training import Epochs
 
 DpoLoss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
     "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
 ]  # fmt: skip
+
+
+def _known_losses(value: Any) -> Any:
+    """One message for what is neither a loss nor a list of losses."""
+    *names, last = (f"'{name}'" for name in get_args(DpoLoss))
+    for name in value if isinstance(value, list) and value else [value]:
+        if name not in get_args(DpoLoss):
+            raise ValueError(f"must be {', '.join(names)} or {last}, or a list of them, got {name!r}")
+    return value
 
 
 class DpoConfig(Epochs):
@@ -22,7 +31,14 @@ class DpoConfig(Epochs):
     beta: Positive = Field(
         default=0.1, description="pull to the reference; lower: further from the SFT model for more reward"
     )
-    loss: DpoLoss = Field(default="sigmoid", description="one of TRL's")
+    loss: Annotated[DpoLoss | Annotated[list[DpoLoss], Field(min_length=1)], BeforeValidator(_known_losses)] = Field(
+        default="sigmoid",
+        description="one of TRL's, or a list whose sum is the loss. sft is the mean loss per token of the preferred "
+        "responses: `[sigmoid, sft]` keeps them from becoming less likely",
+    )
+    loss_weights: list[NonNegative] | None = Field(
+        default=None, description="a weight for each of the losses, in their order; null: 1 for each"
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), no_flags] = Field(
         default=0.0, description="assumed share of wrong labels; for the losses sigmoid, robust and exo_pair"
     )
@@ -31,10 +47,25 @@ class DpoConfig(Epochs):
     )
     checkpoints: Checkpoints = 0
 
+    @property
+    def losses(self) -> list[DpoLoss]:
+        return self.loss if isinstance(self.loss, list) else [self.loss]
+
+    @model_validator(mode="after")
+    def _weights_fit(self):
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(
+                f"loss_weights must have one weight for each loss, here are {len(self.loss_weights)} for "
+                f"{len(self.losses)} ({', '.join(self.losses)})"
+            )
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise ValueError("loss_weights must not all be 0")
+        return self
+
     @model_validator(mode="after")
     def _smoothing_fits(self):
-        if self.loss == "exo_pair" and self.label_smoothing == 0:
+        if "exo_pair" in self.losses and self.label_smoothing == 0:
             raise ValueError("loss exo_pair needs label_smoothing above 0")
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo_pair"):
-            raise ValueError(f"label_smoothing has no effect with loss {self.loss}; remove it")
+        if self.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(self.losses):
+            raise ValueError(f"label_smoothing has no effect with loss {', '.join(self.losses)}; remove it")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tunetrail.config.comparisons import LlmJudge, Sampling
-from tunetrail.config.fields import Block, Count, Integer, NonNegative, NonNegativeInt, Text
+from tunetrail.config.fields import Block, Count, Integer, Name, NonNegative, NonNegativeInt, Text
 
 
 class RetentionConfig(Block):
@@ -56,8 +56,9 @@ PREFERENCE_PROBES = [
 class EvaluationConfig(Sampling):
     """How base, SFT and every policy are compared on the evaluation split: by sampled responses and by greedy ones."""
 
-    gold: Literal["chrf"] | None = Field(
-        default="chrf", description="scorer against the author's text, 0 to 100; null: there is none to compare with"
+    gold: Name | None = Field(
+        default="chrf",
+        description="scorer that responses are compared by, a built-in one or one of `scorers`; null: none",
     )
     samples: Count = Field(
         default=1,
@@ -82,6 +83,11 @@ class EvaluationConfig(Sampling):
     preferences: list[PreferenceProbe] = Field(
         default=PREFERENCE_PROBES, description="probes: log-probs of a preferred and a dispreferred response"
     )
+
+    @property
+    def scorer_keys(self) -> dict[str, str]:
+        """Key -> the name of the scorer that it gives."""
+        return {"gold": self.gold} if self.gold else {}
 
 
 class HeadToHeadConfig(Block):

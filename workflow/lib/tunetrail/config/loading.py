@@ -57,10 +57,14 @@ def read_yaml(path: Path) -> dict:
 
 
 NEVER_SWEPT = ("method", "lora", "vllm")
+LISTS = ("loss", "loss_weights")
+"""Keys of a policy where a list is one value."""
 
 
 def expand_sweeps(policies: Any) -> Any:
     """A list where a policy takes one value is a sweep: one policy for each combination, named after it.
+
+    A list of losses is one value: they are added up.
 
     >>> sorted(expand_sweeps({"dpo": {"method": "dpo", "beta": [0.1, 0.5]}}))
     ['dpo-beta-0.1', 'dpo-beta-0.5']
@@ -69,7 +73,8 @@ def expand_sweeps(policies: Any) -> Any:
         return policies
     expanded: dict = {}
     for name, policy in policies.items():
-        swept = {k: v for k, v in policy.items() if isinstance(v, list)} if isinstance(policy, dict) else {}
+        keys = policy.items() if isinstance(policy, dict) else ()
+        swept = {key: values for key, values in keys if isinstance(values, list) and key not in LISTS}
         for key, values in swept.items():
             if not values:
                 raise ConfigError(f"policies.{name}.{key}: a sweep needs at least one value, got an empty list")

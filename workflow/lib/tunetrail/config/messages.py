@@ -23,10 +23,12 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _variants(annotation: Any) -> dict[str, type[Block]]:
-    """The blocks of a union by the value of `source`, `labeler` or `method` that tells them apart."""
+    """The blocks of a union by the value of `source`, `labeler`, `method` or `scorer` that tells them apart."""
     found: dict[str, type[Block]] = {}
     for block in filter(_is_block, get_args(annotation)):
-        tag = block.model_fields.keys() & {"source", "labeler", "method"}
+        tag = block.model_fields.keys() & {"source", "labeler", "method", "scorer"} - (
+            {"scorer"} if "labeler" in block.model_fields else set()
+        )
         found |= {get_args(block.model_fields[name].annotation)[0]: block for name in tag}
     return found
 
@@ -51,7 +53,12 @@ def _locate(loc: tuple) -> tuple[str, Any]:
 
 RENAMED = {"tournament": "head_to_head"}
 """Key of an earlier version -> its name now."""
-REMOVED = {"dropout": "is always off: log-probs must be functions of the text alone"}
+RENAMED_VALUES = {"comparisons.labeler": {"reference": "simulated"}}
+"""Key -> a value of an earlier version -> what it is now."""
+REMOVED = {
+    "dropout": "is always off: log-probs must be functions of the text alone",
+    "kl_estimator": "is always k1: k2 and k3 in the reward do not have the gradient of the KL",
+}
 """Key of an earlier version -> why it is gone."""
 _WORDS = {
     "bool_type": "must be true or false",
@@ -87,7 +94,10 @@ def error_lines(error: Any, source: str) -> list[str]:
         key, what = f"{key}.{error['ctx']['discriminator']}".replace("'", ""), "is required"
     elif kind == "union_tag_invalid":
         key = f"{key}.{error['ctx']['discriminator']}".replace("'", "")
-        what = f"must be one of {error['ctx']['expected_tags']}, got '{error['ctx']['tag']}'"
+        tag = error["ctx"]["tag"]
+        what = f"must be one of {error['ctx']['expected_tags']}, got '{tag}'"
+        if tag in RENAMED_VALUES.get(key, {}):
+            what = f"{tag} was renamed to {RENAMED_VALUES[key][tag]}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         what = (
             "is empty; give it keys, or remove it where it is optional"

@@ -4,8 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tunetrail.config.fields import Block, Checkpoints, Count, Flag, Fraction, NonNegative, Positive, Text, no_flags
+from tunetrail.config.fields import (
+    Block,
+    Checkpoints,
+    Count,
+    Flag,
+    Fraction,
+    Name,
+    NonNegative,
+    Positive,
+    Text,
+    no_flags,
+)
+from tunetrail.config.scorers import Weight
 from tunetrail.config.training import Training
+
+REWARD_MODEL = "reward_model"
+"""The run's own reward model, among what a policy learns from."""
 
 
 class Vllm(Block):
@@ -56,15 +71,14 @@ class PpoConfig(Training):
         "models one GPU cannot hold",
     )
     kl_coef: NonNegative = Field(
-        default=0.05, description="score per nat; weight of the per-token KL penalty. Raise it where text degenerates"
+        default=0.05,
+        description="score per nat (with grpo: deviations of a prompt's scores); weight of the per-token KL penalty. "
+        "Raise it where text degenerates",
     )
     kl_target: Positive | None = Field(
         default=None, description="nats per episode; adapts kl_coef (Ziegler et al. 2019); null: fixed"
     )
     kl_horizon: Positive = Field(default=10000, description="episodes over which kl_coef adapts to kl_target")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k1", description="of the penalty at each token, see `tunetrail.ppo.kl_penalty`"
-    )
     stop_kl: Positive | None = Field(
         default=None, description="nats per token; a minibatch that has moved further ends the update; null: never"
     )
@@ -94,11 +108,30 @@ class PpoConfig(Training):
     score_clip: Positive | None = Field(
         default=None, description="scores are clipped to this size on both sides, before penalties; null: not"
     )
-    gold: Literal["chrf"] | None = Field(
-        default="chrf",
-        description="scorer against the author's text, where the rl split has it: watched for over-optimisation, "
-        "never trained on; null: not",
+    reward: Annotated[dict[Name, Weight], Field(min_length=1)] = Field(
+        default={REWARD_MODEL: 1.0},
+        description="name: weight of what is learnt from; `reward_model` is the run's own, the others are scorers. "
+        "Scorers alone need neither comparisons nor a reward model",
     )
+    gold: Name | None = Field(
+        default="chrf",
+        description="scorer that is watched for over-optimisation and never trained on; null: none. One that needs the "
+        "author's text is left out where the rl split has none",
+    )
+
+    @property
+    def scorer_keys(self) -> dict[str, str]:
+        """Key -> the name of the scorer that it gives."""
+        terms = {f"reward.{name}": name for name in self.reward if name != REWARD_MODEL}
+        return terms | ({"gold": self.gold} if self.gold else {})
+
+    @property
+    def has_separate_critic(self) -> bool:
+        return self.advantage == "gae" and self.critic == "separate"
+
+    @property
+    def uses_reward_model(self) -> bool:
+        return REWARD_MODEL in self.reward
 
     @property
     def prompts_per_batch(self) -> int:

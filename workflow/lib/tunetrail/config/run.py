@@ -1,5 +1,6 @@
 """The whole config of a run, and how its blocks must fit together."""
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,8 @@ from tunetrail.config.evaluation import (
     RetentionConfig,
 )
 from tunetrail.config.fields import Block, Name, NonNegativeInt
-from tunetrail.config.ppo import PpoConfig
+from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
+from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums
 from tunetrail.config.training import RewardConfig, SftConfig
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
@@ -51,6 +53,11 @@ class Config(Block):
     comparisons: ComparisonsConfig | None = Field(
         default=None, description="who ranks what was sampled; goes with completions"
     )
+    scorers: dict[Name, ScorerConfig] = Field(
+        default={},
+        description="name: block; what labelers, policies and the evaluation may score by. `chrf`, `exact`, "
+        "`guideline` and `length` are built in",
+    )
     reward: RewardConfig | None = Field(default=None, description="the reward model, for ppo and best_of_n; null: none")
     policies: dict[Name, PolicyConfig] = Field(
         default={}, description="name: block, as many as you like; a list where one value is due is a sweep"
@@ -74,13 +81,16 @@ class Config(Block):
             raise ValueError(f"'{taken[0]}' names a stage; choose another name for the policy")
         return policies
 
+    @field_validator("scorers")
+    @classmethod
+    def _no_scorer_is_the_reward_model(cls, scorers):
+        if REWARD_MODEL in scorers:
+            raise ValueError(f"'{REWARD_MODEL}' names the run's own reward model; choose another name for the scorer")
+        return scorers
+
     @model_validator(mode="after")
     def _stages_fit(self):
-        problems = [
-            problem
-            for check in (_data_problems, _comparison_problems, _share_problems, _policy_problems, _limit_problems)
-            for problem in check(self)
-        ]
+        problems = [problem for check in CHECKS for problem in check(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -156,8 +166,10 @@ def _policy_problems(config: Config) -> Iterator[str]:
     for name, policy in config.policies.items():
         if policy.method == "dpo" and not _has_comparisons(config):
             yield f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
-        if policy.method in ("ppo", "best_of_n") and config.reward is None:
-            yield f"policies.{name}: {policy.method} needs a reward model: add a reward block"
+        if policy.method == "best_of_n" and config.reward is None:
+            yield f"policies.{name}: best_of_n needs a reward model: add a reward block"
+        if policy.method == "ppo" and policy.uses_reward_model and config.reward is None:
+            yield f"policies.{name}: ppo needs a reward model: add a reward block, or name scorers under its reward"
         if policy.method == "ppo" and data.shares.rl == 0:
             yield f"policies.{name}: ppo needs prompts, but data.shares.rl is 0"
         if policy.method == "ppo" and policy.ptx_coef and data.shares.sft == 0:
@@ -175,3 +187,26 @@ def _limit_problems(config: Config) -> Iterator[str]:
     for key, block, limit in (("sft", config.sft, limits.sft), ("reward", config.reward, limits.reward)):
         if block is not None and limit is not None and limit < block.batch_size:
             yield f"data.limits.{key}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"
+
+
+def _scorer_problems(config: Config) -> Iterator[str]:
+    yield from problems_of_sums(config.scorers)
+    blocks: dict[str, Any] = {"comparisons": config.comparisons, "evaluation": config.evaluation}
+    blocks |= {f"policies.{name}": policy for name, policy in config.policies.items()}
+    names = sorted(known(config.scorers))
+    for block, value in blocks.items():
+        for key, name in getattr(value, "scorer_keys", {}).items():
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                yield f"{block}.{key}: there is no scorer {name!r}, only {', '.join(names)}{hint}"
+
+
+CHECKS = (
+    _data_problems,
+    _comparison_problems,
+    _share_problems,
+    _policy_problems,
+    _limit_problems,
+    _scorer_problems,
+)

@@ -76,4 +76,15 @@ class RewardConfig(Epochs):
     """The K-wise reward model (Ouyang et al. 2022), started from the SFT model."""
 
     learning_rate: Positive = Field(default=2e-5, description="peak; about 10 times more with LoRA")
+    head_learning_rate: Positive | None = Field(
+        default=None, description="peak, of the score head, which starts from nothing; null: learning_rate"
+    )
+    warm_start: Literal["probe"] | None = Field(
+        default=None,
+        description="probe: the head starts as the best linear predictor of the rankings from the SFT model's hidden "
+        "states; null: at random",
+    )
+    pooling: Literal["last", "mean"] = Field(
+        default="last", description="the score is read from the last token's state, or from the mean over the response"
+    )
     batch_size: Count = Field(default=8, description="prompts per optimizer step, each with its K responses")

@@ -19,7 +19,7 @@ from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from tunetrail.models.runtime import device, use_bf16
 from tunetrail.models.sampling import decoding_weights, sample
-from tunetrail.scorers.chrf import chrf
+from tunetrail.scorers.build import Completion, build
 from tunetrail.seeds import derive_seed
 
 Example = tuple[list[int], list[int]]
@@ -138,7 +138,11 @@ class Evaluator:
         flat = [response for of_prompt in responses for response in of_prompt]
         owners = [i for i, of_prompt in enumerate(responses) for _ in of_prompt]
         texts = [text.strip() for text in self.tokenizer.batch_decode(flat, skip_special_tokens=True)]
-        gold = self.config.gold and [chrf(t, rows[i]["completion"]) for t, i in zip(texts, owners, strict=True)]
+        completions = [
+            Completion(rows[i]["prompt"], text, rows[i]["completion"], rows[i])
+            for text, i in zip(texts, owners, strict=True)
+        ]
+        gold = self.config.gold and build(self.config.gold, self.stage.shared.get("scorers", {})).scores(completions)
         examples = [(self.prompts[i], response) for response, i in zip(flat, owners, strict=True)]
         return Samples(len(responses[0]), examples, texts, gold or None)
 

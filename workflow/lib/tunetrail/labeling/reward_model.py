@@ -2,7 +2,8 @@
 
 The model is used as it was published: by its own `forward`, in float32 (bf16 would tie scores that differ in the fourth
 digit), with the tokenizer from its own folder and the padding token of its config. With one label the score is its
-logit, minus `reward_bias` of the model's config if it has one; with two labels, the second logit minus the first.
+logit, minus `reward_bias` of the model's config if it has one; with two labels, the second logit minus the first. A
+reward model of this pipeline with `pooling: mean` is read as the pipeline reads it, which `forward` does not do.
 """
 
 import math
@@ -83,6 +84,21 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
     return scores
 
 
+def pooled_scores(model: Any, tokenizer: Any, rows: list[SampledRow]) -> list[float]:
+    """The score of each completion by a model of this pipeline that pools over the response's tokens."""
+    from tunetrail.evaluation.models import reward_scores
+    from tunetrail.models import batching
+    from tunetrail.models.loading import with_full_precision_head
+
+    # Encoded from text: the ids of a row are of another model's tokenizer.
+    examples = [
+        (batching.encode(tokenizer, row["prompt"]), batching.encode_response(tokenizer, completion, finished))
+        for row in rows
+        for completion, finished in zip(row["completions"], row["finished"], strict=True)
+    ]
+    return reward_scores(with_full_precision_head(model), examples, tokenizer.pad_token_id, "fp32", BATCH_TOKENS)
+
+
 def rank(rows: list[SampledRow], config: RewardModelLabeler, stage: Stage) -> Labels:
     """Raises ConfigError for a model that cannot score, DataError for a completion too long for it or scored NaN."""
     from tunetrail.models.runtime import device
@@ -102,7 +118,8 @@ def rank(rows: list[SampledRow], config: RewardModelLabeler, stage: Stage) -> La
                     f"{owners[-1]} is {len(sequences[-1])} tokens long with its prompt, but {source} reads {limit}; "
                     "lower data.max_prompt_tokens or completions.max_new_tokens"
                 )
-    scores = score(model, sequences)
+    pools = getattr(model.config, "reward_pooling", "last") != "last"
+    scores = pooled_scores(model, tokenizer, rows) if pools else score(model, sequences)
     for owner, value in zip(owners, scores, strict=True):
         if not math.isfinite(value):
             raise DataError(f"{owner}: {source} scores it {value}; the model is broken")

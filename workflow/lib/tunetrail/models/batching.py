@@ -72,8 +72,9 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
 
 
 def encode_comparison(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a comparison row: its prompt, and its K responses."""
-    responses = [
+    """Token ids of a comparison row: its prompt, and its K responses as they were sampled, or encoded where they came
+    as text."""
+    responses = row.get("completion_ids") or [
         encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)
     ]
     return encode(tokenizer, row["prompt"]), responses

@@ -91,7 +91,11 @@ def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
 
 
 def response_values(critic: Any, batch: Batch) -> torch.Tensor:
-    """[B, R] float32: value of the state before each response token, from a sequence-classification model."""
+    """[B, R] float32: value of the state before each response token, from a sequence-classification model.
+
+    A critic that starts from a reward model with pooled states reads its head at each of them, which are what is
+    pooled: the mean of their values is the score.
+    """
     head, trunk = head_and_trunk(critic)
     hidden = trunk(**batch.inputs).last_hidden_state
     r = batch.response_mask.shape[1]
@@ -99,14 +103,28 @@ def response_values(critic: Any, batch: Batch) -> torch.Tensor:
     return head(hidden[:, -r - 1 : -1])[..., 0].float() - bias
 
 
-def sequence_scores(reward_model: Any, batch: Batch) -> torch.Tensor:
-    """[B] float32: the reward model's score at the last token of each sequence, less its bias.
+def pooled_states(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:
+    """[B, P+R, d] -> [B, d]: the state of each sequence's last token, or the mean over its response in float32.
 
     The last token is EOS where the response is finished (Stiennon et al. 2020).
     """
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch.ends]
+    mask = batch.response_mask[..., None]
+    states = hidden[:, hidden.shape[1] - mask.shape[1] :].float().masked_fill(~mask, 0.0)
+    return states.sum(1) / mask.sum(1)
+
+
+def reward_pooling(reward_model: Any) -> str:
+    """How the model's states are pooled, `last` or `mean`: its config says so, other people's models do not."""
+    return getattr(reward_model.config, "reward_pooling", "last")
+
+
+def sequence_scores(reward_model: Any, batch: Batch) -> torch.Tensor:
+    """[B] float32: the reward model's score of each sequence's pooled state, less its bias."""
     head, trunk = head_and_trunk(reward_model)
     hidden = trunk(**batch.inputs).last_hidden_state
-    scores = head(hidden[torch.arange(len(hidden), device=hidden.device), batch.ends])[:, 0].float()
+    scores = head(pooled_states(hidden, batch, reward_pooling(reward_model)))[:, 0].float()
     return scores - getattr(reward_model.config, "reward_bias", 0.0)
 
 

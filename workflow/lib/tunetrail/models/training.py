@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 
 from tunetrail.config.training import Epochs
@@ -35,7 +36,7 @@ _NOT_RESULTS = ("total_flos", "train_loss", "num_tokens")
 def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[int]:
     """Row indices for all epochs in training order: batches of similar length, in random order.
 
-    Every epoch shuffles again; the remainder that does not fill a batch is left out, another one each
+    Every epoch shuffles again; the remainder that does not fill a batch is left out (`rows_left_out`), another one each
     time, so that every optimizer step sees `batch_size` rows.
     """
     order: list[int] = []
@@ -49,6 +50,44 @@ def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int)
         rng.shuffle(batches)
         order += [i for batch in batches for i in batch]
     return order
+
+
+def rows_left_out(stage: str, rows: int, batch_size: int) -> int:
+    """How many rows each epoch leaves out because they do not fill a batch; says so in the log."""
+    left_out = rows % batch_size
+    if left_out and is_main_process():
+        message = "%s: %d of %d rows do not fill a batch of %d; each epoch leaves out others"
+        log.info(message, stage, left_out, rows, batch_size)
+    return left_out
+
+
+def learning_rate_scale(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Share of the peak learning rate at optimizer step `step` of `steps`, from 1. Never 0: all batches teach.
+
+    It rises to 1 over the `warmup` first steps. Of the n steps after them the k-th has, with t = k / (n + 1),
+    (1 + cos(pi t)) / 2 (cosine), 1 - t (linear) or 1 (constant).
+    """
+    warmup = max(1, warmup)
+    if step <= warmup:
+        return step / warmup
+    t = (step - warmup) / (steps - warmup + 1)
+    return {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "constant": 1.0}[schedule]
+
+
+def use_schedule(trainer: Any, config: Epochs) -> None:
+    """Has a transformers trainer follow `learning_rate_scale`: the library's schedules begin at 0, and its constant one
+    has no warm-up."""
+
+    def create(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        warmup = trainer.args.get_warmup_steps(num_training_steps)
+        if trainer.lr_scheduler is None:
+            trainer.lr_scheduler = LambdaLR(
+                optimizer or trainer.optimizer,
+                lambda done: learning_rate_scale(done + 1, num_training_steps, warmup, config.schedule),
+            )
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = create
 
 
 def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
@@ -74,7 +113,6 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
         "num_train_epochs": 1,  # epochs are laid out in the data set itself, see epoch_order
         "train_sampling_strategy": "sequential",
         "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,  # below 1 it is a share of the steps
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
@@ -148,7 +186,7 @@ def history(log_history: list[dict]) -> list[dict]:
     ]
 
 
-def train(stage: Stage, trainer: Any) -> list[dict]:
+def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     """Trains to the end, resuming where an earlier attempt was; writes and returns `history.jsonl`.
 
     Raises Interrupted when told to stop, after saving; DataError when the loss is no longer finite.
@@ -157,6 +195,7 @@ def train(stage: Stage, trainer: Any) -> list[dict]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     trainer.create_model_card = lambda *_, **__: None  # TRL's, with every save; ours is `tunetrail audit card`
+    use_schedule(trainer, config)
     checkpoint = latest_checkpoint(stage)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopping:

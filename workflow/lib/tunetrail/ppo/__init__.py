@@ -4,7 +4,6 @@ from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
 from tunetrail.ppo.estimators import (
     gae,
     grpo,
-    kl_penalty,
     masked_mean,
     masked_whiten,
     rloo,
@@ -18,7 +17,6 @@ __all__ = [
     "FixedKLController",
     "gae",
     "grpo",
-    "kl_penalty",
     "masked_mean",
     "masked_whiten",
     "policy_loss",

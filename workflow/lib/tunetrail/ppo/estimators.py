@@ -20,29 +20,15 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     return (whitened if shift_mean else whitened + mean) * mask
 
 
-def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) on tokens the policy sampled: [B, T], [B, T] -> [B, T], nats.
-
-    With d = logprobs - ref_logprobs: k1 = d; k2 = d²/2; k3 = exp(-d) - 1 + d, unbiased like k1, never
-    negative and of low variance (Schulman, "Approximating KL divergence", 2020).
-    """
-    d = logprobs - ref_logprobs
-    match estimator:
-        case "k1":
-            return d
-        case "k2":
-            return d**2 / 2
-        case "k3":
-            return torch.expm1(-d) + d
-    raise ValueError(f"estimator must be k1, k2 or k3, got {estimator!r}")
-
-
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
     """-kl_coef * kl at each token, plus the score at each response's last token (Ziegler et al. 2019, eq. 2).
 
+    Of the estimates of a token's KL only the log ratio (Schulman's k1) belongs in a reward, which has no gradient of
+    its own: its policy gradient is that of the KL. The one of k2 or k3 is not (Tang and Munos 2025).
+
     Args:
         scores: [B].
-        kl: [B, T].
+        kl: [B, T], log-prob of the policy less that of the reference, nats.
         mask: [B, T]; every row has at least one True.
 
     Returns:
@@ -93,20 +79,23 @@ def rloo(rewards: torch.Tensor, k: int) -> torch.Tensor:
     return ((groups - groups.mean(1, keepdim=True)) * k / (k - 1)).flatten()
 
 
-def grpo(rewards: torch.Tensor, k: int) -> torch.Tensor:
-    """Group-relative advantages (Shao et al. 2024, section 4.1.2): reward less its prompt's mean, over its deviation.
+def grpo(scores: torch.Tensor, penalties: torch.Tensor, k: int) -> torch.Tensor:
+    """Group-relative advantages (Shao et al. 2024, section 4.1.2): score less its prompt's mean, over its deviation.
 
-    The deviation is the population's; 0 where all k agree. The KL penalty stays in the reward, where the
-    paper puts it in the loss.
+    The penalties are subtracted after that, less the mean of the prompt's others (`rloo`). Within the deviation they
+    would decide alone wherever the scores tie, and noise of any size would become advantages of size 1.
 
     Args:
-        rewards: [N], of whole episodes, the k of a prompt in a row; k at least 2.
+        scores: [N], of whole episodes, the k of a prompt in a row; k at least 2. The deviation is the population's; an
+            advantage is 0 where all k scores agree.
+        penalties: [N], in deviations of the score: the KL of each episode times its coefficient.
 
     Returns:
         [N], the advantage of every token of an episode.
     """
-    groups = rewards.view(-1, k)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, correction=0, keepdim=True) + 1e-6)).flatten()
+    groups = scores.view(-1, k)
+    relative = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, correction=0, keepdim=True) + 1e-6)
+    return relative.flatten() - rloo(penalties, k)
 
 
 def shaped_scores(

@@ -23,7 +23,9 @@ class Rollout:
     entropy: torch.Tensor
     """[N, R]"""
     scores: torch.Tensor
-    """[N], the reward model's"""
+    """[N], what the episodes are rewarded for: the weighted sum of `terms`"""
+    terms: torch.Tensor
+    """[N, T], each thing that is learnt from, in the order of the config"""
     finished: torch.Tensor
     """[N] bool: closed by EOS"""
     gold: torch.Tensor
@@ -38,6 +40,11 @@ class Rollout:
     def mask(self) -> torch.Tensor:
         """[N, R] bool"""
         return torch.arange(self.logprobs.shape[1])[None] < self.lengths[:, None]
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """[N, R]: log-prob of the policy less that of the reference, nats; 0 on padding."""
+        return (self.logprobs - self.ref_logprobs) * self.mask
 
     def batch(self, rows: list[int], pad_id: int) -> Batch:
         return collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id)

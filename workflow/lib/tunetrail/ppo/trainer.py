@@ -8,7 +8,7 @@ one that never stopped.
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from tunetrail.config.ppo import PpoConfig
+from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate
 from tunetrail.models.head import narrow_products
@@ -27,7 +27,6 @@ from tunetrail.ppo.engines import Engine, LocalEngine
 from tunetrail.ppo.estimators import (
     gae,
     grpo,
-    kl_penalty,
     masked_mean,
     masked_whiten,
     rloo,
@@ -55,18 +54,24 @@ def prompt_batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[
     return [stream[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
 
 
+Scoring = Callable[[list[int], list[list[int]]], list[float]]
+"""(indices of the prompts [N], ids of their responses [N]) -> scores [N]"""
+
+
 class PPOTrainer:
     """Proximal policy optimisation of a language model against a reward model (Ziegler 2019; Ouyang 2022).
 
     Args:
         config: the hyperparameters; `batch_size` and `minibatch_size` count all processes together.
         policy: causal language model, plain or with a LoRA adapter. Its weights now are the reference.
-        reward_model: sequence-classification model; also the critic's origin.
+        reward_model: sequence-classification model; None where the config's reward has scorers alone.
+        critic: sequence-classification model that a separate critic starts from; None: the reward model.
         prompts: token ids of the prompts; `keys` names them, for the random streams.
         accelerator: decides device, precision and processes.
         demonstrations: (prompt ids, response ids), for `ptx_coef`.
         engine: samples the episodes; None: our own decoder.
-        gold: the gold score of a response's ids to the prompt with this index, to be logged; None: there is none.
+        scorers: what scores responses, by the names in the config's reward.
+        gold: the scorer that is logged and not learnt from; None: there is none.
     """
 
     def __init__(
@@ -83,11 +88,13 @@ class PPOTrainer:
         accelerator: Accelerator,
         demonstrations: Sequence[tuple[list[int], list[int]]] = (),
         engine: Engine | None = None,
-        gold: Callable[[int, list[int]], float] | None = None,
+        critic: Any = None,
+        scorers: Mapping[str, Scoring] | None = None,
+        gold: Scoring | None = None,
     ):
         if config.ptx_coef and not demonstrations:
             raise DataError("ppo: ptx_coef needs demonstrations, and the sft split has none; set it to 0")
-        self.demonstrations, self.gold = demonstrations, gold
+        self.demonstrations, self.scorers, self.gold = demonstrations, scorers or {}, gold
         self.config, self.prompts, self.keys, self.seed = config, prompts, keys, seed
         self.eos_id, self.pad_id, self.accelerator = eos_id, pad_id, accelerator
         self.minibatch_size = config.minibatch_size or config.batch_size
@@ -98,16 +105,20 @@ class PPOTrainer:
         self.batches = prompt_batches(len(prompts), config.prompts_per_batch, config.steps, seed)
         layers = policy._no_split_modules
         self.reference = Reference(policy)
-        critic = config.critic if config.advantage == "gae" else None
-        model = ActorCritic(policy, reward_model, critic).eval()  # nothing may drop out: the first ratio must be 1
-        self.reward_model = self._place(reward_model.requires_grad_(False).eval(), reward_model._no_split_modules)
+        kind = config.critic if config.advantage == "gae" else None
+        model = ActorCritic(
+            policy, reward_model if critic is None else critic, kind
+        ).eval()  # nothing may drop out: the first ratio must be 1
+        self.reward_model = None
+        if reward_model is not None:
+            self.reward_model = self._place(reward_model.requires_grad_(False).eval(), reward_model._no_split_modules)
         model = self._place(model, layers)
         if not self.reference.has_adapter:
             self._place(self.reference.model, layers)
-        if accelerator.mixed_precision == "bf16" and not is_sharded(self.reward_model):
-            narrow_products(self.reward_model, torch.bfloat16)  # only scored with, and only under autocast
-            if not self.reference.has_adapter:
-                narrow_products(self.reference.model, torch.bfloat16)
+        frozen = [self.reward_model, None if self.reference.has_adapter else self.reference.model]
+        for each in frozen if accelerator.mixed_precision == "bf16" else ():
+            if each is not None and not is_sharded(each):
+                narrow_products(each, torch.bfloat16)  # only scored with, and only under autocast
         self.optimizer = accelerator.prepare_optimizer(self._optimizer(model))
         self.model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))  # else DDP would wrap it
         self.engine = engine or LocalEngine(config, self.actor_critic.policy, accelerator, eos_id, pad_id)
@@ -165,8 +176,12 @@ class PPOTrainer:
                 actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature, True), -1))
             with gathered(self.model if self.reference.has_adapter else self.reference.model):
                 ref_logprobs = over(lambda batch: self.reference.logprobs(batch, config.temperature))
-            with gathered(self.reward_model):
-                scores = torch.stack(over(lambda batch: sequence_scores(self.reward_model, batch)))
+            terms = {}
+            if self.reward_model is not None:
+                with gathered(self.reward_model):
+                    terms[REWARD_MODEL] = torch.stack(over(lambda batch: sequence_scores(self.reward_model, batch)))
+        terms |= {name: torch.tensor(score(places, responses)) for name, score in self.scorers.items()}
+        columns = torch.stack([terms[name].cpu() for name in config.reward], 1).float()
         local = Rollout(
             prompts=prompts,
             responses=responses,
@@ -174,9 +189,10 @@ class PPOTrainer:
             ref_logprobs=pad_rows(ref_logprobs),
             values=pad_rows([row[:, 1] for row in actor]),
             entropy=pad_rows([row[:, 2] for row in actor]),
-            scores=scores,
+            scores=columns @ torch.tensor(list(config.reward.values())),
+            terms=columns,
             finished=finished,
-            gold=torch.tensor([self.gold(i, r) for i, r in zip(places, responses, strict=True)] if self.gold else []),
+            gold=torch.tensor(self.gold(places, responses) if self.gold else []),
         )
         return concatenate(gather_object([local])) if accelerator.num_processes > 1 else local
 
@@ -197,11 +213,11 @@ class PPOTrainer:
     def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """(advantages, returns), both [N, R]; whitened for GAE, one value per episode for RLOO and GRPO."""
         config, mask = self.config, rollout.mask
-        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
-        rewards = token_rewards(self.rewards(rollout), kl, mask, self.kl_controller.value)
+        kl, scores, kl_coef = rollout.kl, self.rewards(rollout), self.kl_controller.value
+        rewards = token_rewards(scores, kl, mask, kl_coef)
         if config.advantage != "gae":
-            estimator = rloo if config.advantage == "rloo" else grpo
-            advantages = estimator(rewards.sum(1), config.completions_per_prompt)
+            k = config.completions_per_prompt
+            advantages = rloo(rewards.sum(1), k) if config.advantage == "rloo" else grpo(scores, kl_coef * kl.sum(1), k)
             return advantages[:, None] * mask, torch.zeros_like(rewards)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -306,7 +322,7 @@ class PPOTrainer:
         rollout = self.rollout()
         mask = rollout.mask
         kl_coef, learning_rate = self.kl_controller.value, self.config.learning_rate * self.learning_rate_scale()
-        kl = (kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1") * mask).sum(1)
+        kl = rollout.kl.sum(1)
         result = self.update(rollout)
         self.kl_controller.update(float(kl.mean()), len(rollout.responses))
         self.step += 1
@@ -322,6 +338,11 @@ class PPOTrainer:
             "finished": float(rollout.finished.float().mean()),
             "learning_rate": learning_rate,
         } | result
+        if len(self.config.reward) > 1:
+            row |= {
+                f"score_{name}": float(term)
+                for name, term in zip(self.config.reward, rollout.terms.mean(0), strict=True)
+            }
         if len(rollout.gold):
             row["gold"] = float(rollout.gold.mean())
         if not all(abs(value) < float("inf") for value in row.values()):

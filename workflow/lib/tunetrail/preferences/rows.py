@@ -1,6 +1,6 @@
 """The rows that carry rankings from files and labelers to the reward model, DPO and evaluation."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -15,7 +15,7 @@ class Ranking(TypedDict):
     """How one labeler ranked the K completions of a row."""
 
     labeler: str
-    """A pseudonym, such as human-1 or reference-0."""
+    """A pseudonym, such as human-1 or simulated-0."""
     ranks: list[int]
     """[K], in the order of the row's completions: 1 is best, equal ranks are a tie, no rank is left out."""
     order: list[int]
@@ -50,7 +50,10 @@ class SampledRow(TypedDict):
     reference: str | None
     """The author's own answer, where the data has one."""
     completions: list[str]
-    """[K]"""
+    """[K], without the white space around them."""
+    completion_ids: NotRequired[list[list[int]]]
+    """[K]: the tokens that the model sampled, with EOS where it ended; missing where texts came from a file. Encoding a
+    text again may give other tokens."""
     finished: list[bool]
     """[K]: whether each completion ended with EOS."""
 

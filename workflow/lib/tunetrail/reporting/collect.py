@@ -29,7 +29,7 @@ ORDER = (
     "head_to_head",
 )
 """The kinds of artifacts, upstream first."""
-SIMULATED_LABELERS = ("reference", "reward_model", "llm")
+SIMULATED_LABELERS = ("simulated", "reward_model", "llm")
 CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved")
 """Findings of the audit that make an artifact stale, and not unsound."""
 POLICY_COLOURS = 6

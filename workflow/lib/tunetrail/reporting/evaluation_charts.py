@@ -292,29 +292,41 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
 # ----------------------------------------------------------------------------- reward model and data
 
 
+REWARD_BASELINES = {"longer_wins": "the longer wins", "shorter_wins": "the shorter wins", "probe": "linear probe"}
+"""Keys of the reward model's metrics -> words."""
+
+
 def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
-    """Accuracy of the reward model, by source and by labeler, beside what length alone gets, how often labelers agree,
-    and the most that this allows."""
+    """Accuracy of the reward model, by source, labeler and length, beside what the baselines get, how often labelers
+    agree, and the most that this allows; below, how far the model is above each baseline on the same pairs."""
     if not metrics:
         return None
     ceiling = metrics.get("ceiling") or {}
     measured: list[tuple[str, Any, str]] = [
         ("reward model", metrics.get("accuracy"), "p0"),
-        ("the longer wins", metrics.get("accuracy_longer_wins"), "base"),
+        *((words, metrics.get(f"accuracy_{name}"), "base") for name, words in REWARD_BASELINES.items()),
         ("two labelers agree", ceiling.get("agreement"), "sft"),
         ("labeler and majority", ceiling.get("majority"), "sft"),
         ("at most, by agreement", ceiling.get("at_most"), "sft"),
     ]
+    overall = len(measured)
+    for length in ("longer", "shorter"):
+        measured.append((f"where the {length} is better", metrics.get(f"accuracy_{length}_preferred"), "p0"))
     for by, word in (("source", "on"), ("labeler", "by")):
         found = metrics.get(f"accuracy_by_{by}") or {}
         measured += [(f"{word} {name}", value, "p0") for name, value in sorted(found.items())]
     rows = [
-        dot_row(label, value, percent_interval(value), series, hollow=i > 4)
+        dot_row(label, value, percent_interval(value), series, hollow=i >= overall)
         for i, (label, value, series) in enumerate(measured)
         if value or i == 0
     ]
     chart = dots(rows, PLOT[narrow], "accuracy on unseen prompts", reference=0.5, format="%")
-    return chart and grid([[chart]])
+    gains = [
+        dot_row(REWARD_BASELINES[name], value, interval(value, sign=True), "p0")
+        for name, value in (metrics.get("gain_over") or {}).items()
+    ]
+    above = dots(gains, PLOT[narrow], "accuracy less the baseline's on the same pairs", reference=0, format="+.2f")
+    return chart and grid([[part] for part in (chart, above) if part], down=26)
 
 
 def calibration(metrics: dict | None, narrow: bool) -> Spec | None:

@@ -65,7 +65,7 @@ def _banners(run: Run) -> list[str]:
     found = []
     if run.labeler in SIMULATED_LABELERS:
         ranked = {
-            "reference": "chrF against the author's own text",
+            "simulated": f"the scorer {run.artifacts['comparisons'].config.get('scorer') or 'that its config names'}",
             "reward_model": "a reward model",
             "llm": "a language model",
         }

@@ -1,5 +1,6 @@
 """How often a reward model is right on held-out pairs, how well it knows that, and what labelers' agreement allows."""
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any, Literal, TypedDict
 
@@ -23,6 +24,8 @@ class HeldOutPair(TypedDict):
     """Score of the preferred response less that of the other."""
     longer: int
     """Characters by which the preferred response is longer."""
+    probe: float
+    """The margin of the linear probe."""
 
 
 class Bin(TypedDict):
@@ -50,14 +53,17 @@ class Ceiling(TypedDict):
     often on every pair. Null where they agree on fewer than half."""
 
 
-def heldout_pairs(rows: list[dict], scores: list[np.ndarray], sources: dict[str, str]) -> list[HeldOutPair]:
+def heldout_pairs(
+    rows: list[dict], scores: list[np.ndarray], probe: list[np.ndarray], sources: dict[str, str]
+) -> list[HeldOutPair]:
     """One row per pair and labeler who decided it: who won, by how much the model agrees, who is longer.
 
     Args:
+        scores, probe: [K] of each row, the reward model's and the linear probe's.
         sources: row id -> which of the data's sources it came from.
     """
     pairs: list[HeldOutPair] = []
-    for row, score in zip(rows, scores, strict=True):
+    for row, score, baseline in zip(rows, scores, probe, strict=True):
         for ranking in row["rankings"]:
             for winner, loser in decided_pairs(preference_targets([ranking])):
                 margin = float(score[winner] - score[loser])
@@ -70,15 +76,35 @@ def heldout_pairs(rows: list[dict], scores: list[np.ndarray], sources: dict[str,
                         "labeler": ranking["labeler"],
                         "margin": margin,
                         "longer": longer,
+                        "probe": float(baseline[winner] - baseline[loser]),
                     }
                 )
     return pairs
 
 
-def accuracy(pairs: list[HeldOutPair], key: Literal["margin", "longer"], seed: int) -> Interval | None:
-    """Share of the pairs where `key` is positive (zero counts one half), resampling whole prompts."""
-    values = np.array([0.5 if pair[key] == 0 else float(pair[key] > 0) for pair in pairs])
-    return bootstrap(values, 2000, seed, groups=[pair["id"] for pair in pairs])  # type: ignore[return-value]
+BASELINES: dict[str, tuple[Literal["longer", "probe"], int]] = {
+    "longer_wins": ("longer", 1),
+    "shorter_wins": ("longer", -1),
+    "probe": ("probe", 1),
+}
+"""What a reward model has to be better than -> (what decides a pair, with which sign)."""
+
+
+def right(pairs: list[HeldOutPair], key: Literal["margin", "longer", "probe"], sign: int = 1) -> np.ndarray:
+    """[n]: 1 where `key` speaks for the preferred response, 0 where it speaks against it, one half where it is 0."""
+    values = sign * np.array([pair[key] for pair in pairs])
+    return np.where(values == 0, 0.5, values > 0)
+
+
+def units(pairs: list[HeldOutPair]) -> list[str]:
+    """What is resampled, since its pairs depend on one another: the source groups; prompts where there is one group."""
+    groups = [pair["group"] for pair in pairs]
+    return groups if len(set(groups)) > 1 else [pair["id"] for pair in pairs]
+
+
+def over_groups(values: np.ndarray, pairs: list[HeldOutPair], seed: int) -> Interval | None:
+    """Mean of one value per pair with its interval over source groups; None for no pairs."""
+    return bootstrap(values, 2000, seed, groups=units(pairs))  # type: ignore[return-value]
 
 
 def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
@@ -142,11 +168,11 @@ def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str
     ece, rows = expected_calibration_error(confidence.tolist(), correct.tolist(), bins)
     if ece is None:
         return {"accuracy_by_confidence": [], "ece": None, "ece_interval": None}
-    ids = [pair["id"] for pair in pairs]
+    unit = units(pairs)
     bin_of = np.array([next(i for i, row in enumerate(rows) if p <= row["high"]) for p in confidence])
     for i, row in enumerate(rows):
         mine = np.flatnonzero(bin_of == i)
-        interval = bootstrap(correct[mine], 2000, seed, groups=[ids[j] for j in mine]) or {}
+        interval = bootstrap(correct[mine], 2000, seed, groups=[unit[j] for j in mine]) or {}
         row |= {f"accuracy_{end}": interval.get(end) for end in ("low", "high")}
 
     gaps = np.stack([np.where(bin_of == i, confidence - correct, 0) for i in range(len(rows))], 1)  # [pairs, bins]
@@ -154,7 +180,7 @@ def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str
     def noise(counts: np.ndarray) -> np.ndarray:
         return np.abs(counts @ gaps / counts.sum(1, keepdims=True) - gaps.mean(0)).sum(1, keepdims=True)
 
-    (found,) = bootstrap_of(noise, ids, 2000, seed)
+    (found,) = bootstrap_of(noise, unit, 2000, seed)
     most = found["high"]
     return {
         "accuracy_by_confidence": rows,
@@ -164,20 +190,29 @@ def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str
 
 
 def evaluate(pairs: list[HeldOutPair], seed: int) -> dict[str, Any]:
-    """Accuracy with intervals, by labeler, source and confidence; calibration; and the length baseline.
+    """Accuracy by labeler, source, length and confidence; calibration; the baselines, and how far the model is above
+    each on the same pairs (`gain_over`, paired). Intervals are over source groups.
 
     `accuracy_by_confidence` is a list of `Bin`; the correlations are Spearman's.
     """
     margins = np.array([pair["margin"] for pair in pairs])
+    ours = right(pairs, "margin")
+    baselines = {name: right(pairs, key, sign) for name, (key, sign) in BASELINES.items()}
+
+    def accuracy_of(kept: Callable[[HeldOutPair], bool]) -> Interval | None:
+        chosen = [pair for pair in pairs if kept(pair)]
+        return over_groups(right(chosen, "margin"), chosen, seed)
 
     def accuracy_by(key: Literal["labeler", "source"]) -> dict[str, Interval | None]:
-        values = sorted({pair[key] for pair in pairs})
-        return {value: accuracy([p for p in pairs if p[key] == value], "margin", seed) for value in values}
+        return {value: accuracy_of(lambda p, v=value: p[key] == v) for value in sorted({p[key] for p in pairs})}  # type: ignore[misc]
 
     return {
         "pairs": len(pairs),
-        "accuracy": accuracy(pairs, "margin", seed),
-        "accuracy_longer_wins": accuracy(pairs, "longer", seed),
+        "accuracy": over_groups(ours, pairs, seed),
+        **{f"accuracy_{name}": over_groups(theirs, pairs, seed) for name, theirs in baselines.items()},
+        "gain_over": {name: over_groups(ours - theirs, pairs, seed) for name, theirs in baselines.items()},
+        "accuracy_longer_preferred": accuracy_of(lambda pair: pair["longer"] > 0),
+        "accuracy_shorter_preferred": accuracy_of(lambda pair: pair["longer"] < 0),
         "accuracy_by_labeler": accuracy_by("labeler"),
         "accuracy_by_source": accuracy_by("source"),
         "length_correlation_of_margins": spearman(margins, np.array([pair["longer"] for pair in pairs])),

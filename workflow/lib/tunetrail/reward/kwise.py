@@ -2,14 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer
 
 from tunetrail.errors import DataError
-from tunetrail.models.batching import collate, encode_comparison
+from tunetrail.models.batching import Batch, collate, encode_comparison
 from tunetrail.models.loading import with_full_precision_head
-from tunetrail.models.scoring import head_and_trunk
+from tunetrail.models.scoring import head_and_trunk, pooled_states, reward_pooling
 from tunetrail.preferences.pairs import preference_targets
 
 
@@ -70,29 +71,40 @@ class KWiseCollator:
         return {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids,
-            "ends": batch.ends,
+            "response_mask": batch.response_mask,
             "targets": targets,
             "mask": mask,
         }
 
 
 def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B, K] float32: the score at each sequence's last token, 0 where a prompt has fewer than K completions."""
-    hidden = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        position_ids=inputs["position_ids"],
-        use_cache=False,
-        output_hidden_states=True,
-    ).hidden_states[-1]
-    head, _ = head_and_trunk(extract_model_from_parallel(model))
-    flat = head(hidden[torch.arange(len(hidden), device=hidden.device), inputs["ends"]])[:, 0].float()
+    """[B, K] float32: the score of each sequence's pooled state, 0 where a prompt has fewer than K completions."""
+    batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"])
+    hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[-1]
+    classifier = extract_model_from_parallel(model)
+    head, _ = head_and_trunk(classifier)
+    flat = head(pooled_states(hidden, batch, reward_pooling(classifier)))[:, 0].float()
     return flat.new_zeros(inputs["mask"].shape).masked_scatter(inputs["mask"], flat)
 
 
 class KWiseTrainer(Trainer):
-    """transformers' Trainer with the K-wise loss."""
+    """transformers' Trainer with the K-wise loss, and where asked for another learning rate for the head."""
+
+    def __init__(self, *args: Any, head_learning_rate: float | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.head_learning_rate = head_learning_rate
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.head_learning_rate is not None:
+            head, _ = head_and_trunk(self.model)
+            own = {id(p) for p in head.parameters() if p.requires_grad}
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                if moved:
+                    optimizer.add_param_group(group | {"params": moved, "lr": self.head_learning_rate})
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         scores = kwise_scores(model, inputs)
@@ -100,12 +112,20 @@ class KWiseTrainer(Trainer):
         return (loss, scores) if return_outputs else loss
 
 
-def initialise(causal_lm: Any, seed: int) -> Any:
-    """A sequence-classification model on the language model's trunk; head N(0, 1/sqrt(d+1)) as standard deviation."""
+def initialise(causal_lm: Any, seed: int, pooling: str = "last", head: np.ndarray | None = None) -> Any:
+    """A sequence-classification model on the language model's trunk.
+
+    Args:
+        pooling: what its score is read from, see `models.scoring.pooled_states`; kept in its config.
+        head: [d]; None: N(0, 1/sqrt(d+1)) as standard deviation (Stiennon et al. 2020).
+    """
     config = causal_lm.config
     config.num_labels = 1
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(causal_lm.base_model.state_dict())
+    model.config.reward_pooling = pooling
     torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+    if head is not None:
+        model.score.weight.data[0] = torch.from_numpy(head)
     return with_full_precision_head(model)

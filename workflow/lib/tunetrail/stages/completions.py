@@ -2,8 +2,8 @@
 
     python -m tunetrail.stages.completions --part 0/2 --config C.json --input sft=… --input data=… --output … --state …
 
-Writes `completions.jsonl`, one row per prompt of this shard. Duplicates of a prompt's completions are
-dropped. Every finished batch is kept in the state folder, so a killed shard loses one batch.
+Writes `completions.jsonl`, one row per prompt of this shard. Of completions of a prompt with the same
+text the first is kept. Every finished batch is kept in the state folder, so a killed shard loses one batch.
 """
 
 import sys
@@ -26,19 +26,19 @@ def shard_rows(rows: list[dict], part: tuple[int, int]) -> list[dict]:
     return rows[part[0] :: part[1]]
 
 
-def unique_completions(texts: list[str], finished: list[bool]) -> tuple[list[str], list[bool]]:
-    """Drops empty texts and repeats (the first of them stays)."""
-    first: dict[str, bool] = {}
-    for text, ended in zip(texts, finished, strict=True):
+def unique_completions(texts: list[str]) -> dict[str, int]:
+    """Text without the white space around it -> index of the first completion that says it; empty ones are dropped."""
+    first: dict[str, int] = {}
+    for i, text in enumerate(texts):
         if text.strip():
-            first.setdefault(text.strip(), ended)
-    return list(first), list(first.values())
+            first.setdefault(text.strip(), i)
+    return first
 
 
 def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> SampledRow:
-    """What is kept of a prompt: its completions as text, and whether each ended by itself."""
-    ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
-    texts, finished = unique_completions(tokenizer.batch_decode(completions, skip_special_tokens=True), ended)
+    """What is kept of a prompt: its completions as text and as sampled, and whether each ended by itself."""
+    first = unique_completions(tokenizer.batch_decode(completions, skip_special_tokens=True))
+    kept = [completions[i] for i in first.values()]
     return {
         "id": row["id"],
         "group": row["group"],
@@ -46,8 +46,9 @@ def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> Samp
         "prompt": row["prompt"],
         "messages": row["messages"],
         "reference": row["completion"],
-        "completions": texts,
-        "finished": finished,
+        "completions": list(first),
+        "completion_ids": kept,
+        "finished": [ids[-1] == tokenizer.eos_token_id for ids in kept],
     }
 
 

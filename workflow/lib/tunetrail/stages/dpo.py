@@ -36,7 +36,7 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.training import KeepCallback, epoch_order, train, trainer_arguments
+from tunetrail.models.training import KeepCallback, epoch_order, rows_left_out, train, trainer_arguments
 from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
@@ -105,7 +105,8 @@ def run(stage: Stage) -> dict:
             **trainer_arguments(stage, config),
             max_length=None,
             beta=config.beta,
-            loss_type=config.loss,
+            loss_type=config.losses,
+            loss_weights=config.loss_weights,
             label_smoothing=config.label_smoothing,
             precompute_ref_log_probs=True,
         ),
@@ -120,7 +121,7 @@ def run(stage: Stage) -> dict:
 
     unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
     trainer.add_callback(KeepCallback(stage, config.checkpoints, functools.partial(save, lora=unmerged)))
-    history = train(stage, trainer)
+    history = train(stage, trainer, config)
     if not is_main_process():
         return {}
     save(trainer.model, stage.work, config.lora)
@@ -131,6 +132,7 @@ def run(stage: Stage) -> dict:
         "margin": history[-1]["rewards/margins"],
         "steps": len(history),
         "pairs": len(examples),
+        "rows_left_out": rows_left_out("dpo", len(examples), config.batch_size),
     } | counts
 
 

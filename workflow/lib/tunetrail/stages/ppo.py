@@ -1,6 +1,6 @@
-"""A policy by PPO against the reward model. The algorithm is in `tunetrail.ppo`.
+"""A policy by PPO against the reward model, scorers or both. The algorithm is in `tunetrail.ppo`.
 
-    python -m tunetrail.stages.ppo --config C.json --input policy=… --input data=… --input reward=… --output … --state …
+    python -m tunetrail.stages.ppo --config C.json --input policy=… --input data=… [--input reward=…] …
 
 Writes `model/`, `history.jsonl` and `checkpoints/<step>/model` where `checkpoints` asks for some.
 """
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
-from tunetrail.config.ppo import PpoConfig
+from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.config.training import Lora
 from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.progress import ProgressBar
@@ -35,7 +36,9 @@ from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.trackers import accelerator_options, tracking
 from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.sharding import whole_state
-from tunetrail.ppo.trainer import PPOTrainer
+from tunetrail.ppo.trainer import PPOTrainer, Scoring
+from tunetrail.reward.kwise import initialise
+from tunetrail.scorers.build import Completion, Scorer, build
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
@@ -59,16 +62,43 @@ def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
     return rows
 
 
-def gold_scorer(config: PpoConfig, rows: list[dict], tokenizer: Any) -> Callable[[int, list[int]], float] | None:
-    """(row, response ids) -> score against the author's text; None where there is none to compare with."""
-    if config.gold is None or not all("completion" in row for row in rows):
-        return None
-    from tunetrail.scorers.chrf import chrf
+def scoring(scorer: Scorer, rows: list[dict], tokenizer: Any) -> Scoring:
+    """A scorer of responses to these rows, for the trainer."""
 
-    def score(row: int, response: list[int]) -> float:
-        return chrf(tokenizer.decode(response, skip_special_tokens=True).strip(), rows[row]["completion"])
+    def score(places: list[int], responses: list[list[int]]) -> list[float]:
+        texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+        own = [rows[place] for place in places]
+        return scorer.scores(
+            [Completion(row["prompt"], text, row.get("completion"), row) for row, text in zip(own, texts, strict=True)]
+        )
 
     return score
+
+
+def scorers_of(
+    stage: Stage, config: PpoConfig, rows: list[dict], tokenizer: Any
+) -> tuple[dict[str, Scoring], Scoring | None]:
+    """(what is learnt from, by name; what is only watched, None where there is none or it has nothing to compare with).
+
+    Raises DataError where a scorer that is learnt from needs the author's text and rows have none.
+    """
+    lacking = sum(row.get("completion") is None for row in rows)
+
+    def built(name: str) -> Scorer:
+        return build(name, stage.shared.get("scorers", {}))
+
+    learnt = {name: built(name) for name in config.reward if name != REWARD_MODEL}
+    for name, scorer in learnt.items():
+        if scorer.needs_reference and lacking:
+            raise DataError(
+                f"ppo: {lacking} of {len(rows)} prompts of the rl split have no completion, which the scorer {name} "
+                "compares with; give demonstrations with completions, or learn from another scorer"
+            )
+    gold = built(config.gold) if config.gold else None
+    watched = gold and not (gold.needs_reference and lacking)
+    return {name: scoring(scorer, rows, tokenizer) for name, scorer in learnt.items()}, (
+        scoring(gold, rows, tokenizer) if gold and watched else None
+    )
 
 
 def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> tuple[PPOTrainer, dict[str, int]]:
@@ -83,10 +113,17 @@ def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> t
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(policy)
     engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
+    scorers, gold = scorers_of(stage, config, rows, tokenizer)
+    reward_model = critic = None
+    if config.uses_reward_model:
+        reward_model = load_reward_model(stage.inputs["reward"].folder / "model")
+    elif config.has_separate_critic:
+        head = np.zeros(policy.config.hidden_size, dtype=np.float32)
+        critic = initialise(load_causal_lm(parent), stage.seed, head=head)
     trainer = PPOTrainer(
         config,
         policy,
-        load_reward_model(stage.inputs["reward"].folder / "model"),
+        reward_model,
         [encode(tokenizer, row["prompt"]) for row in rows],
         [row["id"] for row in rows],
         eos_id=tokenizer.eos_token_id,
@@ -95,7 +132,9 @@ def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> t
         accelerator=accelerator,
         demonstrations=demonstrations,
         engine=engine,
-        gold=gold_scorer(config, rows, tokenizer),
+        critic=critic,
+        scorers=scorers,
+        gold=gold,
     )
     if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)

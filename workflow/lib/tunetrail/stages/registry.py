@@ -8,12 +8,14 @@ An artifact is named by its folder below `results/<run>/`: `sft`, `policies/ppo`
 `completions/0-of-2`. Importing this module imports no stage.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tunetrail.config.run import Config
+from tunetrail.config.scorers import PythonScorer, ScorerConfig, needed
 
 Inputs = dict[str, str]
 """Role -> artifact."""
@@ -128,6 +130,11 @@ def _ranked(config: Config, _: str) -> Inputs:
     return {"data": "data"} | _shards(config) | tasks
 
 
+def _learnt_from(config: Config, policy: str) -> Inputs:
+    inputs = {"policy": start_of(config), "data": "data"}
+    return inputs | ({"reward": "reward"} if config.policies[policy].uses_reward_model else {})  # type: ignore[union-attr]
+
+
 def _evaluated(config: Config, subject: str) -> Inputs:
     inputs = {"model": model_of(subject), "data": "data"}
     if subject != start_of(config):
@@ -177,7 +184,7 @@ _TABLE = (
         block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
     ),
     StageInfo(
-        "ppo", lambda c, _: {"policy": start_of(c), "data": "data", "reward": "reward"}, "model",
+        "ppo", _learnt_from, "model",
         block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
     ),
     StageInfo(
@@ -270,6 +277,14 @@ def own_files(config: Config, stage: str) -> list[Path]:
     return [path for path in named.values() if not path.is_dir()]
 
 
+def _scorer(scorer: ScorerConfig) -> dict[str, Any]:
+    """A scorer's definition, with the digest of the user's own file: an edit reruns what used it."""
+    definition = scorer.model_dump(mode="json")
+    if isinstance(scorer, PythonScorer) and scorer.path.is_file():
+        definition["sha256"] = hashlib.sha256(scorer.path.read_bytes()).hexdigest()
+    return definition
+
+
 def stage_config(config: Config, name: str) -> dict[str, Any]:
     """What one stage may see, as JSON-able values: its own block and the few shared keys it reads.
 
@@ -293,6 +308,8 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
     if stage.name == "evaluation":
         method = config.policies[value].method if value in config.policies else value
         resolved["subject"] = {"name": value, "method": method}
+    if names := set(getattr(block, "scorer_keys", {}).values()):
+        resolved["scorers"] = {name: _scorer(scorer) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:
         found: Any = config
         for part in key.split("."):

@@ -3,17 +3,21 @@
     python -m tunetrail.stages.reward --config C.json --input policy=… --input data=… --input comparisons=… \
         --output … --state …
 
-Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al. 2020); the score is read at the last
-token, less the mean score of demonstrations (`reward_bias` in the model's config). Evaluated on held-out prompts next
-to "the longer wins".
+Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al. 2020), or a linear probe; the score is
+read from the state of the last token or from the mean over the response (`reward_pooling` in the model's config), less
+the mean score of demonstrations (`reward_bias`). Evaluated on held-out prompts beside three baselines: the longer wins,
+the shorter wins, and the linear probe on the SFT model's states.
 
 Writes `model/`, `history.jsonl` and `pairs.jsonl`, the held-out pairs behind every number (`HeldOutPair`). The types of
-metrics.json are in `reward.calibration`: accuracies are intervals over prompts, `accuracy_by_confidence` is the
-reliability diagram, `ece` the expected calibration error with `ece_interval` (at least 95%), `ceiling` what labelers'
-agreement allows, `length_correlation` Spearman's of scores with length.
+metrics.json are in `reward.calibration`: accuracies are intervals over source groups, `gain_over` has the paired
+differences to the baselines, `accuracy_by_confidence` is the reliability diagram, `ece` the expected calibration error
+with `ece_interval` (at least 95%), `ceiling` what labelers' agreement allows, `length_correlation` Spearman's of scores
+with length.
 """
 
+import logging
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,12 +40,15 @@ from tunetrail.models.loading import (
     training_flops,
     with_lora,
 )
-from tunetrail.models.runtime import prepare
-from tunetrail.models.training import epoch_order, train, trainer_arguments
+from tunetrail.models.runtime import device, prepare
+from tunetrail.models.training import epoch_order, rows_left_out, train, trainer_arguments
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
+from tunetrail.reward.probe import fit_probe, frozen_states
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
+
+log = logging.getLogger("tunetrail")
 
 BIAS_DEMONSTRATIONS = 128
 """Demonstrations whose mean score becomes 0."""
@@ -66,12 +73,39 @@ def response_tokens(example: dict) -> int:
     return sum(map(len, example["responses"]))
 
 
-def train_model(stage: Stage, config: RewardConfig, tokenizer: Any, examples: list[dict]) -> tuple[Any, list, dict]:
+@dataclass
+class Probes:
+    """What is known before any training."""
+
+    unseen: list[np.ndarray]
+    """[K] of each held-out prompt: the score of a linear probe on mean-pooled states, the baseline."""
+    head: np.ndarray | None
+    """[d], where the score head starts; None: at random."""
+
+
+def fit_probes(
+    stage: Stage, config: RewardConfig, model: Any, training: list[dict], groups: list[str], unseen: list[dict]
+) -> Probes:
+    """Fits the linear probes to the training examples. Every attempt does: it costs one forward pass over the data."""
+    log.info("reward: fitting a linear probe to the SFT model's states")
+
+    def states(examples: list[dict], pooling: str) -> list[np.ndarray]:
+        return frozen_states(model, examples, model.config.pad_token_id, stage.shared["precision"], pooling)
+
+    targets = [example["targets"] for example in training]
+    probe = head = fit_probe(states(training, "mean"), targets, groups)
+    if config.pooling != "mean" and config.warm_start:
+        head = fit_probe(states(training, config.pooling), targets, groups)
+    return Probes([of_prompt @ probe for of_prompt in states(unseen, "mean")], head if config.warm_start else None)
+
+
+def train_model(
+    stage: Stage, config: RewardConfig, tokenizer: Any, parent: Any, head: np.ndarray | None, examples: list[dict]
+) -> tuple[Any, list, dict]:
     """(trained classifier, history, parameter counts)."""
     lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
-    model = initialise(load_causal_lm(stage.inputs["policy"].folder / "model"), derive_seed(stage.seed, "head"))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model = initialise(parent, derive_seed(stage.seed, "head"), config.pooling, head)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
     tokens = [len(e["responses"]) * len(e["prompt"]) + response_tokens(e) for e in examples]
@@ -82,8 +116,9 @@ def train_model(stage: Stage, config: RewardConfig, tokenizer: Any, examples: li
         train_dataset=Dataset.from_list([examples[i] for i in order]),
         data_collator=KWiseCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
+        head_learning_rate=config.head_learning_rate,
     )
-    history = train(stage, trainer)
+    history = train(stage, trainer, config)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     if config.lora is not None and is_main_process():
         model = model.merge_and_unload()  # stages that read scores know nothing of adapters
@@ -106,7 +141,12 @@ def run(stage: Stage) -> dict[str, Any]:
     parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
     training, heldout = split_rows(stage.rows("comparisons", "comparisons.jsonl"), config.batch_size)
-    model, history, counts = train_model(stage, config, tokenizer, tokenize(training, tokenizer, config.max_length))
+    examples, unseen = (tokenize(rows, tokenizer, config.max_length) for rows in (training, heldout))
+    sft = load_causal_lm(parent).to(device()).eval()
+    sft.config.pad_token_id = tokenizer.pad_token_id
+    probes = fit_probes(stage, config, sft, examples, [row["group"] for row in training], unseen)
+    model, history, counts = train_model(stage, config, tokenizer, sft, probes.head, examples)
+    del sft
     if not is_main_process():
         return {}
 
@@ -118,12 +158,11 @@ def run(stage: Stage) -> dict[str, Any]:
     model.save_pretrained(stage.work / "model")
     copy_tokenizer(parent, stage.work / "model")
 
-    tokens = tokenize(heldout, tokenizer, config.max_length)
-    sequences = [(e["prompt"], response) for e in tokens for response in e["responses"]]
+    sequences = [(e["prompt"], response) for e in unseen for response in e["responses"]]
     scores = score(sequences)
-    by_prompt = np.split(scores, np.cumsum([len(e["responses"]) for e in tokens])[:-1])
+    by_prompt = np.split(scores, np.cumsum([len(e["responses"]) for e in unseen])[:-1])
     sources = {row["id"]: row["source"] for row in stage.rows("data", "heldout.jsonl")}
-    pairs = heldout_pairs(heldout, by_prompt, sources)
+    pairs = heldout_pairs(heldout, by_prompt, probes.unseen, sources)
     write_jsonl(stage.work / "pairs.jsonl", pairs)  # type: ignore[arg-type]
     return (
         evaluate(pairs, stage.seed)
@@ -132,6 +171,7 @@ def run(stage: Stage) -> dict[str, Any]:
             "train_loss": history[-1]["loss"],
             "steps": len(history),
             "prompts": len(training),
+            "rows_left_out": rows_left_out("reward", len(training), config.batch_size),
             "bias": model.config.reward_bias,
             "score_mean_demonstrations": float((scores_of_people - model.config.reward_bias).mean())
             if len(scores_of_people)

@@ -29,7 +29,7 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.training import epoch_order, train, trainer_arguments
+from tunetrail.models.training import epoch_order, rows_left_out, train, trainer_arguments
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
@@ -83,7 +83,7 @@ def run(stage: Stage) -> dict:
         processing_class=tokenizer,
     )
     score_labels_only(trainer.model)
-    rows = train(stage, trainer)
+    rows = train(stage, trainer, config)
     if not is_main_process():
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -94,6 +94,7 @@ def run(stage: Stage) -> dict:
         "train_loss": rows[-1]["loss"],
         "eval_loss": bootstrap(losses, 1000, stage.seed),
         "steps": len(rows),
+        "rows_left_out": rows_left_out("sft", len(examples), config.batch_size),
         "tokens": sum(len(examples[i]["input_ids"]) for i in order),
     } | counts
 

@@ -1,0 +1,146 @@
+"""Scorers: each against values by hand, sums and ranges, and every way in which a user's own can go wrong."""
+
+import pytest
+
+from tunetrail.config.loading import parse
+from tunetrail.config.scorers import SumScorer, needed
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.scorers.build import Completion, build
+from tunetrail.stages.registry import stage_config
+
+from .test_config import GOOD
+
+SOURCE = "def add(a, b):\n    return a + b\n"
+RULES = ("period", "imperative", "no_signature", "capital", "one_sentence")
+
+
+def of(text: str, reference: str | None = "Return the sum.", row_id: str = "r0") -> Completion:
+    return Completion(SOURCE, text, reference, {"id": row_id})
+
+
+@pytest.mark.parametrize(("text", "broken"), [
+    ("Return the sum.", ()),
+    ("Return the sum", ("period",)),
+    ("Returns the sum.", ("imperative",)),
+    ("This is the sum.", ("imperative",)),
+    ("return the sum.", ("capital",)),
+    ("Return the sum. It is fast.", ("one_sentence",)),
+    ("Return the sum\nof two numbers.", ("one_sentence", "period")),
+    ("Return the sum, e.g. Three for one and two.", ()),
+    ("add(a, b) -> int", ("no_signature", "period")),
+    ('Return "the sum" \\ or not.', ()),
+    ("", RULES),
+])  # fmt: skip
+def test_the_guideline_reads_like_pydocstyle(text, broken):
+    [kept] = build("guideline", {}).parts([of(text)])
+    assert {rule for rule in RULES if not kept[rule]} == set(broken)
+    assert kept["total"] == len(RULES) - len(broken)
+    assert kept["all"] == (not broken)
+
+
+@pytest.mark.parametrize(("name", "definition", "expected"), [
+    ("exact", {"scorer": "exact"}, [1, 1, 0]),
+    ("short", {"scorer": "regex", "pattern": r"^\w+ \w+ \w+\W*$"}, [1, 0, 0]),
+    ("length", {"scorer": "length"}, [3, 3, 4]),
+    ("characters", {"scorer": "length", "unit": "characters"}, [15, 17, 19]),
+])  # fmt: skip
+def test_scores_by_hand(name, definition, expected):
+    texts = ["Return the sum.", " return  THE sum ", "Return the sum now."]
+    assert build(name, {name: definition}).scores([of(text) for text in texts]) == expected
+
+
+def test_a_sum_weighs_its_parts_and_knows_its_range():
+    definitions = {
+        "quality": {"scorer": "sum", "of": {"chrf": 1, "guideline": 8}},
+        "both": {"scorer": "sum", "of": {"quality": 0.5, "exact": -10}},
+    }
+    quality, both = (build(name, definitions) for name in ("quality", "both"))
+    assert (quality.low, quality.high, quality.needs_reference) == (0, 140, True)
+    assert (both.low, both.high) == (-10, 70)
+    assert quality.scores([of("Return the sum.")]) == pytest.approx([140])
+    [parts] = both.parts([of("Return the sum.")])
+    assert parts == pytest.approx({"quality": 140, "exact": 1, "total": 60})
+
+
+def test_rows_without_a_reference_are_refused_where_one_is_needed():
+    rows = [of("a"), of("b", None, "r7"), of("c", None, "r8")]
+    assert build("length", {}).scores(rows) == [1, 1, 1]
+    with pytest.raises(DataError, match=r"scorers.chrf: 2 of 3 completions have no reference text .* row r7"):
+        build("chrf", {}).scores(rows)
+
+
+# ----------------------------------------------------------------------------- the user's own
+
+
+def own(tmp_path, code: str, **options):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    return build("mine", {"mine": {"scorer": "python", "path": str(path), **options}})
+
+
+def test_a_function_of_ones_own_sees_everything_and_keeps_the_order(tmp_path):
+    code = "def score(prompt, text, reference, row):\n    print('hello')\n    return len(text) + row['id'] / 100\n"
+    rows = [Completion("p", "x" * n, None, {"id": n}) for n in range(7)]
+    assert own(tmp_path, code).scores(rows) == [n + n / 100 for n in range(7)]
+    named = own(tmp_path, "def score(*_):\n    return {'total': 2, 'polite': 1}\n")
+    assert named.parts([of("a")]) == [{"total": 2.0, "polite": 1.0}]
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("def points(*_):\n    return 1\n", r"mine.py has no function score; it has points"),
+    ("import nowhere\n", r"mine.py cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+    ("def score(p, c, r, row):\n    return 1 / (row['id'] - 17)\n",
+     r"mine.py: score: row 17 raised ZeroDivisionError: division by zero"),
+    ("def score(*_):\n    return float('nan')\n", r"score: row \d+ gave nan; it must give a finite number"),
+    ("def score(*_):\n    return 'good'\n", r"score: row \d+ gave 'good'; it must give a finite number"),
+    ("def score(*_):\n    return {'polite': 1}\n", r"row \d+ gave a dict without 'total'"),
+    ("import time\ndef score(p, c, r, row):\n    time.sleep(60 * (row['id'] == 17))\n    return 1\n",
+     r"score: took longer than 1 s on row 17; speed it up or raise timeout_seconds"),
+    ("import os\ndef score(*_):\n    os._exit(3)\n", r"its process ended on row \d+, exit code 3"),
+])  # fmt: skip
+def test_each_way_to_go_wrong_is_one_line(tmp_path, code, message):
+    with pytest.raises(DataError, match=message) as error:
+        own(tmp_path, code, timeout_seconds=1).scores([Completion("p", "x", None, {"id": n}) for n in range(20)])
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- in the config
+
+
+def test_only_what_is_used_is_in_a_stages_config(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(*_):\n    return 1\n")
+    scorers = {
+        "quality": {"scorer": "sum", "of": {"chrf": 1, "mine": 2}},
+        "mine": {"scorer": "python", "path": str(mine)},
+        "other": {"scorer": "regex", "pattern": "x"},
+    }
+    raw = GOOD | {"scorers": scorers, "comparisons": {"labeler": "simulated", "scorer": "quality"}}
+    before = stage_config(parse(raw, "c.yaml"), "comparisons")
+    assert list(before["scorers"]) == ["chrf", "mine", "quality"]
+    mine.write_text("def score(*_):\n    return 2\n")
+    after = stage_config(parse(raw, "c.yaml"), "comparisons")
+    assert before["scorers"]["mine"].pop("sha256") != after["scorers"]["mine"].pop("sha256")
+    assert before == after
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"comparisons": {"labeler": "simulated", "scorer": "chfr"}},
+     r"comparisons.scorer: there is no scorer 'chfr', only chrf, exact, guideline, length; did you mean chrf\?"),
+    ({"evaluation": {"gold": "mine"}}, r"evaluation.gold: there is no scorer 'mine'"),
+    ({"scorers": {"a": {"scorer": "sum", "of": {"b": 1}}}}, r"scorers.a.of.b: there is no such scorer"),
+    ({"scorers": {"a": {"scorer": "sum", "of": {"b": 1}}, "b": {"scorer": "sum", "of": {"a": 1}}}},
+     r"scorers.a.of: the sum contains itself"),
+    ({"scorers": {"reward_model": {"scorer": "exact"}}}, r"'reward_model' names the run's own reward model"),
+    ({"scorers": {"a": {"scorer": "regex", "pattern": "("}}}, r"scorers.a.pattern: is no regular expression"),
+    ({"comparisons": {"labeler": "reference"}}, r"comparisons.labeler: reference was renamed to simulated"),
+    ({"scorers": {"a": {"scorer": "chrf", "betta": 2}}}, r"scorers.a.betta: unknown key; did you mean beta\?"),
+])  # fmt: skip
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(GOOD | changes, "c.yaml")
+
+
+def test_a_sum_names_all_that_it_needs():
+    defined = {"a": SumScorer(scorer="sum", of={"b": 1, "chrf": 2}), "b": SumScorer(scorer="sum", of={"exact": 1})}
+    assert list(needed(["a"], defined)) == ["a", "b", "chrf", "exact"]

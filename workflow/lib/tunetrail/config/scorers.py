@@ -1,0 +1,131 @@
+"""`scorers`: what scores a completion without being trained, by name."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from tunetrail.config.fields import Block, Name, Positive, Text, no_flags
+
+Weight = Annotated[float, no_flags]
+
+
+class ChrfScorer(Block):
+    """Overlap of character n-grams with the author's own text (Popović 2015), 0 to 100."""
+
+    scorer: Literal["chrf"]
+    beta: Positive = Field(
+        default=1.0, description="how many times recall counts as much as precision; above 1 longer texts win"
+    )
+
+
+class GuidelineScorer(Block):
+    """How many rules of PEP 257 a docstring's first sentence keeps, 0 to 5, as pydocstyle reads them."""
+
+    scorer: Literal["guideline"]
+
+
+class ExactScorer(Block):
+    """1 where the completion is the author's text but for case, spaces and punctuation at its ends; else 0."""
+
+    scorer: Literal["exact"]
+
+
+class RegexScorer(Block):
+    """1 where a regular expression is found in the completion, else 0."""
+
+    scorer: Literal["regex"]
+    pattern: Text = Field(description="Python's syntax; anchor it with ^ and $ to match the whole completion")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f"is no regular expression: {e}") from None
+        return pattern
+
+
+class LengthScorer(Block):
+    """The completion's length; give it a negative weight in a sum to prefer short ones."""
+
+    scorer: Literal["length"]
+    unit: Literal["characters", "words"] = Field(default="words", description="what is counted")
+
+
+class PythonScorer(Block):
+    """A function of your own: `def score(prompt, completion, reference, row) -> float`, or a dict with a `total`."""
+
+    scorer: Literal["python"]
+    path: Path = Field(description="the Python file; an edit reruns what used it")
+    function: Text = Field(default="score", description="its name in the file")
+    timeout_seconds: Positive = Field(default=10.0, description="of one call; a call that takes longer ends the stage")
+    needs_reference: bool = Field(default=False, description="whether rows without the author's text are refused")
+
+
+class SumScorer(Block):
+    """A weighted sum of other scorers."""
+
+    scorer: Literal["sum"]
+    of: Annotated[dict[Name, Weight], Field(min_length=1)] = Field(description="name of a scorer: its weight")
+
+
+ScorerConfig = Annotated[
+    ChrfScorer | GuidelineScorer | ExactScorer | RegexScorer | LengthScorer | PythonScorer | SumScorer,
+    Field(discriminator="scorer"),
+]
+BUILT_IN: Mapping[str, ScorerConfig] = {
+    "chrf": ChrfScorer(scorer="chrf"),
+    "guideline": GuidelineScorer(scorer="guideline"),
+    "exact": ExactScorer(scorer="exact"),
+    "length": LengthScorer(scorer="length"),
+}
+"""Scorers that need no definition."""
+
+
+def known(defined: Mapping[str, ScorerConfig]) -> dict[str, ScorerConfig]:
+    """Every scorer that a name may stand for."""
+    return {**BUILT_IN, **defined}
+
+
+def terms(scorer: ScorerConfig | None) -> list[str]:
+    """The names that a sum adds up; nothing for other scorers."""
+    return list(scorer.of) if isinstance(scorer, SumScorer) else []
+
+
+def needed(names: Iterable[str], defined: Mapping[str, ScorerConfig]) -> dict[str, ScorerConfig]:
+    """The scorers of these names and all that they are sums of, by name. The names must be known."""
+    scorers, found = known(defined), {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = scorers[name]
+            waiting += terms(scorers[name])
+    return dict(sorted(found.items()))
+
+
+def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
+    """A line for each sum of what does not exist, or of itself."""
+    scorers = known(defined)
+    for name, scorer in defined.items():
+        for part in terms(scorer):
+            if part not in scorers:
+                yield f"scorers.{name}.of.{part}: there is no such scorer; there are {', '.join(sorted(scorers))}"
+        if all(part in scorers for part in _parts(name, scorers)) and name in _parts(name, scorers):
+            yield f"scorers.{name}.of: the sum contains itself"
+
+
+def _parts(name: str, scorers: Mapping[str, ScorerConfig]) -> set[str]:
+    """The names that a sum adds up, and those that they add up in turn."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for part in terms(scorers.get(waiting.pop())):
+            if part not in found:
+                found.add(part)
+                waiting.append(part)
+    return found

@@ -1,0 +1,132 @@
+"""From the config's scorers to functions."""
+
+import math
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
+
+from tunetrail.config.scorers import (
+    ChrfScorer,
+    ExactScorer,
+    GuidelineScorer,
+    LengthScorer,
+    PythonScorer,
+    RegexScorer,
+    ScorerConfig,
+    SumScorer,
+    known,
+)
+from tunetrail.errors import DataError
+from tunetrail.scorers.chrf import chrf
+
+
+class Completion(NamedTuple):
+    """What is scored."""
+
+    prompt: str
+    text: str
+    reference: str | None
+    """The author's own text, where the data has one."""
+    row: Mapping[str, Any]
+    """The data's row, with its `id`."""
+
+
+Score = float | dict[str, float]
+"""A number, or named numbers of which `total` is the score."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer by its name in the config."""
+
+    name: str
+    function: Callable[[Sequence[Completion]], Sequence[Score]]
+    low: float = -math.inf
+    high: float = math.inf
+    """The range of the score."""
+    needs_reference: bool = False
+
+    def scores(self, completions: Sequence[Completion]) -> list[float]:
+        """[N]: the score of each; the higher the better.
+
+        Raises DataError where rows without a reference are given to a scorer that needs one.
+        """
+        return [score["total"] if isinstance(score, dict) else score for score in self.parts(completions)]
+
+    def parts(self, completions: Sequence[Completion]) -> Sequence[Score]:
+        """[N]: what the scorer says of each, a number or named ones."""
+        if self.needs_reference and (lacking := [c.row.get("id") for c in completions if c.reference is None]):
+            raise DataError(
+                f"scorers.{self.name}: {len(lacking)} of {len(completions)} completions have no reference text to "
+                f"compare with, first that of row {lacking[0]}; give demonstrations with completions, or another scorer"
+            )
+        return self.function(completions)
+
+
+def normalised(text: str) -> str:
+    """Without case, runs of white space, and white space and punctuation at the ends."""
+    return " ".join(text.casefold().split()).strip(string.punctuation + string.whitespace)
+
+
+def _each(function: Callable[[Completion], Score]) -> Callable[[Sequence[Completion]], list[Score]]:
+    return lambda completions: [function(completion) for completion in completions]
+
+
+def _own(name: str, config: PythonScorer) -> Callable[[Sequence[Completion]], Sequence[Score]]:
+    from tunetrail.scorers.own import OwnScorer
+
+    own = OwnScorer(name, config.path, config.function, config.timeout_seconds)
+    return lambda completions: own([(c.prompt, c.text, c.reference, dict(c.row)) for c in completions])
+
+
+def _guideline(completion: Completion) -> Score:
+    from tunetrail.scorers.guideline import guideline  # pydocstyle
+
+    return guideline(completion.prompt, completion.text)
+
+
+def _sum(terms: list[tuple[float, Scorer]]) -> Callable[[Sequence[Completion]], list[Score]]:
+    def total(completions: Sequence[Completion]) -> list[Score]:
+        columns = [(weight, scorer.name, scorer.scores(completions)) for weight, scorer in terms]
+        return [
+            {name: column[i] for _, name, column in columns}
+            | {"total": sum(weight * column[i] for weight, _, column in columns)}
+            for i in range(len(completions))
+        ]
+
+    return total
+
+
+def build(name: str, definitions: Mapping[str, Any]) -> Scorer:
+    """The scorer of this name.
+
+    Args:
+        definitions: name -> block of `scorers`, as a mapping or parsed; the built-in ones need none.
+    """
+    definition: Any = known(definitions)[name]
+    if isinstance(definition, Mapping):  # of a resolved config, which has the digest of the user's file too
+        definition = {key: value for key, value in definition.items() if key != "sha256"}
+    config: ScorerConfig = TypeAdapter(ScorerConfig).validate_python(definition)
+    match config:
+        case ChrfScorer(beta=beta):
+            return Scorer(name, _each(lambda c: chrf(c.text, c.reference or "", beta)), 0, 100, True)
+        case GuidelineScorer():
+            return Scorer(name, _each(_guideline), 0, 5)
+        case ExactScorer():
+            return Scorer(name, _each(lambda c: float(normalised(c.text) == normalised(c.reference or ""))), 0, 1, True)
+        case RegexScorer(pattern=pattern):
+            found = re.compile(pattern)
+            return Scorer(name, _each(lambda c: float(bool(found.search(c.text)))), 0, 1)
+        case LengthScorer(unit=unit):
+            return Scorer(name, _each(lambda c: float(len(c.text.split()) if unit == "words" else len(c.text))), 0)
+        case PythonScorer():
+            return Scorer(name, _own(name, config), needs_reference=config.needs_reference)
+        case SumScorer():
+            terms = [(weight, build(part, definitions)) for part, weight in config.of.items()]
+            ends = [sorted((weight * part.low, weight * part.high)) if weight else [0.0, 0.0] for weight, part in terms]
+            needs = any(part.needs_reference for weight, part in terms)
+            return Scorer(name, _sum(terms), sum(low for low, _ in ends), sum(high for _, high in ends), needs)
