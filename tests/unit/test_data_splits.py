@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunetrail.config.data import SPLITS, Shares
-from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, overlaps, shuffled
+from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, in_turns, overlaps, shuffled
 from tunetrail.errors import DataError
 
 KINDS = st.sampled_from(["preferences", "demonstrations", "text"])
@@ -77,7 +77,20 @@ def test_text_without_a_split_to_go_to_is_refused():
         assign_splits([row("a", "demonstrations"), row("b", "text")], shares, 0)
 
 
-def test_a_limit_takes_a_random_prefix_that_does_not_depend_on_the_order_read():
+def test_a_limit_is_drawn_evenly_over_groups():
+    """12 rows of a big group come before 3 and 1 of others: a prefix of 6 takes 3, 2 and 1."""
+    rows = [{"id": i, "group": "a"} for i in range(12)]
+    rows += [{"id": 12 + i, "group": "b"} for i in range(3)] + [{"id": 15, "group": "c"}]
+    found = in_turns(rows)
+    assert [row["id"] for row in found[:7]] == [0, 12, 15, 1, 13, 2, 14]
+    assert sorted(row["id"] for row in found) == list(range(16))
+    for n in range(1, 17):
+        counts = Counter(row["group"] for row in found[:n])
+        assert all(counts[g] >= min(size, max(counts.values()) - 1) for g, size in (("a", 12), ("b", 3), ("c", 1)))
+    assert [row["id"] for row in in_turns(rows, 2)] == [0, 12, 15, 1, 13]
+
+
+def test_the_order_of_rows_does_not_depend_on_the_order_read():
     rows = [{"id": f"{i:02}"} for i in range(50)]
     first = shuffled(rows, 0, "sft")
     assert shuffled(rows[::-1], 0, "sft") == first

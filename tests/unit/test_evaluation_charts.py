@@ -71,7 +71,7 @@ REWARD = {
     interval(0.45), "gain_over":
     {"longer_wins": interval(0.1), "shorter_wins": interval(0.08), "probe": interval(0.05)},
     "ece": 0.04, "ceiling": {"labelers": 2,
-        "agreement": interval(0.8), "majority": interval(0.85), "allowed": interval(0.89)},
+        "agreement": interval(0.8), "majority": interval(0.85), "at_most": interval(0.89)},
     "accuracy_by_source": {"web": interval(0.61)}, "accuracy_by_labeler": {"ann": interval(0.62)},
     "accuracy_by_confidence": [{"low": 0.5, "high": 0.55, "confidence": 0.52, "accuracy": 0.51, "accuracy_low": 0.4,
         "accuracy_high": 0.6, "n": 9}],

@@ -24,15 +24,17 @@ from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tok
 from tunetrail.models.sampling import sample
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model
+from tunetrail.preferences.pairs import decided_pairs, preference_targets
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import read_record
+from tunetrail.seeds import derive_seed
 from tunetrail.stages.head_to_head import verdict_outcomes
 
 from .test_training import write_workspace
 
 pytestmark = pytest.mark.slow
 
-EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3}
+EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3, "samples": 2}
 RUNS = {  # stage of each artifact, its config block, its inputs by role, and what else it is told
     "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data",
         "comparisons": "comparisons"}, {}),
@@ -141,6 +143,14 @@ def test_a_win_rate_is_of_gold_scores_prompt_by_prompt(folder):
     assert pairs.keys() == {("dpo", "base"), ("best", "base"), ("dpo", "best")}
     found = pairs["dpo", "base"]["win_rate"]
     assert found["mean"] == pytest.approx(outcome.mean())
+    both = list(zip(rows, theirs, strict=True))
+    by_hand = [[(np.sign(a - b) + 1) / 2 for a in r["gold"] for b in s["gold"]] for r, s in both]
+    assert found["mean"] == pytest.approx(np.mean(by_hand))
+    assert np.shape(by_hand) == (4, 4)
+    gained = [np.mean(r["gold"]) - np.mean(s["gold"]) for r, s in both]
+    assert pairs["dpo", "base"]["difference"]["mean"] == pytest.approx(np.mean(gained))
+    for name, own in (("dpo", rows), ("base", theirs)):
+        assert metrics(folder, f"evaluation/{name}")["gold"]["mean"] == pytest.approx(np.mean([r["gold"] for r in own]))
     assert found["groups"] == len({row["group"] for row in rows}) == 4
     assert [row["name"] for row in metrics(folder, "head_to_head")["greedy"]["scores"]] == [
         "base",
@@ -175,17 +185,29 @@ def test_best_of_n_does_not_choose_among_what_it_is_compared_to(folder):
         return [[tuple(response) for _, response in samples.examples[i : i + k]] for i in range(0, k * len(rows), k)]
 
     assert not any(set(ours) & set(theirs) for ours, theirs in zip(drawn("best", 3), drawn("base", 1), strict=True))
+    assert not any(set(ours) & set(theirs) for ours, theirs in zip(drawn("best", 3), drawn("base", 3), strict=True))
     assert drawn("base", 3)[0][0] == drawn("base", 1)[0][0]
 
 
 def test_best_of_n_is_what_the_reward_model_prefers(folder):
     rows = read_jsonl(folder / "data/evaluation.jsonl")
     found = evaluator(folder, "best", rows)
-    samples, _ = found.sampled(found.model, rows, 3)
+    samples, _ = found.sampled(found.model, rows, 6)
     found.reward([samples])
     best = np.reshape(samples.reward, (-1, 3)).argmax(1)
     chosen = read_jsonl(folder / "evaluation/best/samples.jsonl")
-    assert [row["completion"] for row in chosen] == [samples.texts[3 * i + b] for i, b in enumerate(best)]
+    texts = [samples.texts[3 * i + b] for i, b in enumerate(best)]
+    assert [row["completions"] for row in chosen] == [texts[i : i + 2] for i in range(0, 8, 2)]
+
+
+def test_best_of_n_has_no_weights_to_probe(folder):
+    """What it remembers and prefers would be its model's, once more and with noise."""
+    found = metrics(folder, "evaluation/best")
+    assert found["retention"] is found["comparisons"] is None
+    assert not (folder / "evaluation/best/probes.json").exists()
+    head_to_head = metrics(folder, "head_to_head")
+    assert {row["after"] for row in head_to_head["preferences"]} == {"dpo"}
+    assert {row["first"] for row in head_to_head["forgetting"]} == {"dpo"}
 
 
 def test_a_kl_that_is_a_bound_has_no_interval_but_what_the_bound_says(folder):
@@ -205,7 +227,7 @@ def test_prompts_of_a_source_group_are_resampled_together(folder):
     values, groups = [0.0, 0.1, 1.0, 1.1], ["a", "a", "b", "b"]
     grouped = evaluator(folder, "base", [row | {"group": g} for row, g in zip(rows, groups, strict=True)])
     assert grouped.over_prompts(values) == stats.bootstrap(values, 100, 5, groups)
-    divergence = grouped.divergence(Samples([], [], kl=values))
+    divergence = grouped.divergence(Samples(1, [], [], kl=values))
     assert divergence["low"] == grouped.over_prompts(values)["low"]
     # two groups, whose sums lie 1 below and 1 above what they would be: sqrt(2/1 * (1 + 1)) / 4
     assert divergence["se"] == pytest.approx(0.5)
@@ -223,7 +245,7 @@ def test_the_frontier_has_every_checkpoint_and_the_last_model_on_the_same_prompt
     for key in ("kl", "reward", "gold"):
         assert points[-1][key]["mean"] == pytest.approx(np.mean([row[key] for row in rows]), abs=1e-6)
         assert all(p[key]["n"] == 3 for p in points)
-    kl = np.array([row["kl"] for row in read_jsonl(folder / "evaluation/dpo/samples.jsonl")])
+    kl = np.array([np.mean(row["kl"]) for row in read_jsonl(folder / "evaluation/dpo/samples.jsonl")])
     assert found["kl_to_sft"]["se"] == pytest.approx(stats.standard_error(kl - kl.mean(), range(len(kl))))
     assert metrics(folder, "evaluation/base")["frontier"] is None
     assert metrics(folder, "evaluation/best")["frontier"] is None
@@ -243,7 +265,7 @@ def test_a_checkpoint_is_scored_as_its_own_model_would_be(folder):
             k=1,
             max_new_tokens=6,
             temperature=1.0,
-            seed=5,
+            seed=derive_seed(5, "dpo"),
             batch_size=1,
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
@@ -259,9 +281,9 @@ def test_a_checkpoint_is_scored_as_its_own_model_would_be(folder):
 
 def test_the_yardstick_rises_with_n_and_has_its_bound(folder):
     found = metrics(folder, "evaluation/base")["best_of_n"]
-    assert (found["samples"], found["prompts"]) == (16, 3)
-    assert [p["n"] for p in found["points"]] == [1, 2, 4, 8, 16]
-    assert [p["kl_bound"] for p in found["points"]] == [stats.best_of_n_kl(n) for n in (1, 2, 4, 8, 16)]
+    assert (found["samples"], found["prompts"]) == (8, 3)
+    assert [p["n"] for p in found["points"]] == [1, 2, 4, 8]
+    assert [p["kl_bound"] for p in found["points"]] == [stats.best_of_n_kl(n) for n in (1, 2, 4, 8)]
     rewards = [p["reward"]["mean"] for p in found["points"]]
     assert rewards == sorted(rewards)
     assert metrics(folder, "evaluation/dpo")["best_of_n"] is None
@@ -298,13 +320,26 @@ def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
     assert found["margin"]["mean"] > 0  # that is what was trained
 
 
+def test_held_out_accuracy_is_of_the_implicit_reward_over_all_decided_pairs(folder):
+    rows = [r for r in read_jsonl(folder / "comparisons/comparisons.jsonl") if r["split"] == "heldout"]
+    decided = [len(decided_pairs(preference_targets(row["rankings"]))) for row in rows]
+    before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
+    assert len(before) == len(after) == len({row["id"] for row in after}) == sum(decided) > len(rows)
+    both = list(zip(before, after, strict=True))
+    raw = np.mean([a["chosen_logp"] > a["rejected_logp"] for a in before])
+    implicit = np.mean([b["chosen_logp"] - a["chosen_logp"] > b["rejected_logp"] - a["rejected_logp"] for a, b in both])
+    for name, expected, measure in (("base", raw, "log-prob"), ("dpo", implicit, "implicit reward")):
+        found = metrics(folder, f"evaluation/{name}")["comparisons"]
+        assert (found["accuracy"]["mean"], found["measure"]) == (pytest.approx(expected), measure)
+
+
 def test_probes_have_the_likeliest_tokens_of_both(folder):
     probes = json.loads((folder / "head_to_head/probes.json").read_text())["pairs"]
-    assert [(p["before"], p["after"]) for p in probes] == [("base", "best"), ("base", "dpo")]
+    assert [(p["before"], p["after"]) for p in probes] == [("base", "dpo")]
     before, after = (
         json.loads((folder / f"evaluation/{n}/probes.json").read_text())["sentence"] for n in ("base", "dpo")
     )
-    position = probes[1]["positions"][4]
+    position = probes[0]["positions"][4]
     assert position["before"] == before[5]["prob"]
     probs = {t["id"]: t["before"] for t in position["tokens"]}
     assert all(probs[t["id"]] == t["prob"] for t in before[5]["top"][:8])
@@ -375,7 +410,7 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
         found = metrics(folder, "head_to_head")
         rows = {name: read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in found["subjects"]}
         for pair in found["judge"]["pairs"]:
-            a, b = ([len(row["completion"]) for row in rows[pair[side]]] for side in ("first", "second"))
+            a, b = ([len(row["completions"][0]) for row in rows[pair[side]]] for side in ("first", "second"))
             expected = stats.outcomes(a, b).mean() if i else 0.5
             assert pair["win_rate"]["mean"] == pytest.approx(expected)
         asked = found["judge_verdicts"]

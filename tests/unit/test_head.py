@@ -20,7 +20,7 @@ from tunetrail.models.head import (
     narrow_products,
 )
 from tunetrail.models.loading import with_full_precision_head
-from tunetrail.models.scoring import policy_pass, sequence_scores
+from tunetrail.models.scoring import comparable_logprobs, policy_pass, sequence_scores
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -92,6 +92,19 @@ def test_chunked_log_probs_are_those_of_the_models_logits(bf16, tolerance):
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
     for name, gradient in gradients.items():
         assert (gradient - expected_gradients[name]).norm() <= tolerance * expected_gradients[name].norm(), name
+
+
+def test_log_probs_that_are_compared_have_their_head_in_float32_under_autocast():
+    model = look_at_head(llama())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, coarse = comparable_logprobs(model, BATCH), policy_pass(model, BATCH, 1.0)[0]
+        hidden = model.base_model(**BATCH.inputs).last_hidden_state[:, -BATCH.response_mask.shape[1] - 1 : -1]
+    logits = hidden.float() @ model.get_output_embeddings().weight.T
+    expected = (
+        logits.log_softmax(-1).gather(-1, BATCH.responses[..., None])[..., 0].masked_fill(~BATCH.response_mask, 0)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(coarse, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_logits_that_are_more_than_a_product_are_left_to_the_model():

@@ -127,8 +127,8 @@ class Fixture:
             rows.append(
                 {"id": f"difflib.{i:03d}", "prompt": PROMPT.format(prompts[i % len(prompts)] + f"\n    # {i}"),
                     "reference": "Return the ratio of matching characters.",
-                 "completion": text, "gold": gold, "reward": self.random.gauss(0, 1), "kl": 0.2,
-                    "length": len(text.split()), "finished": i % 9 != 0}
+                 "completions": [text], "gold": [gold], "reward": [self.random.gauss(0, 1)], "kl": [0.2],
+                    "length": [len(text.split())], "finished": [i % 9 != 0]}
             )  # fmt: skip
         return rows
 
@@ -215,7 +215,7 @@ class Fixture:
             "accuracy_by_confidence": [{"low": 0.5 + 0.1 * i, "high": 0.6 + 0.1 * i, "confidence": 0.55 + 0.1 * i,
                 "accuracy": 0.53 + 0.075 * i, "n": 120 - 22 * i} for i in range(5)],
             "ceiling": {"labelers": 3, "agreement": interval(0.791, 0.03, 300), "majority": interval(0.822, 0.02, 300),
-                "allowed": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047,
+                "at_most": interval(0.881, 0.02, 300)}, "accuracy_by_source": {"docstrings": interval(0.643, 0.047,
                     280)},
             "ece": 0.0417, "ece_interval": interval(0.0417, 0.011, 280), "length_correlation": -0.183,
             "score_mean_demonstrations": 0.0004, "bias": 0.41,
@@ -277,6 +277,8 @@ class Fixture:
                 "comparisons": {"chosen_logps": interval(-41.5 - i, 3.1, 48), "rejected_logps": interval(-42.0 - 2 * i,
                     3.3, 48), "accuracy": interval(0.5 + 0.03 * i, 0.08, 48)},
             }  # fmt: skip
+            if method == "best_of_n":
+                metrics |= {"retention": None, "comparisons": None}
             points = functools.partial(frontier_points, i, score)
             if method in ("dpo", "ppo"):
                 metrics["frontier"] = {
@@ -319,7 +321,7 @@ class Fixture:
                 "significant": abs(rate - 0.5) > 0.05,
              "minimum_detectable": 0.1234, "length_controlled": interval(rate - 0.02, 0.07),
              "win_rate": interval(rate, half) | {"wins": round(96 * rate) - 2, "ties": 4,
-                 "losses": 94 - round(96 * rate), "group_low": rate - 0.09, "group_high": rate + 0.09, "groups": 14}}
+                 "losses": 94 - round(96 * rate), "groups": 14}, "difference": interval(20 * rate - 10, 1.7)}
             for (a, b), (rate, half) in rates.items()
         ]  # fmt: skip
         return {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs}
@@ -430,7 +432,7 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     head_to_head = metrics_of(fixture, "head_to_head")
     for pair in head_to_head["sampled"]["pairs"]:
         rate = pair["win_rate"]
-        assert f"{numbers.percent_interval(rate)}[" in seen
+        assert f"{numbers.percent_interval(rate)}{numbers.interval(pair['difference'], 1, sign=True)}" in seen
         assert f"{rate['wins']} / {rate['ties']} / {rate['losses']}" in seen
     for name in ("base", "dpo", "ppo", "best-of-4"):
         m = metrics_of(fixture, f"evaluation.{name}")
@@ -439,7 +441,7 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
         assert numbers.interval(m["greedy_gold"], 1) in seen
         assert numbers.interval(m["reward"], 2) in seen
         assert numbers.interval(m["length"], 1) in seen
-        assert numbers.interval(m["retention"]["nll"], 3) in seen
+        assert m["retention"] is None or numbers.interval(m["retention"]["nll"], 3) in seen
         assert kl is None or numbers.divergence(kl) in seen
     assert "≤ 0.64" in seen  # best-of-4: log 4 - 3/4 is a bound, and has no interval
     assert "0.64 [" not in seen
@@ -640,35 +642,36 @@ def test_sections_come_in_the_order_a_reader_asks(text):
 def test_verdict_follows_from_the_intervals(text):
     seen = words(text)
     assert (
-        "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030; "
-        "decoded greedily 22% [16, 28], corrected p 0.030." in seen
+        "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030"
+        ", gold score −6.2 [−8.0, −4.5]; "
+        "decoded greedily 22% [16, 28], corrected p 0.030, gold score −5.6 [−7.3, −3.9]." in seen
     )
     assert (
-        "dpo beats sft: win rate 58% [51, 65] on 96 prompts, corrected p 0.030; "
-        "decoded greedily 55% [48, 62], corrected p 0.030." in seen
+        "dpo beats sft: win rate 58% [51, 65] on 96 prompts, corrected p 0.030, gold score +1.7 [0.0, +3.4]; "
+        "decoded greedily 55% [48, 62], corrected p 0.030, gold score +1.1 [−0.6, +2.8]." in seen
     )
     assert (
-        "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710; "
+        "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710"
+        ", gold score +0.4 [−1.3, +2.1]; "
         "96 prompts show differences of 12% or more; "
-        "decoded greedily 49% [41, 57], corrected p 0.710." in seen
+        "decoded greedily 49% [41, 57], corrected p 0.710, gold score −0.2 [−1.9, +1.5]." in seen
     )
     assert "Labels are simulated" in seen
     assert "DIRTY" in seen
     assert "random weights" not in seen
 
 
-def pair_of(first, second, low, high, p_holm, n=96):
+def pair_of(first, second, low, high, p_holm, n=96, difference=None):
     rate = {"mean": (low + high) / 2, "low": low, "high": high, "n": n, "wins": 60, "ties": 4, "losses": 32}
-    rate |= {"group_low": low, "group_high": None}
     return {
         "first": first, "second": second, "win_rate": rate, "length_controlled": None, "p_holm": p_holm,
-        "significant": p_holm < 0.05, "minimum_detectable": None,
+        "difference": difference, "significant": p_holm < 0.05, "minimum_detectable": None,
     }  # fmt: skip
 
 
 def run_of(names, reference, sampled, greedy=(), reward=None):
     """A run of which only a head-to-head comparison is known, and reward-model scores."""
-    metrics = {"reference": reference, "sampled": {"pairs": sampled}, "greedy": {"pairs": list(greedy)}}
+    metrics = {"reference": reference, "sampled": {"pairs": sampled, "tie": 0.5}, "greedy": {"pairs": list(greedy)}}
     made = {"head_to_head": Artifact("head_to_head", Path("t"), "t", "", metrics, None)}
     models = [
         Model(n, "p0", Artifact(f"evaluation.{n}", Path(n), n, "", {"reward": (reward or {}).get(n)}, None), [], [], [])
@@ -715,8 +718,26 @@ def test_base_is_held_to_the_correction_too():
     assert {"first": "base", "second": "sft"}.items() <= match.items()
     rate = match["win_rate"]
     assert (rate["mean"], rate["low"], rate["high"]) == pytest.approx((0.35, 0.25, 0.45))
-    assert (rate["wins"], rate["losses"], rate["group_low"]) == (32, 60, None)
-    assert rate["group_high"] == pytest.approx(0.45)
+    assert (rate["wins"], rate["losses"]) == (32, 60)
+
+
+@pytest.mark.parametrize(
+    ("half", "ruled_out"),
+    [(2.4, False), (0.1, True)],  # gold +0.3: perhaps 2.7 more, or no more than 0.4, which a tie of 0.5 is not worth
+)
+def test_a_gain_is_ruled_out_by_the_interval_of_the_gold_difference_and_not_by_an_unclear_test(half, ruled_out):
+    pair = pair_of("ppo", "sft", 0.46, 0.61, 0.4, difference=interval(0.3, half))
+    found = run_of(["sft", "ppo"], "sft", [pair], reward={"sft": interval(0.0, 0.1), "ppo": interval(1.0, 0.1)})
+    said = "The reward model scores ppo above sft, intervals apart: a gain that the gold scorer rules out."
+    assert (said in sentences(found)) == ruled_out
+    assert found.match_of(found.model("ppo"))["difference"]["mean"] == 0.3
+
+
+def test_a_difference_seen_from_the_other_side_changes_its_sign():
+    found = run_of(["base", "sft"], "sft", [pair_of("sft", "base", 0.5, 0.7, 0.02, difference=interval(3.0, 1.0))])
+    seen = found.match_of(found.model("base"))["difference"]
+    assert (seen["mean"], seen["low"], seen["high"]) == (-3, -4, -2)
+    assert "gold score −3.0 [−4.0, −2.0]" in sentences(found)[0]
 
 
 def test_without_an_sft_model_policies_are_held_against_base():
@@ -726,7 +747,6 @@ def test_without_an_sft_model_policies_are_held_against_base():
     assert sentences(found) == [
         "dpo beats base: win rate 65% [55, 75] on 96 prompts, corrected p 0.020.",
         "ppo: no difference from base shown, win rate 60% [51, 70] on 96 prompts, corrected p 0.200.",
-        "The reward model scores ppo above base, intervals apart: a gain that the gold scorer does not see.",
     ]
     assert sentences(run_of(["base", "dpo"], None, [])) == ["dpo: win rate against base not measured."]
 
@@ -756,7 +776,9 @@ def test_a_page_without_an_sft_model_names_none(tmp_path):
     picture = json.dumps(FIGURES["win_rates"]([found], False))
     assert "win rate against base" in picture
     page = words(render([found], dict.fromkeys(FIGURES, ("", "")), None, 3))
-    assert "dpo beats base: win rate 65% [55, 75] on 96 prompts, corrected p 0.030." in page
+    assert (
+        "dpo beats base: win rate 65% [55, 75] on 96 prompts, corrected p 0.030, gold score +3.0 [+1.3, +4.7]." in page
+    )
     assert "65% wins against base" in page
     assert "best of dpo: gold above base" in page
     assert not re.findall(r"\b(?:against|from|to|than) sft\b", page)

@@ -91,6 +91,13 @@ def test_win_rate_counts_ties_half():
     assert result["low"] < 0.625 < result["high"]
 
 
+def test_several_samples_count_all_pairs_of_a_prompt():
+    found = stats.outcomes([[3, 1], [5, 5]], [[2, 1, 0], [5, 6, 7]])
+    # 3 beats all three; 1 loses to 2, ties with 1, beats 0. 5 ties once and loses twice, both times.
+    assert found == pytest.approx([(3 + 0 + 0.5 + 1) / 6, 1 / 6])
+    assert stats.tally(np.array([0.75, 0.5, 1 / 6, 1.0])) == {"wins": 2, "ties": 1, "losses": 1}
+
+
 def test_win_rate_tie_is_inclusive():
     assert stats.outcomes([3, 3.1, 1], [1, 1, 3.1], tie=2).tolist() == [0.5, 1, 0]
 
@@ -116,34 +123,71 @@ def test_bootstrap_of_the_mean_is_the_bootstrap():
     random = np.random.default_rng(0)
     values, groups = random.normal(size=200), random.integers(0, 30, size=200)
     (found,) = stats.bootstrap_of(stats.mean_of(values), groups, 20_000, seed=0)
-    rows, clusters = (stats.bootstrap(values, 20_000, 1, groups=g) for g in (None, groups))
-    assert found["mean"] == pytest.approx(rows["mean"])
-    assert [found["low"], found["high"]] == pytest.approx([rows["low"], rows["high"]], abs=0.01)
-    assert [found["group_low"], found["group_high"]] == pytest.approx([clusters["low"], clusters["high"]], abs=0.015)
+    clusters = stats.bootstrap(values, 20_000, 1, groups=groups)
+    assert found["mean"] == pytest.approx(clusters["mean"])
+    assert [found["low"], found["high"]] == pytest.approx([clusters["low"], clusters["high"]], abs=0.015)
     assert (found["n"], found["groups"]) == (200, 30)
 
 
-def test_bootstrap_of_rows_of_one_group_has_no_bounds_over_groups():
-    (found,) = stats.bootstrap_of(stats.mean_of([1.0, 2.0, 3.0]), ["a"] * 3, 100, seed=0)
-    assert (found["group_low"], found["group_high"], found["groups"]) == (None, None, 1)
+def test_bootstrap_of_rows_of_one_group_resamples_rows():
+    found, alone = (stats.bootstrap_of(stats.mean_of([1.0, 2.0, 3.0]), g, 100, 0)[0] for g in (["a"] * 3, range(3)))
+    assert found == alone | {"groups": 1}
 
 
 def test_win_rate_intervals_cover_95_times_in_100():
-    """With ties, and with prompts that come in groups: of the latter only the interval over groups covers."""
+    """With ties, and with prompts that come in groups, as if each were a group of its own and as they are."""
     random, trials, n = np.random.default_rng(3), 4000, 200
     chances, groups = [0.5, 0.2, 0.3], np.repeat(np.arange(50), 4)
     alone = random.choice([1, 0.5, 0], size=(trials, n), p=chances)
     together = random.choice([1, 0.5, 0], size=(trials, 50), p=chances)[:, groups]
 
-    def coverage(outcomes, ends):
-        found = stats.bootstrap_of(
-            lambda counts: counts @ outcomes.T / n, groups, 2000, seed=1
-        )  # of all trials at once
-        return np.mean([interval[f"{ends}low"] <= 0.6 <= interval[f"{ends}high"] for interval in found])
+    def coverage(outcomes, units):
+        found = stats.bootstrap_of(lambda counts: counts @ outcomes.T / n, units, 2000, seed=1)  # of all trials at once
+        return np.mean([interval["low"] <= 0.6 <= interval["high"] for interval in found])
 
-    assert 0.93 <= coverage(alone, "") <= 0.97
-    assert 0.93 <= coverage(together, "group_") <= 0.97
-    assert coverage(together, "") < 0.75
+    assert 0.93 <= coverage(alone, range(n)) <= 0.97
+    assert 0.93 <= coverage(together, groups) <= 0.97
+    assert coverage(together, range(n)) < 0.75
+
+
+def modules(random, trials, gain, samples=3, sizes=(2, 3, 4, 5, 6) * 8):
+    """Gold scores [trials, n, samples] of two models, the first better by `gain`, on prompts of 40 modules of unequal
+    size half of whose effects they share; and each prompt's module."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    of_module, of_prompt = random.normal(size=(trials, len(sizes))), random.normal(size=(trials, len(groups)))
+    effect = gain + 3.5 * of_module[:, groups] + 3 * of_prompt
+    ours, theirs = 6.5 * random.normal(size=(2, trials, len(groups), samples))
+    return ours + effect[..., None], theirs, groups
+
+
+def test_intervals_of_several_samples_cover_over_groups_and_not_over_prompts():
+    """Win rate and paired difference, the means over 3 samples (all 9 pairs) of a prompt as one value."""
+    from scipy.stats import norm
+
+    random = np.random.default_rng(11)
+    ours, theirs, groups = modules(random, 1500, 2.0)
+    wins = np.stack([stats.outcomes(a, b) for a, b in zip(ours, theirs, strict=True)])
+    gained = ours.mean(2) - theirs.mean(2)
+    truths = norm.cdf(2.0 / np.sqrt(2 * 6.5**2 + 3.5**2 + 3**2)), 2.0
+    for values, truth in zip((wins, gained), truths, strict=True):
+        covered = {}
+        for name, units in (("groups", groups), ("prompts", range(len(groups)))):
+            found = stats.bootstrap_of(stats.mean_of(values.T), units, 1000, seed=2)
+            covered[name] = np.mean([interval["low"] <= truth <= interval["high"] for interval in found])
+        assert 0.92 <= covered["groups"] <= 0.97
+        assert covered["prompts"] < covered["groups"] - 0.02
+
+
+def test_p_has_its_size_and_its_power_grows_with_samples():
+    random = np.random.default_rng(12)
+
+    def found(gain, samples):
+        ours, theirs, groups = modules(random, 80, gain, samples)
+        pairs = zip(ours, theirs, strict=True)
+        return np.mean([stats.sign_flip_p(stats.outcomes(a, b), groups, 1) < 0.05 for a, b in pairs])
+
+    assert found(0.0, 3) <= 0.11  # 5%, within 2.5 standard errors
+    assert found(2.0, 3) > found(2.0, 1) + 0.1
 
 
 @pytest.mark.parametrize(("wins", "losses", "ties"), [(9, 3, 0), (40, 20, 11), (5, 5, 2), (0, 7, 0)])
@@ -198,6 +242,18 @@ def test_minimum_detectable_difference_is_found_four_times_in_five(n, wins, test
     assert detectable == pytest.approx((norm.ppf(1 - 0.025 / tests) + norm.ppf(0.8)) * 0.5 / np.sqrt(n - 1))
     found = [k for k in range(n + 1) if binomtest(k, n).pvalue < 0.05 / tests]
     assert 0.77 <= binom.pmf(found, n, 0.5 + detectable).sum() <= 0.82
+
+
+def test_minimum_detectable_difference_does_not_grow_with_the_effect():
+    """Prompts of 33 modules, correlated within each, won by 50% or by 90%: they show the same difference."""
+    random, groups = np.random.default_rng(4), np.repeat(np.arange(33), 3)
+
+    def smallest(p):
+        chances = random.beta(6 * p, 6 * (1 - p), size=(300, 33))[:, groups]
+        outcomes = (random.random(chances.shape) < chances).astype(float)
+        return np.mean([stats.minimum_detectable(outcome, groups) for outcome in outcomes])
+
+    assert smallest(0.9) == pytest.approx(smallest(0.5), rel=0.1)
 
 
 def test_minimum_detectable_difference_grows_with_the_groups():

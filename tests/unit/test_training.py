@@ -269,8 +269,22 @@ def test_the_ceiling_is_what_labelers_agree_on():
     # a: each of the two meets a split vote, the third a majority against it; b: both are seconded.
     assert found["majority"]["mean"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
     assert ceiling([row("a", [1, 2])], seed=0) is None
-    assert found["allowed"]["mean"] == found["allowed"]["low"] == 0.5  # half is what coins agree on
-    assert ceiling([row("a", [1, 2], [2, 1])], seed=0)["allowed"] is None
+    assert found["at_most"]["mean"] == found["at_most"]["low"] == 0.5  # half is what coins agree on
+    assert ceiling([row("a", [1, 2], [2, 1])], seed=0)["at_most"] is None
+
+
+def test_where_pairs_differ_in_difficulty_the_true_order_lies_between_the_bounds():
+    """A labeler is right on a pair with chance 0.55 to 1: the true order agrees with 0.775, the bound says more."""
+    random = np.random.default_rng(1)
+    right = random.random((2000, 3)) < random.uniform(0.55, 1, size=2000)[:, None]
+    rows = [
+        {"id": str(i), "rankings": [{"labeler": str(j), "ranks": [1, 2] if r else [2, 1]} for j, r in enumerate(pair)]}
+        for i, pair in enumerate(right)
+    ]
+    found = ceiling(rows, seed=0)
+    assert found["majority"]["mean"] < right.mean() < found["at_most"]["low"]
+    # E[(2p - 1)²] = 0.37 for 2p - 1 uniform on 0.1 to 1
+    assert found["at_most"]["mean"] == pytest.approx((1 + 0.37**0.5) / 2, abs=0.015)
 
 
 def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
@@ -287,8 +301,8 @@ def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
     found = ceiling(rows, seed=0)
     assert found["agreement"]["mean"] == pytest.approx(0.68, abs=0.015)
     # A model that knows what is right agrees with each of them more often than they do with each other.
-    assert found["allowed"]["mean"] == pytest.approx(1 - wrong.mean(), abs=0.015)
-    assert found["allowed"]["low"] > found["agreement"]["high"]
+    assert found["at_most"]["mean"] == pytest.approx(1 - wrong.mean(), abs=0.015)
+    assert found["at_most"]["low"] > found["agreement"]["high"]
     assert found["majority"]["mean"] == pytest.approx(
         0.8 - 0.6 * 0.0196, abs=0.02
     )  # nine others are wrong 2% of the time

@@ -87,7 +87,7 @@ class Shares(Block):
 
 
 class Limits(Block):
-    """The most rows to keep in each split, drawn by the seed; null: all of them. Lower them to save time."""
+    """The most rows to keep in each split, drawn by the seed, evenly over groups; null: all. Fewer save time."""
 
     sft: Count | None = Field(default=None, description="rows")
     reward: Count | None = Field(default=None, description="rows; each is sampled K times")
@@ -119,6 +119,9 @@ class DataConfig(Block):
     )
     shares: Shares = Field(default=Shares(), description="share of the groups in each split")
     limits: Limits = Field(default=Limits(), description="cap on the rows of each split")
+    max_per_group: Count | None = Field(
+        default=None, description="rows of one group in a split, at most; null: as many as the limits leave"
+    )
     near_duplicate: Fraction = Field(
         default=0.9,
         description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1: exact ones only",

@@ -60,12 +60,17 @@ class EvaluationConfig(Sampling):
         default="chrf",
         description="scorer that responses are compared by, a built-in one or one of `scorers`; null: none",
     )
+    samples: Count = Field(
+        default=1,
+        description="responses to each prompt, next to a greedy one; win rates are over all pairs of them",
+    )
     bootstrap: Annotated[Integer, Field(ge=100)] = Field(
-        default=2000, description="resamples of the prompts behind each 95% interval"
+        default=2000, description="resamples of the prompts' source groups behind each 95% interval"
     )
     frontier_prompts: Count | None = Field(
-        default=64,
-        description="prompts that a policy's checkpoints answer, and 16 times the model they start from; null: all",
+        default=100,
+        description="prompts that a policy's checkpoints answer, and 8 times the model they start from; null: all. "
+        "Few points on many prompts show more than many on few",
     )
     batch_tokens: Count | None = Field(
         default=None,
@@ -89,7 +94,9 @@ class HeadToHeadConfig(Block):
     """Every model against every other on the evaluation prompts, by gold score and by a judge."""
 
     tie: NonNegative = Field(
-        default=0.0, description="points of the gold score; two responses that differ by at most this tie"
+        default=0.0,
+        description="points of the gold score; two responses that differ by at most this tie, and the report takes a "
+        "gain of at most this for none",
     )
     judge: LlmJudge | None = Field(
         default=None,

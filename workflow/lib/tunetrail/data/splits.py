@@ -158,10 +158,28 @@ def overlaps(
 
 
 def shuffled(rows: Sequence[dict], seed: int, split: str) -> list[dict]:
-    """The rows in a seeded order, so that a limit takes a random prefix."""
+    """The rows in a seeded order, whatever order they were read in."""
     rows = sorted(rows, key=lambda row: row["id"])
     random.Random(derive_seed(seed, "rows", split)).shuffle(rows)
     return rows
+
+
+def in_turns(rows: Sequence[dict], max_per_group: int | None = None) -> list[dict]:
+    """The first row of each group, then the second of each, and so on: every prefix is as even as the groups allow.
+
+    Rows of one group depend on one another, so that a limit keeps most information where it keeps most groups.
+
+    Args:
+        rows: with "group".
+        max_per_group: later rows of a group are left out; None: none are.
+    """
+    turns: Counter[str] = Counter()
+    turn_of = []
+    for row in rows:
+        turn_of.append(turns[row["group"]])
+        turns[row["group"]] += 1
+    order = sorted(range(len(rows)), key=turn_of.__getitem__)
+    return [rows[i] for i in order if max_per_group is None or turn_of[i] < max_per_group]
 
 
 def histogram(values: Sequence[int], bins: int = 20) -> dict | None:

@@ -24,8 +24,13 @@ def column(rows: Rows, name: str) -> dict[str, list]:
     return {subject: values for subject, values in columns.items() if None not in values}
 
 
-def gold_outcomes(scores: dict[str, list[float]], tie: float) -> Outcomes:
-    """The outcomes of every two subjects, from the scores [n] of each."""
+def prompt_means(columns: dict[str, list]) -> dict[str, list[float]]:
+    """The mean over each prompt's samples, of columns that hold lists or single numbers."""
+    return {subject: [float(np.mean(value)) for value in values] for subject, values in columns.items()}
+
+
+def gold_outcomes(scores: dict[str, list], tie: float) -> Outcomes:
+    """The outcomes of every two subjects, from the scores of each: [n, samples] or [n]."""
     return {(a, b): outcomes(scores[a], scores[b], tie) for a, b in pairs_of(list(scores))}
 
 
@@ -56,7 +61,10 @@ class Evaluations:
     def changes(self) -> list[tuple[str, str]]:
         """(before, after) of every training: from base to the reference, and from there to each policy."""
         first = [("base", self.reference)] if self.reference != "base" else []
-        return first + [(self.reference, name) for name in self.folders if name not in ("base", "sft")]
+        # Best-of-n trains nothing and has no probes.
+        policies = [name for name in self.folders if name not in ("base", "sft")]
+        trained = [name for name in policies if (self.folders[name] / "probes.json").exists()]
+        return first + [(self.reference, name) for name in trained]
 
     def rows(self, name: str) -> Rows:
         """A JSONL file of every evaluation that has it."""
@@ -69,20 +77,24 @@ class Evaluations:
         """A JSON file of one evaluation."""
         return json.loads((self.folders[subject] / name).read_text(encoding="utf-8"))
 
-    def match(self, outcome_of: Outcomes, samples: Rows, length: str, tie: float) -> Match | None:
+    def match(
+        self, outcome_of: Outcomes, samples: Rows, length: str, tie: float, score: str | None = None
+    ) -> Match | None:
         """The match with these outcomes; None where there are none.
 
         Args:
             samples: rows of samples.jsonl.
             length: the column with the lengths of the responses that were compared.
+            score: the column whose differences are measured next to the outcomes; None: none is.
         """
         if not outcome_of:
             return None
         players = [name for name in self.folders if any(name in pair for pair in outcome_of)]
         groups = [row["group"] for row in samples[self.reference].values()]
-        lengths = column(samples, length)
+        lengths = prompt_means(column(samples, length))
+        scores = prompt_means(column(samples, score)) if score else None
         return {"tie": tie} | match(  # type: ignore[return-value]
-            players, self.reference, outcome_of, lengths, groups, self.n_resamples, self.seed
+            players, self.reference, outcome_of, lengths, groups, self.n_resamples, self.seed, scores
         )
 
     def probe_shifts(self) -> list[dict[str, Any]]:

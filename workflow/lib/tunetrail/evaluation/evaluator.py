@@ -30,6 +30,7 @@ Example = tuple[list[int], list[int]]
 class Samples:
     """K responses to each of N prompts, prompt by prompt: every column is [N * K]."""
 
+    k: int
     examples: list[Example]
     texts: list[str]
     gold: list[float] | None = None
@@ -39,11 +40,23 @@ class Samples:
     kl: list[float] | None = None
     """To the SFT model; None where it was not measured."""
 
-    def __getitem__(self, rows: list[int]) -> "Samples":
-        def pick(values: Any) -> Any:
-            return values and [values[i] for i in rows]
+    @property
+    def lengths(self) -> list[int]:
+        return [len(response) for _, response in self.examples]
 
-        return Samples(*(pick(v) for v in (self.examples, self.texts, self.gold, self.reward, self.kl)))
+    def means(self, name: str) -> Any:
+        """[N]: of each prompt the mean over its responses; None where the column was not measured."""
+        values = getattr(self, name)
+        return None if values is None else np.reshape(values, (-1, self.k)).mean(1).tolist()
+
+    def pick(self, rows: list[int], k: int) -> "Samples":
+        """The responses in these rows, k to each prompt."""
+        columns = (self.examples, self.texts, self.gold, self.reward, self.kl)
+        return Samples(k, *(values and [values[i] for i in rows] for values in columns))  # type: ignore[misc,arg-type]
+
+    def first(self, prompts: int) -> "Samples":
+        """The responses to the first prompts."""
+        return self.pick(list(range(prompts * self.k)), self.k)
 
 
 class Evaluator:
@@ -61,12 +74,17 @@ class Evaluator:
         self.model = load_causal_lm(self.folder).to(device()).eval()
         self.prompts = [encode(self.tokenizer, row["prompt"]) for row in rows]
         self.frontier_rows = rows[: self.config.frontier_prompts]
-        """The prompts of the frontier and of best-of-n. The file is in random order."""
+        """The prompts of the frontier and of best-of-n. The file takes turns among groups, in random order."""
         groups = [row["group"] for row in rows]
         self.groups: list[Any] = groups if len(set(groups)) > 1 else list(range(len(rows)))
         """What is resampled: the source group of each prompt."""
-        self.seed = derive_seed(stage.seed, self.subject["name"]) if self.n > 1 else stage.seed
+        self.seed = derive_seed(stage.seed, self.subject["name"])
+        """Every model draws random numbers of its own, see `stages.evaluation`."""
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
+
+    def reference(self) -> Any:
+        """The model that policies start from."""
+        return load_causal_lm(self.stage.inputs["sft"].folder / "model").to(device()).eval()
 
     def logprobs(self, model: Any, examples: list[Example]) -> list[torch.Tensor]:
         return logprobs_of(model, examples, self.pad_id, self.precision, 1.0, self.config.batch_tokens)
@@ -79,7 +97,7 @@ class Evaluator:
         return values and self.interval(values, self.groups[: len(values)])
 
     def divergence(self, samples: Samples) -> Divergence | None:
-        """The mean KL of one response to each of the first prompts, with its standard error."""
+        """The mean KL of the responses to the first prompts, with its standard error."""
         if self.n > 1:
             bound = best_of_n_kl(self.n)
             return {
@@ -90,10 +108,11 @@ class Evaluator:
                 "se": None,
                 "estimator": "analytic bound",
             }
-        if not samples.kl:
+        if samples.kl is None:
             return None
-        error = standard_error(np.array(samples.kl) - np.mean(samples.kl), self.groups[: len(samples.kl)])
-        return (self.over_prompts(samples.kl) or {}) | {"se": error, "estimator": "rao-blackwell"}  # type: ignore[return-value,operator]
+        means = samples.means("kl")
+        error = standard_error(np.array(means) - np.mean(means), self.groups[: len(means)])
+        return (self.over_prompts(means) or {}) | {"se": error, "estimator": "rao-blackwell"}  # type: ignore[return-value,operator]
 
     def sampled(self, model: Any, rows: list[dict], k: int, greedy: bool = False) -> tuple[Samples, Samples | None]:
         """K responses to each of the first prompts with their gold scores; the greedy ones too, where asked for."""
@@ -124,7 +143,8 @@ class Evaluator:
             for text, i in zip(texts, owners, strict=True)
         ]
         gold = self.config.gold and build(self.config.gold, self.stage.shared.get("scorers", {})).scores(completions)
-        return Samples([(self.prompts[i], r) for r, i in zip(flat, owners, strict=True)], texts, gold or None)
+        examples = [(self.prompts[i], response) for response, i in zip(flat, owners, strict=True)]
+        return Samples(len(responses[0]), examples, texts, gold or None)
 
     def reward(self, several: list[Samples]) -> None:
         """Fills in the reward model's scores."""
@@ -140,7 +160,7 @@ class Evaluator:
         """Fills in the KL to the SFT model, of samples of this model (None) or of the one in a folder."""
         if "sft" not in self.stage.inputs or self.n > 1:
             return
-        reference = load_causal_lm(self.stage.inputs["sft"].folder / "model").to(device()).eval()
+        reference = self.reference()
         for samples, folder in several:
             model = self.model if folder is None else load_causal_lm(folder).to(device()).eval()
             samples.kl = kl_divergences(
@@ -154,8 +174,9 @@ class Evaluator:
             )
 
     def best(self, samples: Samples) -> Samples:
-        """The n samples of each prompt reduced to the one that the reward model prefers."""
+        """Of every n samples of a prompt the one that the reward model prefers."""
         if self.n == 1 or samples.reward is None:
             return samples
         score = samples.reward.__getitem__
-        return samples[[max(range(i, i + self.n), key=score) for i in range(0, len(samples.texts), self.n)]]
+        best = [max(range(i, i + self.n), key=score) for i in range(0, len(samples.texts), self.n)]
+        return samples.pick(best, samples.k // self.n)

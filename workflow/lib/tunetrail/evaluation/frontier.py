@@ -1,10 +1,13 @@
 """Reward and gold score against KL: a policy's checkpoints, and best-of-n from the model it started from.
 
 A policy's training may keep checkpoints at fixed steps (`policies.<name>.checkpoints`). Each of them answers the first
-`frontier_prompts` prompts, as the final model does: all points of all policies are on prompts that no stage has seen,
-and none depends on when a save happened to be due. The yardstick is best-of-n on the same prompts, from 16 samples of
-the SFT model for each. The final model is the last one, whatever the curve says: a point chosen by looking at the curve
-would have to be measured on other prompts.
+`frontier_prompts` prompts once, as the final model does `evaluation.samples` times: all points of all policies are on
+prompts that no stage has seen, and none depends on when a save happened to be due. The yardstick is best-of-n on the
+same prompts, from 8 samples of the SFT model for each. The final model is the last one, whatever the curve says: a
+point chosen by looking at the curve would have to be measured on other prompts.
+
+A point's interval is of its own mean, by bootstrap over source groups. Points share their prompts, so that two of them
+differ by less than two intervals suggest.
 """
 
 import json
@@ -19,7 +22,7 @@ from tunetrail.models.loading import load_causal_lm
 from tunetrail.models.runtime import device
 from tunetrail.provenance.manifest import METRICS
 
-BEST_OF = (1, 2, 4, 8, 16)
+BEST_OF = (1, 2, 4, 8)
 """n of the yardstick; the last is how many samples of a prompt are drawn."""
 RULE = "the last step, fixed before training"
 """How the final model is chosen among the checkpoints."""
@@ -51,8 +54,8 @@ def point(evaluator: Evaluator, step: int, chosen: bool, samples: Samples) -> Fr
         "step": step,
         "chosen": chosen,
         "kl": evaluator.divergence(samples),
-        "reward": evaluator.over_prompts(samples.reward),
-        "gold": evaluator.over_prompts(samples.gold),
+        "reward": evaluator.over_prompts(samples.means("reward")),
+        "gold": evaluator.over_prompts(samples.means("gold")),
     }
 
 
@@ -63,7 +66,7 @@ def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samp
     prompts = len(evaluator.frontier_rows)
     last = json.loads((evaluator.stage.inputs["model"].folder / METRICS).read_text())["steps"]
     points = [point(evaluator, step, False, of_step) for step, of_step in checkpoints.items()]
-    final = point(evaluator, last, True, samples[list(range(prompts))])
+    final = point(evaluator, last, True, samples.first(prompts))
     return {"prompts": prompts, "rule": RULE, "points": [*points, final]}
 
 

@@ -3,13 +3,18 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from tunetrail.data.chat import render, with_system
-from tunetrail.evaluation.evaluator import Evaluator
+from tunetrail.evaluation.evaluator import Evaluator, Example
 from tunetrail.evaluation.models import logprobs_of, mean_nlls, right_choices, sentence_probe
 from tunetrail.evaluation.schema import HeldOutPreferences, Retention
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_comparison, encode_response
 from tunetrail.preferences.pairs import decided_pairs, preference_targets
+
+PREFERENCE = ("dpo", "ppo")
+"""Methods that train a policy from a reference, by preferences."""
 
 
 def retention(evaluator: Evaluator) -> Retention | None:
@@ -40,33 +45,43 @@ def retention(evaluator: Evaluator) -> Retention | None:
 
 
 def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
-    """Log-probs of chosen and rejected responses, and how often chosen is the likelier; writes `pairs.jsonl`."""
+    """Log-probs of chosen and rejected responses of every decided pair, and how often the model tells which is which;
+    writes `pairs.jsonl`.
+
+    A trained policy by its implicit reward, log p(response) less that of the reference: DPO moves these, and longer
+    responses have lower log-probs whatever was learnt. Where nothing was trained from a reference by preferences, the
+    raw log-probs are all there is.
+    """
     stage = evaluator.stage
     if "comparisons" not in stage.inputs:
         return None
-    chosen, rejected, rows = [], [], []
+    examples: list[Example] = []
+    pairs: list[tuple[str, str, int, int]] = []
     for row in stage.rows("comparisons", "comparisons.jsonl"):
-        pairs = decided_pairs(preference_targets(row["rankings"]))
-        if row["split"] != "heldout" or not pairs:
+        decided = decided_pairs(preference_targets(row["rankings"]))
+        if row["split"] != "heldout" or not decided:
             continue
         prompt, responses = encode_comparison(evaluator.tokenizer, row)
-        winner, loser = ((prompt, responses[i]) for i in pairs[0])
-        chosen.append(winner)
-        rejected.append(loser)
-        rows.append(row)
-    logps = [float(row.sum()) for row in evaluator.logprobs(evaluator.model, chosen + rejected)]
-    chosen_logps, rejected_logps = logps[: len(rows)], logps[len(rows) :]
+        pairs += [(f"{row['id']}/{w}-{v}", row["group"], len(examples) + w, len(examples) + v) for w, v in decided]
+        examples += [(prompt, response) for response in responses]
+
+    def logps_of(model: Any) -> np.ndarray:
+        return np.array([float(row.sum()) for row in evaluator.logprobs(model, examples)])
+
+    logps, implicit = logps_of(evaluator.model), "sft" in stage.inputs and evaluator.subject["method"] in PREFERENCE
+    gained = logps - logps_of(evaluator.reference()) if implicit else logps
     table = [
-        {"id": row["id"], "group": row["group"], "chosen_logp": c, "rejected_logp": r}
-        for row, c, r in zip(rows, chosen_logps, rejected_logps, strict=True)
+        {"id": name, "group": group, "chosen_logp": float(logps[w]), "rejected_logp": float(logps[v])}
+        for name, group, w, v in pairs
     ]
     write_jsonl(stage.work / "pairs.jsonl", table)
-    groups = [row["group"] for row in rows] if len({row["group"] for row in rows}) > 1 else None
-    likelier = [float(c > r) for c, r in zip(chosen_logps, rejected_logps, strict=True)]
+    groups = [group for _, group, *_ in pairs] if len({group for _, group, *_ in pairs}) > 1 else None
+    told = [0.5 + 0.5 * float(np.sign(gained[w] - gained[v])) for *_, w, v in pairs]
     return {
-        "chosen_logps": evaluator.interval(chosen_logps, groups),
-        "rejected_logps": evaluator.interval(rejected_logps, groups),
-        "accuracy": evaluator.interval(likelier, groups),
+        "chosen_logps": evaluator.interval([row["chosen_logp"] for row in table], groups),
+        "rejected_logps": evaluator.interval([row["rejected_logp"] for row in table], groups),
+        "accuracy": evaluator.interval(told, groups),
+        "measure": "implicit reward" if implicit else "log-prob",
     }
 
 

@@ -1,6 +1,7 @@
 """Everyone against everyone: pairs, strengths and win rates at equal lengths, from outcomes prompt by prompt.
 
-An outcome is 1 where the first of a pair wins, 0 where the second does, one half for a tie, NaN where it is not known.
+An outcome is 1 where the first of a pair wins, 0 where the second does, one half for a tie, NaN where it is not known;
+of several samples of a prompt it is the mean over their pairs.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -9,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from scipy.special import expit
 
-from tunetrail.evaluation.stats import bootstrap_of, holm, minimum_detectable, sign_flip_p, tally
+from tunetrail.evaluation.stats import bootstrap_of, holm, mean_of, minimum_detectable, sign_flip_p, tally
 
 Outcomes = dict[tuple[str, str], np.ndarray]
 """(first, second) -> [n]."""
@@ -99,12 +100,26 @@ def family(second: str, reference: str) -> str:
     return second if second in ("base", reference) else "policies"
 
 
-def holm_within(families: list[list[tuple[str, str]]], p_values: dict[tuple[str, str], float]) -> dict:
-    """Every pair's p-value, corrected within its family."""
+def tests_of(told: Outcomes, groups: Mapping[tuple[str, str], np.ndarray], reference: str, seed: int) -> dict:
+    """What is tested of every pair, with its p-value corrected within its family.
+
+    Args:
+        told: outcomes that are known.
+        groups: the group of each of them.
+    """
+    families: dict[str, list[tuple[str, str]]] = {}
+    for pair in told:
+        families.setdefault(family(pair[1], reference), []).append(pair)
+    p_values = {pair: sign_flip_p(outcome, groups[pair], seed) for pair, outcome in told.items()}
     return {
-        pair: p
-        for members in families
-        for pair, p in zip(members, holm([p_values[pair] for pair in members]), strict=True)
+        pair: {
+            "p": p_values[pair],
+            "p_holm": corrected,
+            "significant": corrected < 0.05,
+            "minimum_detectable": minimum_detectable(told[pair], groups[pair], len(members)),
+        }
+        for members in families.values()
+        for pair, corrected in zip(members, holm([p_values[pair] for pair in members]), strict=True)
     }
 
 
@@ -116,6 +131,7 @@ def match(
     groups: Sequence[Hashable],
     n_resamples: int,
     seed: int,
+    scores: Mapping[str, Sequence[float]] | None = None,
 ) -> dict:
     """A match as `stages.head_to_head` describes it, less its tie.
 
@@ -123,42 +139,42 @@ def match(
         outcome_of: of `pairs_of(subjects)`, each with an outcome that is known.
         lengths: [n] of each subject.
         groups: [n], the source group of each prompt.
+        scores: [n] of each subject, whose differences are measured too.
     """
-    families: dict[str, list[tuple[str, str]]] = {}
-    for pair in outcome_of:
-        families.setdefault(family(pair[1], reference), []).append(pair)
     known = {pair: ~np.isnan(outcome) for pair, outcome in outcome_of.items()}
     told = {pair: outcome[known[pair]] for pair, outcome in outcome_of.items()}
     group = np.array([str(g) for g in groups])
-    p_values = {pair: sign_flip_p(outcome, group[known[pair]], seed) for pair, outcome in told.items()}
-    corrected = holm_within(list(families.values()), p_values)
+    tested = tests_of(told, {pair: group[known[pair]] for pair in told}, reference, seed)
     gaps = {(a, b): np.subtract(lengths[a], lengths[b])[known[a, b]] for a, b in outcome_of}
     by_length = [pair for pair in outcome_of if has_equal_lengths(gaps[pair])]
     plays = reference in subjects and len(subjects) > 1
 
     def everything(counts: np.ndarray) -> np.ndarray:
-        """[B, P + C + K]: win rates, win rates at equal lengths, strengths; the resamples are drawn once for all."""
+        """[B, P + C + D + K]: win rates, those at equal lengths, differences of scores, strengths; the resamples are
+        drawn once for all.
+        """
         controlled = [length_controlled(told[pair], gaps[pair], counts[:, known[pair]]) for pair in by_length]
-        scores = [strengths(subjects, reference, outcome_of, counts)] if plays else []
-        return np.concatenate([rates(np.stack(list(outcome_of.values()), 1), counts), *controlled, *scores], 1)
+        found = [strengths(subjects, reference, outcome_of, counts)] if plays else []
+        win_rates = rates(np.stack(list(outcome_of.values()), 1), counts)
+        return np.concatenate([win_rates, *controlled, *(d(counts) for d in differences), *found], 1)
 
+    differences = [mean_of(np.subtract(scores[a], scores[b])) for a, b in outcome_of] if scores else []
     intervals = iter(bootstrap_of(everything, groups, n_resamples, seed))
-    win_rates, controlled = ({pair: next(intervals) for pair in pairs} for pairs in (outcome_of, by_length))
+    win_rates, controlled, gained = (
+        {pair: next(intervals) for pair in pairs} for pairs in (outcome_of, by_length, outcome_of if scores else ())
+    )
 
     def row(pair: tuple[str, str]) -> dict:
-        name, mine = family(pair[1], reference), group[known[pair]]
+        mine = group[known[pair]]
         counted = {"n": len(mine), "groups": len(set(mine))}
         return {
             "first": pair[0],
             "second": pair[1],
-            "family": name,
+            "family": family(pair[1], reference),
             "win_rate": win_rates[pair] | counted | tally(told[pair]),
+            "difference": gained.get(pair),
             "length_controlled": controlled[pair] | counted if pair in controlled else None,
-            "p": p_values[pair],
-            "p_holm": corrected[pair],
-            "significant": corrected[pair] < 0.05,
-            "minimum_detectable": minimum_detectable(told[pair], mine, len(families[name])),
-        }
+        } | tested[pair]
 
     return {
         "prompts": len(groups),

@@ -8,7 +8,7 @@ import torch
 from tunetrail.models.batching import Batch
 from tunetrail.models.head import SCORED_AT_ONCE, head_weight
 from tunetrail.models.runtime import autocast, device
-from tunetrail.models.scoring import map_batches, response_logprobs, sequence_scores
+from tunetrail.models.scoring import comparable_logprobs, map_batches, sequence_scores
 
 
 def _over(
@@ -37,7 +37,7 @@ def logprobs_of(
     max_tokens: int | None = None,
 ) -> list[torch.Tensor]:
     """Log-prob of each response token of each (prompt ids, response ids)."""
-    return _over(lambda batch: response_logprobs(model, batch, temperature), examples, pad_id, precision, max_tokens)
+    return _over(lambda batch: comparable_logprobs(model, batch, temperature), examples, pad_id, precision, max_tokens)
 
 
 def reward_scores(

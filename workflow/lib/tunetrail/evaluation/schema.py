@@ -4,16 +4,14 @@ from typing import NotRequired, TypedDict
 
 
 class Interval(TypedDict):
-    """A mean with a 95% bootstrap interval."""
+    """A mean with a 95% bootstrap interval, by resampling the source groups of its values (the values themselves where
+    all are of one group or of none)."""
 
     mean: float
     low: float
     high: float
     n: int
     """Values behind it: prompts, texts or pairs."""
-    group_low: NotRequired[float | None]
-    """The bounds when whole source groups are resampled; null for a single group."""
-    group_high: NotRequired[float | None]
     groups: NotRequired[int]
 
 
@@ -75,12 +73,15 @@ class Retention(TypedDict):
 
 
 class HeldOutPreferences(TypedDict):
-    """Log-probs of the preferred and the dispreferred response on held-out pairs."""
+    """Log-probs of the preferred and the dispreferred response on all decided pairs of held-out prompts."""
 
     chosen_logps: Interval | None
     rejected_logps: Interval | None
     accuracy: Interval | None
-    """How often the preferred one is the likelier."""
+    """How often the preferred one has the higher `measure`."""
+    measure: str
+    """`implicit reward`: by how much training from the reference made a response likelier (Rafailov et al. 2023, eq. 5,
+    up to beta); `log-prob` for a model without a reference, which favours what is short."""
 
 
 class Pair(TypedDict):
@@ -91,6 +92,9 @@ class Pair(TypedDict):
     family: str
     """What `p` is corrected within: `base` and `sft` (everyone against that one) or `policies`."""
     win_rate: "WinRate"
+    """Of each prompt the mean outcome over all pairs of samples of the two models."""
+    difference: Interval | None
+    """Of the gold scores, first's less second's, of each prompt the means over its samples; null for a judge."""
     length_controlled: Interval | None
     """The win rate at equal lengths (Dubois et al. 2024); null where one side is longer on over 95% of the prompts, so
     that equal lengths are not in the data."""
@@ -106,7 +110,7 @@ class Pair(TypedDict):
 
 
 class WinRate(Interval):
-    """Of `first` over `second`; a tie counts one half."""
+    """Of `first` over `second`; a tie counts one half. Won, tied and lost are prompts: above, at and below one half."""
 
     wins: int
     ties: int

@@ -56,7 +56,10 @@ def bootstrap(
 def bootstrap_of(
     statistic: Callable[[np.ndarray], np.ndarray], groups: Sequence[Hashable], n_resamples: int, seed: int
 ) -> list[Interval]:
-    """Bootstrap intervals of any statistics of n rows, over rows and over the groups that rows belong to.
+    """Bootstrap intervals of any statistics of n rows, by resampling the groups that rows belong to.
+
+    Rows of one group depend on one another: resampling rows would give too narrow an interval. Where all rows are of
+    one group nothing else can be resampled.
 
     Args:
         statistic: [B, n] (how often each row was drawn) -> [B, K]; NaN where it is undefined for what was drawn, which
@@ -64,35 +67,20 @@ def bootstrap_of(
         groups: [n].
 
     Returns:
-        K times {"mean": the statistic of the rows themselves, "low", "high", "n", "group_low", "group_high",
-        "groups"}; the group's bounds are None where all rows are of one group.
+        K times {"mean": the statistic of the rows themselves, "low", "high", "n", "groups"}.
     """
     member = members(groups)
-    n, random = len(member), np.random.default_rng(seed)
-    size = int(member.max()) + 1
-
-    def bounds(units: int, spread: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        block = max(1, _BLOCK // n)
-        drawn = [
-            statistic(spread(random.multinomial(units, np.full(units, 1 / units), min(block, n_resamples - start))))
-            for start in range(0, n_resamples, block)
-        ]
-        return np.nanpercentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
-
-    estimates = statistic(np.ones((1, n)))[0]
-    rows = bounds(n, lambda counts: counts)
-    clusters = bounds(size, lambda counts: counts[:, member]) if size > 1 else np.full_like(rows, None, dtype=object)
+    n, random, size = len(member), np.random.default_rng(seed), int(member.max()) + 1
+    unit = member if size > 1 else np.arange(n)
+    units, block = int(unit.max()) + 1, max(1, _BLOCK // n)
+    drawn = [
+        statistic(random.multinomial(units, np.full(units, 1 / units), min(block, n_resamples - start))[:, unit])
+        for start in range(0, n_resamples, block)
+    ]
+    bounds = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
     return [
-        {
-            "mean": float(mean),
-            "low": float(low),
-            "high": float(high),
-            "n": n,
-            "group_low": g_low,
-            "group_high": g_high,
-            "groups": size,
-        }
-        for mean, low, high, g_low, g_high in zip(estimates, *rows, *clusters.tolist(), strict=True)
+        {"mean": float(mean), "low": float(low), "high": float(high), "n": n, "groups": size}
+        for mean, low, high in zip(statistic(np.ones((1, n)))[0], *bounds, strict=True)
     ]
 
 
@@ -102,15 +90,26 @@ def mean_of(values: Sequence[float] | np.ndarray) -> Callable[[np.ndarray], np.n
     return lambda counts: counts @ columns / counts.sum(1, keepdims=True)
 
 
-def outcomes(ours: Sequence[float], theirs: Sequence[float], tie: float = 0.0) -> np.ndarray:
-    """[n]: 1 where our score is the higher one, 0 where theirs is, one half where they lie within `tie`."""
-    gap = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    return np.where(np.abs(gap) <= tie, 0.5, gap > 0)
+def outcomes(ours: np.ndarray | Sequence, theirs: np.ndarray | Sequence, tie: float = 0.0) -> np.ndarray:
+    """[n]: of each prompt the mean outcome over all pairs of our samples and theirs. An outcome is 1 where our score is
+    the higher one, 0 where theirs is, one half where they lie within `tie`.
+
+    With several samples of a prompt (the rows of each side) their mean over S x S pairs is the U-statistic of Mann and
+    Whitney: it varies less than S pairs do. Outcomes of one prompt depend on one another; the prompt stays one value.
+
+    Args:
+        ours: [n, S], or [n] for a sample each.
+        theirs: [n, T], or [n].
+    """
+    a, b = (np.asarray(side, dtype=float).reshape(len(side), -1) for side in (ours, theirs))
+    gap = a[:, :, None] - b[:, None, :]
+    return np.where(np.abs(gap) <= tie, 0.5, gap > 0).mean((1, 2))
 
 
 def tally(outcome: np.ndarray) -> dict[str, int]:
-    """ "wins", "ties" and "losses" of [n] outcomes."""
-    return {name: int((outcome == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
+    """ "wins", "ties" and "losses": on how many of n prompts the outcome lies above, at and below one half."""
+    signs = np.sign(outcome - 0.5)
+    return {name: int((signs == value).sum()) for name, value in (("wins", 1), ("ties", 0), ("losses", -1))}
 
 
 def group_sums(values: np.ndarray, groups: Groups) -> np.ndarray:
@@ -125,7 +124,7 @@ def sign_flip_p(outcome: np.ndarray, groups: Groups, seed: int = 0) -> float:
     not tied), else 9,999 drawn ones. With groups of one prompt that is the sign test, exact where all are listed.
 
     Args:
-        outcome: [n] of 1, 0.5, 0.
+        outcome: [n] in [0, 1]; of several samples the mean outcome of a prompt.
     """
     from scipy.stats import permutation_test
 
@@ -165,10 +164,14 @@ def standard_error(deviations: Sequence[float] | np.ndarray, groups: Groups) -> 
 
 def minimum_detectable(outcome: np.ndarray, groups: Groups, tests: int = 1, power: float = 0.8) -> float | None:
     """How far the true win rate must lie from one half for `sign_flip_p` to show it with this power, at 5% over so many
-    tests: (z(1 - 0.05/(2 tests)) + z(power)) standard errors under the hypothesis that it is one half.
+    tests: (z(1 - 0.05/(2 tests)) + z(power)) standard errors of a win rate near one half.
+
+    The spread of outcomes is that around their own mean m, scaled as sqrt(m (1 - m)) is, to what it is at one half.
+    Spread around one half would grow with the effect. Where all groups agree none is seen, and each counts as one
+    outcome.
 
     Args:
-        outcome: [n] of 1, 0.5, 0.
+        outcome: [n] in [0, 1].
 
     Returns:
         at most one half, which is to win everything; None where even that would show nothing, since all flips of so few
@@ -177,7 +180,9 @@ def minimum_detectable(outcome: np.ndarray, groups: Groups, tests: int = 1, powe
     from scipy.stats import norm
 
     flips = len(set(groups)) - 1
-    error = standard_error(outcome - 0.5, groups)
+    mean = float(outcome.mean())
+    own = standard_error(outcome - mean, groups) if 0 < mean < 1 else None
+    error = 0.5 * own / math.sqrt(mean * (1 - mean)) if own else standard_error(outcome - 0.5, groups)
     if not error or 0.5**flips * tests > 0.05:
         return None
     return min(0.5, float((norm.ppf(1 - 0.05 / (2 * tests)) + norm.ppf(power)) * error))

@@ -19,6 +19,25 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tor
     return policy_pass(model, batch, temperature)[0]
 
 
+def comparable_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """`response_logprobs` with the head in float32 under autocast too, where it is a plain one; without gradients.
+
+    For log-probs that are compared with those of another batch: bf16 logits differ between shapes of a batch.
+    """
+    weight, mask = head_weight(model), batch.response_mask
+    if weight is None:
+        return response_logprobs(model, batch, temperature)
+    hidden = trunk_of(model)(**batch.inputs).last_hidden_state[:, -mask.shape[1] - 1 : -1][mask]
+    with torch.autocast(hidden.device.type, enabled=False):
+        flat, _ = head_logprobs(hidden.float(), weight.float(), batch.responses[mask], temperature)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def trunk_of(model: Any) -> Any:
+    """The causal language model without its head, adapter or not."""
+    return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+
+
 def policy_pass(
     model: Any, batch: Batch, temperature: float, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -42,8 +61,7 @@ def policy_pass(
             return found, None, hidden
         log_p = logits.log_softmax(-1)
         return found, -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0.0), hidden
-    trunk = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
-    hidden = trunk(**batch.inputs).last_hidden_state[:, -r - 1 : -1]
+    hidden = trunk_of(model)(**batch.inputs).last_hidden_state[:, -r - 1 : -1]
     # Only where there are responses: where few are long, most of the columns are padding.
     flat, entropies = head_logprobs(hidden[mask], weight, tokens[mask], temperature, entropy)
     empty = flat.new_zeros(mask.shape)

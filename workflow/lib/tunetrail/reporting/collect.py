@@ -29,7 +29,7 @@ ORDER = (
     "head_to_head",
 )
 """The kinds of artifacts, upstream first."""
-SIMULATED_LABELERS = ("reference", "reward_model", "llm")
+SIMULATED_LABELERS = ("simulated", "reward_model", "llm")
 CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved")
 """Findings of the audit that make an artifact stale, and not unsound."""
 POLICY_COLOURS = 6
@@ -237,17 +237,18 @@ def reference_of(runs: Sequence[Run]) -> str:
 
 def turned(pair: dict) -> dict:
     """A pair of the head-to-head comparison seen from its other side; what is tested of it stays."""
-    other = {"mean": "mean", "low": "high", "high": "low", "group_low": "group_high", "group_high": "group_low"}
+    ends = {"mean": "mean", "low": "high", "high": "low"}
     counts = {"wins": "losses", "losses": "wins"}
 
-    def rate(value: dict | None) -> dict | None:
+    def seen(value: dict | None, whole: int) -> dict | None:
         if value is None:
             return None
-        shares = {a: None if value[b] is None else 1 - value[b] for a, b in other.items() if b in value}
-        return value | shares | {a: value[b] for a, b in counts.items() if b in value}
+        turned_ends = {a: whole - value[b] for a, b in ends.items()}
+        return value | turned_ends | {a: value[b] for a, b in counts.items() if b in value}
 
-    rates = {key: rate(pair[key]) for key in ("win_rate", "length_controlled")}
-    return pair | rates | {"first": pair["second"], "second": pair["first"]}
+    found = {key: seen(pair[key], 1) for key in ("win_rate", "length_controlled")}
+    found["difference"] = seen(pair["difference"], 0)
+    return pair | found | {"first": pair["second"], "second": pair["first"]}
 
 
 def load(role: str, folder: Path, page: Path) -> Artifact:

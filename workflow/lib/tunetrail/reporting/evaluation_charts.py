@@ -298,7 +298,7 @@ REWARD_BASELINES = {"longer_wins": "the longer wins", "shorter_wins": "the short
 
 def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
     """Accuracy of the reward model, by source, labeler and length, beside what the baselines get, how often labelers
-    agree, and the accuracy that this allows; below, how far the model is above each baseline on the same pairs."""
+    agree, and the most that this allows; below, how far the model is above each baseline on the same pairs."""
     if not metrics:
         return None
     ceiling = metrics.get("ceiling") or {}
@@ -307,7 +307,7 @@ def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
         *((words, metrics.get(f"accuracy_{name}"), "base") for name, words in REWARD_BASELINES.items()),
         ("two labelers agree", ceiling.get("agreement"), "sft"),
         ("labeler and majority", ceiling.get("majority"), "sft"),
-        ("allowed by agreement", ceiling.get("allowed"), "sft"),
+        ("at most, by agreement", ceiling.get("at_most"), "sft"),
     ]
     overall = len(measured)
     for length in ("longer", "shorter"):

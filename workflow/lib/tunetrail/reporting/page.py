@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import jinja2
@@ -64,7 +65,7 @@ def _banners(run: Run) -> list[str]:
     found = []
     if run.labeler in SIMULATED_LABELERS:
         ranked = {
-            "reference": "chrF against the author's own text",
+            "simulated": f"the scorer {run.artifacts['comparisons'].config.get('scorer') or 'that its config names'}",
             "reward_model": "a reward model",
             "llm": "a language model",
         }
@@ -246,9 +247,10 @@ def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
 
 
 def _gain(answer: dict, before: dict | None, key: str) -> float | None:
+    """Of the means over both models' samples of a prompt."""
     if before is None or answer.get(key) is None or before.get(key) is None:
         return None
-    return answer[key] - before[key]
+    return mean(answer[key]) - mean(before[key])
 
 
 def _flat(content: Mapping, prefix: str) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """What came out, in sentences that follow from the head_to_head's tests and say no more than they do."""
 
 from tunetrail.reporting.collect import Model, Run
-from tunetrail.reporting.numbers import MIN_PROMPTS, p_value, percent, percent_interval
+from tunetrail.reporting.numbers import MIN_PROMPTS, interval, p_value, percent, percent_interval
 
 
 def outcome(match: dict | None) -> str:
     """`better`, `worse`, `unclear`, `few` (too few prompts) or `unmeasured`, of the first of a pair of the
     head_to_head.
 
-    A difference is unclear where the 95% interval holds one half, or where it may be chance after correcting for the
-    number of models compared.
+    A difference is unclear where the 95% interval (over source groups, as the test is) holds one half, or where it may
+    be chance after correcting for the number of models compared.
     """
     if match is None:
         return "unmeasured"
@@ -22,7 +22,9 @@ def outcome(match: dict | None) -> str:
 
 
 def _rate(match: dict, on: str = "") -> str:
-    return f"{percent_interval(match['win_rate'])}{on}, corrected p {p_value(match['p_holm'])}"
+    gained = match.get("difference")
+    gold = f", gold score {interval(gained, 1, sign=True)}" if gained else ""
+    return f"{percent_interval(match['win_rate'])}{on}, corrected p {p_value(match['p_holm'])}{gold}"
 
 
 def sentence(run: Run, model: Model) -> str:
@@ -53,15 +55,19 @@ def sentence(run: Run, model: Model) -> str:
 
 
 def over_optimised(run: Run, model: Model) -> bool:
-    """The reward model likes it better than the reference (intervals apart) while the gold scorer does not.
+    """The reward model likes it better than the reference (intervals apart) while the interval of the gold scores'
+    difference excludes a gain worth having: one of more than the tie.
 
-    That is the sign of over-optimisation: the policy has learnt the reward model's errors (Gao et al. 2022).
+    That is the sign of over-optimisation: the policy has learnt the reward model's errors (Gao et al. 2022). A gold
+    test that is merely unclear is not.
     """
     reference = run.model(run.reference)
     ours, theirs = model.interval("reward"), reference.interval("reward") if reference else None
-    if ours is None or theirs is None:
+    match = run.match_of(model)
+    gained = match and match["difference"]
+    if ours is None or theirs is None or not gained or gained["n"] < MIN_PROMPTS:
         return False
-    return ours["low"] > theirs["high"] and outcome(run.match_of(model)) in ("worse", "unclear")
+    return ours["low"] > theirs["high"] and gained["high"] <= run.head_to_head["sampled"]["tie"]
 
 
 def sentences(run: Run) -> list[str]:
@@ -71,6 +77,6 @@ def sentences(run: Run) -> list[str]:
     if liked := [model.name for model in run.policies if over_optimised(run, model)]:
         found.append(
             f"The reward model scores {', '.join(liked)} above {run.reference}, intervals apart: "
-            "a gain that the gold scorer does not see."
+            "a gain that the gold scorer rules out."
         )
     return found or [f"No policy was compared with {run.reference}."]

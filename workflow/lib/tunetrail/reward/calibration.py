@@ -48,9 +48,9 @@ class Ceiling(TypedDict):
     """How often two labelers who both decide on a pair agree."""
     majority: Interval | None
     """How often a labeler agrees with the majority of the others."""
-    allowed: Interval | None
-    """The accuracy of a model without error, if labelers err independently and equally often; null where they agree on
-    fewer than half."""
+    at_most: Interval | None
+    """A bound on the accuracy of a model without error, if labelers err independently; reached where they err equally
+    often on every pair. Null where they agree on fewer than half."""
 
 
 def heldout_pairs(
@@ -108,12 +108,13 @@ def over_groups(values: np.ndarray, pairs: list[HeldOutPair], seed: int) -> Inte
 
 
 def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
-    """How often labelers agree with one another and with the majority of the others, and how often a model that is
-    always right would agree with one of them. None with a single labeler.
+    """How often labelers agree with one another and with the majority of the others, and at most how often a model that
+    is always right agrees with one of them. None with a single labeler.
 
-    The last is not their agreement: two labelers who are each right with probability p agree on a = p² + (1 - p)²,
-    while a model that is always right agrees with either on p = (1 + sqrt(2a - 1)) / 2. The majority of many others
-    comes close.
+    Two labelers who are right on a pair with probability p agree on it with a = p² + (1 - p)², a model that is always
+    right agrees with either with p = (1 + sqrt(2a - 1)) / 2. That is concave in a: taken at the mean agreement it is an
+    upper bound (Jensen), and too high by as much as pairs differ in difficulty. The majority of the others bounds it
+    from below.
 
     Args:
         rows: comparison rows.
@@ -140,12 +141,12 @@ def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
         "labelers": len(labelers),
         "agreement": agreement,
         "majority": over_prompts(majorities),
-        "allowed": allowed_accuracy(agreement),
+        "at_most": most_accurate(agreement),
     }
 
 
-def allowed_accuracy(agreement: Interval | None) -> Interval | None:
-    """The interval of p from that of a, see `ceiling`; bounds below one half are one half."""
+def most_accurate(agreement: Interval | None) -> Interval | None:
+    """The bound on p from the interval of a, see `ceiling`; ends below one half are one half."""
     if agreement is None or agreement["mean"] < 0.5:
         return None
     return agreement | {  # type: ignore[return-value]
@@ -180,7 +181,7 @@ def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str
         return np.abs(counts @ gaps / counts.sum(1, keepdims=True) - gaps.mean(0)).sum(1, keepdims=True)
 
     (found,) = bootstrap_of(noise, unit, 2000, seed)
-    most = found["high"] if found["groups"] == 1 else found["group_high"]
+    most = found["high"]
     return {
         "accuracy_by_confidence": rows,
         "ece": ece,

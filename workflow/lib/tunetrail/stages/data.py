@@ -3,9 +3,10 @@
     python -m tunetrail.stages.data --config C.json --input base=… --output results/RUN/data/manifest.json --state …
 
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a
-seeded order so that a limit takes a random prefix; `contamination.jsonl`; and, where preferences came with the data,
-`comparisons.jsonl`. `metrics.json` is the data card: rows of each source and split, histograms of lengths, what was
-dropped and why, and how much of the evaluation prompts stands in training texts (see `data.contamination`).
+seeded order that takes turns among the groups, so that a limit keeps as many groups as it can; `contamination.jsonl`;
+and, where preferences came with the data, `comparisons.jsonl`. `metrics.json` is the data card: rows of each source and
+split, histograms of lengths, what was dropped and why, and how much of the evaluation prompts stands in training texts
+(see `data.contamination`).
 """
 
 import sys
@@ -23,7 +24,7 @@ from tunetrail.data.chat import with_system
 from tunetrail.data.contamination import contamination, overlap_row, without_contamination, without_leaks
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
 from tunetrail.data.rendering import Renderer, fits
-from tunetrail.data.splits import assign_splits, histogram, shuffled
+from tunetrail.data.splits import assign_splits, histogram, in_turns, shuffled
 from tunetrail.data.tables import answer_of, comparison_row, merged, one_each, prompt_row
 from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
@@ -78,7 +79,7 @@ def assigned(rows: list[dict], config: DataConfig, seed: int) -> int:
 
 
 def select(rows: list[dict], split: str, config: DataConfig, seed: int, dropped: Counter[str]) -> list[dict]:
-    """The rows of one split, shuffled and limited."""
+    """The rows of one split, shuffled and limited, evenly over their groups."""
     own = shuffled([row for row in rows if row["split"] == split], seed, split)
     if split not in ("sft", "heldout"):
         own = [row for row in own if "text" not in row]  # raw text is for training and its held-out loss
@@ -86,9 +87,9 @@ def select(rows: list[dict], split: str, config: DataConfig, seed: int, dropped:
         unique = one_each(own)
         dropped["duplicates"] += len(own) - len(unique)
         own = unique
-    limit = getattr(config.limits, split) or len(own)
-    dropped["over_limit"] += max(0, len(own) - limit)
-    return own[:limit]
+    kept = in_turns(own, config.max_per_group)[: getattr(config.limits, split) or len(own)]
+    dropped["over_limit"] += len(own) - len(kept)
+    return kept
 
 
 def compared(rows: list[dict], split: str, config: DataConfig, total: int) -> list[dict]:

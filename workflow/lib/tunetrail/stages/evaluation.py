@@ -9,16 +9,19 @@ task; log-probs of preferred and dispreferred responses; and the probes. The gol
 decoding, where a policy that only became surer of what it said before gains nothing. Where no SFT model was trained,
 the base model takes its place. `stages.head_to_head` compares the models.
 
-All models but best-of-n answer a prompt with the same random numbers. Two models that are alike then say the same and
-tie, and a win rate counts answers that differ because the models do. Best-of-n draws others: with the same ones its
-choice would include the very sample that it is compared to, which it could not lose to.
+Every model draws random numbers of its own. A win rate is then that of independent responses, for best-of-n as for any
+other model: with the random numbers of the model it is compared to, its choice would include the very samples that it
+could not lose to, and with a model's own numbers for all but best-of-n its win rate would mean another thing.
+Best-of-n has no weights of its own: what its model remembers, prefers and would say next is measured once, for the
+model it samples from.
 
 Intervals are 95%, by bootstrap over the source groups that prompts come from, or over prompts where all are of one
 group; standard errors likewise. `evaluation.schema` has the types of metrics.json; null means not measured.
 
-Writes `samples.jsonl` (one row per prompt), `probes.json`, `retention.jsonl` and `choices.jsonl` ({"id", "nll"} of a
-text, {"id", "correct"} of a question) and `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the
-held-out pairs).
+Writes `samples.jsonl` (one row per prompt; `completions`, `gold`, `reward`, `kl`, `length` and `finished` are lists,
+one entry per sample, or null), and but for best-of-n `probes.json`, `retention.jsonl` and `choices.jsonl` ({"id",
+"nll"} of a text, {"id", "correct"} of a question) and `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of
+the held-out pairs).
 """
 
 import math
@@ -57,21 +60,25 @@ def finished(evaluator: Evaluator, samples: Samples) -> list[bool]:
 
 def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greedy: Samples | None) -> list[dict]:
     """The rows of samples.jsonl."""
-    columns: dict[str, list | None] = {
-        "completion": samples.texts,
+    sampled: dict[str, list | None] = {
+        "completions": samples.texts,
         "gold": samples.gold,
-        "greedy": greedy.texts if greedy else None,
-        "greedy_gold": greedy.gold if greedy else None,
         "reward": samples.reward,
         "kl": samples.kl,
-        "length": [len(response) for _, response in samples.examples],
-        "greedy_length": [len(response) for _, response in greedy.examples] if greedy else None,
+        "length": samples.lengths,
         "finished": finished(evaluator, samples),
     }
+    decoded: dict[str, list | None] = {
+        "greedy": greedy.texts if greedy else None,
+        "greedy_gold": greedy.gold if greedy else None,
+        "greedy_length": greedy.lengths if greedy else None,
+    }
+    k = samples.k
     return [
         {key: row[key] for key in ("id", "group", "prompt", "messages")}
         | {"reference": row["completion"]}
-        | {name: values and values[i] for name, values in columns.items()}
+        | {name: values and values[i * k : (i + 1) * k] for name, values in sampled.items()}
+        | {name: values and values[i] for name, values in decoded.items()}
         for i, row in enumerate(rows)
     ]
 
@@ -95,7 +102,8 @@ def run(stage: Stage) -> dict[str, Any]:
     with evaluator.bar as bar:
         # The greedy response is compared by its gold score alone; best-of-n has none.
         with_greedy = evaluator.n == 1 and bool(evaluator.config.gold)
-        samples, greedy = evaluator.sampled(evaluator.model, rows, evaluator.n, with_greedy)
+        k = evaluator.config.samples * evaluator.n
+        samples, greedy = evaluator.sampled(evaluator.model, rows, k, with_greedy)
         yardstick, checkpoints = sample_yardstick(evaluator), sample_checkpoints(evaluator, kept)
         bar.advance(1, "sampled")
         evaluator.reward([samples, *checkpoints.values(), *([yardstick] if yardstick else [])])
@@ -103,10 +111,11 @@ def run(stage: Stage) -> dict[str, Any]:
         bar.advance(1, "scored")
         evaluator.kl([(samples, None), *((checkpoints[step], folder) for step, folder in kept.items())])
         bar.advance(1, "compared")
-        remembered, preferred = retention(evaluator), heldout_preferences(evaluator)
-        bar.advance(2, "remembered")
-        write_json(stage.work / "probes.json", probes(evaluator))
-        bar.advance(1, "probed")
+        remembered, preferred = None, None
+        if evaluator.n == 1:
+            remembered, preferred = retention(evaluator), heldout_preferences(evaluator)
+            write_json(stage.work / "probes.json", probes(evaluator))
+        bar.advance(3, "probed")
     write_jsonl(stage.work / "samples.jsonl", sample_table(evaluator, rows, samples, greedy))
 
     responses = [response for _, response in samples.examples]
@@ -115,16 +124,17 @@ def run(stage: Stage) -> dict[str, Any]:
         "method": evaluator.subject["method"],
         "adapter": adapter_of(evaluator),
         "n_prompts": len(rows),
-        "gold": evaluator.over_prompts(samples.gold),
+        "samples_per_prompt": samples.k,
+        "gold": evaluator.over_prompts(samples.means("gold")),
         "greedy_gold": evaluator.over_prompts(greedy.gold) if greedy else None,
-        "reward": evaluator.over_prompts(samples.reward),
+        "reward": evaluator.over_prompts(samples.means("reward")),
         "kl_to_sft": evaluator.divergence(samples),
         "frontier": frontier(evaluator, samples, checkpoints),
         "best_of_n": best_of_n(evaluator, yardstick),
-        "length": evaluator.over_prompts([float(len(response)) for response in responses]),
+        "length": evaluator.over_prompts(samples.means("lengths")),
         "distinct_1": distinct_n(responses, 1),
         "distinct_2": distinct_n(responses, 2),
-        "finished": math.fsum(finished(evaluator, samples)) / len(rows),
+        "finished": math.fsum(finished(evaluator, samples)) / len(responses),
         "retention": remembered,
         "comparisons": preferred,
     }

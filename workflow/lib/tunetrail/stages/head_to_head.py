@@ -8,14 +8,15 @@ Nothing is sampled here, and no model is run unless `head_to_head.judge` names a
     subjects       [name]: base, sft, then the policies by name
     reference      "sft", or "base" where none was trained
     sampled, greedy, judge
-                   a match by the gold score of sampled responses, by that of greedy ones, and by a language model's
-                   verdicts on sampled ones, asked in both orders. A pair is left out of the judge's where a verdict on
+                   a match by the gold score of sampled responses (all pairs of two models' samples of a prompt), by
+                   that of greedy ones, and by a language model's verdicts on the first sample of each, asked in both
+                   orders. A pair is left out of the judge's where a verdict on
                    it could not be read, so that it has an n of its own. null where not held
     judge_verdicts null without a judge
     forgetting, preferences
 
 whose types are `Match`, `JudgeVerdicts`, `Forgetting` and `PreferenceShift` of `evaluation.schema`. Intervals are 95%
-by bootstrap over prompts, with bounds over the source groups of the prompts as well (those of `forgetting` have none).
+by bootstrap over the source groups of the prompts, the units of the tests as well; those of `forgetting` over texts.
 
 Writes `probes.json`: {"pairs": [{"before", "after", "positions": [{"position", "token", "before", "after": probability
 of the token that is there, "tokens": [{"id", "token", "before", "after"}] the likeliest of both, null where not among a
@@ -61,7 +62,7 @@ def judge_all(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> t
         {
             "id": i,
             "messages": row["messages"],
-            "completions": [samples[subject][i]["completion"] for subject in samples],
+            "completions": [samples[subject][i]["completions"][0] for subject in samples],
         }
         for i, row in samples[reference].items()
     ]
@@ -110,8 +111,8 @@ def run(stage: Stage) -> dict[str, Any]:
     return {
         "subjects": evaluations.subjects,
         "reference": reference,
-        "sampled": evaluations.match(sampled, samples, "length", config.tie),
-        "greedy": evaluations.match(greedy, samples, "greedy_length", config.tie),
+        "sampled": evaluations.match(sampled, samples, "length", config.tie, "gold"),
+        "greedy": evaluations.match(greedy, samples, "greedy_length", config.tie, "greedy_gold"),
         "judge": evaluations.match(judged, samples, "length", 0.0),
         "judge_verdicts": verdicts,
         "forgetting": evaluations.forgetting(),
