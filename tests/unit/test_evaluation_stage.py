@@ -34,7 +34,8 @@ from .test_training import write_workspace
 
 pytestmark = pytest.mark.slow
 
-EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3, "samples": 2}
+EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3, "samples": 2,
+    "gold": ["chrf", "length"]}  # fmt: skip
 RUNS = {  # stage of each artifact, its config block, its inputs by role, and what else it is told
     "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data",
         "comparisons": "comparisons"}, {}),
@@ -157,6 +158,19 @@ def test_a_win_rate_is_of_gold_scores_prompt_by_prompt(folder):
         "dpo",
     ]  # best has none
     assert metrics(folder, "head_to_head")["judge"] is None
+
+
+def test_every_further_scorer_is_measured_like_the_first(folder):
+    rows, theirs = (read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in ("dpo", "base"))
+    words = [[float(len(text.split())) for text in row["completions"]] for row in rows]
+    assert [row["scores"]["length"] for row in rows] == words
+    assert metrics(folder, "evaluation/dpo")["scores"]["length"]["mean"] == pytest.approx(np.mean(words))
+    others = metrics(folder, "head_to_head")["others"]
+    assert list(others) == ["length"]
+    pair = next(p for p in others["length"]["pairs"] if (p["first"], p["second"]) == ("dpo", "base"))
+    gained = np.mean(words) - np.mean([row["scores"]["length"] for row in theirs])
+    assert pair["difference"]["mean"] == pytest.approx(gained)
+    assert {len(row["scores"]["length"]) for row in read_jsonl(folder / "evaluation/best/samples.jsonl")} == {2}
 
 
 def evaluator(folder, name, rows):

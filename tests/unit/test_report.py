@@ -336,6 +336,7 @@ class Fixture:
         metrics = {
             "subjects": names, "reference": "sft", "sampled": self.match(rates) | {"scores": scores},
             "greedy": self.match(greedy) | {"scores": []}, "judge": None, "judge_verdicts": None,
+            "others": {"author": self.match(rates) | {"scores": []}},
             "forgetting": [{"first": n, "second": "base", "adapters": ["lora" if n == "ppo" else "full", None],
                 "nll": interval(0.041 * i, 0.018), "choices": interval(-0.03, 0.05)} for i,
                     n in enumerate(names[1:])] + [{"first": "ppo", "second": "dpo", "adapters": ["lora", "full"],

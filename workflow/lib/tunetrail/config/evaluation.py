@@ -1,9 +1,9 @@
 """`retention`, `evaluation`, `head_to_head`, `lm_eval` and `report`: what is measured and shown."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tunetrail.config.comparisons import LlmJudge, Sampling
 from tunetrail.config.fields import Block, Count, Integer, Name, NonNegative, NonNegativeInt, Text
@@ -53,12 +53,23 @@ PREFERENCE_PROBES = [
 ]
 
 
+def _names(value: Any) -> Any:
+    """One message for what is neither a name nor a list of names."""
+    names = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"must be the name of a scorer or a list of names, got {value!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names a scorer twice: {', '.join(names)}")
+    return value
+
+
 class EvaluationConfig(Sampling):
     """How base, SFT and every policy are compared on the evaluation split: by sampled responses and by greedy ones."""
 
-    gold: Name | None = Field(
+    gold: Annotated[Name | list[Name] | None, BeforeValidator(_names)] = Field(
         default="chrf",
-        description="scorer that responses are compared by, a built-in one or one of `scorers`; null: none",
+        description="scorer that responses are compared by, a built-in one or one of `scorers`; of a list the report "
+        "shows the first, and the others in a table; null: none",
     )
     samples: Count = Field(
         default=1,
@@ -87,7 +98,12 @@ class EvaluationConfig(Sampling):
     @property
     def scorer_keys(self) -> dict[str, str]:
         """Key -> the name of the scorer that it gives."""
-        return {"gold": self.gold} if self.gold else {}
+        return {f"gold[{i}]" if isinstance(self.gold, list) else "gold": name for i, name in enumerate(self.golds)}
+
+    @property
+    def golds(self) -> list[str]:
+        """The scorers, the one that counts first."""
+        return [self.gold] if isinstance(self.gold, str) else self.gold or []
 
 
 class HeadToHeadConfig(Block):

@@ -24,6 +24,16 @@ def column(rows: Rows, name: str) -> dict[str, list]:
     return {subject: values for subject, values in columns.items() if None not in values}
 
 
+def other_scores(rows: Rows) -> dict[str, dict[str, list]]:
+    """Scorer -> subject -> [n, samples], of the gold scorers that every subject was measured by, besides the first."""
+    first = [next(iter(by_id.values()), {}) for by_id in rows.values()]
+    names = [name for name in first[0].get("scores", {}) if all(name in row.get("scores", {}) for row in first)]
+    return {
+        name: {subject: [row["scores"][name] for row in by_id.values()] for subject, by_id in rows.items()}
+        for name in names
+    }
+
+
 def prompt_means(columns: dict[str, list]) -> dict[str, list[float]]:
     """The mean over each prompt's samples, of columns that hold lists or single numbers."""
     return {subject: [float(np.mean(value)) for value in values] for subject, values in columns.items()}
@@ -78,23 +88,23 @@ class Evaluations:
         return json.loads((self.folders[subject] / name).read_text(encoding="utf-8"))
 
     def match(
-        self, outcome_of: Outcomes, samples: Rows, length: str, tie: float, score: str | None = None
+        self, outcome_of: Outcomes, samples: Rows, length: str, tie: float, scores: dict[str, list] | None = None
     ) -> Match | None:
         """The match with these outcomes; None where there are none.
 
         Args:
             samples: rows of samples.jsonl.
             length: the column with the lengths of the responses that were compared.
-            score: the column whose differences are measured next to the outcomes; None: none is.
+            scores: by subject, [n, samples] or [n], whose differences are measured too; None: none are.
         """
         if not outcome_of:
             return None
         players = [name for name in self.folders if any(name in pair for pair in outcome_of)]
         groups = [row["group"] for row in samples[self.reference].values()]
         lengths = prompt_means(column(samples, length))
-        scores = prompt_means(column(samples, score)) if score else None
+        means = prompt_means(scores) if scores else None
         return {"tie": tie} | match(  # type: ignore[return-value]
-            players, self.reference, outcome_of, lengths, groups, self.n_resamples, self.seed, scores
+            players, self.reference, outcome_of, lengths, groups, self.n_resamples, self.seed, means
         )
 
     def probe_shifts(self) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tunetrail.models.batching import encode
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from tunetrail.models.runtime import device, use_bf16
 from tunetrail.models.sampling import decoding_weights, sample
-from tunetrail.scorers.build import Completion, build
+from tunetrail.scorers.build import Completion, Scorer, build
 from tunetrail.seeds import derive_seed
 
 Example = tuple[list[int], list[int]]
@@ -39,6 +40,8 @@ class Samples:
     """The reward model's score; None where there is no reward model."""
     kl: list[float] | None = None
     """To the SFT model; None where it was not measured."""
+    others: dict[str, list[float]] = field(default_factory=dict)
+    """The other gold scorers' scores, by name."""
 
     @property
     def lengths(self) -> list[int]:
@@ -46,13 +49,17 @@ class Samples:
 
     def means(self, name: str) -> Any:
         """[N]: of each prompt the mean over its responses; None where the column was not measured."""
-        values = getattr(self, name)
+        return self.prompt_means(getattr(self, name))
+
+    def prompt_means(self, values: list[float] | None) -> Any:
+        """[N * K] -> [N]; None for None."""
         return None if values is None else np.reshape(values, (-1, self.k)).mean(1).tolist()
 
     def pick(self, rows: list[int], k: int) -> "Samples":
         """The responses in these rows, k to each prompt."""
         columns = (self.examples, self.texts, self.gold, self.reward, self.kl)
-        return Samples(k, *(values and [values[i] for i in rows] for values in columns))  # type: ignore[misc,arg-type]
+        others = {name: [values[i] for i in rows] for name, values in self.others.items()}
+        return Samples(k, *(values and [values[i] for i in rows] for values in columns), others=others)  # type: ignore[misc,arg-type]
 
     def first(self, prompts: int) -> "Samples":
         """The responses to the first prompts."""
@@ -81,6 +88,11 @@ class Evaluator:
         self.seed = derive_seed(stage.seed, self.subject["name"])
         """Every model draws random numbers of its own, see `stages.evaluation`."""
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """By name, the one that counts first."""
+        return {name: build(name, self.stage.shared.get("scorers", {})) for name in self.config.golds}
 
     def reference(self) -> Any:
         """The model that policies start from."""
@@ -142,9 +154,10 @@ class Evaluator:
             Completion(rows[i]["prompt"], text, rows[i]["completion"], rows[i])
             for text, i in zip(texts, owners, strict=True)
         ]
-        gold = self.config.gold and build(self.config.gold, self.stage.shared.get("scorers", {})).scores(completions)
+        scores = {name: scorer.scores(completions) for name, scorer in self.scorers.items()}
+        gold = scores.pop(self.config.golds[0]) if scores else None
         examples = [(self.prompts[i], response) for response, i in zip(flat, owners, strict=True)]
-        return Samples(len(responses[0]), examples, texts, gold or None)
+        return Samples(len(responses[0]), examples, texts, gold, others=scores)
 
     def reward(self, several: list[Samples]) -> None:
         """Fills in the reward model's scores."""

@@ -19,9 +19,9 @@ Intervals are 95%, by bootstrap over the source groups that prompts come from, o
 group; standard errors likewise. `evaluation.schema` has the types of metrics.json; null means not measured.
 
 Writes `samples.jsonl` (one row per prompt; `completions`, `gold`, `reward`, `kl`, `length` and `finished` are lists,
-one entry per sample, or null), and but for best-of-n `probes.json`, `retention.jsonl` and `choices.jsonl` ({"id",
-"nll"} of a text, {"id", "correct"} of a question) and `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of
-the held-out pairs).
+one entry per sample, or null; `scores` has such a list for each further gold scorer), and but for best-of-n
+`probes.json`, `retention.jsonl` and `choices.jsonl` ({"id", "nll"} of a text, {"id", "correct"} of a question) and
+`pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the held-out pairs).
 """
 
 import math
@@ -74,9 +74,11 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
         "greedy_length": greedy.lengths if greedy else None,
     }
     k = samples.k
+    others = {name: [values[i * k : (i + 1) * k] for i in range(len(rows))] for name, values in samples.others.items()}
     return [
         {key: row[key] for key in ("id", "group", "prompt", "messages")}
         | {"reference": row["completion"]}
+        | ({"scores": {name: values[i] for name, values in others.items()}} if others else {})
         | {name: values and values[i * k : (i + 1) * k] for name, values in sampled.items()}
         | {name: values and values[i] for name, values in decoded.items()}
         for i, row in enumerate(rows)
@@ -127,6 +129,9 @@ def run(stage: Stage) -> dict[str, Any]:
         "samples_per_prompt": samples.k,
         "gold": evaluator.over_prompts(samples.means("gold")),
         "greedy_gold": evaluator.over_prompts(greedy.gold) if greedy else None,
+        "scores": {
+            name: evaluator.over_prompts(samples.prompt_means(values)) for name, values in samples.others.items()
+        },
         "reward": evaluator.over_prompts(samples.means("reward")),
         "kl_to_sft": evaluator.divergence(samples),
         "frontier": frontier(evaluator, samples, checkpoints),

@@ -12,6 +12,7 @@ Nothing is sampled here, and no model is run unless `head_to_head.judge` names a
                    that of greedy ones, and by a language model's verdicts on the first sample of each, asked in both
                    orders. A pair is left out of the judge's where a verdict on
                    it could not be read, so that it has an n of its own. null where not held
+    others         such a match of the sampled responses by each further scorer of `evaluation.gold`, without ties
     judge_verdicts null without a judge
     forgetting, preferences
 
@@ -33,7 +34,7 @@ from tunetrail.config.comparisons import LlmJudge
 from tunetrail.config.evaluation import HeadToHeadConfig
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.evaluation.comparison import Evaluations, Rows, column, gold_outcomes
+from tunetrail.evaluation.comparison import Evaluations, Rows, column, gold_outcomes, other_scores
 from tunetrail.evaluation.matches import Outcomes, pairs_of
 from tunetrail.evaluation.schema import JudgeVerdicts
 from tunetrail.files import write_json, write_jsonl
@@ -104,15 +105,20 @@ def run(stage: Stage) -> dict[str, Any]:
     folders = {role.partition(".")[2]: parent.folder for role, parent in stage.inputs.items()}
     evaluations = Evaluations.of(folders, stage.shared["evaluation.bootstrap"], stage.seed)
     samples, reference = read_samples(evaluations), evaluations.reference
-    sampled = gold_outcomes(column(samples, "gold"), config.tie)
-    greedy = gold_outcomes(column(samples, "greedy_gold"), config.tie)
+    golds, greedy_golds = (column(samples, name) for name in ("gold", "greedy_gold"))
+    sampled, greedy = (gold_outcomes(scores, config.tie) for scores in (golds, greedy_golds))
     judged, verdicts = judge_all(stage, config.judge, samples, reference) if config.judge else ({}, None)
     write_json(stage.work / "probes.json", {"pairs": evaluations.probe_shifts()})
+    others = {
+        name: evaluations.match(gold_outcomes(scores, 0.0), samples, "length", 0.0, scores)
+        for name, scores in other_scores(samples).items()
+    }
     return {
         "subjects": evaluations.subjects,
         "reference": reference,
-        "sampled": evaluations.match(sampled, samples, "length", config.tie, "gold"),
-        "greedy": evaluations.match(greedy, samples, "greedy_length", config.tie, "greedy_gold"),
+        "sampled": evaluations.match(sampled, samples, "length", config.tie, golds),
+        "greedy": evaluations.match(greedy, samples, "greedy_length", config.tie, greedy_golds),
+        "others": others,
         "judge": evaluations.match(judged, samples, "length", 0.0),
         "judge_verdicts": verdicts,
         "forgetting": evaluations.forgetting(),
