@@ -39,7 +39,7 @@ class Samples:
     reward: list[float] | None = None
     """The reward model's score; None where there is no reward model."""
     kl: list[float] | None = None
-    """To the SFT model; None where it was not measured."""
+    """[N], of the first response to each prompt to the SFT model; None where it was not measured."""
     others: dict[str, list[float]] = field(default_factory=dict)
     """The other gold scorers' scores, by name."""
 
@@ -57,9 +57,10 @@ class Samples:
 
     def pick(self, rows: list[int], k: int) -> "Samples":
         """The responses in these rows, k to each prompt."""
-        columns = (self.examples, self.texts, self.gold, self.reward, self.kl)
+        columns = (self.examples, self.texts, self.gold, self.reward)
+        kl = self.kl and [self.kl[i // self.k] for i in rows[::k]]
         others = {name: [values[i] for i in rows] for name, values in self.others.items()}
-        return Samples(k, *(values and [values[i] for i in rows] for values in columns), others=others)  # type: ignore[misc,arg-type]
+        return Samples(k, *(values and [values[i] for i in rows] for values in columns), kl=kl, others=others)  # type: ignore[misc,arg-type]
 
     def first(self, prompts: int) -> "Samples":
         """The responses to the first prompts."""
@@ -109,7 +110,7 @@ class Evaluator:
         return values and self.interval(values, self.groups[: len(values)])
 
     def divergence(self, samples: Samples) -> Divergence | None:
-        """The mean KL of the responses to the first prompts, with its standard error."""
+        """The mean KL of a response to each of the first prompts, with its standard error."""
         if self.n > 1:
             bound = best_of_n_kl(self.n)
             return {
@@ -122,9 +123,8 @@ class Evaluator:
             }
         if samples.kl is None:
             return None
-        means = samples.means("kl")
-        error = standard_error(np.array(means) - np.mean(means), self.groups[: len(means)])
-        return (self.over_prompts(means) or {}) | {"se": error, "estimator": "rao-blackwell"}  # type: ignore[return-value,operator]
+        error = standard_error(np.array(samples.kl) - np.mean(samples.kl), self.groups[: len(samples.kl)])
+        return (self.over_prompts(samples.kl) or {}) | {"se": error, "estimator": "rao-blackwell"}  # type: ignore[return-value,operator]
 
     def sampled(self, model: Any, rows: list[dict], k: int, greedy: bool = False) -> tuple[Samples, Samples | None]:
         """K responses to each of the first prompts with their gold scores; the greedy ones too, where asked for."""
@@ -170,7 +170,10 @@ class Evaluator:
             )
 
     def kl(self, several: list[tuple[Samples, Path | None]]) -> None:
-        """Fills in the KL to the SFT model, of samples of this model (None) or of the one in a folder."""
+        """Fills in the KL to the SFT model, of samples of this model (None) or of the one in a folder.
+
+        Of one response per prompt: its whole distributions make it precise, and two models score every token of it.
+        """
         if "sft" not in self.stage.inputs or self.n > 1:
             return
         reference = self.reference()
@@ -179,7 +182,7 @@ class Evaluator:
             samples.kl = kl_divergences(
                 model,
                 reference,
-                samples.examples,
+                samples.examples[:: samples.k],
                 self.pad_id,
                 self.precision,
                 self.config.temperature,

@@ -18,7 +18,7 @@ model it samples from.
 Intervals are 95%, by bootstrap over the source groups that prompts come from, or over prompts where all are of one
 group; standard errors likewise. `evaluation.schema` has the types of metrics.json; null means not measured.
 
-Writes `samples.jsonl` (one row per prompt; `completions`, `gold`, `reward`, `kl`, `length` and `finished` are lists,
+Writes `samples.jsonl` (one row per prompt; `completions`, `gold`, `reward`, `length` and `finished` are lists,
 one entry per sample, or null; `scores` has such a list for each further gold scorer), and but for best-of-n
 `probes.json`, `retention.jsonl` and `choices.jsonl` ({"id", "nll"} of a text, {"id", "correct"} of a question) and
 `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the held-out pairs).
@@ -64,11 +64,11 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
         "completions": samples.texts,
         "gold": samples.gold,
         "reward": samples.reward,
-        "kl": samples.kl,
         "length": samples.lengths,
         "finished": finished(evaluator, samples),
     }
-    decoded: dict[str, list | None] = {
+    by_prompt: dict[str, list | None] = {
+        "kl": samples.kl,
         "greedy": greedy.texts if greedy else None,
         "greedy_gold": greedy.gold if greedy else None,
         "greedy_length": greedy.lengths if greedy else None,
@@ -80,7 +80,7 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
         | {"reference": row["completion"]}
         | ({"scores": {name: values[i] for name, values in others.items()}} if others else {})
         | {name: values and values[i * k : (i + 1) * k] for name, values in sampled.items()}
-        | {name: values and values[i] for name, values in decoded.items()}
+        | {name: values and values[i] for name, values in by_prompt.items()}
         for i, row in enumerate(rows)
     ]
 
