@@ -1,4 +1,5 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
+# make course the slides: one sentence by next-token training, two pairs by DPO, full against LoRA
 # make status how far that run is
 # make test   set up and run every test; make test-unit: the quick ones
 # make bench  speed next to TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,labels,parts)
@@ -6,10 +7,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo status test test-unit check bench schema lock clean
+.PHONY: demo course status test test-unit check bench schema lock clean
 
 demo: $(VENV)/.installed
 	$(RUN) snakemake --profile profiles/local
+
+course: $(VENV)/.installed
+	$(RUN) snakemake --profile profiles/local --configfile config/examples/course.yaml
+	$(RUN) snakemake --profile profiles/local --configfile config/examples/course-dpo.yaml
 
 # Another run: make status RUN_OF="--configfile my.yaml --profile slurm"
 status: $(VENV)/.installed

@@ -206,6 +206,14 @@ BAD = [
                                                    "it a share"),
     ("data.shares", {"sft": 0.6, "heldout": 0}, "data.shares.heldout: is 0, but the reward model is tested on that "
                                                 "split"),
+    ("data.demonstrations", [{"source": "hub", "repo": "a/b", "revision": "c", "split": "train"}],
+        "data.demonstrations[0].split: must be one of this run's splits, sft, reward, rl, evaluation, heldout, got "
+        "'train'; the key for the data set's own split was renamed to hub_split"),
+    ("data.demonstrations", [{"source": "docstrings", "split": "sft"}, {"source": "topics", "split": "heldout"}],
+        "data: every source is pinned to another split, but the run needs rows in reward; pin a source to it (split) "
+        "or leave one unpinned\nx.yaml: data: every source is pinned to another split, but the run needs rows in "
+        "evaluation; pin a source to it (split) or leave one unpinned\nx.yaml: data: every source is pinned to "
+        "another split, but the run needs rows in rl; pin a source to it (split) or leave one unpinned"),
     ("policies.ppo.advantage", "rloo", "policies.ppo: advantage rloo compares episodes of a prompt: set "
                                        "completions_per_prompt to 2 or more"),
     ("policies.ppo.completions_per_prompt", 3, "policies.ppo: batch_size (64) must be a multiple of "

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunetrail.config.data import DataConfig, FileSource, Shares
+from tunetrail.config.data import SPLITS, DataConfig, FileSource, Shares
 from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
 from tunetrail.data.readers import check_sources, read_demonstrations, read_preferences
@@ -341,7 +341,9 @@ def run_data(tmp_path, monkeypatch, capfd):
 
     def run(config: DataConfig, seed: int = 0) -> tuple[int, str, Path]:
         Path("data.json").write_text(
-            json.dumps({"stage": "data", "seed": seed, "config": config.model_dump(mode="json")})
+            json.dumps(
+                {"stage": "data", "seed": seed, "splits_read": list(SPLITS), "config": config.model_dump(mode="json")}
+            )
         )
         capfd.readouterr()
         code = main(
@@ -382,6 +384,7 @@ def test_stage_writes_disjoint_splits_and_a_card(run_data, tmp_path):
         "licence": "MIT",
         "kind": "demonstrations",
         "shape": "prompt/text",
+        "split": None,
         "rows": 100,
         "invalid_rows": 0,
     }
@@ -420,7 +423,7 @@ def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp
 
 BAD_STAGES = [
     (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these "
-                      "shares: add data, name a finer data group, or set the share to 0"),
+                      "shares: add data, name a finer data group, or pin a source to this split"),
     (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "more than data.max_completion_tokens (80): "),
     (numbered(60), {"max_prompt_tokens": 10}, "more than data.max_prompt_tokens (10): "),
     ([{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}, {"role": "user",

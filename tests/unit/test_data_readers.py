@@ -375,7 +375,7 @@ def test_hub_rows_are_checked_like_a_file(monkeypatch):
         return datasets.Dataset.from_list([row, row | {"q": ""}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    source = HubSource(source="hub", repo="o/n", revision="abc", split="test", subset="s", columns={"prompt": "q"})
+    source = HubSource(source="hub", repo="o/n", revision="abc", hub_split="test", subset="s", columns={"prompt": "q"})
     invalid: list[str] = []
     (row,) = read_preferences(source, invalid)
     assert asked == [(("o/n", "s"), {"revision": "abc", "split": "test"})]

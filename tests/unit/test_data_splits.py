@@ -15,10 +15,13 @@ from tunetrail.errors import DataError
 KINDS = st.sampled_from(["preferences", "demonstrations", "text"])
 
 
-def row(group: str, kind: str) -> dict:
-    return {"group": group, "kind": "preferences" if kind == "preferences" else "demonstrations"} | (
-        {"text": "t"} if kind == "text" else {}
-    )
+def row(group: str, kind: str, pinned: str | None = None) -> dict:
+    return {
+        "group": group,
+        "kind": "preferences" if kind == "preferences" else "demonstrations",
+        "pinned": pinned,
+        "where": f"{kind}:{group}",
+    } | ({"text": "t"} if kind == "text" else {})
 
 
 @settings(max_examples=100, deadline=None)
@@ -67,6 +70,27 @@ def test_each_kind_has_its_share_of_every_split():
 def test_a_group_of_prompts_and_text_follows_its_prompts():
     rows = [row(f"g{i}", kind) for i in range(50) for kind in ("text", "demonstrations")]
     assert assign_splits(rows, Shares(), 0) == assign_groups([r["group"] for r in rows], Shares(), 0)
+
+
+def test_pinned_rows_stay_whole_and_take_their_group_along():
+    rows = [row(f"p{i}", "preferences", "reward") for i in range(9)] + [row("p0", "demonstrations")]
+    rows += [row(f"d{i}", "demonstrations") for i in range(20)]
+    assigned = assign_splits(rows, Shares(), 0)
+    assert {assigned[f"p{i}"] for i in range(9)} == {"reward"}
+    free = [f"d{i}" for i in range(20)]
+    assert {group: assigned[group] for group in free} == assign_groups(free, Shares(), 0)
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([row("a", "text", "rl")], "text:a: raw text can go to sft and heldout only, but its source has split: rl"),
+    ([row("a", "preferences", "reward"), row("a", "demonstrations", "evaluation")],
+     "demonstrations:a and preferences:a are of one group ('a'), but their sources are pinned to evaluation and "
+     "reward; pin both to one split or remove one row"),
+])  # fmt: skip
+def test_pins_that_cannot_be_kept_are_refused(rows, message):
+    with pytest.raises(DataError) as raised:
+        assign_splits(rows, Shares(), 0)
+    assert str(raised.value) == message
 
 
 def test_text_without_a_split_to_go_to_is_refused():

@@ -32,8 +32,8 @@ def file(name: str, rows: list[dict], **more) -> FileSource:
 class Prepared:
     """A finished or failed run of the stage."""
 
-    def __init__(self, config: DataConfig, seed: int = 0):
-        stage = {"stage": "data", "seed": seed, "config": config.model_dump(mode="json")}
+    def __init__(self, config: DataConfig, seed: int = 0, splits_read: tuple[str, ...] = SPLITS):
+        stage = {"stage": "data", "seed": seed, "splits_read": splits_read, "config": config.model_dump(mode="json")}
         Path("data.json").write_text(json.dumps(stage), encoding="utf-8")
         arguments = ["--config=data.json", "--input=base=base/manifest.json", "--output=data/manifest.json"]
         self.code = main(data.run, [*arguments, "--state=state"])
@@ -248,7 +248,49 @@ def test_too_few_comparisons_are_told_of(capfd):
     assert capfd.readouterr().err == (
         "data: error: data.shares.reward: no comparison is left for this split; 2 preference rows are too few for "
         "these "
-        "shares and limits: add data, name a finer data group, or set the share to 0\n"
+        "shares and limits: add data, name a finer data group, or pin a source to this split\n"
+    )
+
+
+# ----------------------------------------------------------------------------- pinned sources
+
+
+def test_data_too_small_to_split_is_used_whole_where_it_is_pinned():
+    """One paragraph and two pairs, as a course has them; what nothing reads may be empty."""
+    pairs = [{"prompt": prompt(i), "chosen": "yes", "rejected": "no"} for i in range(2)]
+    questions = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(3)]
+    config = DataConfig(
+        demonstrations=[
+            file("t.jsonl", [{"text": "one paragraph"}], split="sft"),
+            file("q.jsonl", questions, split="evaluation"),
+        ],
+        preferences=[file("p.jsonl", pairs, split="reward")],
+    )
+    done = Prepared(config, splits_read=("sft", "reward", "evaluation"))
+    assert done.code == 0
+    rows = {"sft": 1, "reward": 2, "rl": 0, "evaluation": 3, "heldout": 0}
+    assert {split: len(done[split]) for split in SPLITS} == rows
+    assert [row["split"] for row in done["comparisons"]] == ["reward", "reward"]
+    assert [source["split"] for source in done.card["sources"]] == ["sft", "evaluation", "reward"]
+
+
+def test_a_pinned_source_keeps_the_checks_for_leaks(capfd):
+    config = DataConfig(
+        demonstrations=[
+            file("s.jsonl", [{"text": prompt(1), "group": "s"}], split="sft", group="group"),
+            file("e.jsonl", [{"prompt": prompt(1), "completion": "a", "group": "e"}], split="evaluation",
+                 group="group"),
+        ],
+    )  # fmt: skip
+    assert Prepared(config, splits_read=("sft", "evaluation")).code == 65
+    assert "1 rows repeat a row of another split, such as s.jsonl:1 (sft" in capfd.readouterr().err
+
+
+def test_a_split_that_a_stage_reads_may_not_be_empty(capfd):
+    config = DataConfig(demonstrations=[file("t.jsonl", [{"text": "one paragraph"}], split="sft")])
+    assert Prepared(config, splits_read=("sft", "evaluation")).code == 65
+    assert "data.shares.evaluation: no row is left for this split; 1 rows in 1 groups are too few" in (
+        capfd.readouterr().err
     )
 
 

@@ -3,12 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunetrail.config.fields import Block, Count, Flag, Fraction, Repo, Text
 
+SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
+Split = Literal["sft", "reward", "rl", "evaluation", "heldout"]
 
-class DocstringSource(Block):
+
+class Source(Block):
+    """What every source shares."""
+
+    split: Split | None = Field(
+        default=None,
+        description="the split that all its rows go to, whatever the shares; null: they are split by the shares. The "
+        "checks for leaks between splits stay; only the probes of `evaluation` may ask about what was trained on",
+    )
+
+
+class DocstringSource(Source):
     """Functions of the machine's own Python standard library; the answer is the docstring's first sentence."""
 
     source: Literal["docstrings"]
@@ -19,13 +32,13 @@ class DocstringSource(Block):
     max_answer_tokens: Count = Field(default=40, description="tokens; longer sentences are left out")
 
 
-class TopicsSource(Block):
+class TopicsSource(Source):
     """The prose of `pydoc_data.topics`, which every CPython carries: raw text."""
 
     source: Literal["topics"]
 
 
-class Rows(Block):
+class Rows(Source):
     """What every table of rows shares."""
 
     columns: dict[str, str] = Field(
@@ -54,14 +67,22 @@ class HubSource(Rows):
     source: Literal["hub"]
     repo: Repo = Field(description="owner/name")
     revision: Text = Field(description="a commit hash or tag; a branch moves")
-    split: Text = Field(default="train", description="which split of the data set to read; ours are made from it")
+    hub_split: Text = Field(default="train", description="which split of the data set to read")
     subset: str | None = Field(default=None, description="the data set's configuration, where it has several")
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _split_of_ours(cls, split):
+        if isinstance(split, str) and split not in SPLITS:
+            raise ValueError(
+                f"must be one of this run's splits, {', '.join(SPLITS)}, got {split!r}; the key for the data set's own "
+                "split was renamed to hub_split"
+            )
+        return split
 
 
 DemonstrationSource = Annotated[DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")]
 PreferenceSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
-
-SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
 
 
 class Shares(Block):
@@ -146,3 +167,8 @@ class DataConfig(Block):
         if not self.demonstrations and not self.preferences:
             raise ValueError("give at least one source under demonstrations or preferences")
         return self
+
+    def reaches(self, split: str) -> bool:
+        """Whether any source may give rows to the split: one pinned to it, or one that is spread by the shares."""
+        pins = {source.split for source in [*self.demonstrations, *self.preferences]}
+        return split in pins or (None in pins and getattr(self.shares, split) > 0)

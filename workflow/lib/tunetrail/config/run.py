@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from tunetrail.config.base_model import BaseModelConfig
 from tunetrail.config.best_of_n import BestOfNConfig
 from tunetrail.config.comparisons import ComparisonsConfig, CompletionsConfig
-from tunetrail.config.data import DataConfig, TopicsSource
+from tunetrail.config.data import SPLITS, DataConfig, TopicsSource
 from tunetrail.config.dpo import DpoConfig
 from tunetrail.config.evaluation import (
     EvaluationConfig,
@@ -95,6 +95,12 @@ class Config(Block):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def splits_read(self) -> list[str]:
+        """The splits that a stage cannot do without; sft's held-out loss and a margin on held-out pairs it can."""
+        needed = {split for _, split, _ in _needs(self)}
+        return [split for split in SPLITS if split in needed]
+
     def files(self) -> dict[str, Path]:
         """Every path the config names, by key."""
         found: dict[str, Path] = {}
@@ -149,20 +155,36 @@ def _comparison_problems(config: Config) -> Iterator[str]:
         yield "reward: needs comparisons: give completions and comparisons, or data.preferences"
 
 
+def _needs(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key to name in a message, split, why the run cannot do without rows in it)."""
+    if config.sft is not None and config.data.demonstrations:
+        yield "data.shares.sft", "sft", "is 0, but sft is to be trained"
+    if _has_comparisons(config):
+        yield "data.shares.reward", "reward", "is 0, but comparisons are to be collected from that split"
+    yield "data.shares.evaluation", "evaluation", "is 0, but every run is evaluated; give it a share"
+    if config.reward is not None:
+        yield "data.shares.heldout", "heldout", "is 0, but the reward model is tested on that split"
+    for name, policy in config.policies.items():
+        if policy.method == "ppo":
+            yield f"policies.{name}", "rl", "ppo needs prompts, but data.shares.rl is 0"
+        if policy.method == "ppo" and policy.ptx_coef:
+            yield f"policies.{name}", "sft", "ptx_coef needs demonstrations, but data.shares.sft is 0"
+
+
 def _share_problems(config: Config) -> Iterator[str]:
-    shares = config.data.shares
-    if config.sft is not None and config.data.demonstrations and shares.sft == 0:
-        yield "data.shares.sft: is 0, but sft is to be trained"
-    if _has_comparisons(config) and shares.reward == 0:
-        yield "data.shares.reward: is 0, but comparisons are to be collected from that split"
-    if shares.evaluation == 0:
-        yield "data.shares.evaluation: is 0, but every run is evaluated; give it a share"
-    if config.reward is not None and shares.heldout == 0:
-        yield "data.shares.heldout: is 0, but the reward model is tested on that split"
+    for key, split, why in _needs(config):
+        if config.data.reaches(split):
+            continue
+        if getattr(config.data.shares, split) == 0:
+            yield f"{key}: {why}"
+        else:
+            yield (
+                f"data: every source is pinned to another split, but the run needs rows in {split}; pin a source to it "
+                "(split) or leave one unpinned"
+            )
 
 
 def _policy_problems(config: Config) -> Iterator[str]:
-    data = config.data
     for name, policy in config.policies.items():
         if policy.method == "dpo" and not _has_comparisons(config):
             yield f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
@@ -170,10 +192,6 @@ def _policy_problems(config: Config) -> Iterator[str]:
             yield f"policies.{name}: best_of_n needs a reward model: add a reward block"
         if policy.method == "ppo" and policy.uses_reward_model and config.reward is None:
             yield f"policies.{name}: ppo needs a reward model: add a reward block, or name scorers under its reward"
-        if policy.method == "ppo" and data.shares.rl == 0:
-            yield f"policies.{name}: ppo needs prompts, but data.shares.rl is 0"
-        if policy.method == "ppo" and policy.ptx_coef and data.shares.sft == 0:
-            yield f"policies.{name}: ptx_coef needs demonstrations, but data.shares.sft is 0"
 
 
 def _limit_problems(config: Config) -> Iterator[str]:

@@ -98,7 +98,7 @@ def hub_rows(source: HubSource) -> Rows:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source.repo, source.subset, revision=source.revision, split=source.split)
+        rows = load_dataset(source.repo, source.subset, revision=source.revision, split=source.hub_split)
     except Exception as e:
         raise DataError(f"{source.repo}@{source.revision}: cannot be loaded from the hub: {_reason(e)}") from None
     yield from enumerate(rows, 1)

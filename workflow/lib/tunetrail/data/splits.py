@@ -39,25 +39,53 @@ def assign_groups(groups: Sequence[str], shares: Shares, seed: int) -> dict[str,
     return assigned
 
 
-def assign_splits(rows: Sequence[dict], shares: Shares, seed: int) -> dict[str, str]:
-    """Group -> split for rows of every kind.
+def pinned_groups(rows: Sequence[dict]) -> dict[str, str]:
+    """Group -> split of the rows whose source is pinned to one.
 
-    Groups with preferences, with other prompts, and with raw text alone are each spread by the shares, so
+    Args:
+        rows: with "group", "where", "pinned" (a split, or None) and, where they are raw text, "text".
+
+    Raises:
+        DataError: one group is pinned to two splits, or raw text to a split that has no use for it.
+    """
+    first: dict[str, dict] = {}
+    for row in rows:
+        if row["pinned"] is None:
+            continue
+        if "text" in row and row["pinned"] not in ("sft", "heldout"):
+            raise DataError(
+                f"{row['where']}: raw text can go to sft and heldout only, but its source has split: {row['pinned']}"
+            )
+        other = first.setdefault(row["group"], row)
+        if other["pinned"] != row["pinned"]:
+            raise DataError(
+                f"{row['where']} and {other['where']} are of one group ({row['group'][:40]!r}), but their sources are "
+                f"pinned to {row['pinned']} and {other['pinned']}; pin both to one split or remove one row"
+            )
+    return {group: row["pinned"] for group, row in first.items()}
+
+
+def assign_splits(rows: Sequence[dict], shares: Shares, seed: int) -> dict[str, str]:
+    """Group -> split for rows of every kind. A group with a row of a pinned source goes to that split as a whole.
+
+    Other groups with preferences, with other prompts, and with raw text alone are each spread by the shares, so
     that no kind runs short in a split because another has bigger groups. Raw text is used in sft and
     heldout only, so it is spread over these two.
 
     Args:
-        rows: with "group", "kind" ("preferences" or "demonstrations") and, where they are raw text, "text".
+        rows: with "group", "where", "pinned" (a split, or None), "kind" ("preferences" or "demonstrations") and, where
+            they are raw text, "text".
 
     Raises:
-        DataError: raw text, and no share for sft or heldout.
+        DataError: raw text, and no share for sft or heldout; or see `pinned_groups`.
     """
     kinds = ("preferences", "demonstrations", "text")
     kind_of: dict[str, str] = {}
+    assigned = pinned_groups(rows)
+    rows = [row for row in rows if row["group"] not in assigned]
     for row in rows:
         kind = "text" if "text" in row else row["kind"]
         kind_of[row["group"]] = min(kind_of.get(row["group"], kind), kind, key=kinds.index)
-    assigned: dict[str, str] = {}
     for kind in kinds:
         groups = [row["group"] for row in rows if kind_of[row["group"]] == kind]
         if groups and kind == "text":

@@ -52,9 +52,10 @@ def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
                 if kind == "preferences"
                 else "/".join(sorted({"text" if "text" in row else "prompt" for row in own}))
             )
-            cards.append(card | {"kind": kind, "shape": shape, "rows": len(own)})
+            cards.append(card | {"kind": kind, "shape": shape, "split": source.split, "rows": len(own)})
             limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
-            rows += [row | {"source": card["source"], "kind": kind, "max_tokens": limits} for row in own]
+            about = {"source": card["source"], "kind": kind, "max_tokens": limits, "pinned": source.split}
+            rows += [row | about for row in own]
     for line in invalid or []:
         log.info("data: left out: %s", line)
     return rows, cards
@@ -92,17 +93,17 @@ def select(rows: list[dict], split: str, config: DataConfig, seed: int, dropped:
     return kept
 
 
-def compared(rows: list[dict], split: str, config: DataConfig, total: int) -> list[dict]:
-    """The comparisons of a split. Raises DataError where preferences were given and none is left.
+def compared(rows: list[dict], split: str, config: DataConfig, needed: bool, total: int) -> list[dict]:
+    """The comparisons of a split. Raises DataError where preferences were given, none is left and a stage needs some.
 
     Args:
         total: preference rows of all splits.
     """
     found = [comparison_row(row) for row in rows if row["kind"] == "preferences"]
-    if config.preferences and not found and getattr(config.shares, split) > 0:
+    if config.preferences and not found and needed:
         raise DataError(
             f"data.shares.{split}: no comparison is left for this split; {total} preference rows are too few for these "
-            "shares and limits: add data, name a finer data group, or set the share to 0"
+            "shares and limits: add data, name a finer data group, or pin a source to this split"
         )
     return found
 
@@ -166,15 +167,15 @@ def run(stage: Stage) -> dict[str, Any]:
     splits, comparisons, overlap = {}, [], {}
     for split in SPLITS:
         own, path = select(kept, split, config, stage.seed, dropped), stage.work / f"{split}.jsonl"
-        if not own and getattr(config.shares, split) > 0:
+        if not own and split in stage.shared["splits_read"]:
             raise DataError(
                 f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {groups} groups are too few "
-                f"for these shares: add data, name a finer data group, or set the share to 0"
+                "for these shares: add data, name a finer data group, or pin a source to this split"
             )
         if split in contaminated:
             overlap[split] = contamination(own, contaminated[split], config)
         if split in ("reward", "heldout"):
-            comparisons += compared(own, split, config, preference_rows)
+            comparisons += compared(own, split, config, split in stage.shared["splits_read"], preference_rows)
         write_jsonl(path, [prompt_row(row) for row in own])  # type: ignore[misc]
         if authors := [row["labeler"] for row in own if "labeler" in row]:
             stage.draft.dependencies.append(authors_dependency(path, authors))

@@ -166,7 +166,8 @@ def _reported(config: Config, _: str) -> Inputs:
 
 _TABLE = (
     StageInfo("base", lambda c, _: {}, "model", runs_model=False),
-    StageInfo("data", lambda c, _: {"base": "base"}, "data", files=("data.",), runs_model=False),
+    StageInfo("data", lambda c, _: {"base": "base"}, "data", files=("data.",), also_reads=("splits_read",),
+        runs_model=False),
     StageInfo("retention", lambda c, _: {"base": "base"}, "data", files=("retention.path",), gpu=True),
     StageInfo("sft", lambda c, _: {"base": "base", "data": "data"}, "model", distributed=True, gpu=True),
     StageInfo(
