@@ -21,7 +21,7 @@ status: $(VENV)/.installed
 	@$(RUN) tunetrail status $(RUN_OF)
 
 test: $(VENV)/.tested check
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 4 --no-loadscope-reorder --durations 25
+	$(RUN) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest -n 4 --no-loadscope-reorder --durations 25
 
 # For daily work: no training, no killing, no cluster, no browser.
 test-unit: $(VENV)/.tested

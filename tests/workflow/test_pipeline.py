@@ -94,7 +94,7 @@ def test_checkpoints_are_on_the_frontier_and_load(tiny_run, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tiny_run.folder)
-    for name, steps in (("dpo", [2, 3]), ("ppo", [2]), ("ppo-lora", [1, 2])):
+    for name, steps in (("dpo", [2, 4]), ("ppo", [2]), ("ppo-lora", [1, 2])):
         points = metrics(tiny_run, f"evaluation/{name}")["frontier"]["points"]
         assert [(p["step"], p["chosen"]) for p in points] == [(step, step == steps[-1]) for step in steps]
         assert all(p["kl"]["n"] == p["reward"]["n"] == p["gold"]["n"] == 4 for p in points)
