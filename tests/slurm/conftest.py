@@ -212,7 +212,7 @@ def prepared(cluster, tmp_path_factory) -> OnSlurm:
         if not (shared / "undisturbed").exists():
             project = on_slurm(cluster, shared)
             project.environment = environment
-            project.configure(sft__epochs=12)
+            project.configure(sft__epochs=7)
             project.run("--until", "sft")
             for name in ("results", "state"):
                 shutil.copytree(shared / name, shared / "undisturbed" / name)

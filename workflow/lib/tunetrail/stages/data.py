@@ -5,8 +5,7 @@
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a
 seeded order that takes turns among the groups, so that a limit keeps as many groups as it can; `contamination.jsonl`;
 and, where preferences came with the data, `comparisons.jsonl`. `metrics.json` is the data card: rows of each source and
-split, histograms of lengths, what was dropped and why, and how much of the evaluation prompts stands in training texts
-(see `data.contamination`).
+split, lengths, what was dropped and why, and how much of the evaluation prompts stands in training texts.
 """
 
 import sys
