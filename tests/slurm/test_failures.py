@@ -62,11 +62,14 @@ def test_slurms_own_time_limit(project, expected):
     until(lambda: (parse_time_left(project.cluster.command("squeue", "-h", "-j", job["id"], "-o",
         "%L").strip()) or 0) < 8 / 60, "nearly over")  # fmt: skip
     os.kill(trainer, signal.SIGCONT)
-    ends_well(project, head, expected, attempts=2)
-    assert project.ends("sft")[0].startswith("stopped by time limit at step ")
+    ends_well(project, head, expected)
+    *stopped, last = project.ends("sft")  # more than two attempts where the machine is slow
+    assert stopped
+    assert all(end.startswith("stopped by time limit at step ") for end in stopped)
+    assert last == "done"
     goes_on_from(project, step)
     [job] = project.jobs()
-    assert (job["state"], job["restarts"], job["minutes"]) == ("COMPLETED", "1", "1:00")
+    assert (job["state"], job["restarts"], job["minutes"]) == ("COMPLETED", str(len(stopped)), "1:00")
 
 
 def test_a_trainer_killed_while_it_saves(project, expected):
