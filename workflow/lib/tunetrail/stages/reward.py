@@ -5,8 +5,8 @@
 
 Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al. 2020), or a linear probe; the score is
 read from the state of the last token or from the mean over the response (`reward_pooling` in the model's config), less
-the mean score of demonstrations (`reward_bias`). Evaluated on held-out prompts beside three baselines: the longer wins,
-the shorter wins, and the linear probe on the SFT model's states.
+the mean score of demonstrations (`reward_bias`). Evaluated on held-out prompts next to three baselines: the longer
+wins, the shorter wins, and the linear probe on the SFT model's states.
 
 Writes `model/`, `history.jsonl` and `pairs.jsonl`, the held-out pairs behind every number (`HeldOutPair`). The types of
 metrics.json are in `reward.calibration`: accuracies are intervals over source groups, `gain_over` has the paired
@@ -100,12 +100,11 @@ def fit_probes(
 
 
 def train_model(
-    stage: Stage, config: RewardConfig, tokenizer: Any, parent: Any, head: np.ndarray | None, examples: list[dict]
+    stage: Stage, config: RewardConfig, tokenizer: Any, model: Any, examples: list[dict]
 ) -> tuple[Any, list, dict]:
     """(trained classifier, history, parameter counts)."""
     lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
-    model = initialise(parent, derive_seed(stage.seed, "head"), config.pooling, head)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
     tokens = [len(e["responses"]) * len(e["prompt"]) + response_tokens(e) for e in examples]
@@ -145,8 +144,9 @@ def run(stage: Stage) -> dict[str, Any]:
     sft = load_causal_lm(parent).to(device()).eval()
     sft.config.pad_token_id = tokenizer.pad_token_id
     probes = fit_probes(stage, config, sft, examples, [row["group"] for row in training], unseen)
-    model, history, counts = train_model(stage, config, tokenizer, sft, probes.head, examples)
-    del sft
+    model = initialise(sft, derive_seed(stage.seed, "head"), config.pooling, probes.head)
+    del sft  # not needed in memory while the reward model trains
+    model, history, counts = train_model(stage, config, tokenizer, model, examples)
     if not is_main_process():
         return {}
 
