@@ -98,14 +98,8 @@ def terms(scorer: ScorerConfig | None) -> list[str]:
 
 def needed(names: Iterable[str], defined: Mapping[str, ScorerConfig]) -> dict[str, ScorerConfig]:
     """The scorers of these names and all that they are sums of, by name. The names must be known."""
-    scorers, found = known(defined), {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found[name] = scorers[name]
-            waiting += terms(scorers[name])
-    return dict(sorted(found.items()))
+    scorers = known(defined)
+    return {name: scorers[name] for name in sorted(_reached(names, scorers))}
 
 
 def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
@@ -115,17 +109,18 @@ def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
         for part in terms(scorer):
             if part not in scorers:
                 yield f"scorers.{name}.of.{part}: there is no such scorer; there are {', '.join(sorted(scorers))}"
-        if all(part in scorers for part in _parts(name, scorers)) and name in _parts(name, scorers):
+        parts = _reached(terms(scorer), scorers)
+        if name in parts and parts <= scorers.keys():
             yield f"scorers.{name}.of: the sum contains itself"
 
 
-def _parts(name: str, scorers: Mapping[str, ScorerConfig]) -> set[str]:
-    """The names that a sum adds up, and those that they add up in turn."""
+def _reached(names: Iterable[str], scorers: Mapping[str, ScorerConfig]) -> set[str]:
+    """These names, those that they add up, and so on; unknown ones too."""
     found: set[str] = set()
-    waiting = [name]
+    waiting = list(names)
     while waiting:
-        for part in terms(scorers.get(waiting.pop())):
-            if part not in found:
-                found.add(part)
-                waiting.append(part)
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += terms(scorers.get(name))
     return found

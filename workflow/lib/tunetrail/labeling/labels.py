@@ -1,11 +1,13 @@
 """Labels: what a labeler returns, and the single answers of people that the ranking page stores."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, TypeGuard, TypeVar
 
-from tunetrail.preferences.rows import Ranking
+from tunetrail.config.comparisons import RewardModelLabeler, SimulatedLabeler
+from tunetrail.preferences.ranks import simulated_rankings
+from tunetrail.preferences.rows import Ranking, SampledRow
 
 
 @dataclass
@@ -18,6 +20,29 @@ class Labels:
     """Goes into the stage's metrics."""
     source: dict[str, Any] = field(default_factory=dict)
     """Where the labels come from (file, model, endpoint), for the provenance record."""
+
+
+def ranked_by_scores(
+    rows: Sequence[SampledRow], scores: Sequence[float], config: SimulatedLabeler | RewardModelLabeler, seed: int
+) -> list[list[Ranking]]:
+    """The rankings of each row by simulated labelers.
+
+    Args:
+        scores: of all completions, row by row.
+    """
+    remaining = iter(scores)
+    return [
+        simulated_rankings(
+            [next(remaining) for _ in row["completions"]],
+            row["id"],
+            config.labeler,
+            labelers=config.labelers,
+            noise=config.noise,
+            tie=config.tie,
+            seed=seed,
+        )
+        for row in rows
+    ]
 
 
 class _Answer(TypedDict):

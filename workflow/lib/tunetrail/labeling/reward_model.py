@@ -14,8 +14,7 @@ from tunetrail.config.comparisons import RewardModelLabeler
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.labeling.labels import Labels
-from tunetrail.preferences.ranks import simulated_rankings
+from tunetrail.labeling.labels import Labels, ranked_by_scores
 from tunetrail.preferences.rows import SampledRow
 from tunetrail.provenance.manifest import list_files, sha256_json
 
@@ -102,6 +101,7 @@ def pooled_scores(model: Any, tokenizer: Any, rows: list[SampledRow]) -> list[fl
 def rank(rows: list[SampledRow], config: RewardModelLabeler, stage: Stage) -> Labels:
     """Raises ConfigError for a model that cannot score, DataError for a completion too long for it or scored NaN."""
     from tunetrail.models.runtime import device
+    from tunetrail.models.scoring import reward_pooling
 
     source = config.path or str(config.repo)
     model, tokenizer = load(source, config.revision)
@@ -118,30 +118,15 @@ def rank(rows: list[SampledRow], config: RewardModelLabeler, stage: Stage) -> La
                     f"{owners[-1]} is {len(sequences[-1])} tokens long with its prompt, but {source} reads {limit}; "
                     "lower data.max_prompt_tokens or completions.max_new_tokens"
                 )
-    pools = getattr(model.config, "reward_pooling", "last") != "last"
-    scores = pooled_scores(model, tokenizer, rows) if pools else score(model, sequences)
+    pooled = reward_pooling(model) != "last"
+    scores = pooled_scores(model, tokenizer, rows) if pooled else score(model, sequences)
     for owner, value in zip(owners, scores, strict=True):
         if not math.isfinite(value):
             raise DataError(f"{owner}: {source} scores it {value}; the model is broken")
 
-    rankings = []
-    remaining = iter(scores)
-    for row in rows:
-        own = [next(remaining) for _ in row["completions"]]
-        rankings.append(
-            simulated_rankings(
-                own,
-                row["id"],
-                "reward_model",
-                labelers=config.labelers,
-                noise=config.noise,
-                tie=config.tie,
-                seed=stage.seed,
-            )
-        )
     origin = (
         {"path": str(config.path), "digest": sha256_json(list_files(config.path))}
         if config.path
         else {"repo": config.repo, "revision": config.revision}
     )
-    return Labels(rankings, source=origin)
+    return Labels(ranked_by_scores(rows, scores, config, stage.seed), source=origin)

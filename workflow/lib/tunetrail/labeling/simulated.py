@@ -2,8 +2,7 @@
 
 from tunetrail.config.comparisons import SimulatedLabeler
 from tunetrail.contract.stage import Stage
-from tunetrail.labeling.labels import Labels
-from tunetrail.preferences.ranks import simulated_rankings
+from tunetrail.labeling.labels import Labels, ranked_by_scores
 from tunetrail.preferences.rows import SampledRow
 from tunetrail.scorers.build import Completion, build
 
@@ -14,18 +13,4 @@ def rank(rows: list[SampledRow], config: SimulatedLabeler, stage: Stage) -> Labe
     completions = [
         Completion(row["prompt"], text, row["reference"], row) for row in rows for text in row["completions"]
     ]
-    scores = iter(scorer.scores(completions))
-    return Labels(
-        [
-            simulated_rankings(
-                [next(scores) for _ in row["completions"]],
-                row["id"],
-                "simulated",
-                labelers=config.labelers,
-                noise=config.noise,
-                tie=config.tie,
-                seed=stage.seed,
-            )
-            for row in rows
-        ]
-    )
+    return Labels(ranked_by_scores(rows, scorer.scores(completions), config, stage.seed))

@@ -8,7 +8,6 @@ An artifact is named by its folder below `results/<run>/`: `sft`, `policies/ppo`
 `completions/0-of-2`. Importing this module imports no stage.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import PythonScorer, ScorerConfig, needed
+from tunetrail.provenance.manifest import sha256_file
 
 Inputs = dict[str, str]
 """Role -> artifact."""
@@ -282,7 +282,7 @@ def _scorer(scorer: ScorerConfig) -> dict[str, Any]:
     """A scorer's definition, with the digest of the user's own file: an edit reruns what used it."""
     definition = scorer.model_dump(mode="json")
     if isinstance(scorer, PythonScorer) and scorer.path.is_file():
-        definition["sha256"] = hashlib.sha256(scorer.path.read_bytes()).hexdigest()
+        definition["sha256"] = sha256_file(scorer.path)
     return definition
 
 
