@@ -93,5 +93,5 @@ def project(stage_server, tmp_path) -> Project:
 
 @pytest.fixture
 def edited_project(tmp_path) -> Project:
-    """One whose library a test changes: its stages import it anew."""
+    """One whose library a test changes: its stages import it again."""
     return Project(tmp_path)

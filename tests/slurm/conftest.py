@@ -94,7 +94,7 @@ class OnSlurm:
         ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/workflow/lib"}
         return self.cluster.environment | self.environment | more | ours
 
-    def import_anew(self) -> None:
+    def import_again(self) -> None:
         """Stages are started by the interpreter, and not forked from the server."""
         path = self.cluster.environment["PATH"].partition(os.pathsep)[2]
         self.environment = self.environment | {"PATH": path}

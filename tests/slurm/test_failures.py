@@ -18,7 +18,7 @@ from .cluster import until
 
 
 def test_scancel_reaches_the_trainer_and_the_job_is_submitted_again(project, expected):
-    project.import_anew()
+    project.import_again()
     head = project.start("--until", "sft")
     step = project.wait_for_saves()
     job = project.job()
@@ -113,7 +113,7 @@ def test_a_stage_that_never_gets_as_far_as_a_save_is_tried_three_times_in_all(pr
 
 
 def test_out_of_memory_it_gets_more(project, expected):
-    project.import_anew()
+    project.import_again()
     project.edit_profile('mem_mb: ?f"min(attempt * 32000, {memory})"', "mem_mb: attempt * attempt * 330")
     head = project.start("--until", "sft")
     ends_well(project, head, expected)

@@ -60,7 +60,7 @@ def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project,
     The first is stopped, as if it waited in a collective for the second, which is killed. Both go on in another job,
     and give what one process gives.
     """
-    project.import_anew()  # so that /proc tells the rank
+    project.import_again()  # so that /proc tells the rank
     if launcher == "inline":
         nodes = set(project.cluster.kinds["big"])
         over_two_gpus(project)

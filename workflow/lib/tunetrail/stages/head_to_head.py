@@ -10,8 +10,8 @@ Nothing is sampled here, and no model is run unless `head_to_head.judge` names a
     sampled, greedy, judge
                    a match by the gold score of sampled responses (all pairs of two models' samples of a prompt), by
                    that of greedy ones, and by a language model's verdicts on the first sample of each, asked in both
-                   orders. A pair is left out of the judge's where a verdict on
-                   it could not be read, so that it has an n of its own. null where not held
+                   orders. A pair is left out of the judge's where a verdict on it could not be read, so that it has
+                   an n of its own. null where not held
     others         such a match of the sampled responses by each further scorer of `evaluation.gold`, without ties
     judge_verdicts null without a judge
     forgetting, preferences
