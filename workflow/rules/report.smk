@@ -12,6 +12,9 @@ FIGURES = {  # name -> where `snakemake --report` lists it
     "preference_shift": ("Preferences", "What training moved"),
     "reward_accuracy": ("Reward model", "Accuracy"),
     "calibration": ("Reward model", "Reliability"),
+    "next_tokens": ("Probes", "Two positions, before and after"),
+    "preference_curves": ("Preferences", "DPO's pairs, over its steps"),
+    "methods": ("Forgetting", "Ways of fine-tuning"),
     "forgetting": ("Forgetting", "Unrelated text and multiple choice"),
     "contamination": ("Data", "Overlap with training texts"),
 }

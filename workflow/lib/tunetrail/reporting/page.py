@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tunetrail.reporting import charts, dag, numbers, verdict
+from tunetrail.reporting import charts, course, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
 from tunetrail.reporting.figures import Figure
 
@@ -333,6 +333,9 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
         reference=reference_of(runs),
         outcomes=[(run, m, verdict.outcome(run.match_of(m))) for run in runs for m in run.policies],
         sentences=[text for run in runs for text in verdict.sentences(run)],
+        method_rows=course.method_rows,
+        taught=[run for run in runs if run.metrics("methods")],
+        contexts=course.contexts,
         positions=positions(runs),
         incomparable=comparable(runs)[1],
         sentence_sum=sentence_sum,
