@@ -1,4 +1,7 @@
 FIGURES = {  # name -> where `snakemake --report` lists it
+    "next_tokens": ("Probes", "Two positions, before and after"),
+    "preference_curves": ("Preferences", "DPO's pairs, over its steps"),
+    "methods": ("Forgetting", "Ways of fine-tuning"),
     "win_rates": ("Win rates", "Against what policies started from"),
     "win_rates_base": ("Win rates", "Against the base model"),
     "win_matrix": ("Win rates", "Everyone against everyone"),
@@ -12,9 +15,6 @@ FIGURES = {  # name -> where `snakemake --report` lists it
     "preference_shift": ("Preferences", "What training moved"),
     "reward_accuracy": ("Reward model", "Accuracy"),
     "calibration": ("Reward model", "Reliability"),
-    "next_tokens": ("Probes", "Two positions, before and after"),
-    "preference_curves": ("Preferences", "DPO's pairs, over its steps"),
-    "methods": ("Forgetting", "Ways of fine-tuning"),
     "forgetting": ("Forgetting", "Unrelated text and multiple choice"),
     "contamination": ("Data", "Overlap with training texts"),
 }

@@ -1,6 +1,7 @@
 """The three slides of the course: what one sentence does to the next token, what pairs of responses do, and what each
 way of fine-tuning learns and forgets. Drawn where a run compares ways of fine-tuning (`methods`)."""
 
+import json
 from typing import Any
 
 import altair as alt
@@ -45,23 +46,29 @@ def next_tokens(runs: Runs, narrow: bool, top: int = 5) -> Spec | None:
     """At two positions of the sentence the likeliest next tokens before training (grey) and after (blue)."""
     panels = []
     for row in contexts(runs[0]):
-        likeliest = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:top]
+        tokens = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))
+        # The sentence's own token is shown even where it is not among the likeliest.
+        own = {"token": row["token"], "before": row["before"], "after": row["after"], "own": True}
+        shown = [own, *(t for t in tokens if t["token"] != row["token"])][:top]
+        shown.sort(key=lambda t: -max(t["before"] or 0, t["after"] or 0))
         bars = [
             {
-                "token": f"{'→ ' if t['token'] == row['token'] else ''}{visible(t['token'])}",
+                "place": place,
+                "token": f"{'→ ' if 'own' in t else ''}{visible(t['token'])}",
                 "when": when,
                 "prob": t[when] or 0,
                 "colour": BEFORE if when == "before" else AFTER,
             }
-            for t in likeliest
+            for place, t in enumerate(shown)
             for when in ("before", "after")
         ]
-        labels = alt.Axis(title=None, grid=False, labelFontSize=12, labelColor=INK)
+        names = json.dumps([bar["token"] for bar in bars[::2]])
+        labels = alt.Axis(title=None, grid=False, labelFontSize=12, labelColor=INK, labelExpr=f"{names}[datum.value]")
         bar = (
             alt.Chart(inline_data(bars))
             .mark_bar(height=9)
             .encode(
-                y=alt.Y("token:N", sort=None, axis=labels),
+                y=alt.Y("place:O", axis=labels),
                 yOffset=alt.YOffset("when:N", sort=["before", "after"]),
                 x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", tickCount=5)),
                 color=own_colour(),
