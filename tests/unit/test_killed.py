@@ -25,7 +25,7 @@ PPO = {
     "method": "ppo", "steps": 10, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
-LORA = {"lora": {"r": 2, "export_merged": True}}
+LORA = {"lora": {"r": 2}}
 PROBED = {"head_learning_rate": 1e-2, "warm_start": "probe", "pooling": "mean"}
 SAMPLING = {"per_prompt": 2, "batch_size": 4, "max_new_tokens": 6}
 OF_BASE = {"policy": "base", "comparisons": "comparisons"}
