@@ -27,7 +27,7 @@ from tunetrail.models.loading import copy_tokenizer, load_tokenizer, with_adapte
 
 TOLERANCE = 1e-3
 """Nats of a token, or units of a score: what float32 loses where an adapter is merged or another device computes."""
-ROWS, TOKENS = 4, 128
+ROWS, TOKENS = 4, 64
 """How many rows are compared, and how many tokens of each."""
 
 
