@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from tunetrail.config.training import Lora
 from tunetrail.contract.runner import main
 from tunetrail.files import read_jsonl, write_json
 from tunetrail.models import saving
 from tunetrail.models.batching import encode_comparison
-from tunetrail.models.loading import load_causal_lm, load_tokenizer, with_adapter
-from tunetrail.models.saving import answers, portable_config, save_tokenizer
-from tunetrail.models.tiny import tiny_tokenizer
+from tunetrail.models.loading import load_causal_lm, load_tokenizer, with_adapter, with_lora
+from tunetrail.models.saving import answers, portable_config, save_adapter, save_tokenizer
+from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.preferences.pairs import decided_pairs, preference_targets
 
 from .test_training import write_workspace
@@ -81,9 +82,9 @@ json.dump(found, sys.stdout)
 """
 
 
-def run(name, output=None):
+def run(name, output=None, of=RUNS):
     """Runs one of RUNS in this process and folder; gives its exit code."""
-    stage, block, inputs, shared = RUNS[name]
+    stage, block, inputs, shared = of[name]
     write_json(Path("config.json"), {"stage": stage, "seed": 5, "precision": "fp32", "config": block} | shared)
     module = importlib.import_module(f"tunetrail.stages.{stage}")
     options = [f"--input={role}={path}/manifest.json" for role, path in inputs.items()]
@@ -248,6 +249,42 @@ def test_a_folder_that_loads_as_another_model_is_not_published(folder, monkeypat
     assert message in error
     assert "Traceback" not in error
     assert not (folder / damage.__name__).exists()
+
+
+# ----------------------------------------------------------------------------- one's own base model
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The current folder, with a model that somebody else trained and saved in `own`."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=1), tiny_tokenizer()
+    model.config.use_cache, model.generation_config.eos_token_id = False, [7, 8]
+    model.config.rope_parameters["rope_theta"] = 500.0
+    model.save_pretrained("own")
+    tokenizer.save_pretrained("own")
+    return {"base": ("base", {"source": "local", "path": "own", "licence": "MIT"}, {}, {})}
+
+
+def test_a_base_model_of_ones_own_is_written_as_ours_are(own):
+    assert run("base", of=own) == 0
+    written, tokenizer = (json.loads(Path(f"base/model/{name}config.json").read_text()) for name in ("", "tokenizer_"))
+    assert written["use_cache"] is True
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500.0
+    assert tokenizer["model_max_length"] == written["max_position_embeddings"]
+    ours, theirs = (answers(AutoModelForCausalLM.from_pretrained(f), [[5, 6, 7]]) for f in ("base/model", "own"))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_an_adapter_is_no_base_model(own, capfd):
+    """The weights it sits on are at another path, and may be an adapter themselves."""
+    save_adapter(with_lora(load_causal_lm(Path("own")), Lora(r=2), seed=0), Path("adapter"))
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    write_json(Path("adapter/adapter_config.json"), config | {"base_model_name_or_path": str(Path("own").resolve())})
+    tiny_tokenizer().save_pretrained("adapter")
+    own["base"][1]["path"] = "adapter"
+    assert run("base", of=own) == 65
+    assert "base: adapter is an adapter; merge it into its model first" in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------- other versions of transformers

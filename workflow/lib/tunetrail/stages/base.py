@@ -94,9 +94,12 @@ def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTra
     revision = source.revision if isinstance(source, HubModel) else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
     except (OSError, ValueError) as e:
         raise DataError(f"base: cannot load {name}: {str(e).splitlines()[0]}") from None
+    if hasattr(model, "peft_config"):  # its weights are elsewhere, perhaps below yet another adapter
+        raise DataError(f"base: {name} is an adapter; merge it into its model first (PEFT's merge_and_unload)")
+    return model, tokenizer
 
 
 def origin(source: BaseModelConfig) -> Dependency:
