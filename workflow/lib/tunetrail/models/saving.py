@@ -138,8 +138,10 @@ def save_trained(
 
 @torch.no_grad()
 def answers(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
-    """What a plain forward pass gives for each row: the log-prob of every token but the first, [T-1] float32 on the
-    CPU; of a sequence classifier its score less its bias, [1].
+    """What a plain forward pass gives for each row of T tokens, in float32 on the CPU.
+
+    [T]: the log-prob at each token of the next one, at the last of the first. Of a sequence classifier [1]: the score
+    less its bias.
     """
     device = next(model.parameters()).device
     bias = getattr(model.config, "reward_bias", 0.0)
@@ -150,7 +152,7 @@ def answers(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
         if logits.dim() == 1:
             found.append(logits.cpu() - bias)
         else:
-            found.append(logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu())
+            found.append(logits.log_softmax(-1).gather(1, ids[0].roll(-1)[:, None])[:, 0].cpu())
     return found
 
 
