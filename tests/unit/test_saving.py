@@ -82,10 +82,11 @@ json.dump(found, sys.stdout)
 """
 
 
-def run(name, output=None, of=RUNS):
+def run(name, output=None, of=RUNS, precision="fp32", **changes):
     """Runs one of RUNS in this process and folder; gives its exit code."""
     stage, block, inputs, shared = of[name]
-    write_json(Path("config.json"), {"stage": stage, "seed": 5, "precision": "fp32", "config": block} | shared)
+    config = {"stage": stage, "seed": 5, "precision": precision, "config": block | changes}
+    write_json(Path("config.json"), config | shared)
     module = importlib.import_module(f"tunetrail.stages.{stage}")
     options = [f"--input={role}={path}/manifest.json" for role, path in inputs.items()]
     to = [f"--output={output or name}/manifest.json", f"--state=state/{output or name}"]
@@ -249,6 +250,15 @@ def test_a_folder_that_loads_as_another_model_is_not_published(folder, monkeypat
     assert message in error
     assert "Traceback" not in error
     assert not (folder / damage.__name__).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA["lora"]])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_what_was_trained_in_bf16_is_compared_in_float32(folder, monkeypatch, name, lora):
+    """Trainers leave autocast around the forward pass, and bf16 alone would be off by more than the tolerance."""
+    monkeypatch.setattr(saving, "TOLERANCE", 1e-5)
+    assert run(name, f"{name}-bf16-{bool(lora)}", precision="bf16", lora=lora) == 0
 
 
 # ----------------------------------------------------------------------------- one's own base model
