@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tunetrail.cli import main
 from tunetrail.errors import DataError
+from tunetrail.files import write_json
 from tunetrail.provenance import drawing
 from tunetrail.provenance import lineage as lines
 from tunetrail.provenance.manifest import build, identity, sha256_file
@@ -197,8 +198,35 @@ def test_export_model_card(run, capsys):
         "- data: rows, licence CC0-1.0",
     ):
         assert line in text
+    assert 'AutoModelForCausalLM.from_pretrained("model")' in text
+    assert "reward_bias" not in text
+    assert "adapter/" not in text
     assert main(["audit", "card", str(run / "data")]) == 2
     assert "a card is of a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"rope_theta": 1e5, "rope_parameters": {"rope_theta": 1e5}}, "Needs transformers 4.57 or later"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e5}}}, "Needs transformers 5.0 or later"),
+        ({}, "Needs transformers 4.57 or later"),  # positions are learnt, or there are none
+        ({"reward_pooling": "last"}, "is the logit less `config.reward_bias`"),
+        ({"reward_pooling": "mean"}, "is the mean over its tokens"),
+        ({"reward_pooling": "mean"}, 'AutoModelForSequenceClassification.from_pretrained("model")'),
+    ],
+)
+def test_a_card_says_how_to_load_the_model(run, capsys, config, line):
+    folder = run / "policies/dpo"
+    write_json(folder / "model/config.json", config)
+    (folder / "adapter").mkdir()
+    seal_folder(folder, "dpo", {"policy": run / "sft"})
+    text = export(capsys, folder, "model-card")
+    assert line in text
+    assert (
+        "`adapter/` is the LoRA adapter that is merged into these weights, for use on the model that training" in text
+    )
+    assert "started from, `sft`." in text
 
 
 # ----------------------------------------------------------------------------- reproduce

@@ -25,7 +25,7 @@ PPO = {
     "method": "ppo", "steps": 10, "batch_size": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 4,
     "learning_rate": 1e-3, "kl_target": 0.1,
 }  # fmt: skip
-LORA = {"lora": {"r": 2, "export_merged": True}}
+LORA = {"lora": {"r": 2}}
 PROBED = {"head_learning_rate": 1e-2, "warm_start": "probe", "pooling": "mean"}
 SAMPLING = {"per_prompt": 2, "batch_size": 4, "max_new_tokens": 6}
 OF_BASE = {"policy": "base", "comparisons": "comparisons"}
@@ -38,7 +38,6 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "dpo": ("dpo", EPOCHS | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
-    "completions-lora": ("completions", SAMPLING, {"model": "adapter", "data": "data"}),
     "ppo": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
     "ppo-bf16": ("ppo", PPO | {"checkpoints": 3}, {"policy": "base", "reward": "reward", "data": "data"}),
     "ppo-sharded": (
@@ -46,12 +45,17 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
         PPO | {"sharded": True, "checkpoints": 3},
         {"policy": "base", "reward": "reward", "data": "data"},
     ),
+    "ppo-sharded-lora": (
+        "ppo",
+        PPO | LORA | {"sharded": True, "steps": 2, "checkpoints": 1},
+        {"policy": "base", "reward": "reward", "data": "data"},
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny base model, its reward model, an adapter on it, data, and the configs."""
+    """A tiny base model, its reward model, data, and the configs."""
     from tunetrail.reward.kwise import initialise
 
     folder = tmp_path_factory.mktemp("killed")
@@ -70,8 +74,6 @@ def folder(tmp_path_factory) -> Path:
 
 def work_of(folder: Path, kind: str) -> Work:
     stage, _, inputs = KINDS[kind]
-    if "adapter" in inputs.values() and not (folder / "adapter").exists():
-        assert run(work_of(folder, "sft-lora"), "adapter") == [0]
     return Work(folder, kind, stage, inputs)
 
 
@@ -103,7 +105,7 @@ def saved(phases: list[str]) -> int:
     return phases.count("tidy")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ppo-sharded"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "sharded" not in kind])
 def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder, kind):
     """Fourteen attempts in a row are killed at work, and six after it, in what is left to do then: to publish."""
     work, rng = work_of(folder, kind), random.Random(1)
@@ -174,6 +176,20 @@ def test_two_processes_equal_one(folder, kind):
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, others[name], atol=TOLERANCE, rtol=0)
+
+
+def test_a_sharded_policy_is_published_whole_and_merged(folder):
+    """No process has it whole: the stage gathers it to compare with what it wrote."""
+    undisturbed(work_of(folder, "ppo-sharded-lora"), processes=2)
+    artifact = folder / "ppo-sharded-lora-two"
+    base = load_file(folder / "base/model/model.safetensors")
+    merged, adapter = (
+        load_file(artifact / f) for f in ("model/model.safetensors", "adapter/adapter_model.safetensors")
+    )
+    assert merged.keys() == base.keys()
+    assert len(adapter) == 2 * sum(not torch.equal(merged[name], base[name]) for name in base)
+    [kept] = (artifact / "checkpoints").iterdir()
+    assert load_file(kept / "adapter/adapter_model.safetensors").keys() == adapter.keys()
 
 
 @pytest.mark.parametrize("kind", IN_TWO)

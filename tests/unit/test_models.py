@@ -1,7 +1,6 @@
 """Batches, log-probs, scores and sampling on tiny random models."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -11,11 +10,8 @@ from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
 from tunetrail.models.loading import (
-    load_causal_lm,
     load_reward_model,
     load_tokenizer,
-    save_causal_lm,
-    tokenizer_digest,
     with_lora,
     without_dropout,
 )
@@ -24,7 +20,6 @@ from tunetrail.models.scoring import map_batches, response_logprobs, response_va
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import share_prefixes
 from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
-from tunetrail.provenance.manifest import sha256_json
 from tunetrail.reward.kwise import initialise
 from tunetrail.stages.completions import sampled_row
 
@@ -285,41 +280,20 @@ def test_dropout_is_off():
     assert model.extra.p == 0
 
 
-def save_base(folder, seed=0):
-    tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=seed).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    manifest = {"files": [], "seed": seed}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return manifest
-
-
-def test_an_adapter_merges_into_its_parent_and_refuses_another(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    base, work = tmp_path / "base", tmp_path / "sft"
-    manifest = save_base(base)
-    lora = Lora(r=2, alpha=4, export_merged=True)
-    tuned = with_lora(load_causal_lm(base / "model"), lora, seed=0)
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    ids = torch.tensor([[7, 8, 9]])
-    expected = tuned.eval()(ids).logits
-    plain = load_causal_lm(base / "model")(ids).logits
-    assert (expected - plain).abs().max() > 1e-3
-    save_causal_lm(tuned, base / "model", work, lora, base / "model", manifest)
-    torch.testing.assert_close(load_causal_lm(work / "model")(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(load_causal_lm(work / "merged")(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert tokenizer_digest(work / "model") == tokenizer_digest(base / "model")
-    assert json.loads((work / "model/parent.json").read_text())["manifest"] == sha256_json(manifest)
-
-    save_base(base, seed=1)
-    with pytest.raises(DataError, match="which is gone or has changed since"):
-        load_causal_lm(work / "model")
-
-
 def test_unknown_lora_modules_are_a_config_error():
     with pytest.raises(ConfigError, match=r"lora\.target_modules"):
         with_lora(tiny_model(16, 1, 2, VOCABULARY, seed=0), Lora(target_modules=["no_such_module"]), seed=0)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_matrices_is_a_config_error(module):
+    """Merged, it would change the other one too."""
+    tied, untied = (tiny_model(16, 1, 2, VOCABULARY, seed=0) for _ in range(2))
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    lora = Lora(target_modules=["q_proj", module])
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: .* are one matrix"):
+        with_lora(tied, lora, seed=0)
+    assert with_lora(untied, lora, seed=0).peft_config
 
 
 def ranking(*ranks):

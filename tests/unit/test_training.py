@@ -10,8 +10,10 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from tunetrail.config.base_model import RandomModel
 from tunetrail.config.dpo import DpoLoss
 from tunetrail.config.training import Lora, SftConfig
 from tunetrail.contract.runner import main
@@ -22,6 +24,7 @@ from tunetrail.models.batching import collate, encode_comparison
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
+from tunetrail.models.saving import save_tokenizer, save_weights
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.training import epoch_order, history, learning_rate_scale, rows_at_once, rows_left_out
@@ -32,6 +35,7 @@ from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, over_
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, kwise_loss, kwise_scores
 from tunetrail.reward.probe import bradley_terry, fit_probe, frozen_states
 from tunetrail.stages import sft
+from tunetrail.stages.base import set_special_tokens
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 
 pytestmark = pytest.mark.slow
@@ -404,8 +408,11 @@ def write_workspace(folder: Path) -> str:
     from tunetrail.models.loading import tokenizer_digest
 
     model = folder / "base/model"
-    tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=0).save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    tiny, tokenizer = tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=0), tiny_tokenizer()
+    set_special_tokens(tiny, tokenizer, RandomModel(source="random"))
+    save_weights(tiny, model)
+    save_tokenizer(tokenizer, model, tiny.config.max_position_embeddings)
+    write_json(folder / "base/metrics.json", {})
     digest = tokenizer_digest(model)
     demonstrations = [
         {
@@ -446,7 +453,7 @@ def workspace(tmp_path):
 STAGES = {
     "sft": ({"learning_rate": 1e-3, "batch_size": 4, "epochs": 2}, {"base": "base", "data": "data"}),
     "sft-lora": (
-        {"learning_rate": 1e-3, "batch_size": 4, "lora": {"r": 2, "export_merged": True}},
+        {"learning_rate": 1e-3, "batch_size": 4, "lora": {"r": 2}},
         {"base": "base", "data": "data"},
     ),
     "reward": (
@@ -470,7 +477,7 @@ STAGES = {
             "method": "dpo",
             "learning_rate": 1e-3,
             "batch_size": 6,
-            "lora": {"r": 2, "export_merged": True},
+            "lora": {"r": 2},
             "checkpoints": 1,
         },
         {"policy": "base", "comparisons": "comparisons"},
@@ -525,16 +532,18 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     if "checkpoints" in STAGES[name][0]:
         kept = sorted(int(path.name) for path in (stopped.parent / "checkpoints").iterdir())
         assert kept == (list(range(1, 9)) if name == "dpo" else [4])
+        part = "adapter" if name == "dpo-lora" else "model"  # a hundredth of the space
+        assert [path.name for path in (stopped.parent / "checkpoints" / str(kept[-1])).iterdir()] == [part]
         folders = (stopped.parent / "checkpoints" / str(kept[-1]), stopped.parent)
-        weights = (load_causal_lm(folder / "model").parameters() for folder in folders)
+        weights = (load_file(next((folder / part).glob("*.safetensors"))).values() for folder in folders)
         assert not all(torch.equal(kept, last) for kept, last in zip(*weights, strict=True))
-        assert not list((stopped.parent / "checkpoints").glob("*/merged"))
-    # Neither what was resumed nor a merged adapter alarms the audit.
+    # Neither what was resumed nor an adapter alarms the audit.
     verdict = Verifier().run([stopped.parent])
     assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}
     if name == "sft-lora":  # peft has them in a set
-        modules = json.loads((stopped.parent / "model/adapter_config.json").read_text())["target_modules"]
-        assert modules == sorted(modules)
+        adapter = json.loads((stopped.parent / "adapter/adapter_config.json").read_text())
+        assert adapter["target_modules"] == sorted(adapter["target_modules"])
+        assert adapter["base_model_name_or_path"] is None
     attempts = read_record(stopped.parent).attempts
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
 
@@ -728,14 +737,6 @@ def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_sta
     metrics = json.loads(output.with_name("metrics.json").read_text())
     assert metrics["gain_over"]["probe"]["mean"] == 0
     assert metrics["accuracy_probe"]["mean"] == 1  # these rankings are linear in the states
-
-
-def test_merged_export_has_no_adapter(run_stage):
-    code, error, output = run_stage("sft-lora", "straight")
-    assert code == 0, error
-    assert (output.parent / "model/adapter_config.json").exists()
-    assert (output.parent / "merged/model.safetensors").exists()
-    assert not (output.parent / "merged/adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(

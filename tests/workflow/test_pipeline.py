@@ -45,15 +45,19 @@ def test_every_artifact_keeps_the_contract(tiny_run, artifact):
     assert not list(folder.parent.glob(".*.work"))
 
 
-def test_models_load_with_from_pretrained(tiny_run, monkeypatch):
+def test_models_load_with_from_pretrained(tiny_run):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    monkeypatch.chdir(tiny_run.folder)
-    for artifact in ("base", "sft", "policies/dpo", "policies/ppo", "policies/ppo-lora"):
-        AutoModelForCausalLM.from_pretrained(f"{TINY}/{artifact}/model")
-        tokenizer = AutoTokenizer.from_pretrained(f"{TINY}/{artifact}/model")
+    for artifact in ("base", "sft", "policies/dpo", "policies/ppo", "policies/ppo-lora", "reward"):
+        folder = tiny_run.folder / TINY / artifact / "model"
+        kind = AutoModelForSequenceClassification if artifact == "reward" else AutoModelForCausalLM
+        config, tokenizer = kind.from_pretrained(folder).config, AutoTokenizer.from_pretrained(folder)
         assert tokenizer.pad_token != tokenizer.eos_token
-    assert AutoModelForSequenceClassification.from_pretrained(f"{TINY}/reward/model").config.num_labels == 1
+        assert tokenizer.model_max_length == config.max_position_embeddings
+        written = json.loads((folder / "config.json").read_text())
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+        assert written["use_cache"]
+    assert config.num_labels == 1
 
 
 def test_splits_share_no_group_and_stages_no_prompt(tiny_run):
@@ -90,16 +94,24 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
     )
 
 
-def test_checkpoints_are_on_the_frontier_and_load(tiny_run, monkeypatch):
+def test_checkpoints_are_on_the_frontier_and_load(tiny_run):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.chdir(tiny_run.folder)
+    run = tiny_run.folder / TINY
     for name, steps in (("dpo", [2, 4]), ("ppo", [2]), ("ppo-lora", [1, 2])):
         points = metrics(tiny_run, f"evaluation/{name}")["frontier"]["points"]
         assert [(p["step"], p["chosen"]) for p in points] == [(step, step == steps[-1]) for step in steps]
         assert all(p["kl"]["n"] == p["reward"]["n"] == p["gold"]["n"] == 4 for p in points)
         for step in steps[:-1]:
-            AutoModelForCausalLM.from_pretrained(f"{TINY}/policies/{name}/checkpoints/{step}/model")
+            checkpoint = run / "policies" / name / "checkpoints" / str(step)
+            if name == "ppo-lora":
+                assert not (checkpoint / "model").exists()
+                PeftModel.from_pretrained(
+                    AutoModelForCausalLM.from_pretrained(run / "sft/model"), checkpoint / "adapter"
+                )
+            else:
+                AutoModelForCausalLM.from_pretrained(checkpoint / "model")
     assert [p["n"] for p in metrics(tiny_run, "evaluation/sft")["best_of_n"]["points"]] == [1, 2, 4, 8]
 
 

@@ -56,6 +56,7 @@ RENAMED = {"tournament": "head_to_head"}
 RENAMED_VALUES = {"comparisons.labeler": {"reference": "simulated"}}
 """Key -> a value of an earlier version -> what it is now."""
 REMOVED = {
+    "export_merged": "is always done: model/ has the merged weights, adapter/ the adapter",
     "dropout": "is always off: log-probs must be functions of the text alone",
     "kl_estimator": "is always k1: k2 and k3 in the reward do not have the gradient of the KL",
 }

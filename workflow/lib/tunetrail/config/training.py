@@ -7,7 +7,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from tunetrail.config.fields import (
     Block,
     Count,
-    Flag,
     NonNegative,
     OpenFraction,
     Positive,
@@ -17,17 +16,14 @@ from tunetrail.config.fields import (
 
 
 class Lora(Block):
-    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory and small checkpoints. Takes about 10 times the learning
-    rate.
+    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory in training and small checkpoints. Takes about 10 times
+    the learning rate. `model/` gets full weights with the adapter merged in, `adapter/` the adapter alone.
     """
 
     r: Count = Field(default=16, description="rank; raise it where the adapter cannot follow")
     alpha: Positive = Field(default=32.0, description="scale; the update is multiplied by alpha / r")
     target_modules: Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(module_names)] = Field(
         default="all-linear", description="names of the linear layers that get an adapter, as `[q_proj, v_proj]`"
-    )
-    export_merged: Flag = Field(
-        default=False, description="also write `merged/`: plain weights with the adapter merged in"
     )
 
 

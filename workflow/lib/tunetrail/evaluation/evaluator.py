@@ -17,9 +17,10 @@ from tunetrail.evaluation.models import kl_divergences, logprobs_of, reward_scor
 from tunetrail.evaluation.schema import Divergence, Interval
 from tunetrail.evaluation.stats import best_of_n_kl, bootstrap, standard_error
 from tunetrail.models.batching import encode
-from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer, with_adapter
 from tunetrail.models.runtime import device, use_bf16
 from tunetrail.models.sampling import decoding_weights, sample
+from tunetrail.provenance.manifest import METRICS
 from tunetrail.scorers.build import Completion, Scorer, build
 from tunetrail.seeds import derive_seed
 
@@ -73,6 +74,8 @@ class Evaluator:
     def __init__(self, stage: Stage, rows: list[dict]):
         self.stage, self.config = stage, EvaluationConfig(**stage.config)
         self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
+        self.made: dict[str, Any] = json.loads((stage.inputs["model"].folder / METRICS).read_text())
+        """The metrics of the stage that made the model; `adapter`, where it was trained, says how."""
         policy = stage.inputs["model"].folder / "policy.json"
         self.n = json.loads(policy.read_text())["n"] if policy.exists() else 1
         """Samples per prompt; above 1 the reward model keeps the best (best-of-n)."""
@@ -98,6 +101,13 @@ class Evaluator:
     def reference(self) -> Any:
         """The model that policies start from."""
         return load_causal_lm(self.stage.inputs["sft"].folder / "model").to(device()).eval()
+
+    def kept(self, checkpoint: Path) -> Any:
+        """A model kept along the way, of which LoRA leaves the adapter alone."""
+        adapter = checkpoint / "adapter"
+        start = self.stage.inputs["sft"].folder / "model"
+        model = with_adapter(start, adapter) if adapter.exists() else load_causal_lm(checkpoint / "model")
+        return model.to(device()).eval()
 
     def logprobs(self, model: Any, examples: list[Example]) -> list[torch.Tensor]:
         return logprobs_of(model, examples, self.pad_id, self.precision, 1.0, self.config.batch_tokens)
@@ -170,15 +180,15 @@ class Evaluator:
             )
 
     def kl(self, several: list[tuple[Samples, Path | None]]) -> None:
-        """Fills in the KL to the SFT model, of samples of this model (None) or of the one in a folder.
+        """Fills in the KL to the SFT model, of samples of this model (None) or of a checkpoint of it.
 
         Of one response per prompt: its whole distributions make it precise, and two models score every token of it.
         """
         if "sft" not in self.stage.inputs or self.n > 1:
             return
         reference = self.reference()
-        for samples, folder in several:
-            model = self.model if folder is None else load_causal_lm(folder).to(device()).eval()
+        for samples, checkpoint in several:
+            model = self.model if checkpoint is None else self.kept(checkpoint)
             samples.kl = kl_divergences(
                 model,
                 reference,

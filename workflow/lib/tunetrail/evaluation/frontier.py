@@ -10,7 +10,6 @@ A point's interval is of its own mean, by bootstrap over source groups. Points s
 differ by less than two intervals suggest.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,6 @@ import numpy as np
 from tunetrail.evaluation.evaluator import Evaluator, Samples
 from tunetrail.evaluation.schema import BestOfNCurve, BestOfNPoint, Frontier, FrontierPoint
 from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values
-from tunetrail.models.loading import load_causal_lm
-from tunetrail.models.runtime import device
-from tunetrail.provenance.manifest import METRICS
 
 BEST_OF = (1, 2, 4, 8)
 """n of the yardstick; the last is how many samples of a prompt are drawn."""
@@ -29,16 +25,15 @@ RULE = "the last step, fixed before training"
 
 
 def kept_checkpoints(artifact: Path) -> dict[int, Path]:
-    """Step -> model folder of the checkpoints that training kept."""
+    """Step -> folder of the checkpoints that training kept."""
     folders = sorted((artifact / "checkpoints").glob("*"), key=lambda path: int(path.name))
-    return {int(path.name): path / "model" for path in folders}
+    return {int(path.name): path for path in folders}
 
 
 def sample_checkpoints(evaluator: Evaluator, kept: dict[int, Path]) -> dict[int, Samples]:
     """Step -> one response to each of the frontier's prompts."""
     return {
-        step: evaluator.sampled(load_causal_lm(folder).to(device()).eval(), evaluator.frontier_rows, 1)[0]
-        for step, folder in kept.items()
+        step: evaluator.sampled(evaluator.kept(folder), evaluator.frontier_rows, 1)[0] for step, folder in kept.items()
     }
 
 
@@ -64,9 +59,8 @@ def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samp
     if evaluator.subject["method"] not in ("dpo", "ppo"):
         return None
     prompts = len(evaluator.frontier_rows)
-    last = json.loads((evaluator.stage.inputs["model"].folder / METRICS).read_text())["steps"]
     points = [point(evaluator, step, False, of_step) for step, of_step in checkpoints.items()]
-    final = point(evaluator, last, True, samples.first(prompts))
+    final = point(evaluator, evaluator.made["steps"], True, samples.first(prompts))
     return {"prompts": prompts, "rule": RULE, "points": [*points, final]}
 
 

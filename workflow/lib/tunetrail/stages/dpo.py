@@ -3,14 +3,11 @@
     python -m tunetrail.stages.dpo --config C.json --input policy=… --input comparisons=… --output … --state …
 
 The reference log-probs are computed once, before training. Log-probs are summed over the response.
-Writes `model/`, `history.jsonl` (chosen and rejected log-probs apart) and `checkpoints/<step>/model` where
-`checkpoints` asks for some.
+Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` (chosen and rejected log-probs apart) and,
+where `checkpoints` asks for some, `checkpoints/<step>/model`, or with LoRA `checkpoints/<step>/adapter`.
 """
 
-import functools
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,7 +17,6 @@ from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 
 from tunetrail.config.dpo import DpoConfig
-from tunetrail.config.training import Lora
 from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
@@ -30,13 +26,20 @@ from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
-    save_causal_lm,
     trained_parameters,
     training_flops,
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.training import KeepCallback, epoch_order, rows_left_out, train, trainer_arguments
+from tunetrail.models.saving import save_kept, save_trained
+from tunetrail.models.training import (
+    KeepCallback,
+    epoch_order,
+    rows_left_out,
+    train,
+    trained_model,
+    trainer_arguments,
+)
 from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
@@ -114,17 +117,17 @@ def run(stage: Stage) -> dict:
         processing_class=tokenizer,
     )
 
-    def save(model: Any, folder: Path, lora: Lora | None) -> None:
-        save_causal_lm(
-            trainer.accelerator.unwrap_model(model), parent, folder, lora, parent, stage.inputs["policy"].manifest
+    trainer.add_callback(
+        KeepCallback(
+            stage,
+            config.checkpoints,
+            lambda model, folder: save_kept(trainer.accelerator.unwrap_model(model), parent, folder),
         )
-
-    unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
-    trainer.add_callback(KeepCallback(stage, config.checkpoints, functools.partial(save, lora=unmerged)))
+    )
     history = train(stage, trainer, config)
     if not is_main_process():
         return {}
-    save(trainer.model, stage.work, config.lora)
+    save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e["chosen_ids"] for e in examples))
     publish_kept(stage)
     return {
         "train_loss": history[-1]["loss"],

@@ -41,16 +41,8 @@ from tunetrail.evaluation.frontier import (
 from tunetrail.evaluation.knowledge import heldout_preferences, probes, retention
 from tunetrail.evaluation.stats import distinct_n
 from tunetrail.files import write_json, write_jsonl
-from tunetrail.models.loading import is_adapter
 from tunetrail.models.runtime import prepare
 from tunetrail.stages.registry import start
-
-
-def adapter_of(evaluator: Evaluator) -> str | None:
-    """How the model was trained: `lora`, `full`, or null where it was not."""
-    if is_adapter(evaluator.folder):
-        return "lora"
-    return None if evaluator.subject["name"] == "base" or evaluator.n > 1 else "full"
 
 
 def finished(evaluator: Evaluator, samples: Samples) -> list[bool]:
@@ -125,7 +117,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "policy": evaluator.subject["name"],
         "method": evaluator.subject["method"],
         "start": evaluator.subject.get("start"),
-        "adapter": adapter_of(evaluator),
+        "adapter": evaluator.made.get("adapter"),
         "n_prompts": len(rows),
         "samples_per_prompt": samples.k,
         "gold": evaluator.over_prompts(samples.means("gold")),

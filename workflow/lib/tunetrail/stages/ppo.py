@@ -2,12 +2,12 @@
 
     python -m tunetrail.stages.ppo --config C.json --input policy=… --input data=… [--input reward=…] …
 
-Writes `model/`, `history.jsonl` and `checkpoints/<step>/model` where `checkpoints` asks for some.
+Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` and, where `checkpoints` asks for some,
+`checkpoints/<step>/model`, or with LoRA `checkpoints/<step>/adapter`.
 """
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from accelerate import Accelerator
 
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
-from tunetrail.config.training import Lora
 from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
@@ -27,15 +26,15 @@ from tunetrail.models.loading import (
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
-    save_causal_lm,
     trained_parameters,
     training_flops,
     with_lora,
 )
 from tunetrail.models.runtime import device, prepare, use_bf16
+from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.trackers import accelerator_options, tracking
 from tunetrail.ppo.engines import VllmEngine
-from tunetrail.ppo.sharding import whole_state
+from tunetrail.ppo.sharding import gathered, whole_state
 from tunetrail.ppo.trainer import PPOTrainer, Scoring
 from tunetrail.reward.kwise import initialise
 from tunetrail.scorers.build import Completion, Scorer, build
@@ -50,6 +49,11 @@ def save(stage: Stage, trainer: PPOTrainer) -> None:
         mark_complete(stage, checkpoint)
         keep_newest(stage.state)
     stage.stop.saved()
+
+
+def parent_of(stage: Stage) -> Path:
+    """The model that training starts from."""
+    return stage.inputs["policy"].folder / "model"
 
 
 def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
@@ -101,9 +105,9 @@ def scorers_of(
     )
 
 
-def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> tuple[PPOTrainer, dict[str, int]]:
+def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> tuple[PPOTrainer, dict[str, Any]]:
     """(the trainer with its models, where an earlier attempt left it; how many parameters there are)."""
-    parent = stage.inputs["policy"].folder / "model"
+    parent = parent_of(stage)
     tokenizer, rows = load_tokenizer(parent), read_prompts(stage, config)
     demonstrations = [
         (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]))
@@ -141,9 +145,8 @@ def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> t
     return trainer, counts
 
 
-def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Accelerator, write: Callable) -> None:
+def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Accelerator) -> None:
     """Iterates to the end, keeping models and saving on the way. Raises Interrupted when told to stop, after saving."""
-    unmerged = config.lora and config.lora.model_copy(update={"export_merged": False})
     bar = ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1)
     with bar, tracking(accelerator, stage.output, stage.state):
         while trainer.step < config.steps:
@@ -155,7 +158,8 @@ def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Acc
             if trainer.step in kept_steps(config.steps, config.checkpoints):
                 state = whole_state(trainer.model, "policy")  # all processes take part
                 if is_main_process():
-                    keep(stage, trainer.step, functools.partial(write, lora=unmerged, state=state))
+                    policy = trainer.actor_critic.policy
+                    keep(stage, trainer.step, functools.partial(save_kept, policy, parent_of(stage), state=state))
             if stage.stop.save_due():
                 save(stage, trainer)
                 stage.stop.leave_if_requested(f"at step {trainer.step} of {config.steps}")
@@ -164,7 +168,6 @@ def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Acc
 def run(stage: Stage) -> dict[str, Any]:
     config = PpoConfig(**stage.config)
     prepare(stage.seed, "ppo")
-    parent = stage.inputs["policy"].folder / "model"
     accelerator = Accelerator(
         mixed_precision="bf16" if use_bf16(stage.shared["precision"]) else "no",
         cpu=device().type == "cpu",
@@ -172,16 +175,14 @@ def run(stage: Stage) -> dict[str, Any]:
     )
     trainer, counts = make_trainer(stage, config, accelerator)
 
-    def write(folder: Path, lora: Lora | None, state: dict | None) -> None:
-        policy = trainer.actor_critic.policy
-        save_causal_lm(policy, parent, folder, lora, parent, stage.inputs["policy"].manifest, state)
-
-    train(stage, config, trainer, accelerator, write)
+    train(stage, config, trainer, accelerator)
     stage.draft.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
     state = whole_state(trainer.model, "policy")
+    with gathered(trainer.model):  # the first may then run it alone
+        if is_main_process():
+            save_trained(stage, trainer.actor_critic.policy, parent_of(stage), trainer.prompts, state)
     if not is_main_process():
         return {}
-    write(stage.work, config.lora, state)
     publish_kept(stage)
     write_jsonl(stage.work / "history.jsonl", trainer.history)
     last = trainer.history[-1]

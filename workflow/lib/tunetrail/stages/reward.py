@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from tunetrail.config.training import RewardConfig
 from tunetrail.contract.distributed import is_main_process
@@ -33,7 +33,6 @@ from tunetrail.evaluation.stats import spearman
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.loading import (
-    copy_tokenizer,
     load_causal_lm,
     load_tokenizer,
     trained_parameters,
@@ -41,7 +40,8 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import device, prepare
-from tunetrail.models.training import epoch_order, rows_left_out, train, trainer_arguments
+from tunetrail.models.saving import save_trained
+from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
 from tunetrail.reward.probe import fit_probe, frozen_states
@@ -118,9 +118,9 @@ def train_model(
         head_learning_rate=config.head_learning_rate,
     )
     history = train(stage, trainer, config)
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = trained_model(trainer)
     if config.lora is not None and is_main_process():
-        model = model.merge_and_unload()  # stages that read scores know nothing of adapters
+        model = model.merge_and_unload()  # the bias below is of the scores that others will get
     return model, history, counts
 
 
@@ -155,8 +155,8 @@ def run(stage: Stage) -> dict[str, Any]:
 
     scores_of_people = score(demonstrations(stage, tokenizer))
     model.config.reward_bias = float(scores_of_people.mean()) if len(scores_of_people) else 0.0
-    model.save_pretrained(stage.work / "model")
-    copy_tokenizer(parent, stage.work / "model")
+    rows = (e["prompt"] + e["responses"][0] for e in examples)
+    save_trained(stage, model, parent, rows, auto_class=AutoModelForSequenceClassification)
 
     sequences = [(e["prompt"], response) for e in unseen for response in e["responses"]]
     scores = score(sequences)

@@ -2,7 +2,7 @@
 
     python -m tunetrail.stages.sft --config C.json --input base=… --input data=… --output … --state …
 
-Writes `model/` (and `merged/` for LoRA on request) and `history.jsonl`.
+Writes `model/` (and `adapter/` where LoRA trained one) and `history.jsonl`.
 """
 
 import sys
@@ -21,14 +21,14 @@ from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
-    save_causal_lm,
     trained_parameters,
     training_flops,
     with_lora,
 )
 from tunetrail.models.runtime import prepare
+from tunetrail.models.saving import save_trained
 from tunetrail.models.supervised import given_and_learnt, tokenize
-from tunetrail.models.training import epoch_order, rows_left_out, train, trainer_arguments
+from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
@@ -57,10 +57,9 @@ def run(stage: Stage) -> dict:
     rows = train(stage, trainer, config)
     if not is_main_process():
         return {}
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = save_trained(stage, trained_model(trainer), parent, (e["input_ids"] for e in examples))
     heldout = tokenize(stage.rows("data", "heldout.jsonl"), tokenizer, config.max_length, "sft")
     losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
-    save_causal_lm(model, parent, stage.work, config.lora, parent, stage.inputs["base"].manifest)
     return {
         "train_loss": rows[-1]["loss"],
         "eval_loss": bootstrap(losses, 1000, stage.seed),

@@ -50,6 +50,14 @@ def _is_on_hub(source: Dependency) -> bool:
     return bool(source["annotations"].get("kind")) and "/" in name and not Path(name).exists()
 
 
+def least_transformers(config: dict[str, Any]) -> str:
+    """The oldest version of transformers that reads this config.json as it was meant, see `models.saving`.
+
+    4.57 was tried; version 4 takes its defaults, without a word, for rotary embeddings that have no form it reads.
+    """
+    return "5.0" if config.get("rope_parameters") and "rope_theta" not in config else "4.57"
+
+
 def export(folder: Path) -> str:
     node, nodes = lineage_of(folder)
     if not is_checkpoint(node):
@@ -61,7 +69,7 @@ def export(folder: Path) -> str:
         library_name="transformers",
         license=licence.lower() if licence else None,
         base_model=base["name"] if base and base["uri"].startswith("pkg:huggingface/") else None,
-        base_model_relation="adapter" if (folder / "model/adapter_config.json").exists() else "finetune",
+        base_model_relation="finetune",
         datasets=sorted({d["name"] for d in sources if _is_on_hub(d)}) or None,
         tags=["tunetrail", record_of(node).stage],
         model_name=node.name,
@@ -71,6 +79,7 @@ def export(folder: Path) -> str:
         ]
         or None,
     )
+    config = json.loads((folder / "model/config.json").read_text())
     tensors = len(read_manifest(folder / MANIFEST).get("tensors", []))
     card = ModelCard.from_template(
         data,
@@ -82,5 +91,9 @@ def export(folder: Path) -> str:
         sources=sources,
         results=measured,
         tensors=tensors,
+        config=config,
+        auto_class=f"AutoModelFor{'SequenceClassification' if 'reward_pooling' in config else 'CausalLM'}",
+        least_transformers=least_transformers(config),
+        has_adapter=(folder / "adapter").is_dir(),
     )
     return f"{card}\n"

@@ -1,0 +1,195 @@
+"""Model folders that load anywhere, and are loaded once before they are published.
+
+`model/` holds full weights, config, generation config and tokenizer. Plain `from_pretrained` needs nothing else, on any
+machine and from any working directory. A stage that trains with LoRA merges its adapter into these weights, so that
+every stage downstream loads one kind of folder, and also writes the adapter by itself into `adapter/`, for those who
+serve several on one model. An adapter belongs on the `model/` that its stage started from and on no other. PEFT would
+name that model by its path on this machine, so no name is written: the stage's record has its digest.
+
+`check_reloads` compares what was written with what was trained: without it a folder may load without a warning and
+answer as another model.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from tunetrail.contract.stage import Stage
+from tunetrail.errors import TunetrailError
+from tunetrail.files import write_json
+from tunetrail.models.loading import copy_tokenizer, load_tokenizer, with_adapter
+
+TOLERANCE = 1e-3
+"""Nats of a token, or units of a score: what float32 loses where an adapter is merged or another device computes."""
+ROWS, TOKENS = 4, 64
+"""How many rows are compared, and how many tokens of each."""
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json for transformers 4 and 5, without what this machine or training left in it.
+
+    transformers 5 writes the rotary embedding as `rope_parameters`. Version 4 ignores that key, without a word, and
+    takes its defaults; it reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`. Both forms say the same.
+    Parameters by type of layer have no form that all of version 4 reads and stay as they are.
+    """
+    portable = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
+    if "use_cache" in portable:
+        portable["use_cache"] = True  # trainers switch it off
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        portable |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if rope.get("rope_type", "default") != "default":
+            portable["rope_scaling"] = rope
+    return portable
+
+
+def portable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json for transformers 4 and 5: version 4 knows neither the class of tokenizers that have none
+    of their own nor a list of further special tokens by its new name.
+    """
+    portable = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(portable.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    return portable
+
+
+def save_weights(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Weights, config and generation config.
+
+    Args:
+        state: the weights, where the model itself holds only a share of them.
+    """
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            write_json(path, portable_config(json.loads(path.read_text())))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, positions: int | None) -> None:
+    """The tokenizer, which says how many tokens its model reads.
+
+    Args:
+        positions: of the model; None where it has no limit.
+    """
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    write_json(path, portable_tokenizer_config(json.loads(path.read_text())))
+
+
+def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The adapter of a model alone, with no path in it."""
+    options = {} if state is None else {"state_dict": state}
+    # TRL's DPO adds an adapter of its own, the reference.
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, **options)
+    (folder / "README.md").unlink()  # an empty card
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": None}
+    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
+        config["target_modules"].sort()
+    write_json(path, config)
+
+
+def save_kept(model: Any, parent: Path, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """A model along the way: `folder/model`, or of one with an adapter `folder/adapter` alone, which is far smaller."""
+    if hasattr(model, "peft_config"):
+        save_adapter(model, folder / "adapter", state)
+    else:
+        save_weights(model, folder / "model", state)
+        copy_tokenizer(parent, folder / "model")
+
+
+def save_trained(
+    stage: Stage,
+    model: Any,
+    parent: Path,
+    rows: Iterable[list[int]],
+    state: dict[str, torch.Tensor] | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+) -> Any:
+    """Writes and checks `model/`, and `adapter/` where there is one; returns the model with its adapter merged.
+
+    Args:
+        parent: the `model/` that the stage started from; the tokenizer is copied from it.
+        rows: token ids to compare on.
+        state: the weights, where the model itself holds only a share of them; whoever calls has gathered it.
+        auto_class: what loads the folder.
+    """
+    rows = [ids[:TOKENS] for ids in itertools.islice(rows, ROWS)]
+    expected = answers(model, rows)
+    if hasattr(model, "peft_config"):
+        adapter = stage.work / "adapter"
+        save_adapter(model, adapter, state)
+        # What is sharded cannot be merged in place.
+        model, state = model.merge_and_unload() if state is None else with_adapter(parent, adapter), None
+    save_weights(model, stage.work / "model", state)
+    copy_tokenizer(parent, stage.work / "model")
+    check_reloads(stage, load_tokenizer(parent), rows, expected, auto_class)
+    return model
+
+
+@torch.no_grad()
+def answers(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+    """What a plain forward pass gives for each row of T tokens, in float32 on the CPU.
+
+    [T]: the log-prob at each token of the next one, at the last of the first. Of a sequence classifier [1]: the score
+    less its bias.
+    """
+    device = next(model.parameters()).device
+    bias = getattr(model.config, "reward_bias", 0.0)
+    found = []
+    for row in rows:
+        ids = torch.tensor([row], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        if logits.dim() == 1:
+            found.append(logits.cpu() - bias)
+        else:
+            found.append(logits.log_softmax(-1).gather(1, ids[0].roll(-1)[:, None])[:, 0].cpu())
+    return found
+
+
+def check_reloads(
+    stage: Stage,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    expected: list[torch.Tensor],
+    auto_class: Any = AutoModelForCausalLM,
+) -> None:
+    """Loads `model/` as a stranger would, and compares. Raises TunetrailError where it is another model.
+
+    Args:
+        tokenizer: that the model was trained with.
+        expected: `answers` of the model in memory to `rows`.
+    """
+    folder = stage.work / "model"
+    model, again = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    pairs = zip(answers(model, rows), expected, strict=True)
+    off = torch.cat([(a - b).abs() for a, b in pairs]).max().item()
+    text = tokenizer.decode(rows[0])
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    configs = {"config.json": model.config, "generation_config.json": getattr(model, "generation_config", None)}
+    wrong = [
+        f"{name} has other pad and eos tokens than its tokenizer"
+        for name, config in configs.items()
+        if config is not None and (config.pad_token_id, config.eos_token_id) != special
+    ]
+    if (again.pad_token_id, again.eos_token_id) != special or again.chat_template != tokenizer.chat_template:
+        wrong.append("its tokenizer has other special tokens or another chat template")
+    if again.encode(text) != tokenizer.encode(text) or again.decode(rows[0]) != text:
+        wrong.append("its tokenizer splits text differently")
+    if not off <= TOLERANCE:
+        wrong.append(f"its log-probs or scores are off by up to {off:.2g} (tolerance {TOLERANCE:g})")
+    if wrong:
+        raise TunetrailError(
+            f"{stage.name}: the written model folder does not load as the model in memory: {'; '.join(wrong)}. Nothing "
+            f"was published. transformers {transformers.__version__} does not read back what it writes of a "
+            f"{type(model).__name__}: try another version, or report this"
+        )
