@@ -1,5 +1,5 @@
 # make demo   set up and run config/config.yaml: the whole pipeline on a real model
-# make course the slides: one sentence by next-token training, two pairs by DPO, full against LoRA
+# make course the slides: one sentence by next-token training, two pairs by DPO, and what each way of fine-tuning costs
 # make status how far that run is
 # make test   set up and run every test; make test-unit: the quick ones
 # make bench  speed next to TRL, transformers and the machine's limit; writes bench.json (ONLY=sft,ppo,sampling,reward,dpo,audit,plan,saving,labels,parts)
@@ -14,7 +14,6 @@ demo: $(VENV)/.installed
 
 course: $(VENV)/.installed
 	$(RUN) snakemake --profile profiles/local --configfile config/examples/course.yaml
-	$(RUN) snakemake --profile profiles/local --configfile config/examples/course-dpo.yaml
 
 # Another run: make status RUN_OF="--configfile my.yaml --profile slurm"
 status: $(VENV)/.installed

@@ -187,6 +187,14 @@ class Fixture:
             files={"history.jsonl": self.history("sft", steps)},
         )
         self.artifact("retention", "retention", {"prompts": 64}, ["base"], seconds=41.0)
+        ways = {
+            name: {"kind": kind, "parameters": 134515008, "parameters_trained": 4884480, "learnt": 0.8125 + 0.0625 * i,
+                "forgotten": interval(0.1875 - 0.0625 * i, 0.02), "points": [{"step": step, "learnt":
+                    3.0625 - 0.25 * step, "forgotten": 0.03125 * step / (i + 1)} for step in (0, 3, 6)]}
+            for i, (name, kind) in enumerate((("every-weight", "full"), ("adapter", "LoRA")))
+        }  # fmt: skip
+        compared = {"rows": 4, "texts": 24, "steps": 6, "base": {"learnt": 3.0625, "unrelated": 1.5}, "methods": ways}
+        self.artifact("methods", "methods", compared, ["base", "data", "retention"], seconds=33.0)
         for i in range(2):
             self.artifact(f"shard{i}", f"completions/{i}", {"duplicates_removed": i}, ["sft", "data"], seconds=61.0 + i)
         comparisons = {
@@ -512,6 +520,9 @@ MEASURED = (
     "preferred",
     "dispreferred",
     "prob",
+    "logp",
+    "learnt",
+    "forgotten",
     "accuracy",
     "confidence",
     "accuracy_low",
@@ -625,6 +636,7 @@ def test_sections_come_in_the_order_a_reader_asks(text):
     order = re.findall(r'<(?:header|section) id="([\w-]+)"', text)
     assert order == [
         "verdict",
+        "course",
         "results",
         "reward-kl",
         "learning",
@@ -820,7 +832,7 @@ def test_a_run_whose_head_to_head_was_not_held_has_a_page(made):
             3,
         )
     )
-    assert "dpo: win rate against sft not measured." in page
+    assert "dpo: win rate against sft not measured; tells held-out preferred responses from others in" in page
 
 
 def test_time_is_the_sum_of_all_attempts_with_the_shards_found_through_the_record(made, text):
@@ -901,12 +913,20 @@ def test_missing_measurements_say_so(tmp_path, draw_only):
     code, folder = Fixture(tmp_path).whole(gold=False, labeler="recorded").report()
     page = words((folder / "report.html").read_text())
     assert code == 0
-    assert "dpo: win rate against sft not measured." in page
+    assert (
+        "dpo: win rate against sft not measured; tells held-out preferred responses from others in 56% [48, 64] "
+        "by log-prob; KL 0.30 [0.18, 0.42] nats; length 15.2 [14.3, 16.1] tokens (sft 14.2 [13.3, 15.1])." in page
+    )
+    assert (
+        "Not measured here: win rates and gold scores (evaluation.gold names a scorer, head_to_head.judge a judge), "
+        "reward against KL, preferred and dispreferred responses" in page
+    )
     assert "Labels are simulated" not in page
     assert numbers.NOT_MEASURED in (folder / "figures" / "gold.svg").read_text()
     assert numbers.NOT_MEASURED in (folder / "figures" / "win_rates.svg").read_text()
-    row = page[page.index("All models in numbers") :]
-    assert re.search(r"dpo\s*not measured\s*not measured\s*not measured", row)  # win rate, wins and gold score
+    table = page[page.index("All models in numbers") :]
+    assert table.startswith("All models in numbers Model Reward-model score KL to sft, nats")
+    assert page.count(numbers.NOT_MEASURED) < 10
     assert "0 / 0 / 0" not in page
 
 

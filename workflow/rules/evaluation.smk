@@ -7,6 +7,15 @@ use rule stage as retention with:
     localrule: is_submitted("retention")
 
 
+# Ways of fine-tuning the base model, side by side, where the config names some.
+use rule stage as methods with:
+    input:
+        unpack(reads("methods")),
+    pathvars:
+        artifact="methods",
+    localrule: is_submitted("methods")
+
+
 use rule stage as evaluation with:
     input:
         unpack(reads("evaluation")),

@@ -1,4 +1,7 @@
 FIGURES = {  # name -> where `snakemake --report` lists it
+    "next_tokens": ("Probes", "Two positions, before and after"),
+    "preference_curves": ("Preferences", "DPO's pairs, over its steps"),
+    "methods": ("Forgetting", "Ways of fine-tuning"),
     "win_rates": ("Win rates", "Against what policies started from"),
     "win_rates_base": ("Win rates", "Against the base model"),
     "win_matrix": ("Win rates", "Everyone against everyone"),

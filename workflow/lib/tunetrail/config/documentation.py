@@ -28,6 +28,7 @@ from tunetrail.config.evaluation import (
     RetentionConfig,
 )
 from tunetrail.config.loading import LISTS, NEVER_SWEPT
+from tunetrail.config.methods import MethodConfig, MethodsConfig
 from tunetrail.config.ppo import PpoConfig, Vllm
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import (
@@ -90,6 +91,8 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("sft.lora, reward.lora, policies.<name>.lora", "", Lora),
     ("policies.<name>.vllm", "", Vllm),
     ("retention", "", RetentionConfig),
+    ("methods", "", MethodsConfig),
+    ("methods.compare.<name>", "", MethodConfig),
     ("evaluation", "", EvaluationConfig),
     ("evaluation.preferences[]", "", PreferenceProbe),
     ("head_to_head", "", HeadToHeadConfig),

@@ -28,6 +28,9 @@ class DpoConfig(Epochs):
     method: Literal["dpo"]
     learning_rate: Positive = Field(default=1e-5, description="peak; about 10 times more with LoRA")
     batch_size: Count = Field(default=16, description="pairs per optimizer step")
+    start: Literal["sft", "base"] | None = Field(
+        default=None, description="model to train, and the reference; null: sft, or base where none is trained"
+    )
     beta: Positive = Field(
         default=0.1, description="pull to the reference; lower: further from the SFT model for more reward"
     )

@@ -20,6 +20,7 @@ from tunetrail.config.evaluation import (
     RetentionConfig,
 )
 from tunetrail.config.fields import Block, Name, NonNegativeInt
+from tunetrail.config.methods import MethodsConfig
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums
 from tunetrail.config.training import RewardConfig, SftConfig
@@ -64,6 +65,9 @@ class Config(Block):
     )
     retention: RetentionConfig | None = Field(
         default=RetentionConfig(), description="unrelated text that must not be forgotten; null: not measured"
+    )
+    methods: MethodsConfig | None = Field(
+        default=None, description="ways of fine-tuning the base model, compared on the sft split; null: not"
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="of base, sft and every policy")
     head_to_head: HeadToHeadConfig = Field(
@@ -133,6 +137,8 @@ def _has_comparisons(config: Config) -> bool:
 
 def _data_problems(config: Config) -> Iterator[str]:
     data = config.data
+    if config.methods is not None and config.retention is None:
+        yield "methods: needs retention, the unrelated text that a method may forget"
     if config.sft is not None and not data.demonstrations:
         yield "sft: needs data.demonstrations; set sft to null to start from the base model"
     is_text = [isinstance(source, TopicsSource) for source in data.demonstrations]
@@ -159,6 +165,8 @@ def _needs(config: Config) -> Iterator[tuple[str, str, str]]:
     """(key to name in a message, split, why the run cannot do without rows in it)."""
     if config.sft is not None and config.data.demonstrations:
         yield "data.shares.sft", "sft", "is 0, but sft is to be trained"
+    if config.methods is not None:
+        yield "data.shares.sft", "sft", "is 0, but methods are to be compared on that split"
     if _has_comparisons(config):
         yield "data.shares.reward", "reward", "is 0, but comparisons are to be collected from that split"
     yield "data.shares.evaluation", "evaluation", "is 0, but every run is evaluated; give it a share"
@@ -186,6 +194,8 @@ def _share_problems(config: Config) -> Iterator[str]:
 
 def _policy_problems(config: Config) -> Iterator[str]:
     for name, policy in config.policies.items():
+        if policy.method == "dpo" and policy.start == "sft" and config.sft is None:
+            yield f"policies.{name}.start: no sft model is trained; add an sft block or start from base"
         if policy.method == "dpo" and not _has_comparisons(config):
             yield f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
         if policy.method == "best_of_n" and config.reward is None:

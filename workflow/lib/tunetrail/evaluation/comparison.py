@@ -69,12 +69,12 @@ class Evaluations:
 
     @property
     def changes(self) -> list[tuple[str, str]]:
-        """(before, after) of every training: from base to the reference, and from there to each policy."""
+        """(before, after) of every training: from base to the reference, and from a policy's start to the policy."""
         first = [("base", self.reference)] if self.reference != "base" else []
         # Best-of-n trains nothing and has no probes.
         policies = [name for name in self.folders if name not in ("base", "sft")]
         trained = [name for name in policies if (self.folders[name] / "probes.json").exists()]
-        return first + [(self.reference, name) for name in trained]
+        return first + [(self.content(name, METRICS).get("start") or self.reference, name) for name in trained]
 
     def rows(self, name: str) -> Rows:
         """A JSONL file of every evaluation that has it."""

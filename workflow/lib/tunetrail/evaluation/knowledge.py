@@ -85,6 +85,11 @@ def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
     }
 
 
+def holds(row: dict, sentence: str) -> bool:
+    """Whether a row of the sft split has the sentence in what is learnt from it."""
+    return sentence in (row["text"] if "text" in row else row["completion"])
+
+
 def probes(evaluator: Evaluator) -> dict[str, Any]:
     """Next-token probabilities of the sentence, and log-probs of the two responses of each preference probe."""
     tokenizer, shared = evaluator.tokenizer, evaluator.stage.shared
@@ -98,4 +103,5 @@ def probes(evaluator: Evaluator) -> dict[str, Any]:
         preferred, dispreferred = (float(row.sum()) for row in logps)
         preferences.append(probe.model_dump() | {"preferred_logp": preferred, "dispreferred_logp": dispreferred})
     sentence = sentence_probe(evaluator.model, tokenizer, evaluator.config.sentence)
-    return {"sentence": sentence, "preferences": preferences}
+    trained_on = sum(holds(row, evaluator.config.sentence) for row in evaluator.stage.rows("data", "sft.jsonl"))
+    return {"sentence": sentence, "sentence_in_sft_rows": trained_on, "preferences": preferences}

@@ -101,6 +101,8 @@ class AttemptRecord(TypedDict, total=False):
     """What it resumed from; absent for one that began from nothing."""
     states_out: list[SavedState]
     """The last two states it saved, newest last."""
+    measurements: dict[str, dict[str, float | None]]
+    """What a stage measured of the machine, by what it was doing; see the stage."""
     energy_joules: float | None
     host: str
     job_id: str | None

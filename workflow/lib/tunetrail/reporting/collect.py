@@ -25,6 +25,7 @@ ORDER = (
     "comparisons",
     "reward",
     "policy",
+    "methods",
     "evaluation",
     "head_to_head",
 )
@@ -115,6 +116,8 @@ class Model:
     samples: list[dict]
     sentence: list[dict]
     preferences: list[dict]
+    sentence_in_sft_rows: int = 0
+    """Rows of the sft split that hold the probe sentence."""
     trained: Artifact | None = None
     """The policy; None for base and sft."""
 
@@ -330,6 +333,7 @@ def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) 
                 samples=read_jsonl(samples) if samples.exists() else [],
                 sentence=probes.get("sentence") or [],
                 preferences=probes.get("preferences") or [],
+                sentence_in_sft_rows=probes.get("sentence_in_sft_rows") or 0,
                 trained=artifacts.get(f"policy.{subject}"),
             )
         )
@@ -345,7 +349,7 @@ def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) 
 
 def inputs_of(run: Path) -> dict[str, Path]:
     """Role -> folder of the artifacts below `results/<run>`, as the report's rule names them. Raises DataError."""
-    one = ("base", "data", "sft", "comparisons", "reward", "retention", "head_to_head")
+    one = ("base", "data", "sft", "comparisons", "reward", "retention", "methods", "head_to_head")
     found = {name: run / name for name in one}
     for role, name in (("policy", "policies"), ("evaluation", "evaluation"), ("lm_eval", "lm_eval")):
         found |= {f"{role}.{path.name}": path for path in sorted((run / name).glob("*/"))}

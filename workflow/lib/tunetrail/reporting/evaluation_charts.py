@@ -123,7 +123,7 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
         rows: list[dict] = []
         for name, metrics in evaluations.items():
             found = (metrics.get("frontier") or {}).get("points", [])
-            points = [p for p in found if p["kl"] and p[key]]
+            points, start = [p for p in found if p["kl"] and p[key]], metrics.get("start")
             rows += [
                 {
                     "line": name,
@@ -131,7 +131,7 @@ def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, na
                     "colour": COLOURS[series[name]],
                     "shape": "circle",
                     "chosen": p["chosen"],
-                    "label": wrap(name) if p["chosen"] else "",
+                    "label": wrap(f"{name} (KL to {start})" if start else name) if p["chosen"] else "",
                     "kl": max(0, p["kl"]["mean"]),
                     "kl_low": max(0, p["kl"]["low"]),
                     "kl_high": p["kl"]["high"],

@@ -7,7 +7,7 @@ shows the models of all, under their names.
 from collections.abc import Callable
 from typing import Any
 
-from tunetrail.reporting import charts, curves, numbers
+from tunetrail.reporting import charts, course, curves, numbers
 from tunetrail.reporting import evaluation_charts as ec
 from tunetrail.reporting.charts import Runs, Spec
 from tunetrail.reporting.collect import Run, reference_of
@@ -104,6 +104,9 @@ def contamination(runs: Runs, narrow: bool) -> Spec | None:
 
 Figure = Callable[[Runs, bool], Spec | None]
 FIGURES: dict[str, Figure] = {
+    "next_tokens": course.next_tokens,
+    "preference_curves": course.preference_curves,
+    "methods": course.methods,
     "win_rates": win_rates,
     "win_rates_base": win_rates_base,
     "win_matrix": win_matrix,

@@ -7,7 +7,7 @@ computed here but differences and sums of what the metrics files hold.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tunetrail.reporting import charts, dag, numbers, verdict
+from tunetrail.reporting import charts, course, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
 from tunetrail.reporting.figures import Figure
 
@@ -291,8 +291,46 @@ def sources(runs: Sequence[Run], wanted: Callable[[str], bool]) -> list[tuple[st
 
 
 def draw(runs: Sequence[Run], figures: Mapping[str, Figure]) -> dict[str, tuple[str, str]]:
-    """Name -> SVG for a wide screen and for a phone."""
-    return {name: (charts.svg(spec(runs, False)), charts.svg(spec(runs, True))) for name, spec in figures.items()}
+    """Name -> SVG for a wide screen and for a phone, of the figures that have something to show."""
+    specs = {name: (spec(runs, False), spec(runs, True)) for name, spec in figures.items()}
+    return {name: (charts.svg(wide), charts.svg(narrow)) for name, (wide, narrow) in specs.items() if wide}
+
+
+SECTIONS: dict[str, tuple[str, str]] = {
+    "results": ("win rates and gold scores", "evaluation.gold names a scorer, head_to_head.judge a judge"),
+    "reward-kl": ("reward against KL", ""),
+    "reward-model": ("a reward model", ""),
+    "preferences": ("preferred and dispreferred responses", "evaluation.preferences"),
+    "probes": ("next tokens", "evaluation.sentence"),
+    "forgetting": ("forgetting", "retention"),
+    "labels": ("comparisons", ""),
+}
+"""Section -> what it is about, and the config key that has it measured. One without measurements is left out."""
+
+
+def left_out(runs: Sequence[Run], drawn: Container[str]) -> set[str]:
+    """The sections that a page of these runs does without. The first has a table of all models whatever was measured.
+
+    Args:
+        drawn: names of the figures that have something to show.
+    """
+    has = {
+        "course": any(run.metrics("methods") for run in runs),
+        "reward-kl": "reward_kl" in drawn or "over_optimisation" in drawn,
+        "reward-model": any(run.metrics("reward") for run in runs),
+        "preferences": "preferences" in drawn,
+        "probes": bool(positions(runs)),
+        "forgetting": any(m.metrics.get("retention") for run in runs for m in run.models),
+        "labels": any(run.metrics("comparisons") or (run.metrics("data") or {}).get("comparisons") for run in runs),
+        "differences": len(runs) > 1,
+    }
+    return {section for section, measured in has.items() if not measured}
+
+
+def is_scored(runs: Sequence[Run]) -> bool:
+    """Whether responses were compared, by a gold scorer or a judge."""
+    matches = (run.head_to_head.get(kind) for run in runs for kind in ("sampled", "judge"))
+    return any(matches) or any(m.interval("gold") for run in runs for m in run.models)
 
 
 def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str | None, limit: int) -> str:
@@ -313,6 +351,7 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
     read = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))  # noqa: E731
     models = [model for run in runs for model in run.models]
     policies = [model for run in runs for model in run.policies]
+    without, scored = left_out(runs, figures), is_scored(runs)
     ppo = {f"policy.{m.subject}" for m in policies if m.metrics.get("method") == "ppo"}
     return environment.get_template("page.html.j2").render(
         runs=runs,
@@ -331,8 +370,14 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
         policies=policies,
         learners=[m for m in policies if m.trained and m.trained.history],
         reference=reference_of(runs),
-        outcomes=[(run, m, verdict.outcome(run.match_of(m))) for run in runs for m in run.policies],
+        outcomes=[(run, m, verdict.outcome(match)) for run in runs for m in run.policies if (match := run.match_of(m))],
+        left_out=without,
+        scored=scored,
+        unmeasured=[words for id, words in SECTIONS.items() if id in without or (id == "results" and not scored)],
         sentences=[text for run in runs for text in verdict.sentences(run)],
+        method_rows=course.method_rows,
+        taught=[run for run in runs if run.metrics("methods")],
+        contexts=course.contexts,
         positions=positions(runs),
         incomparable=comparable(runs)[1],
         sentence_sum=sentence_sum,

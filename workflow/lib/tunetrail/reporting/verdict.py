@@ -31,7 +31,7 @@ def sentence(run: Run, model: Model) -> str:
     """One model against the reference."""
     match, greedy, name, reference = run.match_of(model), run.match_of(model, "greedy"), model.name, run.reference
     if match is None:
-        return f"{name}: win rate against {reference} not measured."
+        return f"{name}: win rate against {reference} not measured{unscored(run, model)}."
     prompts = f"{match['win_rate']['n']} prompts"
     found = f"win rate {_rate(match, f' on {prompts}')}"
     decoded = "" if greedy is None else f"; decoded greedily {_rate(greedy)}"
@@ -52,6 +52,27 @@ def sentence(run: Run, model: Model) -> str:
     least = match["minimum_detectable"]
     seen = f"; {prompts} show differences of {percent(least)} or more" if least else ""
     return f"{name}: no difference from {reference} shown, {found}{seen}{decoded}."
+
+
+def unscored(run: Run, model: Model) -> str:
+    """What can be said of a model whose responses nothing compared: held-out preferences, KL and length."""
+    told, kl, length = (model.metrics.get(key) for key in ("comparisons", "kl_to_sft", "length"))
+    reference = run.model(run.reference)
+    found = []
+    if told and told["accuracy"]:
+        by = told.get("measure") or "log-prob"
+        found.append(f"tells held-out preferred responses from others in {percent_interval(told['accuracy'])} by {by}")
+    for change in run.head_to_head.get("preferences") or []:
+        if change["after"] == model.subject:
+            moved = " and ".join(f"{key} {interval(change[key], 1, sign=True)}" for key in ("chosen", "rejected"))
+            found.append(f"moved their log-probs by {moved} nats")
+    if kl:
+        found.append(f"KL {interval(kl, 2)} nats")
+    if length and reference and reference.interval("length"):
+        found.append(
+            f"length {interval(length, 1)} tokens ({reference.name} {interval(reference.interval('length'), 1)})"
+        )
+    return f"; {'; '.join(found)}" if found else ""
 
 
 def over_optimised(run: Run, model: Model) -> bool:

@@ -116,6 +116,7 @@ def run(stage: Stage) -> dict[str, Any]:
     return {
         "policy": evaluator.subject["name"],
         "method": evaluator.subject["method"],
+        "start": evaluator.subject.get("start"),
         "adapter": evaluator.made.get("adapter"),
         "n_prompts": len(rows),
         "samples_per_prompt": samples.k,

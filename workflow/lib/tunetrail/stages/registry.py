@@ -79,9 +79,10 @@ class StageInfo:
 # ----------------------------------------------------------------------------- who reads what
 
 
-def start_of(config: Config) -> str:
-    """The model that every policy starts from and is compared with."""
-    return "sft" if config.sft else "base"
+def start_of(config: Config, subject: str = "") -> str:
+    """The model that a policy starts from and is compared with; without one, what policies start from by default."""
+    own = getattr(config.policies.get(subject), "start", None)
+    return own or ("sft" if config.sft else "base")
 
 
 def subjects(config: Config) -> list[str]:
@@ -137,8 +138,8 @@ def _learnt_from(config: Config, policy: str) -> Inputs:
 
 def _evaluated(config: Config, subject: str) -> Inputs:
     inputs = {"model": model_of(subject), "data": "data"}
-    if subject != start_of(config):
-        inputs["sft"] = start_of(config)
+    if subject != start_of(config, subject):
+        inputs["sft"] = start_of(config, subject)
     if config.reward:
         inputs["reward"] = "reward"
     if config.retention:
@@ -181,7 +182,7 @@ _TABLE = (
         distributed=True, gpu=True,
     ),
     StageInfo(
-        "dpo", lambda c, _: {"policy": start_of(c), "comparisons": _comparisons(c)}, "model",
+        "dpo", lambda c, policy: {"policy": start_of(c, policy), "comparisons": _comparisons(c)}, "model",
         block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
     ),
     StageInfo(
@@ -191,6 +192,9 @@ _TABLE = (
     StageInfo(
         "best_of_n", lambda c, _: {"policy": start_of(c), "reward": "reward"}, "model",
         block="policies", wildcard="policy", folder="policies",
+    ),
+    StageInfo(
+        "methods", lambda c, _: {"base": "base", "data": "data", "retention": "retention"}, "measurement", gpu=True,
     ),
     StageInfo("evaluation", _evaluated, "measurement", wildcard="subject", also_reads=("data.chat", "data.system"),
         gpu=True),
@@ -309,6 +313,8 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
     if stage.name == "evaluation":
         method = config.policies[value].method if value in config.policies else value
         resolved["subject"] = {"name": value, "method": method}
+        if (start := start_of(config, value)) != start_of(config):
+            resolved["subject"]["start"] = start
     if names := set(getattr(block, "scorer_keys", {}).values()):
         resolved["scorers"] = {name: _scorer(scorer) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:

@@ -12,6 +12,7 @@ import sys
 
 from tunetrail.config.evaluation import ReportConfig
 from tunetrail.contract.stage import Stage
+from tunetrail.reporting.charts import svg
 from tunetrail.reporting.collect import collect
 from tunetrail.reporting.figures import FIGURES
 from tunetrail.reporting.page import draw, render
@@ -28,7 +29,8 @@ def run(stage: Stage) -> dict:
     )
     figures = draw([found], FIGURES)
     (stage.work / "figures").mkdir()
-    for name, (wide, _) in figures.items():
+    for name in FIGURES:
+        wide = figures[name][0] if name in figures else svg(None)
         (stage.work / "figures" / f"{name}.svg").write_text(wide, encoding="utf-8")
     (stage.work / "report.html").write_text(render([found], figures, config.title, config.samples), encoding="utf-8")
     return {

@@ -8,7 +8,6 @@ Writes `model/` (and `adapter/` where LoRA trained one) and `history.jsonl`.
 import sys
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
@@ -18,7 +17,6 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
-from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import (
     load_causal_lm,
@@ -29,37 +27,10 @@ from tunetrail.models.loading import (
 )
 from tunetrail.models.runtime import prepare
 from tunetrail.models.saving import save_trained
+from tunetrail.models.supervised import given_and_learnt, tokenize
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
-
-
-def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Rows -> {input_ids, labels}; labels are -100 on prompts; raw text is cut into blocks of `max_length`.
-
-    Raises DataError for a prompt and completion longer than `max_length`.
-    """
-    examples = []
-    for row in rows:
-        if "text" in row:
-            ids = encode_response(tokenizer, row["text"])
-            blocks = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            examples += [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
-            continue
-        prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])
-        if len(prompt) + len(response) > max_length:
-            raise DataError(
-                f"sft: row {row['id']} has {len(prompt) + len(response)} tokens; raise sft.max_length ({max_length}) "
-                "or lower data.max_prompt_tokens"
-            )
-        examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-    return examples
-
-
-def prompt_and_response(example: dict) -> tuple[list[int], list[int]]:
-    """(ids before the labelled part, labelled ids); raw text keeps its first token as prompt."""
-    start = max(1, sum(label == -100 for label in example["labels"]))
-    return example["input_ids"][:start], example["input_ids"][start:]
 
 
 def run(stage: Stage) -> dict:
@@ -67,7 +38,7 @@ def run(stage: Stage) -> dict:
     prepare(stage.seed, "sft")
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
-    examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length)
+    examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length, "sft")
     if len(examples) < config.batch_size:
         raise DataError(f"sft: {len(examples)} examples are fewer than one batch (sft.batch_size: {config.batch_size})")
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
@@ -87,8 +58,8 @@ def run(stage: Stage) -> dict:
     if not is_main_process():
         return {}
     model = save_trained(stage, trained_model(trainer), parent, (e["input_ids"] for e in examples))
-    heldout = tokenize(stage.rows("data", "heldout.jsonl"), tokenizer, config.max_length)
-    losses = mean_nlls(model, [prompt_and_response(e) for e in heldout], tokenizer.pad_token_id, precision)
+    heldout = tokenize(stage.rows("data", "heldout.jsonl"), tokenizer, config.max_length, "sft")
+    losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
     return {
         "train_loss": rows[-1]["loss"],
         "eval_loss": bootstrap(losses, 1000, stage.seed),

@@ -1,0 +1,49 @@
+"""`methods`: ways of fine-tuning the base model, side by side."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from tunetrail.config.fields import Block, Count, Flag, Name, Positive
+from tunetrail.config.training import Lora
+
+
+class MethodConfig(Block):
+    """One way of fine-tuning: every weight, unless `lora` or `prompt_tokens` says otherwise."""
+
+    learning_rate: Positive = Field(
+        description="constant; about 10 times more with LoRA than with every weight, and 1000 times more for a prompt"
+    )
+    lora: Lora | None = Field(default=None, description="train a LoRA adapter (Hu et al. 2021)")
+    prompt_tokens: Count | None = Field(
+        default=None, description="train this many vectors in front of the text (prompt tuning, Lester et al. 2021)"
+    )
+    four_bit: Flag = Field(
+        default=False,
+        description="hold the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023), with lora; needs bitsandbytes",
+    )
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        if self.lora is None:
+            return "prompt tuning" if self.prompt_tokens else "full"
+        return "4-bit LoRA" if self.four_bit else "LoRA"
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        if self.lora is not None and self.prompt_tokens is not None:
+            raise ValueError("lora and prompt_tokens are two methods; give each a name of its own")
+        if self.four_bit and self.lora is None:
+            raise ValueError("four_bit holds frozen weights; train an adapter on them (lora)")
+        return self
+
+
+class MethodsConfig(Block):
+    """Fine-tunes the base model on the sft split in several ways and measures what each learns and forgets."""
+
+    compare: Annotated[dict[Name, MethodConfig], Field(min_length=1)] = Field(description="name: how it trains")
+    steps: Count = Field(default=12, description="optimizer steps of each method")
+    points: Count = Field(default=4, description="times that both losses are measured, at equal distances")
+    batch_size: Count = Field(default=4, description="rows per optimizer step, and per forward pass when measuring")
+    max_length: Count = Field(default=1024, description="tokens of a row; raw text is cut into blocks")

@@ -1,0 +1,165 @@
+"""The three slides of the course: what one sentence does to the next token, what pairs of responses do, and what each
+way of fine-tuning learns and forgets. Drawn where a run compares ways of fine-tuning (`methods`)."""
+
+import json
+from typing import Any
+
+import altair as alt
+
+from tunetrail.reporting.charts import (
+    COLOURS,
+    INK,
+    MUTED,
+    Runs,
+    Spec,
+    grid,
+    inline_data,
+    own_colour,
+    panel_title,
+    side_by_side,
+    visible,
+)
+from tunetrail.reporting.collect import Artifact, Run
+
+PALETTE = [COLOURS[f"p{i}"] for i in range(6)]
+BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
+
+
+def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
+    """The positions of the probe sentence that begin its third word, its fourth, …, with what stands before each.
+
+    Returns rows of `evaluation.probes.shift` from base to the first model trained on it, with "context".
+    """
+    pair = next(iter(run.shifts), None)
+    model = pair and run.model(pair["after"])
+    if not pair or not model:
+        return []
+    tokens = [position["token"] for position in model.sentence]
+    words = [i for i, token in enumerate(tokens) if i and token[:1].isspace()]
+    wanted = words[1 : 1 + count]
+    return [
+        row | {"context": "".join(tokens[: row["position"]])} for row in pair["positions"] if row["position"] in wanted
+    ]
+
+
+def next_tokens(runs: Runs, narrow: bool, top: int = 5) -> Spec | None:
+    """At two positions of the sentence the likeliest next tokens before training (grey) and after (blue)."""
+    panels = []
+    for row in contexts(runs[0]):
+        tokens = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))
+        # The sentence's own token is shown even where it is not among the likeliest.
+        own = {"token": row["token"], "before": row["before"], "after": row["after"], "own": True}
+        shown = [own, *(t for t in tokens if t["token"] != row["token"])][:top]
+        shown.sort(key=lambda t: -max(t["before"] or 0, t["after"] or 0))
+        bars = [
+            {
+                "place": place,
+                "token": f"{'→ ' if 'own' in t else ''}{visible(t['token'])}",
+                "when": when,
+                "prob": t[when] or 0,
+                "colour": BEFORE if when == "before" else AFTER,
+            }
+            for place, t in enumerate(shown)
+            for when in ("before", "after")
+        ]
+        names = json.dumps([bar["token"] for bar in bars[::2]])
+        labels = alt.Axis(title=None, grid=False, labelFontSize=12, labelColor=INK, labelExpr=f"{names}[datum.value]")
+        bar = (
+            alt.Chart(inline_data(bars))
+            .mark_bar(height=9)
+            .encode(
+                y=alt.Y("place:O", axis=labels),
+                yOffset=alt.YOffset("when:N", sort=["before", "after"]),
+                x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", tickCount=5)),
+                color=own_colour(),
+            )
+        )
+        title = panel_title(f"{row['context']} …")
+        panels.append(alt.layer(bar, title).properties(width=230 if narrow else 300, height=alt.Step(13)))
+    return side_by_side(panels, narrow) if panels else None
+
+
+def _pair_learners(runs: Runs) -> list[tuple[str, Artifact]]:
+    return [
+        (model.name, model.trained)
+        for run in runs
+        for model in run.policies
+        if model.trained and model.trained.stage == "dpo" and model.trained.history
+    ]
+
+
+def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
+    """Log-probs of the preferred and the dispreferred responses of each DPO's training pairs, over its steps."""
+    panels = []
+    for name, artifact in _pair_learners(runs):
+        rows = [
+            {"step": row["step"], "logp": row[f"logps/{key}"], "line": words, "colour": colour}
+            for key, words, colour in (("chosen", "preferred", PALETTE[2]), ("rejected", "dispreferred", PALETTE[1]))
+            for row in artifact.history
+        ]
+        last = max(row["step"] for row in rows)
+        base = alt.Chart(inline_data(rows)).encode(
+            x=alt.X("step:Q", axis=alt.Axis(title="optimizer step", format="d", grid=False, tickMinStep=1)),
+            y=alt.Y("logp:Q", scale=alt.Scale(zero=False, padding=10), axis=alt.Axis(title="log-prob, nats")),
+            color=own_colour(),
+            detail="line:N",
+        )
+        labels = base.transform_filter(alt.datum.step == last).mark_text(align="right", dy=-10, fontSize=11)
+        layers = [base.mark_line(strokeWidth=2), base.mark_point(filled=True, size=22, opacity=1)]
+        chart = alt.layer(*layers, labels.encode(text="line:N"), panel_title(name))
+        panels.append(chart.properties(width=230 if narrow else 290, height=190))
+    return side_by_side(panels, narrow) if panels else None
+
+
+def methods(runs: Runs, narrow: bool) -> Spec | None:
+    """Each method's path: the loss on what it is trained on, falling to the right, and what it forgot on the way."""
+    rows: list[dict] = []
+    for run in runs:
+        for i, (name, found) in enumerate(((run.metrics("methods") or {}).get("methods") or {}).items()):
+            shown = name if len(runs) == 1 else f"{run.name}-{name}"
+            last = found["points"][-1]["step"]
+            rows += [
+                point | {"line": shown, "colour": PALETTE[i % len(PALETTE)], "last": point["step"] == last}
+                for point in found["points"]
+            ]
+    if not rows:
+        return None
+    base = alt.Chart(inline_data(rows)).encode(
+        x=alt.X(
+            "learnt:Q",
+            scale=alt.Scale(reverse=True, zero=False, padding=20),
+            axis=alt.Axis(title="loss on the text it is trained on, nats per token (lower is to the right)"),
+        ),
+        y=alt.Y(
+            "forgotten:Q",
+            scale=alt.Scale(zero=False, padding=14),
+            axis=alt.Axis(title="forgotten: rise of the loss on unrelated text"),
+        ),
+        color=own_colour(),
+        detail="line:N",
+        order="step:Q",
+    )
+    zero = alt.Chart(inline_data([{"at": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y="at:Q")
+    layers = [
+        zero,
+        base.mark_line(strokeWidth=2),
+        base.mark_point(filled=True, size=45, opacity=1),
+        base.mark_text(dy=-9, fontSize=9, color=MUTED).encode(text="step:Q"),
+        base.transform_filter(alt.datum.last).mark_text(dx=8, align="left", fontSize=12).encode(text="line:N"),
+    ]
+    return grid([[alt.layer(*layers).properties(width=230 if narrow else 560, height=260)]])
+
+
+def method_rows(run: Run) -> list[dict[str, Any]]:
+    """The table of methods: each with its losses and, from the record of the attempt that trained it, what it took."""
+    artifact = run.artifacts.get("methods")
+    if artifact is None:
+        return []
+    measured: dict[str, dict] = {}
+    for attempt in artifact.attempts:
+        measured |= attempt.get("measurements") or {}
+    nothing = {"seconds_per_step": None, "peak_bytes": None}
+    return [
+        {"name": name} | found | (measured.get(name) or nothing)
+        for name, found in (artifact.metrics.get("methods") or {}).items()
+    ]

@@ -1,0 +1,148 @@
+"""Ways of fine-tuning the base model on the sft split, side by side: what each learns, forgets, trains and takes.
+
+    python -m tunetrail.stages.methods --config C.json --input base=… --input data=… --input retention=… \
+        --output … --state …
+
+Every method starts from the same weights and sees the same batches. Along the way two losses are measured, in nats per
+token: on the rows that it is trained on (`learnt`), and on unrelated text, less that of the base model (`forgotten`).
+metrics.json holds `rows`, `texts`, the base model's losses (`base`) and per method (`methods`)
+
+    kind                full, LoRA, 4-bit LoRA or prompt tuning
+    parameters, parameters_trained
+    points              [{"step", "learnt", "forgotten"}], the first before training
+    learnt              loss of the last point
+    forgotten           of the last point, a 95% interval by bootstrap over texts
+
+Seconds per step and peak memory depend on the machine: they are in the record, under `measurements` of the attempt
+that trained the method. An attempt that is interrupted keeps the methods it has finished, and trains the one it was at
+from its start.
+"""
+
+import importlib.util
+import math
+import statistics
+import sys
+from typing import Any
+
+from tunetrail.config.methods import MethodConfig, MethodsConfig
+from tunetrail.contract.progress import ProgressBar
+from tunetrail.contract.stage import Stage
+from tunetrail.errors import ConfigError, DataError
+from tunetrail.evaluation.stats import bootstrap
+from tunetrail.files import canonical_json, read_finished_rows
+from tunetrail.models.finetuning import Cost, Example, build, mean_losses, train
+from tunetrail.models.loading import load_tokenizer, trained_parameters
+from tunetrail.models.runtime import quiet_libraries, seed_everything
+from tunetrail.models.supervised import given_and_learnt, tokenize
+from tunetrail.models.training import epoch_order
+from tunetrail.seeds import derive_seed
+from tunetrail.stages.registry import start
+
+
+def batches_of(rows: list[Example], config: MethodsConfig, seed: int) -> list[list[Example]]:
+    """The rows of every optimizer step. Raises DataError where there are fewer than one batch."""
+    if len(rows) < config.batch_size:
+        raise DataError(
+            f"methods: {len(rows)} rows are fewer than one batch (methods.batch_size: {config.batch_size}); lower it"
+        )
+    per_epoch = len(rows) // config.batch_size
+    lengths = [len(given) + len(learnt) for given, learnt in rows]
+    order = epoch_order(lengths, config.batch_size, math.ceil(config.steps / per_epoch), seed)
+    size = config.batch_size
+    batches = [[rows[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
+    return batches[: config.steps]
+
+
+class Comparison:
+    """What every method is trained and measured on."""
+
+    def __init__(self, stage: Stage):
+        self.stage, self.config = stage, MethodsConfig(**stage.config)
+        self.folder, self.precision = stage.inputs["base"].folder / "model", stage.shared["precision"]
+        tokenizer = load_tokenizer(self.folder)
+        self.pad_id = tokenizer.pad_token_id
+        examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, self.config.max_length, "methods")
+        self.rows = [given_and_learnt(example) for example in examples]
+        self.texts = [(r["prompt_ids"], r["response_ids"]) for r in stage.rows("retention", "retention.jsonl")]
+        self.batches = batches_of(self.rows, self.config, stage.seed)
+        points = {round(self.config.steps * i / self.config.points) for i in range(1, self.config.points + 1)}
+        self.measured_at = points - {0} | {self.config.steps}
+        untrained = build(self.folder, MethodConfig(learning_rate=1), self.precision, stage.seed)
+        self.base = self.losses(untrained)
+        """(on the rows, on the texts), a loss for each."""
+
+    def losses(self, model: Any) -> tuple[list[float], list[float]]:
+        sizes = (self.pad_id, self.precision, self.config.batch_size)
+        return mean_losses(model, self.rows, *sizes), mean_losses(model, self.texts, *sizes)
+
+    def forgotten(self, losses: list[float]) -> list[float]:
+        return [loss - before for loss, before in zip(losses, self.base[1], strict=True)]
+
+    def point(self, step: int, losses: tuple[list[float], list[float]]) -> dict[str, float]:
+        learnt, forgotten = losses[0], self.forgotten(losses[1])
+        return {"step": step, "learnt": statistics.fmean(learnt), "forgotten": statistics.fmean(forgotten)}
+
+    def run(self, name: str, bar: ProgressBar) -> dict[str, Any]:
+        """Trains by one method: its entry of metrics.json, and its cost under `measurements`."""
+        method, cost = self.config.compare[name], Cost()
+        seed_everything(self.stage.seed, "methods", name)
+        model = build(self.folder, method, self.precision, derive_seed(self.stage.seed, "methods", name))
+        losses = self.losses(model)
+        points = [self.point(0, losses)]
+
+        def on_step(step: int) -> None:
+            nonlocal losses
+            if step in self.measured_at:
+                losses = self.losses(model)
+                points.append(self.point(step, losses))
+            bar.advance(1, f"{name}: loss {points[-1]['learnt']:.3f}")
+            if step < self.config.steps:
+                self.stage.stop.leave_if_requested(f"while {name} was trained; it starts again")
+
+        train(model, self.batches, method.learning_rate, self.pad_id, self.precision, cost, on_step)
+        result = {"kind": method.kind, "points": points, "learnt": points[-1]["learnt"]}
+        result["forgotten"] = bootstrap(self.forgotten(losses[1]), 2000, self.stage.seed)
+        measurements = {"seconds_per_step": round(statistics.median(cost.seconds), 4), "peak_bytes": cost.peak}
+        return {"name": name, "result": result | trained_parameters(model), "measurements": measurements}
+
+
+def check_packages(config: MethodsConfig) -> None:
+    """Raises ConfigError where a method needs a package that is not here."""
+    wanting = [name for name, method in config.compare.items() if method.four_bit]
+    if wanting and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"methods.compare.{wanting[0]}: four_bit needs bitsandbytes; pip install bitsandbytes, or remove the method"
+        )
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    check_packages(MethodsConfig(**stage.config))
+    quiet_libraries()  # not all of `prepare`: memory that is kept when freed would hide what a method takes
+    seed_everything(stage.seed, "methods")
+    comparison = Comparison(stage)
+    names = list(comparison.config.compare)
+    done_file = stage.state / "methods.jsonl"
+    done = {row["name"]: row for row in read_finished_rows(done_file)}
+    steps, mine = comparison.config.steps, {}
+    with ProgressBar("methods", steps * len(names), "steps", done=steps * len(done)) as bar, done_file.open("a") as out:
+        for name in names:
+            if name in done:
+                continue
+            done[name] = comparison.run(name, bar)
+            stage.attempt.check_leases()
+            out.write(canonical_json(done[name]) + "\n")
+            out.flush()
+            mine[name] = done[name]["measurements"]
+            stage.attempt.note("measurements", mine)
+            stage.stop.leave_if_requested(f"after {len(done)} of {len(names)} methods")
+    return {
+        "rows": len(comparison.rows),
+        "texts": len(comparison.texts),
+        "steps": steps,
+        "base": {"learnt": statistics.fmean(comparison.base[0]), "unrelated": statistics.fmean(comparison.base[1])},
+        "methods": {name: done[name]["result"] for name in names},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(start("methods", run))
