@@ -742,12 +742,12 @@ def test_merged_export_has_no_adapter(run_stage):
     ("name", "config", "message"),
     [
         ("sft", {"batch_size": 25}, "24 examples are fewer than one batch (sft.batch_size: 25)"),
-        ("sft", {"max_length": 5}, "raise sft.max_length (5) or lower data.max_prompt_tokens"),
+        ("sft", {"max_length": 5}, "sft: 24 of 24 examples have more tokens than max_length (5): "),
         ("reward", {"batch_size": 19}, "18 prompts with comparisons are fewer than one batch (reward.batch_size: 19)"),
-        ("reward", {"max_length": 5}, "raise reward.max_length (5) or drop the row"),
+        ("reward", {"max_length": 5}, "reward: 18 of 18 examples have more tokens than max_length (5): "),
         ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "54 pairs are fewer than one batch (batch_size: 60); "
             "collect more comparisons"),
-        ("dpo", {"max_length": 5}, "raise max_length (5) or drop the row"),
+        ("dpo", {"max_length": 5}, "dpo: 54 of 54 examples have more tokens than max_length (5): "),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_is_one_clear_line(run_stage, name, config, message):

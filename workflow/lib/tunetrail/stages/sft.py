@@ -20,6 +20,7 @@ from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.lengths import check_blocks, check_lengths
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -37,9 +38,10 @@ from tunetrail.stages.registry import start
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
     """Rows -> {input_ids, labels}; labels are -100 on prompts; raw text is cut into blocks of `max_length`.
 
-    Raises DataError for a prompt and completion longer than `max_length`.
+    Raises DataError for prompts with completions longer than `max_length`.
     """
-    examples = []
+    examples: list[dict] = []
+    lengths: list[tuple[str, int]] = []
     for row in rows:
         if "text" in row:
             ids = encode_response(tokenizer, row["text"])
@@ -47,12 +49,9 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
             examples += [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
             continue
         prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])
-        if len(prompt) + len(response) > max_length:
-            raise DataError(
-                f"sft: row {row['id']} has {len(prompt) + len(response)} tokens; raise sft.max_length ({max_length}) "
-                "or lower data.max_prompt_tokens"
-            )
+        lengths.append((row["id"], len(prompt) + len(response)))
         examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    check_lengths("sft", lengths, max_length)
     return examples
 
 
@@ -72,6 +71,7 @@ def run(stage: Stage) -> dict:
         raise DataError(f"sft: {len(examples)} examples are fewer than one batch (sft.batch_size: {config.batch_size})")
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
+    check_blocks(model.config, [example["input_ids"] for example in examples], "sft.max_length")
     counts = trained_parameters(model)
     stage.draft.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
     trainer = SFTTrainer(
