@@ -254,7 +254,7 @@ def test_a_file_with_only_invalid_rows_is_refused_even_where_they_may_be_left_ou
     with pytest.raises(DataError) as error:
         read_demonstrations(file([{"prompt": "", "completion": "A"}] * 2), [])
     assert str(error.value).splitlines() == [
-        "d.jsonl:1: 'prompt' is empty; remove the row or fill it (2 such rows: d.jsonl:1, d.jsonl:2)",
+        "d.jsonl:1: 'prompt' is empty; remove the row or fill it (2 such rows: 1, 2)",
         "d.jsonl: none of its 2 rows is valid",
     ]
 
@@ -272,11 +272,9 @@ def test_one_pass_counts_every_mistake_by_kind_and_names_the_first_rows(file):
     with pytest.raises(DataError) as error:
         check_sources(DataConfig(demonstrations=[file(bad_lines())]))
     *kinds, last = str(error.value).splitlines()
-    assert kinds[0] == (
-        "d.jsonl:2: 'completion' is empty; remove the row or fill it (4 such rows: d.jsonl:2, d.jsonl:5, d.jsonl:8, …)"
-    )
+    assert kinds[0] == ("d.jsonl:2: 'completion' is empty; remove the row or fill it (4 such rows: 2, 5, 8, …)")
     assert kinds[1].startswith("d.jsonl:3: not valid JSON (Expecting property name")
-    assert kinds[1].endswith("; every line must hold one JSON object (2 such rows: d.jsonl:3, d.jsonl:12)")
+    assert kinds[1].endswith("; every line must hold one JSON object (2 such rows: 3, 12)")
     assert [line.split(": ")[0] for line in kinds[2:]] == ["d.jsonl:6", "d.jsonl:9", "d.jsonl:14", "d.jsonl"]
     assert kinds[5] == "d.jsonl: 2 more, of 2 other kinds"
     assert last == "d.jsonl: 11 of 20 rows are invalid; fix them, or leave them out with data.invalid: drop"

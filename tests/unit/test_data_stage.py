@@ -378,7 +378,7 @@ def test_a_template_that_refuses_a_conversation(capfd):
     )
     assert refused(capfd, ROWS, system="Be brief.") == [
         "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or data.system, "
-        "or give base.chat_template (60 such rows: d.jsonl:1, d.jsonl:2, d.jsonl:3, …)",
+        "or give base.chat_template (60 such rows: 1, 2, 3, …)",
         "data: none of its 60 rows is valid",
     ]
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)])).code == 0

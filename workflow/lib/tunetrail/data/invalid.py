@@ -34,7 +34,10 @@ def first_few(words: Sequence[str]) -> str:
 def _line(rows: Sequence[Invalid]) -> str:
     """One kind of mistake: its first row, how often it was made, and where."""
     first = f"{rows[0].where}: {rows[0].what}"
-    return first if len(rows) == 1 else f"{first} ({len(rows)} such rows: {first_few([row.where for row in rows])})"
+    places = [row.where.rpartition(":") for row in rows]
+    one_file = len({name for name, _, _ in places}) == 1
+    shown = [number if one_file else f"{name}:{number}" for name, _, number in places]
+    return first if len(rows) == 1 else f"{first} ({len(rows)} such rows: {first_few(shown)})"
 
 
 class Finding(NamedTuple):
