@@ -38,14 +38,10 @@ onsuccess:
 
 
 onerror:
-    shell("python -m tunetrail audit seal {RESULTS} >&2 || true")
-    from tunetrail.monitor.dag import forget_failed
-    from tunetrail.monitor.status import failure_summary
+    from tunetrail.monitor.failure import FAULT, after_failure
 
-    forget_failed(workflow)
-    summary, code = failure_summary(workflow, sys.argv[1:])
-    print(summary, file=sys.stderr)
-    if code == 75:  # all that is missing is people's answers
+    code = after_failure(workflow, Path(RESULTS), sys.argv[1:])
+    if code != FAULT:  # Snakemake's own
         sys.exit(code)
 
 
