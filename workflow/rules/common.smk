@@ -13,7 +13,6 @@ from tunetrail.errors import ConfigError, Interrupted, TunetrailError
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
 from tunetrail.files import canonical_json
-from tunetrail.models.trackers import check as check_trackers
 from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config, stage_of
 
 
@@ -26,11 +25,10 @@ def validated(raw):
             loading.read_yaml(Path(path))
         parsed = loading.parse(dict(raw), source)
         if workflow.is_main_process:
-            from tunetrail.data.readers import check_sources
+            from tunetrail.launch.preflight import check
 
-            loading.check_files(parsed, source)
-            check_sources(parsed.data)
-            check_trackers(parsed.report_to, source)
+            for warning in check(parsed, source, packages=not workflow.deployment_settings.deployment_method):
+                print(f"{source}: warning: {warning}", file=sys.stderr)
         return parsed
     except TunetrailError as error:
         print(error, file=sys.stderr)

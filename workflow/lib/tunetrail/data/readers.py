@@ -223,18 +223,24 @@ def origin(source: Any) -> dict[str, Any]:
     }
 
 
-def check_sources(config: DataConfig) -> None:
-    """Reads every local file of the config once. Raises DataError with what is wrong with all of them."""
-    problems = []
-    for sources, read in ((config.demonstrations, read_demonstrations), (config.preferences, read_preferences)):
+def check_sources(config: DataConfig) -> list[dict]:
+    """The rows of every local file of the config, with `where` and the split that they are `pinned` to.
+
+    Raises DataError with what is wrong with all of them.
+    """
+    rows: list[dict] = []
+    problems: list[str] = []
+    invalid: list[Invalid] | None = [] if config.invalid == "drop" else None
+    for sources, read in ((config.demonstrations, demonstrations), (config.preferences, preferences)):
         for source in sources:
             if isinstance(source, FileSource):
                 try:
-                    read(source, [] if config.invalid == "drop" else None)
+                    rows += [{**row, "where": where, "pinned": source.split} for where, row in read(source, invalid)]
                 except DataError as e:
                     problems.append(str(e))
     if problems:
         raise DataError("\n".join(problems))
+    return rows
 
 
 def row_id(row: dict) -> str:

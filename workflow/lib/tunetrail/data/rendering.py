@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
@@ -63,6 +63,12 @@ def rendered(rows: list[dict], config: DataConfig, renderer: Renderer) -> list[d
     return good
 
 
+class Counts(Protocol):
+    """What counts the tokens of texts."""
+
+    def tokens(self, texts: list[str]) -> list[int]: ...
+
+
 class Measured(NamedTuple):
     """A row that is not raw text, and its tokens."""
 
@@ -79,11 +85,11 @@ class Measured(NamedTuple):
         return self.prompt + self.answer + 1
 
 
-def measured(rows: Sequence[dict], renderer: Renderer) -> list[Measured]:
+def measured(rows: Sequence[dict], counter: Counts) -> list[Measured]:
     answers = [row.get("completions") or [row["completion"]] for row in rows]
-    lengths = iter(renderer.tokens([text for texts in answers for text in texts]))
-    said = iter(renderer.tokens([row["messages"][-1]["content"] for row in rows if row["max_tokens"]]))
-    prompts = renderer.tokens([row["prompt"] for row in rows])
+    lengths = iter(counter.tokens([text for texts in answers for text in texts]))
+    said = iter(counter.tokens([row["messages"][-1]["content"] for row in rows if row["max_tokens"]]))
+    prompts = counter.tokens([row["prompt"] for row in rows])
     return [
         Measured(row, next(said) if row["max_tokens"] else 0, prompt, max(islice(lengths, len(texts))))
         for row, prompt, texts in zip(rows, prompts, answers, strict=True)
@@ -100,7 +106,7 @@ class Limit(NamedTuple):
     """What a row has that is over it."""
     fix: str
 
-    def finding(self, rows: Sequence[Measured]) -> Finding | None:
+    def finding(self, rows: Sequence[Measured], of: str = "rows") -> Finding | None:
         """How many rows are over it, the first of them, and which limit would do; None where all keep it."""
         over = [f"{m.row['where']} ({self.tokens(m)})" for m in rows if self.tokens(m) > self.most]
         if not over:
@@ -108,7 +114,7 @@ class Limit(NamedTuple):
         lengths = sorted(map(self.tokens, rows))
         have = "has" if len(over) == 1 else "have"
         return Finding(
-            f"{self.key}: {len(over)} of {len(rows)} rows {have} {self.too_long}: {first_few(over)}; "
+            f"{self.key}: {len(over)} of {len(rows)} {of} {have} {self.too_long}: {first_few(over)}; "
             f"{lengths[-(len(rows) // 100) - 1]} would fit 99%, {lengths[-1]} all",
             f"{self.fix}, or leave them out with data.too_long: drop",
         )
