@@ -9,9 +9,13 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
+
+include: "workflow/rules/library.smk"
+
+
 if "base" not in config:  # no --configfile given: a second file would be merged into this one, key by key
 
-    configfile: "config/config.yaml"
+    configfile: default_config()
 
 
 include: "workflow/rules/common.smk"
@@ -33,7 +37,8 @@ onstart:
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
     shell(
-        "python -m tunetrail audit seal {RESULTS} >&2 && python -m tunetrail audit verify --recursive {RESULTS} >&2 || true"
+        "{PYTHON:q} -m tunetrail audit seal {RESULTS} >&2"
+        " && {PYTHON:q} -m tunetrail audit verify --recursive {RESULTS} >&2 || true"
     )
 
 

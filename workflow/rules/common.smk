@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 # Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
-from tunetrail.config import loading
 from tunetrail.contract.lease import hold
 from tunetrail.errors import ConfigError, Interrupted, TunetrailError
+from tunetrail.launch.interpreter import job_python
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
 from tunetrail.files import canonical_json
 from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config, stage_of
+
+# Whether jobs run in conda environments or containers of their own.
+IS_DEPLOYED = bool(workflow.deployment_settings.deployment_method)
+PYTHON = "python" if IS_DEPLOYED else job_python()
 
 
 def validated(raw):
@@ -27,7 +31,7 @@ def validated(raw):
         if workflow.is_main_process:
             from tunetrail.launch.preflight import check
 
-            for warning in check(parsed, source, packages=not workflow.deployment_settings.deployment_method):
+            for warning in check(parsed, source, packages=not IS_DEPLOYED):
                 print(f"{source}: warning: {warning}", file=sys.stderr)
         return parsed
     except TunetrailError as error:
@@ -84,7 +88,7 @@ def launcher(wildcards, output, resources, threads):
         given.pop("launcher", None)
     # exec: as a child of the shell it would die of a signal to the job before the stage has saved.
     return shlex.join(
-        ["exec", "python", "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
+        ["exec", PYTHON, "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
         + ["--threads", str(threads), "--resources", json.dumps(given)]
     )
 

@@ -38,5 +38,5 @@ rule stage:
         inputs=lambda wildcards, input: input_options(input),
         part="",
     shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.{params.stage}{params.part} --config {input.config}"
-        " {params.inputs} --output {output.manifest} --state {params.state}"
+        "{params.launch} --log {log} -- {PYTHON:q} -m tunetrail.stages.{params.stage}{params.part}"
+        " --config {input.config} {params.inputs} --output {output.manifest} --state {params.state}"

@@ -235,10 +235,11 @@ def statuses(jobs: list[Job], rerun: str) -> list[StageStatus]:
     return [stage_status(job, queue, rerun) for job in jobs]
 
 
-def rerun_command(profile: str, configfiles: list[Path]) -> str:
+def rerun_command(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> str:
     """The command that runs this workflow."""
-    chosen = ["--configfile", *map(str, configfiles)] if configfiles else []
-    return shlex.join(["snakemake", "--profile", profile, *chosen])
+    chosen = ["--snakefile", str(snakefile)] if snakefile else []
+    chosen += ["--profile", profile, *(["--configfile", *map(str, configfiles)] if configfiles else [])]
+    return shlex.join(["snakemake", *chosen])
 
 
 # ----------------------------------------------------------------------------- for people
