@@ -79,9 +79,13 @@ def made_by(output):
     return stage_of(CONFIG, artifact_of(output)).name
 
 
+def python(wildcards, resources):
+    """What runs a stage. A parameter that depends on resources reruns nothing when it changes."""
+    return shlex.quote(PYTHON)
+
+
 def launcher(wildcards, output, resources, threads):
-    """What stands before a stage's command, see `tunetrail.launch`. A parameter that depends on resources reruns nothing
-    when it changes."""
+    """What stands before a stage's command, see `tunetrail.launch`; it depends on resources too."""
     stage = made_by(output)
     given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
     if HUMAN and stage in ("tasks", "comparisons"):  # people's answers are on this machine, whatever the profile says
