@@ -9,9 +9,13 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
+
+include: "workflow/rules/library.smk"
+
+
 if "base" not in config:  # no --configfile given: a second file would be merged into this one, key by key
 
-    configfile: "config/config.yaml"
+    configfile: default_config()
 
 
 include: "workflow/rules/common.smk"
@@ -33,19 +37,16 @@ onstart:
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
     shell(
-        "python -m tunetrail audit seal {RESULTS} >&2 && python -m tunetrail audit verify --recursive {RESULTS} >&2 || true"
+        "{PYTHON:q} -m tunetrail audit seal {RESULTS} >&2"
+        " && {PYTHON:q} -m tunetrail audit verify --recursive {RESULTS} >&2 || true"
     )
 
 
 onerror:
-    shell("python -m tunetrail audit seal {RESULTS} >&2 || true")
-    from tunetrail.monitor.dag import forget_failed
-    from tunetrail.monitor.status import failure_summary
+    from tunetrail.monitor.failure import FAULT, after_failure
 
-    forget_failed(workflow)
-    summary, code = failure_summary(workflow, sys.argv[1:])
-    print(summary, file=sys.stderr)
-    if code == 75:  # all that is missing is people's answers
+    code = after_failure(workflow, Path(RESULTS), sys.argv[1:])
+    if code != FAULT:  # Snakemake's own
         sys.exit(code)
 
 

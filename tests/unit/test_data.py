@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from tunetrail.config.data import SPLITS, DataConfig, FileSource, Shares
 from tunetrail.contract.runner import main
@@ -113,9 +114,9 @@ DEMO_SHAPES = (
 BAD_DEMONSTRATIONS = [
     (["{not json\n"], "d.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
                       "(char 1)); every line must hold one JSON object"),
-    ([GOOD, "[1]\n"], "d.jsonl:2: must be a JSON object, got list"),
+    (["[1]\n"], "d.jsonl:1: must be a JSON object, got list"),
     ([], "d.jsonl: holds no rows"),
-    (["\n", GOOD, {"prompt": "Q", "completion": ""}], "d.jsonl:3: 'completion' is empty; remove the row or fill it"),
+    (["\n", {"prompt": "Q", "completion": ""}], "d.jsonl:2: 'completion' is empty; remove the row or fill it"),
     ([{"prompt": 5, "completion": "A"}], "d.jsonl:1: 'prompt' must be a text, got int"),
     ([{"prompt": "Q", "completion": None}], "d.jsonl:1: 'completion' must be a text, got NoneType"),
     ([{"text": " \n"}], "d.jsonl:1: 'text' is empty; remove the row or fill it"),
@@ -217,7 +218,7 @@ def test_invalid_rows_can_be_left_out(tmp_path):
     path = write(tmp_path / "d.jsonl", [GOOD, GOOD | {"completion": ""}, GOOD | {"prompt": "R"}])
     invalid = []
     assert len(read_demonstrations(source(path), invalid)) == 2
-    assert invalid == [f"{path}:2: 'completion' is empty; remove the row or fill it"]
+    assert invalid == [(f"{path}:2", "'completion' is empty; remove the row or fill it")]
 
 
 def test_missing_columns_are_named(tmp_path):
@@ -336,6 +337,7 @@ def test_histogram_by_hand():
 def run_data(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path / "base/model")
+    LlamaConfig(max_position_embeddings=4096).save_pretrained(tmp_path / "base/model")
     manifest = {"schema": 1, "stage": "base", "tokenizer": "t", "files": list_files(tmp_path / "base")}
     write_json(tmp_path / "base/manifest.json", manifest)
 
@@ -424,11 +426,13 @@ def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp
 BAD_STAGES = [
     (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these "
                       "shares: add data, name a finer data group, or pin a source to this split"),
-    (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "more than data.max_completion_tokens (80): "),
-    (numbered(60), {"max_prompt_tokens": 10}, "more than data.max_prompt_tokens (10): "),
+    (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "data.max_completion_tokens: 60 of 60 rows have "
+                                                                       "an answer of more than 80 tokens: "),
+    (numbered(60), {"max_prompt_tokens": 10}, "data.max_prompt_tokens: 60 of 60 rows have a prompt of more than 10 "
+                                              "tokens: "),
     ([{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}, {"role": "user",
         "content": "c"}, {"role": "assistant", "content": "d"}]} for i in range(60)], {"chat": False},
-            "data.chat: is false, but the data holds conversations; set it to true"),
+            "is a conversation, but data.chat is false; set it to true (60 such rows: "),
     ([{"prompt": f"{LONG} {i}", "completion": "x"} for i in range(60)], {}, "rows repeat a row of another split, "
         "such as "),
 ]  # fmt: skip
@@ -439,8 +443,7 @@ def test_stage_refuses(run_data, tmp_path, rows, config, message):
     code, error, out = run_data(DataConfig(demonstrations=[source(write(tmp_path / "d.jsonl", rows))], **config))
     assert code == 65
     assert message in error
-    assert error.startswith("data: error: ")
-    assert len(error.strip().splitlines()) == 1
+    assert all(line.startswith("data: error: ") for line in error.splitlines())
     assert not (out / "manifest.json").exists()
 
 

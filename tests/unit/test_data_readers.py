@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from tunetrail.config.data import DataConfig, FileSource, HubSource
+from tunetrail.data.invalid import Invalid
 from tunetrail.data.readers import check_sources, demonstrations, read_demonstrations, read_preferences
 from tunetrail.errors import DataError
 
@@ -50,6 +51,12 @@ def parquet(rows: list[dict]) -> bytes:
 
 # ----------------------------------------------------------------------------- refused
 
+
+def one_of(rows: int, name: str = "d.jsonl") -> str:
+    """The last line where one row of a file is bad."""
+    return f"\n{name}: 1 of {rows} rows is invalid; fix them, or leave them out with data.invalid: drop"
+
+
 JSON = "; every line must hold one JSON object"
 BAD_DEMONSTRATIONS = {
     "half a character": (
@@ -75,11 +82,11 @@ BAD_DEMONSTRATIONS = {
     ),
     "a bad byte far down": (
         b'{"text": "a"}\n' * 40 + b'{"text": "\xff"}\n',
-        "d.jsonl:41: not UTF-8; convert the file with iconv",
+        "d.jsonl:41: not UTF-8; convert the file with iconv" + one_of(41),
     ),
     "a cut last line": (
         '{"text": "a"}\n{"text": "b',
-        "d.jsonl:2: not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))" + JSON,
+        "d.jsonl:2: not valid JSON (Unterminated string starting at: line 1 column 10 (char 9))" + JSON + one_of(2),
     ),
     "two objects in a line": (
         '{"text": "a"} {"text": "b"}\n',
@@ -147,7 +154,7 @@ BAD_PREFERENCES = {
     ),
     "the second row": (
         [RANKED, RANKED | {"completions": ["a", " a"]}],
-        "d.jsonl:2: two of its responses are the same text; remove the row",
+        "d.jsonl:2: two of its responses are the same text; remove the row" + one_of(2),
     ),
     "labels that are no list": (
         [{"prompt": "Q", "a": "x", "b": "y", "labels": 1}],
@@ -168,7 +175,7 @@ BAD_FILES = {
     "fewer cells": (
         "d.csv",
         b"prompt,completion\nQ,A\nR\n",
-        "d.csv:2: 'completion' is empty; remove the row or fill it",
+        "d.csv:2: 'completion' is empty; remove the row or fill it" + one_of(2, "d.csv"),
     ),
     "Latin-1": ("d.csv", b"prompt,completion\nQ,\xff\n", "d.csv: not UTF-8; convert the file with iconv"),
     "a cut gzip": (
@@ -180,7 +187,7 @@ BAD_FILES = {
     "a missing value": (
         "d.parquet",
         parquet([GOOD, {"prompt": "R", "completion": None}]),
-        "d.parquet:2: 'completion' must be a text, got NoneType",
+        "d.parquet:2: 'completion' must be a text, got NoneType" + one_of(2, "d.parquet"),
     ),
     "numbers": (
         "d.parquet",
@@ -236,19 +243,59 @@ def test_an_empty_group_is_refused(file, value):
 
 
 def test_a_row_without_a_mapped_column_can_be_left_out(file):
-    invalid: list[str] = []
+    invalid: list[Invalid] = []
     rows = [{"question": "Q", "completion": "A"}, GOOD]
     assert len(read_demonstrations(file(rows, columns={"prompt": "question"}), invalid)) == 1
     message = "has no column 'question' (columns maps prompt to it); its columns are prompt, completion"
-    assert invalid == [f"d.jsonl:2: {message}"]
+    assert invalid == [("d.jsonl:2", message)]
 
 
-def test_a_file_with_only_invalid_rows_is_not_reported_as_empty(file):
+def test_a_file_with_only_invalid_rows_is_refused_even_where_they_may_be_left_out(file):
     with pytest.raises(DataError) as error:
         read_demonstrations(file([{"prompt": "", "completion": "A"}] * 2), [])
-    assert str(error.value) == (
-        "d.jsonl: every row is invalid, the first: d.jsonl:1: 'prompt' is empty; remove the row or fill it"
-    )
+    assert str(error.value).splitlines() == [
+        "d.jsonl:1: 'prompt' is empty; remove the row or fill it (2 such rows: 1, 2)",
+        "d.jsonl: none of its 2 rows is valid",
+    ]
+
+
+def bad_lines() -> str:
+    """20 lines, 9 of them good, with mistakes of seven kinds, after a byte order mark and with line ends of Windows."""
+    good, empty = json.dumps(GOOD), json.dumps(GOOD | {"completion": " "})
+    messages = [{"messages": [user("a"), assistant("b"), user("c"), {"role": r, "content": "d"}]} for r in "xy"]
+    lines = [good, empty, "{", good, empty, '{"a', good, empty, "[1]", good, empty, "{", good, '{"prompt": 3}']
+    lines += [good] * 4
+    return "\ufeff" + "\r\n".join(lines + [json.dumps(m) for m in messages]) + "\r\n"
+
+
+def test_one_pass_counts_every_mistake_by_kind_and_names_the_first_rows(file):
+    with pytest.raises(DataError) as error:
+        check_sources(DataConfig(demonstrations=[file(bad_lines())]))
+    *kinds, last = str(error.value).splitlines()
+    assert kinds[0] == ("d.jsonl:2: 'completion' is empty; remove the row or fill it (4 such rows: 2, 5, 8, …)")
+    assert kinds[1].startswith("d.jsonl:3: not valid JSON (Expecting property name")
+    assert kinds[1].endswith("; every line must hold one JSON object (2 such rows: 3, 12)")
+    assert [line.split(": ")[0] for line in kinds[2:]] == ["d.jsonl:6", "d.jsonl:9", "d.jsonl:14", "d.jsonl"]
+    assert kinds[5] == "d.jsonl: 2 more, of 2 other kinds"
+    assert last == "d.jsonl: 11 of 20 rows are invalid; fix them, or leave them out with data.invalid: drop"
+
+
+def test_lines_that_are_no_rows_can_be_left_out(file):
+    invalid: list[Invalid] = []
+    assert len(read_demonstrations(file(bad_lines()), invalid)) == 9
+    assert [row.where for row in invalid][:3] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:5"]
+    check_sources(DataConfig(demonstrations=[file(bad_lines())], invalid="drop"))
+
+
+def test_the_mistakes_of_all_sources_are_told_together(file):
+    with pytest.raises(DataError) as error:
+        check_sources(
+            DataConfig(
+                demonstrations=[file([GOOD | {"prompt": 1}], "a.jsonl"), file(b"PAR1", "b.parquet.gz")],
+                preferences=[file([RANKED | {"order": 5}], "c.jsonl")],
+            )
+        )
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["a.jsonl", "b.parquet.gz", "c.jsonl"]
 
 
 # ----------------------------------------------------------------------------- understood
@@ -376,11 +423,11 @@ def test_hub_rows_are_checked_like_a_file(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = HubSource(source="hub", repo="o/n", revision="abc", hub_split="test", subset="s", columns={"prompt": "q"})
-    invalid: list[str] = []
+    invalid: list[Invalid] = []
     (row,) = read_preferences(source, invalid)
     assert asked == [(("o/n", "s"), {"revision": "abc", "split": "test"})]
     assert row["rankings"][0]["time"] == "2026-01-02T00:00:00"
-    assert invalid == ["o/n@abc:2: 'prompt' is empty; remove the row or fill it"]
+    assert invalid == [("o/n@abc:2", "'prompt' is empty; remove the row or fill it")]
 
 
 @pytest.mark.parametrize(
@@ -434,7 +481,7 @@ def test_readers_and_rankings_import_nothing_of_later_steps(module):
 def test_real_files_have_only_the_known_bad_rows():
     """The bad rows are empty outputs of PandaLM's models, and HH conversations that are empty or diverge early."""
     for name, rankings, bad in (("pandalm/pairs", 2817, 54), ("hh-harmless-base/comparisons", 1794, 6)):
-        invalid: list[str] = []
+        invalid: list[Invalid] = []
         source = FileSource(source="file", path=SHARED / f"{name}.jsonl.gz")
         rows = read_preferences(source, invalid)
         assert (sum(len(row["rankings"]) for row in rows), len(invalid)) == (rankings, bad)

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from tunetrail.config.data import DataConfig, FileSource
 from tunetrail.contract.runner import main
@@ -46,7 +47,8 @@ class Prepared:
         return json.loads(Path("data/metrics.json").read_text(encoding="utf-8"))
 
 
-def save_base(template: str | None = None) -> None:
+def save_base(template: str | None = None, positions: int = 4096) -> None:
+    LlamaConfig(max_position_embeddings=positions).save_pretrained("base/model")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template if template is None else template
     tokenizer.save_pretrained("base/model")
@@ -297,23 +299,53 @@ def test_a_split_that_a_stage_reads_may_not_be_empty(capfd):
 # ----------------------------------------------------------------------------- messages
 
 
-def refused(capfd, rows: list[dict], code: int = 65, **config) -> str:
+def refused(capfd, rows: list[dict], code: int = 65, **config) -> list[str]:
+    """The lines of the message."""
+    capfd.readouterr()
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", rows)], **config)).code == code
     assert not Path("data/manifest.json").exists()
-    (line,) = capfd.readouterr().err.splitlines()
-    return line.removeprefix("data: error: ")
+    lines = capfd.readouterr().err.splitlines()
+    assert all(line.startswith("data: error: ") for line in lines)
+    return [line.removeprefix("data: error: ") for line in lines]
 
 
 ROWS = [{"prompt": prompt(i), "completion": "a"} for i in range(60)]
 
 
-def test_a_row_that_is_too_long_is_named(capfd):
-    rows = [*ROWS[:7], {"prompt": "p", "completion": "x" * 90}, *ROWS]
-    message = refused(capfd, rows, max_completion_tokens=80, chat=False)
-    assert (
-        message == "d.jsonl:8: has 90 tokens, more than data.max_completion_tokens (80): 'p'…; raise it, or set "
-        "data.too_long to drop"
-    )
+LONG = [{"prompt": "p" * n, "completion": "a"} for n in (41, 42, 43, 44)]
+
+
+def test_all_rows_that_are_too_long_are_counted_and_the_first_three_named(capfd, caplog):
+    rows = [*ROWS[:7], {"prompt": "p", "completion": "x" * 90}, *LONG, *ROWS * 3]
+    limits = {"max_completion_tokens": 80, "max_prompt_tokens": 40, "chat": False}
+    prompts = [f"alpha beta number {i}" for i in range(len(rows))]
+    rows = [row if row in LONG else row | {"prompt": text} for row, text in zip(rows, prompts, strict=True)]
+    assert refused(capfd, rows, **limits) == [
+        "data.max_prompt_tokens: 4 of 192 rows have a prompt of more than 40 tokens: d.jsonl:9 (41), d.jsonl:10 (42), "
+        "d.jsonl:11 (43), …; 43 would fit 99%, 44 all; raise it, or leave them out with data.too_long: drop",
+        "data.max_completion_tokens: 1 of 192 rows has an answer of more than 80 tokens: d.jsonl:8 (90); 1 would fit "
+        "99%, 90 all; raise it, or leave them out with data.too_long: drop",
+    ]
+    caplog.clear()
+    done = Prepared(DataConfig(demonstrations=[file("d.jsonl", rows)], too_long="drop", near_duplicate=1, **limits))
+    assert done.code == 0
+    assert done.card["dropped"]["too_long"] == 5
+    left_out = [message for message in caplog.messages if "left out" in message]
+    assert left_out[0].startswith("data: left out: data.max_prompt_tokens: 4 of 192 rows have a prompt of more than 40")
+    assert left_out[0].endswith("; 43 would fit 99%, 44 all")
+
+
+def test_rows_longer_than_the_model_reads_are_refused_whatever_the_limits(capfd):
+    """Past its positions a rotary model goes on and gets worse without a word."""
+    save_base(positions=70)
+    rows = [*ROWS, {"prompt": "p" * 60, "completion": "x" * 9}, {"prompt": "p" * 60, "completion": "x" * 10}]
+    assert refused(capfd, rows, chat=False) == [
+        "base: 1 of 62 rows has more tokens, prompt and answer together, than the model has positions (70): d.jsonl:62 "
+        "(71); 71 would fit 99%, 71 all; shorten them, take a model that reads more, or leave them out with "
+        "data.too_long: drop"
+    ]
+    done = Prepared(DataConfig(demonstrations=[file("d.jsonl", rows)], too_long="drop", chat=False))
+    assert (done.code, done.card["dropped"]["too_long"]) == (0, 1)
 
 
 def test_both_rows_of_a_leak_are_named(capfd):
@@ -333,10 +365,9 @@ def test_both_rows_of_a_leak_are_named(capfd):
 
 def test_a_model_without_chat_template(capfd):
     save_base(template="")
-    assert (
-        refused(capfd, ROWS)
-        == "data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template"
-    )
+    assert refused(capfd, ROWS) == [
+        "data.chat: the base model has no chat template; set data.chat to false, or give base.chat_template"
+    ]
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)], chat=False)).code == 0
 
 
@@ -345,23 +376,29 @@ def test_a_template_that_refuses_a_conversation(capfd):
         template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ "
         "messages[0].content }}"
     )
-    message = refused(capfd, ROWS, system="Be brief.")
-    assert (
-        message == "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or "
-        "data.system, or give base.chat_template"
-    )
+    assert refused(capfd, ROWS, system="Be brief.") == [
+        "d.jsonl:1: the chat template refuses turns of system, user (no system role); change the row or data.system, "
+        "or give base.chat_template (60 such rows: 1, 2, 3, …)",
+        "data: none of its 60 rows is valid",
+    ]
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)])).code == 0
 
 
 def test_a_system_message_without_chat(capfd):
-    message = refused(capfd, ROWS, code=78, system="Be brief.", chat=False)
-    assert message == "data.system: plain prompts have no place for it; set it to null, or data.chat to true"
+    assert refused(capfd, ROWS, code=78, system="Be brief.", chat=False) == [
+        "data.system: plain prompts have no place for it; set it to null, or data.chat to true"
+    ]
 
 
 def test_a_conversation_without_chat(capfd):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    message = refused(capfd, [*ROWS, {"messages": turns + turns}], chat=False)
-    assert message == "data.chat: is false, but the data holds conversations; set it to true (d.jsonl:61)"
+    rows = [*ROWS, {"messages": [*turns, {"role": "user", "content": "c"}, turns[1]]}]
+    assert refused(capfd, rows, chat=False) == [
+        "d.jsonl:61: is a conversation, but data.chat is false; set it to true",
+        "data: 1 of 62 rows is invalid; fix them, or leave them out with data.invalid: drop",
+    ]
+    done = Prepared(DataConfig(demonstrations=[file("d.jsonl", rows)], chat=False, invalid="drop"))
+    assert (done.code, done.card["dropped"]["not_rendered"]) == (0, 1)
 
 
 # ----------------------------------------------------------------------------- real human data

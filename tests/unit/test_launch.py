@@ -15,7 +15,7 @@ from tunetrail.errors import TunetrailError
 from tunetrail.launch import resources as asked
 from tunetrail.launch import submit
 from tunetrail.launch import supervise as supervising
-from tunetrail.launch.supervise import await_slurm_decision, progress
+from tunetrail.launch.supervise import EXIT_CODE, await_slurm_decision, progress
 from tunetrail.launch.time_limit import minutes_left, parse_time_left, stage_environment
 from tunetrail.stages.registry import STAGES
 
@@ -55,6 +55,19 @@ def test_output_goes_to_the_log_and_the_code_is_the_stages(tmp_path):
     assert process.communicate(timeout=60)[1] == "working\n"
     assert process.returncode == 3
     assert (tmp_path / "log").read_text() == "working\n"
+
+
+def test_a_stage_that_fails_leaves_its_exit_code_for_the_head(tmp_path):
+    """It is no progress: else a job that saves nothing would be requeued for it."""
+    launch(tmp_path, "2").wait()
+    assert (tmp_path / "state" / EXIT_CODE).read_text() == "3"
+    assert progress(tmp_path / "state") == set()
+    process = launch(tmp_path)
+    while (tmp_path / "state" / EXIT_CODE).exists() or not (tmp_path / "log").read_text():
+        time.sleep(0.02)  # one that is killed now leaves none
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert (tmp_path / "state" / EXIT_CODE).read_text() == "75"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])

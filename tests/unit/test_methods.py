@@ -175,17 +175,6 @@ def test_fewer_rows_than_a_batch_are_refused(folder, capfd):
     assert "24 rows are fewer than one batch (methods.batch_size: 25); lower it" in capfd.readouterr().err
 
 
-def test_a_missing_package_is_named(folder, monkeypatch, capfd):
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else there(name))
-    block = BLOCK | {"compare": {"small": {"learning_rate": 1e-2, "lora": {"r": 2}, "four_bit": True}}}
-    assert run(block, "state4", "methods4") == 78
-    assert (
-        "methods.compare.small: four_bit needs bitsandbytes; pip install bitsandbytes, or remove the method"
-        in capfd.readouterr().err
-    )
-
-
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is optional")
 def test_lora_on_four_bits(folder):
     block = BLOCK | {"compare": {"small": {"learning_rate": 1e-2, "lora": {"r": 2}, "four_bit": True}}}

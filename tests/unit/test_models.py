@@ -9,6 +9,7 @@ import torch
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
+from tunetrail.models.lengths import check_blocks, check_lengths
 from tunetrail.models.loading import (
     load_reward_model,
     load_tokenizer,
@@ -237,6 +238,34 @@ def test_responses_end_at_eos(model):
     assert all(EOS not in c[:-1] for c in flat)
     assert all(c[-1] == EOS or len(c) == 20 for c in flat)
     assert any(c[-1] == EOS for c in flat)
+
+
+def test_prompts_that_leave_no_room_are_refused_before_sampling(model):
+    """A rotary model would go on past its positions, and get worse without a word."""
+    prompts = [[5] * n for n in (3, 4089, 4090, 4096)]
+    settings = {"temperature": 0, "seed": 0, "batch_size": 4, "eos_id": EOS, "pad_id": PAD}
+    with pytest.raises(DataError) as error:
+        sample(model, prompts, "abcd", k=1, max_new_tokens=7, **settings)
+    assert str(error.value) == (
+        "max_new_tokens: 2 of 4 prompts leave no room for 7 tokens in the model's 4096 positions; the longest prompt "
+        "has 4096: lower max_new_tokens or data.max_prompt_tokens"
+    )
+
+
+def test_examples_longer_than_what_a_stage_trains_on_are_counted():
+    check_lengths("sft", [("a", 5)], 5)
+    with pytest.raises(DataError) as error:
+        check_lengths("sft", [(name, 5 + n) for n, name in enumerate("abcde")], 5)
+    assert str(error.value) == (
+        "sft: 4 of 5 examples have more tokens than max_length (5): b (6), c (7), d (8), …; raise it to 9, or "
+        "leave out longer rows by the limits of data"
+    )
+
+
+def test_text_may_not_be_cut_into_blocks_longer_than_the_model_reads(model):
+    check_blocks(model.config, [[5] * 4096], "sft.max_length")
+    with pytest.raises(ConfigError, match=r"^sft.max_length: 4097 tokens are more than the model's 4096 positions"):
+        check_blocks(model.config, [[5] * 4097], "sft.max_length")
 
 
 def test_eos_closes_a_finished_response_only():

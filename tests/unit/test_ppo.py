@@ -167,6 +167,11 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     )  # fmt: skip
 
 
+def test_ppo_refuses_prompts_that_leave_no_room_before_it_begins():
+    with pytest.raises(DataError, match="12 of 12 prompts leave no room for 4090 tokens in the model's 4096 positions"):
+        make_trainer(max_new_tokens=4090)
+
+
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 @pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)])
 def test_first_ratio_is_one_and_reference_is_the_start(critic, lora):

@@ -142,7 +142,9 @@ def test_only_what_is_used_is_in_a_stages_config(tmp_path):
     ({"evaluation": {"gold": ["chrf", "mine"]}}, r"evaluation.gold\[1\]: there is no scorer 'mine'"),
     ({"evaluation": {"gold": ["chrf", "chrf"]}}, r"evaluation.gold: names a scorer twice: chrf, chrf"),
     ({"evaluation": {"gold": 3}}, r"evaluation.gold: must be the name of a scorer or a list of names, got 3"),
-    ({"scorers": {"a": {"scorer": "sum", "of": {"b": 1}}}}, r"scorers.a.of.b: there is no such scorer"),
+    ({"scorers": {"a": {"scorer": "sum", "of": {"b": 1}}}}, r"scorers.a.of.b: there is no scorer 'b', only a, "),
+    ({"scorers": {"a": {"scorer": "sum", "of": {"chfr": 1}}}},
+     r"scorers.a.of.chfr: there is no scorer 'chfr', only a, chrf, exact, guideline, length; did you mean chrf\?"),
     ({"scorers": {"a": {"scorer": "sum", "of": {"b": 1}}, "b": {"scorer": "sum", "of": {"a": 1}}}},
      r"scorers.a.of: the sum contains itself"),
     ({"scorers": {"reward_model": {"scorer": "exact"}}}, r"'reward_model' names the run's own reward model"),
@@ -165,3 +167,49 @@ def test_a_missing_file_is_named_before_any_job(tmp_path):
     config = parse(GOOD | {"scorers": scorers}, "c.yaml")
     with pytest.raises(ConfigError, match=r"c.yaml: scorers.mine.path: no such file or folder"):
         check_files(config, "c.yaml")
+
+
+# ----------------------------------------------------------------------------- responses that are cut off
+
+
+def ppo(reward: dict, **more) -> dict:
+    broken = {"scorer": "sum", "of": {"guideline": 1.0, "exact": -4.0}}
+    mine = {"scorer": "python", "path": "mine.py"}
+    policy = {"method": "ppo", "steps": 1, "reward": reward} | more
+    return GOOD | {"scorers": {"broken": broken, "mine": mine}, "policies": {"p": policy}}
+
+
+@pytest.mark.parametrize(
+    ("reward", "more", "least"),
+    [
+        ({"broken": 1.0}, {}, "-4"),
+        ({"guideline": -1.0}, {}, "-5"),
+        ({"length": -0.05}, {}, "any number"),
+        ({"mine": 1.0}, {}, "any number"),
+        ({"mine": 1.0}, {"score_clip": 3.0}, "-3"),
+        ({"exact": 1.0}, {"normalize_scores": True}, "any number"),
+        ({"exact": 1.0}, {"length_penalty": 0.1, "max_new_tokens": 20}, "-2"),
+    ],
+)
+def test_a_default_that_would_reward_responses_for_being_cut_off_is_refused(reward, more, least):
+    with pytest.raises(ConfigError) as error:
+        parse(ppo(reward, **more), "c.yaml")
+    assert str(error.value) == (
+        "c.yaml: policies.p.missing_eos_score: its default (-1) could reward a response for being cut off, since its "
+        f"reward gives whole ones {least} and more: set it below what whole responses get, or to null with a "
+        "missing_eos_penalty"
+    )
+    for chosen in (-9, None, 0):
+        parse(ppo(reward, missing_eos_score=chosen, **more), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("reward", "more"),
+    [
+        ({"guideline": 1.0, "chrf": 0.1}, {}),
+        ({"exact": 2.0, "length": 0.0, "guideline": -0.2}, {}),
+        ({"mine": 1.0}, {"score_clip": 1.0}),
+    ],
+)
+def test_scorers_that_give_whole_responses_no_less_keep_the_default(reward, more):
+    assert parse(ppo(reward, **more)).policies["p"].missing_eos_score == -1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tunetrail.monitor import status
+from tunetrail.launch.supervise import EXIT_CODE
+from tunetrail.monitor import failure, status
 from tunetrail.monitor.dag import Job, _natural, config_changes, listed
 
 RERUN = "snakemake --profile p"
@@ -137,12 +139,71 @@ def test_a_failed_stage_has_its_error_its_log_and_how_to_run_it_again(job):
         ("a\nslurmstepd: error: Detected 1 oom_kill event\nb\n", "slurmstepd: error: Detected 1 oom_kill event"),
         ("torch.OutOfMemoryError: CUDA out of memory\n", "torch.OutOfMemoryError: CUDA out of memory"),
         ("Killed\n", "Killed"),
+        (
+            "x\nd: error: a.jsonl:2: is empty\nd: error: a.jsonl:3: is a list\nd: error: 2 of 9\n",
+            "d: error: a.jsonl:2: is empty · 2 more in the log",
+        ),
+        ("sft: error: old\ndata: error: new\n", "data: error: new"),
         ("", None),
     ],
 )
 def test_the_last_error_of_a_log(tmp_path, log, line):
     (tmp_path / "log").write_text(log)
     assert status.error_line(tmp_path / "log") == line
+
+
+def code(j: Job, number: int) -> None:
+    """As the launcher leaves it."""
+    j.state.mkdir(parents=True, exist_ok=True)
+    (j.state / EXIT_CODE).write_text(str(number))
+
+
+def test_after_bad_data_or_config_the_next_step_is_to_fix_it(job):
+    j = job()
+    attempt(j, ended=ended("failed", "DataError"))
+    say(j, "reward: error: no pairs\n")
+    code(j, 65)
+    assert status.failure_lines([look(j)]) == [
+        "reward failed (attempt 1, exit code 65): reward: error: no pairs",
+        "    log    logs/r/reward.log",
+        "    fix    the data is bad; change what is named above, then",
+        f"    again  {RERUN} -- results/r/reward/manifest.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([65], 65), ([78, 78], 78), ([75], 75), ([65, 78], 1), ([65, None], 1), ([None], 1), ([75, "people"], 75)],
+)
+def test_a_run_ends_with_the_exit_code_that_all_its_failures_share(job, codes, expected):
+    found = []
+    for i, number in enumerate(codes):
+        j = job(f"evaluation/{i}")
+        attempt(j, ended=ended("waiting" if number == "people" else "failed", "for people: 0 of 3 rankings"))
+        if isinstance(number, int):
+            code(j, number)
+        found.append(look(j))
+    assert failure.common_code(found) == expected
+    last = failure.summary(found, ["--cores", "2"]).splitlines()
+    assert last[-1] == "To go on with all that is left: snakemake --cores 2"
+    assert ("evaluation/1 waits for people: 0 of 3 rankings" in last) == ("people" in codes)
+
+
+def test_a_failed_run_is_sealed_without_a_word_about_tags(original, tmp_path, capsys):
+    """Nor is there one where nothing was made yet, as when the first stage fails."""
+    failure.seal(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    failure.seal(tmp_path / "empty")
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+    shutil.copytree(original, tmp_path / "run")
+    lines = (tmp_path / "run/ledger.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run/ledger.jsonl").write_text("".join(lines[:-1]))
+    failure.seal(tmp_path / "run")
+    assert (tmp_path / "run/ledger.jsonl").read_text().splitlines(keepends=True)[:-1] == lines[:-1]
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "run/ledger.jsonl").write_text("".join(lines[1:]))
+    failure.seal(tmp_path / "run")
+    assert "nothing is sealed on top of it" in capsys.readouterr().err
 
 
 def test_a_failure_before_the_first_attempt_is_one(job):

@@ -26,6 +26,7 @@ from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.saving import save_tokenizer, save_weights
 from tunetrail.models.scoring import sequence_scores
+from tunetrail.models.supervised import tokenize
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.training import epoch_order, history, learning_rate_scale, rows_at_once, rows_left_out
 from tunetrail.provenance.manifest import list_files
@@ -34,7 +35,6 @@ from tunetrail.provenance.verify import Verifier
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, over_groups, reliability, right
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, kwise_loss, kwise_scores
 from tunetrail.reward.probe import bradley_terry, fit_probe, frozen_states
-from tunetrail.stages import sft
 from tunetrail.stages.base import set_special_tokens
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
 
@@ -357,13 +357,13 @@ def test_kept_steps_are_spread_and_never_the_last():
 def test_sft_labels_only_the_completion_and_all_of_raw_text():
     tokenizer = tiny_tokenizer()
     rows = [{"id": "1", "prompt": "ab", "completion": "c"}, {"id": "2", "text": "abcdefg"}]
-    chat, *blocks = sft.tokenize(rows, tokenizer, max_length=5)
+    chat, *blocks = tokenize(rows, tokenizer, 5, "sft")
     assert chat["labels"] == [-100, -100, *chat["input_ids"][2:]]
     assert chat["input_ids"][-1] == tokenizer.eos_token_id
     assert [len(b["input_ids"]) for b in blocks] == [5, 3]
     assert all(b["labels"] == b["input_ids"] for b in blocks)
     with pytest.raises(DataError, match=r"sft: row 1 has 4 tokens; raise sft.max_length \(3\)"):
-        sft.tokenize(rows, tokenizer, max_length=3)
+        tokenize(rows, tokenizer, 3, "sft")
 
 
 def test_history_has_nothing_a_clock_decides():
@@ -585,7 +585,7 @@ def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
     assert code == 0, error
     tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
     nlls = []
-    for example in sft.tokenize(read_jsonl(workspace / "data/sft.jsonl"), tokenizer, 1024):
+    for example in tokenize(read_jsonl(workspace / "data/sft.jsonl"), tokenizer, 1024, "sft"):
         logprobs = model(torch.tensor([example["input_ids"]])).logits[0].log_softmax(-1)
         nlls += [-logprobs[i - 1, label].item() for i, label in enumerate(example["labels"]) if label != -100]
     assert read_jsonl(output.with_name("history.jsonl"))[0]["loss"] == pytest.approx(sum(nlls) / len(nlls), abs=1e-4)
@@ -743,12 +743,12 @@ def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_sta
     ("name", "config", "message"),
     [
         ("sft", {"batch_size": 25}, "24 examples are fewer than one batch (sft.batch_size: 25)"),
-        ("sft", {"max_length": 5}, "raise sft.max_length (5) or lower data.max_prompt_tokens"),
+        ("sft", {"max_length": 5}, "sft: 24 of 24 examples have more tokens than max_length (5): "),
         ("reward", {"batch_size": 19}, "18 prompts with comparisons are fewer than one batch (reward.batch_size: 19)"),
-        ("reward", {"max_length": 5}, "raise reward.max_length (5) or drop the row"),
+        ("reward", {"max_length": 5}, "reward: 18 of 18 examples have more tokens than max_length (5): "),
         ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "54 pairs are fewer than one batch (batch_size: 60); "
             "collect more comparisons"),
-        ("dpo", {"max_length": 5}, "raise max_length (5) or drop the row"),
+        ("dpo", {"max_length": 5}, "dpo: 54 of 54 examples have more tokens than max_length (5): "),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_is_one_clear_line(run_stage, name, config, message):

@@ -124,13 +124,20 @@ def test_everyone_met_everyone(tiny_run):
     assert ("lora", "full") in adapters
 
 
-def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run):
+@pytest.fixture
+def lm_eval(monkeypatch, tmp_path):
+    """As if the package were installed."""
+    (tmp_path / "packages/lm_eval").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/packages", prepend=os.pathsep)
+
+
+def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run, lm_eval):
     found = tiny_run.pending(edited(tiny_run, lm_eval={"tasks": ["arc_easy"]}))
     assert (found["lm_eval"], found["report"]) == (5, 1)
     assert not found.keys() & {"evaluation", "head_to_head", "dpo"}
 
 
-def test_files_that_are_measured_on_are_inputs(project):
+def test_files_that_are_measured_on_are_inputs(project, lm_eval):
     """Else an edited one would keep its old numbers."""
     (project.folder / "tasks").mkdir()
     for name in ("text.txt", "tasks/own.yaml"):
@@ -268,6 +275,103 @@ def test_mistakes_stop_before_any_job(project, changes, message):
     assert message in reply.stderr.splitlines()
     assert "Traceback" not in reply.stderr
     assert not (project.folder / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            "run: x\nbase: {source: random\n",
+            "config/config.yaml:3: not valid YAML: expected ',' or '}', but got '<stream end>'",
+        ),
+        ("run: x\nrun: y\n", "config/config.yaml:2: key 'run' is given twice"),
+        (None, "config/config.yaml: no such config file"),
+    ],
+)
+def test_a_default_config_that_cannot_be_read_is_one_line(project, content, line):
+    path = project.folder / "config/config.yaml"
+    path.write_text(content) if content else path.unlink()
+    for options in ((), ("--config", "seed=3")):
+        reply = project.snakemake(*options, config=None)
+        assert reply.returncode == 78
+        assert line in reply.stderr.splitlines()
+        assert "Traceback" not in reply.stderr
+
+
+def snakemake(project: Project, *options: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Started in another folder than the workflow's, or with another environment."""
+    command = [sys.executable, "-m", "snakemake", *options]
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_jobs_run_in_the_environment_of_snakemake_whether_it_was_activated_or_not(project):
+    options = ("--cores", "1", "--configfile", "config/examples/tiny.yaml", "--dry-run", "--printshellcmds")
+    activated = f"{Path(sys.executable).parent}{os.pathsep}/usr/bin:/bin"
+    for path, python in (("/usr/bin:/bin", sys.executable), (activated, "python")):
+        reply = snakemake(project, *options, folder=project.folder, PATH=path)
+        started = set(re.findall(r"(\S+) -m tunetrail\.(?:launch|stages)", reply.stdout))
+        assert started == {python}, reply.stderr
+    deployed = snakemake(project, *options, "--sdm", "conda", folder=project.folder, PATH="/usr/bin:/bin")
+    assert set(re.findall(r"(\S+) -m tunetrail\.launch", deployed.stdout)) in ({"python"}, set())  # no conda here
+
+
+def test_a_snakemake_that_lacks_the_library_says_so(project, tmp_path):
+    (tmp_path / "lacks/tunetrail").mkdir(parents=True)
+    (tmp_path / "lacks/tunetrail/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\")")
+    reply = snakemake(project, "--cores", "1", "-n", folder=project.folder, PYTHONPATH=f"{tmp_path}/lacks")
+    assert reply.returncode == 78
+    (line,) = reply.stderr.splitlines()
+    assert line.startswith(f"{sys.executable}: No module named 'pydantic'; start the snakemake of the environment that")
+    assert f"pip install -r {project.folder}/envs/requirements.txt -e {project.folder}" in line
+
+
+def test_a_workflow_in_another_folder_runs_where_it_was_started_or_sent(project, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    workflow = ("--snakefile", f"{project.folder}/Snakefile", "--profile", f"{project.folder}/profiles/local")
+    reply = snakemake(project, *workflow, "--dry-run", folder=elsewhere)  # its own default config
+    assert reply.returncode == 0, reply.stderr
+    assert "output: results/demo/report/manifest.json" in reply.stdout
+    rows = [{"prompt": f"question {i}", "completion": "yes"} for i in range(40)]
+    (project.folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = project.folder / "own.yaml"
+    own.write_text("run: own\nbase: {source: random}\ndata: {demonstrations: [{source: file, path: d.jsonl}]}\n")
+    sent = ("--profile", "profiles/local", "--configfile", "own.yaml", "--directory", str(elsewhere), "--dry-run")
+    reply = snakemake(project, *sent, folder=project.folder)
+    assert reply.returncode == 78
+    assert reply.stderr.splitlines()[-1].endswith(
+        "data.demonstrations[0].path: no such file or folder: d.jsonl; paths are relative to where Snakemake runs, "
+        f"which is {elsewhere}"
+    )
+    shutil.copy(project.folder / "d.jsonl", elsewhere)
+    assert snakemake(project, *sent, folder=project.folder).returncode == 0
+    status = [sys.executable, "-m", "tunetrail", "status", *workflow, "--configfile", str(own)]
+    reply = subprocess.run(status, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert (reply.returncode, "base" in reply.stdout) == (0, True), reply.stderr
+
+
+def test_a_stage_that_finds_bad_data_decides_the_exit_code_and_has_the_last_word(project):
+    """Lengths are known to a stage alone where the base is not a local folder."""
+    rows = [{"prompt": f"question {i}", "completion": "x" * (10 + i)} for i in range(40)]
+    (project.folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"source": "file", "path": "d.jsonl"}
+    content = {"run": "own", "data": {"demonstrations": [source], "max_completion_tokens": 48}}
+    (project.folder / "real.yaml").write_text(yaml.safe_dump(COMMON | content))
+    reply = project.snakemake("--until", "data", config="real.yaml")
+    assert reply.returncode == 65
+    lines = reply.stderr.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.startswith("data failed (attempt 1, exit code 65): ")]
+    assert "data.max_completion_tokens: 1 of 40 rows has an answer of more than 48 tokens: d.jsonl:40" in lines[place]
+    command = "snakemake --profile profiles/local --configfile real.yaml --until data"
+    assert lines[place + 1 : place + 5] == [
+        "    log    logs/own/data.log",
+        "    fix    the data is bad; change what is named above, then",
+        f"    again  {command} -- results/own/data/manifest.json",
+        f"To go on with all that is left: {command}",
+    ]
+    assert not re.search("git tag|no artifact", reply.stderr)
+    assert (project.folder / "results/own/ledger.jsonl").read_text().count("\n") == 1  # base is sealed
 
 
 def rules(output: dict) -> set[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tunetrail.cli import main
 from tunetrail.monitor import dag, status
 
 from ..conftest import Project
@@ -92,6 +93,22 @@ def test_a_bad_config_is_its_own_error(project):
     assert reply.returncode == 78
     assert "bad.yaml: sfd: unknown key" in reply.stderr
     assert "Traceback" not in reply.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "plan", "doctor"])
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("run: x\nbase: {source: random\ndata: [\n", "bad.yaml:3: not valid YAML: expected ',' or '}', but got ':'"),
+        (None, "bad.yaml: no such config file"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, command, content, line):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path("bad.yaml").write_text(content)
+    assert main([command, "--configfile", "bad.yaml"]) == 78
+    assert capsys.readouterr() == ("", f"{line}\n")
 
 
 def test_a_stage_is_seen_running_and_then_failed_while_another_branch_goes_on(tiny_run, tmp_path):

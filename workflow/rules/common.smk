@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 # Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
-from tunetrail.config import loading
 from tunetrail.contract.lease import hold
 from tunetrail.errors import ConfigError, Interrupted, TunetrailError
+from tunetrail.launch.interpreter import job_python
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
 from tunetrail.files import canonical_json
-from tunetrail.models.trackers import check as check_trackers
 from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config, stage_of
+
+# Whether jobs run in conda environments or containers of their own.
+IS_DEPLOYED = bool(workflow.deployment_settings.deployment_method)
+PYTHON = "python" if IS_DEPLOYED else job_python()
 
 
 def validated(raw):
@@ -26,11 +29,10 @@ def validated(raw):
             loading.read_yaml(Path(path))
         parsed = loading.parse(dict(raw), source)
         if workflow.is_main_process:
-            from tunetrail.data.readers import check_sources
+            from tunetrail.launch.preflight import check
 
-            loading.check_files(parsed, source)
-            check_sources(parsed.data)
-            check_trackers(parsed.report_to, source)
+            for warning in check(parsed, source, packages=not IS_DEPLOYED):
+                print(f"{source}: warning: {warning}", file=sys.stderr)
         return parsed
     except TunetrailError as error:
         print(error, file=sys.stderr)
@@ -77,16 +79,20 @@ def made_by(output):
     return stage_of(CONFIG, artifact_of(output)).name
 
 
+def python(wildcards, resources):
+    """What runs a stage. A parameter that depends on resources reruns nothing when it changes."""
+    return shlex.quote(PYTHON)
+
+
 def launcher(wildcards, output, resources, threads):
-    """What stands before a stage's command, see `tunetrail.launch`. A parameter that depends on resources reruns nothing
-    when it changes."""
+    """What stands before a stage's command, see `tunetrail.launch`; it depends on resources too."""
     stage = made_by(output)
     given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
     if HUMAN and stage in ("tasks", "comparisons"):  # people's answers are on this machine, whatever the profile says
         given.pop("launcher", None)
     # exec: as a child of the shell it would die of a signal to the job before the stage has saved.
     return shlex.join(
-        ["exec", "python", "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
+        ["exec", PYTHON, "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
         + ["--threads", str(threads), "--resources", json.dumps(given)]
     )
 

@@ -33,10 +33,11 @@ rule stage:
         ENVIRONMENT
     params:
         launch=launcher,
+        python=python,
         stage=lambda wildcards, output: made_by(output),
         state=lambda wildcards, output: f"{STATE}/{artifact_of(output)}",
         inputs=lambda wildcards, input: input_options(input),
         part="",
     shell:
-        "{params.launch} --log {log} -- python -m tunetrail.stages.{params.stage}{params.part} --config {input.config}"
-        " {params.inputs} --output {output.manifest} --state {params.state}"
+        "{params.launch} --log {log} -- {params.python} -m tunetrail.stages.{params.stage}{params.part}"
+        " --config {input.config} {params.inputs} --output {output.manifest} --state {params.state}"

@@ -5,8 +5,8 @@
     label    serve, add, list, renew, forget, verify, export, import
     audit    verify, trace, diff, show, seal, reproduce, export, card
 
-Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid. `config check` and
-`config resolve` end with 78 for a bad config. status and plan end with 0 whatever they report, unless they cannot.
+Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid. A bad config ends
+config, status, plan and doctor with 78, bad data with 65. status and plan end with 0 whatever they report.
 """
 
 import sys

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tunetrail.cli.common import SOUND
-from tunetrail.errors import ConfigError
+from tunetrail.errors import TunetrailError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ConfigFile = Annotated[Path, typer.Argument(help="A config file, such as config/config.yaml.", show_default=False)]
@@ -20,7 +20,7 @@ def _load(path: Path, use: Callable[[Any], None]) -> int:
 
     try:
         use(load(path))
-    except ConfigError as e:
+    except TunetrailError as e:
         print(e, file=sys.stderr)
         return e.exit_code
     return SOUND
@@ -28,8 +28,14 @@ def _load(path: Path, use: Callable[[Any], None]) -> int:
 
 @app.command()
 def check(path: ConfigFile) -> int:
-    """Validate a config file: exit code 0, or 78 with one line per mistake."""
-    return _load(path, lambda config: None)
+    """Validate a config file and what it names: exit code 0, 78, or 65 for bad data, with one line per mistake."""
+    from tunetrail.launch import preflight
+
+    def warn(config: Any) -> None:
+        for warning in preflight.check(config, str(path)):
+            print(f"{path}: warning: {warning}", file=sys.stderr)
+
+    return _load(path, warn)
 
 
 @app.command()

@@ -1,18 +1,23 @@
 """tunetrail status, plan, doctor, compare: looking at runs."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunetrail.cli.common import SOUND, Json, print_json
 from tunetrail.errors import ConfigError
 
+if TYPE_CHECKING:
+    from tunetrail.monitor.dag import Job
+
 Profile = Annotated[str, typer.Option(help="Snakemake's profile, by folder or name.")]
 ConfigFiles = Annotated[
     list[Path] | None, typer.Option("--configfile", help="As snakemake takes it (default: config/config.yaml).")
 ]
+Snakefile = Annotated[Path | None, typer.Option(help="The workflow, where it lies in another folder.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -20,18 +25,32 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
+def _jobs(profile: str, configfiles: list[Path], snakefile: Path | None) -> "list[Job]":
+    """The stages of the workflow. A bad config ends the command as it ends Snakemake."""
+    from tunetrail.config.loading import read_yaml
+    from tunetrail.monitor.dag import read_dag
+
+    for path in configfiles:
+        try:
+            read_yaml(path)
+        except ConfigError as e:
+            print(e, file=sys.stderr)
+            raise typer.Exit(e.exit_code) from None
+    return read_dag(profile, configfiles, snakefile)
+
+
 def status(
     profile: Profile = "profiles/local",
     configfile: ConfigFiles = None,
+    snakefile: Snakefile = None,
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run on a live screen.")] = False,
 ) -> int:
     """Show where each stage of the run stands: done, stale, running, interrupted, failed or waiting."""
     from tunetrail.monitor import status as monitor
-    from tunetrail.monitor.dag import read_dag
 
     files = configfile or []
-    rerun, jobs = monitor.rerun_command(profile, files), read_dag(profile, files)
+    rerun, jobs = monitor.rerun_command(profile, files, snakefile), _jobs(profile, files, snakefile)
     if watch:
         from tunetrail.monitor.watch import follow
 
@@ -45,12 +64,16 @@ def status(
     return SOUND
 
 
-def plan(profile: Profile = "profiles/local", configfile: ConfigFiles = None, as_json: Json = False) -> int:
+def plan(
+    profile: Profile = "profiles/local",
+    configfile: ConfigFiles = None,
+    snakefile: Snakefile = None,
+    as_json: Json = False,
+) -> int:
     """Show what would run and why, and what it took to make what would be made again."""
     from tunetrail.monitor import plan as monitor
-    from tunetrail.monitor.dag import read_dag
 
-    steps = monitor.plan(read_dag(profile, configfile or []))
+    steps = monitor.plan(_jobs(profile, configfile or [], snakefile))
     if as_json:
         print_json(monitor.as_json(steps))
     else:
@@ -61,16 +84,16 @@ def plan(profile: Profile = "profiles/local", configfile: ConfigFiles = None, as
 def doctor(
     profile: Profile = "profiles/slurm",
     configfile: ConfigFiles = None,
+    snakefile: Snakefile = None,
     as_json: Json = False,
     jobs: Annotated[bool, typer.Option(help="Also run a small job in each partition.")] = True,
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long such a job may take to begin.")] = 120,
 ) -> int:
     """Check whether this site's Slurm can run what the profile asks for: 0 all well, 1 findings, 2 could not look."""
     from tunetrail.monitor import doctor as monitor
-    from tunetrail.monitor.dag import read_dag
 
     report = (lambda check: None) if as_json else (lambda check: print(check, flush=True))
-    checks = monitor.diagnose(read_dag(profile, configfile or []), jobs, wait, report)
+    checks = monitor.diagnose(_jobs(profile, configfile or [], snakefile), jobs, wait, report)
     if as_json:
         print_json([vars(check) for check in checks])
     return monitor.exit_code(checks)

@@ -133,10 +133,14 @@ class DataConfig(Block):
     max_prompt_tokens: Count = Field(default=512, description="tokens of a rendered prompt, at most")
     max_completion_tokens: Count = Field(default=512, description="tokens of an answer, at most")
     invalid: Literal["error", "drop"] = Field(
-        default="error", description="a row that fails its schema: stop, or leave it out and count it"
+        default="error",
+        description="a row that cannot be read, lacks what it needs, or that the chat template refuses: stop and name "
+        "them all by kind, or leave them out and count them",
     )
     too_long: Literal["error", "drop"] = Field(
-        default="error", description="a row over the two limits above: stop, or leave it out and count it"
+        default="error",
+        description="a row over the two limits above, or longer than the base model's positions: stop and say how many "
+        "there are and what would fit them, or leave them out and count them",
     )
     shares: Shares = Field(default=Shares(), description="share of the groups in each split")
     limits: Limits = Field(default=Limits(), description="cap on the rows of each split")

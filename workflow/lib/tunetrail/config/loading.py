@@ -120,7 +120,9 @@ def check_files(config: Config, source: str = "config") -> None:
     problems = []
     for key, path in config.files().items():
         if not path.exists():
-            problems.append(f"{source}: {key}: no such file or folder: {path}")
+            is_beside = Path(source).parent != Path() and (Path(source).parent / path).exists()
+            hint = f"; paths are relative to where Snakemake runs, which is {Path.cwd()}" if is_beside else ""
+            problems.append(f"{source}: {key}: no such file or folder: {path}{hint}")
         elif path.is_dir() != (key in models):
             due = "a folder, not a file" if key in models else "a file, not a folder"
             problems.append(f"{source}: {key}: must be {due}: {path}")

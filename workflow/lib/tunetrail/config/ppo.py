@@ -95,7 +95,9 @@ class PpoConfig(Training):
     value_coef: NonNegative = Field(default=0.1, description="weight of the value loss")
     whiten_rewards: Flag = Field(default=False, description="scale rewards to variance 1, keeping their mean")
     missing_eos_score: Annotated[float, no_flags] | None = Field(
-        default=-1.0, description="score of a response cut off at max_new_tokens; null: what the reward model says"
+        default=-1.0,
+        description="score of a response cut off at max_new_tokens; null: what the reward says. Must be given where "
+        "scorers may score whole responses below the default",
     )
     missing_eos_penalty: NonNegative = Field(
         default=0.0, description="units of the score, taken off a cut-off response's; with missing_eos_score: null"

@@ -1,6 +1,6 @@
 """The whole config of a run, and how its blocks must fit together."""
 
-import difflib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from tunetrail.config.evaluation import (
 from tunetrail.config.fields import Block, Name, NonNegativeInt
 from tunetrail.config.methods import MethodsConfig
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
-from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums
+from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums, unknown, weighted_range
 from tunetrail.config.training import RewardConfig, SftConfig
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
@@ -218,16 +218,43 @@ def _limit_problems(config: Config) -> Iterator[str]:
 
 
 def _scorer_problems(config: Config) -> Iterator[str]:
-    yield from problems_of_sums(config.scorers)
+    problems = [*problems_of_sums(config.scorers), *_unknown_scorers(config)]
+    yield from problems or _cut_off_problems(config)
+
+
+def _unknown_scorers(config: Config) -> Iterator[str]:
     blocks: dict[str, Any] = {"comparisons": config.comparisons, "evaluation": config.evaluation}
     blocks |= {f"policies.{name}": policy for name, policy in config.policies.items()}
-    names = sorted(known(config.scorers))
+    scorers = known(config.scorers)
     for block, value in blocks.items():
         for key, name in getattr(value, "scorer_keys", {}).items():
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                yield f"{block}.{key}: there is no scorer {name!r}, only {', '.join(names)}{hint}"
+            if name not in scorers:
+                yield f"{block}.{key}: {unknown(name, scorers)}"
+
+
+def _least_score(policy: PpoConfig, config: Config) -> float:
+    """The least that scorers may make of a whole response, as PPO learns from it; infinite where there are none."""
+    of = {name: weight for name, weight in policy.reward.items() if name != REWARD_MODEL}
+    if not of:
+        return math.inf
+    low = -math.inf if policy.normalize_scores else weighted_range(of, known(config.scorers))[0]
+    low = max(low, -policy.score_clip) if policy.score_clip else low
+    return low - policy.length_penalty * policy.max_new_tokens
+
+
+def _cut_off_problems(config: Config) -> Iterator[str]:
+    """The default score of a response that was cut off is made for reward models: scorers may give whole ones less."""
+    for name, policy in config.policies.items():
+        if policy.method != "ppo" or "missing_eos_score" in policy.model_fields_set:
+            continue
+        default, low = policy.missing_eos_score, _least_score(policy, config)
+        if default is not None and low < default:
+            least = "any number" if math.isinf(low) else f"{low:g}"
+            yield (
+                f"policies.{name}.missing_eos_score: its default ({default:g}) could reward a response for being cut "
+                f"off, since its reward gives whole ones {least} and more: set it below what whole responses get, or "
+                "to null with a missing_eos_penalty"
+            )
 
 
 CHECKS = (

@@ -1,9 +1,11 @@
 """`scorers`: what scores a completion without being trained, by name."""
 
+import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -15,6 +17,7 @@ Weight = Annotated[float, no_flags]
 class ChrfScorer(Block):
     """Overlap of character n-grams with the author's own text (Popović 2015), 0 to 100."""
 
+    range: ClassVar[tuple[float, float]] = (0, 100)
     scorer: Literal["chrf"]
     beta: Positive = Field(
         default=1.0, description="how many times recall counts as much as precision; above 1 longer texts win"
@@ -24,18 +27,21 @@ class ChrfScorer(Block):
 class GuidelineScorer(Block):
     """How many rules of PEP 257 a docstring's first sentence keeps, 0 to 5, as pydocstyle reads them."""
 
+    range: ClassVar[tuple[float, float]] = (0, 5)
     scorer: Literal["guideline"]
 
 
 class ExactScorer(Block):
     """1 where the completion is the author's text but for case, spaces and punctuation at its ends; else 0."""
 
+    range: ClassVar[tuple[float, float]] = (0, 1)
     scorer: Literal["exact"]
 
 
 class RegexScorer(Block):
     """1 where a regular expression is found in the completion, else 0."""
 
+    range: ClassVar[tuple[float, float]] = (0, 1)
     scorer: Literal["regex"]
     pattern: Text = Field(description="Python's syntax; anchor it with ^ and $ to match the whole completion")
 
@@ -52,6 +58,7 @@ class RegexScorer(Block):
 class LengthScorer(Block):
     """The completion's length; give it a negative weight in a sum to prefer short ones."""
 
+    range: ClassVar[tuple[float, float]] = (0, math.inf)
     scorer: Literal["length"]
     unit: Literal["characters", "words"] = Field(default="words", description="what is counted")
 
@@ -59,6 +66,7 @@ class LengthScorer(Block):
 class PythonScorer(Block):
     """A function of your own: `def score(prompt, completion, reference, row) -> float`, or a dict with a `total`."""
 
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     scorer: Literal["python"]
     path: Path = Field(description="the Python file; an edit reruns what used it")
     function: Text = Field(default="score", description="its name in the file")
@@ -102,13 +110,35 @@ def needed(names: Iterable[str], defined: Mapping[str, ScorerConfig]) -> dict[st
     return {name: scorers[name] for name in sorted(_reached(names, scorers))}
 
 
+def unknown(name: str, scorers: Iterable[str]) -> str:
+    """What is wrong with a name that none of these scorers has."""
+    near = difflib.get_close_matches(name, scorers, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no scorer {name!r}, only {', '.join(sorted(scorers))}{hint}"
+
+
+def weighted_range(of: Mapping[str, float], scorers: Mapping[str, ScorerConfig]) -> tuple[float, float]:
+    """The least and the most that scorers with these weights add up to. No sum may contain itself.
+
+    >>> weighted_range({"guideline": 1.0, "exact": -2.0}, BUILT_IN)
+    (-2.0, 5.0)
+    """
+    low = high = 0.0
+    for name, weight in of.items():
+        scorer = scorers[name]
+        ends = weighted_range(scorer.of, scorers) if isinstance(scorer, SumScorer) else scorer.range
+        least, most = sorted(weight * end for end in ends) if weight else (0.0, 0.0)
+        low, high = low + least, high + most
+    return low, high
+
+
 def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
     """A line for each sum of what does not exist, or of itself."""
     scorers = known(defined)
     for name, scorer in defined.items():
         for part in terms(scorer):
             if part not in scorers:
-                yield f"scorers.{name}.of.{part}: there is no such scorer; there are {', '.join(sorted(scorers))}"
+                yield f"scorers.{name}.of.{part}: {unknown(part, scorers)}"
         parts = _reached(terms(scorer), scorers)
         if name in parts and parts <= scorers.keys():
             yield f"scorers.{name}.of: the sum contains itself"

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 from tunetrail.config.data import FileSource, HubSource
 from tunetrail.errors import DataError
+from tunetrail.preferences.formats import BadRow
 
 Rows = Iterator[tuple[int, dict]]
 """Rows with their numbers from 1; in JSONL the number of the line."""
+Lines = Iterator[tuple[int, dict | BadRow]]
+"""The same, where a line that holds no row is what is wrong with it."""
 BAD_GZIP = "the gzip file is cut short or damaged; copy it again"
 NOT_UTF8 = "not UTF-8; convert the file with iconv"
 LIST_COLUMNS = ("messages", "completions", "ranks", "order", "labels")
@@ -28,31 +31,42 @@ class RawRows(NamedTuple):
 
     name: str
     """How messages name the source."""
-    rows: Rows
+    rows: Lines
 
 
-def jsonl_rows(path: Path) -> Rows:
-    """The objects of a JSONL file, which may be gzipped; empty lines are skipped. Raises DataError naming the line."""
+def _parse_line(line: bytes, encoding: str) -> dict | BadRow | None:
+    """The object in a line of JSONL, or what is wrong with the line; None where it is empty."""
+    try:
+        text = line.decode(encoding)
+        row = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError:
+        return BadRow(NOT_UTF8)
+    except (ValueError, RecursionError) as e:
+        return BadRow(f"not valid JSON ({e}); every line must hold one JSON object")
+    if not text.strip() or isinstance(row, dict):
+        return row
+    return BadRow(f"must be a JSON object, got {type(row).__name__}")
+
+
+def jsonl_lines(path: Path) -> Lines:
+    """The objects of a JSONL file, which may be gzipped; empty lines are skipped. Raises DataError for a bad gzip."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             # Decoded line by line: a text file decodes ahead, and could not say which line is bad.
             for number, line in enumerate(f, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if not text.strip():
-                        continue
-                    row = json.loads(text)
-                except UnicodeDecodeError:
-                    raise DataError(f"{path}:{number}: {NOT_UTF8}") from None
-                except (ValueError, RecursionError) as e:
-                    raise DataError(
-                        f"{path}:{number}: not valid JSON ({e}); every line must hold one JSON object"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
-                yield number, row
+                row = _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
+                if row is not None:
+                    yield number, row
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise DataError(f"{path}: {BAD_GZIP}") from None
+
+
+def jsonl_rows(path: Path) -> Rows:
+    """The objects of a JSONL file. Raises DataError naming the first line that holds none."""
+    for number, row in jsonl_lines(path):
+        if isinstance(row, BadRow):
+            raise DataError(f"{path}:{number}: {row}")
+        yield number, row
 
 
 def _reason(error: Exception) -> str:
@@ -116,7 +130,7 @@ def raw_rows(source: FileSource | HubSource) -> RawRows:
     path, suffix = source.path, format_of(source.path)
     if suffix not in (".jsonl", ".csv", ".parquet"):
         raise DataError(f"{path}: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)")
-    return RawRows(str(path), jsonl_rows(path) if suffix == ".jsonl" else table_rows(path, suffix == ".csv"))
+    return RawRows(str(path), jsonl_lines(path) if suffix == ".jsonl" else table_rows(path, suffix == ".csv"))
 
 
 def with_lists(row: dict) -> dict:

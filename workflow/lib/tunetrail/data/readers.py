@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict, TypeVar
 from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, TopicsSource
 from tunetrail.data import docstrings
 from tunetrail.data.files import is_csv, raw_rows, with_lists
+from tunetrail.data.invalid import Invalid, found_invalid, leave_out
 from tunetrail.errors import DataError
 from tunetrail.preferences.formats import (
     BadRow,
@@ -82,35 +83,36 @@ def _group(parsed: Mapping[str, Any], row: dict, column: str | None) -> str:
 
 
 def _read(
-    source: FileSource | HubSource, parse: Callable[[dict], list[Parsed]], invalid: list[str] | None
+    source: FileSource | HubSource, parse: Callable[[dict], list[Parsed]], invalid: list[Invalid] | None
 ) -> Iterator[tuple[str, Any]]:
     """(where, row) for every row that `parse` makes of a source's rows.
 
-    A row that fails its schema raises DataError naming file and line, or is noted in `invalid` and left out.
+    A row that fails its schema is noted in `invalid` and left out. Without such a list, or where no row is valid, they
+    raise DataError together, at the end of the source.
     """
     name, rows = raw_rows(source)
     lists_are_texts = is_csv(source)
-    count, valid, first_error = 0, 0, ""
+    count, bad = 0, []
     for number, raw in rows:
         count += 1
         where = f"{name}:{number}"
         try:
+            if isinstance(raw, BadRow):
+                raise raw
             row = _renamed(raw, source.columns)
             parsed = parse(with_lists(row) if lists_are_texts else row)
             grouped = [{**one, "group": _group(one, row | raw, source.group)} for one in parsed]
         except BadRow as e:
-            if invalid is None:
-                raise DataError(f"{where}: {e}") from None
-            invalid.append(f"{where}: {e}")
-            first_error = first_error or invalid[-1]
+            bad.append(Invalid(where, str(e)))
             continue
-        valid += 1
         for one in grouped:
             yield where, one
     if not count:
         raise DataError(f"{name}: holds no rows")
-    if not valid:
-        raise DataError(f"{name}: every row is invalid, the first: {first_error}")
+    if bad:
+        leave_out(found_invalid(name, bad, count), "error" if invalid is None or len(bad) == count else "drop")
+    if invalid is not None:
+        invalid += bad
 
 
 # ----------------------------------------------------------------------------- demonstrations
@@ -147,12 +149,11 @@ def _parse_signed(row: dict) -> list[Demonstration]:
     return parsed
 
 
-def demonstrations(source: Any, invalid: list[str] | None = None) -> Iterator[tuple[str, Demonstration]]:
+def demonstrations(source: Any, invalid: list[Invalid] | None = None) -> Iterator[tuple[str, Demonstration]]:
     """(where, row) of a demonstration source, `where` being file and line, or module.
 
     Args:
-        invalid: collects what is wrong with rows that are left out; None: the first one raises
-            DataError naming file and line.
+        invalid: collects the rows that are left out; None: they raise DataError, which names file and line.
     """
     match source:
         case DocstringSource():
@@ -176,7 +177,7 @@ def demonstrations(source: Any, invalid: list[str] | None = None) -> Iterator[tu
 
 
 def preferences(
-    source: FileSource | HubSource, invalid: list[str] | None = None
+    source: FileSource | HubSource, invalid: list[Invalid] | None = None
 ) -> Iterator[tuple[str, GroupedPreference]]:
     """(where, row) of a preference source, several labelers' rankings of the same completions merged into one row.
 
@@ -195,12 +196,12 @@ def preferences(
 # ----------------------------------------------------------------------------- sources
 
 
-def read_demonstrations(source: Any, invalid: list[str] | None = None) -> list[Demonstration]:
+def read_demonstrations(source: Any, invalid: list[Invalid] | None = None) -> list[Demonstration]:
     """The rows of `demonstrations`."""
     return [row for _, row in demonstrations(source, invalid)]
 
 
-def read_preferences(source: FileSource | HubSource, invalid: list[str] | None = None) -> list[GroupedPreference]:
+def read_preferences(source: FileSource | HubSource, invalid: list[Invalid] | None = None) -> list[GroupedPreference]:
     """The rows of `preferences`."""
     return [row for _, row in preferences(source, invalid)]
 
@@ -222,15 +223,24 @@ def origin(source: Any) -> dict[str, Any]:
     }
 
 
-def check_sources(config: DataConfig) -> None:
-    """Reads every local file of the config once. Raises DataError at the first bad row."""
-    invalid: list[str] | None = [] if config.invalid == "drop" else None
-    for source in config.demonstrations:
-        if isinstance(source, FileSource):
-            read_demonstrations(source, invalid)
-    for source in config.preferences:
-        if isinstance(source, FileSource):
-            read_preferences(source, invalid)
+def check_sources(config: DataConfig) -> list[dict]:
+    """The rows of every local file of the config, with `where` and the split that they are `pinned` to.
+
+    Raises DataError with what is wrong with all of them.
+    """
+    rows: list[dict] = []
+    problems: list[str] = []
+    invalid: list[Invalid] | None = [] if config.invalid == "drop" else None
+    for sources, read in ((config.demonstrations, demonstrations), (config.preferences, preferences)):
+        for source in sources:
+            if isinstance(source, FileSource):
+                try:
+                    rows += [{**row, "where": where, "pinned": source.split} for where, row in read(source, invalid)]
+                except DataError as e:
+                    problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(problems))
+    return rows
 
 
 def row_id(row: dict) -> str:

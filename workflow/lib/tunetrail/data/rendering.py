@@ -1,12 +1,16 @@
 """Prompts as the model is shown them, and how many tokens they have."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
 from tunetrail.config.data import DataConfig
-from tunetrail.data.chat import render
+from tunetrail.data.chat import render, with_system
+from tunetrail.data.invalid import Finding, Invalid, first_few, found_invalid, leave_out
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.preferences.formats import BadRow
 
 
 class Renderer:
@@ -21,45 +25,140 @@ class Renderer:
         if not config.chat and config.system is not None:
             raise ConfigError("data.system: plain prompts have no place for it; set it to null, or data.chat to true")
 
-    def prompt(self, row: dict) -> str:
-        messages = row["messages"]
+    def prompt(self, messages: list[dict]) -> str:
+        """Raises BadRow for messages that cannot be rendered."""
         if not self.config.chat:
             if len(messages) != 1:
-                raise DataError(
-                    f"data.chat: is false, but the data holds conversations; set it to true ({row['where']})"
-                )
+                raise BadRow("is a conversation, but data.chat is false; set it to true")
             return messages[0]["content"]
         try:
             return render(self.tokenizer, messages)
         except TemplateError as e:
-            raise DataError(
-                f"{row['where']}: the chat template refuses turns of {', '.join(m['role'] for m in messages)} ({e}); "
-                "change the row or data.system, or give base.chat_template"
+            raise BadRow(
+                f"the chat template refuses turns of {', '.join(m['role'] for m in messages)} ({e}); change the row or "
+                "data.system, or give base.chat_template"
             ) from None
 
     def tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
-def fits(row: dict, config: DataConfig, renderer: Renderer) -> bool:
-    """Whether a row is short enough. Raises DataError where too_long is `error`."""
-    if "text" in row:
-        return True
-    completions = row.get("completions") or [row["completion"]]
-    longest = max(renderer.tokens(completions))
-    if row["max_tokens"]:  # the built-in source takes what is short enough
-        code, answer = row["max_tokens"]
-        if renderer.tokens([row["messages"][-1]["content"]])[0] > code or longest > answer:
-            return False
-    prompt = renderer.tokens([row["prompt"]])[0]
-    if prompt <= config.max_prompt_tokens and longest <= config.max_completion_tokens:
-        return True
-    if config.too_long == "drop":
-        return False
-    key, count = (
-        ("max_prompt_tokens", prompt) if prompt > config.max_prompt_tokens else ("max_completion_tokens", longest)
-    )
-    raise DataError(
-        f"{row['where']}: has {count} tokens, more than data.{key} ({getattr(config, key)}): "
-        f"{row['prompt'][:60]!r}…; raise it, or set data.too_long to drop"
-    )
+def rendered(rows: list[dict], config: DataConfig, renderer: Renderer) -> list[dict]:
+    """The rows with the prompt that the model is shown; raw text as it is.
+
+    Raises DataError for rows that cannot be rendered, unless data.invalid says to leave them out.
+    """
+    bad, good = [], []
+    for row in rows:
+        if "messages" in row:
+            messages = with_system(row["messages"], config.system)
+            try:
+                row = row | {"messages": messages, "prompt": renderer.prompt(messages)}
+            except BadRow as e:
+                bad.append(Invalid(row["where"], str(e)))
+                continue
+        good.append(row)
+    if bad:
+        leave_out(found_invalid("data", bad, len(rows)), config.invalid if good else "error")
+    return good
+
+
+class Counts(Protocol):
+    """What counts the tokens of texts."""
+
+    def tokens(self, texts: list[str]) -> list[int]: ...
+
+
+class Measured(NamedTuple):
+    """A row that is not raw text, and its tokens."""
+
+    row: dict
+    said: int
+    """Of the last message alone, where the source limits it; else 0."""
+    prompt: int
+    answer: int
+    """Of the longest one."""
+
+    @property
+    def whole(self) -> int:
+        """Prompt, answer, and the token that ends it."""
+        return self.prompt + self.answer + 1
+
+
+def measured(rows: Sequence[dict], counter: Counts) -> list[Measured]:
+    answers = [row.get("completions") or [row["completion"]] for row in rows]
+    lengths = iter(counter.tokens([text for texts in answers for text in texts]))
+    said = iter(counter.tokens([row["messages"][-1]["content"] for row in rows if row["max_tokens"]]))
+    prompts = counter.tokens([row["prompt"] for row in rows])
+    return [
+        Measured(row, next(said) if row["max_tokens"] else 0, prompt, max(islice(lengths, len(texts))))
+        for row, prompt, texts in zip(rows, prompts, answers, strict=True)
+    ]
+
+
+class Limit(NamedTuple):
+    """The most tokens that a part of a row may have."""
+
+    key: str
+    most: int
+    tokens: Callable[[Measured], int]
+    too_long: str
+    """What a row has that is over it."""
+    fix: str
+
+    def finding(self, rows: Sequence[Measured], of: str = "rows") -> Finding | None:
+        """How many rows are over it, the first of them, and which limit would do; None where all keep it."""
+        over = [f"{m.row['where']} ({self.tokens(m)})" for m in rows if self.tokens(m) > self.most]
+        if not over:
+            return None
+        lengths = sorted(map(self.tokens, rows))
+        have = "has" if len(over) == 1 else "have"
+        return Finding(
+            f"{self.key}: {len(over)} of {len(rows)} {of} {have} {self.too_long}: {first_few(over)}; "
+            f"{lengths[-(len(rows) // 100) - 1]} would fit 99%, {lengths[-1]} all",
+            f"{self.fix}, or leave them out with data.too_long: drop",
+        )
+
+
+def limits(config: DataConfig, positions: int | None) -> list[Limit]:
+    prompt, answer = config.max_prompt_tokens, config.max_completion_tokens
+    found = [
+        Limit(
+            "data.max_prompt_tokens", prompt, lambda m: m.prompt, f"a prompt of more than {prompt} tokens", "raise it"
+        ),
+        Limit(
+            "data.max_completion_tokens",
+            answer,
+            lambda m: m.answer,
+            f"an answer of more than {answer} tokens",
+            "raise it",
+        ),
+    ]
+    if positions is not None:
+        too_long = f"more tokens, prompt and answer together, than the model has positions ({positions})"
+        found.append(
+            Limit("base", positions, lambda m: m.whole, too_long, "shorten them, take a model that reads more")
+        )
+    return found
+
+
+def short_enough(rows: list[dict], config: DataConfig, renderer: Renderer, positions: int | None) -> list[dict]:
+    """The rows that keep all limits. Raw text always does: it is cut into blocks.
+
+    What is too long for the limits of a built-in source itself is left out without a word.
+
+    Args:
+        positions: of the base model, None: without end.
+
+    Raises DataError for longer ones, unless data.too_long says to leave them out.
+    """
+    asked = [
+        m
+        for m in measured([row for row in rows if "text" not in row], renderer)
+        if not m.row["max_tokens"] or (m.said <= m.row["max_tokens"][0] and m.answer <= m.row["max_tokens"][1])
+    ]
+    all_limits = limits(config, positions)
+    if findings := [finding for limit in all_limits if (finding := limit.finding(asked))]:
+        leave_out(findings, config.too_long)
+    kept = {id(m.row) for m in asked if all(limit.tokens(m) <= limit.most for limit in all_limits)}
+    return [row for row in rows if "text" in row or id(row) in kept]

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from tunetrail.config.comparisons import RecordedLabeler
 from tunetrail.contract.stage import Stage
-from tunetrail.data.files import jsonl_rows
+from tunetrail.data.files import jsonl_lines
+from tunetrail.data.invalid import Invalid, found_invalid
 from tunetrail.errors import DataError
 from tunetrail.labeling.labels import Labels
-from tunetrail.preferences.formats import checked_text, parse_preference
+from tunetrail.preferences.formats import BadRow, checked_text, parse_preference
 from tunetrail.preferences.ranks import dense
 from tunetrail.preferences.rows import Ranking, SampledRow
 from tunetrail.provenance.manifest import sha256_file
@@ -70,16 +71,22 @@ def read_rankings(path: Path, columns: dict[str, str]) -> dict[str, list[Recorde
     Args:
         columns: our name of a column -> the file's name, where they differ.
 
-    Raises DataError naming the line.
+    Raises DataError that names the bad lines.
     """
     by_prompt: dict[str, list[Recorded]] = defaultdict(list)
     ours = {theirs: name for name, theirs in columns.items()}
-    for line, row in jsonl_rows(path):
+    count, bad = 0, []
+    for line, row in jsonl_lines(path):
+        count += 1
         try:
+            if isinstance(row, BadRow):
+                raise row
             for recorded in _parse({ours.get(key, key): value for key, value in row.items()}, line):
                 by_prompt[recorded.prompt].append(recorded)
         except (ValueError, TypeError) as e:
-            raise DataError(f"{path}:{line}: {e}") from None
+            bad.append(Invalid(f"{path}:{line}", str(e)))
+    if bad:
+        raise DataError("\n".join(finding.line for finding in found_invalid(str(path), bad, count)))
     return by_prompt
 
 

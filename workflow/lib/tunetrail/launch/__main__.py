@@ -1,4 +1,4 @@
-"""See `tunetrail.launch`. Exit code: the stage's."""
+"""See `tunetrail.launch`. Exit code: the stage's, which the head process of a run finds in the file EXIT_CODE too."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from tunetrail.contract.runner import is_finished
 from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.launch.resources import SRUN, gpus, processes
-from tunetrail.launch.supervise import option, supervise
+from tunetrail.launch.supervise import EXIT_CODE, option, supervise
 
 
 def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> list[str]:
@@ -27,6 +27,19 @@ def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads:
     return step + ([sys.executable, "-m", "tunetrail.launch.task"] if n > 1 else []) + command
 
 
+def _run(args: argparse.Namespace) -> int:
+    """Runs the stage and returns its exit code. Raises TunetrailError where it cannot be started."""
+    if args.resources.get("launcher", "inline") == "submitit":
+        from tunetrail.launch.submit import launch
+
+        return launch(args.command, args.stage, args.resources, args.threads, args.jobs, args.log)
+    in_job = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+    if in_job and processes(args.stage, args.resources) > 1 and is_finished(args.command[3:], declare=True):
+        return 0
+    command = _step(args.command, args.stage, args.resources, args.threads) if in_job else args.command
+    return supervise(command, args.log, option(args.command, "--state"), requeues=in_job)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tunetrail.launch")
     parser.add_argument("--stage", required=True)
@@ -36,19 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("command", nargs="+", help="-- and the stage's command")
     args = parser.parse_args(argv)
+    note = option(args.command, "--state") / EXIT_CODE
+    note.unlink(missing_ok=True)
     try:
-        if args.resources.get("launcher", "inline") == "submitit":
-            from tunetrail.launch.submit import launch
-
-            return launch(args.command, args.stage, args.resources, args.threads, args.jobs, args.log)
-        in_job = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
-        if in_job and processes(args.stage, args.resources) > 1 and is_finished(args.command[3:], declare=True):
-            return 0
-        command = _step(args.command, args.stage, args.resources, args.threads) if in_job else args.command
-        return supervise(command, args.log, option(args.command, "--state"), requeues=in_job)
+        code = _run(args)
     except TunetrailError as e:
         print(f"{args.stage}: error: {e}", file=sys.stderr)
-        return e.exit_code
+        code = e.exit_code
+    if code:  # one that is killed leaves none
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(code), encoding="utf-8")
+    return code
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ EXIT_GRACE_SECONDS = 10
 when rank 0 leaves: srun would end them and change their exit codes."""
 SLURM_DECISION_SECONDS = 300
 """How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
-_NO_PROGRESS = ("log.txt", "attempts.jsonl", "progress.jsonl", "lock", "events.out")
+EXIT_CODE = "exit_code"
+"""File in an artifact's state folder: the exit code of the last attempt that failed."""
+_NO_PROGRESS = (EXIT_CODE, "log.txt", "attempts.jsonl", "progress.jsonl", "lock", "events.out")
 
 
 def option(command: Sequence[str], name: str) -> Path:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tunetrail.models.batching import collate
+from tunetrail.models.lengths import check_room
 from tunetrail.models.tree import has_full_attention, prefix_tree, shares_prefixes
 from tunetrail.seeds import derive_seed
 
@@ -247,7 +248,10 @@ def sample_with_logprobs(
     Returns:
         For each prompt K token lists of at most `max_new_tokens`, the last token EOS unless cut off; and as
         many lists of the tokens' log-probs at the temperature (of greedy ones at 1 where it is 0).
+
+    Raises DataError where a prompt and `max_new_tokens` are more than the model reads.
     """
+    check_room(model.config, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     size = max(1, batch_size // k)
     results: list[list[list[int]]] = [[] for _ in prompts]

@@ -2,16 +2,17 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from tunetrail.errors import DataError
 from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.lengths import check_lengths
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, stage: str) -> list[dict]:
     """Rows -> {input_ids, labels}; labels are -100 on prompts; raw text is cut into blocks of `max_length`.
 
-    Raises DataError for a prompt and completion longer than `max_length`.
+    Raises DataError, in the name of a stage, for prompts with completions longer than `max_length`.
     """
-    examples = []
+    examples: list[dict] = []
+    lengths: list[tuple[str, int]] = []
     for row in rows:
         if "text" in row:
             ids = encode_response(tokenizer, row["text"])
@@ -19,12 +20,9 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
             examples += [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
             continue
         prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])
-        if len(prompt) + len(response) > max_length:
-            raise DataError(
-                f"{stage}: row {row['id']} has {len(prompt) + len(response)} tokens; raise {stage}.max_length "
-                f"({max_length}) or lower data.max_prompt_tokens"
-            )
+        lengths.append((row["id"], len(prompt) + len(response)))
         examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    check_lengths(stage, lengths, max_length)
     return examples
 
 

@@ -161,11 +161,12 @@ def forget_failed(workflow: Any) -> None:
             snakemake_adapter.forget(workflow, job)
 
 
-def read_dag(profile: str, configfiles: list[Path]) -> list[Job]:
+def read_dag(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> list[Job]:
     """The stages of the workflow in this folder. Raises ConfigError or TunetrailError where there is none to see.
 
     Args:
         configfiles: none: the Snakefile's default.
+        snakefile: None: the one in this folder.
     """
-    with snakemake_adapter.planned_workflow(profile, configfiles) as workflow:
+    with snakemake_adapter.planned_workflow(profile, configfiles, snakefile) as workflow:
         return jobs_of(workflow)

@@ -35,7 +35,7 @@ def forget(workflow: Any, job: Any) -> None:
     workflow.persistence.cleanup(job)
 
 
-def _arguments(profile: str, configfiles: list[Path]) -> Any:
+def _arguments(profile: str, configfiles: list[Path], snakefile: Path | None) -> Any:
     """Snakemake's options with this profile. Raises ConfigError."""
     from snakemake.cli import get_profile_dir, parse_args
 
@@ -43,10 +43,8 @@ def _arguments(profile: str, configfiles: list[Path]) -> Any:
         raise ConfigError(
             f"--profile {profile}: no such profile; name a folder with a config.yaml, profiles/local for one"
         )
-    for path in configfiles:
-        if not path.is_file():
-            raise ConfigError(f"--configfile {path}: no such file")
     chosen = ["--configfile", *map(str, configfiles)] if configfiles else []
+    chosen += ["--snakefile", str(snakefile)] if snakefile else []
     output = StringIO()
     try:
         with redirect_stderr(output):
@@ -56,11 +54,12 @@ def _arguments(profile: str, configfiles: list[Path]) -> Any:
 
 
 @contextmanager
-def planned_workflow(profile: str, configfiles: list[Path]) -> Iterator[Any]:
+def planned_workflow(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> Iterator[Any]:
     """The workflow in this folder with its DAG, as a dry run sees it; nothing is locked and nothing is written.
 
     Args:
         configfiles: none: the Snakefile's default.
+        snakefile: None: the one in this folder.
 
     Raises ConfigError or TunetrailError where there is none to see.
     """
@@ -68,7 +67,7 @@ def planned_workflow(profile: str, configfiles: list[Path]) -> Iterator[Any]:
     from snakemake.exceptions import WorkflowError
     from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
 
-    args = _arguments(profile, configfiles)
+    args = _arguments(profile, configfiles, snakefile)
     with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL}, log_level_override="ERROR")) as api:
         # Of a resource that depends on the size of a file that is not there yet; Snakemake drops its own coroutine.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from tunetrail.contract.lease import holder
 from tunetrail.contract.progress import FILE as PROGRESS_FILE
 from tunetrail.contract.progress import Progress, duration
-from tunetrail.errors import Waiting
+from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import whole_rows
-from tunetrail.monitor.dag import Job, jobs_of, listed
+from tunetrail.launch.supervise import EXIT_CODE
+from tunetrail.monitor.dag import Job, listed
 
 STATES = {
     "done": "green",
@@ -55,6 +57,8 @@ class StageStatus:
     log: str | None = None
     rerun: str | None = None
     waits_for_people: bool = False
+    exit_code: int | None = None
+    """Of the last attempt, where it failed or left; None where it was killed."""
 
 
 def slurm_queue() -> dict[str, str]:
@@ -85,12 +89,17 @@ def _tail(path: Path | None) -> list[str]:
 def error_line(log: Path | None) -> str | None:
     """The last line of a log that tells an error, else its last line; None where there is none.
 
-    What Slurm says of a step that ended counts where the stage itself said nothing: out of memory, for one.
+    Of mistakes that a stage told one after the other it is the first, and how many others there are. What Slurm says of
+    a step that ended counts where the stage itself said nothing: out of memory, for one.
     """
     lines = _tail(log)
     errors = [line for line in reversed(lines) if _ERROR.search(line)]
     own = [line for line in errors if not line.startswith(("srun:", "slurmstepd:"))]
-    return next(iter([*own, *errors, *lines[-1:]]), None)
+    if not own:
+        return next(iter([*errors, *lines[-1:]]), None)
+    who, error, _ = own[0].partition(": error: ")
+    told = list(takewhile(lambda line: error and line.startswith(f"{who}: error: "), own)) or own[:1]
+    return told[-1] + (f" · {len(told) - 1} more in the log" if len(told) > 1 else "")
 
 
 def state_folder(job: Job) -> Path | None:
@@ -104,6 +113,13 @@ def state_folder(job: Job) -> Path | None:
 def read_attempts(folder: Path | None) -> list[dict]:
     """Rows of attempts.jsonl. A half-written one, which its writer will replace, is left out."""
     return whole_rows(_tail(folder / "attempts.jsonl")) if folder else []
+
+
+def exit_code(job: Job) -> int | None:
+    """The exit code that the last attempt left, unless it ended well or was killed."""
+    with suppress(OSError, ValueError):
+        return int((job.state / EXIT_CODE).read_text(encoding="utf-8")) if job.state else None
+    return None
 
 
 def is_running_attempt(attempt: dict) -> bool:
@@ -173,6 +189,7 @@ def _stopped(job: Job, attempts: list[dict], folder: Path | None, rerun: str) ->
         slurm_job=attempts[-1].get("job_id") if attempts else None,
         log=str(log or (folder and folder / "log.txt")),
         rerun=f"{rerun} -- {job.manifest}",
+        exit_code=exit_code(job),
     )
 
 
@@ -218,23 +235,31 @@ def statuses(jobs: list[Job], rerun: str) -> list[StageStatus]:
     return [stage_status(job, queue, rerun) for job in jobs]
 
 
-def rerun_command(profile: str, configfiles: list[Path]) -> str:
+def rerun_command(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> str:
     """The command that runs this workflow."""
-    chosen = ["--configfile", *map(str, configfiles)] if configfiles else []
-    return shlex.join(["snakemake", "--profile", profile, *chosen])
+    chosen = ["--snakefile", str(snakefile)] if snakefile else []
+    chosen += ["--profile", profile, *(["--configfile", *map(str, configfiles)] if configfiles else [])]
+    return shlex.join(["snakemake", *chosen])
 
 
 # ----------------------------------------------------------------------------- for people
+
+
+MEANINGS = {DataError.exit_code: "the data is bad", ConfigError.exit_code: "the config is bad"}
+"""Exit codes after which the same command would fail again."""
 
 
 def failure_lines(found: list[StageStatus]) -> list[str]:
     """What failed: its error, its log, how to run it again."""
     lines = []
     for s in found:
-        job = f", Slurm job {s.slurm_job}" if s.slurm_job else ""
+        about = [f"attempt {max(1, s.attempts)}", *([f"Slurm job {s.slurm_job}"] if s.slurm_job else [])]
+        about += [f"exit code {s.exit_code}"] if s.exit_code else []
+        fix = MEANINGS.get(s.exit_code or 0)
         lines += [
-            f"{s.name} {s.state} (attempt {max(1, s.attempts)}{job}): {s.detail}",
+            f"{s.name} {s.state} ({', '.join(about)}): {s.detail}",
             f"    log    {s.log}",
+            *([f"    fix    {fix}; change what is named above, then"] if fix else []),
             f"    again  {s.rerun}",
         ]
     return lines
@@ -287,17 +312,3 @@ def print_status(found: list[StageStatus], rerun: str) -> None:
 
 def as_json(found: list[StageStatus]) -> list[dict[str, Any]]:
     return [asdict(s) for s in found]
-
-
-def failure_summary(workflow: Any, arguments: list[str]) -> tuple[str, int]:
-    """(what failed or waits for people in a workflow that has just ended, to be its last words; its exit code).
-
-    Args:
-        arguments: what snakemake was started with.
-    """
-    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    found = statuses([job for job in jobs_of(workflow) if job.needed], shlex.join(["snakemake", *options]))
-    people = [f"{s.name} waits {s.detail}" for s in found if s.waits_for_people]
-    broken, again = failed(found), f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"
-    code = Waiting.exit_code if people and not broken else 1
-    return "\n".join(["", *failure_lines(broken), *people, again]), code

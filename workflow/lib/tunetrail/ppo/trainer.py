@@ -21,6 +21,7 @@ from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate
 from tunetrail.models.head import narrow_products
+from tunetrail.models.lengths import check_room
 from tunetrail.models.scoring import map_batches, sequence_scores
 from tunetrail.ppo.controllers import AdaptiveKLController, FixedKLController
 from tunetrail.ppo.engines import Engine, LocalEngine
@@ -94,6 +95,7 @@ class PPOTrainer:
     ):
         if config.ptx_coef and not demonstrations:
             raise DataError("ppo: ptx_coef needs demonstrations, and the sft split has none; set it to 0")
+        check_room(policy.config, prompts, config.max_new_tokens)
         self.demonstrations, self.scorers, self.gold = demonstrations, scorers or {}, gold
         self.config, self.prompts, self.keys, self.seed = config, prompts, keys, seed
         self.eos_id, self.pad_id, self.accelerator = eos_id, pad_id, accelerator

@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer
 
-from tunetrail.errors import DataError
 from tunetrail.models.batching import Batch, collate, encode_comparison
+from tunetrail.models.lengths import check_lengths
 from tunetrail.models.loading import with_full_precision_head
 from tunetrail.models.scoring import head_and_trunk, pooled_states, reward_pooling
 from tunetrail.preferences.pairs import preference_targets
@@ -36,18 +36,16 @@ def kwise_loss(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) 
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Comparison rows -> {prompt, responses, targets}. Raises DataError for one longer than `max_length`."""
-    examples = []
+    """Comparison rows -> {prompt, responses, targets}. Raises DataError for ones longer than `max_length`."""
+    examples: list[dict] = []
+    lengths: list[tuple[str, int]] = []
     for row in rows:
         prompt, responses = encode_comparison(tokenizer, row)
-        if (longest := len(prompt) + max(map(len, responses))) > max_length:
-            raise DataError(
-                f"reward: comparison {row['id']} has {longest} tokens; raise reward.max_length ({max_length}) or "
-                "drop the row"
-            )
+        lengths.append((row["id"], len(prompt) + max(map(len, responses))))
         examples.append(
             {"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()}
         )
+    check_lengths("reward", lengths, max_length)
     return examples
 
 

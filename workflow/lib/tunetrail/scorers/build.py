@@ -113,16 +113,20 @@ def build(name: str, definitions: Mapping[str, Any]) -> Scorer:
     config: ScorerConfig = TypeAdapter(ScorerConfig).validate_python(definition)
     match config:
         case ChrfScorer(beta=beta):
-            return Scorer(name, _each(lambda c: chrf(c.text, c.reference or "", beta)), 0, 100, True)
+            return Scorer(name, _each(lambda c: chrf(c.text, c.reference or "", beta)), *config.range, True)
         case GuidelineScorer():
-            return Scorer(name, _each(_guideline), 0, 5)
+            return Scorer(name, _each(_guideline), *config.range)
         case ExactScorer():
-            return Scorer(name, _each(lambda c: float(normalised(c.text) == normalised(c.reference or ""))), 0, 1, True)
+            return Scorer(
+                name, _each(lambda c: float(normalised(c.text) == normalised(c.reference or ""))), *config.range, True
+            )
         case RegexScorer(pattern=pattern):
             found = re.compile(pattern)
-            return Scorer(name, _each(lambda c: float(bool(found.search(c.text)))), 0, 1)
+            return Scorer(name, _each(lambda c: float(bool(found.search(c.text)))), *config.range)
         case LengthScorer(unit=unit):
-            return Scorer(name, _each(lambda c: float(len(c.text.split()) if unit == "words" else len(c.text))), 0)
+            return Scorer(
+                name, _each(lambda c: float(len(c.text.split()) if unit == "words" else len(c.text))), *config.range
+            )
         case PythonScorer():
             return Scorer(name, _own(name, config), needs_reference=config.needs_reference)
         case SumScorer():

@@ -14,6 +14,7 @@ from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
 from tunetrail.files import canonical_json, read_finished_rows, write_jsonl
 from tunetrail.models.batching import encode
+from tunetrail.models.lengths import check_room
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import inference_weights, sample
@@ -73,6 +74,7 @@ def run(stage: Stage) -> dict:
     model = None
     if todo:
         model = inference_weights(load_causal_lm(folder).to(device()), use_bf16(stage.shared["precision"]))
+        check_room(model.config, [encode(tokenizer, row["prompt"]) for row in mine], config.max_new_tokens)
     left = sum(map(len, todo))
     with ProgressBar("completions", len(mine), "prompts", done=len(mine) - left) as bar, done_file.open("a") as out:
         for rows in todo:

@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from tunetrail.config.data import SPLITS, DataConfig, DocstringSource
-from tunetrail.contract.runner import log
 from tunetrail.contract.stage import Stage
-from tunetrail.data.chat import with_system
 from tunetrail.data.contamination import contamination, overlap_row, without_contamination, without_leaks
+from tunetrail.data.invalid import Invalid
 from tunetrail.data.readers import demonstrations, origin, preferences, row_id
-from tunetrail.data.rendering import Renderer, fits
+from tunetrail.data.rendering import Renderer, rendered, short_enough
 from tunetrail.data.splits import assign_splits, histogram, in_turns, shuffled
 from tunetrail.data.tables import answer_of, comparison_row, merged, one_each, prompt_row
 from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
+from tunetrail.models.lengths import positions
 from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.record import dependency, labels_dependency
 from tunetrail.provenance.schema import Dependency
@@ -35,7 +35,6 @@ from tunetrail.stages.registry import start
 
 def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
     """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
-    invalid: list[str] | None = [] if config.invalid == "drop" else None
     rows, cards = [], []
     readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, Any]]]]] = [
         ("demonstrations", config.demonstrations, demonstrations),
@@ -43,9 +42,9 @@ def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
     ]
     for kind, sources, read in readers:
         for source in sources:
-            before = len(invalid or [])
-            own = [row | {"where": where} for where, row in read(source, invalid)]
-            card = origin(source) | {"invalid_rows": len(invalid or []) - before}
+            invalid: list[Invalid] = []
+            own = [row | {"where": where} for where, row in read(source, invalid if config.invalid == "drop" else None)]
+            card = origin(source) | {"invalid_rows": len(invalid)}
             shape = (
                 "rankings"
                 if kind == "preferences"
@@ -55,18 +54,7 @@ def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
             limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
             about = {"source": card["source"], "kind": kind, "max_tokens": limits, "pinned": source.split}
             rows += [row | about for row in own]
-    for line in invalid or []:
-        log.info("data: left out: %s", line)
     return rows, cards
-
-
-def rendered(rows: list[dict], config: DataConfig, renderer: Renderer) -> list[dict]:
-    """The rows that are short enough, with the prompt that the model is shown."""
-    for row in rows:
-        if "messages" in row:
-            row["messages"] = with_system(row["messages"], config.system)
-            row["prompt"] = renderer.prompt(row)
-    return [row for row in rows if fits(row, config, renderer)]
 
 
 def assigned(rows: list[dict], config: DataConfig, seed: int) -> int:
@@ -148,14 +136,17 @@ def authors_dependency(path: Path, authors: list[str]) -> Dependency:
 
 def run(stage: Stage) -> dict[str, Any]:
     config = DataConfig(**stage.config)
-    renderer = Renderer(AutoTokenizer.from_pretrained(stage.inputs["base"].folder / "model"), config)
+    model = stage.inputs["base"].folder / "model"
+    renderer = Renderer(AutoTokenizer.from_pretrained(model), config)
     read, sources = read_all(config)
-    rows = rendered(read, config, renderer)
+    shown = rendered(read, config, renderer)
+    rows = short_enough(shown, config, renderer, positions(AutoConfig.from_pretrained(model)))
     groups = assigned(rows, config, stage.seed)
     unique = without_leaks(rows, config)
     clean, contaminated = without_contamination(unique, config)
     dropped = Counter(
-        too_long=len(read) - len(rows),
+        not_rendered=len(read) - len(shown),
+        too_long=len(shown) - len(rows),
         duplicates=len(rows) - len(unique),
         contaminated=len(unique) - len(clean),
         over_limit=0,

@@ -23,6 +23,7 @@ from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
 from tunetrail.models.checkpoints import publish_kept
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.lengths import check_lengths
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -62,20 +63,17 @@ class PretokenizedDpoTrainer(DPOTrainer):
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoConfig) -> list[dict]:
-    """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}. Raises DataError for one that is too long."""
-    examples = []
+    """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}. Raises DataError for ones that are too long."""
+    examples: list[dict] = []
+    lengths: list[tuple[str, int]] = []
     for row in rows:
         prompt, responses = encode_comparison(tokenizer, row)
         for chosen, rejected in widest_pairs(row["rankings"], config.pairs_per_prompt):
-            longest = len(prompt) + max(len(responses[chosen]), len(responses[rejected]))
-            if longest > config.max_length:
-                raise DataError(
-                    f"dpo: comparison {row['id']} has {longest} tokens; raise max_length ({config.max_length}) or "
-                    "drop the row"
-                )
+            lengths.append((row["id"], len(prompt) + max(len(responses[chosen]), len(responses[rejected]))))
             examples.append(
                 {"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}
             )
+    check_lengths("dpo", lengths, config.max_length)
     return examples
 
 

@@ -18,7 +18,6 @@ that trained the method. An attempt that is interrupted keeps the methods it has
 from its start.
 """
 
-import importlib.util
 import math
 import statistics
 import sys
@@ -27,10 +26,11 @@ from typing import Any
 from tunetrail.config.methods import MethodConfig, MethodsConfig
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
-from tunetrail.errors import ConfigError, DataError
+from tunetrail.errors import DataError
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.files import canonical_json, read_finished_rows
 from tunetrail.models.finetuning import Cost, Example, build, mean_losses, train
+from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import load_tokenizer, trained_parameters
 from tunetrail.models.runtime import quiet_libraries, seed_everything
 from tunetrail.models.supervised import given_and_learnt, tokenize
@@ -68,6 +68,7 @@ class Comparison:
         points = {round(self.config.steps * i / self.config.points) for i in range(1, self.config.points + 1)}
         self.measured_at = points - {0} | {self.config.steps}
         untrained = build(self.folder, MethodConfig(learning_rate=1), self.precision, stage.seed)
+        check_blocks(untrained.config, [example["input_ids"] for example in examples], "methods.max_length")
         self.base = self.losses(untrained)
         """(on the rows, on the texts), a loss for each."""
 
@@ -106,17 +107,7 @@ class Comparison:
         return {"name": name, "result": result | trained_parameters(model), "measurements": measurements}
 
 
-def check_packages(config: MethodsConfig) -> None:
-    """Raises ConfigError where a method needs a package that is not here."""
-    wanting = [name for name, method in config.compare.items() if method.four_bit]
-    if wanting and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"methods.compare.{wanting[0]}: four_bit needs bitsandbytes; pip install bitsandbytes, or remove the method"
-        )
-
-
 def run(stage: Stage) -> dict[str, Any]:
-    check_packages(MethodsConfig(**stage.config))
     quiet_libraries()  # not all of `prepare`: memory that is kept when freed would hide what a method takes
     seed_everything(stage.seed, "methods")
     comparison = Comparison(stage)

@@ -18,6 +18,7 @@ from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -43,6 +44,7 @@ def run(stage: Stage) -> dict:
         raise DataError(f"sft: {len(examples)} examples are fewer than one batch (sft.batch_size: {config.batch_size})")
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
+    check_blocks(model.config, [example["input_ids"] for example in examples], "sft.max_length")
     counts = trained_parameters(model)
     stage.draft.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
     trainer = SFTTrainer(

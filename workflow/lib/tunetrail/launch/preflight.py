@@ -1,0 +1,133 @@
+"""What is known to fail is told before any job starts: files, rows, packages, the base model, recorded rankings.
+
+Nothing heavy is imported, since each start of Snakemake comes through here: a local base is judged by its files. What
+these do not say, the stage that loads the model finds out.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tunetrail.config.base_model import LocalModel
+from tunetrail.config.comparisons import RecordedLabeler
+from tunetrail.config.data import DataConfig, FileSource
+from tunetrail.config.loading import check_files
+from tunetrail.config.run import Config
+from tunetrail.data.readers import check_sources
+from tunetrail.errors import ConfigError, DataError, TunetrailError
+from tunetrail.models.trackers import check as check_trackers
+
+SAMPLE = 1000
+"""Rows of local files whose lengths are measured."""
+Result = TypeVar("Result")
+
+
+def check(config: Config, source: str = "config", packages: bool = True) -> list[str]:
+    """Checks a valid config against what it names, and returns warnings.
+
+    Args:
+        source: names the config in messages.
+        packages: whether jobs run in this environment, so that a package that is not here is missing there.
+
+    Raises ConfigError, or DataError where only data are bad, with a line for each mistake.
+    """
+    check_files(config, source)
+    mistakes: list[TunetrailError] = []
+
+    def tried(step: Callable[[], Result], otherwise: Result) -> Result:
+        try:
+            return step()
+        except TunetrailError as e:
+            mistakes.append(e)
+            return otherwise
+
+    if packages:
+        tried(lambda: check_trackers(config.report_to, source), None)
+        tried(lambda: refuse(f"{source}: {line}" for line in missing_packages(config)), None)
+    no_rows: list[dict] = []
+    rows = tried(lambda: check_sources(config.data), no_rows)
+    if isinstance(config.base, LocalModel):
+        tried(lambda: check_base(config.base, config.data, rows, source), None)  # type: ignore[arg-type]
+    warnings: list[str] = []
+    if isinstance(config.comparisons, RecordedLabeler):
+        warnings = tried(lambda: check_recorded(config.comparisons, config.data, rows), [])  # type: ignore[arg-type]
+    if mistakes:
+        only_data = all(isinstance(mistake, DataError) for mistake in mistakes)
+        raise (DataError if only_data else ConfigError)("\n".join(map(str, mistakes)))
+    return warnings
+
+
+def refuse(lines: Iterator[str]) -> None:
+    """Raises ConfigError with these lines, if there are any."""
+    if found := list(lines):
+        raise ConfigError("\n".join(found))
+
+
+def missing_packages(config: Config) -> Iterator[str]:
+    """A line for each optional package that the config needs and that is not installed."""
+    if config.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
+        yield "lm_eval.tasks: the package lm-eval is not installed; run `pip install lm-eval`, or set lm_eval to null"
+    for name, method in (config.methods.compare if config.methods else {}).items():
+        if method.four_bit and importlib.util.find_spec("bitsandbytes") is None:
+            yield (
+                f"methods.compare.{name}.four_bit: bitsandbytes is not installed; run `pip install bitsandbytes`, or "
+                "remove the method"
+            )
+    for name, policy in config.policies.items():
+        if policy.method == "ppo" and policy.vllm and importlib.util.find_spec("vllm") is None:
+            yield f"policies.{name}.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null"
+
+
+def check_base(base: LocalModel, data: DataConfig, rows: Sequence[dict], source: str) -> None:
+    """Raises ConfigError for a model that the run cannot use, and DataError for rows that are too long for certain."""
+    from tunetrail.models import tokenizer_files
+
+    refuse(f"{source}: {line}" for line in tokenizer_files.problems(base.path, base, data.chat))
+    if data.too_long == "error" and (base.path / "tokenizer.json").exists():
+        check_lengths(base.path, data, rows)
+
+
+def check_lengths(folder: Path, data: DataConfig, rows: Sequence[dict]) -> None:
+    """Raises DataError for rows of a sample whose last message or answer alone is too long."""
+    from tunetrail.data.invalid import leave_out
+    from tunetrail.data.rendering import limits, measured
+    from tunetrail.models.tokenizer_files import Counter, positions
+
+    asked = [row for row in rows if "text" not in row]
+    step = -(-len(asked) // SAMPLE) or 1
+    sample = [row | {"prompt": row["messages"][-1]["content"].strip(), "max_tokens": None} for row in asked[::step]]
+    lengths = measured(sample, Counter(folder))
+    of = "rows" if step == 1 else "sampled rows"
+    found = [finding for limit in limits(data, positions(folder)) if (finding := limit.finding(lengths, of))]
+    if found:
+        leave_out(found, "error")
+
+
+def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[dict]) -> list[str]:
+    """Warns of prompts that may be ranked and are not in the file.
+
+    Says nothing where not all prompts are in local files, or where the file names prompts as the model is shown them.
+
+    Raises DataError where none is in it, or one is missing that will be ranked.
+    """
+    from tunetrail.labeling.recorded import read_rankings
+
+    recorded = read_rankings(labeler.path, labeler.columns)
+    asked = [row for row in rows if "completion" in row and row["pinned"] in (None, "reward", "heldout")]
+    prompts = {row["messages"][-1]["content"].strip(): row for row in asked}
+    missing = [prompt for prompt in prompts if prompt not in recorded]
+    are_all_local = all(isinstance(source, FileSource) for source in data.demonstrations)
+    are_rendered = any(prompt in name for prompt in missing[:1] for name in recorded)
+    if not missing or not are_all_local or are_rendered:
+        return []
+    found = (
+        f"comparisons.path: {labeler.path} ranks no completions of {len(missing)} of {len(prompts)} prompts of "
+        f"data.demonstrations, the first at {prompts[missing[0]]['where']}"
+    )
+    if len(missing) == len(prompts) or any(prompts[prompt]["pinned"] for prompt in missing):
+        raise DataError(f"{found}; add lines for them, or check the prompts and columns of the file")
+    return [
+        f"{found}; the run stops at comparisons if one of them falls to reward or heldout: pin a source of ranked "
+        "prompts to these splits (split)"
+    ]
