@@ -36,8 +36,9 @@ class Project:
 
     def snakemake(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> subprocess.CompletedProcess:
         chosen = ["--configfile", config] if config else []
-        command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
         path = {"PATH": f"{self.path}{os.pathsep}{os.environ['PATH']}"}
+        python = shutil.which("python", path=self.path)
+        command = [python, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
         return subprocess.run(
             command, cwd=self.folder, env=os.environ | path, capture_output=True, text=True, check=False
         )
