@@ -102,11 +102,14 @@ def guard(connection: socket.socket) -> None:
     while not message.endswith(b"\n"):
         message += connection.recv(1 << 20)
     groups = control_groups(client)
-    process_group = os.getpgid(client) if os.getsid(client) == os.getsid(0) else 0  # 0: one of its own
+    process_group = os.getpgid(client) if os.getsid(client) == os.getsid(0) else 0
     enter_namespaces(client)
     child = os.fork()  # only a child is in another namespace of processes
     if not child:
-        os.setpgid(0, process_group)
+        if process_group:
+            os.setpgid(0, process_group)
+        else:
+            os.setsid()
         become(json.loads(message), streams, groups)
     for stream in streams:
         os.close(stream)
