@@ -157,7 +157,6 @@ def become(request: dict, streams: array.array, groups: list[str]) -> None:
     """Runs the program as the client would have."""
     import atexit
     import runpy
-    import shutil
     import threading
     import traceback
     import warnings
@@ -177,7 +176,7 @@ def become(request: dict, streams: array.array, groups: list[str]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))  # read at its import
-    sys.executable = shutil.which("python")
+    sys.executable = os.path.join(os.path.dirname(sys.argv[1]), "bin/python")  # its children are forked too
     sys.argv = request["arguments"][1:]
     setproctitle(" ".join(["python", *request["arguments"]]))
     warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning, "runpy")
