@@ -26,6 +26,11 @@ STREAMS = (0, 1, 2)
 NAMESPACES = ("pid", "uts", "mnt")  # the file system last: it hides /proc/<client>/ns
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PROGRAMS = ("snakemake", "tests.slurm.head", "tunetrail", "tunetrail.*")
+PRELOADED = (
+    "snakemake.cli", "snakemake.report.html_reporter", "snakemake.storage", "snakemake_executor_plugin_slurm",
+    "snakemake_executor_plugin_slurm_jobstep", "tunetrail.launch.submit", "tunetrail.monitor.dag", "tests.preloaded",
+)  # fmt: skip
+"""What the PROGRAMS import; the stages last."""
 SCRIPT = """#!/bin/sh
 case "$1 $2" in
     {patterns}) exec {python} -I -S {program} {address} "$@" ;;
@@ -65,13 +70,13 @@ class StageServer:
 
 def serve() -> None:
     """Forks a guardian for every client, until standard input is closed."""
+    import importlib
     import weakref
 
-    import snakemake_executor_plugin_slurm_jobstep  # noqa: F401
     from setproctitle import getproctitle
 
-    import tests.preloaded  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     for finalizer in weakref.finalize._registry:
         finalizer.atexit = False  # what was imported a child need not undo
     getproctitle()  # finds our arguments in memory, which a child that has changed its environment no longer can
