@@ -217,7 +217,8 @@ def prepared(cluster, tmp_path_factory) -> OnSlurm:
         if not (shared / "undisturbed").exists():
             project = on_slurm(cluster, shared)
             project.environment = environment
-            project.configure(sft__epochs=7)
+            # Short rows: it is to last in steps, not in work.
+            project.configure(data__demonstrations=[{"source": "docstrings"}], sft__epochs=24)
             project.run("--until", "sft")
             for name in ("results", "state"):
                 shutil.copytree(shared / name, shared / "undisturbed" / name)
