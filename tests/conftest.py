@@ -23,9 +23,10 @@ class Project:
     def __init__(self, folder: Path, path: str = str(Path(sys.executable).parent)):
         """
         Args:
-            path: where `python` is, which stages are run with.
+            path: where `python` is, which all is run with.
         """
         self.folder, self.path = folder, path
+        self.python = shutil.which("python", path=path)
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -36,8 +37,8 @@ class Project:
 
     def snakemake(self, *options: str, config: str | None = "config/examples/tiny.yaml") -> subprocess.CompletedProcess:
         chosen = ["--configfile", config] if config else []
-        command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
         path = {"PATH": f"{self.path}{os.pathsep}{os.environ['PATH']}"}
+        command = [self.python, "-m", "snakemake", "--profile", "profiles/local", *chosen, *options]
         return subprocess.run(
             command, cwd=self.folder, env=os.environ | path, capture_output=True, text=True, check=False
         )

@@ -1,10 +1,10 @@
-"""Stages that tests start, forked from one process that has imported everything: 0.1 s of CPU instead of 6.
+"""Processes that tests start, forked from one that has imported everything: a stage takes 0.1 s of CPU instead of 6.
 
-`python` on the PATH of `StageServer.environment` is a small shell script. It runs the real one, except for
-`python -m tunetrail.stages.<stage>`: then it is `client` below, which asks the server for a child and stands in for it.
-The child has the client's arguments, environment, folder, standard streams, ignored signals, namespaces and control
-groups, so a Slurm job holds it as if it had been started there. SIGTERM reaches the child through the client. If either
-is killed the other ends too, the client by the same signal.
+`python` on the PATH of `StageServer.path` is a small shell script. It runs the real one, except for `python -m` of one
+of the PROGRAMS: then it is `client` below, which asks the server for a child and stands in for it. The child has the
+client's arguments, environment, folder, standard streams, ignored signals, namespaces, control groups and, within a
+session, process group, so a Slurm job or a terminal holds it as if it had been started there. SIGTERM reaches the child
+through the client. If either is killed the other ends too, the client by the same signal.
 
 This file is also the client's program, hence its few imports.
 """
@@ -25,9 +25,15 @@ import time
 STREAMS = (0, 1, 2)
 NAMESPACES = ("pid", "uts", "mnt")  # the file system last: it hides /proc/<client>/ns
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+PROGRAMS = ("snakemake", "tests.slurm.head", "tunetrail", "tunetrail.*")
+PRELOADED = (
+    "snakemake.cli", "snakemake.report.html_reporter", "snakemake.storage", "snakemake_executor_plugin_slurm",
+    "snakemake_executor_plugin_slurm_jobstep", "tunetrail.launch.submit", "tunetrail.monitor.dag", "tests.preloaded",
+)  # fmt: skip
+"""What the PROGRAMS import; the stages last."""
 SCRIPT = """#!/bin/sh
 case "$1 $2" in
-    "-m tunetrail.stages."*) exec {python} -I -S {program} {address} "$@" ;;
+    {patterns}) exec {python} -I -S {program} {address} "$@" ;;
 esac
 exec {python} "$@"
 """
@@ -40,7 +46,10 @@ class StageServer:
         self.folder, self.address = folder, f"{folder}/socket"
         script = folder / "bin/python"
         script.parent.mkdir()
-        script.write_text(SCRIPT.format(python=sys.executable, program=__file__, address=self.address))
+        patterns = "|".join(f"-m\\ {name}" for name in PROGRAMS)
+        script.write_text(
+            SCRIPT.format(patterns=patterns, python=sys.executable, program=__file__, address=self.address)
+        )
         script.chmod(0o755)
         self.path = f"{script.parent}{os.pathsep}{os.path.dirname(sys.executable)}"
         """What the PATH of commands begins with."""
@@ -61,10 +70,15 @@ class StageServer:
 
 def serve() -> None:
     """Forks a guardian for every client, until standard input is closed."""
+    import importlib
+    import weakref
+
     from setproctitle import getproctitle
 
-    import tests.preloaded  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # what was imported a child need not undo
     getproctitle()  # finds our arguments in memory, which a child that has changed its environment no longer can
     listener = socket.socket(socket.AF_UNIX)
     address = sys.argv[1]
@@ -79,7 +93,7 @@ def serve() -> None:
         connection, _ = listener.accept()
         if not os.fork():
             listener.close()
-            os.setsid()
+            os.setpgid(0, 0)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             guard(connection)
         connection.close()
@@ -93,9 +107,14 @@ def guard(connection: socket.socket) -> None:
     while not message.endswith(b"\n"):
         message += connection.recv(1 << 20)
     groups = control_groups(client)
+    process_group = os.getpgid(client) if os.getsid(client) == os.getsid(0) else 0
     enter_namespaces(client)
     child = os.fork()  # only a child is in another namespace of processes
     if not child:
+        if process_group:
+            os.setpgid(0, process_group)
+        else:
+            os.setsid()
         become(json.loads(message), streams, groups)
     for stream in streams:
         os.close(stream)
@@ -105,6 +124,8 @@ def guard(connection: socket.socket) -> None:
         if ended in ready:
             break
         told = connection.recv(1)
+        if process_group and told == bytes([signal.SIGINT]):  # sent to the whole group
+            continue
         os.kill(child, told[0] if told else signal.SIGKILL)
         if not told:
             break
@@ -138,10 +159,12 @@ def own_namespace(path: str) -> str:
 
 
 def become(request: dict, streams: array.array, groups: list[str]) -> None:
-    """Runs the stage as the client would have."""
+    """Runs the program as the client would have."""
     import atexit
-    import importlib
+    import runpy
+    import threading
     import traceback
+    import warnings
 
     import torch
     from setproctitle import setproctitle
@@ -158,28 +181,34 @@ def become(request: dict, streams: array.array, groups: list[str]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))  # read at its import
-    name, code = request["arguments"][1], 1
+    sys.executable = os.path.join(os.path.dirname(sys.argv[1]), "bin/python")  # its children are forked too
     sys.argv = request["arguments"][1:]
     setproctitle(" ".join(["python", *request["arguments"]]))
+    warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning, "runpy")
+    code: object = 0
     try:
-        module = importlib.import_module(name)
-        code = module.start(name.rpartition(".")[2], module.run)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
+        code = e.code
     except BaseException:
         traceback.print_exc()
-    finally:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
+        code = 1
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
-        os._exit(code)
+    os._exit(code or 0)
 
 
 # ----------------------------------------------------------------------------- the client
 
 
 def client(address: str, arguments: list[str]) -> None:
-    """Stands in for the child: python -m tunetrail.stages.<stage> …"""
+    """Stands in for the child: python -m <program> …"""
     ignored = [int(number) for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "ignored": ignored}
     connection = socket.socket(socket.AF_UNIX)

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,7 @@ def test_the_run_waits_for_three_people_and_its_reward_model_names_them(case, br
     assert not (project.folder / results / "comparisons/manifest.json").exists()
 
     monkeypatch.chdir(project.folder)
-    command = [sys.executable, "-m", "tunetrail", "status", "--json", "--configfile", case.config]
+    command = [project.python, "-m", "tunetrail", "status", "--json", "--configfile", case.config]
     told = subprocess.run(command, capture_output=True, text=True, check=True)  # Snakemake wants the only event loop
     found = {standing["name"]: standing for standing in json.loads(told.stdout)}
     assert found["comparisons"]["state"] == "waiting"

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -64,6 +63,10 @@ def nothing_left(cluster) -> Iterator[None]:
     cluster.restore()
 
 
+def python_of(environment: dict[str, str]) -> str:
+    return shutil.which("python", path=environment["PATH"])
+
+
 @dataclasses.dataclass
 class OnSlurm:
     """A project whose head runs against the cluster."""
@@ -76,15 +79,16 @@ class OnSlurm:
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen:
         """snakemake --profile slurm, in the background, at the head of a process group; it prints to head.log."""
-        command = [sys.executable, "-m", "tests.slurm.head", "--profile", "slurm", "--configfile", CONFIG, *options]
+        variables = self.variables(environment)
+        command = [python_of(variables), "-m", "tests.slurm.head", "--profile", "slurm", "--configfile", CONFIG]
         with (self.folder / "head.log").open("ab") as log:
             head = subprocess.Popen(
-                command,
+                [*command, *options],
                 cwd=self.folder,
-                env=self.variables(environment),
+                env=variables,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                process_group=0,
             )
         HEADS.append(head)
         return head
@@ -95,7 +99,7 @@ class OnSlurm:
         return self.cluster.environment | self.environment | more | ours
 
     def import_again(self) -> None:
-        """Stages are started by the interpreter, and not forked from the server."""
+        """All is started by the interpreter, and not forked from the server."""
         path = self.cluster.environment["PATH"].partition(os.pathsep)[2]
         self.environment = self.environment | {"PATH": path}
 
@@ -117,8 +121,9 @@ class OnSlurm:
 
     def status(self) -> dict[str, dict]:
         """What `tunetrail status` tells of each stage."""
-        command = [sys.executable, "-m", "tunetrail", "status", "--profile", "slurm", "--configfile", CONFIG, "--json"]
-        reply = subprocess.run(command, cwd=self.folder, env=self.variables({}), capture_output=True, text=True,
+        variables = self.variables({})
+        command = [python_of(variables), "-m", "tunetrail", "status", "--profile", "slurm", "--configfile", CONFIG]
+        reply = subprocess.run([*command, "--json"], cwd=self.folder, env=variables, capture_output=True, text=True,
             check=True)  # fmt: skip
         return {standing["name"]: standing for standing in json.loads(reply.stdout)}
 
@@ -212,7 +217,8 @@ def prepared(cluster, tmp_path_factory) -> OnSlurm:
         if not (shared / "undisturbed").exists():
             project = on_slurm(cluster, shared)
             project.environment = environment
-            project.configure(sft__epochs=7)
+            # Short rows: it is to last in steps, not in work.
+            project.configure(data__demonstrations=[{"source": "docstrings"}], sft__epochs=24)
             project.run("--until", "sft")
             for name in ("results", "state"):
                 shutil.copytree(shared / name, shared / "undisturbed" / name)

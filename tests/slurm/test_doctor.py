@@ -1,11 +1,10 @@
 """tunetrail doctor on a real Slurm: no finding where all is well, and what is wrong by name."""
 
 import subprocess
-import sys
 
 import pytest
 
-from .conftest import CONFIG, OnSlurm, on_slurm
+from .conftest import CONFIG, OnSlurm, on_slurm, python_of
 
 
 @pytest.fixture
@@ -15,9 +14,11 @@ def site(cluster, tmp_path) -> OnSlurm:
 
 def doctor(project: OnSlurm, *options: str) -> tuple[int, list[str]]:
     """(exit code, the lines that are not "ok")."""
-    command = [sys.executable, "-m", "tunetrail", "doctor", "--profile", "slurm", "--configfile", CONFIG, *options]
     variables = project.cluster.environment
-    reply = subprocess.run(command, cwd=project.folder, env=variables, capture_output=True, text=True, check=False)
+    command = [python_of(variables), "-m", "tunetrail", "doctor", "--profile", "slurm", "--configfile", CONFIG]
+    reply = subprocess.run(
+        [*command, *options], cwd=project.folder, env=variables, capture_output=True, text=True, check=False
+    )
     assert not reply.stderr
     return reply.returncode, [line for line in reply.stdout.splitlines() if not line.startswith("ok ")]
 

@@ -22,7 +22,7 @@ CONFIG = "config/examples/tiny.yaml"
 
 
 def tunetrail(project: Project, *arguments: str, config: str = CONFIG) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tunetrail", *arguments, "--configfile", config]
+    command = [project.python, "-m", "tunetrail", *arguments, "--configfile", config]
     return subprocess.run(command, cwd=project.folder, capture_output=True, text=True, check=False)
 
 
