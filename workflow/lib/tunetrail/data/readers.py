@@ -172,6 +172,29 @@ def demonstrations(source: Any, invalid: list[str] | None = None) -> Iterator[tu
             yield from _read(source, _parse_signed, invalid)
 
 
+# ----------------------------------------------------------------------------- prompts
+
+
+def _parse_prompt(row: dict) -> list[Demonstration]:
+    """A prompt without an answer, as a text or as messages that end with the user's turn."""
+    if ("prompt" in row) == ("messages" in row):
+        columns = ", ".join(sorted(map(str, row))) or "none"
+        raise BadRow(f"must have either prompt or messages; its columns are {columns}; map others with columns")
+    if isinstance(row.get("prompt"), str):
+        return [{"messages": as_messages(checked_text(row, "prompt"))}]
+    key = "prompt" if "prompt" in row else "messages"
+    messages = checked_messages(row[key], key)
+    if messages[-1]["role"] != "user":
+        raise BadRow(f"'{key}' must end with a turn of the user; rows with answers go under data.demonstrations")
+    return [{"messages": messages}]
+
+
+def prompts(source: FileSource | HubSource, invalid: list[str] | None = None) -> Iterator[tuple[str, Demonstration]]:
+    """(where, row) of a source of prompts; answers that stand beside them are not read. `invalid` as in
+    `demonstrations`."""
+    yield from _read(source, _parse_prompt, invalid)
+
+
 # ----------------------------------------------------------------------------- preferences
 
 
@@ -231,6 +254,9 @@ def check_sources(config: DataConfig) -> None:
     for source in config.preferences:
         if isinstance(source, FileSource):
             read_preferences(source, invalid)
+    for source in config.prompts:
+        if isinstance(source, FileSource):
+            list(prompts(source, invalid))
 
 
 def row_id(row: dict) -> str:

@@ -45,8 +45,8 @@ def fits(row: dict, config: DataConfig, renderer: Renderer) -> bool:
     """Whether a row is short enough. Raises DataError where too_long is `error`."""
     if "text" in row:
         return True
-    completions = row.get("completions") or [row["completion"]]
-    longest = max(renderer.tokens(completions))
+    completions = row.get("completions") or ([row["completion"]] if "completion" in row else [])
+    longest = max(renderer.tokens(completions), default=0)
     if row["max_tokens"]:  # the built-in source takes what is short enough
         code, answer = row["max_tokens"]
         if renderer.tokens([row["messages"][-1]["content"]])[0] > code or longest > answer:
