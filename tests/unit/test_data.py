@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunetrail.config.data import DataConfig, FileSource
 from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
-from tunetrail.data.readers import check_sources, read_demonstrations, read_preferences
+from tunetrail.data.readers import check_sources, prompts, read_demonstrations, read_preferences
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl, write_json
@@ -59,6 +59,20 @@ def test_the_three_demonstration_shapes(tmp_path):
     assert rows[1] == {"messages": [{"role": "user", "content": "Q"}], "completion": "A", "group": "q"}
     assert [row["completion"] for row in rows[2:]] == ["2", "4"]
     assert [len(row["messages"]) for row in rows[2:]] == [2, 4]
+
+
+def test_prompts_without_answers(tmp_path):
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "1"}]
+    rows = [{"prompt": "Q", "completion": "not read"}, {"messages": chat}, {"prompt": chat}]
+    found = [row for _, row in prompts(source(write(tmp_path / "p.jsonl", rows)))]
+    assert found[0] == {"messages": [{"role": "user", "content": "Q"}], "group": "q"}
+    assert [row["messages"] for row in found[1:]] == [chat, chat]
+    for bad, message in (
+        ({"question": "Q"}, "p.jsonl:1: must have either prompt or messages; its columns are question; map others"),
+        ({"messages": [*chat, {"role": "assistant", "content": "2"}]}, "'messages' must end with a turn of the user;"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(prompts(source(write(tmp_path / "p.jsonl", [bad]))))
 
 
 def test_columns_and_groups_are_mapped(tmp_path):

@@ -399,6 +399,11 @@ def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -
     return folder / "manifest.json"
 
 
+def tokenizer_of(folder: Path) -> str:
+    """The digest that an artifact's manifest names."""
+    return json.loads((folder / "manifest.json").read_text())["tokenizer"]
+
+
 def write_workspace(folder: Path) -> str:
     """A tiny base model, demonstrations and comparisons, as artifacts. Returns the tokenizer's digest."""
     from tunetrail.models.loading import tokenizer_digest
@@ -553,6 +558,19 @@ def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
     assert min(rates) > 0
     rows = {"sft": 24, "reward": 18, "dpo": 54}[name]
     assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_held_out_prompts_without_answers_are_passed_over(run_stage, workspace, name):
+    data = workspace / "data"
+    rows = {split: read_jsonl(data / f"{split}.jsonl") for split in ("heldout", "reward")}
+    for split in rows.values():
+        del split[0]["completion"]
+    write_artifact(data, {f"{split}.jsonl": own for split, own in rows.items()}, tokenizer_of(data))
+    code, error, output = run_stage(name, "prompts")
+    assert code == 0, error
+    if name == "sft":
+        assert json.loads(output.with_name("metrics.json").read_text())["eval_loss"]["n"] == len(rows["heldout"]) - 1
 
 
 def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
@@ -772,6 +790,26 @@ def test_a_batch_is_shared_equally_among_processes():
     assert at_once(12, 2, micro=4) == 3  # not 6: it bounds the memory
     with pytest.raises(ConfigError, match=r"sft: batch_size \(12\) must be a multiple of the 5 processes"):
         at_once(12, 5)
+
+
+def test_what_is_sampled_is_what_has_no_completions_yet(workspace, monkeypatch):
+    """Not the prompts of preference rows; a prompt alone has no reference."""
+    from tunetrail.stages import completions
+
+    data = workspace / "data"
+    reward = read_jsonl(data / "reward.jsonl")
+    del reward[1]["completion"]
+    write_artifact(data, {"reward.jsonl": reward, "comparisons.jsonl": [{"id": reward[0]["id"]}]}, tokenizer_of(data))
+    monkeypatch.setattr(completions, "sample", lambda model, prompts, keys, k, **_: [[[7], [8]] for _ in keys])
+    monkeypatch.chdir(workspace)
+    config = {"stage": "completions", "seed": 5, "precision": "fp32", "config": {"per_prompt": 2, "max_new_tokens": 1}}
+    (workspace / "c.json").write_text(json.dumps(config))
+    arguments = ["--config=c.json", "--input=model=base/manifest.json", "--input=data=data/manifest.json"]
+    assert main(completions.run, [*arguments, "--output=a/manifest.json", "--state=state"]) == 0
+    sampled = {row["id"]: row for row in read_jsonl(workspace / "a/completions.jsonl") if row["split"] == "reward"}
+    assert sampled.keys() == {row["id"] for row in reward[1:]}
+    assert sampled[reward[1]["id"]]["reference"] is None
+    assert sampled[reward[2]["id"]]["reference"] == reward[2]["completion"]
 
 
 def test_sampling_goes_on_with_the_batches_it_would_have_had(workspace, monkeypatch):

@@ -87,7 +87,8 @@ def run(stage: Stage) -> dict:
     if not is_main_process():
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    heldout = tokenize(stage.rows("data", "heldout.jsonl"), tokenizer, config.max_length)
+    answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
+    heldout = tokenize(answered, tokenizer, config.max_length)
     losses = mean_nlls(model, [prompt_and_response(e) for e in heldout], tokenizer.pad_token_id, precision)
     save_causal_lm(model, parent, stage.work, config.lora, parent, stage.inputs["base"].manifest)
     return {
