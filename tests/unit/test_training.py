@@ -24,7 +24,16 @@ from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.models.training import epoch_order, history, learning_rate_scale, rows_at_once, rows_left_out
+from tunetrail.models.training import (
+    bit_sums,
+    check_learnt,
+    epoch_order,
+    history,
+    learning_rate_scale,
+    rows_at_once,
+    rows_left_out,
+    trained_weights,
+)
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
@@ -558,6 +567,49 @@ def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
     assert min(rates) > 0
     rows = {"sft": 24, "reward": 18, "dpo": 54}[name]
     assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_training_that_changes_no_weight_fails(run_stage, name):
+    """Though it ends with a finite loss: the artifact would be its parent's copy, and look like a result."""
+    code, error, output = run_stage(name, "still", config={"learning_rate": 1e-30})
+    assert code == 78
+    steps = {"sft": 12, "reward": 9, "dpo": 9}[name]
+    assert error.strip().splitlines()[-1] == (
+        f"{name}: error: {name}: {steps} optimizer steps left every weight as it was, so nothing was learnt; raise "
+        "learning_rate, or see whether its data, or its scores, can teach anything"
+    )
+    assert not output.exists()
+
+
+def test_one_changed_value_of_one_weight_is_a_change():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = torch.nn.Linear(40, 30).to(dtype)
+        before = bit_sums(trained_weights(model))
+        check = lambda: check_learnt("s", before, bit_sums(trained_weights(model)), 1)  # noqa: E731, B023
+        with pytest.raises(ConfigError, match="s: 1 optimizer steps left every weight as it was"):
+            check()
+        value = model.weight.data[7, 3]
+        model.weight.data[7, 3] = (
+            torch.nextafter(value.float(), torch.tensor(9.0)) if dtype == torch.float32 else -value
+        )
+        check()
+        model.weight.requires_grad = False  # frozen: the bias alone counts
+        with pytest.raises(ConfigError):
+            check_learnt("s", bit_sums(trained_weights(model)), bit_sums(trained_weights(model)), 1)
+
+
+def test_too_few_steps_are_told_of_at_the_start(run_stage, caplog):
+    code, error, _ = run_stage("dpo", "few", config={"checkpoints": 0})
+    assert code == 0, error
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "dpo: 9 optimizer steps, fewer than 10: next to nothing can be learnt; raise epochs, lower batch_size, or add "
+        "data"
+    ]
+    caplog.clear()
+    assert run_stage("sft", "enough")[0] == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("name", ["sft", "reward"])

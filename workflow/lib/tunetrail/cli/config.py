@@ -28,8 +28,10 @@ def _load(path: Path, use: Callable[[Any], None]) -> int:
 
 @app.command()
 def check(path: ConfigFile) -> int:
-    """Validate a config file: exit code 0, or 78 with one line per mistake."""
-    return _load(path, lambda config: None)
+    """Validate a config file: exit code 0 and what its data is used for, or 78 with one line per mistake."""
+    from tunetrail.monitor.forecast import share_table, unread
+
+    return _load(path, lambda config: print("\n".join([*share_table(config), *unread(config)])))
 
 
 @app.command()

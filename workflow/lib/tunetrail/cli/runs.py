@@ -46,15 +46,19 @@ def status(
 
 
 def plan(profile: Profile = "profiles/local", configfile: ConfigFiles = None, as_json: Json = False) -> int:
-    """Show what would run and why, and what it took to make what would be made again."""
+    """Show what would run and why, what it took to make what would be made again, and what the data is used for."""
     from tunetrail.monitor import plan as monitor
-    from tunetrail.monitor.dag import read_dag
+    from tunetrail.monitor.dag import read_run
+    from tunetrail.monitor.forecast import forecast
 
-    steps = monitor.plan(read_dag(profile, configfile or []))
+    config, jobs = read_run(profile, configfile or [])
+    steps = monitor.plan(jobs)
+    data = next(job for job in jobs if job.name == "data")
+    known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
     if as_json:
-        print_json(monitor.as_json(steps))
+        print_json(monitor.as_json(steps) | {"notes": known.notes})
     else:
-        print(monitor.as_text(steps))
+        print("\n".join([monitor.as_text(steps), "", *known.table, *(f"Note: {note}" for note in known.notes)]))
     return SOUND
 
 

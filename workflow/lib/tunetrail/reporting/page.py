@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tunetrail.config.training import FEWEST_STEPS
 from tunetrail.reporting import charts, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
 from tunetrail.reporting.figures import Figure
@@ -77,6 +78,17 @@ def _banners(run: Run) -> list[str]:
         found.append(
             "The base model has random weights, for tests: no result here says anything about language models."
         )
+    if few := [f"{name} {steps}" for name, steps in optimizer_steps(run).items() if steps < FEWEST_STEPS]:
+        found.append(
+            f"Too few optimizer steps to learn in (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
+            "to be close to what they started from."
+        )
+    unmeasured = [m.metrics.get("not_measured") for m in run.models]
+    if lacking := next(filter(None, unmeasured), None):
+        found.append(
+            f"Not measured: {', '.join(lacking['scorers'])}, since {lacking['prompts']} evaluation prompts have no "
+            "author's text to compare with."
+        )
     if unrecorded := [role for role, a in run.artifacts.items() if a.state == "unrecorded"]:
         found.append(f"Nothing records how these came to be: {', '.join(unrecorded)}.")
     altered = [role for role, a in run.artifacts.items() if a.state == "altered"]
@@ -85,6 +97,23 @@ def _banners(run: Run) -> list[str]:
     if stale := [role for role, a in run.artifacts.items() if a.stale]:
         found.append(f"Made from inputs that have changed since: {', '.join(stale)}. Run the workflow again.")
     return found
+
+
+def optimizer_steps(run: Run) -> dict[str, int]:
+    """Name of each trained model -> the optimizer steps it took, where they are known."""
+    key = {"sft": "steps", "reward": "steps", "dpo": "steps", "ppo": "optimizer_steps"}
+    return {
+        role.removeprefix("policy."): artifact.metrics[key[artifact.stage]]
+        for role, artifact in run.artifacts.items()
+        if artifact.stage in key and key[artifact.stage] in artifact.metrics
+    }
+
+
+def uses(run: Run) -> list[dict[str, Any]]:
+    """What the rows of each source are used for, by the stages that this run has."""
+    stages = {artifact.stage for artifact in run.artifacts.values()}
+    card = run.metrics("data") or {}
+    return [use | {"used_by": [name for name in use["used_by"] if name in stages]} for use in card.get("uses", [])]
 
 
 def base_model(run: Run) -> str:
@@ -323,6 +352,7 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
         figures={name: tuple(Markup(picture) for picture in pair) for name, pair in figures.items()},
         dag=dag.layout,
         banners=banners,
+        uses=uses,
         base_model=base_model,
         code=code,
         software=software,
