@@ -347,6 +347,101 @@ def test_a_pinned_source_keeps_the_checks_for_leaks(capfd):
     assert "1 rows repeat a row of another split, such as s.jsonl:1 (sft" in capfd.readouterr().err
 
 
+TRAINED_AND_TESTED = {"demonstrations": {"sft": 0.9, "heldout": 0.1}}
+"""The shares of an unpinned source beside a test set."""
+
+
+@pytest.mark.parametrize("split", ["sft", None])
+@pytest.mark.parametrize("duplicate", ["prompt", "text"])
+def test_a_duplicate_of_a_test_set_leaves_training_and_not_the_test_set(capfd, split, duplicate):
+    """Whether it is one by its group (here the prompt) or by what it says, and whether its source is pinned or not."""
+    tests = [{"prompt": prompt(i), "completion": f"test {i}", "user": f"t{i}"} for i in range(12)]
+    train = [{"prompt": prompt(i), "completion": f"train {i}", "user": f"u{i}"} for i in range(8, 60)]
+    group = "user" if duplicate == "text" else None
+
+    def config(duplicates: str) -> DataConfig:
+        return DataConfig(
+            demonstrations=[
+                file("train.jsonl", train, split=split, group=group),
+                file("test.jsonl", tests, split="evaluation", group=group),
+            ],
+            duplicates=duplicates,
+        )
+
+    shares = {} if split else TRAINED_AND_TESTED
+    assert Prepared(config("error"), shares=shares).code == 65
+    (line,) = capfd.readouterr().err.splitlines()
+    reason = "4 rows share their group with" if duplicate == "prompt" else "4 rows repeat a row of another split, such"
+    assert reason in line
+    assert "train.jsonl:1" in line
+    assert "test.jsonl:9 (evaluation" in line
+
+    done = Prepared(config("drop"), shares=shares)
+    assert done.code == 0
+    assert sorted(row["completion"] for row in done["evaluation"]) == sorted(row["completion"] for row in tests)
+    trained = {row["completion"] for name in ("sft", "heldout") for row in done[name]}
+    assert trained == {f"train {i}" for i in range(12, 60)}
+    (out,) = done.card["left_out"]
+    reason = "group_of_a_test_set" if duplicate == "prompt" else "duplicates"
+    assert (out["source"], out["reason"], out["rows"]) == ("train.jsonl", reason, 4)
+
+
+def test_training_texts_that_hold_a_test_prompt_go_and_the_prompt_stays():
+    """A prompt of one's own split would go instead: then nothing says that the test set is whole."""
+    tests = [{"prompt": prompt(i) + " " + " ".join(f"own{i}{k}" for k in range(12)), "completion": "a"}
+             for i in range(6)]  # fmt: skip
+    leak = {"prompt": "recall this", "completion": "once more: " + tests[0]["prompt"]}
+    part = {"prompt": "recall that", "completion": " ".join(tests[1]["prompt"].split()[:9])}
+    train = [{"prompt": prompt(i), "completion": f"train {i}"} for i in range(100, 140)]
+    config = DataConfig(
+        demonstrations=[
+            file("train.jsonl", [*train, leak, part], split="sft"),
+            file("test.jsonl", tests, split="evaluation"),
+        ],
+        duplicates="drop",
+    )
+    done = Prepared(config, shares={})
+    assert done.code == 0
+    assert len(done["evaluation"]) == 6
+    assert {row["completion"] for row in done["sft"]} == {row["completion"] for row in [*train, part]}
+    assert done.card["left_out"] == [
+        {"source": "train.jsonl", "kind": "demonstrations", "reason": "contaminated", "rows": 1}
+    ]
+    assert done.card["contamination"]["dropped"] == 0
+    assert done.card["contamination"]["max"] == pytest.approx(2 / 12)  # nine words are two of its twelve sequences
+
+
+def test_a_heldout_test_set_is_kept_before_other_evaluation_rows():
+    rows = [{"prompt": prompt(i), "completion": "a", "user": f"u{i}"} for i in range(40)]
+    tests = [{"prompt": prompt(i), "completion": "b", "user": f"t{i}"} for i in range(40)]
+    config = DataConfig(
+        demonstrations=[
+            file("d.jsonl", rows, group="user"),
+            file("test.jsonl", tests[:20], split="heldout", group="user"),
+        ],
+        duplicates="drop",
+    )
+    done = Prepared(config, shares={"demonstrations": {"sft": 0.5, "evaluation": 0.5}})
+    assert done.code == 0
+    assert len(done["heldout"]) == 20
+    assert len(done["sft"]) + len(done["evaluation"]) == 20
+
+
+def test_prompts_alone_go_where_prompts_are_of_use(capfd):
+    prompts = [{"prompt": prompt(i)} for i in range(60)]
+    answers = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
+    config = DataConfig(
+        demonstrations=[file("d.jsonl", answers, split="sft")], prompts=[file("p.jsonl", prompts, licence="MIT")]
+    )
+    done = Prepared(config, shares={"prompts": {"reward": 0.4, "rl": 0.4, "evaluation": 0.1, "heldout": 0.1}})
+    assert done.code == 0
+    rows = {split: len(done[split]) for split in SPLITS}
+    assert rows == {"sft": 60, "reward": 24, "rl": 24, "evaluation": 6, "heldout": 6}
+    assert not any("completion" in row for split in SPLITS[1:] for row in done[split])
+    assert done.card["splits"]["rl"]["completion_tokens"] is None
+    assert [(s["kind"], s["shape"], s["licence"]) for s in done.card["sources"]][1] == ("prompts", "prompt", "MIT")
+
+
 def test_a_split_with_a_share_may_not_be_empty(capfd):
     """Here of a second source, which holds one row."""
     sources = [

@@ -496,11 +496,14 @@ STAGES = {
 def run_stage(workspace, monkeypatch, capfd):
     """Runs a stage under the contract in this process: (exit code, stderr, path of its manifest)."""
 
-    def run(name: str, state: str, config: dict | None = None, time_limit: str = "") -> tuple[int, str, Path]:
+    def run(
+        name: str, state: str, config: dict | None = None, time_limit: str = "", shared: dict | None = None
+    ) -> tuple[int, str, Path]:
         stage = name.split("-")[0]
         block, inputs = STAGES[name]
         path = workspace / f"{name}.json"
-        path.write_text(json.dumps({"stage": stage, "seed": 5, "precision": "fp32", "config": block | (config or {})}))
+        content = {"stage": stage, "seed": 5, "precision": "fp32", "config": block | (config or {})} | (shared or {})
+        path.write_text(json.dumps(content))
         output = workspace / state / name / "manifest.json"
         options = [f"--input={role}={workspace / folder}/manifest.json" for role, folder in inputs.items()]
         monkeypatch.chdir(workspace)
@@ -579,6 +582,22 @@ def test_training_that_changes_no_weight_fails(run_stage, name):
         f"{name}: error: {name}: {steps} optimizer steps left every weight as it was, so nothing was learnt; raise "
         "learning_rate, or see whether its data, or its scores, can teach anything"
     )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_ppo_that_learns_nothing_fails(run_stage, monkeypatch, lora):
+    """Where all episodes score alike, no gradient reaches the adapter; without one, the steps are too small."""
+    block = {
+        "method": "ppo", "steps": 2, "batch_size": 4, "epochs": 1, "max_new_tokens": 3, "lora": lora, "gold": None,
+        "reward": {"always": 1.0}, "missing_eos_score": None, "kl_coef": 0.0, "advantage": "rloo",
+        "completions_per_prompt": 2, "learning_rate": 1e-3 if lora else 1e-30,
+    }  # fmt: skip
+    monkeypatch.setitem(STAGES, "ppo", (block, {"policy": "base", "data": "data"}))
+    always = {"scorers": {"always": {"scorer": "regex", "pattern": "$"}}}
+    code, error, output = run_stage("ppo", "still", shared=always)
+    assert code == 78
+    assert "ppo: 2 optimizer steps left every weight as it was, so nothing was learnt" in error
     assert not output.exists()
 
 

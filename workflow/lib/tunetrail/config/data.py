@@ -20,8 +20,9 @@ class Source(Block):
 
     split: Split | None = Field(
         default=None,
-        description="the split that all its rows go to, whatever the shares; null: they are split by the shares. The "
-        "checks for leaks between splits stay; only the probes of `evaluation` may ask about what was trained on",
+        description="the split that all its rows go to, whatever the shares; null: they are split by the shares. A "
+        "source pinned to evaluation or heldout is a test set: what it shares with other sources is refused or left "
+        "out of these. Only the probes of `evaluation` may ask about what was trained on",
     )
 
 

@@ -106,15 +106,21 @@ def jaccard(a: set[Hashable], b: set[Hashable]) -> float:
     return len(a & b) / len(a | b)
 
 
-def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: float) -> list[tuple[int, int]]:
+def duplicates_across(
+    texts: Sequence[str], splits: Sequence[str], threshold: float, given: Sequence[bool] = ()
+) -> list[tuple[int, int]]:
     """(row to keep, row that repeats it), once for each row that repeats one of another split, exactly or nearly.
 
     Candidates come from MinHash LSH (Broder 1997), and count where the true Jaccard similarity of the
     word 3-grams is at least `threshold`. Within one split duplicates are nobody's leak.
+
+    Args:
+        given: whether a row is of a test set that was given as such; empty: none is. Those are kept before any other.
     """
     from datasketch import MinHash, MinHashLSH
 
-    order = sorted(range(len(texts)), key=lambda i: (PRIORITY.index(splits[i]), i))
+    given = given or [False] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: (not given[i], PRIORITY.index(splits[i]), i))
     # One signature for each distinct text: exact repeats are then found for nothing.
     members: dict[str, list[int]] = {}
     for i in order:
@@ -181,6 +187,28 @@ def overlaps(
     for grams in rows:
         share = len(grams & anywhere) / len(grams) if grams else None
         found.append((share, max(seen, key=lambda split: len(grams & seen[split])) if share else None))
+    return found
+
+
+def holders(prompts: Sequence[str], texts: Sequence[Sequence[str]], n: int, limit: float) -> set[int]:
+    """Which rows hold, each by itself, more than `limit` of the n-grams of one of the prompts, as `overlaps` counts.
+
+    Args:
+        texts: of each row, what it says.
+    """
+    least = min(n, FEWEST_WORDS)
+    grams = [ngrams(words, max(least, min(n, len(words)))) for words in map(words_of, prompts)]
+    prompts_with: dict[tuple[str, ...], list[int]] = {}
+    for i, own in enumerate(grams):
+        for gram in own:
+            prompts_with.setdefault(gram, []).append(i)
+    sizes = {len(gram) for gram in prompts_with}
+    found = set()
+    for row, said in enumerate(texts):
+        held = {gram for words in map(words_of, said) for size in sizes for gram in ngrams(words, size)}
+        counts = Counter(i for gram in held & prompts_with.keys() for i in prompts_with[gram])
+        if any(count > limit * len(grams[i]) for i, count in counts.items()):
+            found.add(row)
     return found
 
 

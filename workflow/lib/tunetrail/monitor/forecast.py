@@ -15,9 +15,11 @@ from tunetrail.config.data import KINDS, SPLITS, HubSource
 from tunetrail.config.run import Config
 from tunetrail.config.shares import readers, share_of
 from tunetrail.config.training import Epochs, few_steps
+from tunetrail.data.contamination import without_test_groups
 from tunetrail.data.selection import assigned, read_all, select
 from tunetrail.data.tables import merged
 from tunetrail.data.uses import Account
+from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
 from tunetrail.preferences.pairs import widest_pairs
 
@@ -57,8 +59,9 @@ def expected_tables(config: Config) -> Tables | None:
     for row in rows:
         if "messages" in row:
             row["prompt"] = json.dumps(row["messages"])
-    assigned(rows, config.shares, data.sft_on_chosen, config.seed)
-    kept = merged(rows)
+    apart = without_test_groups(rows, data)
+    assigned(apart, config.shares, data.sft_on_chosen, config.seed)
+    kept = merged(apart)
     return {split: select(kept, split, data, config.seed, Account()) for split in SPLITS}
 
 
@@ -121,7 +124,7 @@ def moved(config: Config, finished: Path) -> list[str]:
         return []
     return [
         f"data.shares: {', '.join(changes)}: rows move between splits, so data and all that follows is made again; to "
-        "keep the splits as they are, give data.shares the earlier numbers"
+        "keep the splits, give data.shares the earlier numbers, and a new stage a source pinned to its split"
     ]
 
 
@@ -152,10 +155,14 @@ def forecast(config: Config, data: Path, is_made: bool) -> Forecast:
         data: the folder of the data stage's artifact.
         is_made: whether it is there and up to date.
     """
-    tables = made_tables(data) if is_made else expected_tables(config)
+    notes = unread(config) + moved(config, data)
+    try:
+        tables = made_tables(data) if is_made else expected_tables(config)
+    except DataError as error:  # which stops the run, and not this look at it
+        tables = None
+        notes.append(f"data: {error}")
     at_most = "" if is_made else "at most "
     rows = {split: f"{at_most}{len(own)}" if own else "0" for split, own in tables.items()} if tables else None
-    notes = unread(config) + moved(config, data)
     for name, steps in steps_of(config, tables).items() if tables else ():
         block: Any = config.policies[name.partition(".")[2]] if "." in name else getattr(config, name)
         if note := few_steps(name, steps, block, at_most):

@@ -19,7 +19,13 @@ from tunetrail.config.data import KINDS, SPLITS, DataConfig
 from tunetrail.contract.runner import log
 from tunetrail.contract.stage import Stage
 from tunetrail.data.chat import with_system
-from tunetrail.data.contamination import contamination, overlap_row, without_contamination, without_leaks
+from tunetrail.data.contamination import (
+    contamination,
+    overlap_row,
+    without_contamination,
+    without_leaks,
+    without_test_groups,
+)
 from tunetrail.data.rendering import Renderer, fits
 from tunetrail.data.selection import Shares, assigned, read_all, select
 from tunetrail.data.splits import histogram
@@ -115,9 +121,11 @@ def run(stage: Stage) -> dict[str, Any]:
     read, sources = read_all(config, account)
     rows = rendered(read, config, renderer)
     account.leave_out("too_long", read, rows)
-    assigned(rows, shares, config.sft_on_chosen, stage.seed)
-    unique = without_leaks(rows, config)
-    account.leave_out("duplicates", rows, unique)
+    apart = without_test_groups(rows, config)
+    account.leave_out("group_of_a_test_set", rows, apart)
+    assigned(apart, shares, config.sft_on_chosen, stage.seed)
+    unique = without_leaks(apart, config)
+    account.leave_out("duplicates", apart, unique)
     clean, contaminated = without_contamination(unique, config)
     account.leave_out("contaminated", unique, clean)
     kept = merged(clean)
