@@ -105,6 +105,21 @@ def test_finished_data_is_counted_exactly_and_moved_rows_are_told_of():
     )
 
 
+def test_scorers_that_prompts_cannot_serve_are_named():
+    ppo = {"method": "ppo", "steps": 99, "reward": {"exact": 1, "length": 1}, "gold": None}
+    found = config(
+        {"preferences": [], "prompts": [{"source": "file", "path": "p.jsonl"}]},
+        completions={}, comparisons={"labeler": "simulated"}, evaluation={"gold": ["chrf", "length"]},
+        policies={"p": ppo},
+    )  # fmt: skip
+    lines = forecast(found, Path("none"), is_made=False).notes[:3]
+    assert [line.partition(":")[0] for line in lines] == [
+        "evaluation.gold[0]", "comparisons.scorer", "policies.p.reward.exact"
+    ]  # fmt: skip
+    assert lines[0].endswith("chrf compares with the author's text, which data.prompts has not: it is not measured")
+    assert lines[1].endswith("the stage will stop; take another")
+
+
 def test_hub_sources_are_not_fetched():
     hub = {"source": "hub", "repo": "a/b", "revision": "c"}
     found = config({"preferences": [hub]})

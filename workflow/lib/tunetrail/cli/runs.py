@@ -49,12 +49,14 @@ def plan(profile: Profile = "profiles/local", configfile: ConfigFiles = None, as
     """Show what would run and why, what it took to make what would be made again, and what the data is used for."""
     from tunetrail.monitor import plan as monitor
     from tunetrail.monitor.dag import read_run
-    from tunetrail.monitor.forecast import forecast
+    from tunetrail.monitor.forecast import Forecast, forecast
 
     config, jobs = read_run(profile, configfile or [])
     steps = monitor.plan(jobs)
-    data = next(job for job in jobs if job.name == "data")
-    known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
+    data = next((job for job in jobs if job.name == "data"), None)
+    known = Forecast([], [])
+    if config and data:  # not so where the workflow is a module of another
+        known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
     if as_json:
         print_json(monitor.as_json(steps) | {"notes": known.notes})
     else:

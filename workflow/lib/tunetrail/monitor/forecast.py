@@ -22,6 +22,7 @@ from tunetrail.data.uses import Account
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
 from tunetrail.preferences.pairs import widest_pairs
+from tunetrail.scorers.build import build
 
 Tables = Mapping[str, Sequence[dict[str, Any]]]
 """Split -> its rows; preference rows have "rankings"."""
@@ -108,6 +109,26 @@ def unread(config: Config) -> list[str]:
     return found
 
 
+def without_reference(config: Config) -> list[str]:
+    """A line for each scorer that compares with the author's text and meets prompts that have none."""
+    users: dict[str, list[tuple[str, str]]] = {"evaluation": [], "reward": [], "rl": []}
+    users["evaluation"] = [(f"evaluation.{key}", name) for key, name in config.evaluation.scorer_keys.items()]
+    if config.comparisons:
+        keys = getattr(config.comparisons, "scorer_keys", {})
+        users["reward"] = [(f"comparisons.{key}", name) for key, name in keys.items()]
+    for policy, block in config.policies.items():
+        if block.method == "ppo":
+            users["rl"] += [(f"policies.{policy}.{key}", name) for key, name in block.scorer_keys.items()]
+    return [
+        f"{key}: {name} compares with the author's text, which data.prompts has not: "
+        + ("it is not measured" if key.rpartition(".")[2].startswith("gold") else "the stage will stop; take another")
+        for split, named in users.items()
+        if share_of(config, "prompts", split)
+        for key, name in named
+        if build(name, config.scorers).needs_reference
+    ]
+
+
 def moved(config: Config, finished: Path) -> list[str]:
     """A line where the shares are no longer those of the finished data."""
     try:
@@ -155,7 +176,7 @@ def forecast(config: Config, data: Path, is_made: bool) -> Forecast:
         data: the folder of the data stage's artifact.
         is_made: whether it is there and up to date.
     """
-    notes = unread(config) + moved(config, data)
+    notes = unread(config) + without_reference(config) + moved(config, data)
     try:
         tables = made_tables(data) if is_made else expected_tables(config)
     except DataError as error:  # which stops the run, and not this look at it

@@ -70,7 +70,9 @@ def _banners(run: Run) -> list[str]:
             "reward_model": "a reward model",
             "llm": "a language model",
         }
-        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.")
+        own = (run.metrics("comparisons") or {}).get("from_data")
+        besides = f" The rankings of {own} more prompts came with the data." if own else ""
+        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.{besides}")
     if run.labeler == "human":
         people = (run.metrics("comparisons") or {}).get("labelers") or {}
         found.append(f"Labels are human: comparisons were ranked by {len(people)} people.")
