@@ -98,6 +98,16 @@ def test_a_share_that_is_given_wins_and_the_rest_fills_up(given, expected):
     assert sum(found.values()) == pytest.approx(1)
 
 
+def test_shares_that_add_up_to_1_leave_nothing_for_other_splits():
+    """Not even of a kind that cannot go to one of those that were given."""
+    given = {"sft": 0.5, "reward": 0.3, "evaluation": 0.1, "heldout": 0.1}
+    data = OWN_PAIRS | {"shares": given, "prompts": [FILE | {"split": "rl"}]}
+    found = shares(data, policies={"d": DPO, "p": PPO})["preferences"]
+    assert found == pytest.approx({"reward": 0.6, "evaluation": 0.2, "heldout": 0.2})
+    with pytest.raises(ConfigError, match=r"policies\.p: ppo needs prompts, but data\.shares\.rl is 0"):
+        shares(OWN_PAIRS | {"shares": given}, policies={"p": PPO})
+
+
 def test_what_a_needed_split_lacks_is_said():
     with pytest.raises(ConfigError) as raised:
         shares(OWN_PAIRS | {"shares": {"rl": 0.8, "evaluation": 0.1, "heldout": 0.1}}, policies={"d": DPO})

@@ -68,9 +68,9 @@ def _spread(given: Mapping[str, float], read: Mapping[str, list[str]], closed: l
         closed: splits that other sources were given for.
     """
     found = {split: share for split, share in given.items() if split in read}
-    rest = 1 - sum(found.values())
     follow = _follow([split for split, by in read.items() if by and split not in found and split not in closed])
-    if follow and rest > TOLERANCE:
+    if follow and sum(given.values()) < 1 - TOLERANCE:  # else the config leaves nothing for the others
+        rest = 1 - sum(found.values())
         return found | {split: share * rest for split, share in follow.items()}
     total = sum(found.values())
     scale = 1 if abs(total - 1) <= TOLERANCE else total
