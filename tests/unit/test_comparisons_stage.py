@@ -56,7 +56,7 @@ def compare(tmp_path, artifact):
     """A function that runs the stage on shards of rows and returns (exit code, output folder)."""
     tiny_tokenizer().save_pretrained(tmp_path / "base" / "model")
 
-    def call(*shards, seed=0, name="comparisons", **config):
+    def call(*shards, seed=0, name="comparisons", own=None, **config):
         content = {
             "stage": "comparisons",
             "seed": seed,
@@ -64,7 +64,8 @@ def compare(tmp_path, artifact):
             "config": {"labeler": "simulated"} | config,
         }
         write_json(tmp_path / "config.json", content)
-        inputs = {"data": artifact("data"), "base": artifact("base")}
+        data = artifact("data") if own is None else artifact(f"{name}-data", comparisons=own)
+        inputs = {"data": data, "base": artifact("base")}
         for i, rows in enumerate(shards):
             inputs[f"shard{i}"] = artifact(f"{name}-shard{i}", metrics={"duplicates_removed": i + 1}, completions=rows)
         arguments = ["--config", str(tmp_path / "config.json"), "--output", str(tmp_path / name / "manifest.json")]
@@ -97,11 +98,30 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
         "longer_wins": pytest.approx((1 + 1 + 0.5) / 3),  # the two that miss are of one length
         "duplicates_removed": 3,
         "left_out": 1,
+        "from_data": 0,
     }
     (labels,) = read_record(folder).of_role("labels")
     assert labels["digest"]["sha256"] == hashlib.sha256((folder / "comparisons.jsonl").read_bytes()).hexdigest()
     assert labels["annotations"]["rankings"] == 10
     assert labels["annotations"]["labelers"] == ["simulated-0", "simulated-1"]
+
+
+def test_preferences_of_the_data_stand_beside_what_was_collected(compare):
+    ranking = {"labeler": "ann", "ranks": [1, 2], "order": [0, 1], "time": None, "scores": None}
+    own = [
+        make_row(name, split=split, completions=["good", "bad"], ref=None) | {"rankings": [ranking]}
+        for name, split in (("p0", "reward"), ("p1", "reward"), ("q0", "heldout"))
+    ]
+    code, folder = compare(ROWS, own=own)
+    assert code == 0
+    rows = read_jsonl(folder / "comparisons.jsonl")
+    assert [row for row in rows if row["id"] in ("p0", "p1", "q0")] == [own[2], own[0], own[1]]
+    assert [row["id"] for row in rows] == ["h0", "q0", "p0", "p1", "r0", "r1", "r2", "r3"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["from_data"], metrics["left_out"]) == (3, 1)
+    assert metrics["prompts_by_split"] == {"heldout": 2, "reward": 6}
+    (labels,) = read_record(folder).of_role("labels")
+    assert labels["annotations"]["labelers"] == ["ann", "simulated-0"]
 
 
 def test_bytes_depend_on_seed_and_noise_but_not_on_sharding(compare):

@@ -153,8 +153,13 @@ BAD = [
     ("data.near_duplicate", 1.5, "data.near_duplicate: must be less than or equal to 1, got 1.5"),
     ("data.limits.sft", 0, "data.limits.sft: must be greater than or equal to 1, got 0"),
     # impossible combinations
-    ("data.demonstrations", [], "data: give at least one source under demonstrations or preferences"),
-    ("data.shares.sft", 0.9, "data.shares: the shares of the splits must add up to 1, got 1.4"),
+    ("data.demonstrations", [], "data: give at least one source under demonstrations, preferences or prompts"),
+    ("data.shares", {"sft": 0.9, "rl": 0.5}, "data.shares: the shares of the splits must add up to 1, got 1.4"),
+    ("data.shares", {"sft": 0.4, "rl": 0.1, "reward": 0.1, "evaluation": 0.1, "heldout": 0.1},
+        "data.shares: the shares of the splits must add up to 1, got 0.8"),
+    ("data.sft_on_chosen", True, "data.sft_on_chosen: needs data.preferences and sft; give them or remove the key"),
+    ("data.prompts", [{"source": "file", "path": "p.jsonl", "split": "sft"}], "data.prompts[0].split: prompts without "
+        "answers are of no use in sft; choose another split"),
     ("base", {"source": "random", "hidden_size": 40, "heads": 3}, "base: hidden_size (40) must be a multiple of 2 x "
         "heads (3)"),
     ("sft.micro_batch_size", 3, "sft: batch_size (16) must be a multiple of micro_batch_size (3)"),
@@ -193,8 +198,6 @@ BAD = [
     ("retention", {"source": "file"}, "retention: path goes with source: file, and only with it"),
     ("data.limits", {"sft": 8}, "data.limits.sft: 8 rows are fewer than one batch (sft.batch_size: 16)"),
     ("data.limits", {"reward": 4}, "data.limits.reward: 4 rows are fewer than one batch (reward.batch_size: 8)"),
-    ("data.preferences", [{"source": "file", "path": "p.jsonl"}], "completions: drop it or data.preferences; "
-        "comparisons come from one of them"),
     ("reward", ..., "policies.ppo: ppo needs a reward model: add a reward block, "
      "or name scorers under its reward\nx.yaml: policies.bon: best_of_n "
                     "needs a reward model: add a reward block"),
@@ -209,11 +212,16 @@ BAD = [
     ("data.demonstrations", [{"source": "hub", "repo": "a/b", "revision": "c", "split": "train"}],
         "data.demonstrations[0].split: must be one of this run's splits, sft, reward, rl, evaluation, heldout, got "
         "'train'; the key for the data set's own split was renamed to hub_split"),
+    ("data.demonstrations", [{"source": "docstrings"}, {"source": "hub", "repo": "a/b", "revision": "c",
+        "split": "heldout"}], "data.demonstrations[1]: split: heldout sends all rows to this run's split of that name; "
+        "it used to name the data set's own split, which is hub_split now: give hub_split too (its default is train)"),
     ("data.demonstrations", [{"source": "docstrings", "split": "sft"}, {"source": "topics", "split": "heldout"}],
         "data: every source is pinned to another split, but the run needs rows in reward; pin a source to it (split) "
         "or leave one unpinned\nx.yaml: data: every source is pinned to another split, but the run needs rows in "
         "evaluation; pin a source to it (split) or leave one unpinned\nx.yaml: data: every source is pinned to "
-        "another split, but the run needs rows in rl; pin a source to it (split) or leave one unpinned"),
+        "another split, but the run needs rows in heldout; pin a source to it (split) or leave one unpinned\nx.yaml: "
+        "data: every source is pinned to another split, but the run needs rows in rl; pin a source to it (split) or "
+        "leave one unpinned"),
     ("policies.ppo.advantage", "rloo", "policies.ppo: advantage rloo compares episodes of a prompt: set "
                                        "completions_per_prompt to 2 or more"),
     ("policies.ppo.completions_per_prompt", 3, "policies.ppo: batch_size (64) must be a multiple of "
@@ -267,12 +275,17 @@ FROM_FILE = {
     ("changes", "lines"),
     [
         ({}, []),
-        ({"sft": {}}, ["sft: needs data.demonstrations; set sft to null to start from the base model"]),
+        (
+            {"sft": {}},
+            [
+                "sft: needs data.demonstrations; set sft to null to start from the base model, or data.sft_on_chosen "
+                "to true to train on the best responses of data.preferences"
+            ],
+        ),
         (
             {"completions": {}, "comparisons": {"labeler": "simulated"}},
             [
-                "completions: needs prompts from data.demonstrations",
-                "completions: drop it or data.preferences; comparisons come from one of them",
+                "completions: needs prompts from data.demonstrations or data.prompts",
             ],
         ),
         (
@@ -397,7 +410,7 @@ def test_the_command_exits_with_78_and_no_traceback(tmp_path, content, lines):
     reply = subprocess.run(
         [sys.executable, "-m", "tunetrail", "config", "check", str(path)], capture_output=True, text=True, check=False
     )
-    assert (reply.returncode, reply.stdout) == (78 if lines else 0, "")
+    assert (reply.returncode, bool(reply.stdout)) == (78 if lines else 0, not lines)
     assert reply.stderr == "".join(f"{path}: {line}\n" for line in lines)
 
 
@@ -406,7 +419,7 @@ def test_resolve_fills_in_every_default(tmp_path, capsys):
     path.write_text("run: x\nbase: {source: random}\ndata: {demonstrations: [{source: docstrings}]}\n")
     assert main(["config", "resolve", str(path)]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    assert resolved["data"]["shares"]["sft"] == 0.5
+    assert resolved["data"]["max_prompt_tokens"] == 512
     assert resolved["retention"]["source"] == "chatterbot"
     assert parse(resolved) == load(path)
     assert main(["config", "explain"]) == 2

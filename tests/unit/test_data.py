@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from tunetrail.config.data import SPLITS, DataConfig, FileSource, Shares
+from tunetrail.config.data import DataConfig, FileSource
 from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
-from tunetrail.data.readers import check_sources, read_demonstrations, read_preferences
+from tunetrail.data.readers import check_sources, prompts, read_demonstrations, read_preferences
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl, write_json
@@ -26,6 +26,14 @@ from tunetrail.stages import data as data_stage
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real human data) is not on this machine")
+
+
+EVEN = {"sft": 0.5, "reward": 0.15, "rl": 0.15, "evaluation": 0.1, "heldout": 0.1}
+SHARES = {
+    "demonstrations": EVEN,
+    "preferences": {"reward": 0.4, "rl": 0.4, "evaluation": 0.1, "heldout": 0.1},
+    "text": {"sft": 0.5 / 0.6, "heldout": 0.1 / 0.6},
+}
 
 
 def write(path: Path, rows: list) -> Path:
@@ -52,6 +60,20 @@ def test_the_three_demonstration_shapes(tmp_path):
     assert rows[1] == {"messages": [{"role": "user", "content": "Q"}], "completion": "A", "group": "q"}
     assert [row["completion"] for row in rows[2:]] == ["2", "4"]
     assert [len(row["messages"]) for row in rows[2:]] == [2, 4]
+
+
+def test_prompts_without_answers(tmp_path):
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "1"}]
+    rows = [{"prompt": "Q", "completion": "not read"}, {"messages": chat}, {"prompt": chat}]
+    found = [row for _, row in prompts(source(write(tmp_path / "p.jsonl", rows)))]
+    assert found[0] == {"messages": [{"role": "user", "content": "Q"}], "group": "q"}
+    assert [row["messages"] for row in found[1:]] == [chat, chat]
+    for bad, message in (
+        ({"question": "Q"}, "p.jsonl:1: must have either prompt or messages; its columns are question; map others"),
+        ({"messages": [*chat, {"role": "assistant", "content": "2"}]}, "'messages' must end with a turn of the user;"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(prompts(source(write(tmp_path / "p.jsonl", [bad]))))
 
 
 def test_columns_and_groups_are_mapped(tmp_path):
@@ -270,20 +292,20 @@ def test_the_standard_library_has_thousands():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), min_size=1, max_size=200), st.integers(0, 5))
 def test_every_group_goes_to_one_split_whatever_the_order(groups, seed):
-    assigned = assign_groups(groups, Shares(), seed)
+    assigned = assign_groups(groups, EVEN, seed)
     assert set(assigned) == set(groups)
     shuffled = groups.copy()
     random.Random(0).shuffle(shuffled)
-    assert assign_groups(shuffled, Shares(), seed) == assigned
+    assert assign_groups(shuffled, EVEN, seed) == assigned
 
 
 def test_splits_are_near_their_shares_and_depend_on_the_seed():
     groups = [f"g{i % 100}" for i in range(1000)]
-    assigned = assign_groups(groups, Shares(), 0)
+    assigned = assign_groups(groups, EVEN, 0)
     counts = {s: sum(assigned[g] == s for g in groups) for s in ("sft", "reward", "rl", "evaluation", "heldout")}
     assert counts == {"sft": 500, "reward": 150, "rl": 150, "evaluation": 100, "heldout": 100}
-    assert assigned != assign_groups(groups, Shares(), 1)
-    none = Shares(sft=0, reward=0.5, rl=0, evaluation=0.25, heldout=0.25)
+    assert assigned != assign_groups(groups, EVEN, 1)
+    none = {"reward": 0.5, "evaluation": 0.25, "heldout": 0.25}
     assert set(assign_groups(groups, none, 0).values()) == {"reward", "evaluation", "heldout"}
 
 
@@ -343,9 +365,7 @@ def run_data(tmp_path, monkeypatch, capfd):
 
     def run(config: DataConfig, seed: int = 0) -> tuple[int, str, Path]:
         Path("data.json").write_text(
-            json.dumps(
-                {"stage": "data", "seed": seed, "splits_read": list(SPLITS), "config": config.model_dump(mode="json")}
-            )
+            json.dumps({"stage": "data", "seed": seed, "shares": SHARES, "config": config.model_dump(mode="json")})
         )
         capfd.readouterr()
         code = main(
@@ -418,14 +438,17 @@ def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp
     assert code == 0, error
     comparisons = read_jsonl(out / "comparisons.jsonl")
     assert {row["split"] for row in comparisons} == {"reward", "heldout"}
-    trained = {row["prompt"] for split in ("sft", "evaluation", "rl") for row in read_jsonl(out / f"{split}.jsonl")}
-    assert not trained & {row["prompt"] for row in comparisons}
+    others = {row["prompt"] for split in ("evaluation", "rl") for row in read_jsonl(out / f"{split}.jsonl")}
+    assert others
+    assert not others & {row["prompt"] for row in comparisons}
+    assert read_jsonl(out / "sft.jsonl") == []
     assert {row["completion"] for row in read_jsonl(out / "evaluation.jsonl")} == {"best"}
 
 
 BAD_STAGES = [
     (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these "
-                      "shares: add data, name a finer data group, or pin a source to this split"),
+                      "shares: add data, name a finer data group, pin a source to this split, or set the share to 0 "
+                      "if no stage needs it"),
     (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "data.max_completion_tokens: 60 of 60 rows have "
                                                                        "an answer of more than 80 tokens: "),
     (numbered(60), {"max_prompt_tokens": 10}, "data.max_prompt_tokens: 60 of 60 rows have a prompt of more than 10 "

@@ -8,30 +8,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunetrail.config.data import SPLITS, Shares
+from tunetrail.config.data import SPLITS
 from tunetrail.data.splits import assign_groups, assign_splits, duplicates_across, in_turns, overlaps, shuffled
 from tunetrail.errors import DataError
 
 KINDS = st.sampled_from(["preferences", "demonstrations", "text"])
+EVEN = {"sft": 0.5, "reward": 0.15, "rl": 0.15, "evaluation": 0.1, "heldout": 0.1}
+TEXT = {"sft": 0.5 / 0.6, "heldout": 0.1 / 0.6}
+SHARES = {"preferences": EVEN, "demonstrations": EVEN, "text": TEXT}
 
 
 def row(group: str, kind: str, pinned: str | None = None) -> dict:
     return {
         "group": group,
-        "kind": "preferences" if kind == "preferences" else "demonstrations",
+        "kind": kind,
         "pinned": pinned,
         "where": f"{kind}:{group}",
-    } | ({"text": "t"} if kind == "text" else {})
+    }
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdefghij"), KINDS), min_size=1, max_size=150), st.integers(0, 3))
 def test_no_group_straddles_splits_whatever_it_holds(drawn, seed):
     rows = [row(group, kind) for group, kind in drawn]
-    assigned = assign_splits(rows, Shares(), seed)
+    assigned = assign_splits(rows, SHARES, seed)
     assert set(assigned) == {group for group, _ in drawn}
     assert set(assigned.values()) <= set(SPLITS)
-    assert assign_splits(rows[::-1], Shares(), seed) == assigned
+    assert assign_splits(rows[::-1], SHARES, seed) == assigned
     only_text = {g for g, _ in drawn} - {g for g, kind in drawn if kind != "text"}
     assert {assigned[g] for g in only_text} <= {"sft", "heldout"}
 
@@ -39,8 +42,8 @@ def test_no_group_straddles_splits_whatever_it_holds(drawn, seed):
 def test_one_kind_is_split_as_before():
     """Golden: a seed keeps giving the splits it gave."""
     groups = [f"g{i}" for i in range(12) for _ in range(i % 3 + 1)]
-    assigned = assign_splits([row(group, "demonstrations") for group in groups], Shares(), 17)
-    assert assigned == assign_groups(groups, Shares(), 17)
+    assigned = assign_splits([row(group, "demonstrations") for group in groups], SHARES, 17)
+    assert assigned == assign_groups(groups, EVEN, 17)
     assert {split: sorted(g for g in assigned if assigned[g] == split) for split in SPLITS} == {
         "sft": ["g0", "g2", "g5", "g7", "g8"], "reward": ["g3", "g4", "g6"], "rl": ["g11", "g9"],
         "evaluation": ["g1"], "heldout": ["g10"],
@@ -52,10 +55,10 @@ def test_each_kind_has_its_share_of_every_split():
     rows = [row(f"p{i}", "preferences") for i in range(100) for _ in range(6)]
     rows += [row(f"d{i}", "demonstrations") for i in range(400)]
     rows += [row(f"t{i}", "text") for i in range(120)]
-    assigned = assign_splits(rows, Shares(), 0)
+    assigned = assign_splits(rows, SHARES, 0)
     counts = Counter((r["group"][0], assigned[r["group"]]) for r in rows)
     for split in SPLITS:
-        share = getattr(Shares(), split)
+        share = EVEN[split]
         assert counts["p", split] == pytest.approx(600 * share, abs=6)
         assert counts["d", split] == pytest.approx(400 * share, abs=1)
     assert {split: counts["t", split] for split in SPLITS} == {
@@ -69,16 +72,16 @@ def test_each_kind_has_its_share_of_every_split():
 
 def test_a_group_of_prompts_and_text_follows_its_prompts():
     rows = [row(f"g{i}", kind) for i in range(50) for kind in ("text", "demonstrations")]
-    assert assign_splits(rows, Shares(), 0) == assign_groups([r["group"] for r in rows], Shares(), 0)
+    assert assign_splits(rows, SHARES, 0) == assign_groups([r["group"] for r in rows], EVEN, 0)
 
 
 def test_pinned_rows_stay_whole_and_take_their_group_along():
     rows = [row(f"p{i}", "preferences", "reward") for i in range(9)] + [row("p0", "demonstrations")]
     rows += [row(f"d{i}", "demonstrations") for i in range(20)]
-    assigned = assign_splits(rows, Shares(), 0)
+    assigned = assign_splits(rows, SHARES, 0)
     assert {assigned[f"p{i}"] for i in range(9)} == {"reward"}
     free = [f"d{i}" for i in range(20)]
-    assert {group: assigned[group] for group in free} == assign_groups(free, Shares(), 0)
+    assert {group: assigned[group] for group in free} == assign_groups(free, EVEN, 0)
 
 
 @pytest.mark.parametrize(("rows", "message"), [
@@ -89,16 +92,17 @@ def test_pinned_rows_stay_whole_and_take_their_group_along():
 ])  # fmt: skip
 def test_pins_that_cannot_be_kept_are_refused(rows, message):
     with pytest.raises(DataError) as raised:
-        assign_splits(rows, Shares(), 0)
+        assign_splits(rows, SHARES, 0)
     assert str(raised.value) == message
 
 
-def test_text_without_a_split_to_go_to_is_refused():
-    shares = Shares(sft=0, reward=0.5, rl=0, evaluation=0.5, heldout=0)
-    with pytest.raises(
-        DataError, match=r"^data\.shares: raw text goes to sft and heldout, but both are 0; give one a share$"
-    ):
-        assign_splits([row("a", "demonstrations"), row("b", "text")], shares, 0)
+def test_rows_without_a_split_to_go_to_are_refused():
+    with pytest.raises(DataError) as raised:
+        assign_splits([row("a", "demonstrations"), row("b", "text"), row("c", "text")], SHARES | {"text": {}}, 0)
+    assert str(raised.value) == (
+        "text:b: 2 rows of raw text are of no use: no split that they could go to has a share; remove the source, give "
+        "the stage that reads them, or give data.shares"
+    )
 
 
 def test_a_limit_is_drawn_evenly_over_groups():

@@ -18,6 +18,13 @@ from tunetrail.stages import data
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real human data) is not on this machine")
 SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
+EVERY_STAGE = {
+    "demonstrations": {"sft": 0.5, "reward": 0.15, "rl": 0.15, "evaluation": 0.1, "heldout": 0.1},
+    "preferences": {"reward": 0.4, "rl": 0.4, "evaluation": 0.1, "heldout": 0.1},
+    "prompts": {"reward": 0.4, "rl": 0.4, "evaluation": 0.1, "heldout": 0.1},
+    "text": {"sft": 0.5 / 0.6, "heldout": 0.1 / 0.6},
+}
+"""The shares in a run that has every stage."""
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
@@ -33,8 +40,9 @@ def file(name: str, rows: list[dict], **more) -> FileSource:
 class Prepared:
     """A finished or failed run of the stage."""
 
-    def __init__(self, config: DataConfig, seed: int = 0, splits_read: tuple[str, ...] = SPLITS):
-        stage = {"stage": "data", "seed": seed, "splits_read": splits_read, "config": config.model_dump(mode="json")}
+    def __init__(self, config: DataConfig, seed: int = 0, shares: dict[str, dict[str, float]] | None = None):
+        shares = EVERY_STAGE if shares is None else shares
+        stage = {"stage": "data", "seed": seed, "shares": shares, "config": config.model_dump(mode="json")}
         Path("data.json").write_text(json.dumps(stage), encoding="utf-8")
         arguments = ["--config=data.json", "--input=base=base/manifest.json", "--output=data/manifest.json"]
         self.code = main(data.run, [*arguments, "--state=state"])
@@ -208,7 +216,7 @@ def test_a_file_for_each_labeler():
         file("ann.jsonl", [ranked(i, "ann", [1, 2]) for i in range(60)]),
         file("bob.jsonl", [ranked(i, "bob", [2, 1]) for i in range(60)]),
     ]))  # fmt: skip
-    assert done.card["comparisons"] == {"prompts": 15, "completions": 30, "rankings": 30, "labelers": ["ann", "bob"]}
+    assert done.card["comparisons"] == {"prompts": 30, "completions": 60, "rankings": 60, "labelers": ["ann", "bob"]}
     assert all(
         [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [("ann", [1, 2]), ("bob", [2, 1])]
         for row in done["comparisons"]
@@ -219,7 +227,14 @@ def test_a_prompt_is_evaluated_once():
     """Else its interval over prompts would be too narrow. A demonstration is the better reference."""
     pairs = [{"prompt": prompt(i), "chosen": f"good {n}", "rejected": "bad"} for i in range(60) for n in range(4)]
     demonstrations = [{"prompt": prompt(i), "completion": "expert"} for i in range(0, 60, 2)]
-    done = Prepared(DataConfig(preferences=[file("p.jsonl", pairs)], demonstrations=[file("d.jsonl", demonstrations)]))
+    done = Prepared(
+        DataConfig(
+            preferences=[file("p.jsonl", pairs)],
+            demonstrations=[file("d.jsonl", demonstrations)],
+            sft_on_chosen=True,
+        ),
+        shares={"preferences": {"reward": 0.3, "rl": 0.3, "evaluation": 0.3, "heldout": 0.1}},
+    )
     for split in ("rl", "evaluation"):
         assert max(Counter(row["prompt"] for row in done[split]).values()) == 1
         assert {row["completion"] for row in done[split]} >= {"expert"}
@@ -227,8 +242,8 @@ def test_a_prompt_is_evaluated_once():
             number = int(row["prompt"].split("number ")[1].split("<")[0])
             assert (row["completion"] == "expert") == (number % 2 == 0)
     assert max(Counter(row["prompt"] for row in done["sft"]).values()) >= 4
-    kept = sum(split["rows"] for split in done.card["splits"].values())
-    assert kept + done.card["dropped"]["duplicates"] == 60 * 4 + 30
+    kept = sum(split["rows"] for name, split in done.card["splits"].items() if name != "sft")
+    assert kept + done.card["dropped"]["same_prompt"] == 60 * 4 + 30
 
 
 def test_preferences_and_demonstrations_of_a_prompt_go_together():
@@ -236,8 +251,11 @@ def test_preferences_and_demonstrations_of_a_prompt_go_together():
     demonstrations = [{"prompt": prompt(i), "completion": "expert"} for i in range(60)]
     done = Prepared(DataConfig(preferences=[file("p.jsonl", pairs)], demonstrations=[file("d.jsonl", demonstrations)]))
     assert done.code == 0
-    groups = [{row["group"] for row in done[split]} for split in SPLITS]
+    groups = [{row["group"] for row in done[split]} for split in SPLITS if split != "sft"]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 60
+    # sft trains on the demonstrations of the reward split: else they would be of no use to anyone.
+    assert {row["group"] for row in done["sft"]} == {row["group"] for row in done["reward"]}
+    assert {row["completion"] for row in done["sft"]} == {"expert"}
     assert {row["split"] for row in done["comparisons"]} == {"reward", "heldout"}
 
 
@@ -248,10 +266,53 @@ def test_too_few_comparisons_are_told_of(capfd):
     done = Prepared(DataConfig(preferences=[file("p.jsonl", pairs)], demonstrations=[file("d.jsonl", demonstrations)]))
     assert done.code == 65
     assert capfd.readouterr().err == (
-        "data: error: data.shares.reward: no comparison is left for this split; 2 preference rows are too few for "
-        "these "
-        "shares and limits: add data, name a finer data group, or pin a source to this split\n"
+        "data: error: data.shares.heldout: no comparison is left for this split; 2 preference rows are too few for "
+        "these shares and limits: add data, name a finer data group, pin a source to this split, or set the share to 0 "
+        "if no stage needs it\n"
     )
+
+
+def test_every_row_is_accounted_for():
+    """Each is in the table of its split or left out for one reason, and sft's are from demonstrations alone."""
+    pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(148)]
+    answers = [{"prompt": prompt(i + 500), "completion": "a"} for i in range(80)]
+    answers += [{"prompt": f"long {i}", "completion": "x" * 90} for i in range(7)] + answers[:3]
+    config = DataConfig(
+        preferences=[file("p.jsonl", [*pairs, {"prompt": "no pair"}])], demonstrations=[file("d.jsonl", answers)],
+        chat=False, max_completion_tokens=80, too_long="drop", invalid="drop", limits={"sft": 40},
+    )  # fmt: skip
+    shares = {
+        "preferences": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1},
+        "demonstrations": {"sft": 0.8, "evaluation": 0.1, "heldout": 0.1},
+    }
+    done = Prepared(config, shares=shares)
+    assert done.code == 0
+    used = {(use["source"], use["split"]): use for use in done.card["uses"]}
+    assert {key: use["rows"] for key, use in used.items()} == {
+        ("p.jsonl", "reward"): 118, ("p.jsonl", "evaluation"): 15, ("p.jsonl", "heldout"): 15,
+        ("d.jsonl", "sft"): 40, ("d.jsonl", "evaluation"): 8, ("d.jsonl", "heldout"): 8,
+    }  # fmt: skip
+    assert used["p.jsonl", "reward"]["used_by"] == ["reward", "dpo"]
+    reasons = {(out["source"], out["reason"]): out["rows"] for out in done.card["left_out"]}
+    assert reasons.pop(("d.jsonl", "over_limit")) == 80 - 40 - 8 - 8
+    assert reasons == {("p.jsonl", "invalid"): 1, ("d.jsonl", "too_long"): 7, ("d.jsonl", "repeated"): 3}
+    total = sum(use["rows"] for use in used.values()) + sum(out["rows"] for out in done.card["left_out"])
+    assert total == 149 + 90
+    said = Path(next(Path("state").glob("*/log.txt"))).read_text(encoding="utf-8")
+    assert "p.jsonl  preferences     reward      reward, dpo            118\n" in said
+    assert "d.jsonl  demonstrations  left out    too long                 7\n" in said
+
+
+def test_chosen_responses_are_for_sft_only_when_told():
+    pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(60)]
+    config = DataConfig(preferences=[file("p.jsonl", pairs)])
+    shares = {"preferences": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}}
+    assert Prepared(config, shares=shares)["sft"] == []
+    told = Prepared(config.model_copy(update={"sft_on_chosen": True}), shares=shares)
+    assert {row["id"] for row in told["sft"]} == {row["id"] for row in told["reward"]}
+    assert {row["completion"] for row in told["sft"]} == {"good"}
+    also = [use for use in told.card["uses"] if use["also_in"]]
+    assert [(use["split"], use["also_in"], use["rows"]) for use in also] == [("sft", "reward", 48)]
 
 
 # ----------------------------------------------------------------------------- pinned sources
@@ -268,7 +329,7 @@ def test_data_too_small_to_split_is_used_whole_where_it_is_pinned():
         ],
         preferences=[file("p.jsonl", pairs, split="reward")],
     )
-    done = Prepared(config, splits_read=("sft", "reward", "evaluation"))
+    done = Prepared(config, shares={})
     assert done.code == 0
     rows = {"sft": 1, "reward": 2, "rl": 0, "evaluation": 3, "heldout": 0}
     assert {split: len(done[split]) for split in SPLITS} == rows
@@ -284,14 +345,114 @@ def test_a_pinned_source_keeps_the_checks_for_leaks(capfd):
                  group="group"),
         ],
     )  # fmt: skip
-    assert Prepared(config, splits_read=("sft", "evaluation")).code == 65
+    assert Prepared(config, shares={}).code == 65
     assert "1 rows repeat a row of another split, such as s.jsonl:1 (sft" in capfd.readouterr().err
 
 
-def test_a_split_that_a_stage_reads_may_not_be_empty(capfd):
-    config = DataConfig(demonstrations=[file("t.jsonl", [{"text": "one paragraph"}], split="sft")])
-    assert Prepared(config, splits_read=("sft", "evaluation")).code == 65
-    assert "data.shares.evaluation: no row is left for this split; 1 rows in 1 groups are too few" in (
+TRAINED_AND_TESTED = {"demonstrations": {"sft": 0.9, "heldout": 0.1}}
+"""The shares of an unpinned source beside a test set."""
+
+
+@pytest.mark.parametrize("split", ["sft", None])
+@pytest.mark.parametrize("duplicate", ["prompt", "text"])
+def test_a_duplicate_of_a_test_set_leaves_training_and_not_the_test_set(capfd, split, duplicate):
+    """Whether it is one by its group (here the prompt) or by what it says, and whether its source is pinned or not."""
+    tests = [{"prompt": prompt(i), "completion": f"test {i}", "user": f"t{i}"} for i in range(12)]
+    train = [{"prompt": prompt(i), "completion": f"train {i}", "user": f"u{i}"} for i in range(8, 60)]
+    group = "user" if duplicate == "text" else None
+
+    def config(duplicates: str) -> DataConfig:
+        return DataConfig(
+            demonstrations=[
+                file("train.jsonl", train, split=split, group=group),
+                file("test.jsonl", tests, split="evaluation", group=group),
+            ],
+            duplicates=duplicates,
+        )
+
+    shares = {} if split else TRAINED_AND_TESTED
+    assert Prepared(config("error"), shares=shares).code == 65
+    (line,) = capfd.readouterr().err.splitlines()
+    reason = "4 rows share their group with" if duplicate == "prompt" else "4 rows repeat a row of another split, such"
+    assert reason in line
+    assert "train.jsonl:1" in line
+    assert "test.jsonl:9 (evaluation" in line
+
+    done = Prepared(config("drop"), shares=shares)
+    assert done.code == 0
+    assert sorted(row["completion"] for row in done["evaluation"]) == sorted(row["completion"] for row in tests)
+    trained = {row["completion"] for name in ("sft", "heldout") for row in done[name]}
+    assert trained == {f"train {i}" for i in range(12, 60)}
+    (out,) = done.card["left_out"]
+    reason = "group_of_a_test_set" if duplicate == "prompt" else "duplicates"
+    assert (out["source"], out["reason"], out["rows"]) == ("train.jsonl", reason, 4)
+
+
+def test_training_texts_that_hold_a_test_prompt_go_and_the_prompt_stays():
+    """A prompt of one's own split would go instead: then nothing says that the test set is whole."""
+    tests = [{"prompt": prompt(i) + " " + " ".join(f"own{i}{k}" for k in range(12)), "completion": "a"}
+             for i in range(6)]  # fmt: skip
+    leak = {"prompt": "recall this", "completion": "once more: " + tests[0]["prompt"]}
+    part = {"prompt": "recall that", "completion": " ".join(tests[1]["prompt"].split()[:9])}
+    train = [{"prompt": prompt(i), "completion": f"train {i}"} for i in range(100, 140)]
+    config = DataConfig(
+        demonstrations=[
+            file("train.jsonl", [*train, leak, part], split="sft"),
+            file("test.jsonl", tests, split="evaluation"),
+        ],
+        duplicates="drop",
+    )
+    done = Prepared(config, shares={})
+    assert done.code == 0
+    assert len(done["evaluation"]) == 6
+    assert {row["completion"] for row in done["sft"]} == {row["completion"] for row in [*train, part]}
+    assert done.card["left_out"] == [
+        {"source": "train.jsonl", "kind": "demonstrations", "reason": "contaminated", "rows": 1}
+    ]
+    assert done.card["contamination"]["dropped"] == 0
+    assert done.card["contamination"]["max"] == pytest.approx(2 / 12)  # nine words are two of its twelve sequences
+
+
+def test_a_heldout_test_set_is_kept_before_other_evaluation_rows():
+    rows = [{"prompt": prompt(i), "completion": "a", "user": f"u{i}"} for i in range(40)]
+    tests = [{"prompt": prompt(i), "completion": "b", "user": f"t{i}"} for i in range(40)]
+    config = DataConfig(
+        demonstrations=[
+            file("d.jsonl", rows, group="user"),
+            file("test.jsonl", tests[:20], split="heldout", group="user"),
+        ],
+        duplicates="drop",
+    )
+    done = Prepared(config, shares={"demonstrations": {"sft": 0.5, "evaluation": 0.5}})
+    assert done.code == 0
+    assert len(done["heldout"]) == 20
+    assert len(done["sft"]) + len(done["evaluation"]) == 20
+
+
+def test_prompts_alone_go_where_prompts_are_of_use(capfd):
+    prompts = [{"prompt": prompt(i)} for i in range(60)]
+    answers = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
+    config = DataConfig(
+        demonstrations=[file("d.jsonl", answers, split="sft")], prompts=[file("p.jsonl", prompts, licence="MIT")]
+    )
+    done = Prepared(config, shares={"prompts": {"reward": 0.4, "rl": 0.4, "evaluation": 0.1, "heldout": 0.1}})
+    assert done.code == 0
+    rows = {split: len(done[split]) for split in SPLITS}
+    assert rows == {"sft": 60, "reward": 24, "rl": 24, "evaluation": 6, "heldout": 6}
+    assert not any("completion" in row for split in SPLITS[1:] for row in done[split])
+    assert done.card["splits"]["rl"]["completion_tokens"] is None
+    assert [(s["kind"], s["shape"], s["licence"]) for s in done.card["sources"]][1] == ("prompts", "prompt", "MIT")
+
+
+def test_a_split_with_a_share_may_not_be_empty(capfd):
+    """Here of a second source, which holds one row."""
+    sources = [
+        file("t.jsonl", [{"text": "one paragraph"}], split="sft"),
+        file("d.jsonl", [{"prompt": "p", "completion": "a"}]),
+    ]
+    shares = {"demonstrations": {"sft": 0.9, "evaluation": 0.1}}
+    assert Prepared(DataConfig(demonstrations=sources), shares=shares).code == 65
+    assert "data.shares.evaluation: no row is left for this split; 2 rows in 2 groups are too few" in (
         capfd.readouterr().err
     )
 
@@ -417,7 +578,8 @@ def test_annotators_and_experts_side_by_side():
     assert shares["reward"] > 0.12 * 939
     assert shares["heldout"] > 0.07 * 939
     assert done.card["comparisons"]["labelers"] == ["annotator-0", "annotator-1", "annotator-2"]
-    prompts = [{row["prompt"] for row in done[split] if "prompt" in row} for split in SPLITS]
-    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    prompts = {split: {row["prompt"] for row in done[split] if "prompt" in row} for split in SPLITS}
+    prompts["sft"] -= prompts["reward"]  # demonstrations that went there with the preferences of their prompt
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
     for split in ("rl", "evaluation"):
         assert len(done[split]) == len({row["prompt"] for row in done[split]})

@@ -15,7 +15,7 @@ from tunetrail.config.documentation import KEYS_END, KEYS_START, document, schem
 from tunetrail.config.fields import Block
 from tunetrail.config.loading import expand_sweeps
 from tunetrail.config.run import Config
-from tunetrail.data.readers import read_demonstrations, read_preferences
+from tunetrail.data.readers import demonstrations, preferences, prompts
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "config/README.md").read_text(encoding="utf-8")
@@ -97,12 +97,16 @@ def fenced(language: str) -> list[str]:
 def test_every_shape_shown_is_read(tmp_path):
     """Each example of a row goes through the readers as it stands."""
     shown = fenced("json")
-    assert len(shown) == 7
+    assert len(shown) == 9
     for i, row in enumerate(shown):
         (tmp_path / f"{i}.jsonl").write_text(row, encoding="utf-8")
         source = FileSource(source="file", path=tmp_path / f"{i}.jsonl")
-        read = read_preferences if "chosen" in row or "ranks" in row or "labels" in row else read_demonstrations
-        assert len(read(source, None)) == 1, row
+        keys = json.loads(row).keys()
+        if keys & {"chosen", "ranks", "labels"}:
+            read = preferences
+        else:
+            read = demonstrations if keys & {"text", "completion"} or "assistant" in row else prompts
+        assert len(list(read(source))) == 1, row
 
 
 def test_the_sweep_shown_has_the_names_shown():

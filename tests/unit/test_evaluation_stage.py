@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,7 @@ from tunetrail.provenance.record import read_record
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.head_to_head import verdict_outcomes
 
-from .test_training import write_workspace
+from .test_training import tokenizer_of, write_artifact, write_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -187,6 +188,26 @@ def evaluator(folder, name, rows):
         ),  # type: ignore[arg-type]
         rows,
     )
+
+
+def test_what_needs_the_authors_text_is_named_where_prompts_have_none(folder, caplog):
+    """The rest is measured; the second scorer does not become the one that counts."""
+    data = folder / "prompts-only"
+    shutil.copytree(folder / "data", data)
+    rows = read_jsonl(data / "evaluation.jsonl")
+    del rows[0]["completion"]
+    write_artifact(data, {"evaluation.jsonl": rows}, tokenizer_of(data))
+    stage, block, inputs, shared = RUNS["evaluation/dpo"]
+    RUNS["evaluation/alone"] = (stage, block, inputs | {"data": "prompts-only"}, shared)
+    assert run(folder, "evaluation/alone") == 0
+    assert "evaluation: 1 of 4 prompts have no author's text, which chrf compares with" in caplog.text
+    found = metrics(folder, "evaluation/alone")
+    assert found["not_measured"] == {"scorers": ["chrf"], "prompts": 1}
+    assert (found["gold"], found["greedy_gold"]) == (None, None)
+    assert found["scores"]["length"]["n"] == found["reward"]["n"] == found["length"]["n"] == 4
+    samples = read_jsonl(folder / "evaluation/alone/samples.jsonl")
+    assert [row["reference"] is None for row in samples] == [True, False, False, False]
+    assert metrics(folder, "evaluation/dpo")["not_measured"] is None
 
 
 def test_best_of_n_does_not_choose_among_what_it_is_compared_to(folder):

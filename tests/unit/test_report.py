@@ -9,6 +9,7 @@ import os
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +21,8 @@ from tunetrail.reporting import charts, curves, numbers
 from tunetrail.reporting.collect import Artifact, Model, Run, collect, together
 from tunetrail.reporting.curves import smooth
 from tunetrail.reporting.figures import FIGURES
-from tunetrail.reporting.page import banners, boilerplate, differences, draw, positions, render
+from tunetrail.reporting.measured import positions
+from tunetrail.reporting.page import banners, boilerplate, differences, draw, render
 from tunetrail.reporting.verdict import outcome, sentence, sentences
 from tunetrail.stages.report import run
 
@@ -906,6 +908,40 @@ def test_labels_by_people_are_said_to_be(labelers, said):
     ranked = Artifact("comparisons", Path("c"), "c/", "0" * 64, {"labelers": labelers}, None)
     run = Run("r", {"comparisons": ranked}, {}, [], False, [])
     assert [text for text, _ in banners([run]) if text.startswith("Labels")] == said
+
+
+def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
+    metrics = {"reward": {"steps": 30}, "dpo": {"steps": 1}, "ppo": {"steps": 9, "optimizer_steps": 4}}
+    roles = {"reward": "reward", "dpo": "policy.d", "ppo": "policy.p"}
+    artifacts = {
+        role: Artifact(
+            role, Path(name), "", "", metrics[name], SimpleNamespace(stage=name, manifest="", attempts=[], config={})
+        )
+        for name, role in roles.items()
+    }
+    lacking = Artifact("evaluation.d", Path("e"), "", "", {"not_measured": {"scorers": ["chrf"], "prompts": 7}}, None)
+    run = Run("r", artifacts, {}, [], False, [Model("d", "p0", lacking, [], [], [])])
+    said = [text for text, _ in banners([run])]
+    assert said[0].startswith("Too few optimizer steps to learn in (fewer than 10): d 1, p 4.")
+    assert said[1] == "Not measured: chrf, since 7 evaluation prompts have no author's text to compare with."
+
+
+def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, draw_only):
+    draw_only()
+    fixture = Fixture(tmp_path)
+    use = {"source": "p.jsonl", "kind": "preferences", "also_in": None}
+    uses = [
+        use | {"split": "reward", "used_by": ["reward", "dpo"], "rows": 118},
+        use | {"split": "rl", "used_by": ["ppo"], "rows": 20},
+    ]
+    out = {"source": "p.jsonl", "kind": "preferences", "reason": "too_long", "rows": 3}
+    fixture.artifact("base", "base", {})
+    fixture.artifact("data", "data", {"uses": uses, "left_out": [out]})
+    fixture.artifact("policy.dpo", "policies/dpo", {"steps": 20}, ["base", "data"], {"method": "dpo"})
+    code, folder = fixture.report()
+    assert code == 0
+    page = words((folder / "report.html").read_text())
+    assert "p.jsonlpreferencesrewarddpo118 p.jsonlpreferencesrlnothing20 p.jsonlpreferencesleft outtoo long3" in page
 
 
 def test_missing_measurements_say_so(tmp_path, draw_only):

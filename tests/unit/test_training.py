@@ -28,7 +28,16 @@ from tunetrail.models.saving import save_tokenizer, save_weights
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.supervised import tokenize
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.models.training import epoch_order, history, learning_rate_scale, rows_at_once, rows_left_out
+from tunetrail.models.training import (
+    bit_sums,
+    check_learnt,
+    epoch_order,
+    history,
+    learning_rate_scale,
+    rows_at_once,
+    rows_left_out,
+    trained_weights,
+)
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
@@ -403,6 +412,11 @@ def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -
     return folder / "manifest.json"
 
 
+def tokenizer_of(folder: Path) -> str:
+    """The digest that an artifact's manifest names."""
+    return json.loads((folder / "manifest.json").read_text())["tokenizer"]
+
+
 def write_workspace(folder: Path) -> str:
     """A tiny base model, demonstrations and comparisons, as artifacts. Returns the tokenizer's digest."""
     from tunetrail.models.loading import tokenizer_digest
@@ -489,11 +503,14 @@ STAGES = {
 def run_stage(workspace, monkeypatch, capfd):
     """Runs a stage under the contract in this process: (exit code, stderr, path of its manifest)."""
 
-    def run(name: str, state: str, config: dict | None = None, time_limit: str = "") -> tuple[int, str, Path]:
+    def run(
+        name: str, state: str, config: dict | None = None, time_limit: str = "", shared: dict | None = None
+    ) -> tuple[int, str, Path]:
         stage = name.split("-")[0]
         block, inputs = STAGES[name]
         path = workspace / f"{name}.json"
-        path.write_text(json.dumps({"stage": stage, "seed": 5, "precision": "fp32", "config": block | (config or {})}))
+        content = {"stage": stage, "seed": 5, "precision": "fp32", "config": block | (config or {})} | (shared or {})
+        path.write_text(json.dumps(content))
         output = workspace / state / name / "manifest.json"
         options = [f"--input={role}={workspace / folder}/manifest.json" for role, folder in inputs.items()]
         monkeypatch.chdir(workspace)
@@ -562,6 +579,78 @@ def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
     assert min(rates) > 0
     rows = {"sft": 24, "reward": 18, "dpo": 54}[name]
     assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_training_that_changes_no_weight_fails(run_stage, name):
+    """Though it ends with a finite loss: the artifact would be its parent's copy, and look like a result."""
+    code, error, output = run_stage(name, "still", config={"learning_rate": 1e-30})
+    assert code == 78
+    steps = {"sft": 12, "reward": 9, "dpo": 9}[name]
+    assert error.strip().splitlines()[-1] == (
+        f"{name}: error: {name}: {steps} optimizer steps left every weight as it was, so nothing was learnt; raise "
+        "learning_rate, or see whether its data, or its scores, can teach anything"
+    )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_ppo_that_learns_nothing_fails(run_stage, monkeypatch, lora):
+    """Where all episodes score alike, no gradient reaches the adapter; without one, the steps are too small."""
+    block = {
+        "method": "ppo", "steps": 2, "batch_size": 4, "epochs": 1, "max_new_tokens": 3, "lora": lora, "gold": None,
+        "reward": {"always": 1.0}, "missing_eos_score": None, "kl_coef": 0.0, "advantage": "rloo",
+        "completions_per_prompt": 2, "learning_rate": 1e-3 if lora else 1e-30,
+    }  # fmt: skip
+    monkeypatch.setitem(STAGES, "ppo", (block, {"policy": "base", "data": "data"}))
+    always = {"scorers": {"always": {"scorer": "regex", "pattern": "$"}}}
+    code, error, output = run_stage("ppo", "still", shared=always)
+    assert code == 78
+    assert "ppo: 2 optimizer steps left every weight as it was, so nothing was learnt" in error
+    assert not output.exists()
+
+
+def test_one_changed_value_of_one_weight_is_a_change():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = torch.nn.Linear(40, 30).to(dtype)
+        before = bit_sums(trained_weights(model))
+        check = lambda: check_learnt("s", before, bit_sums(trained_weights(model)), 1)  # noqa: E731, B023
+        with pytest.raises(ConfigError, match="s: 1 optimizer steps left every weight as it was"):
+            check()
+        value = model.weight.data[7, 3]
+        model.weight.data[7, 3] = (
+            torch.nextafter(value.float(), torch.tensor(9.0)) if dtype == torch.float32 else -value
+        )
+        check()
+        model.weight.requires_grad = False  # frozen: the bias alone counts
+        with pytest.raises(ConfigError):
+            check_learnt("s", bit_sums(trained_weights(model)), bit_sums(trained_weights(model)), 1)
+
+
+def test_too_few_steps_are_told_of_at_the_start(run_stage, caplog):
+    code, error, _ = run_stage("dpo", "few", config={"checkpoints": 0})
+    assert code == 0, error
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "dpo: 9 optimizer steps, fewer than 10: next to nothing can be learnt; raise epochs, lower batch_size, or add "
+        "data"
+    ]
+    caplog.clear()
+    assert run_stage("sft", "enough")[0] == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_held_out_prompts_without_answers_are_passed_over(run_stage, workspace, name):
+    data = workspace / "data"
+    rows = {split: read_jsonl(data / f"{split}.jsonl") for split in ("heldout", "reward")}
+    for split in rows.values():
+        del split[0]["completion"]
+    write_artifact(data, {f"{split}.jsonl": own for split, own in rows.items()}, tokenizer_of(data))
+    code, error, output = run_stage(name, "prompts")
+    assert code == 0, error
+    if name == "sft":
+        assert json.loads(output.with_name("metrics.json").read_text())["eval_loss"]["n"] == len(rows["heldout"]) - 1
 
 
 def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
@@ -773,6 +862,26 @@ def test_a_batch_is_shared_equally_among_processes():
     assert at_once(12, 2, micro=4) == 3  # not 6: it bounds the memory
     with pytest.raises(ConfigError, match=r"sft: batch_size \(12\) must be a multiple of the 5 processes"):
         at_once(12, 5)
+
+
+def test_what_is_sampled_is_what_has_no_completions_yet(workspace, monkeypatch):
+    """Not the prompts of preference rows; a prompt alone has no reference."""
+    from tunetrail.stages import completions
+
+    data = workspace / "data"
+    reward = read_jsonl(data / "reward.jsonl")
+    del reward[1]["completion"]
+    write_artifact(data, {"reward.jsonl": reward, "comparisons.jsonl": [{"id": reward[0]["id"]}]}, tokenizer_of(data))
+    monkeypatch.setattr(completions, "sample", lambda model, prompts, keys, k, **_: [[[7], [8]] for _ in keys])
+    monkeypatch.chdir(workspace)
+    config = {"stage": "completions", "seed": 5, "precision": "fp32", "config": {"per_prompt": 2, "max_new_tokens": 1}}
+    (workspace / "c.json").write_text(json.dumps(config))
+    arguments = ["--config=c.json", "--input=model=base/manifest.json", "--input=data=data/manifest.json"]
+    assert main(completions.run, [*arguments, "--output=a/manifest.json", "--state=state"]) == 0
+    sampled = {row["id"]: row for row in read_jsonl(workspace / "a/completions.jsonl") if row["split"] == "reward"}
+    assert sampled.keys() == {row["id"] for row in reward[1:]}
+    assert sampled[reward[1]["id"]]["reference"] is None
+    assert sampled[reward[2]["id"]]["reference"] == reward[2]["completion"]
 
 
 def test_sampling_goes_on_with_the_batches_it_would_have_had(workspace, monkeypatch):

@@ -28,14 +28,17 @@ def _load(path: Path, use: Callable[[Any], None]) -> int:
 
 @app.command()
 def check(path: ConfigFile) -> int:
-    """Validate a config file and what it names: exit code 0, 78, or 65 for bad data, with one line per mistake."""
+    """Validate a config file and what it names: exit code 0 and what its data is used for; else 78, or 65 for bad data,
+    with one line per mistake."""
     from tunetrail.launch import preflight
+    from tunetrail.monitor.forecast import share_table, unread
 
-    def warn(config: Any) -> None:
+    def use(config: Any) -> None:
         for warning in preflight.check(config, str(path)):
             print(f"{path}: warning: {warning}", file=sys.stderr)
+        print("\n".join([*share_table(config), *unread(config)]))
 
-    return _load(path, warn)
+    return _load(path, use)
 
 
 @app.command()

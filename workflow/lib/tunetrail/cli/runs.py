@@ -11,6 +11,7 @@ from tunetrail.cli.common import SOUND, Json, print_json
 from tunetrail.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tunetrail.config.run import Config
     from tunetrail.monitor.dag import Job
 
 Profile = Annotated[str, typer.Option(help="Snakemake's profile, by folder or name.")]
@@ -25,10 +26,10 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _jobs(profile: str, configfiles: list[Path], snakefile: Path | None) -> "list[Job]":
-    """The stages of the workflow. A bad config ends the command as it ends Snakemake."""
+def _run(profile: str, configfiles: list[Path], snakefile: Path | None) -> "tuple[Config | None, list[Job]]":
+    """(validated config, stages) of the workflow. A bad config ends the command as it ends Snakemake."""
     from tunetrail.config.loading import read_yaml
-    from tunetrail.monitor.dag import read_dag
+    from tunetrail.monitor.dag import read_run
 
     for path in configfiles:
         try:
@@ -36,7 +37,7 @@ def _jobs(profile: str, configfiles: list[Path], snakefile: Path | None) -> "lis
         except ConfigError as e:
             print(e, file=sys.stderr)
             raise typer.Exit(e.exit_code) from None
-    return read_dag(profile, configfiles, snakefile)
+    return read_run(profile, configfiles, snakefile)
 
 
 def status(
@@ -50,7 +51,7 @@ def status(
     from tunetrail.monitor import status as monitor
 
     files = configfile or []
-    rerun, jobs = monitor.rerun_command(profile, files, snakefile), _jobs(profile, files, snakefile)
+    rerun, jobs = monitor.rerun_command(profile, files, snakefile), _run(profile, files, snakefile)[1]
     if watch:
         from tunetrail.monitor.watch import follow
 
@@ -70,14 +71,20 @@ def plan(
     snakefile: Snakefile = None,
     as_json: Json = False,
 ) -> int:
-    """Show what would run and why, and what it took to make what would be made again."""
+    """Show what would run and why, what it took to make what would be made again, and what the data is used for."""
     from tunetrail.monitor import plan as monitor
+    from tunetrail.monitor.forecast import Forecast, forecast
 
-    steps = monitor.plan(_jobs(profile, configfile or [], snakefile))
+    config, jobs = _run(profile, configfile or [], snakefile)
+    steps = monitor.plan(jobs)
+    data = next((job for job in jobs if job.name == "data"), None)
+    known = Forecast([], [])
+    if config and data:  # not so where the workflow is a module of another
+        known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
     if as_json:
-        print_json(monitor.as_json(steps))
+        print_json(monitor.as_json(steps) | {"notes": known.notes})
     else:
-        print(monitor.as_text(steps))
+        print("\n".join([monitor.as_text(steps), "", *known.table, *(f"Note: {note}" for note in known.notes)]))
     return SOUND
 
 
@@ -93,7 +100,7 @@ def doctor(
     from tunetrail.monitor import doctor as monitor
 
     report = (lambda check: None) if as_json else (lambda check: print(check, flush=True))
-    checks = monitor.diagnose(_jobs(profile, configfile or [], snakefile), jobs, wait, report)
+    checks = monitor.diagnose(_run(profile, configfile or [], snakefile)[1], jobs, wait, report)
     if as_json:
         print_json([vars(check) for check in checks])
     return monitor.exit_code(checks)

@@ -8,6 +8,10 @@ from pydantic import Field, field_validator, model_validator
 from tunetrail.config.fields import Block, Count, Flag, Fraction, Repo, Text
 
 SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
+KINDS = ("preferences", "demonstrations", "prompts", "text")
+"""Of rows. A group that holds several kinds is split as the first of them."""
+TOLERANCE = 1e-3
+"""By which a sum of shares may miss 1: they are printed with four digits."""
 Split = Literal["sft", "reward", "rl", "evaluation", "heldout"]
 
 
@@ -16,8 +20,9 @@ class Source(Block):
 
     split: Split | None = Field(
         default=None,
-        description="the split that all its rows go to, whatever the shares; null: they are split by the shares. The "
-        "checks for leaks between splits stay; only the probes of `evaluation` may ask about what was trained on",
+        description="the split that all its rows go to, whatever the shares; null: they are split by the shares. A "
+        "source pinned to evaluation or heldout is a test set: what it shares with other sources is refused or left "
+        "out of these. Only the probes of `evaluation` may ask about what was trained on",
     )
 
 
@@ -80,29 +85,47 @@ class HubSource(Rows):
             )
         return split
 
+    @model_validator(mode="after")
+    def _both_splits_are_named(self):
+        if self.split and "hub_split" not in self.model_fields_set:
+            raise ValueError(
+                f"split: {self.split} sends all rows to this run's split of that name; it used to name the data set's "
+                "own split, which is hub_split now: give hub_split too (its default is train)"
+            )
+        return self
+
 
 DemonstrationSource = Annotated[DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")]
+PromptSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
 PreferenceSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
 
 
 class Shares(Block):
-    """Share of the groups that each split gets; they add up to 1, and 0 leaves a split empty."""
+    """Share of the groups that each split gets. null follows the stages: a split that none reads gets nothing."""
 
-    sft: Fraction = Field(default=0.5, description="share of the groups; what sft trains on")
-    reward: Fraction = Field(
-        default=0.15, description="share of the groups; prompts whose responses are compared, for reward and dpo"
+    sft: Fraction | None = Field(default=None, description="share of the groups; what sft trains on")
+    reward: Fraction | None = Field(
+        default=None, description="share of the groups; prompts whose responses are compared, for reward and dpo"
     )
-    rl: Fraction = Field(default=0.15, description="share of the groups; prompts that ppo practises on")
-    evaluation: Fraction = Field(default=0.1, description="share of the groups; prompts every model is evaluated on")
-    heldout: Fraction = Field(
-        default=0.1,
-        description="share of the groups; comparisons the reward model is tested on, and sft's held-out loss",
+    rl: Fraction | None = Field(default=None, description="share of the groups; prompts that ppo practises on")
+    evaluation: Fraction | None = Field(
+        default=None, description="share of the groups; prompts every model is evaluated on; null: 0.1"
     )
+    heldout: Fraction | None = Field(
+        default=None,
+        description="share of the groups; comparisons the reward model is tested on, and sft's held-out loss; "
+        "null: 0.1",
+    )
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The shares that the config says itself."""
+        return {split: share for split in SPLITS if (share := getattr(self, split)) is not None}
 
     @model_validator(mode="after")
-    def _sum_to_one(self):
-        total = sum(getattr(self, s) for s in SPLITS)
-        if abs(total - 1) > 1e-6:
+    def _at_most_one(self):
+        total = sum(self.given.values())
+        if total > 1 + TOLERANCE or (len(self.given) == len(SPLITS) and total < 1 - TOLERANCE):
             raise ValueError(f"the shares of the splits must add up to 1, got {total:g}")
         return self
 
@@ -124,7 +147,16 @@ class DataConfig(Block):
         default=[], description="sources of raw text, prompts with answers, or chats"
     )
     preferences: list[PreferenceSource] = Field(
-        default=[], description="sources of comparisons that exist already; then give no `completions`"
+        default=[],
+        description="sources of comparisons that exist already; reward and dpo learn from them, and from those that "
+        "`completions` collects",
+    )
+    prompts: list[PromptSource] = Field(
+        default=[], description="sources of prompts without answers, for `completions`, `ppo` and the evaluation"
+    )
+    sft_on_chosen: Flag = Field(
+        default=False,
+        description="sft also trains on the best response of each preference row that reward and dpo train on",
     )
     chat: Flag = Field(
         default=True, description="render prompts with the chat template; false: plain text, for models without one"
@@ -168,11 +200,16 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _some_data(self):
-        if not self.demonstrations and not self.preferences:
-            raise ValueError("give at least one source under demonstrations or preferences")
+        if not self.demonstrations and not self.preferences and not self.prompts:
+            raise ValueError("give at least one source under demonstrations, preferences or prompts")
         return self
 
-    def reaches(self, split: str) -> bool:
-        """Whether any source may give rows to the split: one pinned to it, or one that is spread by the shares."""
-        pins = {source.split for source in [*self.demonstrations, *self.preferences]}
-        return split in pins or (None in pins and getattr(self.shares, split) > 0)
+    def pins(self, kind: str) -> set[str | None]:
+        """The splits that sources of this kind of row are pinned to; None among them where one is not pinned.
+
+        A file of demonstrations may hold raw text as well.
+        """
+        if kind not in ("demonstrations", "text"):
+            return {source.split for source in getattr(self, kind)}
+        other = TopicsSource if kind == "demonstrations" else DocstringSource
+        return {source.split for source in self.demonstrations if not isinstance(source, other)}

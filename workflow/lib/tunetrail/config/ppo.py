@@ -136,6 +136,11 @@ class PpoConfig(Training):
         return REWARD_MODEL in self.reward
 
     @property
+    def optimizer_steps(self) -> int:
+        """Of all iterations, unless `stop_kl` ends some of them."""
+        return self.steps * self.epochs * (self.batch_size // (self.minibatch_size or self.batch_size))
+
+    @property
     def prompts_per_batch(self) -> int:
         return self.batch_size // self.completions_per_prompt
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from tunetrail.config.base_model import BaseModelConfig
 from tunetrail.config.best_of_n import BestOfNConfig
 from tunetrail.config.comparisons import ComparisonsConfig, CompletionsConfig
-from tunetrail.config.data import SPLITS, DataConfig, TopicsSource
+from tunetrail.config.data import DataConfig, TopicsSource
 from tunetrail.config.dpo import DpoConfig
 from tunetrail.config.evaluation import (
     EvaluationConfig,
@@ -23,6 +23,7 @@ from tunetrail.config.fields import Block, Name, NonNegativeInt
 from tunetrail.config.methods import MethodsConfig
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums, unknown, weighted_range
+from tunetrail.config.shares import share_of, shares
 from tunetrail.config.training import RewardConfig, SftConfig
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
@@ -100,10 +101,9 @@ class Config(Block):
         return self
 
     @property
-    def splits_read(self) -> list[str]:
-        """The splits that a stage cannot do without; sft's held-out loss and a margin on held-out pairs it can."""
-        needed = {split for _, split, _ in _needs(self)}
-        return [split for split in SPLITS if split in needed]
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Kind of row -> split -> share of that kind's groups, see `config.shares`."""
+        return shares(self)
 
     def files(self) -> dict[str, Path]:
         """Every path the config names, by key."""
@@ -139,51 +139,68 @@ def _data_problems(config: Config) -> Iterator[str]:
     data = config.data
     if config.methods is not None and config.retention is None:
         yield "methods: needs retention, the unrelated text that a method may forget"
-    if config.sft is not None and not data.demonstrations:
-        yield "sft: needs data.demonstrations; set sft to null to start from the base model"
+    if config.sft is not None and not data.demonstrations and not (data.preferences and data.sft_on_chosen):
+        yield (
+            "sft: needs data.demonstrations; set sft to null to start from the base model, or data.sft_on_chosen to "
+            "true to train on the best responses of data.preferences"
+        )
+    if data.sft_on_chosen and not (data.preferences and config.sft):
+        yield "data.sft_on_chosen: needs data.preferences and sft; give them or remove the key"
+    for i, source in enumerate(data.prompts):
+        if source.split == "sft":
+            yield f"data.prompts[{i}].split: prompts without answers are of no use in sft; choose another split"
     is_text = [isinstance(source, TopicsSource) for source in data.demonstrations]
-    if not data.preferences and is_text and all(is_text):
+    if not data.preferences and not data.prompts and is_text and all(is_text):
         yield "data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs"
 
 
 def _comparison_problems(config: Config) -> Iterator[str]:
     data = config.data
     if config.completions is not None:
-        if not data.demonstrations:
-            yield "completions: needs prompts from data.demonstrations"
+        if not data.demonstrations and not data.prompts:
+            yield "completions: needs prompts from data.demonstrations or data.prompts"
         if config.comparisons is None:
             yield "comparisons: needed, to rank what completions samples"
-        if data.preferences:
-            yield "completions: drop it or data.preferences; comparisons come from one of them"
     elif config.comparisons is not None:
         yield "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"
     if config.reward is not None and not _has_comparisons(config):
         yield "reward: needs comparisons: give completions and comparisons, or data.preferences"
 
 
-def _needs(config: Config) -> Iterator[tuple[str, str, str]]:
-    """(key to name in a message, split, why the run cannot do without rows in it)."""
-    if config.sft is not None and config.data.demonstrations:
-        yield "data.shares.sft", "sft", "is 0, but sft is to be trained"
+def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    """(key to name in a message, split, kinds of rows, why the run cannot do without such rows in it)."""
+    data = config.data
+    if config.sft is not None and data.demonstrations:
+        yield "data.shares.sft", "sft", ("demonstrations", "text"), "is 0, but sft is to be trained"
     if config.methods is not None:
-        yield "data.shares.sft", "sft", "is 0, but methods are to be compared on that split"
-    if _has_comparisons(config):
-        yield "data.shares.reward", "reward", "is 0, but comparisons are to be collected from that split"
-    yield "data.shares.evaluation", "evaluation", "is 0, but every run is evaluated; give it a share"
-    if config.reward is not None:
-        yield "data.shares.heldout", "heldout", "is 0, but the reward model is tested on that split"
+        why = "is 0, but methods are to be compared on that split"
+        yield "data.shares.sft", "sft", ("demonstrations", "text"), why
+    compared: tuple[str, ...] = ("preferences",) if data.preferences else ()
+    if config.completions:
+        why = "is 0, but comparisons are to be collected from that split"
+        yield "data.shares.reward", "reward", ("demonstrations", "prompts"), why
+        compared += ("demonstrations", "prompts")
+    elif data.preferences and (config.reward or any(policy.method == "dpo" for policy in config.policies.values())):
+        yield "data.shares.reward", "reward", compared, "is 0, but comparisons are to be trained on"
+    why = "is 0, but every run is evaluated; give it a share"
+    yield "data.shares.evaluation", "evaluation", ("preferences", "demonstrations", "prompts"), why
+    if config.reward is not None and compared:
+        yield "data.shares.heldout", "heldout", compared, "is 0, but the reward model is tested on that split"
     for name, policy in config.policies.items():
         if policy.method == "ppo":
-            yield f"policies.{name}", "rl", "ppo needs prompts, but data.shares.rl is 0"
-        if policy.method == "ppo" and policy.ptx_coef:
-            yield f"policies.{name}", "sft", "ptx_coef needs demonstrations, but data.shares.sft is 0"
+            kinds = ("preferences", "demonstrations", "prompts")
+            yield f"policies.{name}", "rl", kinds, "ppo needs prompts, but data.shares.rl is 0"
+        if policy.method == "ppo" and policy.ptx_coef and not (data.preferences and data.sft_on_chosen):
+            why = "ptx_coef needs demonstrations, but data.shares.sft is 0"
+            yield f"policies.{name}", "sft", ("demonstrations",), why
 
 
 def _share_problems(config: Config) -> Iterator[str]:
-    for key, split, why in _needs(config):
-        if config.data.reaches(split):
+    for key, split, kinds, why in _needs(config):
+        found = [share_of(config, kind, split) for kind in kinds if config.data.pins(kind)]
+        if any(found) or not found:  # what lacks a source is a mistake of its own
             continue
-        if getattr(config.data.shares, split) == 0:
+        if any(share is not None for share in found):
             yield f"{key}: {why}"
         else:
             yield (

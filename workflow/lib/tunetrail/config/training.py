@@ -27,6 +27,12 @@ class Lora(Block):
     )
 
 
+FEWEST_STEPS = 10
+"""Optimizer steps below which a stage hardly learns. Adam averages gradients over about 1 / (1 - 0.9) = 10 steps, and
+a step moves no weight further than about the learning rate: before the tenth, little has moved, and the first batches
+alone say where to."""
+
+
 class Training(Block):
     """What every trained stage shares."""
 
@@ -58,6 +64,22 @@ class Epochs(Training):
     weight_decay: NonNegative = Field(default=0.0, description="of AdamW, per unit of learning rate")
     max_length: Count = Field(
         default=1024, description="tokens of prompt and response; a longer row is an error, raw text is cut into blocks"
+    )
+
+
+def few_steps(name: str, steps: int, config: Training, at_most: str = "") -> str | None:
+    """What to say of a stage that takes too few optimizer steps to learn in; None where they are enough.
+
+    Args:
+        at_most: put before the number, where it is a bound.
+    """
+    if steps >= FEWEST_STEPS:
+        return None
+    batch = "batch_size" if isinstance(config, Epochs) else "minibatch_size"
+    more = "epochs" if isinstance(config, Epochs) else "steps or epochs"
+    return (
+        f"{name}: {at_most}{steps} optimizer step{'' if steps == 1 else 's'}, fewer than {FEWEST_STEPS}: next to "
+        f"nothing can be learnt; raise {more}, lower {batch}, or add data"
     )
 
 

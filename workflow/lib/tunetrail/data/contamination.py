@@ -11,7 +11,7 @@ import numpy as np
 
 from tunetrail.config.data import DataConfig
 from tunetrail.data.rows import OverlapRow
-from tunetrail.data.splits import TRAINED, duplicates_across, overlaps
+from tunetrail.data.splits import TRAINED, duplicates_across, holders, overlaps
 from tunetrail.errors import DataError
 
 MEASURED = ("evaluation", "heldout")
@@ -26,10 +26,39 @@ def compared_text(row: dict) -> str:
     return "\n".join(message["content"] for message in row["messages"] if message["role"] != "system")
 
 
+def is_given(row: dict) -> bool:
+    """Whether a row is of a test set: its source is pinned to a split that something is measured on."""
+    return row["pinned"] in MEASURED
+
+
+def without_test_groups(rows: list[dict], config: DataConfig) -> list[dict]:
+    """The rows less those of other sources whose group is in a given test set. Raises DataError where duplicates is
+    `error`.
+
+    Without this they would follow their group into the test set, or it would lose its rows to training.
+    """
+    tested: dict[str, dict] = {}
+    for row in sorted(filter(is_given, rows), key=lambda row: MEASURED.index(row["pinned"])):
+        tested.setdefault(row["group"], row)
+    found = [row for row in rows if row["group"] in tested and row["pinned"] != tested[row["group"]]["pinned"]]
+    if found and config.duplicates == "error":
+        row, test = found[0], tested[found[0]["group"]]
+        raise DataError(
+            f"{len(found)} rows share their group with rows that are pinned to another split, such as {row['where']} "
+            f"with {test['where']} ({test['pinned']}, group {row['group'][:40]!r}); remove them, or set "
+            "data.duplicates to drop: the test set stays whole"
+        )
+    left_out = {id(row) for row in found}
+    return [row for row in rows if id(row) not in left_out]
+
+
 def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
     """The rows without duplicates across splits. Raises DataError where duplicates is `error`."""
     found = duplicates_across(
-        [compared_text(row) for row in rows], [row["split"] for row in rows], config.near_duplicate
+        [compared_text(row) for row in rows],
+        [row["split"] for row in rows],
+        config.near_duplicate,
+        [is_given(row) for row in rows],
     )
     if found and config.duplicates == "error":
         a, b = (f"{rows[i]['where']} ({rows[i]['split']}, {compared_text(rows[i])[:40]!r})" for i in found[0])
@@ -41,32 +70,48 @@ def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
     return [row for i, row in enumerate(rows) if i not in dropped]
 
 
-def without_contamination(rows: list[dict], config: DataConfig) -> tuple[list[dict], dict[str, int]]:
-    """(the rows less prompts over the limit, how many distinct prompts of each measured split those were).
+def said_in(row: dict) -> list[str]:
+    """What a row teaches: what was said to the model, and its answers."""
+    return [compared_text(row), *(row.get("completions") or [row.get("completion", "")])]
 
-    Evaluation and held-out prompts get their "overlap". Raises DataError where duplicates is `error`.
-    """
+
+def _over(rows: list[dict], config: DataConfig) -> list[dict]:
+    """The evaluation and held-out prompts that training texts largely contain; gives every such row its "overlap"."""
     trained: dict[str, list[str]] = {split: [] for split in TRAINED}
     for row in rows:
         if row["split"] in trained:
-            answers = row.get("completions") or [row.get("completion", "")]
-            trained[row["split"]] += [compared_text(row), *answers]
+            trained[row["split"]] += said_in(row)
     asked = [row for row in rows if row["split"] in MEASURED and "text" not in row]
     found = overlaps([compared_text(row) for row in asked], trained, config.overlap_words)
     for row, overlap in zip(asked, found, strict=True):
         row["overlap"] = overlap
-    over = [row for row in asked if (row["overlap"][0] or 0) > config.max_overlap]
+    return [row for row in asked if (row["overlap"][0] or 0) > config.max_overlap]
+
+
+def without_contamination(rows: list[dict], config: DataConfig) -> tuple[list[dict], dict[str, int]]:
+    """(the rows less prompts over the limit, how many distinct prompts of each measured split those were).
+
+    Of a given test set the prompts stay, and training rows go that hold that much of one by themselves. Evaluation and
+    held-out prompts get their "overlap". Raises DataError where duplicates is `error`.
+    """
+    over = _over(rows, config)
     if over and config.duplicates == "error":
         share, split = over[0]["overlap"]
         raise DataError(
             f"{len({row['prompt'] for row in over})} evaluation and held-out prompts are largely in the training "
-            "texts, "
-            f"such as {over[0]['where']} ({over[0]['split']}, {compared_text(over[0])[:40]!r}: {share:.0%} of its "
-            f"{config.overlap_words}-word sequences, most in {split}); "
+            f"texts, such as {over[0]['where']} ({over[0]['split']}, {compared_text(over[0])[:40]!r}: {share:.0%} of "
+            f"its {config.overlap_words}-word sequences, most in {split}); "
             "set data.duplicates to drop, give them one group, or raise data.max_overlap"
         )
-    dropped = {id(row) for row in over}
-    prompts = {split: len({row["prompt"] for row in over if row["split"] == split}) for split in MEASURED}
+    if given := [compared_text(row) for row in over if is_given(row)]:
+        trained = [row for row in rows if row["split"] in TRAINED]
+        held = holders(given, [said_in(row) for row in trained], config.overlap_words, config.max_overlap)
+        left_out = {id(trained[i]) for i in held}
+        rows = [row for row in rows if id(row) not in left_out]
+        over = _over(rows, config)
+    own = [row for row in over if not is_given(row)]
+    dropped = {id(row) for row in own}
+    prompts = {split: len({row["prompt"] for row in own if row["split"] == split}) for split in MEASURED}
     return [row for row in rows if id(row) not in dropped], prompts
 
 

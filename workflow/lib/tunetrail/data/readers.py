@@ -173,6 +173,31 @@ def demonstrations(source: Any, invalid: list[Invalid] | None = None) -> Iterato
             yield from _read(source, _parse_signed, invalid)
 
 
+# ----------------------------------------------------------------------------- prompts
+
+
+def _parse_prompt(row: dict) -> list[Demonstration]:
+    """A prompt without an answer, as a text or as messages that end with the user's turn."""
+    if ("prompt" in row) == ("messages" in row):
+        columns = ", ".join(sorted(map(str, row))) or "none"
+        raise BadRow(f"must have either prompt or messages; its columns are {columns}; map others with columns")
+    if isinstance(row.get("prompt"), str):
+        return [{"messages": as_messages(checked_text(row, "prompt"))}]
+    key = "prompt" if "prompt" in row else "messages"
+    messages = checked_messages(row[key], key)
+    if messages[-1]["role"] != "user":
+        raise BadRow(f"'{key}' must end with a turn of the user; rows with answers go under data.demonstrations")
+    return [{"messages": messages}]
+
+
+def prompts(
+    source: FileSource | HubSource, invalid: list[Invalid] | None = None
+) -> Iterator[tuple[str, Demonstration]]:
+    """(where, row) of a source of prompts; answers that stand beside them are not read. `invalid` as in
+    `demonstrations`."""
+    yield from _read(source, _parse_prompt, invalid)
+
+
 # ----------------------------------------------------------------------------- preferences
 
 
@@ -231,7 +256,8 @@ def check_sources(config: DataConfig) -> list[dict]:
     rows: list[dict] = []
     problems: list[str] = []
     invalid: list[Invalid] | None = [] if config.invalid == "drop" else None
-    for sources, read in ((config.demonstrations, demonstrations), (config.preferences, preferences)):
+    kinds = ((config.demonstrations, demonstrations), (config.preferences, preferences), (config.prompts, prompts))
+    for sources, read in kinds:
         for source in sources:
             if isinstance(source, FileSource):
                 try:

@@ -77,7 +77,7 @@ class Measured(NamedTuple):
     """Of the last message alone, where the source limits it; else 0."""
     prompt: int
     answer: int
-    """Of the longest one."""
+    """Of the longest one; 0 where there is none."""
 
     @property
     def whole(self) -> int:
@@ -86,12 +86,12 @@ class Measured(NamedTuple):
 
 
 def measured(rows: Sequence[dict], counter: Counts) -> list[Measured]:
-    answers = [row.get("completions") or [row["completion"]] for row in rows]
+    answers = [row.get("completions") or ([row["completion"]] if "completion" in row else []) for row in rows]
     lengths = iter(counter.tokens([text for texts in answers for text in texts]))
     said = iter(counter.tokens([row["messages"][-1]["content"] for row in rows if row["max_tokens"]]))
     prompts = counter.tokens([row["prompt"] for row in rows])
     return [
-        Measured(row, next(said) if row["max_tokens"] else 0, prompt, max(islice(lengths, len(texts))))
+        Measured(row, next(said) if row["max_tokens"] else 0, prompt, max(islice(lengths, len(texts)), default=0))
         for row, prompt, texts in zip(rows, prompts, answers, strict=True)
     ]
 

@@ -15,7 +15,7 @@ class TextRow(TypedDict):
 
 
 class PromptRow(TypedDict):
-    """A prompt with its answer, of every split."""
+    """A prompt, and its answer where it has one, of every split."""
 
     id: str
     group: str
@@ -25,7 +25,8 @@ class PromptRow(TypedDict):
     """As the model is shown it, rendered by the chat template."""
     messages: list[Message]
     """What was said, before rendering."""
-    completion: str
+    completion: NotRequired[str]
+    """Missing where a source has prompts only."""
     labeler: NotRequired[str]
     """The pseudonym of who wrote the answer, where it is known."""
 

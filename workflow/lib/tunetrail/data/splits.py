@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from tunetrail.config.data import SPLITS, Shares
+from tunetrail.config.data import KINDS
 from tunetrail.data.readers import normalise
 from tunetrail.errors import DataError
 from tunetrail.seeds import derive_seed
@@ -16,21 +16,23 @@ from tunetrail.seeds import derive_seed
 # measures is worth more than what trains.
 PRIORITY = ("evaluation", "heldout", "reward", "rl", "sft")
 NUM_PERM = 64
+NAMES = {kind: kind for kind in KINDS} | {"text": "raw text"}
 
 
-def assign_groups(groups: Sequence[str], shares: Shares, seed: int) -> dict[str, str]:
+def assign_groups(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[str, str]:
     """Group -> split, so that each split's share of the rows is near its target.
 
     In a seeded order, each group goes to the split that lacks most rows.
 
     Args:
         groups: the group of every row.
+        shares: split -> share of the rows, above 0.
     """
     sizes = Counter(groups)
     order = sorted(sizes)
     random.Random(derive_seed(seed, "groups")).shuffle(order)
     order.sort(key=lambda g: -sizes[g])  # big groups first, while there is room for them
-    missing = {split: getattr(shares, split) * len(groups) for split in SPLITS if getattr(shares, split) > 0}
+    missing = {split: share * len(groups) for split, share in shares.items()}
     assigned = {}
     for group in order:
         split = max(missing, key=lambda s: (missing[s], s))
@@ -43,7 +45,7 @@ def pinned_groups(rows: Sequence[dict]) -> dict[str, str]:
     """Group -> split of the rows whose source is pinned to one.
 
     Args:
-        rows: with "group", "where", "pinned" (a split, or None) and, where they are raw text, "text".
+        rows: with "group", "where", "pinned" (a split, or None) and "kind".
 
     Raises:
         DataError: one group is pinned to two splits, or raw text to a split that has no use for it.
@@ -52,7 +54,7 @@ def pinned_groups(rows: Sequence[dict]) -> dict[str, str]:
     for row in rows:
         if row["pinned"] is None:
             continue
-        if "text" in row and row["pinned"] not in ("sft", "heldout"):
+        if row["kind"] == "text" and row["pinned"] not in ("sft", "heldout"):
             raise DataError(
                 f"{row['where']}: raw text can go to sft and heldout only, but its source has split: {row['pinned']}"
             )
@@ -65,35 +67,32 @@ def pinned_groups(rows: Sequence[dict]) -> dict[str, str]:
     return {group: row["pinned"] for group, row in first.items()}
 
 
-def assign_splits(rows: Sequence[dict], shares: Shares, seed: int) -> dict[str, str]:
+def assign_splits(rows: Sequence[dict], shares: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, str]:
     """Group -> split for rows of every kind. A group with a row of a pinned source goes to that split as a whole.
 
-    Other groups with preferences, with other prompts, and with raw text alone are each spread by the shares, so
-    that no kind runs short in a split because another has bigger groups. Raw text is used in sft and
-    heldout only, so it is spread over these two.
+    Of the other groups each kind is spread by shares of its own, so that none runs short in a split because another has
+    bigger groups. A group of several kinds counts as the first of them in `KINDS`.
 
     Args:
-        rows: with "group", "where", "pinned" (a split, or None), "kind" ("preferences" or "demonstrations") and, where
-            they are raw text, "text".
+        rows: with "group", "where", "pinned" (a split, or None) and "kind".
+        shares: kind -> split -> share of the rows.
 
     Raises:
-        DataError: raw text, and no share for sft or heldout; or see `pinned_groups`.
+        DataError: rows of a kind that has no share in any split; or see `pinned_groups`.
     """
-    kinds = ("preferences", "demonstrations", "text")
     kind_of: dict[str, str] = {}
     assigned = pinned_groups(rows)
     rows = [row for row in rows if row["group"] not in assigned]
     for row in rows:
-        kind = "text" if "text" in row else row["kind"]
-        kind_of[row["group"]] = min(kind_of.get(row["group"], kind), kind, key=kinds.index)
-    for kind in kinds:
-        groups = [row["group"] for row in rows if kind_of[row["group"]] == kind]
-        if groups and kind == "text":
-            total = shares.sft + shares.heldout
-            if not total:
-                raise DataError("data.shares: raw text goes to sft and heldout, but both are 0; give one a share")
-            shares = Shares(sft=shares.sft / total, reward=0, rl=0, evaluation=0, heldout=shares.heldout / total)
-        assigned |= assign_groups(groups, shares, seed)
+        kind_of[row["group"]] = min(kind_of.get(row["group"], row["kind"]), row["kind"], key=KINDS.index)
+    for kind in KINDS:
+        own = [row for row in rows if kind_of[row["group"]] == kind]
+        if own and not shares.get(kind):
+            raise DataError(
+                f"{own[0]['where']}: {len(own)} rows of {NAMES[kind]} are of no use: no split that they could go to "
+                "has a share; remove the source, give the stage that reads them, or give data.shares"
+            )
+        assigned |= assign_groups([row["group"] for row in own], shares.get(kind, {}), seed)
     return assigned
 
 
@@ -107,15 +106,21 @@ def jaccard(a: set[Hashable], b: set[Hashable]) -> float:
     return len(a & b) / len(a | b)
 
 
-def duplicates_across(texts: Sequence[str], splits: Sequence[str], threshold: float) -> list[tuple[int, int]]:
+def duplicates_across(
+    texts: Sequence[str], splits: Sequence[str], threshold: float, given: Sequence[bool] = ()
+) -> list[tuple[int, int]]:
     """(row to keep, row that repeats it), once for each row that repeats one of another split, exactly or nearly.
 
     Candidates come from MinHash LSH (Broder 1997), and count where the true Jaccard similarity of the
     word 3-grams is at least `threshold`. Within one split duplicates are nobody's leak.
+
+    Args:
+        given: whether a row is of a test set that was given as such; empty: none is. Those are kept before any other.
     """
     from datasketch import MinHash, MinHashLSH
 
-    order = sorted(range(len(texts)), key=lambda i: (PRIORITY.index(splits[i]), i))
+    given = given or [False] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: (not given[i], PRIORITY.index(splits[i]), i))
     # One signature for each distinct text: exact repeats are then found for nothing.
     members: dict[str, list[int]] = {}
     for i in order:
@@ -182,6 +187,28 @@ def overlaps(
     for grams in rows:
         share = len(grams & anywhere) / len(grams) if grams else None
         found.append((share, max(seen, key=lambda split: len(grams & seen[split])) if share else None))
+    return found
+
+
+def holders(prompts: Sequence[str], texts: Sequence[Sequence[str]], n: int, limit: float) -> set[int]:
+    """Which rows hold, each by itself, more than `limit` of the n-grams of one of the prompts, as `overlaps` counts.
+
+    Args:
+        texts: of each row, what it says.
+    """
+    least = min(n, FEWEST_WORDS)
+    grams = [ngrams(words, max(least, min(n, len(words)))) for words in map(words_of, prompts)]
+    prompts_with: dict[tuple[str, ...], list[int]] = {}
+    for i, own in enumerate(grams):
+        for gram in own:
+            prompts_with.setdefault(gram, []).append(i)
+    sizes = {len(gram) for gram in prompts_with}
+    found = set()
+    for row, said in enumerate(texts):
+        held = {gram for words in map(words_of, said) for size in sizes for gram in ngrams(words, size)}
+        counts = Counter(i for gram in held & prompts_with.keys() for i in prompts_with[gram])
+        if any(count > limit * len(grams[i]) for i, count in counts.items()):
+            found.add(row)
     return found
 
 

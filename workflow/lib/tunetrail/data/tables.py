@@ -32,9 +32,9 @@ def one_each(rows: list[dict]) -> list[dict]:
     return [row for row in rows if first[row["prompt"]] == row["id"]]
 
 
-def answer_of(row: dict) -> str:
-    """What a model learns to say: the demonstration, or the preferred completion."""
-    return best(row) if row["kind"] == "preferences" else row["completion"]
+def answer_of(row: dict) -> str | None:
+    """What a model learns to say: the demonstration, or the preferred completion; None for a prompt alone."""
+    return best(row) if row["kind"] == "preferences" else row.get("completion")
 
 
 def prompt_row(row: dict) -> PromptRow | TextRow:
@@ -42,8 +42,9 @@ def prompt_row(row: dict) -> PromptRow | TextRow:
     common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row}
     if "text" in row:
         return common | {"text": row["text"]}  # type: ignore[return-value]
-    completion = answer_of(row)
-    return common | {"prompt": row["prompt"], "messages": row["messages"], "completion": completion}  # type: ignore[return-value]
+    shown = common | {"prompt": row["prompt"], "messages": row["messages"]}
+    answer = answer_of(row)
+    return shown if answer is None else shown | {"completion": answer}  # type: ignore[return-value]
 
 
 def comparison_row(row: dict) -> dict[str, Any]:

@@ -86,6 +86,8 @@ class Evaluator:
         self.prompts = [encode(self.tokenizer, row["prompt"]) for row in rows]
         self.frontier_rows = rows[: self.config.frontier_prompts]
         """The prompts of the frontier and of best-of-n. The file takes turns among groups, in random order."""
+        self.lacking = sum("completion" not in row for row in rows)
+        """Prompts without the author's text."""
         groups = [row["group"] for row in rows]
         self.groups: list[Any] = groups if len(set(groups)) > 1 else list(range(len(rows)))
         """What is resampled: the source group of each prompt."""
@@ -95,8 +97,20 @@ class Evaluator:
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        """By name, the one that counts first."""
-        return {name: build(name, self.stage.shared.get("scorers", {})) for name in self.config.golds}
+        """By name, the one that counts first. Those that compare with the author's text need one for every prompt."""
+        scorers = {name: build(name, self.stage.shared.get("scorers", {})) for name in self.config.golds}
+        return {name: scorer for name, scorer in scorers.items() if not (scorer.needs_reference and self.lacking)}
+
+    @property
+    def gold(self) -> str | None:
+        """The scorer that counts; None where there is none or it cannot be measured, whatever the others can."""
+        return next((name for name in self.config.golds[:1] if name in self.scorers), None)
+
+    @property
+    def not_measured(self) -> dict[str, Any] | None:
+        """{"scorers", "prompts"}: gold scorers that need the author's text, and the prompts that have none."""
+        names = [name for name in self.config.golds if name not in self.scorers]
+        return {"scorers": names, "prompts": self.lacking} if names else None
 
     def reference(self) -> Any:
         """The model that policies start from."""
@@ -161,11 +175,11 @@ class Evaluator:
         owners = [i for i, of_prompt in enumerate(responses) for _ in of_prompt]
         texts = [text.strip() for text in self.tokenizer.batch_decode(flat, skip_special_tokens=True)]
         completions = [
-            Completion(rows[i]["prompt"], text, rows[i]["completion"], rows[i])
+            Completion(rows[i]["prompt"], text, rows[i].get("completion"), rows[i])
             for text, i in zip(texts, owners, strict=True)
         ]
         scores = {name: scorer.scores(completions) for name, scorer in self.scorers.items()}
-        gold = scores.pop(self.config.golds[0]) if scores else None
+        gold = scores.pop(self.gold) if self.gold else None
         examples = [(self.prompts[i], response) for response, i in zip(flat, owners, strict=True)]
         return Samples(len(responses[0]), examples, texts, gold, others=scores)
 

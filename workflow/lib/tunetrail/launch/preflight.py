@@ -114,10 +114,13 @@ def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[di
     from tunetrail.labeling.recorded import read_rankings
 
     recorded = read_rankings(labeler.path, labeler.columns)
-    asked = [row for row in rows if "completion" in row and row["pinned"] in (None, "reward", "heldout")]
+    asked = [
+        row for row in rows
+        if "messages" in row and "completions" not in row and row["pinned"] in (None, "reward", "heldout")
+    ]  # fmt: skip
     prompts = {row["messages"][-1]["content"].strip(): row for row in asked}
     missing = [prompt for prompt in prompts if prompt not in recorded]
-    are_all_local = all(isinstance(source, FileSource) for source in data.demonstrations)
+    are_all_local = all(isinstance(source, FileSource) for source in [*data.demonstrations, *data.prompts])
     are_rendered = any(prompt in name for prompt in missing[:1] for name in recorded)
     if not missing or not are_all_local or are_rendered:
         return []

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 
-from tunetrail.config.training import Epochs
+from tunetrail.config.training import Epochs, Training, few_steps
 from tunetrail.contract.distributed import is_main_process, of_all_processes, processes
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
@@ -194,11 +194,48 @@ def history(log_history: list[dict]) -> list[dict]:
     ]
 
 
+def trained_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, values) of the weights that are trained."""
+    return ((name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def bit_sums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """Of each weight the sum of its values' bits, read as whole numbers: another one where a single value changed."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(values.contiguous().view(integers[values.element_size()]).sum(dtype=torch.int64))
+        for name, values in weights
+    }
+
+
+def check_learnt(name: str, before: dict[str, int], after: dict[str, int], steps: int) -> None:
+    """Raises ConfigError where training left every weight as it was: the artifact would be its parent's copy.
+
+    Args:
+        before: the `bit_sums` of what is trained, before its first step.
+    """
+    if all(after.get(weight) == bits for weight, bits in before.items()):
+        raise ConfigError(
+            f"{name}: {steps} optimizer steps left every weight as it was, so nothing was learnt; raise learning_rate, "
+            "or see whether its data, or its scores, can teach anything"
+        )
+
+
+def warn_of_few_steps(stage: Stage, steps: int, config: Training) -> None:
+    """Says in the log where there are too few steps to learn in."""
+    if is_main_process() and (note := few_steps(stage.name, steps, config)):
+        log.warning("%s", note)
+
+
 def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     """Trains to the end, resuming where an earlier attempt was; writes and returns `history.jsonl`.
 
-    Raises Interrupted when told to stop, after saving; DataError when the loss is no longer finite.
+    Raises Interrupted when told to stop, after saving; DataError when the loss is no longer finite; ConfigError when
+    no weight changed.
     """
+    steps = len(trainer.train_dataset) // config.batch_size
+    warn_of_few_steps(stage, steps, config)
+    before = bit_sums(trained_weights(trainer.model))
     callback = StageCallback(stage)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
@@ -213,6 +250,7 @@ def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     # Not the loss alone: a diverged model's log-probs may be infinite where a clipped loss is not.
     if not all(math.isfinite(value) for row in rows for value in row.values()):
         raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")
+    check_learnt(stage.name, before, bit_sums(trained_weights(trainer.model)), steps)
     if is_main_process():
         write_jsonl(stage.work / "history.jsonl", rows)
     return rows

@@ -161,12 +161,18 @@ def forget_failed(workflow: Any) -> None:
             snakemake_adapter.forget(workflow, job)
 
 
-def read_dag(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> list[Job]:
-    """The stages of the workflow in this folder. Raises ConfigError or TunetrailError where there is none to see.
+def read_run(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> tuple[Any, list[Job]]:
+    """(validated config, stages) of the workflow in this folder. Raises ConfigError or TunetrailError where there is
+    none to see.
 
     Args:
         configfiles: none: the Snakefile's default.
         snakefile: None: the one in this folder.
     """
     with snakemake_adapter.planned_workflow(profile, configfiles, snakefile) as workflow:
-        return jobs_of(workflow)
+        return snakemake_adapter.config_of(workflow), jobs_of(workflow)
+
+
+def read_dag(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> list[Job]:
+    """The stages of `read_run`."""
+    return read_run(profile, configfiles, snakefile)[1]

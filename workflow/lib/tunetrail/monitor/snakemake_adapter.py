@@ -25,6 +25,11 @@ def has_begun(workflow: Any, manifest: str) -> bool:
     return bool(workflow.persistence._filter_incomplete_keys([manifest]))
 
 
+def config_of(workflow: Any) -> Any:
+    """The validated config of the Snakefile, `tunetrail.config.run.Config`; None where the Snakefile is another's."""
+    return workflow.globals.get("CONFIG")
+
+
 def submitted_ids(workflow: Any, job: Any) -> tuple[str, ...]:
     """The ids that the cluster gave a job that has not ended, or was killed."""
     return tuple(workflow.persistence.external_jobids(job))

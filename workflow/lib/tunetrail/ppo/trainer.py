@@ -37,6 +37,7 @@ from tunetrail.ppo.estimators import (
 from tunetrail.ppo.losses import policy_loss, value_loss
 from tunetrail.ppo.models import ActorCritic, Reference
 from tunetrail.ppo.rollout import Rollout, concatenate, pad_rows
+from tunetrail.ppo.scoring import Scoring
 from tunetrail.ppo.sharding import gathered, is_sharded, load_shards, save_shards, shard
 from tunetrail.seeds import derive_seed
 
@@ -53,10 +54,6 @@ def prompt_batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[
         stream += rows
         epoch += 1
     return [stream[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
-
-
-Scoring = Callable[[list[int], list[list[int]]], list[float]]
-"""(indices of the prompts [N], ids of their responses [N]) -> scores [N]"""
 
 
 class PPOTrainer:

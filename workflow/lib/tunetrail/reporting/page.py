@@ -5,9 +5,8 @@ computed here but differences and sums of what the metrics files hold.
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tunetrail.config.training import FEWEST_STEPS
 from tunetrail.reporting import charts, course, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
 from tunetrail.reporting.figures import Figure
+from tunetrail.reporting.measured import SECTIONS, comparable, is_scored, left_out, positions, sentence_sum
 
 HERE = Path(__file__).parent
-TOP = 6
-"""Next tokens listed at each position of the probe sentence."""
 ADAPTERS = {"full": "full", "lora": "LoRA"}
 """How a model was trained, in words."""
 
@@ -69,13 +68,26 @@ def _banners(run: Run) -> list[str]:
             "reward_model": "a reward model",
             "llm": "a language model",
         }
-        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.")
+        own = (run.metrics("comparisons") or {}).get("from_data")
+        besides = f" The rankings of {own} more prompts came with the data." if own else ""
+        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.{besides}")
     if run.labeler == "human":
         people = (run.metrics("comparisons") or {}).get("labelers") or {}
         found.append(f"Labels are human: comparisons were ranked by {len(people)} people.")
     if ((run.metrics("base") or {}).get("source") or {}).get("source") == "random":
         found.append(
             "The base model has random weights, for tests: no result here says anything about language models."
+        )
+    if few := [f"{name} {steps}" for name, steps in optimizer_steps(run).items() if steps < FEWEST_STEPS]:
+        found.append(
+            f"Too few optimizer steps to learn in (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
+            "to be close to what they started from."
+        )
+    unmeasured = [m.metrics.get("not_measured") for m in run.models]
+    if lacking := next(filter(None, unmeasured), None):
+        found.append(
+            f"Not measured: {', '.join(lacking['scorers'])}, since {lacking['prompts']} evaluation prompts have no "
+            "author's text to compare with."
         )
     if unrecorded := [role for role, a in run.artifacts.items() if a.state == "unrecorded"]:
         found.append(f"Nothing records how these came to be: {', '.join(unrecorded)}.")
@@ -85,6 +97,23 @@ def _banners(run: Run) -> list[str]:
     if stale := [role for role, a in run.artifacts.items() if a.stale]:
         found.append(f"Made from inputs that have changed since: {', '.join(stale)}. Run the workflow again.")
     return found
+
+
+def optimizer_steps(run: Run) -> dict[str, int]:
+    """Name of each trained model -> the optimizer steps it took, where they are known."""
+    key = {"sft": "steps", "reward": "steps", "dpo": "steps", "ppo": "optimizer_steps"}
+    return {
+        role.removeprefix("policy."): artifact.metrics[key[artifact.stage]]
+        for role, artifact in run.artifacts.items()
+        if artifact.stage in key and key[artifact.stage] in artifact.metrics
+    }
+
+
+def uses(run: Run) -> list[dict[str, Any]]:
+    """What the rows of each source are used for, by the stages that this run has."""
+    stages = {artifact.stage for artifact in run.artifacts.values()}
+    card = run.metrics("data") or {}
+    return [use | {"used_by": [name for name in use["used_by"] if name in stages]} for use in card.get("uses", [])]
 
 
 def base_model(run: Run) -> str:
@@ -134,44 +163,6 @@ def software(run: Run) -> list[tuple[str, list[str]]]:
         for name, version in artifact.record.packages.items() | pythons:
             versions.setdefault(name, set()).add(version)
     return [(name, sorted(found)) for name, found in sorted(versions.items())]
-
-
-def sentence_sum(model: Model) -> float | None:
-    """Log-probability of the probe sentence in nats, of its measured positions."""
-    probs = [p["prob"] for p in model.sentence if p.get("prob")]
-    return sum(math.log(p) for p in probs) if probs else None
-
-
-def comparable(runs: Sequence[Run]) -> tuple[list[Model], list[Model]]:
-    """The models whose tokenizer cuts the probe sentence as the first one's does, and those whose does not."""
-    probed = [m for run in runs for m in run.models if m.sentence]
-    tokens = {m.name: [position["token"] for position in m.sentence] for m in probed}
-    alike = [m for m in probed if tokens[m.name] == tokens[probed[0].name]]
-    return alike, [m for m in probed if tokens[m.name] != tokens[probed[0].name]]
-
-
-def positions(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The probe sentence: for each position the token, its probability under each model, and what training moved.
-
-    A shift is of two models, before and after: the likeliest tokens of both, what rose most first. Of several runs only
-    `comparable` models are among them.
-    """
-    probed, others = comparable(runs)
-    found: list[dict[str, Any]] = [
-        {"token": position["token"], "models": [(m, m.sentence[i].get("prob")) for m in probed], "shifts": []}
-        for i, position in enumerate(probed[0].sentence if probed else [])
-    ]
-    for run in runs:
-        for pair in run.shifts:
-            before, after = run.model(pair["before"]), run.model(pair["after"])
-            if before in others or after in others:
-                continue
-            for row in pair["positions"]:
-                likeliest = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:TOP]
-                tokens = [token for token in row["tokens"] if token in likeliest]
-                probs = {"was": row["before"], "now": row["after"]}
-                found[row["position"]]["shifts"].append({"before": before, "after": after, "tokens": tokens} | probs)
-    return found
 
 
 def preference_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -296,43 +287,6 @@ def draw(runs: Sequence[Run], figures: Mapping[str, Figure]) -> dict[str, tuple[
     return {name: (charts.svg(wide), charts.svg(narrow)) for name, (wide, narrow) in specs.items() if wide}
 
 
-SECTIONS: dict[str, tuple[str, str]] = {
-    "results": ("win rates and gold scores", "evaluation.gold names a scorer, head_to_head.judge a judge"),
-    "reward-kl": ("reward against KL", ""),
-    "reward-model": ("a reward model", ""),
-    "preferences": ("preferred and dispreferred responses", "evaluation.preferences"),
-    "probes": ("next tokens", "evaluation.sentence"),
-    "forgetting": ("forgetting", "retention"),
-    "labels": ("comparisons", ""),
-}
-"""Section -> what it is about, and the config key that has it measured. One without measurements is left out."""
-
-
-def left_out(runs: Sequence[Run], drawn: Container[str]) -> set[str]:
-    """The sections that a page of these runs does without. The first has a table of all models whatever was measured.
-
-    Args:
-        drawn: names of the figures that have something to show.
-    """
-    has = {
-        "course": any(run.metrics("methods") for run in runs),
-        "reward-kl": "reward_kl" in drawn or "over_optimisation" in drawn,
-        "reward-model": any(run.metrics("reward") for run in runs),
-        "preferences": "preferences" in drawn,
-        "probes": bool(positions(runs)),
-        "forgetting": any(m.metrics.get("retention") for run in runs for m in run.models),
-        "labels": any(run.metrics("comparisons") or (run.metrics("data") or {}).get("comparisons") for run in runs),
-        "differences": len(runs) > 1,
-    }
-    return {section for section, measured in has.items() if not measured}
-
-
-def is_scored(runs: Sequence[Run]) -> bool:
-    """Whether responses were compared, by a gold scorer or a judge."""
-    matches = (run.head_to_head.get(kind) for run in runs for kind in ("sampled", "judge"))
-    return any(matches) or any(m.interval("gold") for run in runs for m in run.models)
-
-
 def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str | None, limit: int) -> str:
     """The HTML, of one run or of several side by side.
 
@@ -362,6 +316,7 @@ def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str 
         figures={name: tuple(Markup(picture) for picture in pair) for name, pair in figures.items()},
         dag=dag.layout,
         banners=banners,
+        uses=uses,
         base_model=base_model,
         code=code,
         software=software,

@@ -4,9 +4,9 @@
         --input shard0=…/manifest.json --input shard1=…/manifest.json \\
         --output results/RUN/comparisons/manifest.json --state state/RUN/comparisons
 
-Writes `comparisons.jsonl`, the rows of the shards with their rankings (`ComparisonRow`), sorted by (split, id). Where
-people rank, there is the input `tasks`, and `labels.jsonl` and `events.jsonl` are written as well: see
-`tunetrail.labeling.human`.
+Writes `comparisons.jsonl`, the rows of the shards with their rankings (`ComparisonRow`) and the preference rows that
+came with the data, sorted by (split, id). Where people rank, there is the input `tasks`, and `labels.jsonl` and
+`events.jsonl` are written as well: see `tunetrail.labeling.human`.
 """
 
 import json
@@ -19,7 +19,7 @@ from tunetrail import labeling
 from tunetrail.config.comparisons import ComparisonsConfig
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.files import write_jsonl
+from tunetrail.files import read_jsonl, write_jsonl
 from tunetrail.preferences.rows import ComparisonRow, SampledRow
 from tunetrail.preferences.summary import summarize
 from tunetrail.provenance.manifest import METRICS
@@ -49,6 +49,12 @@ def gather(stage: Stage) -> list[SampledRow]:
             shard_of[key] = role
             rows.append(cast(SampledRow, row))
     return sorted(rows, key=lambda row: (row["split"], row["id"]))
+
+
+def own_comparisons(stage: Stage) -> list[ComparisonRow]:
+    """The preference rows that came with the data."""
+    path = stage.inputs["data"].folder / "comparisons.jsonl"
+    return cast(list[ComparisonRow], read_jsonl(path)) if path.exists() else []
 
 
 def comparable(rows: list[SampledRow]) -> list[SampledRow]:
@@ -86,6 +92,8 @@ def run(stage: Stage) -> dict:
         raise DataError(
             f"comparisons: only {usable} prompts of the reward split were ranked, at least {MIN_PROMPTS} are needed"
         )
+    own = own_comparisons(stage)
+    ranked = sorted(ranked + own, key=lambda row: (row["split"], row["id"]))
     summary = summarize(ranked)
     if summary["ties"] == 1:
         raise DataError(
@@ -97,8 +105,9 @@ def run(stage: Stage) -> dict:
     content = cast(list[dict], ranked)
     write_jsonl(path, content)
     stage.draft.dependencies.append(labels_dependency(path, content, labels.source))
-    left_out = len(gathered) - len(ranked)
-    return {**summary, **labels.metrics, "left_out": left_out, "duplicates_removed": duplicates_removed(stage)}
+    left_out = len(gathered) + len(own) - len(ranked)
+    found = {"from_data": len(own), "left_out": left_out, "duplicates_removed": duplicates_removed(stage)}
+    return {**summary, **labels.metrics, **found}
 
 
 if __name__ == "__main__":

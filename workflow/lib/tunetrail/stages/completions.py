@@ -2,8 +2,9 @@
 
     python -m tunetrail.stages.completions --part 0/2 --config C.json --input sft=… --input data=… --output … --state …
 
-Writes `completions.jsonl`, one row per prompt of this shard. Of completions of a prompt with the same
-text the first is kept. Every finished batch is kept in the state folder, so a killed shard loses one batch.
+Writes `completions.jsonl`, one row per prompt of this shard; preference rows have their completions already. Of
+completions of a prompt with the same text the first is kept. Every finished batch is kept in the state folder, so a
+killed shard loses one batch.
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from tunetrail.config.comparisons import CompletionsConfig
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
-from tunetrail.files import canonical_json, read_finished_rows, write_jsonl
+from tunetrail.files import canonical_json, read_finished_rows, read_jsonl, write_jsonl
 from tunetrail.models.batching import encode
 from tunetrail.models.lengths import check_room
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
@@ -20,6 +21,18 @@ from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import inference_weights, sample
 from tunetrail.preferences.rows import SampledRow
 from tunetrail.stages.registry import start
+
+
+def prompts_to_sample(stage: Stage) -> list[dict]:
+    """The prompts of the reward and held-out splits, but for those of preference rows, with their "split"."""
+    own = stage.inputs["data"].folder / "comparisons.jsonl"
+    compared = {row["id"] for row in (read_jsonl(own) if own.exists() else [])}
+    return [
+        row | {"split": split}
+        for split in ("reward", "heldout")
+        for row in stage.rows("data", f"{split}.jsonl")
+        if "prompt" in row and row["id"] not in compared
+    ]
 
 
 def shard_rows(rows: list[dict], part: tuple[int, int]) -> list[dict]:
@@ -46,7 +59,7 @@ def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> Samp
         "split": row["split"],
         "prompt": row["prompt"],
         "messages": row["messages"],
-        "reference": row["completion"],
+        "reference": row.get("completion"),
         "completions": list(first),
         "completion_ids": kept,
         "finished": [ids[-1] == tokenizer.eos_token_id for ids in kept],
@@ -58,13 +71,7 @@ def run(stage: Stage) -> dict:
     prepare(stage.seed, "completions")
     folder = stage.inputs["model"].folder / "model"
     tokenizer = load_tokenizer(folder)
-    prompts = [
-        row | {"split": split}
-        for split in ("reward", "heldout")
-        for row in stage.rows("data", f"{split}.jsonl")
-        if "prompt" in row
-    ]
-    mine = shard_rows(prompts, stage.request.part)
+    mine = shard_rows(prompts_to_sample(stage), stage.request.part)
     done_file = stage.state / "completions.jsonl"
     done: dict[str, Any] = {row["id"]: row for row in read_finished_rows(done_file)}
     # Always the same batches: of what is in one together, floating-point sums and so samples may depend.

@@ -4,26 +4,32 @@
 
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a
 seeded order that takes turns among the groups, so that a limit keeps as many groups as it can; `contamination.jsonl`;
-and, where preferences came with the data, `comparisons.jsonl`. `metrics.json` is the data card: rows of each source and
-split, lengths, what was dropped and why, and how much of the evaluation prompts stands in training texts.
+and, where preferences came with the data, `comparisons.jsonl`. `metrics.json` is the data card: what the rows of each
+source are used for (`uses`), or why they were left out (`left_out`), lengths, and how much of the evaluation prompts
+stands in training texts.
 """
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from tunetrail.config.data import SPLITS, DataConfig, DocstringSource
+from tunetrail.config.data import KINDS, SPLITS, DataConfig
+from tunetrail.contract.runner import log
 from tunetrail.contract.stage import Stage
-from tunetrail.data.contamination import contamination, overlap_row, without_contamination, without_leaks
-from tunetrail.data.invalid import Invalid
-from tunetrail.data.readers import demonstrations, origin, preferences, row_id
+from tunetrail.data.contamination import (
+    contamination,
+    overlap_row,
+    without_contamination,
+    without_leaks,
+    without_test_groups,
+)
 from tunetrail.data.rendering import Renderer, rendered, short_enough
-from tunetrail.data.splits import assign_splits, histogram, in_turns, shuffled
-from tunetrail.data.tables import answer_of, comparison_row, merged, one_each, prompt_row
+from tunetrail.data.selection import Shares, assigned, read_all, select
+from tunetrail.data.splits import histogram
+from tunetrail.data.tables import answer_of, comparison_row, merged, prompt_row
+from tunetrail.data.uses import Account, lines, uses
 from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
 from tunetrail.models.lengths import positions
@@ -33,66 +39,32 @@ from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
 
 
-def read_all(config: DataConfig) -> tuple[list[dict], list[dict]]:
-    """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
-    rows, cards = [], []
-    readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, Any]]]]] = [
-        ("demonstrations", config.demonstrations, demonstrations),
-        ("preferences", config.preferences, preferences),
-    ]
-    for kind, sources, read in readers:
-        for source in sources:
-            invalid: list[Invalid] = []
-            own = [row | {"where": where} for where, row in read(source, invalid if config.invalid == "drop" else None)]
-            card = origin(source) | {"invalid_rows": len(invalid)}
-            shape = (
-                "rankings"
-                if kind == "preferences"
-                else "/".join(sorted({"text" if "text" in row else "prompt" for row in own}))
-            )
-            cards.append(card | {"kind": kind, "shape": shape, "split": source.split, "rows": len(own)})
-            limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
-            about = {"source": card["source"], "kind": kind, "max_tokens": limits, "pinned": source.split}
-            rows += [row | about for row in own]
-    return rows, cards
+def is_due(split: str, kind: str, config: DataConfig, shares: Shares) -> bool:
+    """Whether rows of this kind were to be in this split: by their share, or by a pin."""
+    pins = config.pins(kind)
+    return split in pins or (None in pins and shares.get(kind, {}).get(split, 0) > 0)
 
 
-def assigned(rows: list[dict], config: DataConfig, seed: int) -> int:
-    """Gives every row its split and its id; returns how many groups there are."""
-    split_of = assign_splits(rows, config.shares, seed)
-    for row in rows:
-        row["split"] = split_of[row["group"]]
-        row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
-    return len(split_of)
-
-
-def select(rows: list[dict], split: str, config: DataConfig, seed: int, dropped: Counter[str]) -> list[dict]:
-    """The rows of one split, shuffled and limited, evenly over their groups."""
-    own = shuffled([row for row in rows if row["split"] == split], seed, split)
-    if split not in ("sft", "heldout"):
-        own = [row for row in own if "text" not in row]  # raw text is for training and its held-out loss
-    if split in ("rl", "evaluation"):
-        unique = one_each(own)
-        dropped["duplicates"] += len(own) - len(unique)
-        own = unique
-    kept = in_turns(own, config.max_per_group)[: getattr(config.limits, split) or len(own)]
-    dropped["over_limit"] += len(own) - len(kept)
-    return kept
-
-
-def compared(rows: list[dict], split: str, config: DataConfig, needed: bool, total: int) -> list[dict]:
-    """The comparisons of a split. Raises DataError where preferences were given, none is left and a stage needs some.
+def check_not_empty(
+    split: str, table: list[dict], comparisons: list[dict], kept: list[dict], config: DataConfig, shares: Shares
+) -> None:
+    """Raises DataError where a split that is to have rows has none, or no comparison where there were to be some.
 
     Args:
-        total: preference rows of all splits.
+        kept: the rows of all splits.
     """
-    found = [comparison_row(row) for row in rows if row["kind"] == "preferences"]
-    if config.preferences and not found and needed:
+    advice = "add data, name a finer data group, pin a source to this split, or set the share to 0 if no stage needs it"
+    if not table and any(is_due(split, kind, config, shares) for kind in KINDS):
+        raise DataError(
+            f"data.shares.{split}: no row is left for this split; {len(kept)} rows in "
+            f"{len({row['group'] for row in kept})} groups are too few for these shares: {advice}"
+        )
+    if split in ("reward", "heldout") and not comparisons and is_due(split, "preferences", config, shares):
+        total = sum(row["kind"] == "preferences" for row in kept)
         raise DataError(
             f"data.shares.{split}: no comparison is left for this split; {total} preference rows are too few for these "
-            "shares and limits: add data, name a finer data group, or pin a source to this split"
+            f"shares and limits: {advice}"
         )
-    return found
 
 
 def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, Any]:
@@ -103,7 +75,7 @@ def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, An
         "groups": len({row["group"] for row in rows}),
         "digest": sha256_file(path),
         "prompt_tokens": histogram(renderer.tokens([row["prompt"] for row in prompts])),
-        "completion_tokens": histogram(renderer.tokens([answer_of(row) for row in prompts])),
+        "completion_tokens": histogram(renderer.tokens([answer for row in prompts if (answer := answer_of(row))])),
         "text_tokens": histogram(renderer.tokens([row["text"] for row in rows if "text" in row])),
     }
 
@@ -135,37 +107,34 @@ def authors_dependency(path: Path, authors: list[str]) -> Dependency:
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    config = DataConfig(**stage.config)
+    config, shares, account = DataConfig(**stage.config), stage.shared["shares"], Account()
     model = stage.inputs["base"].folder / "model"
     renderer = Renderer(AutoTokenizer.from_pretrained(model), config)
-    read, sources = read_all(config)
+    read, sources = read_all(config, account)
     shown = rendered(read, config, renderer)
+    account.leave_out("not_rendered", read, shown)
     rows = short_enough(shown, config, renderer, positions(AutoConfig.from_pretrained(model)))
-    groups = assigned(rows, config, stage.seed)
-    unique = without_leaks(rows, config)
+    account.leave_out("too_long", shown, rows)
+    apart = without_test_groups(rows, config)
+    account.leave_out("group_of_a_test_set", rows, apart)
+    assigned(apart, shares, config.sft_on_chosen, stage.seed)
+    unique = without_leaks(apart, config)
+    account.leave_out("duplicates", apart, unique)
     clean, contaminated = without_contamination(unique, config)
-    dropped = Counter(
-        not_rendered=len(read) - len(shown),
-        too_long=len(shown) - len(rows),
-        duplicates=len(rows) - len(unique),
-        contaminated=len(unique) - len(clean),
-        over_limit=0,
-    )
+    account.leave_out("contaminated", unique, clean)
     kept = merged(clean)
-    preference_rows = sum(row["kind"] == "preferences" for row in kept)
+    account.leave_out("repeated", clean, kept)
 
-    splits, comparisons, overlap = {}, [], {}
+    tables, splits, comparisons, overlap = {}, {}, [], {}
     for split in SPLITS:
-        own, path = select(kept, split, config, stage.seed, dropped), stage.work / f"{split}.jsonl"
-        if not own and split in stage.shared["splits_read"]:
-            raise DataError(
-                f"data.shares.{split}: no row is left for this split; {len(kept)} rows in {groups} groups are too few "
-                "for these shares: add data, name a finer data group, or pin a source to this split"
-            )
+        own, path = select(kept, split, config, stage.seed, account), stage.work / f"{split}.jsonl"
+        tables[split] = own
+        compared = [comparison_row(row) for row in own if row["kind"] == "preferences" and row["split"] == split]
+        check_not_empty(split, own, compared, kept, config, shares)
         if split in contaminated:
             overlap[split] = contamination(own, contaminated[split], config)
         if split in ("reward", "heldout"):
-            comparisons += compared(own, split, config, split in stage.shared["splits_read"], preference_rows)
+            comparisons += compared
         write_jsonl(path, [prompt_row(row) for row in own])  # type: ignore[misc]
         if authors := [row["labeler"] for row in own if "labeler" in row]:
             stage.draft.dependencies.append(authors_dependency(path, authors))
@@ -177,12 +146,18 @@ def run(stage: Stage) -> dict[str, Any]:
         path = stage.work / "comparisons.jsonl"
         write_jsonl(path, comparisons)
         stage.draft.dependencies.append(labels_dependency(path, comparisons, {}))
+    used = uses(tables)
+    for line in lines(used, account.left_out):
+        log.info("data: %s", line)
     return {
+        "shares": shares,
         "splits": splits,
         "sources": sources,
+        "uses": used,
+        "left_out": account.left_out,
         "comparisons": comparisons_card(comparisons) if config.preferences else None,
         "contamination": overlap["evaluation"] | {"heldout": overlap["heldout"]},
-        "dropped": dict(dropped),
+        "dropped": account.totals,
         "rows_read": len(read),
     }
 

@@ -24,6 +24,7 @@ one entry per sample, or null; `scores` has such a list for each further gold sc
 `pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the held-out pairs).
 """
 
+import logging
 import math
 import sys
 from typing import Any
@@ -43,6 +44,8 @@ from tunetrail.evaluation.stats import distinct_n
 from tunetrail.files import write_json, write_jsonl
 from tunetrail.models.runtime import prepare
 from tunetrail.stages.registry import start
+
+log = logging.getLogger("tunetrail")
 
 
 def finished(evaluator: Evaluator, samples: Samples) -> list[bool]:
@@ -69,7 +72,7 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
     others = {name: [values[i * k : (i + 1) * k] for i in range(len(rows))] for name, values in samples.others.items()}
     return [
         {key: row[key] for key in ("id", "group", "prompt", "messages")}
-        | {"reference": row["completion"]}
+        | {"reference": row.get("completion")}
         | ({"scores": {name: values[i] for name, values in others.items()}} if others else {})
         | {name: values and values[i * k : (i + 1) * k] for name, values in sampled.items()}
         | {name: values and values[i] for name, values in by_prompt.items()}
@@ -92,10 +95,16 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.draft.about = ("model",)
     rows = read_rows(stage)
     evaluator = Evaluator(stage, rows)
+    if lacking := evaluator.not_measured:
+        log.warning(
+            "evaluation: %d of %d prompts have no author's text, which %s compares with: it is not measured; name "
+            "other scorers under evaluation.gold, or give prompts with answers",
+            lacking["prompts"], len(rows), ", ".join(lacking["scorers"]),
+        )  # fmt: skip
     kept = kept_checkpoints(stage.inputs["model"].folder)
     with evaluator.bar as bar:
         # The greedy response is compared by its gold score alone; best-of-n has none.
-        with_greedy = evaluator.n == 1 and bool(evaluator.config.gold)
+        with_greedy = evaluator.n == 1 and evaluator.gold is not None
         k = evaluator.config.samples * evaluator.n
         samples, greedy = evaluator.sampled(evaluator.model, rows, k, with_greedy)
         yardstick, checkpoints = sample_yardstick(evaluator), sample_checkpoints(evaluator, kept)
@@ -120,6 +129,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "adapter": evaluator.made.get("adapter"),
         "n_prompts": len(rows),
         "samples_per_prompt": samples.k,
+        "not_measured": evaluator.not_measured,
         "gold": evaluator.over_prompts(samples.means("gold")),
         "greedy_gold": evaluator.over_prompts(greedy.gold) if greedy else None,
         "scores": {

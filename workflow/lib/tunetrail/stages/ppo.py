@@ -33,11 +33,13 @@ from tunetrail.models.loading import (
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.trackers import accelerator_options, tracking
+from tunetrail.models.training import bit_sums, check_learnt, trained_weights, warn_of_few_steps
 from tunetrail.ppo.engines import VllmEngine
+from tunetrail.ppo.scoring import Scoring, scoring
 from tunetrail.ppo.sharding import gathered, whole_state
-from tunetrail.ppo.trainer import PPOTrainer, Scoring
+from tunetrail.ppo.trainer import PPOTrainer
 from tunetrail.reward.kwise import initialise
-from tunetrail.scorers.build import Completion, Scorer, build
+from tunetrail.scorers.build import Scorer, build
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
@@ -66,19 +68,6 @@ def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
     return rows
 
 
-def scoring(scorer: Scorer, rows: list[dict], tokenizer: Any) -> Scoring:
-    """A scorer of responses to these rows, for the trainer."""
-
-    def score(places: list[int], responses: list[list[int]]) -> list[float]:
-        texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
-        own = [rows[place] for place in places]
-        return scorer.scores(
-            [Completion(row["prompt"], text, row.get("completion"), row) for row, text in zip(own, texts, strict=True)]
-        )
-
-    return score
-
-
 def scorers_of(
     stage: Stage, config: PpoConfig, rows: list[dict], tokenizer: Any
 ) -> tuple[dict[str, Scoring], Scoring | None]:
@@ -105,8 +94,11 @@ def scorers_of(
     )
 
 
-def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> tuple[PPOTrainer, dict[str, Any]]:
-    """(the trainer with its models, where an earlier attempt left it; how many parameters there are)."""
+def make_trainer(
+    stage: Stage, config: PpoConfig, accelerator: Accelerator
+) -> tuple[PPOTrainer, dict[str, int], dict[str, int]]:
+    """(the trainer with its models, where an earlier attempt left it; how many parameters there are; the bits of the
+    policy before its first step)."""
     parent = parent_of(stage)
     tokenizer, rows = load_tokenizer(parent), read_prompts(stage, config)
     demonstrations = [
@@ -115,7 +107,7 @@ def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> t
         if "prompt" in row
     ]
     policy = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
-    counts = trained_parameters(policy)
+    counts, before = trained_parameters(policy), bit_sums(trained_weights(policy))
     engine = VllmEngine(config, policy, accelerator, tokenizer) if config.vllm else None
     scorers, gold = scorers_of(stage, config, rows, tokenizer)
     reward_model = critic = None
@@ -142,7 +134,7 @@ def make_trainer(stage: Stage, config: PpoConfig, accelerator: Accelerator) -> t
     )
     if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)
-    return trainer, counts
+    return trainer, counts, before
 
 
 def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Accelerator) -> None:
@@ -173,11 +165,15 @@ def run(stage: Stage) -> dict[str, Any]:
         cpu=device().type == "cpu",
         **accelerator_options(stage.state),
     )
-    trainer, counts = make_trainer(stage, config, accelerator)
+    warn_of_few_steps(stage, config.optimizer_steps, config)
+    trainer, counts, before = make_trainer(stage, config, accelerator)
 
     train(stage, config, trainer, accelerator)
     stage.draft.training_flops = training_flops(counts, int(sum(row["tokens"] for row in trainer.history)))
     state = whole_state(trainer.model, "policy")
+    if is_main_process():
+        after = trained_weights(trainer.actor_critic.policy) if state is None else state.items()
+        check_learnt(stage.name, before, bit_sums(after), config.optimizer_steps)
     with gathered(trainer.model):  # the first may then run it alone
         if is_main_process():
             save_trained(stage, trainer.actor_critic.policy, parent_of(stage), trainer.prompts, state)
@@ -188,6 +184,7 @@ def run(stage: Stage) -> dict[str, Any]:
     last = trainer.history[-1]
     return {
         "steps": trainer.step,
+        "optimizer_steps": config.optimizer_steps,
         "episodes": last["episodes"],
         "score": last["score"],
         "kl": last["kl"],

@@ -167,7 +167,7 @@ def _reported(config: Config, _: str) -> Inputs:
 
 _TABLE = (
     StageInfo("base", lambda c, _: {}, "model", runs_model=False),
-    StageInfo("data", lambda c, _: {"base": "base"}, "data", files=("data.",), also_reads=("splits_read",),
+    StageInfo("data", lambda c, _: {"base": "base"}, "data", files=("data.",), also_reads=("shares",),
         runs_model=False),
     StageInfo("retention", lambda c, _: {"base": "base"}, "data", files=("retention.path",), gpu=True),
     StageInfo("sft", lambda c, _: {"base": "base", "data": "data"}, "model", distributed=True, gpu=True),
@@ -299,12 +299,13 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
     family, _, value = name.partition(".")
     block: Any = config.policies[value] if family == "policies" else getattr(config, STAGES[family].block or family)
     stage = STAGES[block.method if family == "policies" else family]
-    # Of the labelers' block the tasks depend only on the gold ones.
+    # Of the labelers' block the tasks depend only on the gold ones; of shares the data only on what they come to.
     include = {"gold"} if stage.name == "tasks" else None
+    exclude = {"shares"} if stage.name == "data" else None
     resolved: dict[str, Any] = {
         "stage": stage.name,
         "seed": config.seed,
-        "config": block.model_dump(mode="json", include=include),
+        "config": block.model_dump(mode="json", include=include, exclude=exclude),
     }
     if stage.runs_model:
         resolved["precision"] = config.precision

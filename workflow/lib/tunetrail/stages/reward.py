@@ -130,7 +130,7 @@ def demonstrations(stage: Stage, tokenizer: Any) -> list[tuple[list[int], list[i
         (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]))
         for split in ("reward", "sft")
         for row in stage.rows("data", f"{split}.jsonl")
-        if "prompt" in row
+        if "completion" in row
     ][:BIAS_DEMONSTRATIONS]
 
 

@@ -60,7 +60,8 @@ def run(stage: Stage) -> dict:
     if not is_main_process():
         return {}
     model = save_trained(stage, trained_model(trainer), parent, (e["input_ids"] for e in examples))
-    heldout = tokenize(stage.rows("data", "heldout.jsonl"), tokenizer, config.max_length, "sft")
+    answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
+    heldout = tokenize(answered, tokenizer, config.max_length, "sft")
     losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
     return {
         "train_loss": rows[-1]["loss"],

@@ -1,0 +1,74 @@
+"""From the config's sources to the rows of each split's table."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tunetrail.config.data import DataConfig, DocstringSource
+from tunetrail.data.invalid import Invalid
+from tunetrail.data.readers import demonstrations, origin, preferences, prompts, row_id
+from tunetrail.data.splits import assign_splits, in_turns, shuffled
+from tunetrail.data.tables import one_each
+from tunetrail.data.uses import Account
+
+Shares = Mapping[str, Mapping[str, float]]
+"""Kind of row -> split -> share, see `config.shares`."""
+
+
+def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dict]]:
+    """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
+    rows, cards = [], []
+    readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, Any]]]]] = [
+        ("demonstrations", config.demonstrations, demonstrations),
+        ("preferences", config.preferences, preferences),
+        ("prompts", config.prompts, prompts),
+    ]
+    for kind, sources, read in readers:
+        for source in sources:
+            invalid: list[Invalid] = []
+            own = [row | {"where": where} for where, row in read(source, invalid if config.invalid == "drop" else None)]
+            shape = (
+                "rankings"
+                if kind == "preferences"
+                else "/".join(sorted({"text" if "text" in row else "prompt" for row in own}))
+            )
+            card = origin(source) | {"invalid_rows": len(invalid), "kind": kind, "shape": shape, "split": source.split}
+            cards.append(card | {"rows": len(own)})
+            if invalid:
+                account.reasons[card["source"], kind, "invalid"] += len(invalid)
+            limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
+            about = {"source": card["source"], "max_tokens": limits, "pinned": source.split}
+            rows += [row | about | {"kind": "text" if "text" in row else kind} for row in own]
+    return rows, cards
+
+
+def assigned(rows: list[dict], shares: Shares, sft_on_chosen: bool, seed: int) -> None:
+    """Gives every row its id, its split and the `tables` that it may be in.
+
+    sft trains on rows of the reward split as well: on preferred responses where `sft_on_chosen` says so, and on
+    demonstrations that are there because their group has preferences.
+    """
+    split_of = assign_splits(rows, shares, seed)
+    compared = {row["group"] for row in rows if row["kind"] == "preferences"}
+    for row in rows:
+        row["split"] = split_of[row["group"]]
+        row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
+        learnt = (row["kind"] == "preferences" and sft_on_chosen) or (
+            row["kind"] == "demonstrations" and row["group"] in compared
+        )
+        row["tables"] = {row["split"], "sft"} if row["split"] == "reward" and learnt else {row["split"]}
+
+
+def select(rows: list[dict], split: str, config: DataConfig, seed: int, account: Account) -> list[dict]:
+    """The rows of one split's table, shuffled and limited, evenly over their groups."""
+
+    def step(reason: str, after: list[dict]) -> list[dict]:
+        account.leave_out(reason, *([row for row in part if row["split"] == split] for part in (own, after)))
+        return after
+
+    own = shuffled([row for row in rows if split in row["tables"]], seed, split)
+    # Raw text is for training and its held-out loss; a prompt without an answer teaches sft nothing.
+    useless = {"sft": ("prompts",), "heldout": ()}.get(split, ("text",))
+    own = step("no_use_in_its_split", [row for row in own if row["kind"] not in useless])
+    if split in ("rl", "evaluation"):
+        own = step("same_prompt", one_each(own))
+    return step("over_limit", in_turns(own, config.max_per_group)[: getattr(config.limits, split) or len(own)])

@@ -1,0 +1,114 @@
+"""What becomes of every row that was read: used in the table of a split, or left out and why."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+SERVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "preferences": {
+        "sft": ("sft", "methods"), "reward": ("reward", "dpo"), "rl": ("ppo",), "evaluation": ("evaluation",),
+        "heldout": ("reward", "evaluation"),
+    },
+    "demonstrations": {
+        "sft": ("sft", "methods"), "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",),
+        "heldout": ("sft", "completions"),
+    },
+    "prompts": {
+        "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",), "heldout": ("completions",),
+    },
+    "text": {"sft": ("sft", "methods"), "heldout": ("sft",)},
+}  # fmt: skip
+"""Kind of row -> table -> the stages that read such rows there, in a run that has them."""
+
+
+class Use(TypedDict):
+    """Rows of one source and kind in the table of one split."""
+
+    source: str
+    kind: str
+    split: str
+    also_in: str | None
+    """The split that they belong to, where that is another: sft also trains on rows of the reward split."""
+    used_by: list[str]
+    """The stages that read such rows, in a run that has them: the data stage does not know the others."""
+    rows: int
+
+
+class LeftOut(TypedDict):
+    """Rows of one source and kind that are in no table."""
+
+    source: str
+    kind: str
+    reason: str
+    rows: int
+
+
+def _by_source(rows: Iterable[dict]) -> Counter[tuple[str, str]]:
+    return Counter((row["source"], row["kind"]) for row in rows)
+
+
+class Account:
+    """Counts the rows that each step leaves out, so that every row read is accounted for."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[tuple[str, str, str]] = Counter()
+
+    def leave_out(self, reason: str, before: Sequence[dict], after: Sequence[dict]) -> None:
+        """Notes the rows that a step did not keep."""
+        for (source, kind), count in (_by_source(before) - _by_source(after)).items():
+            self.reasons[source, kind, reason] += count
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        return [
+            {"source": source, "kind": kind, "reason": reason, "rows": count}
+            for (source, kind, reason), count in sorted(self.reasons.items())
+        ]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Reason -> rows."""
+        totals: Counter[str] = Counter()
+        for (_, _, reason), count in self.reasons.items():
+            totals[reason] += count
+        return dict(sorted(totals.items()))
+
+
+def uses(tables: Mapping[str, Sequence[dict]]) -> list[Use]:
+    """What the rows of every table are used for.
+
+    Args:
+        tables: split -> the rows of its table, with "source", "kind" and "split".
+    """
+    found: list[Use] = []
+    for split, rows in tables.items():
+        counts = Counter((row["source"], row["kind"], row["split"]) for row in rows)
+        for (source, kind, home), count in sorted(counts.items()):
+            found.append(
+                {
+                    "source": source,
+                    "kind": kind,
+                    "split": split,
+                    "also_in": home if home != split else None,
+                    "used_by": list(SERVES[kind].get(split, ())),
+                    "rows": count,
+                }
+            )
+    return found
+
+
+def lines(used: Sequence[Use], left_out: Sequence[LeftOut]) -> list[str]:
+    """The table in words, for a log: a line for each source, kind and split, and for each reason."""
+    table = [("source", "kind", "split", "used by", "rows")]
+    for use in sorted(used, key=lambda use: (use["source"], use["kind"])):
+        also = f" (also in {use['also_in']})" if use["also_in"] else ""
+        table.append(
+            (use["source"], use["kind"], use["split"] + also, ", ".join(use["used_by"]) or "nothing", str(use["rows"]))
+        )
+    for out in left_out:
+        table.append((out["source"], out["kind"], "left out", out["reason"].replace("_", " "), str(out["rows"])))
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>6}"
+        for row in table
+    ]

@@ -1,0 +1,191 @@
+"""What is known of a run before it starts: who reads which split, how many rows there are, and where steps are too few.
+
+Rows are counted in the finished data, else in the sources: then there are at most that many, since only the data stage
+finds rows that are too long or repeat others.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunetrail.config.data import KINDS, SPLITS, HubSource
+from tunetrail.config.run import Config
+from tunetrail.config.shares import readers, share_of
+from tunetrail.config.training import Epochs, few_steps
+from tunetrail.data.contamination import without_test_groups
+from tunetrail.data.selection import assigned, read_all, select
+from tunetrail.data.tables import merged
+from tunetrail.data.uses import Account
+from tunetrail.errors import DataError
+from tunetrail.files import read_jsonl
+from tunetrail.preferences.pairs import widest_pairs
+from tunetrail.scorers.build import build
+
+Tables = Mapping[str, Sequence[dict[str, Any]]]
+"""Split -> its rows; preference rows have "rankings"."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do with its data."""
+
+    table: list[str]
+    """Splits with their shares, rows and readers, as lines."""
+    notes: list[str]
+    """What the user should know before the run."""
+
+
+def made_tables(folder: Path) -> Tables:
+    """The tables of a finished data stage."""
+    rankings = {}
+    if (own := folder / "comparisons.jsonl").exists():
+        rankings = {row["id"]: {"rankings": row["rankings"]} for row in read_jsonl(own)}
+    return {
+        split: [row | rankings.get(row["id"], {}) for row in read_jsonl(folder / f"{split}.jsonl")] for split in SPLITS
+    }
+
+
+def expected_tables(config: Config) -> Tables | None:
+    """The tables that the data stage would write if no row were too long, and none repeated another split's.
+
+    None where a source is on the hub: it is not fetched. Raises DataError for a bad row.
+    """
+    data = config.data
+    if any(isinstance(source, HubSource) for source in [*data.demonstrations, *data.preferences, *data.prompts]):
+        return None
+    rows, _ = read_all(data, Account())
+    for row in rows:
+        if "messages" in row:
+            row["prompt"] = json.dumps(row["messages"])
+    apart = without_test_groups(rows, data)
+    assigned(apart, config.shares, data.sft_on_chosen, config.seed)
+    kept = merged(apart)
+    return {split: select(kept, split, data, config.seed, Account()) for split in SPLITS}
+
+
+def steps_of(config: Config, tables: Tables) -> dict[str, int]:
+    """Stage or policy -> the optimizer steps that it takes at most, of those that train."""
+
+    def of(block: Epochs, examples: int) -> int:
+        return block.epochs * (examples // block.batch_size)
+
+    own = [row for row in tables["reward"] if "rankings" in row]
+    sampled = sum("rankings" not in row for row in tables["reward"]) if config.completions else 0
+    k = config.completions.per_prompt if config.completions else 0
+    found = {}
+    if sft := config.sft:
+        # A token has a byte at least.
+        blocks = [
+            math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1 for row in tables["sft"]
+        ]
+        found["sft"] = of(sft, sum(blocks))
+    if config.reward:
+        found["reward"] = of(config.reward, len(own) + sampled)
+    for name, policy in config.policies.items():
+        if policy.method == "dpo":
+            pairs = sum(len(widest_pairs(row["rankings"], policy.pairs_per_prompt)) for row in own)
+            of_prompt = min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2)
+            found[f"policies.{name}"] = of(policy, pairs + int(sampled * of_prompt))
+        elif policy.method == "ppo":
+            found[f"policies.{name}"] = policy.optimizer_steps
+    return found
+
+
+def unread(config: Config) -> list[str]:
+    """A line for each split that gets rows, by a given share or a pin, though nobody reads them."""
+    found = []
+    for kind, by_split in readers(config).items():
+        for split in SPLITS:
+            # A file of demonstrations may hold no raw text.
+            if kind == "text" or by_split.get(split) or not (share := share_of(config, kind, split)):
+                continue
+            sent = (
+                f"{kind} are pinned there" if split in config.data.pins(kind) else f"{share:.0%} of the {kind} go there"
+            )
+            found.append(f"{split}: {sent}, but no stage reads them")
+    return found
+
+
+def without_reference(config: Config) -> list[str]:
+    """A line for each scorer that compares with the author's text and meets prompts that have none."""
+    users: dict[str, list[tuple[str, str]]] = {"evaluation": [], "reward": [], "rl": []}
+    users["evaluation"] = [(f"evaluation.{key}", name) for key, name in config.evaluation.scorer_keys.items()]
+    if config.comparisons:
+        keys = getattr(config.comparisons, "scorer_keys", {})
+        users["reward"] = [(f"comparisons.{key}", name) for key, name in keys.items()]
+    for policy, block in config.policies.items():
+        if block.method == "ppo":
+            users["rl"] += [(f"policies.{policy}.{key}", name) for key, name in block.scorer_keys.items()]
+    return [
+        f"{key}: {name} compares with the author's text, which data.prompts has not: "
+        + ("it is not measured" if key.rpartition(".")[2].startswith("gold") else "the stage will stop; take another")
+        for split, named in users.items()
+        if share_of(config, "prompts", split)
+        for key, name in named
+        if build(name, config.scorers).needs_reference
+    ]
+
+
+def moved(config: Config, finished: Path) -> list[str]:
+    """A line where the shares are no longer those of the finished data."""
+    try:
+        before = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))["shares"]
+    except (OSError, ValueError, KeyError):
+        return []
+    changes = [
+        f"{kind} {split} {before.get(kind, {}).get(split, 0):.4g} -> {config.shares.get(kind, {}).get(split, 0):.4g}"
+        for kind in KINDS
+        for split in SPLITS
+        if before.get(kind, {}).get(split, 0) != config.shares.get(kind, {}).get(split, 0)
+    ]
+    if not changes:
+        return []
+    return [
+        f"data.shares: {', '.join(changes)}: rows move between splits, so data and all that follows is made again; to "
+        "keep the splits, give data.shares the earlier numbers, and a new stage a source pinned to its split"
+    ]
+
+
+def share_table(config: Config, rows: Mapping[str, str] | None = None) -> list[str]:
+    """Split by split the share of each kind of row, who reads it and, where known, how many rows there are."""
+    by_kind = readers(config)
+    kinds = [kind for kind in KINDS if config.data.pins(kind)]
+    counted = ["rows"] if rows else []
+    table = [["split", *kinds, *counted, "read by"]]
+    for split in SPLITS:
+        shares = [share_of(config, kind, split) for kind in kinds]
+        cells = [
+            "pinned" if split in config.data.pins(kind) else f"{share:.0%}" if share else "-"
+            for kind, share in zip(kinds, shares, strict=True)
+        ]
+        by = dict.fromkeys(
+            name for kind, share in zip(kinds, shares, strict=True) if share for name in by_kind[kind].get(split, [])
+        )
+        table.append([split, *cells, *([rows[split]] if rows else []), ", ".join(by) or "-"])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def forecast(config: Config, data: Path, is_made: bool) -> Forecast:
+    """What is known before the run.
+
+    Args:
+        data: the folder of the data stage's artifact.
+        is_made: whether it is there and up to date.
+    """
+    notes = unread(config) + without_reference(config) + moved(config, data)
+    try:
+        tables = made_tables(data) if is_made else expected_tables(config)
+    except DataError as error:  # which stops the run, and not this look at it
+        tables = None
+        notes.append(f"data: {error}")
+    at_most = "" if is_made else "at most "
+    rows = {split: f"{at_most}{len(own)}" if own else "0" for split, own in tables.items()} if tables else None
+    for name, steps in steps_of(config, tables).items() if tables else ():
+        block: Any = config.policies[name.partition(".")[2]] if "." in name else getattr(config, name)
+        if note := few_steps(name, steps, block, at_most):
+            notes.append(note)
+    return Forecast(share_table(config, rows), notes)

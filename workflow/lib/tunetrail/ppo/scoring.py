@@ -1,0 +1,22 @@
+"""Scorers of texts as scorers of episodes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tunetrail.scorers.build import Completion, Scorer
+
+Scoring = Callable[[list[int], list[list[int]]], list[float]]
+"""(indices of the prompts [N], ids of their responses [N]) -> scores [N]"""
+
+
+def scoring(scorer: Scorer, rows: list[dict], tokenizer: Any) -> Scoring:
+    """A scorer of responses to these rows, for the trainer."""
+
+    def score(places: list[int], responses: list[list[int]]) -> list[float]:
+        texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+        own = [rows[place] for place in places]
+        return scorer.scores(
+            [Completion(row["prompt"], text, row.get("completion"), row) for row, text in zip(own, texts, strict=True)]
+        )
+
+    return score
