@@ -31,13 +31,18 @@ class PackedLinear(torch.nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def can_pack() -> bool:
+    """Whether this processor has the instructions of packed bf16 products: AVX-512 or AVX-NE-CONVERT."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def inference_weights(model: Any, bf16: bool) -> Any:
     """The model for decoding: bf16 weights where autocast would be bf16, since without gradients
     autocast casts every weight again for each token; on a CPU in the order that its products read."""
     if not bf16:
         return model
     model = model.to(torch.bfloat16)
-    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if model.device.type == "cpu" and can_pack():
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is torch.nn.Linear:
