@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tunetrail.config.methods import MethodConfig
 from tunetrail.models.batching import collate
+from tunetrail.models.cpu.memory import return_freed_memory
 from tunetrail.models.loading import with_lora, without_dropout
 from tunetrail.models.runtime import autocast, device, use_bf16
 
@@ -82,6 +83,7 @@ class Cost:
 
     def __init__(self) -> None:
         gc.collect()
+        return_freed_memory()
         self.seconds: list[float] = []
         self.peak: int | None = None
         """Bytes; None where it cannot be measured."""

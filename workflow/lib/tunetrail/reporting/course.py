@@ -104,9 +104,11 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
             color=own_colour(),
             detail="line:N",
         )
-        labels = base.transform_filter(alt.datum.step == last).mark_text(align="right", dy=-10, fontSize=11)
         layers = [base.mark_line(strokeWidth=2), base.mark_point(filled=True, size=22, opacity=1)]
-        chart = alt.layer(*layers, labels.encode(text="line:N"), panel_title(name))
+        for words, dy in (("preferred", -12), ("dispreferred", 14)):  # a rising line leaves room above, a falling below
+            end = base.transform_filter((alt.datum.step == last) & (alt.datum.line == words))
+            layers.append(end.mark_text(align="right", dy=dy, fontSize=11).encode(text="line:N"))
+        chart = alt.layer(*layers, panel_title(name))
         panels.append(chart.properties(width=230 if narrow else 290, height=190))
     return side_by_side(panels, narrow) if panels else None
 

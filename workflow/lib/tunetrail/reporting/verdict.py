@@ -57,7 +57,7 @@ def sentence(run: Run, model: Model) -> str:
 def unscored(run: Run, model: Model) -> str:
     """What can be said of a model whose responses nothing compared: held-out preferences, KL and length."""
     told, kl, length = (model.metrics.get(key) for key in ("comparisons", "kl_to_sft", "length"))
-    reference = run.model(run.reference)
+    reference, reference_name = run.model(run.reference), run.reference
     found = []
     if told and told["accuracy"]:
         by = told.get("measure") or "log-prob"
@@ -67,7 +67,7 @@ def unscored(run: Run, model: Model) -> str:
             moved = " and ".join(f"{key} {interval(change[key], 1, sign=True)}" for key in ("chosen", "rejected"))
             found.append(f"moved their log-probs by {moved} nats")
     if kl:
-        found.append(f"KL {interval(kl, 2)} nats")
+        found.append(f"KL to {model.metrics.get('start') or reference_name} {interval(kl, 2)} nats")
     if length and reference and reference.interval("length"):
         found.append(
             f"length {interval(length, 1)} tokens ({reference.name} {interval(reference.interval('length'), 1)})"

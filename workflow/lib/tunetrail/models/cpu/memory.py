@@ -4,6 +4,14 @@ import ctypes
 import sys
 
 
+def return_freed_memory() -> None:
+    """Gives the kernel what glibc holds back, so that memory in use can be read off the process."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to reuse large freed blocks instead of returning them to the kernel.
 
