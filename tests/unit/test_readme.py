@@ -1,14 +1,21 @@
-"""What the READMEs name is there: commands, links, folders."""
+"""What the READMEs name is there: commands, links, folders, configs, messages."""
 
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+
+from tunetrail.config.loading import parse
+from tunetrail.evaluation.stats import minimum_detectable
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", ROOT / "config/README.md"]
+OWN_DATA = ROOT / "config/examples/README.md"
+DOCS = [ROOT / "README.md", ROOT / "config/README.md", OWN_DATA]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -44,3 +51,39 @@ def test_config_commands_of_the_docs(command):
 def test_every_folder_the_readme_names_exists_or_is_made():
     named = re.findall(r"^    ([a-z]+)/", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(named) - {"results", "state"} <= {p.name for p in ROOT.iterdir()}
+
+
+OWN_DATA_CONFIGS = re.findall(r"```yaml\n(.*?)```", OWN_DATA.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("text", OWN_DATA_CONFIGS, ids=lambda text: text.split()[1])
+def test_configs_of_the_tutorial_are_valid(text):
+    assert len(OWN_DATA_CONFIGS) == 5
+    parse(yaml.safe_load(text))
+
+
+def test_messages_that_the_tutorial_explains_are_those_of_the_code():
+    section = OWN_DATA.read_text().partition("## What a message means")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| (?:… )?(?:rows )?(.+?) \|", section, re.MULTILINE)[1:]
+    code = [path.read_text() for path in (ROOT / "workflow").rglob("*") if path.suffix in (".py", ".smk")]
+    joined = re.sub(r'"\s+f?"', "", "\n".join(code))  # a message may be cut into several lines
+    assert len(messages) == 10
+    assert [message for message in messages if message not in joined] == []
+
+
+def test_the_tutorial_lists_every_example():
+    listed = re.findall(r"^\| `(\S+\.yaml)` \|", OWN_DATA.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in OWN_DATA.parent.glob("*.yaml"))
+
+
+def test_how_many_prompts_show_what():
+    """Outcomes are 0 and 1, half each, of independent prompts."""
+    stated = re.search(
+        r"100 show .* about (\d+) points,\s+400 by about (\d+), 1,600 by about (\d+) ", OWN_DATA.read_text()
+    )
+    assert stated
+    for n, points in zip((100, 400, 1600), map(int, stated.groups()), strict=True):
+        outcome = np.tile([0.0, 1.0], n // 2)
+        least = minimum_detectable(outcome, list(range(n)))
+        assert least is not None
+        assert math.isclose(100 * least, points, abs_tol=0.6)

@@ -951,7 +951,8 @@ def test_missing_measurements_say_so(tmp_path, draw_only):
     assert code == 0
     assert (
         "dpo: win rate against sft not measured; tells held-out preferred responses from others in 56% [48, 64] "
-        "by log-prob; KL to sft 0.30 [0.18, 0.42] nats; length 15.2 [14.3, 16.1] tokens (sft 14.2 [13.3, 15.1])." in page
+        "by log-prob; KL to sft 0.30 [0.18, 0.42] nats; length 15.2 [14.3, 16.1] tokens (sft 14.2 [13.3, 15.1])."
+        in page
     )
     assert (
         "Not measured here: win rates and gold scores (evaluation.gold names a scorer, head_to_head.judge a judge), "
