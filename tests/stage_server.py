@@ -180,6 +180,7 @@ def become(request: dict, streams: array.array, groups: list[str]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.path[:0] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))  # read at its import
     sys.executable = os.path.join(os.path.dirname(sys.argv[1]), "bin/python")  # its children are forked too
     sys.argv = request["arguments"][1:]

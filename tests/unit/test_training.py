@@ -371,7 +371,7 @@ def test_sft_labels_only_the_completion_and_all_of_raw_text():
     assert chat["input_ids"][-1] == tokenizer.eos_token_id
     assert [len(b["input_ids"]) for b in blocks] == [5, 3]
     assert all(b["labels"] == b["input_ids"] for b in blocks)
-    with pytest.raises(DataError, match=r"sft: row 1 has 4 tokens; raise sft.max_length \(3\)"):
+    with pytest.raises(DataError, match=r"sft: 1 of 1 examples have more tokens than max_length \(3\): 1 \(4\); "):
         tokenize(rows, tokenizer, 3, "sft")
 
 

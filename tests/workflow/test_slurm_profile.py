@@ -87,6 +87,7 @@ EXPECTED = {
     "retention": "partition=gpu time=60 mem=16000 cpus-per-gpu=4 gres=gpu:1",
     "completions": "partition=gpu time=240 mem=16000 cpus-per-gpu=4 gres=gpu:1",
     "evaluation": "partition=gpu time=240 mem=16000 cpus-per-gpu=4 gres=gpu:1",
+    "methods": "partition=gpu time=240 mem=32000 cpus-per-gpu=4 gres=gpu:1",
     "lm_eval": "partition=gpu time=240 mem=16000 cpus-per-gpu=4 gres=gpu:1",
     "sft": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
     "reward": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
