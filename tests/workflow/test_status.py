@@ -148,6 +148,9 @@ def test_a_stage_is_seen_running_and_then_failed_while_another_branch_goes_on(ti
     assert found["reward"]["detail"] == "ValueError: no such thing"
     assert "ValueError: no such thing" in (project.folder / found["reward"]["log"]).read_text()
     summary = (tmp_path / "log").read_text()
-    assert "reward failed (attempt 1, exit code 1): ValueError: no such thing\n    log    logs/tiny/reward.log\n" in summary
+    assert (
+        "reward failed (attempt 1, exit code 1): ValueError: no such thing\n    log    logs/tiny/reward.log\n"
+        in summary
+    )
     again = next(line.split(None, 1)[1] for line in summary.splitlines() if line.startswith("    again "))
     assert again == f"snakemake --profile profiles/local --configfile {CONFIG} -- {TINY}/reward/manifest.json"
