@@ -79,6 +79,9 @@ def test_a_drained_node_finishes_what_it_has(project, expected):
 def test_the_controller_restarted(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
+    # It saves what it knows every few seconds, and forgets a job that it had not saved.
+    state = project.cluster.folder / "state/job_state"
+    until(lambda: bytes(project.folder) in state.read_bytes(), "the controller has saved the job")
     project.cluster.power_off("slurmctld")
     time.sleep(3)
     project.cluster.start_controller()
