@@ -622,10 +622,10 @@ def test_publish_alone_by_hand(tmp_path, monkeypatch):
 
 
 def test_a_second_writer_with_another_config_is_kept_out_of_the_same_output(space):
-    first = space.started(pause=0.2)
+    first = space.started(pause=1)
     code, error = space.run(value=9)
     assert (code, "state/out.lock: in use by process" in error) == (75, True)
-    assert first.wait(timeout=20) == 0
+    assert first.wait(timeout=60) == 0
     assert json.loads((space.folder / "out/metrics.json").read_text())["value"] is None
 
 
