@@ -73,7 +73,7 @@ def test_each_shard_has_the_state_folder_that_its_stage_gave_it(tiny_run, tmp_pa
     monkeypatch.chdir(tmp_path / "copy")
     for place in Path("state/tiny/completions").glob("*/*/attempts.published.jsonl"):
         place.rename(place.with_name("attempts.jsonl"))  # as if it had not been published
-    shards = [job for job in dag.read_dag("profiles/local", [Path(CONFIG)]) if job.rule == "completions"]
+    shards = [job for job in dag.read_run("profiles/local", [Path(CONFIG)])[1] if job.rule == "completions"]
     assert len({status.state_folder(job) for job in shards} - {None}) == len(shards) == 2
 
 

@@ -120,6 +120,7 @@ class Stage:
     def stop(self) -> Stop:
         return self.attempt.stop
 
-    def rows(self, role: str, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSONL file in an input folder."""
-        return read_jsonl(self.inputs[role].folder / name)
+    def rows(self, role: str, name: str, optional: bool = False) -> list[dict[str, Any]]:
+        """The rows of a JSONL file in an input folder; of an `optional` one that is not there, none."""
+        path = self.inputs[role].folder / name
+        return [] if optional and not path.exists() else read_jsonl(path)

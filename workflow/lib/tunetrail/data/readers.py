@@ -248,6 +248,14 @@ def origin(source: Any) -> dict[str, Any]:
     }
 
 
+READERS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
+    "demonstrations": demonstrations,
+    "preferences": preferences,
+    "prompts": prompts,
+}
+"""Key of the data block that lists sources -> what reads one of them."""
+
+
 def check_sources(config: DataConfig) -> list[dict]:
     """The rows of every local file of the config, with `where` and the split that they are `pinned` to.
 
@@ -256,9 +264,8 @@ def check_sources(config: DataConfig) -> list[dict]:
     rows: list[dict] = []
     problems: list[str] = []
     invalid: list[Invalid] | None = [] if config.invalid == "drop" else None
-    kinds = ((config.demonstrations, demonstrations), (config.preferences, preferences), (config.prompts, prompts))
-    for sources, read in kinds:
-        for source in sources:
+    for kind, read in READERS.items():
+        for source in getattr(config, kind):
             if isinstance(source, FileSource):
                 try:
                     rows += [{**row, "where": where, "pinned": source.split} for where, row in read(source, invalid)]

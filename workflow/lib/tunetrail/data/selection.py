@@ -1,11 +1,10 @@
 """From the config's sources to the rows of each split's table."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from tunetrail.config.data import DataConfig, DocstringSource
 from tunetrail.data.invalid import Invalid
-from tunetrail.data.readers import demonstrations, origin, preferences, prompts, row_id
+from tunetrail.data.readers import READERS, origin, row_id
 from tunetrail.data.splits import assign_splits, in_turns, shuffled
 from tunetrail.data.tables import one_each
 from tunetrail.data.uses import Account
@@ -17,13 +16,8 @@ Shares = Mapping[str, Mapping[str, float]]
 def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dict]]:
     """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
     rows, cards = [], []
-    readers: list[tuple[str, Sequence[Any], Callable[..., Iterator[tuple[str, Any]]]]] = [
-        ("demonstrations", config.demonstrations, demonstrations),
-        ("preferences", config.preferences, preferences),
-        ("prompts", config.prompts, prompts),
-    ]
-    for kind, sources, read in readers:
-        for source in sources:
+    for kind, read in READERS.items():
+        for source in getattr(config, kind):
             invalid: list[Invalid] = []
             own = [row | {"where": where} for where, row in read(source, invalid if config.invalid == "drop" else None)]
             shape = (

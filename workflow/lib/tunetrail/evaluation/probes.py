@@ -1,6 +1,11 @@
 """What training did to the next token: two models' probes of one sentence, side by side."""
 
 
+def likeliest(tokens: list[dict], top: int | None = None) -> list[dict]:
+    """The tokens of a position, of `shift`, by the higher of their two probabilities."""
+    return sorted(tokens, key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:top]
+
+
 def shift(before: list[dict], after: list[dict], top: int = 8) -> list[dict]:
     """For each position the tokens that are among the `top` likeliest of either model, with both probabilities.
 

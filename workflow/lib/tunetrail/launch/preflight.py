@@ -1,4 +1,4 @@
-"""What is known to fail is told before any job starts: files, rows, packages, the base model, recorded rankings.
+"""Reports before any job starts what is bound to fail: files, rows, packages, the base model, recorded rankings.
 
 Nothing heavy is imported, since each start of Snakemake comes through here: a local base is judged by its files. What
 these do not say, the stage that loads the model finds out.

@@ -1,7 +1,7 @@
 """Ways of fine-tuning a causal language model that can be compared: every weight, LoRA, 4-bit LoRA, prompt tuning.
 
-A plain loop with a constant learning rate and no state to resume from: it is for short trainings that are repeated from
-their start. Never run on a GPU.
+A plain loop with a constant learning rate and nothing to resume from: for trainings so short that an interrupted one
+starts again. Never run on a GPU.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def build(folder: Path, method: MethodConfig, precision: str, seed: int) -> Any:
         from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
         torch.manual_seed(seed)
-        # Vectors of words drawn at random: of random numbers it learns slowly (Lester et al. 2021).
+        # It starts from the vectors of random words: from random numbers it learns slowly (Lester et al. 2021).
         return get_peft_model(
             model,
             PromptTuningConfig(

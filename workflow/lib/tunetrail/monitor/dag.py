@@ -1,6 +1,6 @@
 """The DAG as Snakemake sees it now: every stage's job, whether it would run, and why.
 
-`read_dag` builds it in this process as a dry run does, without taking the lock, so it also works while another
+`read_run` builds it in this process as a dry run does, without taking the lock, so it also works while another
 Snakemake runs; `jobs_of` reads it from a workflow that is already loaded. No file is written.
 """
 
@@ -171,8 +171,3 @@ def read_run(profile: str, configfiles: list[Path], snakefile: Path | None = Non
     """
     with snakemake_adapter.planned_workflow(profile, configfiles, snakefile) as workflow:
         return snakemake_adapter.config_of(workflow), jobs_of(workflow)
-
-
-def read_dag(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> list[Job]:
-    """The stages of `read_run`."""
-    return read_run(profile, configfiles, snakefile)[1]

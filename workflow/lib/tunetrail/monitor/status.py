@@ -89,7 +89,7 @@ def _tail(path: Path | None) -> list[str]:
 def error_line(log: Path | None) -> str | None:
     """The last line of a log that tells an error, else its last line; None where there is none.
 
-    Of mistakes that a stage told one after the other it is the first, and how many others there are. What Slurm says of
+    Where a stage reported several mistakes in a row it is the first, with how many others there are. What Slurm says of
     a step that ended counts where the stage itself said nothing: out of memory, for one.
     """
     lines = _tail(log)

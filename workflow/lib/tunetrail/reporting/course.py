@@ -6,6 +6,7 @@ from typing import Any
 
 import altair as alt
 
+from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.charts import (
     COLOURS,
     INK,
@@ -19,10 +20,10 @@ from tunetrail.reporting.charts import (
     side_by_side,
     visible,
 )
-from tunetrail.reporting.collect import Artifact, Run
+from tunetrail.reporting.collect import POLICY_COLOURS, Artifact, Run
+from tunetrail.reporting.evaluation_charts import AFTER, BEFORE
 
-PALETTE = [COLOURS[f"p{i}"] for i in range(6)]
-BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
+PALETTE = [COLOURS[f"p{i}"] for i in range(POLICY_COLOURS)]
 
 
 def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
@@ -46,11 +47,10 @@ def next_tokens(runs: Runs, narrow: bool, top: int = 5) -> Spec | None:
     """At two positions of the sentence the likeliest next tokens before training (grey) and after (blue)."""
     panels = []
     for row in contexts(runs[0]):
-        tokens = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))
         # The sentence's own token is shown even where it is not among the likeliest.
         own = {"token": row["token"], "before": row["before"], "after": row["after"], "own": True}
-        shown = [own, *(t for t in tokens if t["token"] != row["token"])][:top]
-        shown.sort(key=lambda t: -max(t["before"] or 0, t["after"] or 0))
+        others = [t for t in likeliest(row["tokens"]) if t["token"] != row["token"]]
+        shown = likeliest([own, *others[: top - 1]])
         bars = [
             {
                 "place": place,

@@ -11,6 +11,7 @@ from typing import Any
 
 import altair as alt
 
+from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.charts import (
     COLOURS,
     INK,
@@ -32,7 +33,7 @@ from tunetrail.reporting.charts import (
 from tunetrail.reporting.numbers import interval, number, percent, percent_interval
 
 Series = Mapping[str, str]
-BEFORE, AFTER = "#7a828a", "#0072b2"
+BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
 ACROSS = {False: 4, True: 1}
 """Positions of a sentence side by side, by `narrow`."""
 
@@ -249,7 +250,7 @@ def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
     positions = (pair or {}).get("positions") or []
     panels, across = [], ACROSS[narrow]
     for place, position in enumerate(positions):
-        tokens = sorted(position["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:top]
+        tokens = likeliest(position["tokens"], top)
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
         rows = [
             {

@@ -4,6 +4,7 @@ import math
 from collections.abc import Container, Sequence
 from typing import Any
 
+from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.collect import Model, Run
 
 TOP = 6
@@ -77,8 +78,8 @@ def positions(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if before in others or after in others:
                 continue
             for row in pair["positions"]:
-                likeliest = sorted(row["tokens"], key=lambda t: -max(t["before"] or 0, t["after"] or 0))[:TOP]
-                tokens = [token for token in row["tokens"] if token in likeliest]
+                listed = likeliest(row["tokens"], TOP)
+                tokens = [token for token in row["tokens"] if token in listed]
                 probs = {"was": row["before"], "now": row["after"]}
                 found[row["position"]]["shifts"].append({"before": before, "after": after, "tokens": tokens} | probs)
     return found

@@ -57,21 +57,19 @@ def sentence(run: Run, model: Model) -> str:
 def unscored(run: Run, model: Model) -> str:
     """What can be said of a model whose responses nothing compared: held-out preferences, KL and length."""
     told, kl, length = (model.metrics.get(key) for key in ("comparisons", "kl_to_sft", "length"))
-    reference, reference_name = run.model(run.reference), run.reference
+    reference = run.model(run.reference)
     found = []
     if told and told["accuracy"]:
         by = told.get("measure") or "log-prob"
         found.append(f"tells held-out preferred responses from others in {percent_interval(told['accuracy'])} by {by}")
     for change in run.head_to_head.get("preferences") or []:
         if change["after"] == model.subject:
-            moved = " and ".join(f"{key} {interval(change[key], 1, sign=True)}" for key in ("chosen", "rejected"))
-            found.append(f"moved their log-probs by {moved} nats")
+            chosen, rejected = (interval(change[key], 1, sign=True) for key in ("chosen", "rejected"))
+            found.append(f"log-probs changed by {chosen} nats for preferred responses, {rejected} for the others")
     if kl:
-        found.append(f"KL to {model.metrics.get('start') or reference_name} {interval(kl, 2)} nats")
-    if length and reference and reference.interval("length"):
-        found.append(
-            f"length {interval(length, 1)} tokens ({reference.name} {interval(reference.interval('length'), 1)})"
-        )
+        found.append(f"KL to {model.metrics.get('start') or run.reference} {interval(kl, 2)} nats")
+    if length and reference and (theirs := reference.interval("length")):
+        found.append(f"length {interval(length, 1)} tokens ({reference.name} {interval(theirs, 1)})")
     return f"; {'; '.join(found)}" if found else ""
 
 

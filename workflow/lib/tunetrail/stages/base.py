@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tunetrail.config.base_model import BaseModelConfig, HubModel, PypiModel, RandomModel
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.models.lengths import positions
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
 from tunetrail.models.runtime import quiet_libraries
 from tunetrail.models.saving import answers, check_reloads, save_tokenizer, save_weights
@@ -161,7 +162,7 @@ def run(stage: Stage) -> dict:
     set_special_tokens(model, tokenizer, source)
     folder = stage.work / "model"
     save_weights(without_dropout(model).eval(), folder)
-    save_tokenizer(tokenizer, folder, getattr(model.config, "max_position_embeddings", None))
+    save_tokenizer(tokenizer, folder, positions(model.config))
     rows = [tokenizer.encode(SENTENCE)]
     check_reloads(stage, tokenizer, rows, answers(model, rows))
     stage.draft.tokenizer_digest = tokenizer_digest(folder)

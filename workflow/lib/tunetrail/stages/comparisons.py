@@ -19,7 +19,7 @@ from tunetrail import labeling
 from tunetrail.config.comparisons import ComparisonsConfig
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.files import read_jsonl, write_jsonl
+from tunetrail.files import write_jsonl
 from tunetrail.preferences.rows import ComparisonRow, SampledRow
 from tunetrail.preferences.summary import summarize
 from tunetrail.provenance.manifest import METRICS
@@ -49,12 +49,6 @@ def gather(stage: Stage) -> list[SampledRow]:
             shard_of[key] = role
             rows.append(cast(SampledRow, row))
     return sorted(rows, key=lambda row: (row["split"], row["id"]))
-
-
-def own_comparisons(stage: Stage) -> list[ComparisonRow]:
-    """The preference rows that came with the data."""
-    path = stage.inputs["data"].folder / "comparisons.jsonl"
-    return cast(list[ComparisonRow], read_jsonl(path)) if path.exists() else []
 
 
 def comparable(rows: list[SampledRow]) -> list[SampledRow]:
@@ -92,7 +86,7 @@ def run(stage: Stage) -> dict:
         raise DataError(
             f"comparisons: only {usable} prompts of the reward split were ranked, at least {MIN_PROMPTS} are needed"
         )
-    own = own_comparisons(stage)
+    own = cast(list[ComparisonRow], stage.rows("data", "comparisons.jsonl", optional=True))
     ranked = sorted(ranked + own, key=lambda row: (row["split"], row["id"]))
     summary = summarize(ranked)
     if summary["ties"] == 1:

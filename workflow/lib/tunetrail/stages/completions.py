@@ -13,7 +13,7 @@ from typing import Any
 from tunetrail.config.comparisons import CompletionsConfig
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
-from tunetrail.files import canonical_json, read_finished_rows, read_jsonl, write_jsonl
+from tunetrail.files import canonical_json, read_finished_rows, write_jsonl
 from tunetrail.models.batching import encode
 from tunetrail.models.lengths import check_room
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
@@ -25,8 +25,7 @@ from tunetrail.stages.registry import start
 
 def prompts_to_sample(stage: Stage) -> list[dict]:
     """The prompts of the reward and held-out splits, but for those of preference rows, with their "split"."""
-    own = stage.inputs["data"].folder / "comparisons.jsonl"
-    compared = {row["id"] for row in (read_jsonl(own) if own.exists() else [])}
+    compared = {row["id"] for row in stage.rows("data", "comparisons.jsonl", optional=True)}
     return [
         row | {"split": split}
         for split in ("reward", "heldout")

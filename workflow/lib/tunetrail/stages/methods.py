@@ -29,6 +29,7 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.files import canonical_json, read_finished_rows
+from tunetrail.models.checkpoints import kept_steps
 from tunetrail.models.finetuning import Cost, Example, build, mean_losses, train
 from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import load_tokenizer, trained_parameters
@@ -65,8 +66,7 @@ class Comparison:
         self.rows = [given_and_learnt(example) for example in examples]
         self.texts = [(r["prompt_ids"], r["response_ids"]) for r in stage.rows("retention", "retention.jsonl")]
         self.batches = batches_of(self.rows, self.config, stage.seed)
-        points = {round(self.config.steps * i / self.config.points) for i in range(1, self.config.points + 1)}
-        self.measured_at = points - {0} | {self.config.steps}
+        self.measured_at = {*kept_steps(self.config.steps, self.config.points - 1), self.config.steps}
         untrained = build(self.folder, MethodConfig(learning_rate=1), self.precision, stage.seed)
         check_blocks(untrained.config, [example["input_ids"] for example in examples], "methods.max_length")
         self.base = self.losses(untrained)
