@@ -2,27 +2,40 @@
 
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 
+from tunetrail.cli import app
 from tunetrail.config.loading import parse
 from tunetrail.evaluation.stats import minimum_detectable
 
 ROOT = Path(__file__).parents[2]
 OWN_DATA = ROOT / "config/examples/README.md"
-DOCS = [ROOT / "README.md", ROOT / "config/README.md", OWN_DATA]
+DOCS = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") and part != ".github" for part in path.parts)
+    if "guidelines" not in path.parts
+)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_pictures_exist(path):
-    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", path.read_text()) if not t.startswith("https://")]
     for target in targets:
-        assert (path.parent / target).exists(), target
+        name, _, anchor = target.partition("#")
+        page = path.parent / name if name else path
+        assert page.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 def test_make_targets_exist():
@@ -48,9 +61,35 @@ def test_config_commands_of_the_docs(command):
     assert not reply.stderr
 
 
-def test_every_folder_the_readme_names_exists_or_is_made():
-    named = re.findall(r"^    ([a-z]+)/", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert set(named) - {"results", "state"} <= {p.name for p in ROOT.iterdir()}
+def test_every_folder_the_architecture_names_exists_or_is_made():
+    page = ROOT / "workflow/lib/tunetrail/README.md"
+    named = re.findall(r"(?<= )([a-z]+(?:/[a-z]+)*)/(?= )", page.read_text().partition("\n## ")[0])
+    roots = (ROOT, page.parent)
+    assert len(named) > 15
+    assert [name for name in named if not any((root / name).is_dir() for root in roots)] == []
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The lines of a page that call tunetrail, in words."""
+    lines = re.findall(r"^    (tunetrail .+)$", path.read_text(), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "words", [words for path in DOCS for words in commands(path) if "|" not in words], ids=" ".join
+)
+def test_commands_of_the_pages_are_understood(words):
+    """The command is there and takes these options and arguments; it is not run."""
+    command, words = typer.main.get_command(app), words[1:]
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context("", list(words))
+
+
+def test_the_readmes_config_is_valid():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(text.splitlines()) <= 10
+    parse(yaml.safe_load(text))
 
 
 OWN_DATA_CONFIGS = re.findall(r"```yaml\n(.*?)```", OWN_DATA.read_text(), re.DOTALL)
