@@ -72,6 +72,9 @@ def test_too_few_steps_are_noted_and_enough_are_not():
         "heldout     10%          at most 15   evaluation",
     ]
     assert forecast(config(policies={"d": DPO | {"epochs": 2}}), Path("none"), is_made=False).notes == []
+    methods = {"compare": {"full": {"learning_rate": 1}}, "steps": 9}
+    assert steps_of(config(methods=methods), {"reward": [], "sft": []}) == {"policies.d": 0, "methods": 9}
+    assert steps_of(config(methods=methods | {"steps": 10}), {"reward": [], "sft": []})["methods"] == 10
 
 
 def test_rows_that_no_stage_reads_are_noted():

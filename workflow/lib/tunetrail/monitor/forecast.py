@@ -91,6 +91,8 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
             found[f"policies.{name}"] = of(policy, pairs + int(sampled * of_prompt))
         elif policy.method == "ppo":
             found[f"policies.{name}"] = policy.optimizer_steps
+    if config.methods:
+        found["methods"] = config.methods.steps
     return found
 
 
@@ -186,6 +188,6 @@ def forecast(config: Config, data: Path, is_made: bool) -> Forecast:
     rows = {split: f"{at_most}{len(own)}" if own else "0" for split, own in tables.items()} if tables else None
     for name, steps in steps_of(config, tables).items() if tables else ():
         block: Any = config.policies[name.partition(".")[2]] if "." in name else getattr(config, name)
-        if note := few_steps(name, steps, block, at_most):
+        if note := few_steps(name, steps, block.more_steps, at_most):
             notes.append(note)
     return Forecast(share_table(config, rows), notes)
