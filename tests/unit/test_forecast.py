@@ -7,6 +7,7 @@ import pytest
 
 from tunetrail.cli import main
 from tunetrail.config.loading import parse
+from tunetrail.data import docstrings
 from tunetrail.files import write_jsonl
 from tunetrail.monitor.forecast import expected_tables, forecast, made_tables, steps_of
 
@@ -55,6 +56,14 @@ def test_steps_are_counted_before_the_run():
         "policies.one": 48 // 16,
         "policies.p": 3 * 2 * 2,
     }
+
+
+def test_the_standard_library_is_counted_without_being_parsed(monkeypatch):
+    monkeypatch.setattr(docstrings, "functions", None)
+    data = {"preferences": [], "demonstrations": [{"source": "docstrings"}], "limits": {"sft": 64}}
+    tables = expected_tables(config(data=data, sft={}, policies={}))
+    assert len(tables["sft"]) == 64
+    assert len(tables["evaluation"]) > 300
 
 
 def test_too_few_steps_are_noted_and_enough_are_not():
