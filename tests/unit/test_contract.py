@@ -28,6 +28,8 @@ from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted
 from tunetrail.files import read_finished_rows, read_jsonl, write_json, write_jsonl
+from tunetrail.launch import time_limit
+from tunetrail.launch.time_limit import stage_environment
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.provenance.record import Record, read_record
 
@@ -326,6 +328,7 @@ def clock(monkeypatch) -> Iterator[list[float]]:
     """A clock that goes when told to; SIGTERM's handler is put back."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1e9 + now[0])
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
     yield now
@@ -344,6 +347,32 @@ def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_aft
     assert stop.requested()
     with pytest.raises(Interrupted, match="stopped by time limit after step 3; progress is saved"):
         stop.leave_if_requested("after step 3")
+
+
+@pytest.mark.parametrize(("slow_start", "leaves_after"), [(0, 95), (20, 75), (110, 0)])
+def test_a_slow_start_costs_nothing_of_the_margin(clock, monkeypatch, slow_start, leaves_after):
+    """The launcher says when the job ends: five minutes before, however long it took to start the stage."""
+    monkeypatch.delenv("TUNETRAIL_TIME_LIMIT", raising=False)
+    monkeypatch.setattr(time_limit, "minutes_left", lambda: 100)
+    monkeypatch.setattr(os, "environ", stage_environment())
+    clock[0] += 60 * slow_start
+    stop = Stop()
+    if leaves_after:
+        clock[0] += 60 * leaves_after - 1
+        assert not stop.requested()
+        clock[0] += 2
+    assert stop.requested()
+
+
+@pytest.mark.parametrize(("limit", "end", "leaves_after"), [("20", 100, 18), ("200", 100, 95)])
+def test_the_first_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_after):
+    monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
+    monkeypatch.setenv("TUNETRAIL_DEADLINE", str(time.time() + 60 * end))
+    stop = Stop()
+    clock[0] += 60 * leaves_after - 1
+    assert not stop.requested()
+    clock[0] += 2
+    assert stop.requested()
 
 
 def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(monkeypatch):
@@ -637,13 +666,20 @@ def test_a_torn_record_of_attempts_stops_nothing(space):
     assert [attempt["ended"]["outcome"] for attempt in space.record().attempts] == ["interrupted", "done"]
 
 
-@pytest.mark.parametrize("variable", ["TUNETRAIL_TIME_LIMIT", "TUNETRAIL_CHECKPOINT_MINUTES"])
+@pytest.mark.parametrize(
+    ("variable", "unit"),
+    [
+        ("TUNETRAIL_TIME_LIMIT", "minutes"),
+        ("TUNETRAIL_CHECKPOINT_MINUTES", "minutes"),
+        ("TUNETRAIL_DEADLINE", "seconds since 1970"),
+    ],
+)
 @pytest.mark.parametrize("value", ["soon", "nan", "-5", "inf"])
-def test_minutes_that_are_none_are_refused(clock, monkeypatch, variable, value):
+def test_what_is_no_number_is_refused(clock, monkeypatch, variable, unit, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError) as error:
         Stop()
-    assert str(error.value) == f"{variable}: must be a number of minutes, 0 or more, got {value!r}"
+    assert str(error.value) == f"{variable}: must be a number of {unit}, 0 or more, got {value!r}"
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": [{"path": "text.txt"}]}', '{"files": 3}'])

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -284,6 +285,9 @@ def test_the_standard_library_has_thousands():
     assert len({p["prompt"] for p in pairs}) == len(pairs)
     assert not any('"""' + p["completion"] in p["prompt"] for p in pairs)
     assert not any({"test", "tests"} & set(Path(p["group"]).parts) for p in pairs)
+    found, most = Counter(p["group"] for p in pairs), docstrings.most_pairs()
+    assert all(most[group] >= count for group, count in found.items())
+    assert sum(most.values()) < 1.1 * len(pairs)
 
 
 # ----------------------------------------------------------------------------- splits and duplicates

@@ -293,14 +293,15 @@ def test_every_row_is_accounted_for():
         ("d.jsonl", "sft"): 40, ("d.jsonl", "evaluation"): 8, ("d.jsonl", "heldout"): 8,
     }  # fmt: skip
     assert used["p.jsonl", "reward"]["used_by"] == ["reward", "dpo"]
+    assert used["d.jsonl", "sft"]["used_by"] == ["sft", "methods", "ppo (ptx)"]
     reasons = {(out["source"], out["reason"]): out["rows"] for out in done.card["left_out"]}
     assert reasons.pop(("d.jsonl", "over_limit")) == 80 - 40 - 8 - 8
     assert reasons == {("p.jsonl", "invalid"): 1, ("d.jsonl", "too_long"): 7, ("d.jsonl", "repeated"): 3}
     total = sum(use["rows"] for use in used.values()) + sum(out["rows"] for out in done.card["left_out"])
     assert total == 149 + 90
     said = Path(next(Path("state").glob("*/log.txt"))).read_text(encoding="utf-8")
-    assert "p.jsonl  preferences     reward      reward, dpo            118\n" in said
-    assert "d.jsonl  demonstrations  left out    too long                 7\n" in said
+    assert "p.jsonl  preferences     reward      reward, dpo                 118\n" in said
+    assert "d.jsonl  demonstrations  left out    too long                      7\n" in said
 
 
 def test_chosen_responses_are_for_sft_only_when_told():

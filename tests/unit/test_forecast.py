@@ -7,6 +7,7 @@ import pytest
 
 from tunetrail.cli import main
 from tunetrail.config.loading import parse
+from tunetrail.data import docstrings
 from tunetrail.files import write_jsonl
 from tunetrail.monitor.forecast import expected_tables, forecast, made_tables, steps_of
 
@@ -57,6 +58,14 @@ def test_steps_are_counted_before_the_run():
     }
 
 
+def test_the_standard_library_is_counted_without_being_parsed(monkeypatch):
+    monkeypatch.setattr(docstrings, "functions", None)
+    data = {"preferences": [], "demonstrations": [{"source": "docstrings"}], "limits": {"sft": 64}}
+    tables = expected_tables(config(data=data, sft={}, policies={}))
+    assert len(tables["sft"]) == 64
+    assert len(tables["evaluation"]) > 300
+
+
 def test_too_few_steps_are_noted_and_enough_are_not():
     few = forecast(config(policies={"d": DPO}), Path("none"), is_made=False)
     assert few.notes == [
@@ -72,6 +81,9 @@ def test_too_few_steps_are_noted_and_enough_are_not():
         "heldout     10%          at most 15   evaluation",
     ]
     assert forecast(config(policies={"d": DPO | {"epochs": 2}}), Path("none"), is_made=False).notes == []
+    methods = {"compare": {"full": {"learning_rate": 1}}, "steps": 9}
+    assert steps_of(config(methods=methods), {"reward": [], "sft": []}) == {"policies.d": 0, "methods": 9}
+    assert steps_of(config(methods=methods | {"steps": 10}), {"reward": [], "sft": []})["methods"] == 10
 
 
 def test_rows_that_no_stage_reads_are_noted():

@@ -175,6 +175,19 @@ def test_fewer_rows_than_a_batch_are_refused(folder, capfd):
     assert "24 rows are fewer than one batch (methods.batch_size: 25); lower it" in capfd.readouterr().err
 
 
+def test_a_method_that_changed_no_weight_is_refused_and_few_steps_are_told_of(folder, caplog, capfd):
+    block = BLOCK | {"compare": {"still": {"learning_rate": 1e-30}}, "steps": 2}
+    assert run(block, "state4", "methods4") == 78
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "config: error: methods.compare.still: 2 optimizer steps left every weight as it was, so nothing was learnt; "
+        "raise learning_rate, or see whether its data, or its scores, can teach anything"
+    )
+    assert not (folder / "methods4").exists()
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "methods: 2 optimizer steps, fewer than 10: next to nothing can be learnt; raise steps"
+    ]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is optional")
 def test_lora_on_four_bits(folder):
     block = BLOCK | {"compare": {"small": {"learning_rate": 1e-2, "lora": {"r": 2}, "four_bit": True}}}

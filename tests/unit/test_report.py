@@ -926,22 +926,28 @@ def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
     assert said[1] == "Not measured: chrf, since 7 evaluation prompts have no author's text to compare with."
 
 
-def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, draw_only):
+@pytest.mark.parametrize("ptx", [0.0, 0.5])
+def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, draw_only, ptx):
     draw_only()
     fixture = Fixture(tmp_path)
     use = {"source": "p.jsonl", "kind": "preferences", "also_in": None}
     uses = [
         use | {"split": "reward", "used_by": ["reward", "dpo"], "rows": 118},
         use | {"split": "rl", "used_by": ["ppo"], "rows": 20},
+        use | {"split": "sft", "used_by": ["methods", "ppo (ptx)"], "rows": 9},
     ]
     out = {"source": "p.jsonl", "kind": "preferences", "reason": "too_long", "rows": 3}
     fixture.artifact("base", "base", {})
     fixture.artifact("data", "data", {"uses": uses, "left_out": [out]})
-    fixture.artifact("policy.dpo", "policies/dpo", {"steps": 20}, ["base", "data"], {"method": "dpo"})
+    fixture.artifact("policy.dpo", "policies/dpo", {"steps": 20}, ["base", "data"], {"method": "dpo", "ptx_coef": ptx})
     code, folder = fixture.report()
     assert code == 0
     page = words((folder / "report.html").read_text())
-    assert "p.jsonlpreferencesrewarddpo118 p.jsonlpreferencesrlnothing20 p.jsonlpreferencesleft outtoo long3" in page
+    lines = (
+        f"rewarddpo118 p.jsonlpreferencesrlnothing20 p.jsonlpreferencessft{'ppo (ptx)' if ptx else 'nothing'}9 "
+        "p.jsonlpreferencesleft outtoo long3"
+    )
+    assert lines in page
 
 
 def test_missing_measurements_say_so(tmp_path, draw_only):

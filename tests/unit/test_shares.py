@@ -6,6 +6,7 @@ import pytest
 
 from tunetrail.config.data import SPLITS
 from tunetrail.config.loading import parse
+from tunetrail.config.shares import readers
 from tunetrail.errors import ConfigError
 from tunetrail.stages.registry import stage_config
 
@@ -106,6 +107,25 @@ def test_shares_that_add_up_to_1_leave_nothing_for_other_splits():
     assert found == pytest.approx({"reward": 0.6, "evaluation": 0.2, "heldout": 0.2})
     with pytest.raises(ConfigError, match=r"policies\.p: ppo needs prompts, but data\.shares\.rl is 0"):
         shares(OWN_PAIRS | {"shares": given}, policies={"p": PPO})
+
+
+def test_every_reader_of_a_split_is_named():
+    policies = {"d": DPO, "p": PPO, "t": PPO | {"ptx_coef": 0.5}}
+    data = OWN_PAIRS | {"demonstrations": [FILE], "sft_on_chosen": True}
+    methods = {"compare": {"full": {"learning_rate": 1}}}
+    found = readers(config(data, sft={}, reward={}, methods=methods, policies=policies, **SAMPLED))
+    everywhere = {"rl": ["policies.p", "policies.t"], "evaluation": ["evaluation"]}
+    trained = ["sft", "methods", "policies.t"]
+    assert found == {
+        "preferences": {"reward": ["reward", "policies.d", *trained], "heldout": ["reward", "evaluation"]} | everywhere,
+        "demonstrations": {"sft": trained, "reward": ["completions"], "heldout": ["sft", "completions"]} | everywhere,
+        "prompts": {"reward": ["completions"], "heldout": ["completions"]} | everywhere,
+        "text": {"sft": ["sft", "methods"], "heldout": ["sft"]},
+    }
+    found = readers(config(data | {"sft_on_chosen": False}, policies={"p": PPO}))
+    assert found["preferences"]["reward"] == []
+    assert "sft" not in found["preferences"]
+    assert found["demonstrations"] == {"sft": [], "rl": ["policies.p"], "evaluation": ["evaluation"], "heldout": []}
 
 
 def test_what_a_needed_split_lacks_is_said():

@@ -1,6 +1,6 @@
 """`methods`: ways of fine-tuning the base model, side by side."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -41,6 +41,8 @@ class MethodConfig(Block):
 
 class MethodsConfig(Block):
     """Fine-tunes the base model on the sft split in several ways and measures what each learns and forgets."""
+
+    more_steps: ClassVar[str] = "raise steps"
 
     compare: Annotated[dict[Name, MethodConfig], Field(min_length=1)] = Field(description="name: how it trains")
     steps: Count = Field(default=12, description="optimizer steps of each method")

@@ -1,6 +1,6 @@
 """`policies.<name>` with `method: ppo`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,7 @@ class Vllm(Block):
 class PpoConfig(Training):
     """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
 
+    more_steps: ClassVar[str] = "raise steps or epochs, lower minibatch_size, or add data"
     method: Literal["ppo"]
     learning_rate: Positive = Field(default=1e-5, description="of the policy; about 10 times more with LoRA")
     critic_learning_rate: Positive | None = Field(default=None, description="of the critic; null: learning_rate")

@@ -16,31 +16,55 @@ MEASURED = {"evaluation": 0.1, "heldout": 0.1}
 TRAINED = {"sft": 10, "reward": 3, "rl": 3}
 """In what proportion the splits that something is trained on share the rest."""
 
+PTX = "ppo (ptx)"
+"""PPO that keeps demonstrations likely (`ptx_coef`)."""
+READ_BY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "preferences": {
+        "sft": ("sft", "methods", PTX), "reward": ("reward", "dpo"), "rl": ("ppo",), "evaluation": ("evaluation",),
+        "heldout": ("reward", "evaluation"),
+    },
+    "demonstrations": {
+        "sft": ("sft", "methods", PTX), "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",),
+        "heldout": ("sft", "completions"),
+    },
+    "prompts": {
+        "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",), "heldout": ("completions",),
+    },
+    "text": {"sft": ("sft", "methods"), "heldout": ("sft",)},
+}  # fmt: skip
+"""Kind of row -> table of a split -> who reads such rows there, in a run that has them.
+
+No preference row belongs to the sft split: `sft_on_chosen` copies those of the reward split into the sft table."""
+
 Readers = dict[str, dict[str, list[str]]]
 """Kind of row -> split -> the stages and policies that read such rows there."""
+
+
+def _names(config: "Config", reader: str) -> list[str]:
+    """What this run has of one of READ_BY's readers: a stage, or the policies that one trains."""
+    policies = {f"policies.{name}": policy for name, policy in config.policies.items()}
+    if reader == PTX:
+        return [name for name, policy in policies.items() if getattr(policy, "ptx_coef", 0)]
+    if reader in ("dpo", "ppo"):
+        return [name for name, policy in policies.items() if policy.method == reader]
+    return [reader] if getattr(config, reader) else []
 
 
 def readers(config: "Config") -> Readers:
     """Who reads which rows. A split that rows of this kind are of no use in is left out; one that nobody reads now is
     an empty list."""
-    trained = [name for name in ("sft", "methods") if getattr(config, name)]
-    sft = ["sft"] if config.sft else []
-    completions = ["completions"] if config.completions else []
-    reward = ["reward"] if config.reward else []
-    by_method = {
-        method: [f"policies.{name}" for name, policy in config.policies.items() if policy.method == method]
-        for method in ("dpo", "ppo")
+    found = {
+        kind: {
+            split: [name for reader in by for name in _names(config, reader)]
+            for split, by in by_split.items()
+            if config.completions or by != ("completions",)
+        }
+        for kind, by_split in READ_BY.items()
     }
-    ptx = [f"policies.{name}" for name, policy in config.policies.items() if getattr(policy, "ptx_coef", 0)]
-    chosen = trained + ptx if config.data.sft_on_chosen else []
-    everywhere = {"rl": by_method["ppo"], "evaluation": ["evaluation"]}
-    sampled = {"reward": completions, "heldout": completions} if config.completions else {}
-    return {
-        "preferences": everywhere | {"reward": reward + by_method["dpo"] + chosen, "heldout": [*reward, "evaluation"]},
-        "demonstrations": everywhere | sampled | {"sft": trained + ptx, "heldout": sft + completions},
-        "prompts": everywhere | sampled,
-        "text": {"sft": trained, "heldout": sft},
-    }
+    chosen = found["preferences"].pop("sft")
+    if config.data.sft_on_chosen:
+        found["preferences"]["reward"] += chosen
+    return found
 
 
 def _is_given_apart(data: DataConfig, kind: str, split: str) -> bool:

@@ -1,6 +1,6 @@
 """`sft`, `reward` and what every trained stage shares."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -36,6 +36,9 @@ alone say where to."""
 class Training(Block):
     """What every trained stage shares."""
 
+    more_steps: ClassVar[str]
+    """What a user does to have it take more optimizer steps."""
+
     lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train every weight")
     learning_rate: Positive = Field(description="peak learning rate; lower it if the loss is unstable")
     batch_size: Count = Field(default=16, description="rows per optimizer step")
@@ -56,6 +59,8 @@ class Training(Block):
 class Epochs(Training):
     """Training that passes over a fixed data set."""
 
+    more_steps: ClassVar[str] = "raise epochs, lower batch_size, or add data"
+
     epochs: Count = Field(default=1, description="passes over the data")
     warmup: OpenFraction = Field(default=0.05, description="share of the steps over which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -67,19 +72,18 @@ class Epochs(Training):
     )
 
 
-def few_steps(name: str, steps: int, config: Training, at_most: str = "") -> str | None:
+def few_steps(name: str, steps: int, more_steps: str, at_most: str = "") -> str | None:
     """What to say of a stage that takes too few optimizer steps to learn in; None where they are enough.
 
     Args:
+        more_steps: what to do, as its block says.
         at_most: put before the number, where it is a bound.
     """
     if steps >= FEWEST_STEPS:
         return None
-    batch = "batch_size" if isinstance(config, Epochs) else "minibatch_size"
-    more = "epochs" if isinstance(config, Epochs) else "steps or epochs"
     return (
         f"{name}: {at_most}{steps} optimizer step{'' if steps == 1 else 's'}, fewer than {FEWEST_STEPS}: next to "
-        f"nothing can be learnt; raise {more}, lower {batch}, or add data"
+        f"nothing can be learnt; {more_steps}"
     )
 
 

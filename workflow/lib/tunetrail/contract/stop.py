@@ -11,39 +11,52 @@ from tunetrail.contract.lease import Lease, lease_seconds
 from tunetrail.errors import ConfigError, Interrupted, Superseded
 
 TIME_LIMIT = "TUNETRAIL_TIME_LIMIT"
-"""Environment variable: minutes that are left, as of when the stage is started."""
+"""Environment variable: minutes that a stage may take, from its own start."""
+DEADLINE = "TUNETRAIL_DEADLINE"
+"""Environment variable: when the allocation ends, in seconds since 1970."""
 TAKEOVER = "another attempt of this stage"
 LEASE_LOST = "lease lost"
 
 
-def minutes_from(variable: str) -> float | None:
-    """An environment variable in minutes; None where it is not set. Raises ConfigError."""
+def number_from(variable: str, unit: str) -> float | None:
+    """An environment variable as a number of `unit`; None where it is not set. Raises ConfigError."""
     if not (text := os.environ.get(variable)):
         return None
     try:
-        minutes = float(text)
+        number = float(text)
     except ValueError:
-        minutes = math.nan
-    if not 0 <= minutes < math.inf:
-        raise ConfigError(f"{variable}: must be a number of minutes, 0 or more, got {text!r}")
-    return minutes
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"{variable}: must be a number of {unit}, 0 or more, got {text!r}")
+    return number
+
+
+def seconds_left() -> float | None:
+    """Seconds until the first of $TUNETRAIL_TIME_LIMIT and $TUNETRAIL_DEADLINE; None without either.
+
+    The deadline is of the wall clock, which processes and nodes share: how long the interpreter, its imports or srun
+    took to start counts against it.
+    """
+    minutes, end = number_from(TIME_LIMIT, "minutes"), number_from(DEADLINE, "seconds since 1970")
+    left = [60 * minutes] if minutes is not None else []
+    return min(left + ([end - time.time()] if end is not None else []), default=None)
 
 
 class Stop:
     """Says when to save and when to leave: on SIGTERM, before the time limit, or for another attempt.
 
     Stages ask `save_due()` after each step. `$TUNETRAIL_CHECKPOINT_MINUTES` (default 10; 0: after every step) spaces
-    the saves; saving never changes a result, and neither does the spacing. `$TUNETRAIL_TIME_LIMIT`, in minutes from
-    now, is what the allocation has left: `tunetrail.launch` sets it.
+    the saves; saving never changes a result, and neither does the spacing. A stage leaves five minutes before
+    `seconds_left` are over, or a tenth of them if that is less. `tunetrail.launch` sets `$TUNETRAIL_DEADLINE`.
 
     The processes of a stage answer alike, since they save and leave together: what one was told holds for all. Where
     another attempt has taken over, asking raises Superseded in all of them before anything is saved.
     """
 
     def __init__(self) -> None:
-        left = minutes_from(TIME_LIMIT)
-        self.deadline = None if left is None else time.monotonic() + 60 * max(left * 0.9, left - 5)
-        minutes = minutes_from("TUNETRAIL_CHECKPOINT_MINUTES")
+        left = seconds_left()
+        self.deadline = None if left is None else time.monotonic() + max(left * 0.9, left - 300)
+        minutes = number_from("TUNETRAIL_CHECKPOINT_MINUTES", "minutes")
         self.interval = 60 * (10 if minutes is None else minutes)
         self.last_save = time.monotonic()
         self.reason: str | None = None

@@ -4,21 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
-SERVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "preferences": {
-        "sft": ("sft", "methods"), "reward": ("reward", "dpo"), "rl": ("ppo",), "evaluation": ("evaluation",),
-        "heldout": ("reward", "evaluation"),
-    },
-    "demonstrations": {
-        "sft": ("sft", "methods"), "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",),
-        "heldout": ("sft", "completions"),
-    },
-    "prompts": {
-        "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",), "heldout": ("completions",),
-    },
-    "text": {"sft": ("sft", "methods"), "heldout": ("sft",)},
-}  # fmt: skip
-"""Kind of row -> table -> the stages that read such rows there, in a run that has them."""
+from tunetrail.config.shares import READ_BY
 
 
 class Use(TypedDict):
@@ -90,7 +76,7 @@ def uses(tables: Mapping[str, Sequence[dict]]) -> list[Use]:
                     "kind": kind,
                     "split": split,
                     "also_in": home if home != split else None,
-                    "used_by": list(SERVES[kind].get(split, ())),
+                    "used_by": list(READ_BY[kind].get(split, ())),
                     "rows": count,
                 }
             )

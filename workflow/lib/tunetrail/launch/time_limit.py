@@ -2,8 +2,9 @@
 
 import os
 import subprocess
+import time
 
-from tunetrail.contract.stop import TIME_LIMIT
+from tunetrail.contract.stop import DEADLINE, TIME_LIMIT
 
 
 def parse_time_left(text: str) -> float | None:
@@ -36,6 +37,8 @@ def minutes_left() -> float | None:
 
 
 def stage_environment() -> dict[str, str]:
-    """The environment of a stage's command: ours with the time limit, unless the user set one."""
-    limit = None if TIME_LIMIT in os.environ else minutes_left()
-    return os.environ | ({} if limit is None else {TIME_LIMIT: str(limit)})
+    """The environment of a stage's command: ours with the deadline of the Slurm job, unless a limit is set."""
+    now = time.time()  # before squeue is asked, which may take its time
+    if TIME_LIMIT in os.environ or DEADLINE in os.environ or (minutes := minutes_left()) is None:
+        return dict(os.environ)
+    return os.environ | {DEADLINE: f"{now + 60 * minutes:.0f}"}

@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 
-from tunetrail.config.training import Epochs, Training, few_steps
+from tunetrail.config.training import Epochs, few_steps
 from tunetrail.contract.distributed import is_main_process, of_all_processes, processes
 from tunetrail.contract.progress import ProgressBar
 from tunetrail.contract.stage import Stage
@@ -221,9 +221,9 @@ def check_learnt(name: str, before: dict[str, int], after: dict[str, int], steps
         )
 
 
-def warn_of_few_steps(stage: Stage, steps: int, config: Training) -> None:
+def warn_of_few_steps(stage: Stage, steps: int, more_steps: str) -> None:
     """Says in the log where there are too few steps to learn in."""
-    if is_main_process() and (note := few_steps(stage.name, steps, config)):
+    if is_main_process() and (note := few_steps(stage.name, steps, more_steps)):
         log.warning("%s", note)
 
 
@@ -234,7 +234,7 @@ def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     no weight changed.
     """
     steps = len(trainer.train_dataset) // config.batch_size
-    warn_of_few_steps(stage, steps, config)
+    warn_of_few_steps(stage, steps, config.more_steps)
     before = bit_sums(trained_weights(trainer.model))
     callback = StageCallback(stage)
     trainer.remove_callback(PrinterCallback)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunetrail.config.data import KINDS, SPLITS, HubSource
+from tunetrail.config.data import KINDS, SPLITS, DocstringSource, HubSource
 from tunetrail.config.run import Config
 from tunetrail.config.shares import readers, share_of
 from tunetrail.config.training import Epochs, few_steps
+from tunetrail.data import docstrings
 from tunetrail.data.contamination import without_test_groups
 from tunetrail.data.selection import assigned, read_all, select
 from tunetrail.data.tables import merged
@@ -48,6 +49,16 @@ def made_tables(folder: Path) -> Tables:
     }
 
 
+def _docstring_rows(source: DocstringSource) -> list[dict[str, Any]]:
+    """As many rows as the standard library has at most, without their text: parsing it takes long."""
+    about = {"kind": "demonstrations", "source": "docstrings", "pinned": source.split, "completion": ""}
+    return [
+        about | {"where": f"docstrings:{group}", "group": group, "messages": [[group, i]]}
+        for group, count in docstrings.most_pairs().items()
+        for i in range(count)
+    ]
+
+
 def expected_tables(config: Config) -> Tables | None:
     """The tables that the data stage would write if no row were too long, and none repeated another split's.
 
@@ -56,7 +67,10 @@ def expected_tables(config: Config) -> Tables | None:
     data = config.data
     if any(isinstance(source, HubSource) for source in [*data.demonstrations, *data.preferences, *data.prompts]):
         return None
-    rows, _ = read_all(data, Account())
+    embedded = [source for source in data.demonstrations if isinstance(source, DocstringSource)]
+    others = [source for source in data.demonstrations if source not in embedded]
+    rows, _ = read_all(data.model_copy(update={"demonstrations": others}), Account())
+    rows += [row for source in embedded for row in _docstring_rows(source)]
     for row in rows:
         if "messages" in row:
             row["prompt"] = json.dumps(row["messages"])
@@ -91,6 +105,8 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
             found[f"policies.{name}"] = of(policy, pairs + int(sampled * of_prompt))
         elif policy.method == "ppo":
             found[f"policies.{name}"] = policy.optimizer_steps
+    if config.methods:
+        found["methods"] = config.methods.steps
     return found
 
 
@@ -186,6 +202,6 @@ def forecast(config: Config, data: Path, is_made: bool) -> Forecast:
     rows = {split: f"{at_most}{len(own)}" if own else "0" for split, own in tables.items()} if tables else None
     for name, steps in steps_of(config, tables).items() if tables else ():
         block: Any = config.policies[name.partition(".")[2]] if "." in name else getattr(config, name)
-        if note := few_steps(name, steps, block, at_most):
+        if note := few_steps(name, steps, block.more_steps, at_most):
             notes.append(note)
     return Forecast(share_table(config, rows), notes)

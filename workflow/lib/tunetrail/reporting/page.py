@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tunetrail.config.shares import PTX
 from tunetrail.config.training import FEWEST_STEPS
 from tunetrail.reporting import charts, course, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
@@ -112,6 +113,8 @@ def optimizer_steps(run: Run) -> dict[str, int]:
 def uses(run: Run) -> list[dict[str, Any]]:
     """What the rows of each source are used for, by the stages that this run has."""
     stages = {artifact.stage for artifact in run.artifacts.values()}
+    if any(artifact.config.get("ptx_coef") for artifact in run.artifacts.values()):
+        stages.add(PTX)
     card = run.metrics("data") or {}
     return [use | {"used_by": [name for name in use["used_by"] if name in stages]} for use in card.get("uses", [])]
 

@@ -35,7 +35,7 @@ from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import load_tokenizer, trained_parameters
 from tunetrail.models.runtime import quiet_libraries, seed_everything
 from tunetrail.models.supervised import given_and_learnt, tokenize
-from tunetrail.models.training import epoch_order
+from tunetrail.models.training import bit_sums, check_learnt, epoch_order, trained_weights, warn_of_few_steps
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
@@ -88,7 +88,7 @@ class Comparison:
         method, cost = self.config.compare[name], Cost()
         seed_everything(self.stage.seed, "methods", name)
         model = build(self.folder, method, self.precision, derive_seed(self.stage.seed, "methods", name))
-        losses = self.losses(model)
+        before, losses = bit_sums(trained_weights(model)), self.losses(model)
         points = [self.point(0, losses)]
 
         def on_step(step: int) -> None:
@@ -101,6 +101,7 @@ class Comparison:
                 self.stage.stop.leave_if_requested(f"while {name} was trained; it starts again")
 
         train(model, self.batches, method.learning_rate, self.pad_id, self.precision, cost, on_step)
+        check_learnt(f"methods.compare.{name}", before, bit_sums(trained_weights(model)), self.config.steps)
         result = {"kind": method.kind, "points": points, "learnt": points[-1]["learnt"]}
         result["forgotten"] = bootstrap(self.forgotten(losses[1]), 2000, self.stage.seed)
         measurements = {"seconds_per_step": round(statistics.median(cost.seconds), 4), "peak_bytes": cost.peak}
@@ -111,6 +112,7 @@ def run(stage: Stage) -> dict[str, Any]:
     quiet_libraries()  # not all of `prepare`: memory that is kept when freed would hide what a method takes
     seed_everything(stage.seed, "methods")
     comparison = Comparison(stage)
+    warn_of_few_steps(stage, comparison.config.steps, comparison.config.more_steps)
     names = list(comparison.config.compare)
     done_file = stage.state / "methods.jsonl"
     done = {row["name"]: row for row in read_finished_rows(done_file)}

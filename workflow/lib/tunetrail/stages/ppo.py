@@ -165,7 +165,7 @@ def run(stage: Stage) -> dict[str, Any]:
         cpu=device().type == "cpu",
         **accelerator_options(stage.state),
     )
-    warn_of_few_steps(stage, config.optimizer_steps, config)
+    warn_of_few_steps(stage, config.optimizer_steps, config.more_steps)
     trainer, counts, before = make_trainer(stage, config, accelerator)
 
     train(stage, config, trainer, accelerator)
