@@ -32,7 +32,7 @@ def validated(raw):
             loading.read_yaml(Path(path))
         if MODULE and "base" not in raw:
             raise ConfigError(
-                f"{source}: the module needs a config of tunetrail, with `base`: `config: config` or a block"
+                f'{source}: base is missing: give the module a config of tunetrail, as in `config: config["tunetrail"]`'
             )
         parsed = loading.parse(dict(raw), source)
         if workflow.is_main_process:
