@@ -13,7 +13,8 @@ min_version("9.0")
 include: "workflow/rules/library.smk"
 
 
-if "base" not in config:  # no --configfile given: a second file would be merged into this one, key by key
+# No --configfile given: a second file would be merged into this one, key by key.
+if not MODULE and "base" not in config:
 
     configfile: default_config()
 
@@ -32,25 +33,34 @@ report: "workflow/report/workflow.rst"
 # One head a run. It ends with the process, unlike Snakemake's own lock, which after a crash wants --unlock.
 onstart:
     lease_run()
+    link_library()
 
 
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
-    shell(
-        "{PYTHON:q} -m tunetrail audit seal {RESULTS} >&2"
-        " && {PYTHON:q} -m tunetrail audit verify --recursive {RESULTS} >&2 || true"
-    )
+    from tunetrail.monitor.dag import has_made
+
+    if has_made(workflow, Path(RUN)):
+        shell(
+            "{VARIABLES}{sys.executable:q} -m tunetrail audit seal {RUN:q} >&2"
+            " && {sys.executable:q} -m tunetrail audit verify --recursive {RUN:q} >&2 || true"
+        )
 
 
 onerror:
     from tunetrail.monitor.failure import FAULT, after_failure
 
-    code = after_failure(workflow, Path(RESULTS), sys.argv[1:])
+    code = after_failure(workflow, Path(RUN), sys.argv[1:])
     if code != FAULT:  # Snakemake's own
         sys.exit(code)
+
+
+if MODULE:
+    snakemake_adapter.run_handlers(workflow, RUN)
 
 
 rule all:
     default_target: True
     input:
         f"{RESULTS}/report/manifest.json",
+    localrule: True

@@ -26,6 +26,7 @@ TEST = [
     "roc-validator",
     "ruff",
     "setproctitle",
+    "snakedeploy",
     "snakefmt",
     "types-PyYAML",
     "types-jsonschema",

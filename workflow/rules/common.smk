@@ -12,6 +12,7 @@ from tunetrail.errors import ConfigError, Interrupted, TunetrailError
 from tunetrail.launch.interpreter import job_python
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
+from tunetrail.monitor import snakemake_adapter
 from tunetrail.files import canonical_json
 from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config, stage_of
 
@@ -23,10 +24,16 @@ PYTHON = "python" if IS_DEPLOYED else job_python()
 def validated(raw):
     """The typed config; on a mistake one clear line each, and exit code 78 before any job starts."""
     source = ", ".join(os.path.relpath(path) for path in workflow.configfiles) or "config"
+    if MODULE:
+        source += f" (module {MODULE})"
     try:
         for path in workflow.configfiles:
             # Finds what a loaded mapping no longer shows: keys given twice.
             loading.read_yaml(Path(path))
+        if MODULE and "base" not in raw:
+            raise ConfigError(
+                f'{source}: base is missing: give the module a config of tunetrail, as in `config: config["tunetrail"]`'
+            )
         parsed = loading.parse(dict(raw), source)
         if workflow.is_main_process:
             from tunetrail.launch.preflight import check
@@ -40,38 +47,38 @@ def validated(raw):
 
 
 CONFIG = validated(config)
+# As rules name them, and with the prefix that a module may have.
 RESULTS = f"results/{CONFIG.run}"
 LOGS = f"logs/{CONFIG.run}"
 BENCHMARKS = f"benchmarks/{CONFIG.run}"
-STATE = f"state/{CONFIG.run}"
+# As all else names them: the run's folder, and where its state is.
+RUN = snakemake_adapter.located(workflow, RESULTS)
+STATE = snakemake_adapter.located(workflow, f"state/{CONFIG.run}")
 ENVIRONMENT = "../../envs/tunetrail.yaml"
 
 HUMAN = has_people(CONFIG)
 
 # The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
-LIBRARY = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "lib"
-shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={LIBRARY} TUNETRAIL_DIGESTS={STATE}/.digests"
+LIBRARY = library(f"{STATE}/lib")
+# Not as a shell.prefix, which the rules of a workflow that has this as a module would get too.
+VARIABLES = (
+    f"export PYTHONPATH={shlex.quote(str(LIBRARY))} TUNETRAIL_DIGESTS={shlex.quote(STATE)}/.digests"
     f" {REPORT_TO}={','.join(CONFIG.report_to)}; "
 )
+snakemake_adapter.apply_profile(workflow, STAGES)
 
 
 def is_submitted(rule):
     """Whether the profile says so (`launcher: submitit`). The rule is then a local one that submits a job of its own."""
-    settings = workflow.resource_settings
-    for given in (dict(settings.overwrite_resources).get(rule), settings.default_resources):
-        if given and "launcher" in given:
-            if (launcher := given["launcher"].raw.strip("'\"")) not in LAUNCHERS:
-                print(
-                    f"the profile: launcher of {rule}: {launcher!r} is none of {', '.join(LAUNCHERS)}", file=sys.stderr
-                )
-                sys.exit(ConfigError.exit_code)
-            return launcher == "submitit"
-    return False
+    launcher = snakemake_adapter.launcher_of(workflow, rule)
+    if launcher not in (None, *LAUNCHERS):
+        print(f"the profile: launcher of {rule}: {launcher!r} is none of {', '.join(LAUNCHERS)}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    return launcher == "submitit"
 
 
 def artifact_of(output):
-    return str(Path(output.manifest).parent.relative_to(RESULTS))
+    return str(Path(output.manifest).parent.relative_to(RUN))
 
 
 def made_by(output):
@@ -91,7 +98,7 @@ def launcher(wildcards, output, resources, threads):
     if HUMAN and stage in ("tasks", "comparisons"):  # people's answers are on this machine, whatever the profile says
         given.pop("launcher", None)
     # exec: as a child of the shell it would die of a signal to the job before the stage has saved.
-    return shlex.join(
+    return VARIABLES + shlex.join(
         ["exec", PYTHON, "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
         + ["--threads", str(threads), "--resources", json.dumps(given)]
     )
@@ -113,7 +120,9 @@ def policies_by(method):
 def reads(stage):
     """An input function: role -> manifest of every parent, and under `config` and `files` the user's own."""
     info = STAGES[stage]
-    files = {"files": list(map(str, own_files(CONFIG, stage)))} if info.files or stage == "lm_eval" else {}
+    # local: a module's prefix is not for them.
+    has_files = info.files or stage == "lm_eval"
+    files = {"files": [local(str(path)) for path in own_files(CONFIG, stage)]} if has_files else {}
 
     def inputs(wildcards):
         value = wildcards.get(info.wildcard) if info.wildcard else ""

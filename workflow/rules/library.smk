@@ -1,19 +1,63 @@
 # What the head process needs before it can read a config: the library, in the environment that Snakemake runs in.
 import os
+import re
 import sys
 from pathlib import Path
 
+RULES = workflow.current_basedir
+WORKFLOW = Path(RULES.get_path_or_uri(secret_free=True)).parent
+IS_CLONE = WORKFLOW.is_dir()  # else Snakemake reads these rules from a repository, without the library
+
+
+def how_to_install():
+    if not IS_CLONE:
+        url = f"https://{RULES.host}/{RULES.repo}" if hasattr(RULES, "host") else "<where these rules are from>"
+        return f'install it into this environment: pip install "git+{url}@{RULES.ref}"'
+    root = WORKFLOW.resolve().parent
+    return (
+        f"start the snakemake of the environment that `make` sets up ({root}/.venv/bin/snakemake), or install into "
+        f"this one: pip install -r {root}/envs/requirements.txt -e {root}"
+    )
+
+
+def give_up(problem):
+    print(problem, file=sys.stderr)
+    sys.exit(78)
+
+
 try:
+    import tunetrail
     from tunetrail.config import loading
     from tunetrail.errors import ConfigError
+    from tunetrail.monitor.snakemake_adapter import module_name
 except ModuleNotFoundError as error:
-    root = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parents[1]
-    print(
-        f"{sys.executable}: {error}; start the snakemake of the environment that `make` sets up"
-        f" ({root}/.venv/bin/snakemake), or install into this one: pip install -r {root}/envs/requirements.txt -e {root}",
-        file=sys.stderr,
+    give_up(f"{sys.executable}: {error}; {how_to_install()}")
+
+# As a module from a tag on the web, these rules are of another version than the library in this environment may be.
+with workflow.sourcecache.open(RULES.join("../lib/tunetrail/__init__.py")) as file:
+    version = re.search('__version__ = "(.+)"', file.read())[1]
+if version != tunetrail.__version__:
+    give_up(
+        f"{sys.executable}: tunetrail {tunetrail.__version__} is installed, and the workflow is {version}; "
+        f"{how_to_install()}"
     )
-    sys.exit(78)
+
+MODULE = module_name(workflow)
+"""As which module of another workflow these rules are read; None where they are the workflow."""
+
+
+def library(link):
+    """The folder to put on a job's PYTHONPATH: the one next to the rules, or one with a link to the installed library."""
+    return WORKFLOW.resolve() / "lib" if IS_CLONE else Path(link).absolute()
+
+
+def link_library():
+    """Makes that link: the installed library's own folder has all other packages of this environment too."""
+    if not IS_CLONE:
+        link = Path(LIBRARY, "tunetrail")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(tunetrail.__file__).parent)
 
 
 def default_config():

@@ -1,17 +1,13 @@
 # The template of every stage's rule. `use rule stage as <name> with:` says what is its own:
 #   pathvars: artifact, its folder below results/<run>/
 #   input:    unpack(reads("<name>")): its resolved config, the manifests of its parents, the user's files
-localrules:
-    stage_config,
-    all,
-
-
 # A small file per stage: a stage reruns when the keys it reads change, and only then.
 rule stage_config:
     output:
-        f"{RESULTS}/config/{{stage}}.json",
+        config=f"{RESULTS}/config/{{stage}}.json",
     log:
         f"{LOGS}/config/{{stage}}.log",
+    localrule: True
     conda:
         ENVIRONMENT
     params:

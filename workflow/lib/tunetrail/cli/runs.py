@@ -79,7 +79,7 @@ def plan(
     steps = monitor.plan(jobs)
     data = next((job for job in jobs if job.name == "data"), None)
     known = Forecast([], [])
-    if config and data:  # not so where the workflow is a module of another
+    if config and data:  # not so where the workflow has several runs as modules
         known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
     if as_json:
         print_json(monitor.as_json(steps) | {"notes": known.notes})

@@ -38,12 +38,12 @@ class Job:
     """Ids that the cluster gave it, of a run that has not ended or was killed."""
 
 
-def artifact_name(path: str | Path) -> str:
+def artifact_name(manifest: str | Path, run: Path) -> str:
     """
-    >>> artifact_name("results/demo/policies/ppo/manifest.json")
+    >>> artifact_name("results/demo/policies/ppo/manifest.json", Path("results/demo"))
     'policies/ppo'
     """
-    return "/".join(Path(path).parts[2:-1])
+    return Path(manifest).parent.relative_to(run).as_posix()
 
 
 def listed(names: list[str]) -> str:
@@ -78,15 +78,16 @@ def config_changes(old: Path, new: str) -> list[str]:
     ]
 
 
-def _why(reason: Any, changes: dict[str, list[str]]) -> str:
+def _why(reason: Any, changes: dict[str, list[str]], names: dict[str, str]) -> str:
     """What Snakemake gives as the reason of a job, in terms of stages.
 
     Args:
         changes: config file -> its keys that change.
+        names: manifest -> the artifact's name.
     """
 
     def named(files: Any) -> str:
-        return listed([artifact_name(f) if Path(f).name == "manifest.json" else str(f) for f in files])
+        return listed([names.get(str(f), str(f)) for f in files])
 
     configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
     said = [
@@ -110,24 +111,29 @@ def _why(reason: Any, changes: dict[str, list[str]]) -> str:
 
 
 def jobs_of(workflow: Any) -> list[Job]:
-    """The stages of a loaded workflow, parents first. Stage configs are left out, but `why` names their changes."""
+    """The stages of a loaded workflow, parents first. Stage configs are left out, but `why` names their changes.
+
+    Where the workflow has modules, the jobs of others are left out too.
+    """
     dag = workflow.dag
-    needed = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
+    ours = {job: run for job in dag.jobs if (run := snakemake_adapter.run_of(job))}
+    needed = {job for job in ours if dag.needrun(job) and not dag.finished(job)}
     changes = {
-        str(job.output[0]): config_changes(Path(job.output[0]), job.params.json)
+        str(config): config_changes(Path(config), job.params.json)
         for job in needed
-        if job.rule.name == "stage_config"
+        if (config := job.output.get("config"))
     }
+    names = {str(path): artifact_name(path, run) for job, run in ours.items() if (path := job.output.get("manifest"))}
     found = []
-    stages = [[job for job in level if job.output.get("manifest")] for level in dag.toposorted()]
+    stages = [[job for job in level if str(job.output.get("manifest")) in names] for level in dag.toposorted()]
     for job in (job for level in stages for job in sorted(level, key=lambda job: _natural(job.output.manifest))):
         manifest = job.output.manifest
         parents = {file: parent for parent, files in dag.dependencies[job].items() for file in files}
-        awaited = {file for file, parent in parents.items() if parent in needed and parent.output.get("manifest")}
+        awaited = {str(file) for file, parent in parents.items() if parent in needed}
         state = job.params.get("state")
         found.append(
             Job(
-                name=artifact_name(manifest),
+                name=names[str(manifest)],
                 rule=job.rule.name,
                 manifest=Path(manifest),
                 state=Path(state) if state else None,
@@ -136,8 +142,8 @@ def jobs_of(workflow: Any) -> list[Job]:
                 threads=job.threads,
                 resources={k: v for k, v in job.resources.items() if not k.startswith("_")},
                 needed=job in needed,
-                why=_why(dag.reason(job), changes) if job in needed else "",
-                after=tuple(sorted({artifact_name(file) for file in awaited})),
+                why=_why(dag.reason(job), changes, names) if job in needed else "",
+                after=tuple(sorted(names[file] for file in awaited & names.keys())),
                 begun=snakemake_adapter.has_begun(workflow, str(manifest)),
                 submitted=snakemake_adapter.submitted_ids(workflow, job) if job in needed else (),
             )
@@ -155,10 +161,24 @@ def forget_failed(workflow: Any) -> None:
     dag = workflow.dag
     for job in dag.jobs:
         manifest = job.output.get("manifest")
-        if not manifest or Path(manifest).exists() or not dag.needrun(job) or dag.finished(job):
+        if not snakemake_adapter.run_of(job) or not manifest or Path(manifest).exists():
+            continue
+        if not dag.needrun(job) or dag.finished(job):
             continue
         if not snakemake_adapter.has_begun(workflow, str(manifest)):  # else it may still run on the cluster
             snakemake_adapter.forget(workflow, job)
+
+
+def has_made(workflow: Any, run: Path) -> bool:
+    """Whether a workflow that has ended made anything of this run."""
+    return any(workflow.dag.finished(job) and snakemake_adapter.run_of(job) == run for job in workflow.dag.jobs)
+
+
+def others_failed(workflow: Any) -> bool:
+    """Whether a job of another workflow, of which this is a module, had all it needs and did not succeed."""
+    dag = workflow.dag
+    left = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
+    return any(snakemake_adapter.run_of(job) is None and not left.intersection(dag.dependencies[job]) for job in left)
 
 
 def read_run(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> tuple[Any, list[Job]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.errors import DataError, Waiting
-from tunetrail.monitor.dag import forget_failed, jobs_of
+from tunetrail.monitor.dag import forget_failed, jobs_of, others_failed
 from tunetrail.monitor.status import StageStatus, failed, failure_lines, statuses
 from tunetrail.provenance import ledger
 
@@ -41,10 +41,11 @@ def seal(run: Path) -> None:
 
 
 def after_failure(workflow: Any, run: Path, arguments: list[str]) -> int:
-    """What the head process does when a run failed. Returns the exit code that is due."""
+    """What the head process does when a workflow with this run failed. Returns the exit code that is due."""
     seal(run)
     forget_failed(workflow)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    found = statuses([job for job in jobs_of(workflow) if job.needed], shlex.join(["snakemake", *options]))
+    left = [job for job in jobs_of(workflow) if job.needed and job.manifest.is_relative_to(run)]
+    found = statuses(left, shlex.join(["snakemake", *options]))
     print(summary(found, arguments), file=sys.stderr)
-    return common_code(found)
+    return FAULT if others_failed(workflow) else common_code(found)

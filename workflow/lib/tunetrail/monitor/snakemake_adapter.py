@@ -6,12 +6,13 @@ version in envs/requirements.txt: a test fails when the lock moves, and then eac
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from tunetrail.config.run import Config
 from tunetrail.errors import ConfigError, TunetrailError
 
 VERSION = "9.27.1"
@@ -25,9 +26,21 @@ def has_begun(workflow: Any, manifest: str) -> bool:
     return bool(workflow.persistence._filter_incomplete_keys([manifest]))
 
 
-def config_of(workflow: Any) -> Any:
-    """The validated config of the Snakefile, `tunetrail.config.run.Config`; None where the Snakefile is another's."""
-    return workflow.globals.get("CONFIG")
+def _names(rule: Any) -> dict[str, Any]:
+    """What the Snakefile that has this rule defines, if it is tunetrail's; else nothing."""
+    names = rule.module_globals
+    return names if isinstance(names.get("CONFIG"), Config) else {}
+
+
+def run_of(job: Any) -> Path | None:
+    """The folder of the run that a job belongs to; None where its rule is of another workflow."""
+    return Path(names["RUN"]) if (names := _names(job.rule)) else None
+
+
+def config_of(workflow: Any) -> Config | None:
+    """The validated config; None where the workflow has several runs as modules."""
+    configs = {names["RUN"]: names["CONFIG"] for rule in workflow.rules if (names := _names(rule))}
+    return next(iter(configs.values())) if len(configs) == 1 else None
 
 
 def submitted_ids(workflow: Any, job: Any) -> tuple[str, ...]:
@@ -95,3 +108,88 @@ def planned_workflow(profile: str, configfiles: list[Path], snakefile: Path | No
         except WorkflowError as e:
             raise TunetrailError(f"Snakemake cannot plan this: {' '.join(str(e).split())}") from e
         yield workflow
+
+
+# ----------------------------------------------------------------------------- as a module of another workflow
+
+
+def module_name(workflow: Any) -> str | None:
+    """The name of the module that is being read; None for the main workflow."""
+    return None if workflow.modifier.is_main_snakefile() else workflow.modifier.namespace
+
+
+def located(workflow: Any, path: str) -> str:
+    """Where a rule's path lies: a module's `prefix` or `replace_prefix` moves it."""
+    return workflow.modifier.path_modifier.replace_prefix(path)
+
+
+def renamed(workflow: Any, rule: str) -> str | None:
+    """The name of a rule here (`use rule * from … as tt_*`); None where it is not used."""
+    return workflow.modifier.avail_rulename(rule)
+
+
+def apply_profile(workflow: Any, rules: Iterable[str]) -> None:
+    """Gives renamed rules the threads and resources that the profile sets for their own names.
+
+    What the profile sets for a rule's name here goes first.
+    """
+    threads = workflow.resource_settings._parsed_overwrite_threads
+    resources = workflow.resource_settings._parsed_overwrite_resources
+    for rule in rules:
+        if (name := renamed(workflow, rule)) in (rule, None):
+            continue
+        if rule in threads:
+            threads.setdefault(name, threads[rule])
+        if rule in resources:
+            both = resources[rule].copy()
+            both.update(resources.get(name, {}))
+            resources[name] = both
+
+
+def launcher_of(workflow: Any, rule: str) -> str | None:
+    """The resource `launcher` that the profile gives a rule."""
+    settings = workflow.resource_settings
+    own = settings._parsed_overwrite_resources.get(renamed(workflow, rule))
+    for given in (own, settings.default_resources):
+        if given and "launcher" in given:
+            return str(given["launcher"].raw).strip("'\"")
+    return None
+
+
+def run_handlers(workflow: Any, run: str) -> None:
+    """Makes Snakemake call `onstart`, `onsuccess` and `onerror` of the module that is being read, which it ignores.
+
+    They are called beside the main workflow's own, wherever these are defined, and once, however often `use rule` reads
+    the module.
+
+    Args:
+        run: the folder of the module's run.
+    """
+    known = vars(workflow).setdefault("tunetrail_runs", set())
+    if run not in known:
+        known.add(run)
+        for event in ("onstart", "onsuccess", "onerror"):
+            _call_too(workflow, event, workflow.globals[event])
+
+
+def _call_too(workflow: Any, event: str, ours: Callable[[], None]) -> None:
+    register = getattr(workflow, event)
+
+    def both(theirs: Callable[[Any], None]) -> Callable[[Any], None]:
+        def handler(log: Any) -> None:
+            if event != "onerror":
+                ours()
+                theirs(log)
+                return
+            try:
+                theirs(log)
+            finally:  # ours ends the process
+                ours()
+
+        return handler
+
+    def register_both(theirs: Callable[[Any], None]) -> None:
+        register(both(theirs) if workflow.modifier.is_main_snakefile() else theirs)
+
+    setattr(workflow, f"_{event}", both(getattr(workflow, f"_{event}")))
+    setattr(workflow, event, register_both)

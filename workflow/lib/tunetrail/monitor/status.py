@@ -143,9 +143,9 @@ def submitted_jobs(job: Job) -> list[str]:
     """Ids of the Slurm jobs that were submitted for it: by Snakemake, or by submitit."""
     found = list(job.submitted)
     if job.state is not None:
-        name = ".".join(job.manifest.parent.parts[-2:])
+        jobs, name = job.state.parents[job.name.count("/")] / "jobs", ".".join(job.manifest.parent.parts[-2:])
         with suppress(OSError, ValueError, LookupError):
-            found.append(json.loads(Path(*job.state.parts[:2], "jobs", f"{name}.json").read_text())["job"])
+            found.append(json.loads((jobs / f"{name}.json").read_text())["job"])
     return found
 
 
