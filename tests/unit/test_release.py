@@ -1,7 +1,6 @@
 """tunetrail model: a run's model as one folder to take away, its way to a hub, and talking with it."""
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.audited_run import flip
 from tests.records import seal_folder
@@ -22,19 +21,18 @@ from tunetrail.config.training import Lora
 from tunetrail.files import write_json
 from tunetrail.models import release
 from tunetrail.models.batching import encode
-from tunetrail.models.chat import Speaker
+from tunetrail.models.chat import Speaker, converse
 from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokenizer, with_lora
 from tunetrail.models.sampling import sample
 from tunetrail.models.saving import answers, save_adapter, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.ledger import seal
-from tunetrail.provenance.manifest import identity, list_files, sha256_file
+from tunetrail.provenance.manifest import identity
 from tunetrail.provenance.record import dependency
 from tunetrail.reward.kwise import initialise
 from tunetrail.stages.base import set_special_tokens
 
 ROWS = [[5, 6, 7, 8, 9, 10]]
-TINY = ("random", 16, 2, 2)
 
 
 def model_of(seed):
@@ -123,6 +121,7 @@ print(model.dtype, tokenizer.model_max_length, model(torch.tensor([[5, 6, 7]])).
 """
 
 
+@pytest.mark.slow
 def test_export_writes_one_folder_that_loads_for_a_stranger(run, tmp_path, capsys):
     out = tmp_path / "taken/away"
     assert main(["model", "export", str(run / "policies/dpo"), str(out)]) == 0
@@ -160,11 +159,17 @@ def test_the_exported_card_says_what_it_is_of_and_no_path(run, tmp_path):
     )
     assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [("gold", 0.61)]
     for line in (
-        "# my-dpo", "- gold: 0.61 [0.51, 0.71], n = 8", f"sha256 `{identity(run / 'policies/dpo')}`",
-        f"- base: manifest `{identity(run / 'base')}`", "- licence of the base model: Apache-2.0",
-        f"- data: rows.jsonl, licence not stated, sha256 `{'5' * 64}`", "- data: someone/chats, licence MIT, version v2",
-        'AutoModelForCausalLM.from_pretrained(".")', "sha256sum --check SHA256SUMS", "vLLM and other engines were not tried",
-    ):  # fmt: skip
+        "# my-dpo",
+        "- gold: 0.61 [0.51, 0.71], n = 8",
+        f"sha256 `{identity(run / 'policies/dpo')}`",
+        f"- base: manifest `{identity(run / 'base')}`",
+        "- licence of the base model: Apache-2.0",
+        f"- data: rows.jsonl, licence not stated, sha256 `{'5' * 64}`",
+        "- data: someone/chats, licence MIT, version v2",
+        'AutoModelForCausalLM.from_pretrained(".")',
+        "sha256sum --check SHA256SUMS",
+        "vLLM and other engines were not tried",
+    ):
         assert line in text, line
     assert "/ann" not in text
     assert "results/r" not in text
@@ -453,9 +458,18 @@ def test_the_same_seed_says_the_same_and_a_new_conversation_forgets(run, monkeyp
 
     assert said("Hi\n") == said("Hi\n")
     assert said("Hi\n") != said("Hi\n", "--seed", "4")
-    assert said("Hi\nHow?\n", "--temperature", "0").splitlines()[1] != said("How?\n", "--temperature", "0").strip("\n")
-    forgotten = said("Hi\n/new\n\nHow?\n", "--temperature", "0").rpartition("\n")[0]
-    assert forgotten.endswith(said("How?\n", "--temperature", "0").strip("\n"))
+
+
+def test_a_conversation_remembers_until_a_new_one_begins(run):
+    speaker = Speaker.load(run / "policies/dpo")
+
+    def last(*lines):
+        found = []
+        converse([speaker], [*lines, "/new"], lambda said: found.append(list(said)), pytest.fail, 8, 1.0, seed=3)
+        return found[-1]
+
+    assert last("Hi", "", "How?") != last("Hello there", "", "How?")  # the third line draws the same numbers
+    assert last("Hi", "/new", "How?") == last("Hello there", "/new", "How?")
 
 
 def test_chat_streams_a_response_token_by_token(run, monkeypatch):
@@ -493,6 +507,7 @@ def test_nobody_talks_with_a_reward_model(run, monkeypatch, capsys):
     assert "a reward model scores text and writes none" in err
 
 
+@pytest.mark.slow
 def test_chat_reads_a_pipe_in_a_process_of_its_own(run):
     command = [
         sys.executable,

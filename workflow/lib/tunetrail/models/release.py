@@ -218,9 +218,8 @@ def push(
         public: of a repository that is made; one that is there stays as it is.
         dry_run: says what would go, and asks nobody.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi, ModelCard
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever client it uses
 
     files = check_sums(folder)
     for file in files:
