@@ -26,6 +26,7 @@ from tunetrail.models.loading import copy_tokenizer, load_causal_lm, load_tokeni
 from tunetrail.models.sampling import sample
 from tunetrail.models.saving import answers, save_adapter, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
+from tunetrail.provenance.exports.model_card import of_stage
 from tunetrail.provenance.ledger import seal
 from tunetrail.provenance.manifest import identity
 from tunetrail.provenance.record import dependency
@@ -280,6 +281,41 @@ def test_export_spoils_nothing_that_is_there(run, tmp_path, capsys):
     assert "already there" in capsys.readouterr().err
     assert main(["model", "export", str(run / "policies/dpo"), str(run / "policies/dpo/out")]) == 78
     assert "is inside the artifact" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- the card in a model folder
+
+
+def test_the_card_that_a_stage_writes_names_no_place_time_or_commit(run, tmp_path):
+    """It is part of the artifact: equal models must have equal cards, wherever and whenever they were made."""
+    metrics = {
+        "train_loss": 0.25,
+        "steps": 1200,
+        "adapter": "lora",
+        "accuracy": interval(0.6),
+        "losses": [1.0],
+        "unknown": None,
+        "gain_over": {"longer_wins": interval(0.1)},
+        "accuracy_by_source": {"../../home/ann/rows.jsonl": interval(0.5)},
+    }
+    inputs = {"policy": run / "base", "data": run / "data"}
+    text = of_stage("reward", run / "reward", inputs, [], metrics)
+    subprocess.run(["cp", "-r", str(run.parent), str(tmp_path / "copy")], check=True)
+    (tmp_path / "copy/r/ledger.jsonl").unlink()  # as in the first run of a pipeline
+    there = {role: tmp_path / "copy/r" / folder.name for role, folder in inputs.items()}
+    assert of_stage("reward", tmp_path / "copy/r/reward", there, [], metrics) == text
+    for line in (
+        "- train_loss: 0.25\n- steps: 1,200\n- adapter: lora\n- accuracy: 0.6 [0.5, 0.7], n = 8\n"
+        "- gain_over.longer_wins: 0.1 [0, 0.2], n = 8\n\n",
+        f"- base: manifest `{identity(run / 'base')}`",
+        f"- data: manifest `{identity(run / 'data')}`",
+        "A model is evaluated after its folder was published",
+        "base_model: someone/tiny",
+        "license: apache-2.0",
+    ):
+        assert line in text, line
+    for absent in ("/ann", "results", str(tmp_path), "commit", "2026-", "fde7df5d8a2d"):
+        assert absent not in text, absent
 
 
 # ----------------------------------------------------------------------------- GGUF
