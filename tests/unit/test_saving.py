@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tunetrail.config.training import Lora
@@ -20,6 +21,7 @@ from tunetrail.models.loading import load_causal_lm, load_tokenizer, with_adapte
 from tunetrail.models.saving import answers, portable_config, save_adapter, save_tokenizer
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.preferences.pairs import decided_pairs, preference_targets
+from tunetrail.provenance.manifest import identity
 
 from .test_training import write_workspace
 
@@ -170,6 +172,21 @@ def test_nothing_that_is_published_names_a_path(folder):
 
 
 @pytest.mark.slow
+def test_every_model_folder_has_a_card_with_what_its_stage_measured(folder):
+    for name in MODELS[1:]:
+        text = (folder / name / "model/README.md").read_text()
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        assert f"Made by the stage `{name}` of tunetrail." in text
+        assert f"- steps: {metrics['steps']}\n" in text
+        assert f"- parameters_trained: {metrics['parameters_trained']:,}\n" in text
+        assert ("`adapter/`, next to this folder, is the LoRA adapter" in text) == (folder / name / "adapter").is_dir()
+        assert str(folder) not in text
+        listed = json.loads((folder / name / "manifest.json").read_text())["files"]
+        assert "model/README.md" in [file["path"] for file in listed]
+    assert f"- sft: manifest `{identity(folder / 'sft')}`" in (folder / "dpo/model/README.md").read_text()
+
+
+@pytest.mark.slow
 def test_evaluation_says_how_a_model_was_trained(folder):
     found = {n: json.loads((folder / f"evaluation/{n}/metrics.json").read_text())["adapter"] for n in MODELS[:-1]}
     assert found == {"base": None, "sft": "lora", "dpo": "lora", "ppo": "lora"}
@@ -284,6 +301,12 @@ def test_a_base_model_of_ones_own_is_written_as_ours_are(own):
     assert tokenizer["model_max_length"] == written["max_position_embeddings"]
     ours, theirs = (answers(AutoModelForCausalLM.from_pretrained(f), [[5, 6, 7]]) for f in ("base/model", "own"))
     torch.testing.assert_close(ours, theirs)
+    card = ModelCard.load("base/model/README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", None)
+    assert "none: random weights or a local folder" in card.text
+    assert "`own`" not in card.text
+    assert run("base", "elsewhere/again", of=own) == 0
+    assert identity(Path("elsewhere/again")) == identity(Path("base"))
 
 
 def test_an_adapter_is_no_base_model(own, capfd):

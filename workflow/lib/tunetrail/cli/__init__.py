@@ -4,9 +4,10 @@
     config   check, resolve, schema, document
     label    serve, add, list, renew, forget, verify, export, import
     audit    verify, trace, diff, show, seal, reproduce, export, card
+    model    export, push, chat
 
 Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid. A bad config ends
-config, status, plan and doctor with 78, bad data with 65. status and plan end with 0 whatever they report.
+config, status, plan, doctor and model with 78, bad data with 65. status and plan end with 0 whatever they report.
 """
 
 import sys
@@ -17,7 +18,7 @@ import typer
 from typer._click.exceptions import ClickException
 
 import tunetrail
-from tunetrail.cli import audit, config, label, runs
+from tunetrail.cli import audit, config, label, model, runs
 from tunetrail.cli.common import INCOMPLETE, SOUND
 from tunetrail.errors import TunetrailError
 
@@ -32,6 +33,7 @@ runs.register(app)
 app.add_typer(config.app, name="config", help="Check, resolve and document config files.")
 app.add_typer(label.app, name="label", help="People rank outputs and write answers, on a page of their own.")
 app.add_typer(audit.app, name="audit", help="Where a checkpoint came from, and whether it is still what it was.")
+app.add_typer(model.app, name="model", help="Take a model of a run away, to a hub, or talk with it.")
 
 
 def _version(wanted: bool) -> None:

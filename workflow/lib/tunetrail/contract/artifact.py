@@ -61,10 +61,12 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     """Turns `stage.work` into the artifact at `stage.output`, whole or not at all."""
     write_json(stage.work / METRICS, metrics)
+    if (stage.work / "model/config.json").exists():
+        _write_card(stage, metrics)
     content = build(stage.work)
     manifest = _manifest(stage, content)
     (stage.work / PROVENANCE).write_bytes(_record(stage, manifest, attempts))
-    _make_durable(stage.work)
+    make_durable(stage.work)
     stage.attempt.check_leases()
     previous = _previous(stage.output)
     shutil.rmtree(previous, ignore_errors=True)
@@ -74,6 +76,15 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     declare_finished(stage.output, manifest)
     for entry in content["files"]:  # so that the stage that reads it next need not hash it again
         stage.attempt.digests.remember(stage.output / entry["path"], entry["sha256"])
+
+
+def _write_card(stage: Stage, metrics: dict) -> None:
+    """The card of a model, in its folder: whoever copies that takes it along."""
+    from tunetrail.provenance.exports.model_card import of_stage
+
+    inputs = {role: parent.folder for role, parent in stage.inputs.items()}
+    card = of_stage(stage.name, stage.work, inputs, stage.draft.dependencies, metrics)
+    (stage.work / "model/README.md").write_text(card, encoding="utf-8")
 
 
 def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
@@ -108,7 +119,7 @@ def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
     )
 
 
-def _make_durable(folder: Path) -> None:
+def make_durable(folder: Path) -> None:
     """Flushes every file to disk, readable by whomever the umask allows: safetensors writes 0600, which shuts a group
     out.
     """

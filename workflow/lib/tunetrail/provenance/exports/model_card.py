@@ -1,18 +1,23 @@
 """A README.md as Hugging Face reads it, https://huggingface.co/docs/hub/model-cards.
 
-`base_model` is the first published ancestor. The text is in model_card.md.j2.
+`base_model` is the first published ancestor. The text is in model_card.md.j2. There are three cards of a model: the one
+in its folder, written before the model was evaluated; the one that `export` prints of a finished artifact; and the one
+in a folder that `tunetrail model export` made. The first is part of the artifact: it names no commit, time, path or
+place in the run, so that equal models have equal cards.
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.exports.common import licence_of, lineage_of, record_of
+from tunetrail.provenance.exports.common import lineage_of, record_of
 from tunetrail.provenance.ledger import artifacts
-from tunetrail.provenance.lineage import Node, ancestors, is_checkpoint, run_of
+from tunetrail.provenance.lineage import Lineage, Node, ancestors, is_checkpoint, run_of
 from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, read_manifest
 from tunetrail.provenance.record import Record
 from tunetrail.provenance.schema import Dependency
@@ -20,14 +25,75 @@ from tunetrail.provenance.schema import Dependency
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
-def published_ancestor(node: Node) -> Dependency | None:
-    """The nearest model upstream that others can fetch: a hub repository or a package; None where there is none."""
-    bases = (d for ancestor in ancestors(node).values() for d in record_of(ancestor).of_role("base"))
-    return next((d for d in bases if d.get("uri")), None)
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about: a model and what it was made from."""
+
+    stage: str
+    model: Path
+    """The folder with its config.json."""
+    parents: Mapping[str, Node | None]
+    """By role."""
+    own: list[Dependency]
+    """What its stage used besides its inputs."""
+    has_adapter: bool = False
+
+    @property
+    def upstream(self) -> dict[str, Node]:
+        """Everything it was made from, by stage, nearest first."""
+        parents = [parent for _, parent in sorted(self.parents.items()) if parent]
+        return {stage: node for parent in parents for stage, node in ancestors(parent).items()}
+
+    def of_role(self, role: str) -> list[Dependency]:
+        """Its own dependencies of this role and those of everything upstream, each once."""
+        upstream = (d for node in self.upstream.values() for d in record_of(node).dependencies)
+        found = [d for d in [*self.own, *upstream] if d["annotations"]["role"] == role]
+        return [d for n, d in enumerate(found) if d not in found[:n]]
+
+    @property
+    def started_from(self) -> str | None:
+        """The stage of the model that training started from."""
+        parent = self.parents.get("policy") or self.parents.get("base")
+        return parent.record.stage if parent and parent.record else None
 
 
-def results(node: Node) -> dict[str, dict[str, Any]]:
-    """The metrics with an interval of this model's evaluation in the same run."""
+# ----------------------------------------------------------------------------- what was measured
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and {"mean", "low", "high"} <= value.keys() and value["mean"] is not None
+
+
+def intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The intervals among metrics, those one level down by `key.name`; not one for each source or labeler, whose names
+    may be paths and people.
+    """
+    found = {}
+    for key, value in metrics.items():
+        if _is_interval(value):
+            found[key] = value
+        elif isinstance(value, dict) and "_by_" not in key:
+            found |= {f"{key}.{name}": inner for name, inner in value.items() if _is_interval(inner)}
+    return found
+
+
+def lines(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers, texts and intervals of metrics as a reader sees them."""
+    found = {}
+    for key, value in metrics.items():
+        if isinstance(value, float):
+            found[key] = f"{value:.4g}"
+        elif isinstance(value, int | str):
+            found[key] = f"{value:,}" if isinstance(value, int) else value
+        found |= {
+            name: f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}], n = {v['n']}"
+            for name, v in intervals({key: value}).items()
+        }
+    return found
+
+
+def _evaluations(node: Node) -> Iterator[dict[str, Any]]:
+    """The metrics of every evaluation of this artifact in its run."""
     run = run_of(node.folder)
     for folder in artifacts(run) if run else []:
         path = folder / PROVENANCE
@@ -36,18 +102,33 @@ def results(node: Node) -> dict[str, dict[str, Any]]:
         record = Record(path.read_bytes(), str(path))
         subjects = {s["digest"]["sha256"] for s in record.statement["subject"][1:]}
         if record.stage == "evaluation" and node.identity in subjects:
-            metrics = json.loads((folder / METRICS).read_text())
-            return {k: v for k, v in metrics.items() if isinstance(v, dict) and _has_interval(v)}
+            yield json.loads((folder / METRICS).read_text())
+
+
+def results(node: Node, step: int | None = None) -> dict[str, dict[str, Any]]:
+    """The metrics with an interval of this model's evaluation in the same run.
+
+    Args:
+        step: of the checkpoint that is meant, where it is one kept along the way.
+    """
+    for metrics in _evaluations(node):
+        if step is None:
+            return intervals(metrics)
+        points = (metrics.get("frontier") or {}).get("points", [])
+        return intervals(next((point for point in points if point["step"] == step), {}))
     return {}
 
 
-def _has_interval(value: dict[str, Any]) -> bool:
-    return {"mean", "low", "high"} <= value.keys() and value["mean"] is not None
+# ----------------------------------------------------------------------------- the card
 
 
 def _is_on_hub(source: Dependency) -> bool:
-    name = source["name"]
-    return bool(source["annotations"].get("kind")) and "/" in name and not Path(name).exists()
+    return "files" not in source["annotations"] and "/" in source["name"]
+
+
+def _without_path(source: Dependency) -> Dependency:
+    """A file by its name alone: where it lay on somebody's machine is nobody's business."""
+    return source if "files" not in source["annotations"] else source | {"name": Path(source["name"]).name}
 
 
 def least_transformers(config: dict[str, Any]) -> str:
@@ -58,42 +139,92 @@ def least_transformers(config: dict[str, Any]) -> str:
     return "5.0" if config.get("rope_parameters") and "rope_theta" not in config else "4.57"
 
 
-def export(folder: Path) -> str:
-    node, nodes = lineage_of(folder)
-    if not is_checkpoint(node):
-        raise DataError(f"{folder}: holds no model; a card is of a checkpoint")
-    base, licence, measured = published_ancestor(node), licence_of(nodes), results(node)
-    sources = [d for n in nodes for d in record_of(n).of_role("source")]
+def _card(subject: Subject, title: str, measured: dict[str, str], evaluated: Mapping[str, Any], **facts: Any) -> str:
+    bases, sources = subject.of_role("base"), subject.of_role("source")
+    # The nearest model upstream that others can fetch: a hub repository or a package.
+    base = next((d for d in bases if d.get("uri")), None)
+    licence = next((named for d in bases if (named := d["annotations"].get("licence"))), None)
     held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "held-out prompts of the run"}
     data = ModelCardData(
         library_name="transformers",
         license=licence.lower() if licence else None,
         base_model=base["name"] if base and base["uri"].startswith("pkg:huggingface/") else None,
-        base_model_relation="finetune",
+        base_model_relation=None if subject.stage == "base" else "finetune",
         datasets=sorted({d["name"] for d in sources if _is_on_hub(d)}) or None,
-        tags=["tunetrail", record_of(node).stage],
-        model_name=node.name,
+        tags=["tunetrail", subject.stage],
+        model_name=title,
         eval_results=[
             EvalResult("text-generation", metric_type=k, metric_name=k, metric_value=round(v["mean"], 4), **held_out)
-            for k, v in measured.items()
+            for k, v in evaluated.items()
         ]
         or None,
     )
-    config = json.loads((folder / "model/config.json").read_text())
-    tensors = len(read_manifest(folder / MANIFEST).get("tensors", []))
+    config = json.loads((subject.model / "config.json").read_text())
     card = ModelCard.from_template(
         data,
         str(TEMPLATE),
-        node=node,
-        record=record_of(node),
+        title=title,
+        stage=subject.stage,
         base=base,
-        ancestors=ancestors(node),
-        sources=sources,
-        results=measured,
-        tensors=tensors,
+        licence=licence,
+        upstream=subject.upstream,
+        sources=[_without_path(source) for source in sources],
+        labelers=sorted({name for d in subject.of_role("labels") for name in d["annotations"].get("labelers", [])}),
+        measured=measured,
+        has_intervals=any("[" in text for text in measured.values()),
         config=config,
         auto_class=f"AutoModelFor{'SequenceClassification' if 'reward_pooling' in config else 'CausalLM'}",
         least_transformers=least_transformers(config),
-        has_adapter=(folder / "adapter").is_dir(),
+        has_adapter=subject.has_adapter,
+        started_from=subject.started_from,
+        **facts,
     )
     return f"{card}\n"
+
+
+def of_stage(
+    stage: str, work: Path, inputs: Mapping[str, Path], own: list[Dependency], metrics: Mapping[str, Any]
+) -> str:
+    """The card in the model folder of a stage that is about to publish.
+
+    Args:
+        work: what becomes the artifact, with `model/`.
+        inputs: the folders of its inputs, by role.
+        own: what the stage used besides.
+        metrics: what it measured.
+    """
+    lineage = Lineage()
+    parents = {role: lineage.add(folder) for role, folder in inputs.items()}
+    subject = Subject(stage, work / "model", parents, own, (work / "adapter").is_dir())
+    return _card(subject, stage, lines(metrics), {}, place=".")
+
+
+def of_artifact(folder: Path, model: Path | None = None, title: str | None = None, step: int | None = None) -> str:
+    """The full card of a published model, with what evaluation measured. Raises DataError where a record is missing.
+
+    Args:
+        model: the folder that `tunetrail model export` filled, which the card will lie in; None: the artifact's own.
+        step: of a checkpoint that was kept along the way and is meant instead of the final model.
+    """
+    node, _ = lineage_of(folder)
+    if not is_checkpoint(node):
+        raise DataError(f"{folder}: holds no model; a card is of a checkpoint")
+    record, evaluated = record_of(node), results(node, step)
+    has_adapter = model is None and (folder / "adapter").is_dir()
+    subject = Subject(record.stage, model or folder / "model", node.parents, record.dependencies, has_adapter)
+    return _card(
+        subject,
+        title or node.name,
+        lines(evaluated),
+        evaluated,
+        place="model" if model is None else ".",
+        record=record,
+        identity=node.identity,
+        tensors=len(read_manifest(folder / MANIFEST).get("tensors", [])),
+        step=step,
+        has_gguf=model is not None and (model / "model.gguf").exists(),
+    )
+
+
+def export(folder: Path) -> str:
+    return of_artifact(folder)
