@@ -78,15 +78,17 @@ def config_changes(old: Path, new: str) -> list[str]:
     ]
 
 
-def _why(reason: Any, changes: dict[str, list[str]]) -> str:
+def _why(reason: Any, changes: dict[str, list[str]], made: set[str]) -> str:
     """What Snakemake gives as the reason of a job, in terms of stages.
 
     Args:
         changes: config file -> its keys that change.
+        made: inputs that stages of this run make.
     """
 
     def named(files: Any) -> str:
-        return listed([artifact_name(f) if Path(f).name == "manifest.json" else str(f) for f in files])
+        own = listed([artifact_name(f) for f in files if f in made])
+        return ", ".join(filter(None, [own, *sorted(str(f) for f in files if f not in made)]))
 
     configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
     said = [
@@ -136,7 +138,7 @@ def jobs_of(workflow: Any) -> list[Job]:
                 threads=job.threads,
                 resources={k: v for k, v in job.resources.items() if not k.startswith("_")},
                 needed=job in needed,
-                why=_why(dag.reason(job), changes) if job in needed else "",
+                why=_why(dag.reason(job), changes, set(parents)) if job in needed else "",
                 after=tuple(sorted({artifact_name(file) for file in awaited})),
                 begun=snakemake_adapter.has_begun(workflow, str(manifest)),
                 submitted=snakemake_adapter.submitted_ids(workflow, job) if job in needed else (),

@@ -116,5 +116,5 @@ class VerifyResult:
         self.findings = [
             f
             for f in self.findings
-            if not (f.name == name and f.artifact == printable(artifact.name) and f.message.startswith(start))
+            if not (f.name == name and f.folder == printable(artifact.folder) and f.message.startswith(start))
         ]

@@ -62,7 +62,7 @@ def export(folder: Path) -> str:
     node, nodes = lineage_of(folder)
     if not is_checkpoint(node):
         raise DataError(f"{folder}: holds no model; a card is of a checkpoint")
-    base, licence, measured = published_ancestor(node), licence_of(nodes), results(node)
+    base, licence, measured = published_ancestor(node), licence_of(node), results(node)
     sources = [d for n in nodes for d in record_of(n).of_role("source")]
     held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "held-out prompts of the run"}
     data = ModelCardData(
