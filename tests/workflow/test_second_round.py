@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tunetrail
 from tunetrail.cli import main
 from tunetrail.files import write_jsonl
 from tunetrail.monitor.dag import read_run
@@ -140,6 +142,7 @@ def test_base_is_stale_where_the_artifact_was_made_again_and_refuses_one_that_wa
     assert reply.returncode == 65
     assert f"{record}: is the record of another manifest.json" in reply.stderr
     record.write_bytes(own)
+    make(project, config)
     assert not audit("results/round2").findings
 
     first = FIRST | {"policies": {"dpo": FIRST["policies"]["dpo"] | {"beta": 0.5}}}
@@ -207,3 +210,24 @@ def test_a_run_cannot_replace_its_own_base(project):
     )
     reply = project.snakemake("--dry-run", config=begin_with(POLICY))
     assert f"base.path: {POLICY} has no config.json; its model is in {POLICY}/model\n" in reply.stderr
+
+
+def test_another_version_is_told_and_reruns_nothing(project, capsys):
+    target = f"{POLICY}/manifest.json"
+    for path in Path("results/round1").rglob("provenance.json"):
+        content, this = path.read_text(), f'"tunetrail":"{tunetrail.__version__}"'
+        assert content.count(this) == 1
+        path.write_text(content.replace(this, '"tunetrail":"0.1.0"'))
+    assert "Nothing to be done" in project.run("--dry-run", "--", target, config="round1.yaml")
+
+    assert main(["status", "--configfile", "round1.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^policies/dpo +done", out, re.MULTILINE)
+    assert "  dpo, made by 0.1.0; changed since: " in out
+    assert main(["status", "--configfile", "round1.yaml", "--json"]) == 0
+    found = {s["name"]: s["other_version"] for s in json.loads(capsys.readouterr().out)}
+    assert found["policies/dpo"]["made_by"] == "0.1.0"
+    assert found["policies/dpo"]["changed_since"]
+    assert found["report"] is None  # not made yet
+    assert main(["plan", "--configfile", "round1.yaml"]) == 0
+    assert "  data, made by 0.1.0; changed since: rows carry `messages`" in capsys.readouterr().out

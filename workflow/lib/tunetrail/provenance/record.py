@@ -302,6 +302,11 @@ class Record:
         return self.annotations("packages").get("installed", {})
 
     @property
+    def version(self) -> str:
+        """Of tunetrail."""
+        return str((self.run.get("builder") or {}).get("version", {}).get("tunetrail", "an unknown version"))
+
+    @property
     def started(self) -> str | None:
         return self.run.get("metadata", {}).get("startedOn")
 
