@@ -31,7 +31,7 @@ from tunetrail.files import read_finished_rows, read_jsonl, write_json, write_js
 from tunetrail.launch import time_limit
 from tunetrail.launch.time_limit import stage_environment
 from tunetrail.provenance.manifest import list_files, sha256_file
-from tunetrail.provenance.record import Record, read_record
+from tunetrail.provenance.record import Record, dependency, read_record
 
 # A stage in n steps that keeps in its state how far it is. What it makes depends on config and input alone.
 SCRIPT = """
@@ -804,6 +804,25 @@ def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypa
     Path("out/big").write_text("y" * 1000)
     assert in_process(run) == 0
     assert (len(runs), Path("out/manifest.json").read_bytes()) == (3, manifest)
+
+
+def test_an_edited_file_of_the_users_is_read_again(tmp_path, monkeypatch):
+    """Snakemake takes the manifest away before it runs a stage again, as if the stage had been killed at the end."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(stage: Stage) -> dict:
+        digest = sha256_file(Path("rows.txt"))
+        stage.draft.dependencies.append(dependency("source", "rows", digest, files={"rows.txt": digest}))
+        shutil.copy("rows.txt", stage.work)
+        return {}
+
+    Path("rows.txt").write_text("one")
+    assert in_process(run) == 0
+    for content in ("one", "two"):
+        Path("rows.txt").write_text(content)
+        Path("out/manifest.json").unlink()
+        assert in_process(run) == 0
+        assert Path("out/rows.txt").read_text() == content
 
 
 def test_a_stage_for_one_process_refuses_several(tmp_path, monkeypatch, capfd):

@@ -56,6 +56,18 @@ def own(project: Project) -> Project:
     return project
 
 
+def test_an_edited_file_is_read_again(own):
+    data = "results/own/data/manifest.json"
+    own.run("--", data, config="own.yaml")
+    answers = own.folder / "answers.jsonl"
+    answers.write_text(answers.read_text().replace('"answer 30"', '"another"'))
+    own.run("--", data, config="own.yaml")
+    rows = [row for path in (own.folder / "results/own/data").glob("*.jsonl") for row in read_jsonl(path)]
+    completions = [row["completion"] for row in rows if "completion" in row]
+    assert "another" in completions
+    assert "answer 30" not in completions
+
+
 def test_own_preferences_and_collected_ones_train_together_and_the_test_set_stays(own):
     own.run(config="own.yaml")
     results = own.folder / "results/own"

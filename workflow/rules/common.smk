@@ -14,7 +14,7 @@ from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
 from tunetrail.monitor import snakemake_adapter
 from tunetrail.files import canonical_json
-from tunetrail.stages.registry import STAGES, has_people, own_files, stage_config, stage_of
+from tunetrail.stages.registry import STAGES, artifacts_of_others, has_people, own_files, stage_config, stage_of
 
 # Whether jobs run in conda environments or containers of their own.
 IS_DEPLOYED = bool(workflow.deployment_settings.deployment_method)
@@ -128,7 +128,8 @@ def reads(stage):
         value = wildcards.get(info.wildcard) if info.wildcard else ""
         config = info.config_pattern.format(**{info.wildcard: value}) if info.has_config_each else info.config_pattern
         parents = {role: f"{RESULTS}/{artifact}/manifest.json" for role, artifact in info.inputs(CONFIG, value).items()}
-        return {"config": f"{RESULTS}/config/{config}.json"} | files | parents
+        others = {role: str(manifest) for role, manifest in artifacts_of_others(CONFIG, stage).items()}
+        return {"config": f"{RESULTS}/config/{config}.json"} | files | parents | others
 
     return inputs
 

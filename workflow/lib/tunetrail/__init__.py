@@ -1,3 +1,3 @@
 """tunetrail: InstructGPT-style and DPO post-training as one auditable Snakemake DAG."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

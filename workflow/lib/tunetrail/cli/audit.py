@@ -70,6 +70,8 @@ def verify(
 
 
 def _print_result(result: Any, code: int) -> None:
+    from tunetrail.provenance.versions import as_lines
+
     for finding in result.findings:
         print(finding)
     signers = sorted({name for names in result.signed.values() for name in names})
@@ -82,6 +84,8 @@ def _print_result(result: Any, code: int) -> None:
     )
     if result.not_at_hand:
         print(f"not checked, since not where it was read: {', '.join(sorted(result.not_at_hand))}")
+    for line in as_lines(result.other_versions):
+        print(line)
     for ledger, head in result.heads.items():
         print(f"head of {ledger}: {head}")
 

@@ -13,6 +13,7 @@ from tunetrail.errors import ConfigError
 if TYPE_CHECKING:
     from tunetrail.config.run import Config
     from tunetrail.monitor.dag import Job
+    from tunetrail.provenance.versions import OtherVersion
 
 Profile = Annotated[str, typer.Option(help="Snakemake's profile, by folder or name.")]
 ConfigFiles = Annotated[
@@ -40,6 +41,13 @@ def _run(profile: str, configfiles: list[Path], snakefile: Path | None) -> "tupl
     return read_run(profile, configfiles, snakefile)
 
 
+def _other_versions(jobs: "list[Job]") -> "list[OtherVersion]":
+    """Those artifacts that are made, and by another version of tunetrail."""
+    from tunetrail.provenance.versions import other_versions, records_of
+
+    return other_versions(records_of({job.name: job.manifest.parent for job in jobs if job.manifest.exists()}))
+
+
 def status(
     profile: Profile = "profiles/local",
     configfile: ConfigFiles = None,
@@ -57,11 +65,15 @@ def status(
 
         follow(jobs, rerun)
         return SOUND
-    statuses = monitor.statuses(jobs, rerun)
+    from tunetrail.provenance import versions
+
+    statuses, others = monitor.statuses(jobs, rerun), _other_versions(jobs)
     if as_json:
-        print_json(monitor.as_json(statuses))
+        by_name = {other["artifact"]: other for other in versions.as_json(others)}
+        print_json([s | {"other_version": by_name.get(s["name"])} for s in monitor.as_json(statuses)])
     else:
         monitor.print_status(statuses, rerun)
+        print("".join(f"{line}\n" for line in ["", *versions.as_lines(others)]) if others else "", end="")
     return SOUND
 
 
@@ -74,6 +86,7 @@ def plan(
     """Show what would run and why, what it took to make what would be made again, and what the data is used for."""
     from tunetrail.monitor import plan as monitor
     from tunetrail.monitor.forecast import Forecast, forecast
+    from tunetrail.provenance import versions
 
     config, jobs = _run(profile, configfile or [], snakefile)
     steps = monitor.plan(jobs)
@@ -81,10 +94,12 @@ def plan(
     known = Forecast([], [])
     if config and data:  # not so where the workflow has several runs as modules
         known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
+    others = _other_versions(jobs)
     if as_json:
-        print_json(monitor.as_json(steps) | {"notes": known.notes})
+        print_json(monitor.as_json(steps) | {"notes": known.notes, "other_versions": versions.as_json(others)})
     else:
-        print("\n".join([monitor.as_text(steps), "", *known.table, *(f"Note: {note}" for note in known.notes)]))
+        notes = [*(f"Note: {note}" for note in known.notes), *versions.as_lines(others)]
+        print("\n".join([monitor.as_text(steps), "", *known.table, *notes]))
     return SOUND
 
 

@@ -44,7 +44,10 @@ class LocalModel(AnyModel):
     """A folder that `from_pretrained` can load."""
 
     source: Literal["local"]
-    path: Path = Field(description="the folder, relative to where Snakemake runs")
+    path: Path = Field(
+        description="the folder, relative to where Snakemake runs. A model that another run made (`model/` in an "
+        "artifact, or in a copy of the whole artifact) brings its lineage with it"
+    )
 
 
 class RandomModel(AnyModel):

@@ -23,8 +23,8 @@ from tunetrail.provenance.manifest import (
     sha256_file,
     walk,
 )
+from tunetrail.provenance.record import Record, dependency, exact_integers, read_record
 from tunetrail.provenance.record import build as build_record
-from tunetrail.provenance.record import dependency, exact_integers, read_record
 
 FIX = "delete the folder and run its stage again, or restore the file"
 
@@ -150,10 +150,17 @@ def declare_finished(output: Path, manifest: bytes) -> None:
     shutil.rmtree(_previous(output), ignore_errors=True)
 
 
-def finished(stage: Stage, declare: bool = True) -> bool:
-    """Whether the artifact is already there, made by this code from this config and these inputs.
+def _reads_other_files(record: Record, folder: Path) -> bool:
+    """Whether a file from outside the run, as far as it is there, is not what the record says was read."""
+    named = [item for d in record.dependencies for item in d["annotations"].get("files", {}).items()]
+    files = [(Path(os.path.normpath(folder / name)), digest) for name, digest in named]
+    return any(path.is_file() and sha256_file(path) != digest for path, digest in files)
 
-    Its record says so, and its files are hashed again.
+
+def finished(stage: Stage, declare: bool = True) -> bool:
+    """Whether the artifact is already there, made by this code from this config, these inputs and the user's files.
+
+    Its record says so; its files and the user's are hashed again.
 
     Args:
         declare: also write the manifest where it is missing.
@@ -166,6 +173,7 @@ def finished(stage: Stage, declare: bool = True) -> bool:
             or record.config_file != exact_integers(stage.shared | {"config": stage.config})
             or made_from != {role: parent.origin["manifest"] for role, parent in stage.inputs.items()}
             or record.code.get("library") != code_state()["library"]
+            or _reads_other_files(record, stage.output)
         ):
             return False
         if declare:

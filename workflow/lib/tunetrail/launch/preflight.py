@@ -17,6 +17,7 @@ from tunetrail.config.run import Config
 from tunetrail.data.readers import check_sources
 from tunetrail.errors import ConfigError, DataError, TunetrailError
 from tunetrail.models.trackers import check as check_trackers
+from tunetrail.provenance.manifest import MANIFEST, artifact_around
 
 SAMPLE = 1000
 """Rows of local files whose lengths are measured."""
@@ -48,6 +49,7 @@ def check(config: Config, source: str = "config", packages: bool = True) -> list
     no_rows: list[dict] = []
     rows = tried(lambda: check_sources(config.data), no_rows)
     if isinstance(config.base, LocalModel):
+        tried(lambda: refuse(f"{source}: {line}" for line in wrong_artifact(config.base, config.run)), None)  # type: ignore[arg-type]
         tried(lambda: check_base(config.base, config.data, rows, source), None)  # type: ignore[arg-type]
     warnings: list[str] = []
     if isinstance(config.comparisons, RecordedLabeler):
@@ -77,6 +79,20 @@ def missing_packages(config: Config) -> Iterator[str]:
     for name, policy in config.policies.items():
         if policy.method == "ppo" and policy.vllm and importlib.util.find_spec("vllm") is None:
             yield f"policies.{name}.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null"
+
+
+def wrong_artifact(base: LocalModel, run: str) -> Iterator[str]:
+    """A line where the base lies in an artifact that it cannot be taken from."""
+    artifact = artifact_around(base.path)
+    if artifact is None:
+        return
+    if artifact.resolve().is_relative_to(Path("results", run).resolve()):
+        yield (
+            f"base.path: {base.path} was made by the run {run} itself, whose base it would replace; give the run that "
+            f"begins with it a name of its own, such as `run: {run}-2`"
+        )
+    elif not (artifact / MANIFEST).exists():
+        yield f"base.path: {artifact} has no {MANIFEST}: its stage runs or was interrupted; finish its run first"
 
 
 def check_base(base: LocalModel, data: DataConfig, rows: Sequence[dict], source: str) -> None:

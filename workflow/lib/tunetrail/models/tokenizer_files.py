@@ -72,7 +72,9 @@ class Counter:
 def problems(folder: Path, base: AnyModel, chat: bool) -> Iterator[str]:
     """A line for each thing that the stages `base` and `data` would stop at for certain."""
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        yield f"base.path: {folder} has no config.json; name a folder that from_pretrained can load"
+        is_artifact = (folder / "model/config.json").exists()
+        fix = f"its model is in {folder / 'model'}" if is_artifact else "name a folder that from_pretrained can load"
+        yield f"base.path: {folder} has no config.json; {fix}"
         return
     if not (folder / "tokenizer_config.json").exists():
         return

@@ -83,11 +83,12 @@ def _why(reason: Any, changes: dict[str, list[str]], names: dict[str, str]) -> s
 
     Args:
         changes: config file -> its keys that change.
-        names: manifest -> the artifact's name.
+        names: manifest -> the artifact's name, of those that this run makes.
     """
 
     def named(files: Any) -> str:
-        return listed([names.get(str(f), str(f)) for f in files])
+        own = listed([names[str(f)] for f in files if str(f) in names])
+        return ", ".join(filter(None, [own, *sorted(str(f) for f in files if str(f) not in names)]))
 
     configs = [f for f in reason.updated_input | reason.updated_input_run if str(f) in changes]
     said = [

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from tunetrail.provenance.lineage import Node
+from tunetrail.provenance.versions import OtherVersion
+from tunetrail.provenance.versions import as_json as versions_as_json
 
 Severity = Literal["error", "incomplete", "warning"]
 FINDINGS: dict[str, tuple[Severity, str]] = {
@@ -75,6 +77,8 @@ class VerifyResult:
     heads: dict[str, str] = field(default_factory=dict)
     """ledger -> its head."""
     bytes_read: int = 0
+    other_versions: list[OtherVersion] = field(default_factory=list)
+    """What another version of tunetrail made: no finding, but it may come out otherwise today."""
     not_at_hand: set[str] = field(default_factory=set)
     """Raw data and labels outside the run that are not where they were read, and were therefore not checked."""
 
@@ -93,6 +97,7 @@ class VerifyResult:
             "unsigned": self.unsigned,
             "heads": self.heads,
             "bytes_read": self.bytes_read,
+            "other_versions": versions_as_json(self.other_versions),
             "not_at_hand": sorted(self.not_at_hand),
         }
 
@@ -116,5 +121,5 @@ class VerifyResult:
         self.findings = [
             f
             for f in self.findings
-            if not (f.name == name and f.artifact == printable(artifact.name) and f.message.startswith(start))
+            if not (f.name == name and f.folder == printable(artifact.folder) and f.message.startswith(start))
         ]

@@ -61,12 +61,18 @@ class Node:
     """Why there is no record."""
     parents: dict[str, "Node | None"] = field(default_factory=dict)
     """By role; None for one that is nowhere to be found."""
+    runs: set[Path] = field(default_factory=set)
+    """Those of the lineage that it was read with."""
 
     @property
     def name(self) -> str:
-        """Its path in its run; from the working directory where no ledger marks the run yet."""
+        """Its path in its run, which comes first where the lineage has several; from the working directory where no
+        ledger marks the run yet.
+        """
         run = run_of(self.folder)
-        return self.folder.relative_to(run).as_posix() if run else os.path.relpath(self.folder)
+        if run is None:
+            return os.path.relpath(self.folder)
+        return self.folder.relative_to(run.parent if len(self.runs) > 1 else run).as_posix()
 
 
 class Lineage:
@@ -74,6 +80,7 @@ class Lineage:
 
     def __init__(self) -> None:
         self.nodes: dict[Path, Node] = {}
+        self.runs: set[Path] = set()
         self._followed: set[Path] = set()
         self._runs: dict[Path, dict[str, Path]] = {}
 
@@ -104,9 +111,11 @@ class Lineage:
             except OSError:
                 raise DataError(f"{folder / MANIFEST}: no manifest; this is no artifact") from None
             try:
-                self.nodes[folder] = Node(folder, digest, read_record(folder))
+                self.nodes[folder] = Node(folder, digest, read_record(folder), runs=self.runs)
             except DataError as e:
-                self.nodes[folder] = Node(folder, digest, None, str(e))
+                self.nodes[folder] = Node(folder, digest, None, str(e), runs=self.runs)
+            if run := run_of(folder):
+                self.runs.add(run)
         return self.nodes[folder]
 
     def find(self, child: Path, parent: RecordedParent) -> Path | None:
@@ -145,17 +154,22 @@ class Lineage:
 
 
 def ancestors(node: Node) -> dict[str, Node]:
-    """An artifact and all it was made from, by stage; shards by stage and number."""
+    """An artifact and all it was made from, nearest first, by stage; shards by stage and number.
+
+    In front of the stages of other runs stands their run.
+    """
     found: dict[str, Node] = {}
-    todo = [node]
+    todo, seen = [node], {node.folder}
     while todo:
-        at = todo.pop()
+        at = todo.pop(0)
         if at.record:
             key = at.record.stage if at.record.part == "0/1" else f"{at.record.stage} {at.record.part}"
-            if key in found:
-                continue
-            found[key] = at
-        todo += [parent for parent in at.parents.values() if parent]
+            if (run := run_of(at.folder)) != run_of(node.folder):
+                key = f"{run.name if run else os.path.relpath(at.folder)}/{key}"
+            found.setdefault(key, at)
+        parents = [parent for parent in at.parents.values() if parent and parent.folder not in seen]
+        seen |= {parent.folder for parent in parents}
+        todo += parents
     return found
 
 

@@ -193,6 +193,47 @@ def is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
 
 
+# ----------------------------------------------------------------------------- folders from outside a run
+
+BLOCK, BLOCKS = 2**12, 256
+"""Bytes of a block, and blocks of a file, that `sample` reads."""
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Every file below `folder` but hidden ones, such as those of git and of the hub's downloads."""
+    return [path for path in walk(folder) if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def sample(folder: Path) -> str:
+    """A digest of names, sizes and evenly spaced blocks of a folder's files: it tells one model from another.
+
+    At most 1 MB of a file is read, so that each start of Snakemake can afford it. Training changes nearly every weight;
+    a file of up to 1 MB is read whole. This is no digest of the content: stages and audits read every byte.
+    """
+    digest = hashlib.sha256()
+    for path in visible_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode(errors="surrogateescape"))
+        step = max(BLOCK, size // BLOCKS)
+        with path.open("rb", buffering=0) as f:
+            for start in range(0, size, step):
+                f.seek(start)
+                digest.update(f.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def artifact_around(folder: Path) -> Path | None:
+    """The artifact that a folder is, or lies in: the nearest folder from there up that holds a record; else None.
+
+    A link into an artifact counts as the folder it points to.
+    """
+    for start in (Path(os.path.abspath(folder)), folder.resolve()):
+        found = next((at for at in (start, *start.parents) if (at / PROVENANCE).is_file()), None)
+        if found:
+            return found if folder.is_absolute() else Path(os.path.relpath(found))
+    return None
+
+
 # ----------------------------------------------------------------------------- cache of digests
 
 

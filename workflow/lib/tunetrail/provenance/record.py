@@ -81,16 +81,21 @@ def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:
 
 
 def parent_entry(folder: Path) -> ParentEntry:
-    """What a record will say of the input in this folder, as it is now."""
-    path = folder / PROVENANCE
+    """What a record will say of the input in this folder, as it is now. Raises DataError for a record of another."""
+    path, manifest = folder / PROVENANCE, sha256_file(folder / MANIFEST)
     try:
         record = Record(path.read_bytes(), str(path))
     except FileNotFoundError:
         record = None
+    if record and record.manifest != manifest:
+        raise DataError(
+            f"{path}: is the record of another {MANIFEST} ({record.manifest[:16]}…, not {manifest[:16]}…); restore the "
+            "folder from a copy, or run its stage again"
+        )
     labels = record.of_role("labels") if record else []
     return {
         "path": folder,
-        "manifest": sha256_file(folder / MANIFEST),
+        "manifest": manifest,
         "record": record.digest if record else None,
         "labels": [_renamed(d, lambda path: os.path.relpath(folder / path)) for d in labels],
     }
@@ -295,6 +300,11 @@ class Record:
     @property
     def packages(self) -> dict[str, str]:
         return self.annotations("packages").get("installed", {})
+
+    @property
+    def version(self) -> str:
+        """Of tunetrail."""
+        return str((self.run.get("builder") or {}).get("version", {}).get("tunetrail", "an unknown version"))
 
     @property
     def started(self) -> str | None:

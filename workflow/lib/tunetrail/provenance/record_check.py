@@ -52,7 +52,10 @@ class RecordCheck:
 
     def _parent(self, node: Node, role: str, recorded: RecordedParent) -> None:
         parent, then = node.parents.get(role), f"manifest {recorded['manifest'][:16]}…"
-        if parent is None:
+        if parent is None and self.runs.of(node.folder) is None and not any(node.parents.values()):
+            # A copy of one artifact, taken out of its run.
+            self.result.not_at_hand.add(printable(os.path.normpath(node.folder / recorded["name"])))
+        elif parent is None:
             message = f"{role} ({recorded['name']}, {then}) is not there; restore it from a copy"
             self.result.add("parent-missing", node, message)
         elif parent.identity != recorded["manifest"]:

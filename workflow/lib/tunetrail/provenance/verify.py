@@ -20,6 +20,7 @@ from tunetrail.provenance.lineage import Lineage, Node, Runs
 from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, SIGNATURE, DigestCache, is_inside, sha256_file
 from tunetrail.provenance.record_check import RecordCheck
 from tunetrail.provenance.signing import TrustPolicy, signers
+from tunetrail.provenance.versions import other_versions
 
 
 class Verifier:
@@ -60,6 +61,7 @@ class Verifier:
             self._signature(node)
         for ledger in self.runs.ledgers.values():
             self._ledger(ledger)
+        self.result.other_versions = other_versions({printable(node.name): node.record for node in nodes})
         self.result.sort()
         return self.result
 

@@ -2,7 +2,8 @@
 
     python -m tunetrail.stages.base --config C.json --output results/RUN/base/manifest.json --state state/RUN/base
 
-Writes `model/`, which plain `from_pretrained` loads. pad != eos from here on.
+Writes `model/`, which plain `from_pretrained` loads. pad != eos from here on. A local folder in an artifact of another
+run is an input, `--input model=MANIFEST`: it is checked as any input is, and its lineage goes on here.
 """
 
 import os
@@ -16,7 +17,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tunetrail.config.base_model import BaseModelConfig, HubModel, PypiModel, RandomModel
+from tunetrail.config.base_model import BaseModelConfig, HubModel, LocalModel, PypiModel, RandomModel
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.lengths import positions
@@ -25,7 +26,7 @@ from tunetrail.models.runtime import quiet_libraries
 from tunetrail.models.saving import SENTENCE, answers, check_reloads, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.provenance.hub import resolved_revision
-from tunetrail.provenance.manifest import list_files, sha256_file, sha256_json
+from tunetrail.provenance.manifest import parallel, sample, sha256_file, sha256_json, visible_files
 from tunetrail.provenance.record import dependency
 from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
@@ -123,7 +124,8 @@ def origin(source: BaseModelConfig) -> Dependency:
                 commit=resolved_revision(source.repo, source.revision),
                 reason="the manifest has the digests of what was downloaded",
             )
-    files = {os.path.relpath(source.path / f["path"]): f["sha256"] for f in list_files(source.path)}
+    paths = visible_files(source.path)
+    files = dict(zip(map(os.path.relpath, paths), parallel(sha256_file, paths), strict=True))
     return dependency("base", os.path.relpath(source.path), sha256_json(files), licence=source.licence, files=files)
 
 
@@ -155,6 +157,8 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def run(stage: Stage) -> dict:
     quiet_libraries()
     source: BaseModelConfig = TypeAdapter(BaseModelConfig).validate_python(stage.config)
+    if isinstance(source, LocalModel) and stage.shared.get("folder_content") not in (None, sample(source.path)):
+        raise DataError(f"base.path: {source.path} has changed since this run was planned; run snakemake again")
     model, tokenizer = load_source(source, stage.state, stage.seed)
     set_special_tokens(model, tokenizer, source)
     folder = stage.work / "model"
@@ -163,7 +167,8 @@ def run(stage: Stage) -> dict:
     rows = [tokenizer.encode(SENTENCE)]
     check_reloads(stage, tokenizer, rows, answers(model, rows))
     stage.draft.tokenizer_digest = tokenizer_digest(folder)
-    stage.draft.dependencies.append(origin(source))
+    if "model" not in stage.inputs:
+        stage.draft.dependencies.append(origin(source))
     return {
         "architecture": type(model).__name__,
         "parameters": trained_parameters(model)["parameters"],

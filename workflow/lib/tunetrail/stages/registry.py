@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tunetrail.config.base_model import LocalModel
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import PythonScorer, ScorerConfig, needed
-from tunetrail.provenance.manifest import sha256_file
+from tunetrail.provenance.manifest import MANIFEST, artifact_around, sample, sha256_file, visible_files
 
 Inputs = dict[str, str]
 """Role -> artifact."""
@@ -166,7 +167,7 @@ def _reported(config: Config, _: str) -> Inputs:
 
 
 _TABLE = (
-    StageInfo("base", lambda c, _: {}, "model", runs_model=False),
+    StageInfo("base", lambda c, _: {}, "model", files=("base.path",), runs_model=False),
     StageInfo("data", lambda c, _: {"base": "base"}, "data", files=("data.",), also_reads=("shares",),
         runs_model=False),
     StageInfo("retention", lambda c, _: {"base": "base"}, "data", files=("retention.path",), gpu=True),
@@ -270,10 +271,18 @@ def role_of(artifact: str) -> str:
     return artifact.replace("policies/", "policy/").replace("/", ".")
 
 
+def artifacts_of_others(config: Config, stage: str) -> dict[str, Path]:
+    """Role -> manifest of the artifacts that a stage reads and no stage of this run makes: a base made by another."""
+    artifact = artifact_around(config.base.path) if stage == "base" and isinstance(config.base, LocalModel) else None
+    return {"model": artifact / MANIFEST} if artifact else {}
+
+
 def own_files(config: Config, stage: str) -> list[Path]:
-    """The user's files that a stage reads, for its rule to depend on. A folder counts by what a stage checks itself."""
+    """The user's files that a stage reads, for its rule to depend on."""
     if stage == "lm_eval":
         return config.lm_eval.own_files() if config.lm_eval else []
+    if stage == "base" and isinstance(config.base, LocalModel):
+        return [] if artifacts_of_others(config, stage) else visible_files(config.base.path)
     keys = STAGES[stage].files
     named = {
         key: path for key, path in config.files().items()
@@ -316,6 +325,8 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
         resolved["subject"] = {"name": value, "method": method}
         if (start := start_of(config, value)) != start_of(config):
             resolved["subject"]["start"] = start
+    if isinstance(block, LocalModel) and block.path.is_dir():
+        resolved["folder_content"] = sample(block.path)
     if names := set(getattr(block, "scorer_keys", {}).values()):
         resolved["scorers"] = {name: _scorer(scorer) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:

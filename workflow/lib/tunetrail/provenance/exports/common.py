@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.lineage import Lineage, Node
+from tunetrail.provenance.lineage import Lineage, Node, ancestors
 from tunetrail.provenance.record import Record
 from tunetrail.stages.registry import STAGES
 
@@ -41,6 +41,11 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-._" else "-" for c in text)
 
 
-def licence_of(nodes: list[Node]) -> str | None:
-    """The base model's licence, as far as a record says."""
-    return next((d["annotations"].get("licence") for n in nodes for d in record_of(n).of_role("base")), None)
+def licence_of(node: Node) -> str | None:
+    """The licence of the nearest base model that has one, as far as a record says."""
+    for record in map(record_of, ancestors(node).values()):
+        own = [record.config.get("licence")] if record.stage == "base" else []
+        stated = [*own, *(d["annotations"].get("licence") for d in record.of_role("base"))]
+        if licence := next(filter(None, stated), None):
+            return licence
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.exports.common import lineage_of, record_of
+from tunetrail.provenance.exports.common import licence_of, lineage_of, record_of
 from tunetrail.provenance.ledger import artifacts
 from tunetrail.provenance.lineage import Lineage, Node, ancestors, is_checkpoint, run_of
 from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, read_manifest
@@ -49,6 +49,12 @@ class Subject:
         upstream = (d for node in self.upstream.values() for d in record_of(node).dependencies)
         found = [d for d in [*self.own, *upstream] if d["annotations"]["role"] == role]
         return [d for n, d in enumerate(found) if d not in found[:n]]
+
+    @property
+    def licence(self) -> str | None:
+        """Of the nearest base model that has one."""
+        own = [d["annotations"].get("licence") for d in self.own if d["annotations"]["role"] == "base"]
+        return next(filter(None, [*own, *(licence_of(parent) for parent in self.parents.values() if parent)]), None)
 
     @property
     def started_from(self) -> str | None:
@@ -143,7 +149,7 @@ def _card(subject: Subject, title: str, measured: dict[str, str], evaluated: Map
     bases, sources = subject.of_role("base"), subject.of_role("source")
     # The nearest model upstream that others can fetch: a hub repository or a package.
     base = next((d for d in bases if d.get("uri")), None)
-    licence = next((named for d in bases if (named := d["annotations"].get("licence"))), None)
+    licence = subject.licence
     held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "held-out prompts of the run"}
     data = ModelCardData(
         library_name="transformers",

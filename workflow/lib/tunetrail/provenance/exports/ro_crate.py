@@ -16,7 +16,7 @@ def export(folder: Path) -> str:
     crate.name = f"tunetrail: {node.name}"
     crate.description = "A checkpoint with everything it was made from, as its provenance records say."
     crate.datePublished = time_of(record_of(node).finished)
-    licence = licence_of(nodes)
+    licence = licence_of(node)
     crate.license = f"https://spdx.org/licenses/{licence}" if licence else "not stated"
     commit = record_of(node).code.get("commit")
     crate.root_dataset["isBasedOn"] = f"urn:git:{commit}" if commit else "code of unknown commit"
