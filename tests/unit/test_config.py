@@ -93,7 +93,7 @@ BAD = [
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
     ("policies.dpo.method", "kto", "policies.dpo.method: must be one of 'ppo', 'dpo', 'best_of_n', got 'kto'"),
-    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', 'reward_model', "
+    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', "
                                      "'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
     ("policies.dpo", "yes", "policies.dpo: must be a block of keys, got 'yes'"),
@@ -191,10 +191,6 @@ BAD = [
                                                          "known ranks"),
     ("comparisons", {"labeler": "llm", "endpoint": "http://x/v1"}, "comparisons: model is needed with endpoint"),
     ("comparisons", {"labeler": "llm"}, "comparisons: give either endpoint (with model) or path (a local model)"),
-    ("comparisons", {"labeler": "reward_model"}, "comparisons: give either path (a local folder) or repo (a hub "
-                                                 "repository with its revision)"),
-    ("comparisons", {"labeler": "reward_model", "repo": "a/b"}, "comparisons: revision is needed with repo, so that "
-        "a rerun gets the same model"),
     ("retention", {"source": "file"}, "retention: path goes with source: file, and only with it"),
     ("data.limits", {"sft": 8}, "data.limits.sft: 8 rows are fewer than one batch (sft.batch_size: 16)"),
     ("data.limits", {"reward": 4}, "data.limits.reward: 4 rows are fewer than one batch (reward.batch_size: 8)"),
@@ -387,11 +383,14 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     content = changed("base", {"source": "local", "path": str(tmp_path / "file")})
     content["retention"] = {"source": "file", "path": str(tmp_path)}
-    content["comparisons"] = {"labeler": "reward_model", "path": str(tmp_path)}  # a model is a folder
+    content["scorers"] = {"rm": {"scorer": "reward_model", "path": str(tmp_path)}}  # a model is a folder
+    content["sft"] = content["reward"] = {"path": str(tmp_path / "file")}
     with pytest.raises(ConfigError) as error:
         check_files(parse(content), "x.yaml")
     assert str(error.value).split("\n") == [
         f"x.yaml: base.path: must be a folder, not a file: {tmp_path / 'file'}",
+        f"x.yaml: sft.path: must be a folder, not a file: {tmp_path / 'file'}",
+        f"x.yaml: reward.path: must be a folder, not a file: {tmp_path / 'file'}",
         f"x.yaml: retention.path: must be a file, not a folder: {tmp_path}",
     ]
 

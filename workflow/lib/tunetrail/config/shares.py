@@ -23,10 +23,11 @@ Readers = dict[str, dict[str, list[str]]]
 def readers(config: "Config") -> Readers:
     """Who reads which rows. A split that rows of this kind are of no use in is left out; one that nobody reads now is
     an empty list."""
-    trained = [name for name in ("sft", "methods") if getattr(config, name)]
-    sft = ["sft"] if config.sft else []
+    sft = ["sft"] if config.trained_sft else []
+    trained = sft + (["methods"] if config.methods else [])
     completions = ["completions"] if config.completions else []
-    reward = ["reward"] if config.reward else []
+    reward = ["reward"] if config.trained_reward else []
+    tested = ["reward"] if config.reward else []
     by_method = {
         method: [f"policies.{name}" for name, policy in config.policies.items() if policy.method == method]
         for method in ("dpo", "ppo")
@@ -36,7 +37,7 @@ def readers(config: "Config") -> Readers:
     everywhere = {"rl": by_method["ppo"], "evaluation": ["evaluation"]}
     sampled = {"reward": completions, "heldout": completions} if config.completions else {}
     return {
-        "preferences": everywhere | {"reward": reward + by_method["dpo"] + chosen, "heldout": [*reward, "evaluation"]},
+        "preferences": everywhere | {"reward": reward + by_method["dpo"] + chosen, "heldout": [*tested, "evaluation"]},
         "demonstrations": everywhere | sampled | {"sft": trained + ptx, "heldout": sft + completions},
         "prompts": everywhere | sampled,
         "text": {"sft": trained, "heldout": sft},

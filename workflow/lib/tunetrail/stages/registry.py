@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tunetrail.config.imported import ImportedModel
 from tunetrail.config.run import Config
-from tunetrail.config.scorers import PythonScorer, ScorerConfig, needed
-from tunetrail.provenance.manifest import sha256_file
+from tunetrail.config.scorers import ScorerConfig, needed
+from tunetrail.provenance.manifest import DigestCache, digest_of
 
 Inputs = dict[str, str]
 """Role -> artifact."""
@@ -131,6 +132,12 @@ def _ranked(config: Config, _: str) -> Inputs:
     return {"data": "data"} | _shards(config) | tasks
 
 
+def _scored(config: Config, _: str) -> Inputs:
+    """An imported reward model needs no comparisons; where there are some, it is tested on them."""
+    compared = {"comparisons": _comparisons(config)} if has_comparisons(config) else {}
+    return {"policy": start_of(config), "data": "data"} | compared
+
+
 def _learnt_from(config: Config, policy: str) -> Inputs:
     inputs = {"policy": start_of(config), "data": "data"}
     return inputs | ({"reward": "reward"} if config.policies[policy].uses_reward_model else {})  # type: ignore[union-attr]
@@ -178,7 +185,7 @@ _TABLE = (
         runs_model=False),
     StageInfo("comparisons", _ranked, "data", files=("comparisons.path",)),
     StageInfo(
-        "reward", lambda c, _: {"policy": start_of(c), "data": "data", "comparisons": _comparisons(c)}, "model",
+        "reward", _scored, "model",
         distributed=True, gpu=True,
     ),
     StageInfo(
@@ -282,11 +289,11 @@ def own_files(config: Config, stage: str) -> list[Path]:
     return [path for path in named.values() if not path.is_dir()]
 
 
-def _scorer(scorer: ScorerConfig) -> dict[str, Any]:
-    """A scorer's definition, with the digest of the user's own file: an edit reruns what used it."""
+def _scorer(scorer: ScorerConfig, digests: DigestCache) -> dict[str, Any]:
+    """A scorer's definition, with the digest of the user's own file or folder: an edit reruns what used it."""
     definition = scorer.model_dump(mode="json")
-    if isinstance(scorer, PythonScorer) and scorer.path.is_file():
-        definition["sha256"] = sha256_file(scorer.path)
+    if path := getattr(scorer, "path", None):
+        definition["sha256"] = digest_of(path, digests)
     return definition
 
 
@@ -316,8 +323,11 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
         resolved["subject"] = {"name": value, "method": method}
         if (start := start_of(config, value)) != start_of(config):
             resolved["subject"]["start"] = start
+    digests = DigestCache(Path("state", config.run, ".digests"))
+    if isinstance(block, ImportedModel) and block.path:
+        resolved["sha256"] = digest_of(block.path, digests)
     if names := set(getattr(block, "scorer_keys", {}).values()):
-        resolved["scorers"] = {name: _scorer(scorer) for name, scorer in needed(names, config.scorers).items()}
+        resolved["scorers"] = {name: _scorer(scorer, digests) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:
         found: Any = config
         for part in key.split("."):
