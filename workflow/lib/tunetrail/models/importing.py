@@ -73,7 +73,7 @@ def load_own_tokenizer(key: str, name: str | Path, revision: str | None = None) 
 
 def set_pad_and_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes them into the model's config and generation config."""
-    for config in (model.config, model.generation_config):
+    for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
 

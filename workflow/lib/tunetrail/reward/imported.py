@@ -134,8 +134,8 @@ class Imported:
         whole = whole_conversations(self.tokenizer, rows, texts)
         if whole is None or whole == [prompt + response for prompt, response in examples]:
             return None
-        found = spearman(self.scores(examples), np.array(score(self.model, whole)))
-        if found is not None and found < ALIKE:
+        found = spearman(self.scores(examples), np.array(score(self.model, whole))) or 0.0  # constant scores have none
+        if found < ALIKE:
             log.warning(
                 "reward: warning: %s may have learnt to read its score elsewhere: the chat template puts other tokens "
                 "around an answer than the pipeline, which ends it with eos; over %d answers the scores of both have a "
