@@ -157,7 +157,8 @@ BAD = [
     ("data.shares", {"sft": 0.9, "rl": 0.5}, "data.shares: the shares of the splits must add up to 1, got 1.4"),
     ("data.shares", {"sft": 0.4, "rl": 0.1, "reward": 0.1, "evaluation": 0.1, "heldout": 0.1},
         "data.shares: the shares of the splits must add up to 1, got 0.8"),
-    ("data.sft_on_chosen", True, "data.sft_on_chosen: needs data.preferences and sft; give them or remove the key"),
+    ("data.sft_on_chosen", True, "data.sft_on_chosen: needs data.preferences and an sft that is trained here; "
+        "give them or remove the key"),
     ("data.prompts", [{"source": "file", "path": "p.jsonl", "split": "sft"}], "data.prompts[0].split: prompts without "
         "answers are of no use in sft; choose another split"),
     ("base", {"source": "random", "hidden_size": 40, "heads": 3}, "base: hidden_size (40) must be a multiple of 2 x "
@@ -287,7 +288,8 @@ FROM_FILE = {
         (
             {"data": {"demonstrations": [{"source": "docstrings"}]}},
             [
-                "reward: needs comparisons: give completions and comparisons, or data.preferences",
+                "reward: needs comparisons: give completions and comparisons, or data.preferences; or import a reward "
+                "model (path or repo)",
                 "policies.dpo: dpo needs comparisons: give completions and comparisons, or data.preferences",
             ],
         ),
@@ -385,6 +387,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path):
     content["retention"] = {"source": "file", "path": str(tmp_path)}
     content["scorers"] = {"rm": {"scorer": "reward_model", "path": str(tmp_path)}}  # a model is a folder
     content["sft"] = content["reward"] = {"path": str(tmp_path / "file")}
+    content["policies"] = {}
     with pytest.raises(ConfigError) as error:
         check_files(parse(content), "x.yaml")
     assert str(error.value).split("\n") == [

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tunetrail.config.fields import Block, Repo, Text
 
 
 class ImportedModel(Block):
     """A model that was made elsewhere: give `path`, or `repo` and `revision`."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["path"]}, {"required": ["repo"]}]})
 
     path: Path | None = Field(
         default=None, description="a folder that from_pretrained can load, relative to where Snakemake runs"

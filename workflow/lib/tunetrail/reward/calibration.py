@@ -63,7 +63,8 @@ def heldout_pairs(
         sources: row id -> which of the data's sources it came from.
     """
     pairs: list[HeldOutPair] = []
-    for row, score, baseline in zip(rows, scores, probe or [None] * len(rows), strict=True):
+    probes: list[np.ndarray | None] = [*probe] if probe else [None for _ in rows]
+    for row, score, baseline in zip(rows, scores, probes, strict=True):
         for ranking in row["rankings"]:
             for winner, loser in decided_pairs(preference_targets([ranking])):
                 margin = float(score[winner] - score[loser])
