@@ -93,7 +93,7 @@ BAD = [
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
     ("policies.dpo.method", "kto", "policies.dpo.method: must be one of 'ppo', 'dpo', 'best_of_n', got 'kto'"),
-    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', 'reward_model', "
+    ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', "
                                      "'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
     ("policies.dpo", "yes", "policies.dpo: must be a block of keys, got 'yes'"),
@@ -157,7 +157,8 @@ BAD = [
     ("data.shares", {"sft": 0.9, "rl": 0.5}, "data.shares: the shares of the splits must add up to 1, got 1.4"),
     ("data.shares", {"sft": 0.4, "rl": 0.1, "reward": 0.1, "evaluation": 0.1, "heldout": 0.1},
         "data.shares: the shares of the splits must add up to 1, got 0.8"),
-    ("data.sft_on_chosen", True, "data.sft_on_chosen: needs data.preferences and sft; give them or remove the key"),
+    ("data.sft_on_chosen", True, "data.sft_on_chosen: needs data.preferences and an sft that is trained here; "
+        "give them or remove the key"),
     ("data.prompts", [{"source": "file", "path": "p.jsonl", "split": "sft"}], "data.prompts[0].split: prompts without "
         "answers are of no use in sft; choose another split"),
     ("base", {"source": "random", "hidden_size": 40, "heads": 3}, "base: hidden_size (40) must be a multiple of 2 x "
@@ -191,10 +192,6 @@ BAD = [
                                                          "known ranks"),
     ("comparisons", {"labeler": "llm", "endpoint": "http://x/v1"}, "comparisons: model is needed with endpoint"),
     ("comparisons", {"labeler": "llm"}, "comparisons: give either endpoint (with model) or path (a local model)"),
-    ("comparisons", {"labeler": "reward_model"}, "comparisons: give either path (a local folder) or repo (a hub "
-                                                 "repository with its revision)"),
-    ("comparisons", {"labeler": "reward_model", "repo": "a/b"}, "comparisons: revision is needed with repo, so that "
-        "a rerun gets the same model"),
     ("retention", {"source": "file"}, "retention: path goes with source: file, and only with it"),
     ("data.limits", {"sft": 8}, "data.limits.sft: 8 rows are fewer than one batch (sft.batch_size: 16)"),
     ("data.limits", {"reward": 4}, "data.limits.reward: 4 rows are fewer than one batch (reward.batch_size: 8)"),
@@ -291,7 +288,8 @@ FROM_FILE = {
         (
             {"data": {"demonstrations": [{"source": "docstrings"}]}},
             [
-                "reward: needs comparisons: give completions and comparisons, or data.preferences",
+                "reward: needs comparisons: give completions and comparisons, or data.preferences; or import a reward "
+                "model (path or repo)",
                 "policies.dpo: dpo needs comparisons: give completions and comparisons, or data.preferences",
             ],
         ),
@@ -387,11 +385,15 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     content = changed("base", {"source": "local", "path": str(tmp_path / "file")})
     content["retention"] = {"source": "file", "path": str(tmp_path)}
-    content["comparisons"] = {"labeler": "reward_model", "path": str(tmp_path)}  # a model is a folder
+    content["scorers"] = {"rm": {"scorer": "reward_model", "path": str(tmp_path)}}  # a model is a folder
+    content["sft"] = content["reward"] = {"path": str(tmp_path / "file")}
+    content["policies"] = {}
     with pytest.raises(ConfigError) as error:
         check_files(parse(content), "x.yaml")
     assert str(error.value).split("\n") == [
         f"x.yaml: base.path: must be a folder, not a file: {tmp_path / 'file'}",
+        f"x.yaml: sft.path: must be a folder, not a file: {tmp_path / 'file'}",
+        f"x.yaml: reward.path: must be a folder, not a file: {tmp_path / 'file'}",
         f"x.yaml: retention.path: must be a file, not a folder: {tmp_path}",
     ]
 

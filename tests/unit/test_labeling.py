@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunetrail.config.comparisons import LlmLabeler, RecordedLabeler, RewardModelLabeler, SimulatedLabeler
+from tunetrail.config.comparisons import LlmLabeler, RecordedLabeler, SimulatedLabeler
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.data.chat import shown_prompt
 from tunetrail.errors import ConfigError, DataError, Interrupted
-from tunetrail.labeling import llm, recorded, reward_model, simulated
+from tunetrail.labeling import llm, recorded, simulated
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.preferences.ranks import dense, pair_outcomes, pairwise_agreement, ranks_from_scores
 from tunetrail.scorers.chrf import chrf
@@ -343,144 +343,6 @@ def test_recorded_refuses(stage, tmp_path, lines, message):
     with pytest.raises(DataError, match=message) as e:
         recorded.rank([make_row()], _recorded(tmp_path, *lines), stage)
     assert "\n" not in str(e.value)
-
-
-# ----------------------------------------------------------------------------- reward model
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """A function (num_labels, **config) -> folder of a tiny sequence classifier."""
-    import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    def make(num_labels=1, pad_token_id=0, **extra):
-        folder = tmp_path_factory.mktemp("classifier")
-        torch.manual_seed(0)
-        shape = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "vocab_size": 261,
-        }
-        options = {"num_labels": num_labels, "pad_token_id": pad_token_id, "max_position_embeddings": 64} | extra
-        model = LlamaForSequenceClassification(LlamaConfig(**shape, **options))
-        torch.nn.init.normal_(model.score.weight, std=3.0)
-        model.save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-        return folder
-
-    return make
-
-
-def _score_one_by_one(folder, row):
-    """Unpadded forward passes of prompt + completion + EOS."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), tiny_tokenizer()
-    for completion, finished in zip(row["completions"], row["finished"], strict=True):
-        ids = tokenizer(row["prompt"] + completion + ("<|eos|>" if finished else ""))["input_ids"]
-        with torch.no_grad():
-            yield model(torch.tensor([ids])).logits[0]
-
-
-REWARD_ROW = make_row(prompt="<|user|>Hi<|eos|><|assistant|>", completions=["a", "a much longer answer", "bb", "ccc"])
-REWARD_ROW["finished"][2] = False
-
-
-@pytest.mark.parametrize("pad", [0, None])
-def test_reward_model_ranks_by_score_minus_bias_with_and_without_padding(stage, classifier, pad):
-    folder = classifier(reward_bias=0.25, pad_token_id=pad)
-    config = RewardModelLabeler(labeler="reward_model", path=folder)
-    labels = reward_model.rank([REWARD_ROW], config, stage)
-    (ranking,) = labels.rankings[0]
-    expected = [logits[0].item() - 0.25 for logits in _score_one_by_one(folder, REWARD_ROW)]
-    assert ranking["scores"] == pytest.approx(expected, abs=1e-5)
-    assert len(set(np.round(expected, 3))) == 4
-    assert ranking["ranks"] == ranks_from_scores(expected)
-    assert ranking["labeler"] == "reward_model-0"
-    assert len(labels.source["digest"]) == 64
-
-
-def test_a_reward_model_that_pools_is_read_as_the_pipeline_reads_it(stage, classifier):
-    """The ids of the row are of another tokenizer: the text is encoded with the reward model's own."""
-    import torch
-
-    from tunetrail.models.loading import load_reward_model
-
-    folder = classifier(reward_bias=0.25, reward_pooling="mean")
-    row = REWARD_ROW | {"completion_ids": [[7], [8], [9], [10]]}
-    (ranking,) = reward_model.rank([row], RewardModelLabeler(labeler="reward_model", path=folder), stage).rankings[0]
-    model, tokenizer = load_reward_model(folder).eval(), tiny_tokenizer()
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    expected = []
-    for completion, finished in zip(row["completions"], row["finished"], strict=True):
-        ids = prompt + tokenizer(completion + ("<|eos|>" if finished else ""))["input_ids"]
-        with torch.no_grad():
-            states = model.model(torch.tensor([ids])).last_hidden_state[0, len(prompt) :]
-            expected.append(model.score(states).mean().item() - 0.25)
-    assert ranking["scores"] == pytest.approx(expected, abs=1e-5)
-    assert expected != pytest.approx([logits[0].item() - 0.25 for logits in _score_one_by_one(folder, row)], abs=1e-2)
-
-
-def test_reward_model_with_two_labels_scores_by_their_difference(stage, classifier):
-    folder = classifier(num_labels=2)
-    (ranking,) = reward_model.rank(
-        [REWARD_ROW], RewardModelLabeler(labeler="reward_model", path=folder), stage
-    ).rankings[0]
-    expected = [(logits[1] - logits[0]).item() for logits in _score_one_by_one(folder, REWARD_ROW)]
-    assert ranking["scores"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_reward_model_labelers_apply_noise_and_tie(stage, classifier):
-    folder = classifier()
-    noisy = RewardModelLabeler(labeler="reward_model", path=folder, labelers=2, noise=50.0)
-    first, second = reward_model.rank([REWARD_ROW], noisy, stage).rankings[0]
-    assert first["scores"] != second["scores"]
-    tied = RewardModelLabeler(labeler="reward_model", path=folder, tie=1e6)
-    assert reward_model.rank([REWARD_ROW], tied, stage).rankings[0][0]["ranks"] == [1, 1, 1, 1]
-
-
-def test_batches_keep_order_and_size():
-    from tunetrail.models.batching import token_batches
-
-    sequences = [[5] * length for length in (9, 3, 10, 30)]
-    assert list(token_batches(sequences, [[]] * 4, 20)) == [[1, 0], [2], [3]]
-    assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
-
-
-def test_reward_model_refuses_inputs_it_would_have_to_truncate(stage, classifier):
-    folder = classifier(max_position_embeddings=16)
-    row = make_row("long-one", prompt="p" * 12, completions=["a", "b" * 9])
-    with pytest.raises(DataError, match=r"row long-one: completion 1 is 22 tokens long .* reads 16"):
-        reward_model.rank([row], RewardModelLabeler(labeler="reward_model", path=folder), stage)
-
-
-def test_reward_model_refuses_a_language_model_three_labels_and_no_model(stage, classifier, tmp_path):
-    folder = tmp_path / "lm"
-    tiny_model(16, 1, 2, 261, seed=0).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    for path, message in (
-        (folder, "holds no trained score.weight"),
-        (classifier(num_labels=3), "has 3 labels"),
-        (tmp_path, "cannot be loaded as a sequence-classification model"),
-    ):
-        with pytest.raises(ConfigError, match=message) as e:
-            reward_model.rank([REWARD_ROW], RewardModelLabeler(labeler="reward_model", path=path), stage)
-        assert "\n" not in str(e.value)
-
-
-def test_reward_model_encodes_bos_once():
-    class Tokenizer:
-        bos_token, eos_token = "<s>", "</s>"
-
-        def __call__(self, text, add_special_tokens, verbose):
-            return {"input_ids": (["<s>"] if add_special_tokens else []) + [text]}
-
-    assert reward_model.encode(Tokenizer(), "<s>Q", "a", True) == ["<s>Qa</s>"]
-    assert reward_model.encode(Tokenizer(), "Q", "a", False) == ["<s>", "Qa"]
 
 
 # ----------------------------------------------------------------------------- llm

@@ -12,11 +12,11 @@ LIBRARY = ROOT / "workflow/lib/tunetrail"
 LAYERS = (
     {"errors", "seeds", "files"},
     {"config"},
-    {"preferences", "scorers"},
+    {"preferences"},
     {"provenance"},
     {"contract"},
     {"models", "data"},
-    {"ppo", "reward", "evaluation"},
+    {"scorers", "ppo", "reward", "evaluation"},
     {"labeling"},
     {"reporting"},
     {"stages"},

@@ -16,7 +16,6 @@ from tunetrail.config.fields import (
     NonNegative,
     NonNegativeInt,
     Positive,
-    Repo,
     Text,
     Url,
 )
@@ -67,28 +66,6 @@ class RecordedLabeler(Block):
     labeler: Literal["recorded"]
     path: Path = Field(description="a JSONL file of rankings, relative to where Snakemake runs")
     columns: dict[str, str] = Field(default={}, description="our column: the file's column, where the names differ")
-
-
-class RewardModelLabeler(Block):
-    """Ranks by the score of a sequence-classification model: give `path`, or `repo` and `revision`."""
-
-    labeler: Literal["reward_model"]
-    path: Path | None = Field(default=None, description="local folder of a sequence-classification model")
-    repo: Repo | None = Field(default=None, description="or its hub repository, owner/name")
-    revision: Text | None = Field(default=None, description="a commit hash or tag, with repo")
-    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
-    noise: NonNegative = Field(
-        default=0.0, description="units of the score; standard deviation of the noise added to each"
-    )
-    tie: NonNegative = Field(default=0.0, description="units of the score; scores that differ by at most this tie")
-
-    @model_validator(mode="after")
-    def _one_model(self):
-        if (self.path is None) == (self.repo is None):
-            raise ValueError("give either path (a local folder) or repo (a hub repository with its revision)")
-        if self.repo and not self.revision:
-            raise ValueError("revision is needed with repo, so that a rerun gets the same model")
-        return self
 
 
 class LlmJudge(Block):
@@ -161,6 +138,5 @@ class HumanLabeler(Block):
 
 
 ComparisonsConfig = Annotated[
-    SimulatedLabeler | RecordedLabeler | RewardModelLabeler | LlmLabeler | HumanLabeler,
-    Field(discriminator="labeler"),
+    SimulatedLabeler | RecordedLabeler | LlmLabeler | HumanLabeler, Field(discriminator="labeler")
 ]

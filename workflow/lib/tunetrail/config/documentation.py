@@ -12,7 +12,6 @@ from tunetrail.config.comparisons import (
     LlmJudge,
     LlmLabeler,
     RecordedLabeler,
-    RewardModelLabeler,
     SimulatedLabeler,
 )
 from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, Limits, Shares, TopicsSource
@@ -27,6 +26,7 @@ from tunetrail.config.evaluation import (
     ReportConfig,
     RetentionConfig,
 )
+from tunetrail.config.imported import ImportedModel
 from tunetrail.config.loading import LISTS, NEVER_SWEPT
 from tunetrail.config.methods import MethodConfig, MethodsConfig
 from tunetrail.config.ppo import PpoConfig, Vllm
@@ -38,6 +38,7 @@ from tunetrail.config.scorers import (
     LengthScorer,
     PythonScorer,
     RegexScorer,
+    RewardModelScorer,
     SumScorer,
 )
 from tunetrail.config.training import Lora, RewardConfig, SftConfig
@@ -74,7 +75,6 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("completions", "", CompletionsConfig),
     ("comparisons", "labeler: simulated", SimulatedLabeler),
     ("comparisons", "labeler: recorded", RecordedLabeler),
-    ("comparisons", "labeler: reward_model", RewardModelLabeler),
     ("comparisons", "labeler: llm", LlmLabeler),
     ("comparisons", "labeler: human", HumanLabeler),
     ("scorers.<name>", "scorer: chrf", ChrfScorer),
@@ -83,8 +83,10 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("scorers.<name>", "scorer: regex", RegexScorer),
     ("scorers.<name>", "scorer: length", LengthScorer),
     ("scorers.<name>", "scorer: python", PythonScorer),
+    ("scorers.<name>", "scorer: reward_model", RewardModelScorer),
     ("scorers.<name>", "scorer: sum", SumScorer),
     ("reward", "", RewardConfig),
+    ("sft, reward", "path or repo", ImportedModel),
     ("policies.<name>", "method: dpo", DpoConfig),
     ("policies.<name>", "method: ppo", PpoConfig),
     ("policies.<name>", "method: best_of_n", BestOfNConfig),

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tunetrail.config.comparisons import RecordedLabeler
 from tunetrail.config.messages import error_lines
 from tunetrail.config.run import Config
+from tunetrail.config.scorers import RewardModelScorer
 from tunetrail.errors import ConfigError
 
 
@@ -114,9 +115,9 @@ def parse(content: dict, source: str = "config") -> Config:
 
 def check_files(config: Config, source: str = "config") -> None:
     """Raises ConfigError for every path in the config that does not exist, or is a folder where a file is due."""
-    models = {"base.path", "head_to_head.judge.path", "lm_eval.include_path"} | (
-        {"comparisons.path"} if not isinstance(config.comparisons, RecordedLabeler) else set()
-    )
+    models = {"base.path", "sft.path", "reward.path", "head_to_head.judge.path", "lm_eval.include_path"}
+    models |= {f"scorers.{name}.path" for name, s in config.scorers.items() if isinstance(s, RewardModelScorer)}
+    models |= set() if isinstance(config.comparisons, RecordedLabeler) else {"comparisons.path"}
     problems = []
     for key, path in config.files().items():
         if not path.exists():

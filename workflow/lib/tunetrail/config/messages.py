@@ -4,6 +4,8 @@ import difflib
 from types import NoneType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from pydantic import Tag
+
 from tunetrail.config.fields import PATTERNS, Block
 from tunetrail.config.run import Config
 
@@ -23,8 +25,15 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _variants(annotation: Any) -> dict[str, type[Block]]:
-    """The blocks of a union by the value of `source`, `labeler`, `method` or `scorer` that tells them apart."""
-    found: dict[str, type[Block]] = {}
+    """The blocks of a union by the value of `source`, `labeler`, `method` or `scorer` that tells them apart, or by tags
+    that no file has."""
+    found: dict[str, type[Block]] = {
+        tag.tag: get_args(part)[0]
+        for part in get_args(annotation)
+        if get_origin(part) is Annotated
+        for tag in get_args(part)[1:]
+        if isinstance(tag, Tag)
+    }
     for block in filter(_is_block, get_args(annotation)):
         tag = block.model_fields.keys() & {"source", "labeler", "method", "scorer"} - (
             {"scorer"} if "labeler" in block.model_fields else set()
@@ -53,8 +62,14 @@ def _locate(loc: tuple) -> tuple[str, Any]:
 
 RENAMED = {"tournament": "head_to_head"}
 """Key of an earlier version -> its name now."""
-RENAMED_VALUES = {"comparisons.labeler": {"reference": "simulated"}}
-"""Key -> a value of an earlier version -> what it is now."""
+RENAMED_VALUES = {
+    "comparisons.labeler": {
+        "reference": "was renamed to simulated",
+        "reward_model": "is now a scorer: name one under scorers, `{scorer: reward_model, path: …}`, and rank by it: "
+        "`labeler: simulated` with its name as `scorer`",
+    }
+}
+"""Key -> a value of an earlier version -> what has become of it."""
 REMOVED = {
     "export_merged": "is always done: model/ has the merged weights, adapter/ the adapter",
     "dropout": "is always off: log-probs must be functions of the text alone",
@@ -98,7 +113,7 @@ def error_lines(error: Any, source: str) -> list[str]:
         tag = error["ctx"]["tag"]
         what = f"must be one of {error['ctx']['expected_tags']}, got '{tag}'"
         if tag in RENAMED_VALUES.get(key, {}):
-            what = f"{tag} was renamed to {RENAMED_VALUES[key][tag]}"
+            what = f"{tag} {RENAMED_VALUES[key][tag]}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         what = (
             "is empty; give it keys, or remove it where it is optional"

@@ -24,7 +24,7 @@ from tunetrail.config.methods import MethodsConfig
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums, unknown, weighted_range
 from tunetrail.config.shares import share_of, shares
-from tunetrail.config.training import RewardConfig, SftConfig
+from tunetrail.config.training import RewardBlock, RewardConfig, SftBlock, SftConfig
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
 
@@ -46,8 +46,10 @@ class Config(Block):
     )
     base: BaseModelConfig = Field(description="the model to start from")
     data: DataConfig = Field(description="what to learn from")
-    sft: SftConfig | None = Field(
-        default=None, description="fine-tuning on demonstrations; null: start from the base model"
+    sft: SftBlock | None = Field(
+        default=None,
+        description="fine-tuning on demonstrations, or a model that was fine-tuned elsewhere; null: start from the "
+        "base model",
     )
     completions: CompletionsConfig | None = Field(
         default=None, description="sampling of K responses per prompt; null: comparisons come with the data"
@@ -60,7 +62,10 @@ class Config(Block):
         description="name: block; what labelers, policies and the evaluation may score by. `chrf`, `exact`, "
         "`guideline` and `length` are built in",
     )
-    reward: RewardConfig | None = Field(default=None, description="the reward model, for ppo and best_of_n; null: none")
+    reward: RewardBlock | None = Field(
+        default=None,
+        description="the reward model, for ppo and best_of_n, trained here or imported; null: none",
+    )
     policies: dict[Name, PolicyConfig] = Field(
         default={}, description="name: block, as many as you like; a list where one value is due is a sweep"
     )
@@ -105,6 +110,16 @@ class Config(Block):
         """Kind of row -> split -> share of that kind's groups, see `config.shares`."""
         return shares(self)
 
+    @property
+    def trained_sft(self) -> SftConfig | None:
+        """None where there is none, or it is imported."""
+        return self.sft if isinstance(self.sft, SftConfig) else None
+
+    @property
+    def trained_reward(self) -> RewardConfig | None:
+        """None where there is none, or it is imported."""
+        return self.reward if isinstance(self.reward, RewardConfig) else None
+
     def files(self) -> dict[str, Path]:
         """Every path the config names, by key."""
         found: dict[str, Path] = {}
@@ -139,13 +154,13 @@ def _data_problems(config: Config) -> Iterator[str]:
     data = config.data
     if config.methods is not None and config.retention is None:
         yield "methods: needs retention, the unrelated text that a method may forget"
-    if config.sft is not None and not data.demonstrations and not (data.preferences and data.sft_on_chosen):
+    if config.trained_sft and not data.demonstrations and not (data.preferences and data.sft_on_chosen):
         yield (
             "sft: needs data.demonstrations; set sft to null to start from the base model, or data.sft_on_chosen to "
             "true to train on the best responses of data.preferences"
         )
-    if data.sft_on_chosen and not (data.preferences and config.sft):
-        yield "data.sft_on_chosen: needs data.preferences and sft; give them or remove the key"
+    if data.sft_on_chosen and not (data.preferences and config.trained_sft):
+        yield "data.sft_on_chosen: needs data.preferences and an sft that is trained here; give them or remove the key"
     for i, source in enumerate(data.prompts):
         if source.split == "sft":
             yield f"data.prompts[{i}].split: prompts without answers are of no use in sft; choose another split"
@@ -163,14 +178,17 @@ def _comparison_problems(config: Config) -> Iterator[str]:
             yield "comparisons: needed, to rank what completions samples"
     elif config.comparisons is not None:
         yield "comparisons: needs completions to rank; comparisons read from a file go under data.preferences"
-    if config.reward is not None and not _has_comparisons(config):
-        yield "reward: needs comparisons: give completions and comparisons, or data.preferences"
+    if config.trained_reward and not _has_comparisons(config):
+        yield (
+            "reward: needs comparisons: give completions and comparisons, or data.preferences; or import a reward "
+            "model (path or repo)"
+        )
 
 
 def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
     """(key to name in a message, split, kinds of rows, why the run cannot do without such rows in it)."""
     data = config.data
-    if config.sft is not None and data.demonstrations:
+    if config.trained_sft and data.demonstrations:
         yield "data.shares.sft", "sft", ("demonstrations", "text"), "is 0, but sft is to be trained"
     if config.methods is not None:
         why = "is 0, but methods are to be compared on that split"
@@ -180,11 +198,13 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
         why = "is 0, but comparisons are to be collected from that split"
         yield "data.shares.reward", "reward", ("demonstrations", "prompts"), why
         compared += ("demonstrations", "prompts")
-    elif data.preferences and (config.reward or any(policy.method == "dpo" for policy in config.policies.values())):
+    elif data.preferences and (
+        config.trained_reward or any(policy.method == "dpo" for policy in config.policies.values())
+    ):
         yield "data.shares.reward", "reward", compared, "is 0, but comparisons are to be trained on"
     why = "is 0, but every run is evaluated; give it a share"
     yield "data.shares.evaluation", "evaluation", ("preferences", "demonstrations", "prompts"), why
-    if config.reward is not None and compared:
+    if config.trained_reward and compared:
         yield "data.shares.heldout", "heldout", compared, "is 0, but the reward model is tested on that split"
     for name, policy in config.policies.items():
         if policy.method == "ppo":
@@ -229,7 +249,10 @@ def _limit_problems(config: Config) -> Iterator[str]:
                 f"data.limits.rl: {limits.rl} rows are fewer than one batch "
                 f"(policies.{name}.batch_size: {policy.batch_size})"
             )
-    for key, block, limit in (("sft", config.sft, limits.sft), ("reward", config.reward, limits.reward)):
+    for key, block, limit in (
+        ("sft", config.trained_sft, limits.sft),
+        ("reward", config.trained_reward, limits.reward),
+    ):
         if block is not None and limit is not None and limit < block.batch_size:
             yield f"data.limits.{key}: {limit} rows are fewer than one batch ({key}.batch_size: {block.batch_size})"
 
@@ -250,11 +273,13 @@ def _unknown_scorers(config: Config) -> Iterator[str]:
 
 
 def _least_score(policy: PpoConfig, config: Config) -> float:
-    """The least that scorers may make of a whole response, as PPO learns from it; infinite where there are none."""
+    """The least that scorers and an imported reward model may make of a whole response, as PPO learns from it; infinite
+    where there are none: the scores of a reward model that is trained here lie around 0."""
     of = {name: weight for name, weight in policy.reward.items() if name != REWARD_MODEL}
-    if not of:
+    is_imported = policy.uses_reward_model and config.reward is not config.trained_reward
+    if not of and not is_imported:
         return math.inf
-    low = -math.inf if policy.normalize_scores else weighted_range(of, known(config.scorers))[0]
+    low = -math.inf if policy.normalize_scores or is_imported else weighted_range(of, known(config.scorers))[0]
     low = max(low, -policy.score_clip) if policy.score_clip else low
     return low - policy.length_penalty * policy.max_new_tokens
 

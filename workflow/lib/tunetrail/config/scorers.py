@@ -1,4 +1,4 @@
-"""`scorers`: what scores a completion without being trained, by name."""
+"""`scorers`: what scores a completion, by name."""
 
 import difflib
 import math
@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from tunetrail.config.fields import Block, Name, Positive, Text, no_flags
+from tunetrail.config.imported import ImportedModel
 
 Weight = Annotated[float, no_flags]
 
@@ -74,6 +75,15 @@ class PythonScorer(Block):
     needs_reference: bool = Field(default=False, description="whether rows without the author's text are refused")
 
 
+class RewardModelScorer(ImportedModel):
+    """The score of any sequence-classification model with one label, or with two: the second logit less the first. It
+    reads the conversation by its own tokenizer and chat template: give `path`, or `repo` and `revision`.
+    """
+
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    scorer: Literal["reward_model"]
+
+
 class SumScorer(Block):
     """A weighted sum of other scorers."""
 
@@ -82,7 +92,14 @@ class SumScorer(Block):
 
 
 ScorerConfig = Annotated[
-    ChrfScorer | GuidelineScorer | ExactScorer | RegexScorer | LengthScorer | PythonScorer | SumScorer,
+    ChrfScorer
+    | GuidelineScorer
+    | ExactScorer
+    | RegexScorer
+    | LengthScorer
+    | PythonScorer
+    | RewardModelScorer
+    | SumScorer,
     Field(discriminator="scorer"),
 ]
 BUILT_IN: Mapping[str, ScorerConfig] = {

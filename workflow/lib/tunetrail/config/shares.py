@@ -40,13 +40,20 @@ Readers = dict[str, dict[str, list[str]]]
 """Kind of row -> split -> the stages and policies that read such rows there."""
 
 
-def _names(config: "Config", reader: str) -> list[str]:
-    """What this run has of one of READ_BY's readers: a stage, or the policies that one trains."""
+def _names(config: "Config", reader: str, split: str) -> list[str]:
+    """What this run has of one of READ_BY's readers: a stage, or the policies that one trains.
+
+    An imported model is not trained; an imported reward model is tested all the same.
+    """
     policies = {f"policies.{name}": policy for name, policy in config.policies.items()}
     if reader == PTX:
         return [name for name, policy in policies.items() if getattr(policy, "ptx_coef", 0)]
     if reader in ("dpo", "ppo"):
         return [name for name, policy in policies.items() if policy.method == reader]
+    if reader == "sft":
+        return [reader] if config.trained_sft else []
+    if reader == "reward" and split in TRAINED:
+        return [reader] if config.trained_reward else []
     return [reader] if getattr(config, reader) else []
 
 
@@ -55,7 +62,7 @@ def readers(config: "Config") -> Readers:
     an empty list."""
     found = {
         kind: {
-            split: [name for reader in by for name in _names(config, reader)]
+            split: [name for reader in by for name in _names(config, reader, split)]
             for split, by in by_split.items()
             if config.completions or by != ("completions",)
         }

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from tunetrail.config.fields import (
     Block,
@@ -13,6 +13,7 @@ from tunetrail.config.fields import (
     Text,
     module_names,
 )
+from tunetrail.config.imported import ImportedModel, trained_or_imported
 
 
 class Lora(Block):
@@ -110,3 +111,8 @@ class RewardConfig(Epochs):
         default="last", description="the score is read from the last token's state, or from the mean over the response"
     )
     batch_size: Count = Field(default=8, description="prompts per optimizer step, each with its K responses")
+
+
+_Imported = Annotated[ImportedModel, Tag("imported")]
+SftBlock = Annotated[Annotated[SftConfig, Tag("trained")] | _Imported, Discriminator(trained_or_imported)]
+RewardBlock = Annotated[Annotated[RewardConfig, Tag("trained")] | _Imported, Discriminator(trained_or_imported)]

@@ -45,14 +45,15 @@ from tunetrail.contract import progress
 from tunetrail.contract.artifact import finished, publish, verify
 from tunetrail.contract.distributed import end_process_group, is_main_process, processes
 from tunetrail.contract.lease import hold
+from tunetrail.contract.scorers import hub_scorers, own_scorers
 from tunetrail.contract.stage import Attempt, Input, RecordDraft, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
 from tunetrail.files import read_finished_rows, write_jsonl
 from tunetrail.provenance.environment import energy_joules, environment
-from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_file, sha256_json
-from tunetrail.provenance.record import dependency, parent_entry
-from tunetrail.provenance.schema import Dependency, Ended
+from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
+from tunetrail.provenance.record import parent_entry
+from tunetrail.provenance.schema import Ended
 
 # What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -163,6 +164,7 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         if not stage.attempt.is_superseded():
             _write_attempts(path, attempts)
         error = None  # it holds the stage's frames, and with them the model
+    stage.draft.dependencies += hub_scorers(stage.shared.get("scorers", {}))
     publish(stage, metrics, attempts)
     _clean_up(stage)
 
@@ -176,20 +178,6 @@ def _clean_up(stage: Stage) -> None:
     if path.exists():
         # The record has them now; what this state folder makes another time begins a history of its own.
         path.rename(path.with_name("attempts.published.jsonl"))
-
-
-def _own_scorers(scorers: dict[str, dict]) -> list[Dependency]:
-    """The user's own files among a stage's scorers. Raises DataError for one that changed since the run was planned."""
-    found = []
-    for name, scorer in scorers.items():
-        if scorer["scorer"] == "python":
-            path = scorer["path"]
-            digest = sha256_file(Path(path)) if Path(path).is_file() else None
-            if digest is None or digest != scorer.get("sha256"):
-                what = "differs from what it was when this run was planned" if digest else "is missing"
-                raise DataError(f"scorers.{name}: {path} {what}; run snakemake again")
-            found.append(dependency("scorer", name, digest, files={path: digest}))
-    return found
 
 
 def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
@@ -220,7 +208,9 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             stop=stop,  # type: ignore[arg-type]
             digests=cache,
         ),
-        RecordDraft(tokenizer_digest=_tokenizer_of(parents), dependencies=_own_scorers(content.get("scorers", {}))),
+        RecordDraft(
+            tokenizer_digest=_tokenizer_of(parents), dependencies=own_scorers(content.get("scorers", {}), cache)
+        ),
     )
 
 

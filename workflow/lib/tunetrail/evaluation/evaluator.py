@@ -175,8 +175,10 @@ class Evaluator:
         owners = [i for i, of_prompt in enumerate(responses) for _ in of_prompt]
         texts = [text.strip() for text in self.tokenizer.batch_decode(flat, skip_special_tokens=True)]
         completions = [
-            Completion(rows[i]["prompt"], text, rows[i].get("completion"), rows[i])
-            for text, i in zip(texts, owners, strict=True)
+            Completion(
+                rows[i]["prompt"], text, rows[i].get("completion"), rows[i], ids[-1:] == [self.tokenizer.eos_token_id]
+            )
+            for text, i, ids in zip(texts, owners, flat, strict=True)
         ]
         scores = {name: scorer.scores(completions) for name, scorer in self.scorers.items()}
         gold = scores.pop(self.gold) if self.gold else None

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, TypeGuard, TypeVar
 
-from tunetrail.config.comparisons import RewardModelLabeler, SimulatedLabeler
+from tunetrail.config.comparisons import SimulatedLabeler
 from tunetrail.preferences.ranks import simulated_rankings
 from tunetrail.preferences.rows import Ranking, SampledRow
 
@@ -23,7 +23,7 @@ class Labels:
 
 
 def ranked_by_scores(
-    rows: Sequence[SampledRow], scores: Sequence[float], config: SimulatedLabeler | RewardModelLabeler, seed: int
+    rows: Sequence[SampledRow], scores: Sequence[float], config: SimulatedLabeler, seed: int
 ) -> list[list[Ranking]]:
     """The rankings of each row by simulated labelers.
 

@@ -11,6 +11,8 @@ def rank(rows: list[SampledRow], config: SimulatedLabeler, stage: Stage) -> Labe
     """Raises DataError for rows without a reference where the scorer needs one, and what the user's own raises."""
     scorer = build(config.scorer, stage.shared.get("scorers", {}))
     completions = [
-        Completion(row["prompt"], text, row["reference"], row) for row in rows for text in row["completions"]
+        Completion(row["prompt"], text, row["reference"], row, finished)
+        for row in rows
+        for text, finished in zip(row["completions"], row["finished"], strict=True)
     ]
     return Labels(ranked_by_scores(rows, scorer.scores(completions), config, stage.seed))

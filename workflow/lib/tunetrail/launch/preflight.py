@@ -48,8 +48,8 @@ def check(config: Config, source: str = "config", packages: bool = True) -> list
         tried(lambda: refuse(f"{source}: {line}" for line in missing_packages(config)), None)
     no_rows: list[dict] = []
     rows = tried(lambda: check_sources(config.data), no_rows)
+    tried(lambda: refuse(f"{source}: {line}" for line in wrong_artifacts(config)), None)
     if isinstance(config.base, LocalModel):
-        tried(lambda: refuse(f"{source}: {line}" for line in wrong_artifact(config.base, config.run)), None)  # type: ignore[arg-type]
         tried(lambda: check_base(config.base, config.data, rows, source), None)  # type: ignore[arg-type]
     warnings: list[str] = []
     if isinstance(config.comparisons, RecordedLabeler):
@@ -81,18 +81,20 @@ def missing_packages(config: Config) -> Iterator[str]:
             yield f"policies.{name}.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null"
 
 
-def wrong_artifact(base: LocalModel, run: str) -> Iterator[str]:
-    """A line where the base lies in an artifact that it cannot be taken from."""
-    artifact = artifact_around(base.path)
-    if artifact is None:
-        return
-    if artifact.resolve().is_relative_to(Path("results", run).resolve()):
-        yield (
-            f"base.path: {base.path} was made by the run {run} itself, whose base it would replace; give the run that "
-            f"begins with it a name of its own, such as `run: {run}-2`"
-        )
-    elif not (artifact / MANIFEST).exists():
-        yield f"base.path: {artifact} has no {MANIFEST}: its stage runs or was interrupted; finish its run first"
+def wrong_artifacts(config: Config) -> Iterator[str]:
+    """A line for each model of the user's that lies in an artifact which it cannot be taken from."""
+    for key in ("base", "sft", "reward"):
+        folder = getattr(getattr(config, key), "path", None)
+        artifact = artifact_around(folder) if folder else None
+        if artifact is None:
+            continue
+        if artifact.resolve().is_relative_to(Path("results", config.run).resolve()):
+            yield (
+                f"{key}.path: {folder} was made by the run {config.run} itself, whose {key} it would replace; give the "
+                f"run that begins with it a name of its own, such as `run: {config.run}-2`"
+            )
+        elif not (artifact / MANIFEST).exists():
+            yield f"{key}.path: {artifact} has no {MANIFEST}: its stage runs or was interrupted; finish its run first"
 
 
 def check_base(base: LocalModel, data: DataConfig, rows: Sequence[dict], source: str) -> None:

@@ -90,14 +90,14 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
     sampled = sum("rankings" not in row for row in tables["reward"]) if config.completions else 0
     k = config.completions.per_prompt if config.completions else 0
     found = {}
-    if sft := config.sft:
+    if sft := config.trained_sft:
         # A token has a byte at least.
         blocks = [
             math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1 for row in tables["sft"]
         ]
         found["sft"] = of(sft, sum(blocks))
-    if config.reward:
-        found["reward"] = of(config.reward, len(own) + sampled)
+    if config.trained_reward:
+        found["reward"] = of(config.trained_reward, len(own) + sampled)
     for name, policy in config.policies.items():
         if policy.method == "dpo":
             pairs = sum(len(widest_pairs(row["rankings"], policy.pairs_per_prompt)) for row in own)

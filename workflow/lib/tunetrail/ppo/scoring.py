@@ -16,7 +16,10 @@ def scoring(scorer: Scorer, rows: list[dict], tokenizer: Any) -> Scoring:
         texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
         own = [rows[place] for place in places]
         return scorer.scores(
-            [Completion(row["prompt"], text, row.get("completion"), row) for row, text in zip(own, texts, strict=True)]
+            [
+                Completion(row["prompt"], text, row.get("completion"), row, ids[-1:] == [tokenizer.eos_token_id])
+                for row, text, ids in zip(own, texts, responses, strict=True)
+            ]
         )
 
     return score

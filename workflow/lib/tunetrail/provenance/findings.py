@@ -29,6 +29,7 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "labels-changed": ("error", "the labels were changed or corrected after it was made"),
     "source-changed": ("error", "the raw data is not what was read"),
     "base-moved": ("error", "the base model's tag or folder has changed since"),
+    "import-moved": ("error", "an imported model or a scorer of one's own has changed since"),
     "state-swapped": ("error", "an attempt resumed from a state that no earlier attempt had saved"),
     "ledger-broken": ("error", "the ledger's chain does not hold"),
     "ledger-not-anchored": ("error", "the ledger does not lead to the anchored head"),

@@ -136,13 +136,30 @@ def _own_files(folder: Path) -> list[Path]:
     return [path for path in walk(folder) if path.relative_to(folder).as_posix() not in UNLISTED_FILES]
 
 
-def list_files(folder: Path) -> list[FileEntry]:
-    """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path."""
-    paths = _own_files(folder)
+def list_files(folder: Path, cache: "DigestCache | None" = None, hidden: bool = True) -> list[FileEntry]:
+    """Relative path, size in bytes and sha256 of every file below `folder`, sorted by path.
+
+    Args:
+        cache: digests of files that have not changed since they were hashed; None: every byte is read.
+        hidden: whether hidden files count, such as those of git and of the hub's downloads.
+    """
+    paths = _own_files(folder) if hidden else visible_files(folder)
+    digests = parallel((cache or DigestCache(None)).sha256, paths)
     return [
         {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, parallel(sha256_file, paths), strict=True)
+        for path, digest in zip(paths, digests, strict=True)
     ]
+
+
+def digest_of(path: Path, cache: "DigestCache | None" = None) -> str | None:
+    """sha256 of a file, or over the names and contents of a folder's visible files; None where there is neither.
+
+    Args:
+        cache: see `list_files`.
+    """
+    if path.is_dir():
+        return sha256_json(list_files(path, cache, hidden=False))
+    return sha256_file(path) if path.is_file() else None
 
 
 def build(folder: Path) -> dict[str, list[dict]]:

@@ -15,7 +15,9 @@ from tunetrail.provenance.schema import RecordedParent
 from tunetrail.provenance.signing import TrustPolicy
 from tunetrail.stages.registry import config_name
 
-OUTSIDE = {"source": "source-changed", "labels": "labels-changed", "base": "base-moved"}
+MODELS = {"base": "base-moved", "sft": "import-moved", "reward": "import-moved", "scorer": "import-moved"}
+"""Role of models from outside the run, and of the user's own scorers -> what it means if they differ."""
+OUTSIDE = {"source": "source-changed", "labels": "labels-changed"} | MODELS
 """Role of files from outside the run -> what it means if they differ."""
 MACHINE = ("cpu", "gpus", "driver", "python", "torch", "world_size", "code", "packages")
 """Keys of an attempt that should not change from one attempt to the next."""
@@ -44,7 +46,7 @@ class RecordCheck:
             for role, recorded in record.parents.items():
                 self._parent(node, role, recorded)
             self._outside_files(node, record)
-            self._base_revision(node, record)
+            self._revisions(node, record)
         self._code(node, record)
         self._states(node, record)
         self._machines(node, record)
@@ -80,7 +82,7 @@ class RecordCheck:
         return {(recorded["manifest"], recorded["record"]), (parent.identity, parent.record.digest)} <= sealed
 
     def _outside_files(self, node: Node, record: Record) -> None:
-        """Raw data, labels and local base models, as far as they are still where they were read."""
+        """Raw data, labels, local models and scorers, as far as they are still where they were read."""
         for role, finding in OUTSIDE.items():
             for dependency in record.of_role(role):
                 for name, expected in dependency["annotations"].get("files", {}).items():
@@ -104,13 +106,13 @@ class RecordCheck:
                 self._digests[path] = None
         return self._digests[path]
 
-    def _base_revision(self, node: Node, record: Record) -> None:
-        for dependency in record.of_role("base"):
+    def _revisions(self, node: Node, record: Record) -> None:
+        for finding, dependency in [(MODELS[role], found) for role in MODELS for found in record.of_role(role)]:
             revision, commit = dependency["annotations"].get("revision"), dependency["annotations"].get("commit")
             now = resolved_revision(dependency.get("name", ""), revision) if revision else None
             if now and commit and now != commit:
                 change = f"{dependency['name']}@{revision} was commit {commit[:12]}, it is {now[:12]} now"
-                self.result.add("base-moved", node, f"{change}; pin the commit")
+                self.result.add(finding, node, f"{change}; pin the commit")
 
     def _code(self, node: Node, record: Record) -> None:
         code = record.code

@@ -31,7 +31,7 @@ ORDER = (
 )
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("simulated", "reward_model", "llm")
-CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved")
+CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved", "import-moved")
 """Findings of the audit that make an artifact stale, and not unsound."""
 POLICY_COLOURS = 6
 """Distinct colours for policies in the palette; a seventh policy takes the first one again."""

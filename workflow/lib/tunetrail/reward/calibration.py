@@ -24,8 +24,8 @@ class HeldOutPair(TypedDict):
     """Score of the preferred response less that of the other."""
     longer: int
     """Characters by which the preferred response is longer."""
-    probe: float
-    """The margin of the linear probe."""
+    probe: float | None
+    """The margin of the linear probe; None for an imported model, which was not trained on pairs like these."""
 
 
 class Bin(TypedDict):
@@ -54,7 +54,7 @@ class Ceiling(TypedDict):
 
 
 def heldout_pairs(
-    rows: list[dict], scores: list[np.ndarray], probe: list[np.ndarray], sources: dict[str, str]
+    rows: list[dict], scores: list[np.ndarray], probe: list[np.ndarray] | None, sources: dict[str, str]
 ) -> list[HeldOutPair]:
     """One row per pair and labeler who decided it: who won, by how much the model agrees, who is longer.
 
@@ -63,7 +63,8 @@ def heldout_pairs(
         sources: row id -> which of the data's sources it came from.
     """
     pairs: list[HeldOutPair] = []
-    for row, score, baseline in zip(rows, scores, probe, strict=True):
+    probes: list[np.ndarray | None] = [*probe] if probe else [None for _ in rows]
+    for row, score, baseline in zip(rows, scores, probes, strict=True):
         for ranking in row["rankings"]:
             for winner, loser in decided_pairs(preference_targets([ranking])):
                 margin = float(score[winner] - score[loser])
@@ -76,7 +77,7 @@ def heldout_pairs(
                         "labeler": ranking["labeler"],
                         "margin": margin,
                         "longer": longer,
-                        "probe": float(baseline[winner] - baseline[loser]),
+                        "probe": None if baseline is None else float(baseline[winner] - baseline[loser]),
                     }
                 )
     return pairs
@@ -197,7 +198,10 @@ def evaluate(pairs: list[HeldOutPair], seed: int) -> dict[str, Any]:
     """
     margins = np.array([pair["margin"] for pair in pairs])
     ours = right(pairs, "margin")
-    baselines = {name: right(pairs, key, sign) for name, (key, sign) in BASELINES.items()}
+    has_probe = all(pair["probe"] is not None for pair in pairs)
+    baselines = {
+        name: right(pairs, key, sign) for name, (key, sign) in BASELINES.items() if key != "probe" or has_probe
+    }
 
     def accuracy_of(kept: Callable[[HeldOutPair], bool]) -> Interval | None:
         chosen = [pair for pair in pairs if kept(pair)]

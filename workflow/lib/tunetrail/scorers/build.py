@@ -5,6 +5,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -16,6 +17,7 @@ from tunetrail.config.scorers import (
     LengthScorer,
     PythonScorer,
     RegexScorer,
+    RewardModelScorer,
     ScorerConfig,
     SumScorer,
     known,
@@ -33,6 +35,8 @@ class Completion(NamedTuple):
     """The author's own text, where the data has one."""
     row: Mapping[str, Any]
     """The data's row, with its `id`."""
+    finished: bool = True
+    """Whether it ended by itself, and was not cut off."""
 
 
 Score = float | dict[str, float]
@@ -83,6 +87,16 @@ def _own(name: str, config: PythonScorer) -> Callable[[Sequence[Completion]], Se
     return lambda completions: own([(c.prompt, c.text, c.reference, dict(c.row)) for c in completions])
 
 
+def _reward_model(name: str, config: RewardModelScorer) -> Callable[[Sequence[Completion]], Sequence[Score]]:
+    @cache
+    def scorer() -> Callable[[Sequence[Completion]], Sequence[Score]]:
+        from tunetrail.scorers.reward_model import ModelScorer  # torch
+
+        return ModelScorer(name, config)
+
+    return lambda completions: scorer()(completions)
+
+
 def _guideline(completion: Completion) -> Score:
     from tunetrail.scorers.guideline import guideline  # pydocstyle
 
@@ -129,6 +143,8 @@ def build(name: str, definitions: Mapping[str, Any]) -> Scorer:
             )
         case PythonScorer():
             return Scorer(name, _own(name, config), needs_reference=config.needs_reference)
+        case RewardModelScorer():
+            return Scorer(name, _reward_model(name, config))
         case SumScorer():
             terms = [(weight, build(part, definitions)) for part, weight in config.of.items()]
             ends = [sorted((weight * part.low, weight * part.high)) if weight else [0.0, 0.0] for weight, part in terms]

@@ -6,7 +6,6 @@ Writes `model/`, which plain `from_pretrained` loads. pad != eos from here on. A
 run is an input, `--input model=MANIFEST`: it is checked as any input is, and its lineage goes on here.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -20,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tunetrail.config.base_model import BaseModelConfig, HubModel, LocalModel, PypiModel, RandomModel
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.models.importing import load_own_tokenizer, load_pretrained, set_pad_and_eos
 from tunetrail.models.lengths import positions
 from tunetrail.models.loading import tokenizer_digest, trained_parameters, without_dropout
 from tunetrail.models.runtime import quiet_libraries
 from tunetrail.models.saving import SENTENCE, answers, check_reloads, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.provenance.hub import resolved_revision
-from tunetrail.provenance.manifest import parallel, sample, sha256_file, sha256_json, visible_files
+from tunetrail.provenance.manifest import sample, sha256_file
+from tunetrail.provenance.models import hub_model, local_model
 from tunetrail.provenance.record import dependency
 from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
@@ -89,16 +89,8 @@ def load_source(source: BaseModelConfig, state: Path, seed: int) -> tuple[PreTra
         case RandomModel():
             tokenizer = tiny_tokenizer()
             return tiny_model(source.hidden_size, source.layers, source.heads, len(tokenizer), seed), tokenizer
-    name = source.repo if isinstance(source, HubModel) else str(source.path)
-    revision = source.revision if isinstance(source, HubModel) else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError) as e:
-        raise DataError(f"base: cannot load {name}: {str(e).splitlines()[0]}") from None
-    if hasattr(model, "peft_config"):  # its weights are elsewhere, perhaps below yet another adapter
-        raise DataError(f"base: {name} is an adapter; merge it into its model first (PEFT's merge_and_unload)")
-    return model, tokenizer
+    name, revision = (source.repo, source.revision) if isinstance(source, HubModel) else (str(source.path), None)
+    return load_pretrained("base", name, revision), load_own_tokenizer("base", name, revision)
 
 
 def origin(source: BaseModelConfig) -> Dependency:
@@ -115,18 +107,8 @@ def origin(source: BaseModelConfig) -> Dependency:
         case RandomModel():
             return dependency("base", "random weights", reason="drawn from the seed", licence=source.licence)
         case HubModel():
-            return dependency(
-                "base",
-                source.repo,
-                uri=f"pkg:huggingface/{source.repo}@{source.revision}",
-                licence=source.licence,
-                revision=source.revision,
-                commit=resolved_revision(source.repo, source.revision),
-                reason="the manifest has the digests of what was downloaded",
-            )
-    paths = visible_files(source.path)
-    files = dict(zip(map(os.path.relpath, paths), parallel(sha256_file, paths), strict=True))
-    return dependency("base", os.path.relpath(source.path), sha256_json(files), licence=source.licence, files=files)
+            return hub_model("base", source.repo, source.revision, source.licence)
+    return local_model("base", source.path, source.licence)
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: BaseModelConfig) -> None:
@@ -147,11 +129,7 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             f"base.pad_token: pad must be a token other than eos ({tokenizer.eos_token!r}); name one, such as "
             f"{', '.join(map(repr, special[:3])) or 'a token that no text holds'}"
         )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    set_pad_and_eos(model, tokenizer)
 
 
 def run(stage: Stage) -> dict:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunetrail.config.base_model import LocalModel
+from tunetrail.config.imported import ImportedModel
 from tunetrail.config.run import Config
-from tunetrail.config.scorers import PythonScorer, ScorerConfig, needed
-from tunetrail.provenance.manifest import MANIFEST, artifact_around, sample, sha256_file, visible_files
+from tunetrail.config.scorers import ScorerConfig, needed
+from tunetrail.provenance.manifest import MANIFEST, DigestCache, artifact_around, digest_of, sample, visible_files
 
 Inputs = dict[str, str]
 """Role -> artifact."""
@@ -132,6 +133,12 @@ def _ranked(config: Config, _: str) -> Inputs:
     return {"data": "data"} | _shards(config) | tasks
 
 
+def _scored(config: Config, _: str) -> Inputs:
+    """An imported reward model needs no comparisons; where there are some, it is tested on them."""
+    compared = {"comparisons": _comparisons(config)} if has_comparisons(config) else {}
+    return {"policy": start_of(config), "data": "data"} | compared
+
+
 def _learnt_from(config: Config, policy: str) -> Inputs:
     inputs = {"policy": start_of(config), "data": "data"}
     return inputs | ({"reward": "reward"} if config.policies[policy].uses_reward_model else {})  # type: ignore[union-attr]
@@ -179,7 +186,7 @@ _TABLE = (
         runs_model=False),
     StageInfo("comparisons", _ranked, "data", files=("comparisons.path",)),
     StageInfo(
-        "reward", lambda c, _: {"policy": start_of(c), "data": "data", "comparisons": _comparisons(c)}, "model",
+        "reward", _scored, "model",
         distributed=True, gpu=True,
     ),
     StageInfo(
@@ -272,8 +279,10 @@ def role_of(artifact: str) -> str:
 
 
 def artifacts_of_others(config: Config, stage: str) -> dict[str, Path]:
-    """Role -> manifest of the artifacts that a stage reads and no stage of this run makes: a base made by another."""
-    artifact = artifact_around(config.base.path) if stage == "base" and isinstance(config.base, LocalModel) else None
+    """Role -> manifest of the artifacts that a stage reads and no stage of this run makes: models made by another."""
+    block = getattr(config, stage, None)
+    folder = block.path if isinstance(block, LocalModel | ImportedModel) else None
+    artifact = artifact_around(folder) if folder else None
     return {"model": artifact / MANIFEST} if artifact else {}
 
 
@@ -291,11 +300,11 @@ def own_files(config: Config, stage: str) -> list[Path]:
     return [path for path in named.values() if not path.is_dir()]
 
 
-def _scorer(scorer: ScorerConfig) -> dict[str, Any]:
-    """A scorer's definition, with the digest of the user's own file: an edit reruns what used it."""
+def _scorer(scorer: ScorerConfig, digests: DigestCache) -> dict[str, Any]:
+    """A scorer's definition, with the digest of the user's own file or folder: an edit reruns what used it."""
     definition = scorer.model_dump(mode="json")
-    if isinstance(scorer, PythonScorer) and scorer.path.is_file():
-        definition["sha256"] = sha256_file(scorer.path)
+    if path := getattr(scorer, "path", None):
+        definition["sha256"] = digest_of(path, digests)
     return definition
 
 
@@ -325,10 +334,13 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
         resolved["subject"] = {"name": value, "method": method}
         if (start := start_of(config, value)) != start_of(config):
             resolved["subject"]["start"] = start
+    digests = DigestCache(Path("state", config.run, ".digests"))
     if isinstance(block, LocalModel) and block.path.is_dir():
         resolved["folder_content"] = sample(block.path)
+    if isinstance(block, ImportedModel) and block.path:
+        resolved["sha256"] = digest_of(block.path, digests)
     if names := set(getattr(block, "scorer_keys", {}).values()):
-        resolved["scorers"] = {name: _scorer(scorer) for name, scorer in needed(names, config.scorers).items()}
+        resolved["scorers"] = {name: _scorer(scorer, digests) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:
         found: Any = config
         for part in key.split("."):

@@ -1,4 +1,5 @@
-"""The reward model: K-wise loss over all pairs of a prompt, one forward pass of K sequences.
+"""The reward model: K-wise loss over all pairs of a prompt, one forward pass of K sequences. Or one that was trained
+elsewhere (`reward.imported`).
 
     python -m tunetrail.stages.reward --config C.json --input policy=… --input data=… --input comparisons=… \
         --output … --state …
@@ -22,9 +23,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from pydantic import TypeAdapter
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from tunetrail.config.training import RewardConfig
+from tunetrail.config.imported import ImportedModel
+from tunetrail.config.training import RewardBlock, RewardConfig
 from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
@@ -43,6 +46,7 @@ from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
+from tunetrail.reward.imported import import_reward_model
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
 from tunetrail.reward.probe import fit_probe, frozen_states
 from tunetrail.seeds import derive_seed
@@ -134,9 +138,8 @@ def demonstrations(stage: Stage, tokenizer: Any) -> list[tuple[list[int], list[i
     ][:BIAS_DEMONSTRATIONS]
 
 
-def run(stage: Stage) -> dict[str, Any]:
-    config, precision = RewardConfig(**stage.config), stage.shared["precision"]
-    prepare(stage.seed, "reward")
+def train_and_evaluate(stage: Stage, config: RewardConfig) -> dict[str, Any]:
+    precision = stage.shared["precision"]
     parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
     training, heldout = split_rows(stage.rows("comparisons", "comparisons.jsonl"), config.batch_size)
@@ -180,6 +183,14 @@ def run(stage: Stage) -> dict[str, Any]:
         }
         | counts
     )
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    prepare(stage.seed, "reward")
+    config: RewardConfig | ImportedModel = TypeAdapter(RewardBlock).validate_python(stage.config)
+    if isinstance(config, RewardConfig):
+        return train_and_evaluate(stage, config)
+    return import_reward_model(stage, config) if is_main_process() else {}
 
 
 if __name__ == "__main__":

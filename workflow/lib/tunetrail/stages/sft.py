@@ -1,23 +1,29 @@
-"""Demonstration fine-tuning: next token on raw text, the completion only on prompts and chats (TRL's SFTTrainer).
+"""Demonstration fine-tuning: next token on raw text, the completion only on prompts and chats (TRL's SFTTrainer). Or a
+model that was fine-tuned elsewhere, taken over as it is.
 
     python -m tunetrail.stages.sft --config C.json --input base=… --input data=… --output … --state …
 
-Writes `model/` (and `adapter/` where LoRA trained one) and `history.jsonl`.
+Writes `model/` (and `adapter/` where LoRA trained one) and `history.jsonl`; of an import `model/` alone.
 """
 
 import sys
 
 from datasets import Dataset
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
-from tunetrail.config.training import SftConfig
+from tunetrail.config.imported import ImportedModel
+from tunetrail.config.training import SftBlock, SftConfig
 from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
+from tunetrail.models.batching import encode
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.importing import check_fits, own_texts, publish_imported, read_source
 from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import (
     load_causal_lm,
@@ -27,16 +33,25 @@ from tunetrail.models.loading import (
     with_lora,
 )
 from tunetrail.models.runtime import prepare
-from tunetrail.models.saving import save_trained
+from tunetrail.models.saving import ROWS, TOKENS, save_trained
 from tunetrail.models.supervised import given_and_learnt, tokenize
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
 
-def run(stage: Stage) -> dict:
-    config, precision = SftConfig(**stage.config), stage.shared["precision"]
-    prepare(stage.seed, "sft")
+def import_model(stage: Stage, source: ImportedModel) -> dict:
+    """Takes over a model that was fine-tuned elsewhere. Raises DataError where it does not fit the base model."""
+    parent = stage.inputs["base"].folder / "model"
+    tokenizer = load_tokenizer(parent)
+    model = read_source(stage, source, AutoModelForCausalLM)
+    check_fits(stage, source, model, parent, tokenizer)
+    rows = [encode(tokenizer, text)[:TOKENS] for text in own_texts(stage)[:ROWS]]
+    return publish_imported(stage, model, parent, tokenizer, rows)
+
+
+def train_model(stage: Stage, config: SftConfig) -> dict:
+    precision = stage.shared["precision"]
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
     examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length, "sft")
@@ -70,6 +85,14 @@ def run(stage: Stage) -> dict:
         "rows_left_out": rows_left_out("sft", len(examples), config.batch_size),
         "tokens": sum(len(examples[i]["input_ids"]) for i in order),
     } | counts
+
+
+def run(stage: Stage) -> dict:
+    prepare(stage.seed, "sft")
+    config: SftConfig | ImportedModel = TypeAdapter(SftBlock).validate_python(stage.config)
+    if isinstance(config, SftConfig):
+        return train_model(stage, config)
+    return import_model(stage, config) if is_main_process() else {}
 
 
 if __name__ == "__main__":

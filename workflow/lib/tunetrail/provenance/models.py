@@ -1,0 +1,39 @@
+"""Models that were made elsewhere, as records name them."""
+
+import os
+from pathlib import Path
+
+from tunetrail.provenance.hub import resolved_revision
+from tunetrail.provenance.manifest import DigestCache, list_files, sha256_json
+from tunetrail.provenance.record import dependency
+from tunetrail.provenance.schema import Dependency
+
+
+def local_model(role: str, folder: Path, licence: str | None, cache: DigestCache | None = None) -> Dependency:
+    """A model in a folder; an audit compares its files again."""
+    listed = list_files(folder, cache, hidden=False)
+    files = {os.path.relpath(folder / entry["path"]): entry["sha256"] for entry in listed}
+    return dependency(role, os.path.relpath(folder), sha256_json(listed), licence=licence, files=files)
+
+
+def hub_model(
+    role: str,
+    repo: str,
+    revision: str,
+    licence: str | None,
+    reason: str = "the manifest has the digests of what was downloaded",
+) -> Dependency:
+    """A model repository on the hub.
+
+    Args:
+        reason: why this says nothing of its content.
+    """
+    return dependency(
+        role,
+        repo,
+        uri=f"pkg:huggingface/{repo}@{revision}",
+        licence=licence,
+        revision=revision,
+        commit=resolved_revision(repo, revision),
+        reason=reason,
+    )
