@@ -29,7 +29,7 @@ def readers(config: "Config") -> Readers:
     reward = ["reward"] if config.reward else []
     by_method = {
         method: [f"policies.{name}" for name, policy in config.policies.items() if policy.method == method]
-        for method in ("dpo", "ppo")
+        for method in ("dpo", "kto", "ppo")
     }
     ptx = [f"policies.{name}" for name, policy in config.policies.items() if getattr(policy, "ptx_coef", 0)]
     chosen = trained + ptx if config.data.sft_on_chosen else []
@@ -37,6 +37,7 @@ def readers(config: "Config") -> Readers:
     sampled = {"reward": completions, "heldout": completions} if config.completions else {}
     return {
         "preferences": everywhere | {"reward": reward + by_method["dpo"] + chosen, "heldout": [*reward, "evaluation"]},
+        "feedback": everywhere | {"reward": by_method["kto"], "heldout": ["evaluation"]},
         "demonstrations": everywhere | sampled | {"sft": trained + ptx, "heldout": sft + completions},
         "prompts": everywhere | sampled,
         "text": {"sft": trained, "heldout": sft},

@@ -9,6 +9,9 @@ SERVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "sft": ("sft", "methods"), "reward": ("reward", "dpo"), "rl": ("ppo",), "evaluation": ("evaluation",),
         "heldout": ("reward", "evaluation"),
     },
+    "feedback": {
+        "reward": ("kto",), "rl": ("ppo",), "evaluation": ("evaluation",), "heldout": ("evaluation",),
+    },
     "demonstrations": {
         "sft": ("sft", "methods"), "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",),
         "heldout": ("sft", "completions"),

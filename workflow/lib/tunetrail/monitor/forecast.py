@@ -25,7 +25,7 @@ from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.scorers.build import build
 
 Tables = Mapping[str, Sequence[dict[str, Any]]]
-"""Split -> its rows; preference rows have "rankings"."""
+"""Split -> its rows; preference rows have "rankings", feedback rows "ratings"."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,11 @@ class Forecast:
 
 def made_tables(folder: Path) -> Tables:
     """The tables of a finished data stage."""
-    rankings = {}
-    if (own := folder / "comparisons.jsonl").exists():
-        rankings = {row["id"]: {"rankings": row["rankings"]} for row in read_jsonl(own)}
-    return {
-        split: [row | rankings.get(row["id"], {}) for row in read_jsonl(folder / f"{split}.jsonl")] for split in SPLITS
-    }
+    said: dict[str, dict[str, Any]] = {}
+    for name, key in (("comparisons", "rankings"), ("feedback", "ratings")):
+        if (own := folder / f"{name}.jsonl").exists():
+            said |= {row["id"]: {key: row[key]} for row in read_jsonl(own)}
+    return {split: [row | said.get(row["id"], {}) for row in read_jsonl(folder / f"{split}.jsonl")] for split in SPLITS}
 
 
 def expected_tables(config: Config) -> Tables | None:
@@ -54,7 +53,7 @@ def expected_tables(config: Config) -> Tables | None:
     None where a source is on the hub: it is not fetched. Raises DataError for a bad row.
     """
     data = config.data
-    if any(isinstance(source, HubSource) for source in [*data.demonstrations, *data.preferences, *data.prompts]):
+    if any(isinstance(source, HubSource) for source in data.sources):
         return None
     rows, _ = read_all(data, Account())
     for row in rows:
@@ -73,7 +72,9 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
         return block.epochs * (examples // block.batch_size)
 
     own = [row for row in tables["reward"] if "rankings" in row]
-    sampled = sum("rankings" not in row for row in tables["reward"]) if config.completions else 0
+    rated = sum(len(row.get("ratings", ())) for row in tables["reward"])
+    others = sum(not {"rankings", "ratings"} & row.keys() for row in tables["reward"])
+    sampled = others if config.completions else 0
     k = config.completions.per_prompt if config.completions else 0
     found = {}
     if sft := config.sft:
@@ -89,6 +90,8 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
             pairs = sum(len(widest_pairs(row["rankings"], policy.pairs_per_prompt)) for row in own)
             of_prompt = min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2)
             found[f"policies.{name}"] = of(policy, pairs + int(sampled * of_prompt))
+        elif policy.method == "kto":
+            found[f"policies.{name}"] = of(policy, rated)
         elif policy.method == "ppo":
             found[f"policies.{name}"] = policy.optimizer_steps
     return found
@@ -120,10 +123,11 @@ def without_reference(config: Config) -> list[str]:
         if block.method == "ppo":
             users["rl"] += [(f"policies.{policy}.{key}", name) for key, name in block.scorer_keys.items()]
     return [
-        f"{key}: {name} compares with the author's text, which data.prompts has not: "
+        f"{key}: {name} compares with the author's text, which data.{kind} has not: "
         + ("it is not measured" if key.rpartition(".")[2].startswith("gold") else "the stage will stop; take another")
+        for kind in ("prompts", "feedback")
         for split, named in users.items()
-        if share_of(config, "prompts", split)
+        if share_of(config, kind, split) and (kind, split) != ("feedback", "reward")  # nothing is sampled for these
         for key, name in named
         if build(name, config.scorers).needs_reference
     ]

@@ -24,8 +24,10 @@ from tunetrail.stages.registry import start
 
 
 def prompts_to_sample(stage: Stage) -> list[dict]:
-    """The prompts of the reward and held-out splits, but for those of preference rows, with their "split"."""
-    compared = {row["id"] for row in stage.rows("data", "comparisons.jsonl", optional=True)}
+    """The prompts of the reward and held-out splits, but for those of preferences and feedback, with their "split"."""
+    compared = {
+        row["id"] for name in ("comparisons.jsonl", "feedback.jsonl") for row in stage.rows("data", name, optional=True)
+    }
     return [
         row | {"split": split}
         for split in ("reward", "heldout")
