@@ -57,6 +57,21 @@ def test_steps_are_counted_before_the_run():
     }
 
 
+def test_a_step_of_kto_is_counted_in_ratings():
+    rated = [{"prompt": prompt(i), "completion": "a", "label": n == 0} for i in range(150) for n in range(2)]
+    write_jsonl(Path("f.jsonl"), rated)
+    data = {"preferences": [], "feedback": [{"source": "file", "path": "f.jsonl"}]}
+    found = config(data, policies={"k": {"method": "kto", "epochs": 2}})
+    assert steps_of(found, expected_tables(found)) == {"policies.k": 2 * (2 * 120 // 16)}
+    collected = config(
+        data | {"prompts": [{"source": "file", "path": "f.jsonl", "split": "reward"}]}, completions={"per_prompt": 2},
+        comparisons={"labeler": "simulated", "scorer": "length"}, policies={"d": DPO}, reward={},
+    )  # fmt: skip
+    tables = expected_tables(collected)
+    sampled = sum(row["kind"] == "prompts" for row in tables["reward"])
+    assert steps_of(collected, tables)["reward"] == sampled // 8  # nothing is sampled for rated prompts
+
+
 def test_too_few_steps_are_noted_and_enough_are_not():
     few = forecast(config(policies={"d": DPO}), Path("none"), is_made=False)
     assert few.notes == [
