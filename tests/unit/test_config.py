@@ -98,6 +98,9 @@ BAD = [
         "got 1"),
     ("policies.kto", {"method": "kto", "micro_batch_size": 1}, "policies.kto: micro_batch_size must be at least 2 with "
         "kto"),
+    ("data.demonstrations.0.weight", 0, "data.demonstrations[0].weight: must be greater than 0, got 0"),
+    ("data.demonstrations", [{"source": "file", "path": "f.jsonl", "split": "heldout", "weight": 2}],
+        "data.demonstrations[0]: weight has no effect with split: heldout, of which rows count once; remove it"),
     ("data.feedback", [{"source": "file", "path": "f.jsonl", "split": "sft"}], "data.feedback[0].split: responses that "
         "may be bad are of no use in sft; choose another split"),
     ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', 'reward_model', "

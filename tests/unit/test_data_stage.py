@@ -259,6 +259,44 @@ def test_preferences_and_demonstrations_of_a_prompt_go_together():
     assert {row["split"] for row in done["comparisons"]} == {"reward", "heldout"}
 
 
+def test_a_weight_is_on_what_is_trained_on_and_in_the_table_of_uses():
+    """Splits and what is measured are those of a run without it."""
+
+    def prepared(weight: float) -> Prepared:
+        return Prepared(
+            DataConfig(
+                demonstrations=[
+                    file("a.jsonl", [{"prompt": prompt(i), "completion": "a"} for i in range(60)], weight=weight),
+                    file("b.jsonl", [{"prompt": prompt(i + 500), "completion": "b"} for i in range(60)]),
+                ],
+                preferences=[
+                    file("p.jsonl", [{"prompt": prompt(i + 900), "chosen": "x", "rejected": "y"} for i in range(60)],
+                         weight=weight)
+                ],
+            )
+        )  # fmt: skip
+
+    plain = prepared(1.0)
+    before = {name: plain[name] for name in (*SPLITS, "comparisons")}
+    assert not any("weight" in row for rows in before.values() for row in rows)
+    done = prepared(2.5)
+    assert done.code == 0
+    for name, rows in before.items():
+        assert [{k: v for k, v in row.items() if k != "weight"} for row in done[name]] == rows
+    for split in ("sft", "reward"):
+        assert [row.get("weight") for row in done[split]] == [
+            None if row["source"] == "b.jsonl" else 2.5 for row in done[split]
+        ]
+    for split in ("rl", "evaluation", "heldout"):
+        assert not any("weight" in row for row in done[split])
+    assert {(row["split"], row.get("weight")) for row in done["comparisons"]} == {("reward", 2.5), ("heldout", None)}
+    used = {(use["source"], use["split"]): use["weight"] for use in done.card["uses"]}
+    assert used["a.jsonl", "sft"] == used["p.jsonl", "reward"] == 2.5
+    assert used["b.jsonl", "sft"] == used["a.jsonl", "evaluation"] == 1
+    said = Path(next(Path("state").glob("*/log.txt"))).read_text(encoding="utf-8")
+    assert f"{sum(row['source'] == 'a.jsonl' for row in done['sft'])} x 2.5\n" in said
+
+
 RATED = {"feedback": {"reward": 0.4, "rl": 0.2, "evaluation": 0.2, "heldout": 0.2}}
 
 

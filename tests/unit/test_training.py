@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -39,6 +40,7 @@ from tunetrail.models.training import (
     rows_left_out,
     trained_weights,
 )
+from tunetrail.models.weights import rows_per_epoch
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
@@ -335,6 +337,47 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert max(spreads) <= 3
     assert order[:40] != order[40:80]
     assert order == epoch_order(lengths, 8, 3, seed=1)
+
+
+def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
+    weights = [1.0] * 10 + [2.5] * 10 + [0.5] * 10
+    assert rows_per_epoch(weights) == 10 + 25 + 5
+    order = epoch_order([5] * 30, 8, 2, seed=1, weights=weights)
+    thirds = []
+    for epoch in (Counter(order[:40]), Counter(order[40:])):
+        assert {epoch[i] for i in range(10)} == {1}
+        assert Counter(epoch[i] for i in range(10, 20)) == {2: 5, 3: 5}
+        assert Counter(epoch[i] for i in range(20, 30)) == {0: 5, 1: 5}
+        thirds.append({i for i in range(10, 30) if epoch[i] in (1, 3)})
+    assert thirds[0] != thirds[1]  # drawn anew
+    assert epoch_order(list(range(30)), 8, 2, 1, [1.0] * 30) == epoch_order(list(range(30)), 8, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
+def test_rows_with_a_weight_are_trained_on_that_often(run_stage, workspace, name):
+    """Half of the rows 2.5 times: and what is held out has no weight."""
+    folder, table = {"sft": ("data", "sft"), "kto": ("data", "feedback")}.get(name, ("comparisons", "comparisons"))
+    rows = read_jsonl(workspace / folder / f"{table}.jsonl")
+    rows = [row | ({"weight": 2.5} if i % 2 else {}) for i, row in enumerate(rows)]
+    write_artifact(workspace / folder, {f"{table}.jsonl": rows}, tokenizer_of(workspace / folder))
+    config = {"epochs": 2, "batch_size": 4, "micro_batch_size": 4}
+    code, error, output = run_stage(
+        name, "weighted", config=config | ({} if name in ("sft", "reward") else {"checkpoints": 0})
+    )
+    assert code == 0, error
+    metrics = json.loads(output.with_name("metrics.json").read_text())
+    per_row = {
+        "sft": lambda row: 1,
+        "reward": lambda row: 1,
+        "dpo": lambda row: 3,
+        "kto": lambda row: len(row["ratings"]),
+    }
+    counted = [row for row in rows if row.get("split", "reward") == "reward"]
+    plain = sum(per_row[name](row) for row in counted if "weight" not in row)
+    weighted = sum(per_row[name](row) for row in counted if "weight" in row)
+    per_epoch = plain + 2 * weighted + round(weighted / 2)
+    assert metrics["steps"] == 2 * (per_epoch // 4)
+    assert metrics["rows_left_out"] == per_epoch % 4
 
 
 def test_learning_rates_by_hand():

@@ -151,6 +151,9 @@ def _data_problems(config: Config) -> Iterator[str]:
         for i, source in enumerate(getattr(data, kind)):
             if source.split == "sft":
                 yield f"data.{kind}[{i}].split: {what} are of no use in sft; choose another split"
+    for i, source in enumerate(data.prompts):
+        if source.weight != 1 and config.completions is None:
+            yield f"data.prompts[{i}].weight: has no effect, since nothing is trained on prompts alone; remove it"
     is_text = [isinstance(source, TopicsSource) for source in data.demonstrations]
     if len(is_text) == len(data.sources) and all(is_text):
         yield "data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs"

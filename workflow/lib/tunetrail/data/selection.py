@@ -30,7 +30,7 @@ def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dic
             if invalid:
                 account.reasons[card["source"], kind, "invalid"] += len(invalid)
             limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
-            about = {"source": card["source"], "max_tokens": limits, "pinned": source.split}
+            about = {"source": card["source"], "max_tokens": limits, "pinned": source.split, "weight": source.weight}
             rows += [row | about | {"kind": "text" if "text" in row else kind} for row in own]
     return rows, cards
 

@@ -44,9 +44,14 @@ def answer_of(row: dict) -> str | None:
     return best(row) if row["kind"] == "preferences" else row.get("completion")
 
 
-def prompt_row(row: dict) -> PromptRow | TextRow:
+def weighted(row: dict, split: str) -> dict[str, float]:
+    """{"weight"} of a row of this split's table that counts more or less than once in training."""
+    return {"weight": row["weight"]} if split in ("sft", "reward") and row["weight"] != 1 else {}
+
+
+def prompt_row(row: dict, split: str) -> PromptRow | TextRow:
     """A row of a split's table."""
-    common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row}
+    common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row} | weighted(row, split)
     if "text" in row:
         return common | {"text": row["text"]}  # type: ignore[return-value]
     shown = common | {"prompt": row["prompt"], "messages": row["messages"]}
@@ -66,9 +71,10 @@ def comparison_row(row: dict) -> dict[str, Any]:
         "completions": row["completions"],
         "finished": [True] * len(row["completions"]),
         "rankings": row["rankings"],
-    }
+    } | weighted(row, row["split"])
 
 
 def feedback_row(row: dict) -> dict[str, Any]:
     """A row of feedback.jsonl."""
-    return {key: row[key] for key in ("id", "group", "split", "prompt", "messages", "completion", "ratings")}
+    kept = ("id", "group", "split", "prompt", "messages", "completion", "ratings")
+    return {key: row[key] for key in kept} | weighted(row, row["split"])

@@ -18,6 +18,7 @@ from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, trained_parameters, training_flops, with_lora
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.training import KeepCallback, epoch_order, rows_left_out, train, trained_model
+from tunetrail.models.weights import rows_per_epoch, taken_weights
 from tunetrail.seeds import derive_seed
 
 
@@ -63,13 +64,15 @@ def optimise(
 
     Raises DataError where a batch is not full.
     """
-    if len(examples) < config.batch_size:
+    weights = taken_weights(examples)
+    rows = rows_per_epoch(weights)
+    if rows < config.batch_size:
         raise DataError(
-            f"{stage.name}: {len(examples)} {what} are fewer than one batch (batch_size: {config.batch_size}); "
+            f"{stage.name}: {rows} {what} are fewer than one batch (batch_size: {config.batch_size}); "
             "collect more, or lower it"
         )
     longest = [len(e["prompt_ids"]) + max(len(e[key]) for key in responses) for e in examples]
-    order = epoch_order(longest, config.batch_size, config.epochs, stage.seed)
+    order = epoch_order(longest, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
     tokens = [sum(len(e["prompt_ids"]) + len(e[key]) for key in responses) for e in examples]
@@ -85,6 +88,6 @@ def optimise(
         return [], {}
     save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
     publish_kept(stage)
-    left_out = rows_left_out(stage.name, len(examples), config.batch_size)
+    left_out = rows_left_out(stage.name, rows, config.batch_size)
     about = {"train_loss": history[-1]["loss"], "steps": len(history), "rows_left_out": left_out}
     return history, about | counts

@@ -21,6 +21,7 @@ from tunetrail.data.tables import merged
 from tunetrail.data.uses import Account
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
+from tunetrail.models.weights import rows_per_epoch
 from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.scorers.build import build
 
@@ -68,30 +69,33 @@ def expected_tables(config: Config) -> Tables | None:
 def steps_of(config: Config, tables: Tables) -> dict[str, int]:
     """Stage or policy -> the optimizer steps that it takes at most, of those that train."""
 
-    def of(block: Epochs, examples: int) -> int:
-        return block.epochs * (examples // block.batch_size)
+    def of(block: Epochs, *counted: tuple[dict, int]) -> int:
+        """Of (row, examples that are made of it)."""
+        per_epoch = rows_per_epoch([row.get("weight", 1.0) for row, n in counted for _ in range(n)])
+        return block.epochs * (per_epoch // block.batch_size)
 
     own = [row for row in tables["reward"] if "rankings" in row]
-    rated = sum(len(row.get("ratings", ())) for row in tables["reward"])
-    others = sum(not {"rankings", "ratings"} & row.keys() for row in tables["reward"])
-    sampled = others if config.completions else 0
+    rated = [(row, len(row.get("ratings", ()))) for row in tables["reward"]]
+    others = [row for row in tables["reward"] if not {"rankings", "ratings"} & row.keys()]
+    sampled = others if config.completions else []
     k = config.completions.per_prompt if config.completions else 0
     found = {}
     if sft := config.sft:
         # A token has a byte at least.
         blocks = [
-            math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1 for row in tables["sft"]
+            (row, math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1)
+            for row in tables["sft"]
         ]
-        found["sft"] = of(sft, sum(blocks))
+        found["sft"] = of(sft, *blocks)
     if config.reward:
-        found["reward"] = of(config.reward, len(own) + sampled)
+        found["reward"] = of(config.reward, *((row, 1) for row in [*own, *sampled]))
     for name, policy in config.policies.items():
         if policy.method == "dpo":
-            pairs = sum(len(widest_pairs(row["rankings"], policy.pairs_per_prompt)) for row in own)
-            of_prompt = min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2)
-            found[f"policies.{name}"] = of(policy, pairs + int(sampled * of_prompt))
+            pairs = [(row, len(widest_pairs(row["rankings"], policy.pairs_per_prompt))) for row in own]
+            of_prompt = int(min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2))
+            found[f"policies.{name}"] = of(policy, *pairs, *((row, of_prompt) for row in sampled))
         elif policy.method == "kto":
-            found[f"policies.{name}"] = of(policy, rated)
+            found[f"policies.{name}"] = of(policy, *rated)
         elif policy.method == "ppo":
             found[f"policies.{name}"] = policy.optimizer_steps
     return found

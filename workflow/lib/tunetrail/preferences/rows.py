@@ -72,6 +72,8 @@ class SampledRow(TypedDict):
     completion_ids: NotRequired[list[list[int]]]
     """[K]: the tokens that the model sampled, with EOS where it ended; missing where texts came from a file. Encoding a
     text again may give other tokens."""
+    weight: NotRequired[float]
+    """How often an epoch of training has it, where that is not once."""
     finished: list[bool]
     """[K]: whether each completion ended with EOS."""
 

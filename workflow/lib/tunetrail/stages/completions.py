@@ -19,6 +19,7 @@ from tunetrail.models.lengths import check_room
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.models.weights import weight_of
 from tunetrail.preferences.rows import SampledRow
 from tunetrail.stages.registry import start
 
@@ -64,6 +65,7 @@ def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> Samp
         "completions": list(first),
         "completion_ids": kept,
         "finished": [ids[-1] == tokenizer.eos_token_id for ids in kept],
+        **weight_of(row),  # type: ignore[typeddict-item]
     }
 
 

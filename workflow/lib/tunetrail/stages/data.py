@@ -148,7 +148,7 @@ def run(stage: Stage) -> dict[str, Any]:
         if split in ("reward", "heldout"):
             comparisons += [comparison_row(row) for row in own if row["kind"] == "preferences"]
             feedback += [feedback_row(row) for row in own if row["kind"] == "feedback"]
-        write_jsonl(path, [prompt_row(row) for row in own])  # type: ignore[misc]
+        write_jsonl(path, [prompt_row(row, split) for row in own])  # type: ignore[misc]
         if authors := [row["labeler"] for row in own if "labeler" in row]:
             stage.draft.dependencies.append(people_dependency(path, "demonstrations", authors))
         if split == "evaluation":

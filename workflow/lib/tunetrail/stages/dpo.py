@@ -22,6 +22,7 @@ from tunetrail.models.loading import load_tokenizer
 from tunetrail.models.preference import Pretokenized, optimise
 from tunetrail.models.runtime import prepare
 from tunetrail.models.training import trainer_arguments
+from tunetrail.models.weights import weight_of
 from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.stages.registry import start
 
@@ -42,6 +43,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoCo
             lengths.append((row["id"], len(prompt) + max(len(responses[chosen]), len(responses[rejected]))))
             examples.append(
                 {"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}
+                | weight_of(row)
             )
     check_lengths("dpo", lengths, config.max_length)
     return examples

@@ -34,6 +34,7 @@ from tunetrail.models.loading import load_tokenizer
 from tunetrail.models.preference import Pretokenized, optimise
 from tunetrail.models.runtime import prepare
 from tunetrail.models.training import rows_at_once, trainer_arguments
+from tunetrail.models.weights import weight_of
 from tunetrail.stages.registry import start
 
 log = logging.getLogger("tunetrail")
@@ -72,7 +73,8 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: KtoCo
         prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])
         lengths.append((row["id"], len(prompt) + len(response)))
         for rating in row["ratings"]:
-            examples.append({"prompt_ids": prompt, "completion_ids": response, "label": rating["label"]})
+            example = {"prompt_ids": prompt, "completion_ids": response, "label": rating["label"]}
+            examples.append(example | weight_of(row))
     check_lengths("kto", lengths, config.max_length)
     return examples
 
