@@ -931,7 +931,7 @@ def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, 
     fixture = Fixture(tmp_path)
     use = {"source": "p.jsonl", "kind": "preferences", "also_in": None}
     uses = [
-        use | {"split": "reward", "used_by": ["reward", "dpo"], "rows": 118},
+        use | {"split": "reward", "used_by": ["reward", "dpo"], "rows": 118, "weight": 2.5},
         use | {"split": "rl", "used_by": ["ppo"], "rows": 20},
     ]
     out = {"source": "p.jsonl", "kind": "preferences", "reason": "too_long", "rows": 3}
@@ -941,7 +941,9 @@ def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, 
     code, folder = fixture.report()
     assert code == 0
     page = words((folder / "report.html").read_text())
-    assert "p.jsonlpreferencesrewarddpo118 p.jsonlpreferencesrlnothing20 p.jsonlpreferencesleft outtoo long3" in page
+    assert (
+        "p.jsonlpreferencesrewarddpo118 × 2.50 p.jsonlpreferencesrlnothing20 p.jsonlpreferencesleft outtoo long3"
+    ) in page
 
 
 def test_missing_measurements_say_so(tmp_path, draw_only):
