@@ -15,6 +15,7 @@ import tunetrail.stages.data
 import tunetrail.stages.dpo
 import tunetrail.stages.evaluation
 import tunetrail.stages.head_to_head
+import tunetrail.stages.kto
 import tunetrail.stages.ppo
 import tunetrail.stages.report
 import tunetrail.stages.retention

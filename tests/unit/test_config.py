@@ -92,7 +92,17 @@ BAD = [
     ("base", {"source": "hub", "repo": "a/b"}, "base.revision: is required"),
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
-    ("policies.dpo.method", "kto", "policies.dpo.method: must be one of 'ppo', 'dpo', 'best_of_n', got 'kto'"),
+    ("policies.dpo.method", "grpo", "policies.dpo.method: must be one of 'ppo', 'dpo', 'kto', 'best_of_n', got 'grpo'"),
+    ("policies.kto", {"method": "kto"}, "policies.kto: kto needs data.feedback: responses that were liked or disliked"),
+    ("policies.kto", {"method": "kto", "batch_size": 1}, "policies.kto.batch_size: must be greater than or equal to 2, "
+        "got 1"),
+    ("policies.kto", {"method": "kto", "micro_batch_size": 1}, "policies.kto: micro_batch_size must be at least 2 with "
+        "kto"),
+    ("data.demonstrations.0.weight", 0, "data.demonstrations[0].weight: must be greater than 0, got 0"),
+    ("data.demonstrations", [{"source": "file", "path": "f.jsonl", "split": "heldout", "weight": 2}],
+        "data.demonstrations[0]: weight has no effect with split: heldout, of which rows count once; remove it"),
+    ("data.feedback", [{"source": "file", "path": "f.jsonl", "split": "sft"}], "data.feedback[0].split: responses that "
+        "may be bad are of no use in sft; choose another split"),
     ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', "
                                      "'llm', 'human', got 'crowd'"),
     ("sft", 5, "sft: must be a block of keys, got 5"),
@@ -153,7 +163,8 @@ BAD = [
     ("data.near_duplicate", 1.5, "data.near_duplicate: must be less than or equal to 1, got 1.5"),
     ("data.limits.sft", 0, "data.limits.sft: must be greater than or equal to 1, got 0"),
     # impossible combinations
-    ("data.demonstrations", [], "data: give at least one source under demonstrations, preferences or prompts"),
+    ("data.demonstrations", [], "data: give at least one source under demonstrations, preferences, feedback or "
+        "prompts"),
     ("data.shares", {"sft": 0.9, "rl": 0.5}, "data.shares: the shares of the splits must add up to 1, got 1.4"),
     ("data.shares", {"sft": 0.4, "rl": 0.1, "reward": 0.1, "evaluation": 0.1, "heldout": 0.1},
         "data.shares: the shares of the splits must add up to 1, got 0.8"),

@@ -13,7 +13,7 @@ import pytest
 
 from tunetrail.config.data import DataConfig, FileSource, HubSource
 from tunetrail.data.invalid import Invalid
-from tunetrail.data.readers import check_sources, demonstrations, read_demonstrations, read_preferences
+from tunetrail.data.readers import check_sources, demonstrations, feedback, read_demonstrations, read_preferences
 from tunetrail.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -401,6 +401,44 @@ def test_all_annotators_of_a_repeated_pair_are_kept(file):
     assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [
         ("annotator-0", [1, 1]), ("annotator-1", [1, 2]), ("annotator-2", [2, 1]), ("annotator-0", [2, 1]),
     ]  # fmt: skip
+
+
+RATED = {"prompt": "Q", "completion": "A", "label": True}
+
+
+def test_feedback_is_read_in_every_spelling_and_ratings_of_one_response_are_joined(file):
+    rows = [
+        RATED | {"labeler": "ann"},
+        RATED | {"label": False, "labeler": "bob"},
+        {"prompt": [user("q"), assistant("1"), user("r")], "completion": [assistant("B")], "label": 0},
+    ]
+    found = [row for _, row in feedback(file(rows))]
+    assert found == [
+        {"messages": [user("Q")], "completion": "A", "group": "q",
+         "ratings": [{"labeler": "ann", "label": True}, {"labeler": "bob", "label": False}]},
+        {"messages": [user("q"), assistant("1"), user("r")], "completion": "B", "group": "q",
+         "ratings": [{"labeler": "recorded", "label": False}]},
+    ]  # fmt: skip
+    table = file("prompt,completion,thumb\nQ,A,True\nR,B,0\n", "d.csv", columns={"label": "thumb"})
+    assert [row["ratings"][0]["label"] for _, row in feedback(table)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (RATED | {"label": "up"}, "'label' must be true (liked) or false (disliked), got 'up'"),
+        (RATED | {"label": None}, "'label' must be true (liked) or false (disliked), got None"),
+        (RATED | {"label": -1}, "'label' must be true (liked) or false (disliked), got -1"),
+        (RATED | {"completion": " "}, "'completion' is empty; remove the row or fill it"),
+        (RATED | {"prompt": [user("Q"), assistant("A")]}, "'prompt' must end with a turn of the user"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "must have prompt, completion and label, but lacks "
+            "completion, label; its columns are chosen, prompt, rejected; map others with columns"),
+    ],
+)  # fmt: skip
+def test_bad_feedback_is_refused(file, row, message):
+    with pytest.raises(DataError) as error:
+        check_sources(DataConfig(feedback=[file([row])]))
+    assert str(error.value) == f"d.jsonl:1: {message}"
 
 
 def test_every_row_comes_with_its_line(file):

@@ -259,6 +259,106 @@ def test_preferences_and_demonstrations_of_a_prompt_go_together():
     assert {row["split"] for row in done["comparisons"]} == {"reward", "heldout"}
 
 
+def test_a_weight_is_on_what_is_trained_on_and_in_the_table_of_uses():
+    """Splits and what is measured are those of a run without it."""
+
+    def prepared(weight: float) -> Prepared:
+        return Prepared(
+            DataConfig(
+                demonstrations=[
+                    file("a.jsonl", [{"prompt": prompt(i), "completion": "a"} for i in range(60)], weight=weight),
+                    file("b.jsonl", [{"prompt": prompt(i + 500), "completion": "b"} for i in range(60)]),
+                ],
+                preferences=[
+                    file("p.jsonl", [{"prompt": prompt(i + 900), "chosen": "x", "rejected": "y"} for i in range(60)],
+                         weight=weight)
+                ],
+            )
+        )  # fmt: skip
+
+    plain = prepared(1.0)
+    before = {name: plain[name] for name in (*SPLITS, "comparisons")}
+    assert not any("weight" in row for rows in before.values() for row in rows)
+    done = prepared(2.5)
+    assert done.code == 0
+    for name, rows in before.items():
+        assert [{k: v for k, v in row.items() if k != "weight"} for row in done[name]] == rows
+    for split in ("sft", "reward"):
+        assert [row.get("weight") for row in done[split]] == [
+            None if row["source"] == "b.jsonl" else 2.5 for row in done[split]
+        ]
+    for split in ("rl", "evaluation", "heldout"):
+        assert not any("weight" in row for row in done[split])
+    assert {(row["split"], row.get("weight")) for row in done["comparisons"]} == {("reward", 2.5), ("heldout", None)}
+    used = {(use["source"], use["split"]): use["weight"] for use in done.card["uses"]}
+    assert used["a.jsonl", "sft"] == used["p.jsonl", "reward"] == 2.5
+    assert used["b.jsonl", "sft"] == used["a.jsonl", "evaluation"] == 1
+    said = Path(next(Path("state").glob("*/log.txt"))).read_text(encoding="utf-8")
+    assert f"{sum(row['source'] == 'a.jsonl' for row in done['sft'])} x 2.5\n" in said
+
+
+RATED = {"feedback": {"reward": 0.4, "rl": 0.2, "evaluation": 0.2, "heldout": 0.2}}
+
+
+def test_feedback_is_split_by_prompt_and_learnt_by_kto_alone():
+    """What may be a bad response is nobody's demonstration, reference or training text."""
+    people = ("ann.jsonl", "ann", True), ("bob.jsonl", "bob", False)
+    config = DataConfig(
+        feedback=[
+            file(name, [{"prompt": prompt(i), "completion": f"{i} {k}", "label": label, "labeler": who}
+                        for i in range(60) for k in range(2)])
+            for name, who, label in people
+        ],
+        demonstrations=[file("d.jsonl", [{"prompt": prompt(i), "completion": f"{i} 0"} for i in range(40, 60)])],
+        near_duplicate=1.0,
+    )  # fmt: skip
+    done = Prepared(config, shares=RATED | {"demonstrations": {"sft": 1.0}})
+    assert done.code == 0
+    rated = done["feedback"]
+    assert {row["split"] for row in rated} == {"reward", "heldout"}
+    assert all([r["label"] for r in row["ratings"]] == [True, False] for row in rated)
+    groups = [{row["group"] for row in done[split]} for split in SPLITS if split != "sft"]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 60
+    demonstrated = {row["group"] for split in SPLITS for row in done[split] if "completion" in row}
+    assert demonstrated == {prompt(i) for i in range(40, 60)}  # the author's, and no rated one
+    assert {row["completion"] for row in done["sft"]} <= {f"{i} 0" for i in range(40, 60)}
+    for split in ("rl", "evaluation"):
+        assert max(Counter(row["prompt"] for row in done[split]).values()) == 1
+    card = done.card["feedback"]
+    assert (card["liked"], card["disliked"], card["labelers"]) == (len(rated), len(rated), ["ann", "bob"])
+    used = {(use["kind"], use["split"]): use["used_by"] for use in done.card["uses"]}
+    assert used["feedback", "reward"] == ["kto"]
+    assert ("feedback", "sft") not in used
+    labels = {d["name"]: d["annotations"] for d in read_record(Path("data")).of_role("labels")}
+    assert labels["feedback.jsonl"]["ratings"] == 2 * len(rated)
+    total = sum(use["rows"] for use in done.card["uses"] if not use["also_in"]) + sum(
+        out["rows"] for out in done.card["left_out"]
+    )
+    assert total == done.card["rows_read"] == 2 * 120 + 20
+
+
+def test_a_rated_response_that_repeats_a_test_prompt_is_a_leak(capfd):
+    rated = [{"prompt": prompt(i), "completion": "a", "label": i % 2 == 0} for i in range(30)]
+    rated[3]["prompt"] = prompt(900)
+    test = file("t.jsonl", [{"prompt": prompt(900).upper(), "completion": "a"}], split="evaluation", group="completion")
+    config = DataConfig(feedback=[file("f.jsonl", rated)], demonstrations=[test])
+    shares = {"feedback": {"reward": 0.8, "heldout": 0.2}}
+    assert Prepared(config, shares=shares).code == 65
+    assert "1 rows repeat a row of another split, such as f.jsonl:4 (" in capfd.readouterr().err
+    done = Prepared(config.model_copy(update={"duplicates": "drop"}), shares=shares)
+    assert done.code == 0
+    assert done.card["dropped"] == {"duplicates": 1}
+
+
+def test_too_little_feedback_is_told_of(capfd):
+    rated = [{"prompt": prompt(i), "completion": "a", "label": True} for i in range(2)]
+    demonstrations = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
+    config = DataConfig(feedback=[file("f.jsonl", rated)], demonstrations=[file("d.jsonl", demonstrations)])
+    assert Prepared(config, shares=EVERY_STAGE | RATED).code == 65
+    said = capfd.readouterr().err
+    assert "no feedback is left for this split; 2 feedback rows are too few for these shares and limits: " in said
+
+
 def test_too_few_comparisons_are_told_of(capfd):
     """Though there are demonstrations enough to fill the split."""
     demonstrations = [{"prompt": prompt(i), "completion": "a"} for i in range(60)]

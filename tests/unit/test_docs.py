@@ -15,7 +15,7 @@ from tunetrail.config.documentation import KEYS_END, KEYS_START, document, schem
 from tunetrail.config.fields import Block
 from tunetrail.config.loading import expand_sweeps
 from tunetrail.config.run import Config
-from tunetrail.data.readers import demonstrations, preferences, prompts
+from tunetrail.data.readers import demonstrations, feedback, preferences, prompts
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "config/README.md").read_text(encoding="utf-8")
@@ -97,13 +97,15 @@ def fenced(language: str) -> list[str]:
 def test_every_shape_shown_is_read(tmp_path):
     """Each example of a row goes through the readers as it stands."""
     shown = fenced("json")
-    assert len(shown) == 9
+    assert len(shown) == 10
     for i, row in enumerate(shown):
         (tmp_path / f"{i}.jsonl").write_text(row, encoding="utf-8")
         source = FileSource(source="file", path=tmp_path / f"{i}.jsonl")
         keys = json.loads(row).keys()
         if keys & {"chosen", "ranks", "labels"}:
             read = preferences
+        elif "label" in keys:
+            read = feedback
         else:
             read = demonstrations if keys & {"text", "completion"} or "assistant" in row else prompts
         assert len(list(read(source))) == 1, row

@@ -20,7 +20,7 @@ from tunetrail.evaluation.evaluator import Evaluator, Samples
 from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
 from tunetrail.files import read_jsonl, write_json
-from tunetrail.models.batching import collate, encode
+from tunetrail.models.batching import collate, encode, encode_response
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from tunetrail.models.sampling import sample
 from tunetrail.models.scoring import sequence_scores
@@ -42,6 +42,7 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
         "comparisons": "comparisons"}, {}),
     "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base",
         "comparisons": "comparisons"}, {}),
+    "kto": ("kto", {"method": "kto", "learning_rate": 1e-2, "batch_size": 6}, {"policy": "base", "data": "data"}, {}),
     "best": ("best_of_n", {"method": "best_of_n", "n": 3}, {"policy": "base", "reward": "reward"}, {}),
     "retention": ("retention", {"prompts": 8, "max_new_tokens": 6}, {"base": "base"}, {}),
     "text": ("retention", {"source": "file", "path": "text.txt", "prompts": 4, "max_new_tokens": 6}, {"base": "base"},
@@ -54,7 +55,7 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
             | ({} if name == "base" else {"sft": "base"}),
             {"subject": {"name": name, "method": method}, "data.chat": False, "data.system": None},
         )
-        for name, method in (("base", "base"), ("dpo", "dpo"), ("best", "best_of_n"))
+        for name, method in (("base", "base"), ("dpo", "dpo"), ("kto", "kto"), ("best", "best_of_n"))
     },
     "head_to_head": (
         "head_to_head",
@@ -366,6 +367,31 @@ def test_held_out_accuracy_is_of_the_implicit_reward_over_all_decided_pairs(fold
     for name, expected, measure in (("base", raw, "log-prob"), ("dpo", implicit, "implicit reward")):
         found = metrics(folder, f"evaluation/{name}")["comparisons"]
         assert (found["accuracy"]["mean"], found["measure"]) == (pytest.approx(expected), measure)
+
+
+def test_held_out_feedback_is_told_apart_by_the_implicit_reward(folder):
+    """Against all pairs of a liked and a disliked response, by plain passes."""
+    tokenizer = load_tokenizer(folder / "base/model")
+    rows = [r for r in read_jsonl(folder / "data/feedback.jsonl") if r["split"] == "heldout"]
+    examples = [(encode(tokenizer, r["prompt"]), encode_response(tokenizer, r["completion"])) for r in rows]
+    liked = [row["ratings"][0]["label"] for row in rows]
+    assert (sum(liked), len(liked)) == (4, 6)
+
+    def logps(name: str) -> np.ndarray:
+        model = load_causal_lm(folder / name / "model").eval()
+        return np.array([float(row.sum()) for row in logprobs_of(model, examples, 0, "fp32")])
+
+    before, after = logps("base"), logps("kto")
+    for name, values, measure in (("base", before, "log-prob"), ("kto", after - before, "implicit reward")):
+        found = metrics(folder, f"evaluation/{name}")["feedback"]
+        pairs = [values[i] > values[j] for i in range(6) for j in range(6) if liked[i] and not liked[j]]
+        assert (found["accuracy"]["mean"], found["measure"]) == (pytest.approx(np.mean(pairs)), measure)
+    assert found["liked_logps"]["mean"] == pytest.approx(after[liked].mean(), abs=1e-4)
+    assert found["disliked_logps"]["n"] == 2
+    assert metrics(folder, "evaluation/best")["feedback"] is None
+    frontier = metrics(folder, "evaluation/kto")["frontier"]
+    assert [point["step"] for point in frontier["points"]] == [metrics(folder, "kto")["steps"]]
+    assert metrics(folder, "evaluation/kto")["comparisons"]["measure"] == "implicit reward"
 
 
 def test_probes_have_the_likeliest_tokens_of_both(folder):

@@ -66,6 +66,30 @@ def test_the_standard_library_is_counted_without_being_parsed(monkeypatch):
     assert len(tables["evaluation"]) > 300
 
 
+def test_a_step_of_kto_is_counted_in_ratings():
+    rated = [{"prompt": prompt(i), "completion": "a", "label": n == 0} for i in range(150) for n in range(2)]
+    write_jsonl(Path("f.jsonl"), rated)
+    data = {"preferences": [], "feedback": [{"source": "file", "path": "f.jsonl"}]}
+    found = config(data, policies={"k": {"method": "kto", "epochs": 2}})
+    assert steps_of(found, expected_tables(found)) == {"policies.k": 2 * (2 * 120 // 16)}
+    write_jsonl(Path("q.jsonl"), [{"prompt": prompt(i)} for i in range(500, 560)])
+    collected = config(
+        data | {"prompts": [{"source": "file", "path": "q.jsonl"}]}, completions={"per_prompt": 2},
+        comparisons={"labeler": "simulated", "scorer": "length"}, reward={},
+        policies={"k": {"method": "kto"}},
+    )  # fmt: skip
+    tables = expected_tables(collected)
+    sampled = sum(row["kind"] == "prompts" for row in tables["reward"])
+    assert 0 < sampled < len(tables["reward"])
+    assert steps_of(collected, tables)["reward"] == sampled // 8  # nothing is sampled for rated prompts
+
+
+def test_a_weight_makes_more_steps():
+    weighted = {"preferences": [{"source": "file", "path": "p.jsonl", "weight": 2.5}]}
+    found = config(weighted)
+    assert steps_of(found, expected_tables(found)) == {"policies.d": int(118 * 2.5) // 16}
+
+
 def test_too_few_steps_are_noted_and_enough_are_not():
     few = forecast(config(policies={"d": DPO}), Path("none"), is_made=False)
     assert few.notes == [

@@ -29,6 +29,7 @@ LORA = {"lora": {"r": 2}}
 PROBED = {"head_learning_rate": 1e-2, "warm_start": "probe", "pooling": "mean"}
 SAMPLING = {"per_prompt": 2, "batch_size": 4, "max_new_tokens": 6}
 OF_BASE = {"policy": "base", "comparisons": "comparisons"}
+OF_DATA = {"policy": "base", "data": "data"}
 # kind: (stage, its config, its inputs)
 KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "sft": ("sft", EPOCHS | {"epochs": 2}, {"base": "base", "data": "data"}),
@@ -37,6 +38,8 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "reward-lora": ("reward", EPOCHS | LORA | {"epochs": 3}, OF_BASE | {"data": "data"}),
     "dpo": ("dpo", EPOCHS | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo", "checkpoints": 2}, OF_BASE),
+    "kto": ("kto", EPOCHS | {"method": "kto", "epochs": 2, "checkpoints": 2}, OF_DATA),
+    "kto-lora": ("kto", EPOCHS | LORA | {"method": "kto", "epochs": 2}, OF_DATA),
     "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
     "ppo": ("ppo", PPO, {"policy": "base", "reward": "reward", "data": "data"}),
     "ppo-bf16": ("ppo", PPO | {"checkpoints": 3}, {"policy": "base", "reward": "reward", "data": "data"}),
@@ -147,7 +150,7 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
 
 # ----------------------------------------------------------------------------- two processes
 
-IN_TWO = ("sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "ppo", "ppo-sharded")
+IN_TWO = ("sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "kto", "kto-lora", "ppo", "ppo-sharded")
 TOLERANCE = 1e-4
 """Of every logged number, metric and weight, which are of the order of 1: sums are added up in another order."""
 

@@ -159,7 +159,7 @@ def test_the_launcher_imports_no_torch():
 
 
 def test_the_stages_that_train_may_be_spread():
-    assert {name for name, stage in STAGES.items() if stage.distributed} == {"sft", "reward", "dpo", "ppo"}
+    assert {name for name, stage in STAGES.items() if stage.distributed} == {"sft", "reward", "dpo", "kto", "ppo"}
 
 
 def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.CompletedProcess:

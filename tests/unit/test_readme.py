@@ -97,7 +97,7 @@ OWN_DATA_CONFIGS = re.findall(r"```yaml\n(.*?)```", OWN_DATA.read_text(), re.DOT
 
 @pytest.mark.parametrize("text", OWN_DATA_CONFIGS, ids=lambda text: text.split()[1])
 def test_configs_of_the_tutorial_are_valid(text):
-    assert len(OWN_DATA_CONFIGS) == 5
+    assert len(OWN_DATA_CONFIGS) == 6
     parse(yaml.safe_load(text))
 
 

@@ -932,7 +932,7 @@ def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, 
     fixture = Fixture(tmp_path)
     use = {"source": "p.jsonl", "kind": "preferences", "also_in": None}
     uses = [
-        use | {"split": "reward", "used_by": ["reward", "dpo"], "rows": 118},
+        use | {"split": "reward", "used_by": ["reward", "dpo"], "rows": 118, "weight": 2.5},
         use | {"split": "rl", "used_by": ["ppo"], "rows": 20},
         use | {"split": "sft", "used_by": ["methods", "ppo (ptx)"], "rows": 9},
     ]
@@ -944,7 +944,7 @@ def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, 
     assert code == 0
     page = words((folder / "report.html").read_text())
     lines = (
-        f"rewarddpo118 p.jsonlpreferencesrlnothing20 p.jsonlpreferencessft{'ppo (ptx)' if ptx else 'nothing'}9 "
+        f"rewarddpo118 × 2.50 p.jsonlpreferencesrlnothing20 p.jsonlpreferencessft{'ppo (ptx)' if ptx else 'nothing'}9 "
         "p.jsonlpreferencesleft outtoo long3"
     )
     assert lines in page

@@ -56,6 +56,13 @@ OWN_PAIRS = {"preferences": [FILE]}
                 "text": {"sft": 8 / 9, "heldout": 1 / 9},
             },
         ),
+        # Thumbs up and down are for kto alone, and their prompts for who reads prompts.
+        (
+            {"feedback": [FILE]},
+            {"policies": {"k": {"method": "kto"}}},
+            {"feedback": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}},
+        ),
+        ({"feedback": [FILE]}, {}, {"feedback": {"evaluation": 0.5, "heldout": 0.5}}),
         # No stage is trained: all that is read is evaluated.
         ({"demonstrations": [{"source": "docstrings"}]}, {}, {"demonstrations": {"evaluation": 1.0}}),
         # A test set, and prompts to practise on, were given: the others keep out.

@@ -111,6 +111,19 @@ def test_win_rate_of_the_other_side_is_the_complement():
     assert there["low"] == pytest.approx(1 - back["high"])
 
 
+def test_the_area_under_the_curve_is_the_share_of_pairs_told_apart():
+    values, positive = [3.0, 1.0, 2.0, 2.0, 1.0, 5.0], [True, False, True, False, True, False]
+    counts = np.array([[1, 1, 1, 1, 1, 1], [2, 1, 0, 3, 1, 0], [1, 0, 1, 0, 1, 0]])
+    expected = []
+    for drawn in counts[:2]:
+        rows = [(v, p) for v, p, n in zip(values, positive, drawn, strict=True) for _ in range(n)]
+        pairs = [(a > b) + (a == b) / 2 for a, is_one in rows if is_one for b, other in rows if not other]
+        expected.append(np.mean(pairs))
+    found = stats.auc_of(values, positive)(counts)
+    assert found[:2, 0] == pytest.approx(expected)
+    assert np.isnan(found[2, 0])  # none of the other sort was drawn
+
+
 def test_dpo_against_ppo_on_256_prompts_is_not_significant():
     """61.7% against 57.0% (Rafailov et al. 2023): the intervals overlap, each about 6 points to a side."""
     dpo, ppo = (win_rate([1] * wins + [0] * (256 - wins), [0.5] * 256) for wins in (158, 146))

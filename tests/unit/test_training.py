@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -15,12 +16,13 @@ from transformers import TrainingArguments
 
 from tunetrail.config.base_model import RandomModel
 from tunetrail.config.dpo import DpoLoss
+from tunetrail.config.kto import KtoConfig
 from tunetrail.config.training import Lora, SftConfig
 from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import read_jsonl, write_json, write_jsonl
-from tunetrail.models.batching import collate, encode_comparison
+from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, with_lora
@@ -38,6 +40,7 @@ from tunetrail.models.training import (
     rows_left_out,
     trained_weights,
 )
+from tunetrail.models.weights import rows_per_epoch
 from tunetrail.provenance.manifest import list_files
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.verify import Verifier
@@ -46,6 +49,7 @@ from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, kwis
 from tunetrail.reward.probe import bradley_terry, fit_probe, frozen_states
 from tunetrail.stages.base import set_special_tokens
 from tunetrail.stages.dpo import PretokenizedDpoTrainer
+from tunetrail.stages.kto import check_labels, with_mismatched
 
 pytestmark = pytest.mark.slow
 
@@ -335,6 +339,47 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
     assert order == epoch_order(lengths, 8, 3, seed=1)
 
 
+def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
+    weights = [1.0] * 10 + [2.5] * 10 + [0.5] * 10
+    assert rows_per_epoch(weights) == 10 + 25 + 5
+    order = epoch_order([5] * 30, 8, 2, seed=1, weights=weights)
+    thirds = []
+    for epoch in (Counter(order[:40]), Counter(order[40:])):
+        assert {epoch[i] for i in range(10)} == {1}
+        assert Counter(epoch[i] for i in range(10, 20)) == {2: 5, 3: 5}
+        assert Counter(epoch[i] for i in range(20, 30)) == {0: 5, 1: 5}
+        thirds.append({i for i in range(10, 30) if epoch[i] in (1, 3)})
+    assert thirds[0] != thirds[1]  # drawn anew
+    assert epoch_order(list(range(30)), 8, 2, 1, [1.0] * 30) == epoch_order(list(range(30)), 8, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
+def test_rows_with_a_weight_are_trained_on_that_often(run_stage, workspace, name):
+    """Half of the rows 2.5 times: and what is held out has no weight."""
+    folder, table = {"sft": ("data", "sft"), "kto": ("data", "feedback")}.get(name, ("comparisons", "comparisons"))
+    rows = read_jsonl(workspace / folder / f"{table}.jsonl")
+    rows = [row | ({"weight": 2.5} if i % 2 else {}) for i, row in enumerate(rows)]
+    write_artifact(workspace / folder, {f"{table}.jsonl": rows}, tokenizer_of(workspace / folder))
+    config = {"epochs": 2, "batch_size": 4, "micro_batch_size": 4}
+    code, error, output = run_stage(
+        name, "weighted", config=config | ({} if name in ("sft", "reward") else {"checkpoints": 0})
+    )
+    assert code == 0, error
+    metrics = json.loads(output.with_name("metrics.json").read_text())
+    per_row = {
+        "sft": lambda row: 1,
+        "reward": lambda row: 1,
+        "dpo": lambda row: 3,
+        "kto": lambda row: len(row["ratings"]),
+    }
+    counted = [row for row in rows if row.get("split", "reward") == "reward"]
+    plain = sum(per_row[name](row) for row in counted if "weight" not in row)
+    weighted = sum(per_row[name](row) for row in counted if "weight" in row)
+    per_epoch = plain + 2 * weighted + round(weighted / 2)
+    assert metrics["steps"] == 2 * (per_epoch // 4)
+    assert metrics["rows_left_out"] == per_epoch % 4
+
+
 def test_learning_rates_by_hand():
     def rates(steps: int, warmup: int, schedule: str) -> list[float]:
         return [learning_rate_scale(step, steps, warmup, schedule) for step in range(1, steps + 1)]
@@ -448,8 +493,16 @@ def write_workspace(folder: Path) -> str:
         }
         for i in range(24)
     ]  # fmt: skip
+    feedback = [
+        {
+            "id": f"rated-{i}", "group": str(i), "split": "heldout" if i % 4 == 3 else "reward",
+            "prompt": f"count {i}: ", "messages": [], "completion": "x" * (i % 5 + 1) if i % 3 else "no" * (i % 4 + 1),
+            "ratings": [{"labeler": "a", "label": bool(i % 3)}] * (1 + i % 2),
+        }
+        for i in range(24)
+    ]  # fmt: skip
     write_artifact(folder / "base", {}, digest)
-    splits = {
+    splits = {"feedback.jsonl": feedback} | {
         f"{name}.jsonl": [row | {"id": f"{name}-{row['id']}"} for row in demonstrations[:n]]
         for name, n in (("sft", 24), ("reward", 12), ("rl", 12), ("evaluation", 4), ("heldout", 6))
     }
@@ -485,6 +538,14 @@ STAGES = {
     "reward-lora": (
         {"learning_rate": 1e-3, "batch_size": 2, "lora": {"r": 2}, "warm_start": "probe"},
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
+    ),
+    "kto": (
+        {"method": "kto", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3, "checkpoints": 1, "epochs": 2},
+        {"policy": "base", "data": "data"},
+    ),
+    "kto-lora": (
+        {"method": "kto", "learning_rate": 1e-3, "batch_size": 6, "lora": {"r": 2}, "checkpoints": 1, "epochs": 2},
+        {"policy": "base", "data": "data"},
     ),
     "dpo-lora": (
         {
@@ -548,8 +609,8 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     assert stopped.read_bytes() == straight.read_bytes()
     if "checkpoints" in STAGES[name][0]:
         kept = sorted(int(path.name) for path in (stopped.parent / "checkpoints").iterdir())
-        assert kept == (list(range(1, 9)) if name == "dpo" else [4])
-        part = "adapter" if name == "dpo-lora" else "model"  # a hundredth of the space
+        assert kept == (list(range(1, 9)) if name == "dpo" else [4])  # in the middle
+        part = "adapter" if name.endswith("-lora") else "model"  # a hundredth of the space
         assert [path.name for path in (stopped.parent / "checkpoints" / str(kept[-1])).iterdir()] == [part]
         folders = (stopped.parent / "checkpoints" / str(kept[-1]), stopped.parent)
         weights = (load_file(next((folder / part).glob("*.safetensors"))).values() for folder in folders)
@@ -565,7 +626,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
     """An optimizer step with a learning rate of 0 would be a batch that teaches nothing."""
     code, error, output = run_stage(
@@ -577,16 +638,16 @@ def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
     expected = [1e-3 * learning_rate_scale(n, len(rates), warmup, "cosine") for n in range(1, len(rates) + 1)]
     assert rates == pytest.approx(expected)
     assert min(rates) > 0
-    rows = {"sft": 24, "reward": 18, "dpo": 54}[name]
+    rows = {"sft": 24, "reward": 18, "dpo": 54, "kto": 24}[name]
     assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_training_that_changes_no_weight_fails(run_stage, name):
     """Though it ends with a finite loss: the artifact would be its parent's copy, and look like a result."""
     code, error, output = run_stage(name, "still", config={"learning_rate": 1e-30})
     assert code == 78
-    steps = {"sft": 12, "reward": 9, "dpo": 9}[name]
+    steps = {"sft": 12, "reward": 9, "dpo": 9, "kto": 8}[name]
     assert error.strip().splitlines()[-1] == (
         f"{name}: error: {name}: {steps} optimizer steps left every weight as it was, so nothing was learnt; raise "
         "learning_rate, or see whether its data, or its scores, can teach anything"
@@ -797,6 +858,93 @@ def test_every_dpo_loss_trains(run_stage):
         assert len(read_jsonl(output.with_name("history.jsonl"))) == 2
 
 
+def logp(model, prompt: list[int], response: list[int]) -> float:
+    """Of a response, by a plain forward pass."""
+    logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return sum(logprobs[len(prompt) + n - 1, token].item() for n, token in enumerate(response))
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_the_kto_loss_by_hand(run_stage, workspace, loss):
+    """The second step, from the weights after the first, by plain passes over all rows, three at a time in training:
+    the KL is that of the whole step all the same."""
+    n = 24
+    weights = {"desirable_weight": 0.5, "undesirable_weight": 1.5, "beta": 0.3}
+    config = {"batch_size": n, "micro_batch_size": 3, "epochs": 2, "learning_rate": 1e-2, "loss": loss}
+    code, error, output = run_stage("kto", loss, config=config | weights)
+    assert code == 0, error
+    tokenizer = tiny_tokenizer()
+    reference = load_causal_lm(workspace / "base/model")
+    policy = load_causal_lm(output.parent / "checkpoints/1/model")
+    rows = [
+        (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]), rating["label"])
+        for row in read_jsonl(workspace / "data/feedback.jsonl") if row["split"] == "reward"
+        for rating in row["ratings"]
+    ]  # fmt: skip
+    assert len(rows) == n
+    order = epoch_order([len(prompt) + len(response) for prompt, response, _ in rows], n, 2, seed=5)[n:]
+
+    def gained(prompt: list[int], response: list[int]) -> float:
+        return logp(policy, prompt, response) - logp(reference, prompt, response)
+
+    others = [order[(k + n // 2) % n] for k in range(n)]
+    kl = max(0.0, sum(gained(rows[i][0], rows[j][1]) for i, j in zip(order, others, strict=True)) / n)
+    kl = kl if loss == "kto" else 0.0
+    losses = []
+    for prompt, response, liked in rows:
+        sign, weight = (1, 0.5) if liked else (-1, 1.5)
+        losses.append(weight * (1 - 1 / (1 + math.exp(-0.3 * sign * (gained(prompt, response) - kl)))))
+    second = read_jsonl(output.with_name("history.jsonl"))[1]
+    assert second["loss"] == pytest.approx(sum(losses) / n, abs=1e-4)
+    assert second["kl"] == pytest.approx(kl, abs=1e-4)
+    if loss == "kto":
+        assert kl > 0.02
+    liked = [gained(prompt, response) for prompt, response, is_liked in rows if is_liked]
+    assert json.loads(output.with_name("metrics.json").read_text())["liked"] == len(liked)
+
+
+def test_kto_makes_liked_responses_likelier_than_disliked_ones(run_stage):
+    code, error, output = run_stage("kto", "learnt", config={"learning_rate": 1e-2, "epochs": 4})
+    assert code == 0, error
+    rows = read_jsonl(output.with_name("history.jsonl"))
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert rows[0]["kl"] == 0
+    metrics = json.loads(output.with_name("metrics.json").read_text())
+    assert metrics["margin"] > 0.05
+
+
+def test_feedback_of_one_sort_teaches_nothing(run_stage, workspace):
+    rows = [
+        row | {"ratings": [rating for rating in row["ratings"] if rating["label"]]}
+        for row in read_jsonl(workspace / "data/feedback.jsonl")
+    ]
+    write_artifact(workspace / "data", {"feedback.jsonl": rows}, tokenizer_of(workspace / "data"))
+    code, error, _ = run_stage("kto", "liked")
+    assert code == 65
+    assert error.strip().splitlines()[-1] == (
+        "kto: error: kto: all 16 ratings to train on are of liked responses; add disliked ones"
+    )
+
+
+def test_unbalanced_feedback_is_told_of(caplog):
+    def said(liked: int, disliked: int, **weights: float) -> list[str]:
+        caplog.clear()
+        check_labels(liked, disliked, KtoConfig(method="kto", **weights))
+        return [record.message for record in caplog.records]
+
+    assert said(40, 40) == said(40, 30) == said(10, 40, desirable_weight=4.0) == []
+    assert said(40, 10) == ["kto: 40 ratings are of liked responses, 10 of disliked ones: undesirable_weight: 4 would "
+        "balance them"]  # fmt: skip
+    assert said(10, 40) == ["kto: 10 ratings are of liked responses, 40 of disliked ones: desirable_weight: 4 would "
+        "balance them"]  # fmt: skip
+
+
+def test_a_batch_of_ratings_is_paired_within_itself():
+    examples = [{"completion_ids": [i]} for i in range(8)]
+    found = [e["KL_completion_ids"][0] for e in with_mismatched(examples, 4)]
+    assert found == [2, 3, 0, 1, 6, 7, 4, 5]
+
+
 def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage, workspace):
     from tunetrail.evaluation.models import reward_scores
     from tunetrail.models.batching import encode, encode_response
@@ -835,8 +983,10 @@ def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_sta
         ("sft", {"max_length": 5}, "sft: 24 of 24 examples have more tokens than max_length (5): "),
         ("reward", {"batch_size": 19}, "18 prompts with comparisons are fewer than one batch (reward.batch_size: 19)"),
         ("reward", {"max_length": 5}, "reward: 18 of 18 examples have more tokens than max_length (5): "),
-        ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "54 pairs are fewer than one batch (batch_size: 60); "
-            "collect more comparisons"),
+        ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "dpo: 54 pairs are fewer than one batch (batch_size: 60); "
+            "collect more, or lower it"),
+        ("kto", {"batch_size": 28, "micro_batch_size": 28}, "kto: 24 ratings are fewer than one batch (batch_size: "),
+        ("kto", {"max_length": 5}, "kto: 18 of 18 examples have more tokens than max_length (5): "),
         ("dpo", {"max_length": 5}, "dpo: 54 of 54 examples have more tokens than max_length (5): "),
     ],
 )  # fmt: skip

@@ -114,3 +114,43 @@ def test_the_plan_says_who_reads_what_before_anything_runs(own):
     assert table["rl"] == ["-", "-", "-", "-", "0", "-"]
     assert "Note: policies.dpo: at most 8 optimizer steps, fewer than 10" in reply.stdout
     assert not (own.folder / "results").exists()
+
+
+def test_thumbs_up_and_down_train_a_policy(project):
+    """With nothing else: from a file of feedback to a report that says how well the policy tells them apart."""
+    rows = [{"prompt": prompt(i), "completion": "good" if i % 2 else "bad", "label": bool(i % 2)} for i in range(120)]
+    write_jsonl(project.folder / "thumbs.jsonl", rows)
+    policy = {"method": "kto", "learning_rate": 1.0e-2, "batch_size": 8, "epochs": 2, "checkpoints": 1}
+    content = {
+        "run": "rated",
+        "base": CONFIG["base"],
+        "data": {"feedback": [{"source": "file", "path": "thumbs.jsonl"}], "near_duplicate": 1.0},
+        "policies": {"kto": policy},
+        "retention": None,
+        "evaluation": {"max_new_tokens": 4, "bootstrap": 100, "gold": None},
+    }
+    (project.folder / "rated.yaml").write_text(yaml.safe_dump(content))
+    plan = subprocess.run(
+        [sys.executable, "-m", "tunetrail", "plan", "--configfile", "rated.yaml"],
+        cwd=project.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert plan.returncode == 0, plan.stderr
+    assert ["reward", "80%", "at most 96", "policies.kto"] in [
+        [cell.strip() for cell in line.split("  ") if cell.strip()] for line in plan.stdout.splitlines()
+    ]
+    project.run(config="rated.yaml")
+    results = project.folder / "results/rated"
+
+    def metrics(name: str) -> dict:
+        return json.loads((results / name / "metrics.json").read_text())
+
+    trained = metrics("policies/kto")
+    assert trained["liked"] + trained["disliked"] == 96
+    assert trained["steps"] == 24
+    told = metrics("evaluation/kto")["feedback"]
+    assert told["accuracy"]["mean"] == 1
+    assert told["accuracy"]["n"] == 12
+    assert len(metrics("evaluation/kto")["frontier"]["points"]) == 2
+    page = (results / "report/report.html").read_text(encoding="utf-8")
+    assert "tells held-out liked responses from disliked ones in 100%" in page
+    assert "kto: KL to its start" in page

@@ -40,6 +40,14 @@ use rule stage as dpo with:
     localrule: is_submitted("dpo")
 
 
+use rule stage as kto with:
+    input:
+        unpack(reads("kto")),
+    pathvars:
+        artifact=policies_by("kto"),
+    localrule: is_submitted("kto")
+
+
 use rule stage as ppo with:
     input:
         unpack(reads("ppo")),

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tunetrail.config.fields import Block, Count, Flag, Fraction, Repo, Text
+from tunetrail.config.fields import Block, Count, Flag, Fraction, Positive, Repo, Text
 
 SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
-KINDS = ("preferences", "demonstrations", "prompts", "text")
+KINDS = ("preferences", "feedback", "demonstrations", "prompts", "text")
 """Of rows. A group that holds several kinds is split as the first of them."""
 TOLERANCE = 1e-3
 """By which a sum of shares may miss 1: they are printed with four digits."""
@@ -24,6 +24,17 @@ class Source(Block):
         "source pinned to evaluation or heldout is a test set: what it shares with other sources is refused or left "
         "out of these. Only the probes of `evaluation` may ask about what was trained on",
     )
+    weight: Positive = Field(
+        default=1.0,
+        description="how often sft, reward, dpo and kto see its rows in an epoch; of 2.5 half the rows come a third "
+        "time, drawn anew for each epoch. Nothing is measured on a row twice",
+    )
+
+    @model_validator(mode="after")
+    def _weight_counts(self):
+        if self.weight != 1 and self.split in ("rl", "evaluation", "heldout"):
+            raise ValueError(f"weight has no effect with split: {self.split}, of which rows count once; remove it")
+        return self
 
 
 class DocstringSource(Source):
@@ -98,6 +109,7 @@ class HubSource(Rows):
 DemonstrationSource = Annotated[DocstringSource | TopicsSource | FileSource | HubSource, Field(discriminator="source")]
 PromptSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
 PreferenceSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
+FeedbackSource = Annotated[FileSource | HubSource, Field(discriminator="source")]
 
 
 class Shares(Block):
@@ -105,7 +117,8 @@ class Shares(Block):
 
     sft: Fraction | None = Field(default=None, description="share of the groups; what sft trains on")
     reward: Fraction | None = Field(
-        default=None, description="share of the groups; prompts whose responses are compared, for reward and dpo"
+        default=None,
+        description="share of the groups; prompts whose responses are compared or rated, for reward, dpo and kto",
     )
     rl: Fraction | None = Field(default=None, description="share of the groups; prompts that ppo practises on")
     evaluation: Fraction | None = Field(
@@ -150,6 +163,11 @@ class DataConfig(Block):
         default=[],
         description="sources of comparisons that exist already; reward and dpo learn from them, and from those that "
         "`completions` collects",
+    )
+    feedback: list[FeedbackSource] = Field(
+        default=[],
+        description="sources of single responses with a thumb up or down, as `prompt, completion, label`; kto learns "
+        "from them",
     )
     prompts: list[PromptSource] = Field(
         default=[], description="sources of prompts without answers, for `completions`, `ppo` and the evaluation"
@@ -200,9 +218,13 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _some_data(self):
-        if not self.demonstrations and not self.preferences and not self.prompts:
-            raise ValueError("give at least one source under demonstrations, preferences or prompts")
+        if not self.sources:
+            raise ValueError("give at least one source under demonstrations, preferences, feedback or prompts")
         return self
+
+    @property
+    def sources(self) -> list[Source]:
+        return [*self.demonstrations, *self.preferences, *self.feedback, *self.prompts]
 
     def pins(self, kind: str) -> set[str | None]:
         """The splits that sources of this kind of row are pinned to; None among them where one is not pinned.

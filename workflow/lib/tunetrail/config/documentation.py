@@ -27,6 +27,7 @@ from tunetrail.config.evaluation import (
     RetentionConfig,
 )
 from tunetrail.config.imported import ImportedModel
+from tunetrail.config.kto import KtoConfig
 from tunetrail.config.loading import LISTS, NEVER_SWEPT
 from tunetrail.config.methods import MethodConfig, MethodsConfig
 from tunetrail.config.ppo import PpoConfig, Vllm
@@ -50,7 +51,7 @@ def schema() -> dict:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tunetrail",
     }
-    for model in (PpoConfig, DpoConfig, BestOfNConfig):
+    for model in (PpoConfig, DpoConfig, KtoConfig, BestOfNConfig):
         properties = described["$defs"][model.__name__]["properties"]
         for key, value in properties.items():
             if key not in NEVER_SWEPT + LISTS:
@@ -58,6 +59,7 @@ def schema() -> dict:
     return described
 
 
+_TABLES = "data.demonstrations[], data.preferences[], data.feedback[], data.prompts[]"
 _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("", "", Config),
     ("base", "source: pypi", PypiModel),
@@ -67,8 +69,8 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("data", "", DataConfig),
     ("data.demonstrations[]", "source: docstrings", DocstringSource),
     ("data.demonstrations[]", "source: topics", TopicsSource),
-    ("data.demonstrations[], data.preferences[], data.prompts[]", "source: file", FileSource),
-    ("data.demonstrations[], data.preferences[], data.prompts[]", "source: hub", HubSource),
+    (_TABLES, "source: file", FileSource),
+    (_TABLES, "source: hub", HubSource),
     ("data.shares", "", Shares),
     ("data.limits", "", Limits),
     ("sft", "", SftConfig),
@@ -88,6 +90,7 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("reward", "", RewardConfig),
     ("sft, reward", "path or repo", ImportedModel),
     ("policies.<name>", "method: dpo", DpoConfig),
+    ("policies.<name>", "method: kto", KtoConfig),
     ("policies.<name>", "method: ppo", PpoConfig),
     ("policies.<name>", "method: best_of_n", BestOfNConfig),
     ("sft.lora, reward.lora, policies.<name>.lora", "", Lora),

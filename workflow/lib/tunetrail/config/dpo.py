@@ -22,18 +22,24 @@ def _known_losses(value: Any) -> Any:
     return value
 
 
-class DpoConfig(Epochs):
-    """Direct preference optimisation (Rafailov et al. 2023) by TRL's DPOTrainer."""
+class FromReference(Epochs):
+    """What policies share that learn from people's choices without sampling."""
 
-    method: Literal["dpo"]
     learning_rate: Positive = Field(default=1e-5, description="peak; about 10 times more with LoRA")
-    batch_size: Count = Field(default=16, description="pairs per optimizer step")
     start: Literal["sft", "base"] | None = Field(
         default=None, description="model to train, and the reference; null: sft, or base where none is trained"
     )
     beta: Positive = Field(
         default=0.1, description="pull to the reference; lower: further from the SFT model for more reward"
     )
+    checkpoints: Checkpoints = 0
+
+
+class DpoConfig(FromReference):
+    """Direct preference optimisation (Rafailov et al. 2023) by TRL's DPOTrainer."""
+
+    method: Literal["dpo"]
+    batch_size: Count = Field(default=16, description="pairs per optimizer step")
     loss: Annotated[DpoLoss | Annotated[list[DpoLoss], Field(min_length=1)], BeforeValidator(_known_losses)] = Field(
         default="sigmoid",
         description="one of TRL's, or a list whose sum is the loss. sft is the mean loss per token of the preferred "
@@ -48,7 +54,6 @@ class DpoConfig(Epochs):
     pairs_per_prompt: Count | None = Field(
         default=None, description="pairs per prompt at most, the widest gaps in rank first; null: all"
     )
-    checkpoints: Checkpoints = 0
 
     @property
     def losses(self) -> list[DpoLoss]:

@@ -20,13 +20,14 @@ from tunetrail.config.evaluation import (
     RetentionConfig,
 )
 from tunetrail.config.fields import Block, Name, NonNegativeInt
+from tunetrail.config.kto import KtoConfig
 from tunetrail.config.methods import MethodsConfig
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
 from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums, unknown, weighted_range
 from tunetrail.config.shares import share_of, shares
 from tunetrail.config.training import RewardBlock, RewardConfig, SftBlock, SftConfig
 
-PolicyConfig = Annotated[PpoConfig | DpoConfig | BestOfNConfig, Field(discriminator="method")]
+PolicyConfig = Annotated[PpoConfig | DpoConfig | KtoConfig | BestOfNConfig, Field(discriminator="method")]
 
 
 class Config(Block):
@@ -161,11 +162,15 @@ def _data_problems(config: Config) -> Iterator[str]:
         )
     if data.sft_on_chosen and not (data.preferences and config.trained_sft):
         yield "data.sft_on_chosen: needs data.preferences and an sft that is trained here; give them or remove the key"
+    for kind, what in (("prompts", "prompts without answers"), ("feedback", "responses that may be bad")):
+        for i, source in enumerate(getattr(data, kind)):
+            if source.split == "sft":
+                yield f"data.{kind}[{i}].split: {what} are of no use in sft; choose another split"
     for i, source in enumerate(data.prompts):
-        if source.split == "sft":
-            yield f"data.prompts[{i}].split: prompts without answers are of no use in sft; choose another split"
+        if source.weight != 1 and config.completions is None:
+            yield f"data.prompts[{i}].weight: has no effect, since nothing is trained on prompts alone; remove it"
     is_text = [isinstance(source, TopicsSource) for source in data.demonstrations]
-    if not data.preferences and not data.prompts and is_text and all(is_text):
+    if len(is_text) == len(data.sources) and all(is_text):
         yield "data.demonstrations: topics is raw text; add a source of prompts, which evaluation needs"
 
 
@@ -202,14 +207,16 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
         config.trained_reward or any(policy.method == "dpo" for policy in config.policies.values())
     ):
         yield "data.shares.reward", "reward", compared, "is 0, but comparisons are to be trained on"
+    if data.feedback and any(policy.method == "kto" for policy in config.policies.values()):
+        yield "data.shares.reward", "reward", ("feedback",), "is 0, but feedback is to be trained on"
+    prompted = ("preferences", "feedback", "demonstrations", "prompts")
     why = "is 0, but every run is evaluated; give it a share"
-    yield "data.shares.evaluation", "evaluation", ("preferences", "demonstrations", "prompts"), why
+    yield "data.shares.evaluation", "evaluation", prompted, why
     if config.trained_reward and compared:
         yield "data.shares.heldout", "heldout", compared, "is 0, but the reward model is tested on that split"
     for name, policy in config.policies.items():
         if policy.method == "ppo":
-            kinds = ("preferences", "demonstrations", "prompts")
-            yield f"policies.{name}", "rl", kinds, "ppo needs prompts, but data.shares.rl is 0"
+            yield f"policies.{name}", "rl", prompted, "ppo needs prompts, but data.shares.rl is 0"
         if policy.method == "ppo" and policy.ptx_coef and not (data.preferences and data.sft_on_chosen):
             why = "ptx_coef needs demonstrations, but data.shares.sft is 0"
             yield f"policies.{name}", "sft", ("demonstrations",), why
@@ -231,10 +238,12 @@ def _share_problems(config: Config) -> Iterator[str]:
 
 def _policy_problems(config: Config) -> Iterator[str]:
     for name, policy in config.policies.items():
-        if policy.method == "dpo" and policy.start == "sft" and config.sft is None:
+        if getattr(policy, "start", None) == "sft" and config.sft is None:
             yield f"policies.{name}.start: no sft model is trained; add an sft block or start from base"
         if policy.method == "dpo" and not _has_comparisons(config):
             yield f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
+        if policy.method == "kto" and not config.data.feedback:
+            yield f"policies.{name}: kto needs data.feedback: responses that were liked or disliked"
         if policy.method == "best_of_n" and config.reward is None:
             yield f"policies.{name}: best_of_n needs a reward model: add a reward block"
         if policy.method == "ppo" and policy.uses_reward_model and config.reward is None:

@@ -23,6 +23,9 @@ READ_BY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "sft": ("sft", "methods", PTX), "reward": ("reward", "dpo"), "rl": ("ppo",), "evaluation": ("evaluation",),
         "heldout": ("reward", "evaluation"),
     },
+    "feedback": {
+        "reward": ("kto",), "rl": ("ppo",), "evaluation": ("evaluation",), "heldout": ("evaluation",),
+    },
     "demonstrations": {
         "sft": ("sft", "methods", PTX), "reward": ("completions",), "rl": ("ppo",), "evaluation": ("evaluation",),
         "heldout": ("sft", "completions"),
@@ -48,7 +51,7 @@ def _names(config: "Config", reader: str, split: str) -> list[str]:
     policies = {f"policies.{name}": policy for name, policy in config.policies.items()}
     if reader == PTX:
         return [name for name, policy in policies.items() if getattr(policy, "ptx_coef", 0)]
-    if reader in ("dpo", "ppo"):
+    if reader in ("dpo", "kto", "ppo"):
         return [name for name, policy in policies.items() if policy.method == reader]
     if reader == "sft":
         return [reader] if config.trained_sft else []

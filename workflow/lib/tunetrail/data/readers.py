@@ -21,9 +21,10 @@ from tunetrail.preferences.formats import (
     checked_messages,
     checked_text,
     checked_unicode,
+    parse_feedback,
     parse_preference,
 )
-from tunetrail.preferences.rows import Message, PreferenceRow
+from tunetrail.preferences.rows import FeedbackRow, Message, PreferenceRow
 from tunetrail.provenance.manifest import sha256_file
 
 SHAPES = "text; prompt, completion; or messages"
@@ -48,7 +49,13 @@ class GroupedPreference(PreferenceRow):
     group: str
 
 
-Parsed = TypeVar("Parsed", Demonstration, PreferenceRow)
+class GroupedFeedback(FeedbackRow):
+    """A feedback row with what keeps rows in one split."""
+
+    group: str
+
+
+Parsed = TypeVar("Parsed", Demonstration, PreferenceRow, FeedbackRow)
 
 
 def normalise(text: str) -> str:
@@ -218,6 +225,26 @@ def preferences(
     yield from rows.values()
 
 
+# ----------------------------------------------------------------------------- feedback
+
+
+def feedback(
+    source: FileSource | HubSource, invalid: list[Invalid] | None = None
+) -> Iterator[tuple[str, GroupedFeedback]]:
+    """(where, row) of a feedback source, all ratings of the same response merged into one row.
+
+    `invalid` as in `demonstrations`.
+    """
+    rows: dict[str, tuple[str, GroupedFeedback]] = {}
+    for where, row in _read(source, lambda row: [parse_feedback(row)], invalid):
+        key = json.dumps([row["messages"], row["completion"]])
+        if key in rows:
+            rows[key][1]["ratings"] += row["ratings"]
+        else:
+            rows[key] = (where, row)
+    yield from rows.values()
+
+
 # ----------------------------------------------------------------------------- sources
 
 
@@ -251,6 +278,7 @@ def origin(source: Any) -> dict[str, Any]:
 READERS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
     "demonstrations": demonstrations,
     "preferences": preferences,
+    "feedback": feedback,
     "prompts": prompts,
 }
 """Key of the data block that lists sources -> what reads one of them."""

@@ -11,6 +11,8 @@ class TextRow(TypedDict):
     id: str
     group: str
     source: str
+    weight: NotRequired[float]
+    """How often an epoch of training has it, where that is not once."""
     text: str
 
 
@@ -25,6 +27,8 @@ class PromptRow(TypedDict):
     """As the model is shown it, rendered by the chat template."""
     messages: list[Message]
     """What was said, before rendering."""
+    weight: NotRequired[float]
+    """How often an epoch of training has it, or what is collected for it, where that is not once."""
     completion: NotRequired[str]
     """Missing where a source has prompts only."""
     labeler: NotRequired[str]

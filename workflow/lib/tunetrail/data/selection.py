@@ -6,7 +6,7 @@ from tunetrail.config.data import DataConfig, DocstringSource
 from tunetrail.data.invalid import Invalid
 from tunetrail.data.readers import READERS, origin, row_id
 from tunetrail.data.splits import assign_splits, in_turns, shuffled
-from tunetrail.data.tables import one_each
+from tunetrail.data.tables import JOINED, one_each
 from tunetrail.data.uses import Account
 
 Shares = Mapping[str, Mapping[str, float]]
@@ -21,8 +21,8 @@ def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dic
             invalid: list[Invalid] = []
             own = [row | {"where": where} for where, row in read(source, invalid if config.invalid == "drop" else None)]
             shape = (
-                "rankings"
-                if kind == "preferences"
+                JOINED[kind]
+                if kind in JOINED
                 else "/".join(sorted({"text" if "text" in row else "prompt" for row in own}))
             )
             card = origin(source) | {"invalid_rows": len(invalid), "kind": kind, "shape": shape, "split": source.split}
@@ -30,7 +30,7 @@ def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dic
             if invalid:
                 account.reasons[card["source"], kind, "invalid"] += len(invalid)
             limits = (source.max_code_tokens, source.max_answer_tokens) if isinstance(source, DocstringSource) else None
-            about = {"source": card["source"], "max_tokens": limits, "pinned": source.split}
+            about = {"source": card["source"], "max_tokens": limits, "pinned": source.split, "weight": source.weight}
             rows += [row | about | {"kind": "text" if "text" in row else kind} for row in own]
     return rows, cards
 
@@ -39,13 +39,15 @@ def assigned(rows: list[dict], shares: Shares, sft_on_chosen: bool, seed: int) -
     """Gives every row its id, its split and the `tables` that it may be in.
 
     sft trains on rows of the reward split as well: on preferred responses where `sft_on_chosen` says so, and on
-    demonstrations that are there because their group has preferences.
+    demonstrations that are there because their group has preferences or feedback.
     """
     split_of = assign_splits(rows, shares, seed)
-    compared = {row["group"] for row in rows if row["kind"] == "preferences"}
+    compared = {row["group"] for row in rows if row["kind"] in JOINED}
     for row in rows:
         row["split"] = split_of[row["group"]]
-        row["id"] = row_id({key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row})
+        content = {key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row}
+        # A rated response may be a demonstration's answer too: those are two rows.
+        row["id"] = row_id(content | ({"kind": "feedback"} if row["kind"] == "feedback" else {}))
         learnt = (row["kind"] == "preferences" and sft_on_chosen) or (
             row["kind"] == "demonstrations" and row["group"] in compared
         )
@@ -60,8 +62,9 @@ def select(rows: list[dict], split: str, config: DataConfig, seed: int, account:
         return after
 
     own = shuffled([row for row in rows if split in row["tables"]], seed, split)
-    # Raw text is for training and its held-out loss; a prompt without an answer teaches sft nothing.
-    useless = {"sft": ("prompts",), "heldout": ()}.get(split, ("text",))
+    # Raw text is for training and its held-out loss; a prompt without an answer, or with one that may be bad, teaches
+    # sft nothing.
+    useless = {"sft": ("prompts", "feedback"), "heldout": ()}.get(split, ("text",))
     own = step("no_use_in_its_split", [row for row in own if row["kind"] not in useless])
     if split in ("rl", "evaluation"):
         own = step("same_prompt", one_each(own))

@@ -12,34 +12,46 @@ def best(row: dict) -> str:
     return row["completions"][means.index(min(means))]
 
 
+JOINED = {"preferences": "rankings", "feedback": "ratings"}
+"""Kind of row -> what people said of it, of which there may be several."""
+
+
 def merged(rows: list[dict]) -> list[dict]:
-    """One row per id. Rankings of the same completions are joined, say from one file per labeler."""
+    """One row per id. Rankings, or ratings, of the same completions are joined, say from one file per labeler."""
     found: dict[str, dict] = {}
     for row in rows:
         if row["id"] not in found:
             found[row["id"]] = row
-        elif row["kind"] == "preferences":
+        elif said := JOINED.get(row["kind"]):
             first = found[row["id"]]
-            found[row["id"]] = first | {"rankings": first["rankings"] + row["rankings"]}
+            found[row["id"]] = first | {said: first[said] + row[said]}
     return list(found.values())
 
 
 def one_each(rows: list[dict]) -> list[dict]:
-    """One row per prompt, demonstrations before preferences: in an interval over prompts each counts once."""
+    """One row per prompt, demonstrations first, then preferences: in an interval over prompts each counts once."""
     first: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: row["kind"]):
+    for row in sorted(rows, key=lambda row: (answer_of(row) is None, row["kind"])):
         first.setdefault(row["prompt"], row["id"])
     return [row for row in rows if first[row["prompt"]] == row["id"]]
 
 
 def answer_of(row: dict) -> str | None:
-    """What a model learns to say: the demonstration, or the preferred completion; None for a prompt alone."""
+    """What a model learns to say: the demonstration, or the preferred completion; None for a prompt alone, and for
+    feedback, whose completion may be a bad one."""
+    if row["kind"] == "feedback":
+        return None
     return best(row) if row["kind"] == "preferences" else row.get("completion")
 
 
-def prompt_row(row: dict) -> PromptRow | TextRow:
+def weighted(row: dict, split: str) -> dict[str, float]:
+    """{"weight"} of a row of this split's table that counts more or less than once in training."""
+    return {"weight": row["weight"]} if split in ("sft", "reward") and row["weight"] != 1 else {}
+
+
+def prompt_row(row: dict, split: str) -> PromptRow | TextRow:
     """A row of a split's table."""
-    common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row}
+    common = {key: row[key] for key in ("id", "group", "source", "labeler") if key in row} | weighted(row, split)
     if "text" in row:
         return common | {"text": row["text"]}  # type: ignore[return-value]
     shown = common | {"prompt": row["prompt"], "messages": row["messages"]}
@@ -59,4 +71,10 @@ def comparison_row(row: dict) -> dict[str, Any]:
         "completions": row["completions"],
         "finished": [True] * len(row["completions"]),
         "rankings": row["rankings"],
-    }
+    } | weighted(row, row["split"])
+
+
+def feedback_row(row: dict) -> dict[str, Any]:
+    """A row of feedback.jsonl."""
+    kept = ("id", "group", "split", "prompt", "messages", "completion", "ratings")
+    return {key: row[key] for key in kept} | weighted(row, row["split"])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from tunetrail.config.shares import READ_BY
+from tunetrail.data.tables import weighted
 
 
 class Use(TypedDict):
@@ -18,6 +19,8 @@ class Use(TypedDict):
     used_by: list[str]
     """The stages that read such rows, in a run that has them: the data stage does not know the others."""
     rows: int
+    weight: float
+    """How often an epoch of training has each."""
 
 
 class LeftOut(TypedDict):
@@ -68,8 +71,10 @@ def uses(tables: Mapping[str, Sequence[dict]]) -> list[Use]:
     """
     found: list[Use] = []
     for split, rows in tables.items():
-        counts = Counter((row["source"], row["kind"], row["split"]) for row in rows)
-        for (source, kind, home), count in sorted(counts.items()):
+        counts = Counter(
+            (row["source"], row["kind"], row["split"], weighted(row, split).get("weight", 1.0)) for row in rows
+        )
+        for (source, kind, home, weight), count in sorted(counts.items()):
             found.append(
                 {
                     "source": source,
@@ -78,6 +83,7 @@ def uses(tables: Mapping[str, Sequence[dict]]) -> list[Use]:
                     "also_in": home if home != split else None,
                     "used_by": list(READ_BY[kind].get(split, ())),
                     "rows": count,
+                    "weight": weight,
                 }
             )
     return found
@@ -88,9 +94,9 @@ def lines(used: Sequence[Use], left_out: Sequence[LeftOut]) -> list[str]:
     table = [("source", "kind", "split", "used by", "rows")]
     for use in sorted(used, key=lambda use: (use["source"], use["kind"])):
         also = f" (also in {use['also_in']})" if use["also_in"] else ""
-        table.append(
-            (use["source"], use["kind"], use["split"] + also, ", ".join(use["used_by"]) or "nothing", str(use["rows"]))
-        )
+        times = "" if use["weight"] == 1 else f" x {use['weight']:g}"
+        by = ", ".join(use["used_by"]) or "nothing"
+        table.append((use["source"], use["kind"], use["split"] + also, by, f"{use['rows']}{times}"))
     for out in left_out:
         table.append((out["source"], out["kind"], "left out", out["reason"].replace("_", " "), str(out["rows"])))
     widths = [max(len(row[i]) for row in table) for i in range(4)]

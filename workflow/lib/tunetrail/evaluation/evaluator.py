@@ -26,6 +26,8 @@ from tunetrail.seeds import derive_seed
 
 Example = tuple[list[int], list[int]]
 """(prompt ids, response ids)"""
+TRAINED = ("dpo", "kto", "ppo")
+"""Methods that train a policy from a reference."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tunetrail.evaluation.evaluator import Evaluator, Samples
+from tunetrail.evaluation.evaluator import TRAINED, Evaluator, Samples
 from tunetrail.evaluation.schema import BestOfNCurve, BestOfNPoint, Frontier, FrontierPoint
 from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values
 
@@ -56,7 +56,7 @@ def point(evaluator: Evaluator, step: int, chosen: bool, samples: Samples) -> Fr
 
 def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samples]) -> Frontier | None:
     """The checkpoints of a trained policy and its final model; None for any other model."""
-    if evaluator.subject["method"] not in ("dpo", "ppo"):
+    if evaluator.subject["method"] not in TRAINED:
         return None
     prompts = len(evaluator.frontier_rows)
     points = [point(evaluator, step, False, of_step) for step, of_step in checkpoints.items()]

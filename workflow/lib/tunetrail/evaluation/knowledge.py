@@ -6,15 +6,13 @@ from typing import Any
 import numpy as np
 
 from tunetrail.data.chat import render, with_system
-from tunetrail.evaluation.evaluator import Evaluator, Example
+from tunetrail.evaluation.evaluator import TRAINED, Evaluator, Example
 from tunetrail.evaluation.models import logprobs_of, mean_nlls, right_choices, sentence_probe
-from tunetrail.evaluation.schema import HeldOutPreferences, Retention
+from tunetrail.evaluation.schema import HeldOutFeedback, HeldOutPreferences, Retention
+from tunetrail.evaluation.stats import auc_of, bootstrap_of
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_comparison, encode_response
 from tunetrail.preferences.pairs import decided_pairs, preference_targets
-
-PREFERENCE = ("dpo", "ppo")
-"""Methods that train a policy from a reference, by preferences."""
 
 
 def retention(evaluator: Evaluator) -> Retention | None:
@@ -44,14 +42,26 @@ def retention(evaluator: Evaluator) -> Retention | None:
     }
 
 
-def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
-    """Log-probs of chosen and rejected responses of every decided pair, and how often the model tells which is which;
-    writes `pairs.jsonl`.
+def liking(evaluator: Evaluator, examples: list[Example]) -> tuple[np.ndarray, np.ndarray, str]:
+    """([n] log-probs of responses, [n] by what the model is asked which it likes, the name of that measure).
 
-    A trained policy by its implicit reward, log p(response) less that of the reference: DPO moves these, and longer
-    responses have lower log-probs whatever was learnt. Where nothing was trained from a reference by preferences, the
-    raw log-probs are all there is.
+    A trained policy by its implicit reward, log p(response) less that of the reference: DPO and KTO move these, and
+    longer responses have lower log-probs whatever was learnt. Where nothing was trained from a reference, the raw
+    log-probs are all there is.
     """
+
+    def logps_of(model: Any) -> np.ndarray:
+        return np.array([float(row.sum()) for row in evaluator.logprobs(model, examples)])
+
+    logps = logps_of(evaluator.model)
+    if "sft" in evaluator.stage.inputs and evaluator.subject["method"] in TRAINED:
+        return logps, logps - logps_of(evaluator.reference()), "implicit reward"
+    return logps, logps, "log-prob"
+
+
+def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
+    """Log-probs of chosen and rejected responses of every decided pair, and how often the model tells which is which
+    (see `liking`); writes `pairs.jsonl`."""
     stage = evaluator.stage
     if "comparisons" not in stage.inputs:
         return None
@@ -65,11 +75,7 @@ def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
         pairs += [(f"{row['id']}/{w}-{v}", row["group"], len(examples) + w, len(examples) + v) for w, v in decided]
         examples += [(prompt, response) for response in responses]
 
-    def logps_of(model: Any) -> np.ndarray:
-        return np.array([float(row.sum()) for row in evaluator.logprobs(model, examples)])
-
-    logps, implicit = logps_of(evaluator.model), "sft" in stage.inputs and evaluator.subject["method"] in PREFERENCE
-    gained = logps - logps_of(evaluator.reference()) if implicit else logps
+    logps, gained, measure = liking(evaluator, examples)
     table = [
         {"id": name, "group": group, "chosen_logp": float(logps[w]), "rejected_logp": float(logps[v])}
         for name, group, w, v in pairs
@@ -81,7 +87,47 @@ def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
         "chosen_logps": evaluator.interval([row["chosen_logp"] for row in table], groups),
         "rejected_logps": evaluator.interval([row["rejected_logp"] for row in table], groups),
         "accuracy": evaluator.interval(told, groups),
-        "measure": "implicit reward" if implicit else "log-prob",
+        "measure": measure,
+    }
+
+
+def heldout_feedback(evaluator: Evaluator) -> HeldOutFeedback | None:
+    """Log-probs of liked and disliked responses, and how well the model tells one sort from the other (see `liking`).
+
+    A response is what most of its ratings say; where they are divided evenly it is left out.
+    """
+    rows, liked = [], []
+    for row in evaluator.stage.rows("data", "feedback.jsonl", optional=True):
+        votes = sum(1 if rating["label"] else -1 for rating in row["ratings"])
+        if row["split"] == "heldout" and votes:
+            rows.append(row)
+            liked.append(votes > 0)
+    if not rows:
+        return None
+    encoded = [
+        (encode(evaluator.tokenizer, row["prompt"]), encode_response(evaluator.tokenizer, row["completion"]))
+        for row in rows
+    ]
+    logps, gained, measure = liking(evaluator, encoded)
+
+    def interval(wanted: bool) -> Any:
+        own = [i for i, is_liked in enumerate(liked) if is_liked == wanted]
+        groups = [rows[i]["group"] for i in own]
+        return evaluator.interval([float(logps[i]) for i in own], groups if len(set(groups)) > 1 else None)
+
+    told: Any = None
+    if 0 < sum(liked) < len(liked):
+        [told] = bootstrap_of(
+            auc_of(gained, liked),
+            [row["group"] for row in rows],
+            evaluator.config.bootstrap,
+            evaluator.stage.seed,
+        )
+    return {
+        "liked_logps": interval(True),
+        "disliked_logps": interval(False),
+        "accuracy": told,
+        "measure": measure,
     }
 
 

@@ -84,6 +84,18 @@ class HeldOutPreferences(TypedDict):
     up to beta); `log-prob` for a model without a reference, which favours what is short."""
 
 
+class HeldOutFeedback(TypedDict):
+    """Log-probs of held-out responses that people liked, and of those that they disliked."""
+
+    liked_logps: Interval | None
+    disliked_logps: Interval | None
+    accuracy: Interval | None
+    """How often a liked one has a higher `measure` than a disliked one, over all pairs of both sorts; null where one is
+    missing."""
+    measure: str
+    """As in `HeldOutPreferences`."""
+
+
 class Pair(TypedDict):
     """One model against another. `first` comes later than `second` in: base, sft, policies by name."""
 

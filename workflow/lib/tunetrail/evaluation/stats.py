@@ -90,6 +90,23 @@ def mean_of(values: Sequence[float] | np.ndarray) -> Callable[[np.ndarray], np.n
     return lambda counts: counts @ columns / counts.sum(1, keepdims=True)
 
 
+def auc_of(values: Sequence[float] | np.ndarray, positive: Sequence[bool]) -> Callable[[np.ndarray], np.ndarray]:
+    """How often a positive one of [n] values is above a negative one, a tie counting one half (the area under the ROC
+    curve), as a statistic for `bootstrap_of`; NaN where one sort was not drawn."""
+    order = np.argsort(values, kind="stable")
+    x, is_positive = np.asarray(values, dtype=float)[order], np.asarray(positive, dtype=float)[order]
+    starts = np.flatnonzero(np.r_[True, x[1:] != x[:-1]])  # of runs of equal values
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        drawn = counts[:, order].astype(float)
+        above, below = (np.add.reduceat(drawn * of, starts, axis=1) for of in (is_positive, 1 - is_positive))
+        won = (above * (below.cumsum(1) - below / 2)).sum(1)
+        with np.errstate(invalid="ignore"):
+            return (won / (above.sum(1) * below.sum(1)))[:, None]
+
+    return statistic
+
+
 def outcomes(ours: np.ndarray | Sequence, theirs: np.ndarray | Sequence, tie: float = 0.0) -> np.ndarray:
     """[n]: of each prompt the mean outcome over all pairs of our samples and theirs. An outcome is 1 where our score is
     the higher one, 0 where theirs is, one half where they lie within `tie`.

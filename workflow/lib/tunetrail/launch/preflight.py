@@ -134,7 +134,8 @@ def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[di
     recorded = read_rankings(labeler.path, labeler.columns)
     asked = [
         row for row in rows
-        if "messages" in row and "completions" not in row and row["pinned"] in (None, "reward", "heldout")
+        if "messages" in row and not {"rankings", "ratings"} & row.keys()
+        and row["pinned"] in (None, "reward", "heldout")
     ]  # fmt: skip
     prompts = {row["messages"][-1]["content"].strip(): row for row in asked}
     missing = [prompt for prompt in prompts if prompt not in recorded]

@@ -4,10 +4,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.lengths import check_lengths
+from tunetrail.models.weights import weight_of
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, stage: str) -> list[dict]:
     """Rows -> {input_ids, labels}; labels are -100 on prompts; raw text is cut into blocks of `max_length`.
+
+    An example has the "weight" of its row, where that has one.
 
     Raises DataError, in the name of a stage, for prompts with completions longer than `max_length`.
     """
@@ -17,11 +20,11 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
         if "text" in row:
             ids = encode_response(tokenizer, row["text"])
             blocks = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            examples += [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
+            examples += [{"input_ids": block, "labels": block} | weight_of(row) for block in blocks if len(block) > 1]
             continue
         prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])
         lengths.append((row["id"], len(prompt) + len(response)))
-        examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+        examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} | weight_of(row))
     check_lengths(stage, lengths, max_length)
     return examples
 

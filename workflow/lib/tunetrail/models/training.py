@@ -1,4 +1,4 @@
-"""What the stages on Hugging Face trainers (sft, reward, dpo) share: order of the data, arguments, saving, leaving.
+"""What the stages on Hugging Face trainers (sft, reward, dpo, kto) share: data order, arguments, saving, leaving.
 
 A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order of the data is a
 fixed list made beforehand, and a checkpoint holds weights, optimizer, schedule and random states.
@@ -25,6 +25,7 @@ from tunetrail.files import write_jsonl
 from tunetrail.models.checkpoints import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.runtime import use_bf16
 from tunetrail.models.trackers import trainer_options
+from tunetrail.models.weights import rows_of_epoch
 from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
@@ -33,8 +34,12 @@ log = logging.getLogger("tunetrail")
 _NOT_RESULTS = ("total_flos", "train_loss", "num_tokens")
 
 
-def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[int]:
+def epoch_order(
+    lengths: Sequence[int], batch_size: int, epochs: int, seed: int, weights: Sequence[float] | None = None
+) -> list[int]:
     """Row indices for all epochs in training order: batches of similar length, in random order.
+
+    A row is in each epoch as often as its weight says (`models.weights`), once where there are none.
 
     Every epoch shuffles again; the remainder that does not fill a batch is left out (`rows_left_out`), another one each
     time, so that every optimizer step sees `batch_size` rows.
@@ -42,7 +47,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int)
     order: list[int] = []
     for epoch in range(epochs):
         rng = random.Random(derive_seed(seed, "order", epoch))
-        rows = list(range(len(lengths)))
+        rows = rows_of_epoch(weights, rng) if weights else list(range(len(lengths)))
         rng.shuffle(rows)
         rows = rows[: len(rows) - len(rows) % batch_size]
         rows.sort(key=lambda i: lengths[i])  # stable: equal lengths keep their random order

@@ -22,11 +22,12 @@ from tunetrail.data.tables import merged
 from tunetrail.data.uses import Account
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
+from tunetrail.models.weights import rows_per_epoch
 from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.scorers.build import build
 
 Tables = Mapping[str, Sequence[dict[str, Any]]]
-"""Split -> its rows; preference rows have "rankings"."""
+"""Split -> its rows; preference rows have "rankings", feedback rows "ratings"."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class Forecast:
 
 def made_tables(folder: Path) -> Tables:
     """The tables of a finished data stage."""
-    rankings = {}
-    if (own := folder / "comparisons.jsonl").exists():
-        rankings = {row["id"]: {"rankings": row["rankings"]} for row in read_jsonl(own)}
-    return {
-        split: [row | rankings.get(row["id"], {}) for row in read_jsonl(folder / f"{split}.jsonl")] for split in SPLITS
-    }
+    said: dict[str, dict[str, Any]] = {}
+    for name, key in (("comparisons", "rankings"), ("feedback", "ratings")):
+        if (own := folder / f"{name}.jsonl").exists():
+            said |= {row["id"]: {key: row[key]} for row in read_jsonl(own)}
+    return {split: [row | said.get(row["id"], {}) for row in read_jsonl(folder / f"{split}.jsonl")] for split in SPLITS}
 
 
 def _docstring_rows(source: DocstringSource) -> list[dict[str, Any]]:
     """As many rows as the standard library has at most, without their text: parsing it takes long."""
     about = {"kind": "demonstrations", "source": "docstrings", "pinned": source.split, "completion": ""}
+    about["weight"] = source.weight
     return [
         about | {"where": f"docstrings:{group}", "group": group, "messages": [[group, i]]}
         for group, count in docstrings.most_pairs().items()
@@ -65,7 +66,7 @@ def expected_tables(config: Config) -> Tables | None:
     None where a source is on the hub: it is not fetched. Raises DataError for a bad row.
     """
     data = config.data
-    if any(isinstance(source, HubSource) for source in [*data.demonstrations, *data.preferences, *data.prompts]):
+    if any(isinstance(source, HubSource) for source in data.sources):
         return None
     embedded = [source for source in data.demonstrations if isinstance(source, DocstringSource)]
     others = [source for source in data.demonstrations if source not in embedded]
@@ -83,26 +84,33 @@ def expected_tables(config: Config) -> Tables | None:
 def steps_of(config: Config, tables: Tables) -> dict[str, int]:
     """Stage or policy -> the optimizer steps that it takes at most, of those that train."""
 
-    def of(block: Epochs, examples: int) -> int:
-        return block.epochs * (examples // block.batch_size)
+    def of(block: Epochs, *counted: tuple[dict, int]) -> int:
+        """Of (row, examples that are made of it)."""
+        per_epoch = rows_per_epoch([row.get("weight", 1.0) for row, n in counted for _ in range(n)])
+        return block.epochs * (per_epoch // block.batch_size)
 
     own = [row for row in tables["reward"] if "rankings" in row]
-    sampled = sum("rankings" not in row for row in tables["reward"]) if config.completions else 0
+    rated = [(row, len(row.get("ratings", ()))) for row in tables["reward"]]
+    others = [row for row in tables["reward"] if not {"rankings", "ratings"} & row.keys()]
+    sampled = others if config.completions else []
     k = config.completions.per_prompt if config.completions else 0
     found = {}
     if sft := config.trained_sft:
         # A token has a byte at least.
         blocks = [
-            math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1 for row in tables["sft"]
+            (row, math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1)
+            for row in tables["sft"]
         ]
-        found["sft"] = of(sft, sum(blocks))
+        found["sft"] = of(sft, *blocks)
     if config.trained_reward:
-        found["reward"] = of(config.trained_reward, len(own) + sampled)
+        found["reward"] = of(config.trained_reward, *((row, 1) for row in [*own, *sampled]))
     for name, policy in config.policies.items():
         if policy.method == "dpo":
-            pairs = sum(len(widest_pairs(row["rankings"], policy.pairs_per_prompt)) for row in own)
-            of_prompt = min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2)
-            found[f"policies.{name}"] = of(policy, pairs + int(sampled * of_prompt))
+            pairs = [(row, len(widest_pairs(row["rankings"], policy.pairs_per_prompt))) for row in own]
+            of_prompt = int(min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2))
+            found[f"policies.{name}"] = of(policy, *pairs, *((row, of_prompt) for row in sampled))
+        elif policy.method == "kto":
+            found[f"policies.{name}"] = of(policy, *rated)
         elif policy.method == "ppo":
             found[f"policies.{name}"] = policy.optimizer_steps
     if config.methods:
@@ -136,10 +144,11 @@ def without_reference(config: Config) -> list[str]:
         if block.method == "ppo":
             users["rl"] += [(f"policies.{policy}.{key}", name) for key, name in block.scorer_keys.items()]
     return [
-        f"{key}: {name} compares with the author's text, which data.prompts has not: "
+        f"{key}: {name} compares with the author's text, which data.{kind} has not: "
         + ("it is not measured" if key.rpartition(".")[2].startswith("gold") else "the stage will stop; take another")
+        for kind in ("prompts", "feedback")
         for split, named in users.items()
-        if share_of(config, "prompts", split)
+        if share_of(config, kind, split) and (kind, split) != ("feedback", "reward")  # nothing is sampled for these
         for key, name in named
         if build(name, config.scorers).needs_reference
     ]

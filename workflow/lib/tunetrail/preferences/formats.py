@@ -5,6 +5,9 @@
     prompt, completions [K], ranks [K]  K completions; ranks are whole numbers from 1 (best), equal ranks are a tie
     prompt, a, b, labels                a pair and its annotators' verdicts: 0 a tie, 1 a is better, 2 b is better
 
+Feedback on single responses has the shape `prompt, completion, label` (TRL's unpaired preferences): the prompt may be a
+text or messages, the completion a text or one message of the assistant, and the label true (liked) or false.
+
 `labeler` and `time` are optional, and so is `order` [K], the order in which the completions were shown. Training data,
 the labeler `recorded` and `tunetrail label import` all read rankings with the functions of this module.
 """
@@ -13,11 +16,13 @@ import re
 from typing import Any
 
 from tunetrail.preferences.ranks import dense
-from tunetrail.preferences.rows import Message, PreferenceRow, Ranking
+from tunetrail.preferences.rows import FeedbackRow, Message, PreferenceRow, Ranking, Rating
 
 SHAPES = "prompt, chosen, rejected; chosen, rejected (transcripts); prompt, completions, ranks; or prompt, a, b, labels"
 VERDICTS = {0: [1, 1], 1: [1, 2], 2: [2, 1]}
 """Verdict on a and b -> their ranks."""
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+"""A thumb in words or digits, as CSV files spell it."""
 
 
 class BadRow(ValueError):
@@ -168,17 +173,45 @@ def _pair(row: dict, prompt: list[Message] | None, allow_empty: bool) -> tuple[l
 # ----------------------------------------------------------------------------- rows
 
 
+def _chat_prompt(row: dict) -> list[Message] | None:
+    """A prompt that is a chat; None where it is a text or missing."""
+    if not isinstance(row.get("prompt"), list):
+        return None
+    messages = checked_messages(row["prompt"], "prompt")
+    if messages[-1]["role"] != "user":
+        raise BadRow("'prompt' must end with a turn of the user")
+    return messages
+
+
+def checked_label(row: dict) -> bool:
+    value = LABELS.get(str(row["label"]).strip().lower())
+    if value is None:
+        raise BadRow(f"'label' must be true (liked) or false (disliked), got {row['label']!r}")
+    return value
+
+
+def parse_feedback(row: dict) -> FeedbackRow:
+    """A response with a thumb up or down. Raises BadRow."""
+    if lacking := [key for key in ("prompt", "completion", "label") if key not in row]:
+        columns = ", ".join(sorted(map(str, row))) or "none"
+        raise BadRow(
+            f"must have prompt, completion and label, but lacks {', '.join(lacking)}; its columns are {columns}; map "
+            "others with columns"
+        )
+    messages = _chat_prompt(row) or as_messages(checked_text(row, "prompt"))
+    is_text = isinstance(row["completion"], str)
+    completion = checked_text(row, "completion") if is_text else _reply(row, "completion", messages)
+    rating: Rating = {"labeler": checked_labeler(row), "label": checked_label(row)}
+    return {"messages": messages, "completion": completion, "ratings": [rating]}
+
+
 def parse_preference(row: dict, allow_empty: bool = False) -> PreferenceRow:
     """A row of any of the shapes. Raises BadRow.
 
     Args:
         allow_empty: accept completions without text.
     """
-    labeler, messages = checked_labeler(row), None
-    if isinstance(row.get("prompt"), list):
-        messages = checked_messages(row["prompt"], "prompt")
-        if messages[-1]["role"] != "user":
-            raise BadRow("'prompt' must end with a turn of the user")
+    labeler, messages = checked_labeler(row), _chat_prompt(row)
     if "completions" in row:
         completions = checked_completions(row, allow_empty)
         rankings = [_ranking(checked_ranks(row.get("ranks"), len(completions)), row, labeler)]

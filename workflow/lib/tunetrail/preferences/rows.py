@@ -36,6 +36,24 @@ class PreferenceRow(TypedDict):
     rankings: list[Ranking]
 
 
+class Rating(TypedDict):
+    """One person's thumb, up or down."""
+
+    labeler: str
+    """A pseudonym."""
+    label: bool
+    """Whether they liked the response."""
+
+
+class FeedbackRow(TypedDict):
+    """A response that was rated by itself, as a file of feedback holds it."""
+
+    messages: list[Message]
+    """What the model was shown; the last turn is the user's."""
+    completion: str
+    ratings: list[Rating]
+
+
 class SampledRow(TypedDict):
     """A prompt with the completions sampled for it: a line of `completions.jsonl`."""
 
@@ -54,6 +72,8 @@ class SampledRow(TypedDict):
     completion_ids: NotRequired[list[list[int]]]
     """[K]: the tokens that the model sampled, with EOS where it ended; missing where texts came from a file. Encoding a
     text again may give other tokens."""
+    weight: NotRequired[float]
+    """How often an epoch of training has it, where that is not once."""
     finished: list[bool]
     """[K]: whether each completion ended with EOS."""
 

@@ -84,18 +84,19 @@ def _pair_learners(runs: Runs) -> list[tuple[str, Artifact]]:
         (model.name, model.trained)
         for run in runs
         for model in run.policies
-        if model.trained and model.trained.stage == "dpo" and model.trained.history
+        if model.trained and model.trained.stage in ("dpo", "kto") and model.trained.history
     ]
 
 
 def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
-    """Log-probs of the preferred and the dispreferred responses of each DPO's training pairs, over its steps."""
+    """Log-probs of the preferred and the dispreferred responses that DPO and KTO train on, over their steps."""
     panels = []
     for name, artifact in _pair_learners(runs):
         rows = [
             {"step": row["step"], "logp": row[f"logps/{key}"], "line": words, "colour": colour}
             for key, words, colour in (("chosen", "preferred", PALETTE[2]), ("rejected", "dispreferred", PALETTE[1]))
             for row in artifact.history
+            if f"logps/{key}" in row  # a batch of KTO may hold one sort alone
         ]
         last = max(row["step"] for row in rows)
         base = alt.Chart(inline_data(rows)).encode(

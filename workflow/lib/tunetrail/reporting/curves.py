@@ -81,6 +81,12 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
         ("margin", ("rewards/margins",), 0),
         ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
     ],
+    "kto": [
+        ("loss", ("loss",), None),
+        ("margin", ("rewards/margins",), 0),
+        ("KL to its start", ("kl",), None),
+        ("log-prob liked, disliked", ("logps/chosen", "logps/rejected"), None),
+    ],
     "ppo": [
         ("reward-model score", ("score",), None),
         ("KL to its start", ("kl",), None),
@@ -154,7 +160,7 @@ def learning(runs: Runs, narrow: bool) -> Spec | None:
             if model.trained and model.trained.history:
                 by_stage.setdefault(model.trained.stage, []).append((model.trained, model.name, COLOURS[model.series]))
     rows_of_panels = []
-    for stages in (("sft", "reward"), ("dpo",), ("ppo",)):
+    for stages in (("sft", "reward"), ("dpo",), ("kto",), ("ppo",)):
         panels = []
         for stage in stages:
             learners = by_stage.get(stage, [])

@@ -102,7 +102,7 @@ def _banners(run: Run) -> list[str]:
 
 def optimizer_steps(run: Run) -> dict[str, int]:
     """Name of each trained model -> the optimizer steps it took, where they are known."""
-    key = {"sft": "steps", "reward": "steps", "dpo": "steps", "ppo": "optimizer_steps"}
+    key = {"sft": "steps", "reward": "steps", "dpo": "steps", "kto": "steps", "ppo": "optimizer_steps"}
     return {
         role.removeprefix("policy."): artifact.metrics[key[artifact.stage]]
         for role, artifact in run.artifacts.items()

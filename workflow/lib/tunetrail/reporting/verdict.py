@@ -56,12 +56,13 @@ def sentence(run: Run, model: Model) -> str:
 
 def unscored(run: Run, model: Model) -> str:
     """What can be said of a model whose responses nothing compared: held-out preferences, KL and length."""
-    told, kl, length = (model.metrics.get(key) for key in ("comparisons", "kl_to_sft", "length"))
+    kl, length = (model.metrics.get(key) for key in ("kl_to_sft", "length"))
     reference = run.model(run.reference)
     found = []
-    if told and told["accuracy"]:
-        by = told.get("measure") or "log-prob"
-        found.append(f"tells held-out preferred responses from others in {percent_interval(told['accuracy'])} by {by}")
+    for key, one, other in (("comparisons", "preferred", "others"), ("feedback", "liked", "disliked ones")):
+        if (told := model.metrics.get(key)) and told["accuracy"]:
+            by, share = told.get("measure") or "log-prob", percent_interval(told["accuracy"])
+            found.append(f"tells held-out {one} responses from {other} in {share} by {by}")
     for change in run.head_to_head.get("preferences") or []:
         if change["after"] == model.subject:
             chosen, rejected = (interval(change[key], 1, sign=True) for key in ("chosen", "rejected"))

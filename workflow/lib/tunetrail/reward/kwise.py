@@ -11,6 +11,7 @@ from tunetrail.models.batching import Batch, collate, encode_comparison
 from tunetrail.models.lengths import check_lengths
 from tunetrail.models.loading import with_full_precision_head
 from tunetrail.models.scoring import head_and_trunk, pooled_states, reward_pooling
+from tunetrail.models.weights import weight_of
 from tunetrail.preferences.pairs import preference_targets
 
 
@@ -44,6 +45,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
         lengths.append((row["id"], len(prompt) + max(map(len, responses))))
         examples.append(
             {"prompt": prompt, "responses": responses, "targets": preference_targets(row["rankings"]).tolist()}
+            | weight_of(row)
         )
     check_lengths("reward", lengths, max_length)
     return examples

@@ -19,13 +19,16 @@ from tunetrail.models.lengths import check_room
 from tunetrail.models.loading import load_causal_lm, load_tokenizer
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.sampling import inference_weights, sample
+from tunetrail.models.weights import weight_of
 from tunetrail.preferences.rows import SampledRow
 from tunetrail.stages.registry import start
 
 
 def prompts_to_sample(stage: Stage) -> list[dict]:
-    """The prompts of the reward and held-out splits, but for those of preference rows, with their "split"."""
-    compared = {row["id"] for row in stage.rows("data", "comparisons.jsonl", optional=True)}
+    """The prompts of the reward and held-out splits, but for those of preferences and feedback, with their "split"."""
+    compared = {
+        row["id"] for name in ("comparisons.jsonl", "feedback.jsonl") for row in stage.rows("data", name, optional=True)
+    }
     return [
         row | {"split": split}
         for split in ("reward", "heldout")
@@ -62,6 +65,7 @@ def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> Samp
         "completions": list(first),
         "completion_ids": kept,
         "finished": [ids[-1] == tokenizer.eos_token_id for ids in kept],
+        **weight_of(row),  # type: ignore[typeddict-item]
     }
 
 

@@ -4,9 +4,9 @@
 
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a
 seeded order that takes turns among the groups, so that a limit keeps as many groups as it can; `contamination.jsonl`;
-and, where preferences came with the data, `comparisons.jsonl`. `metrics.json` is the data card: what the rows of each
-source are used for (`uses`), or why they were left out (`left_out`), lengths, and how much of the evaluation prompts
-stands in training texts.
+and, where preferences or feedback came with the data, `comparisons.jsonl` and `feedback.jsonl`. `metrics.json` is the
+data card: what the rows of each source are used for (`uses`), or why they were left out (`left_out`), lengths, and how
+much of the evaluation prompts stands in training texts.
 """
 
 import sys
@@ -28,7 +28,7 @@ from tunetrail.data.contamination import (
 from tunetrail.data.rendering import Renderer, rendered, short_enough
 from tunetrail.data.selection import Shares, assigned, read_all, select
 from tunetrail.data.splits import histogram
-from tunetrail.data.tables import answer_of, comparison_row, merged, prompt_row
+from tunetrail.data.tables import answer_of, comparison_row, feedback_row, merged, prompt_row
 from tunetrail.data.uses import Account, lines, uses
 from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
@@ -45,10 +45,9 @@ def is_due(split: str, kind: str, config: DataConfig, shares: Shares) -> bool:
     return split in pins or (None in pins and shares.get(kind, {}).get(split, 0) > 0)
 
 
-def check_not_empty(
-    split: str, table: list[dict], comparisons: list[dict], kept: list[dict], config: DataConfig, shares: Shares
-) -> None:
-    """Raises DataError where a split that is to have rows has none, or no comparison where there were to be some.
+def check_not_empty(split: str, table: list[dict], kept: list[dict], config: DataConfig, shares: Shares) -> None:
+    """Raises DataError where a split that is to have rows has none, or no comparison or feedback where there was to be
+    some.
 
     Args:
         kept: the rows of all splits.
@@ -59,12 +58,14 @@ def check_not_empty(
             f"data.shares.{split}: no row is left for this split; {len(kept)} rows in "
             f"{len({row['group'] for row in kept})} groups are too few for these shares: {advice}"
         )
-    if split in ("reward", "heldout") and not comparisons and is_due(split, "preferences", config, shares):
-        total = sum(row["kind"] == "preferences" for row in kept)
-        raise DataError(
-            f"data.shares.{split}: no comparison is left for this split; {total} preference rows are too few for these "
-            f"shares and limits: {advice}"
-        )
+    for kind, one, row_of in (("preferences", "comparison", "preference"), ("feedback", "feedback", "feedback")):
+        is_wanted = split in ("reward", "heldout") and is_due(split, kind, config, shares)
+        if is_wanted and not any(row["kind"] == kind for row in table):
+            total = sum(row["kind"] == kind for row in kept)
+            raise DataError(
+                f"data.shares.{split}: no {one} is left for this split; {total} {row_of} rows are too few for these "
+                f"shares and limits: {advice}"
+            )
 
 
 def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, Any]:
@@ -90,6 +91,19 @@ def comparisons_card(rows: list[dict]) -> dict[str, Any]:
     }
 
 
+def feedback_card(rows: list[dict]) -> dict[str, Any]:
+    """What the data card says of the feedback."""
+    ratings = [rating for row in rows for rating in row["ratings"]]
+    liked = sum(rating["label"] for rating in ratings)
+    return {
+        "prompts": len({row["prompt"] for row in rows}),
+        "completions": len(rows),
+        "liked": liked,
+        "disliked": len(ratings) - liked,
+        "labelers": sorted({rating["labeler"] for rating in ratings}),
+    }
+
+
 def source_dependency(source: dict) -> Dependency:
     """A source of the data card, for the record; a recursive audit checks a file again."""
     about = {key: value for key, value in source.items() if key not in ("source", "digest")}
@@ -99,11 +113,10 @@ def source_dependency(source: dict) -> Dependency:
     return dependency("source", name, reason="the manifest has the digests of the rows that were read", **about)
 
 
-def authors_dependency(path: Path, authors: list[str]) -> Dependency:
-    """Who wrote the demonstrations of a split, for the record of everything learnt from them."""
-    return dependency(
-        "labels", path.name, sha256_file(path), demonstrations=len(authors), labelers=sorted(set(authors))
-    )
+def people_dependency(path: Path, what: str, people: list[str]) -> Dependency:
+    """Who wrote the demonstrations of a split, or gave the feedback, for the record of everything learnt from it."""
+    counts: dict[str, Any] = {what: len(people)}
+    return dependency("labels", path.name, sha256_file(path), labelers=sorted(set(people)), **counts)
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -125,19 +138,19 @@ def run(stage: Stage) -> dict[str, Any]:
     kept = merged(clean)
     account.leave_out("repeated", clean, kept)
 
-    tables, splits, comparisons, overlap = {}, {}, [], {}
+    tables, splits, comparisons, feedback, overlap = {}, {}, [], [], {}
     for split in SPLITS:
         own, path = select(kept, split, config, stage.seed, account), stage.work / f"{split}.jsonl"
         tables[split] = own
-        compared = [comparison_row(row) for row in own if row["kind"] == "preferences" and row["split"] == split]
-        check_not_empty(split, own, compared, kept, config, shares)
+        check_not_empty(split, own, kept, config, shares)
         if split in contaminated:
             overlap[split] = contamination(own, contaminated[split], config)
         if split in ("reward", "heldout"):
-            comparisons += compared
-        write_jsonl(path, [prompt_row(row) for row in own])  # type: ignore[misc]
+            comparisons += [comparison_row(row) for row in own if row["kind"] == "preferences"]
+            feedback += [feedback_row(row) for row in own if row["kind"] == "feedback"]
+        write_jsonl(path, [prompt_row(row, split) for row in own])  # type: ignore[misc]
         if authors := [row["labeler"] for row in own if "labeler" in row]:
-            stage.draft.dependencies.append(authors_dependency(path, authors))
+            stage.draft.dependencies.append(people_dependency(path, "demonstrations", authors))
         if split == "evaluation":
             write_jsonl(stage.work / "contamination.jsonl", [overlap_row(row) for row in own])  # type: ignore[misc]
         splits[split] = split_card(path, own, renderer)
@@ -146,6 +159,11 @@ def run(stage: Stage) -> dict[str, Any]:
         path = stage.work / "comparisons.jsonl"
         write_jsonl(path, comparisons)
         stage.draft.dependencies.append(labels_dependency(path, comparisons, {}))
+    if config.feedback:
+        path = stage.work / "feedback.jsonl"
+        write_jsonl(path, feedback)
+        people = [rating["labeler"] for row in feedback for rating in row["ratings"]]
+        stage.draft.dependencies.append(people_dependency(path, "ratings", people))
     used = uses(tables)
     for line in lines(used, account.left_out):
         log.info("data: %s", line)
@@ -156,6 +174,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "uses": used,
         "left_out": account.left_out,
         "comparisons": comparisons_card(comparisons) if config.preferences else None,
+        "feedback": feedback_card(feedback) if config.feedback else None,
         "contamination": overlap["evaluation"] | {"heldout": overlap["heldout"]},
         "dropped": account.totals,
         "rows_read": len(read),

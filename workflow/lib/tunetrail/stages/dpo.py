@@ -9,57 +9,28 @@ where `checkpoints` asks for some, `checkpoints/<step>/model`, or with LoRA `che
 
 import sys
 
-import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 
 from tunetrail.config.dpo import DpoConfig
-from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.stage import Stage
-from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
-from tunetrail.models.checkpoints import publish_kept
-from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.lengths import check_lengths
-from tunetrail.models.loading import (
-    load_causal_lm,
-    load_tokenizer,
-    trained_parameters,
-    training_flops,
-    with_lora,
-)
+from tunetrail.models.loading import load_tokenizer
+from tunetrail.models.preference import Pretokenized, optimise
 from tunetrail.models.runtime import prepare
-from tunetrail.models.saving import save_kept, save_trained
-from tunetrail.models.training import (
-    KeepCallback,
-    epoch_order,
-    rows_left_out,
-    train,
-    trained_model,
-    trainer_arguments,
-)
+from tunetrail.models.training import trainer_arguments
+from tunetrail.models.weights import weight_of
 from tunetrail.preferences.pairs import widest_pairs
-from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
 
-class PretokenizedDpoTrainer(DPOTrainer):
-    """DPOTrainer on rows of token ids: prompt and responses are tokenized apart here as everywhere."""
+class PretokenizedDpoTrainer(Pretokenized, DPOTrainer):
+    """DPOTrainer on rows {prompt_ids, chosen_ids, rejected_ids}."""
 
-    def _prepare_dataset(self, dataset, *args):
-        return dataset
-
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        """TRL hands them over in a file, in a temporary folder that the other processes do not see."""
-        score_labels_only(self.model)  # so that policy and reference are scored alike
-        loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
-        parts = [self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch)) for batch in loader]
-        for name, column in zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*parts, strict=True), strict=True):
-            dataset = dataset.add_column(name, torch.cat(column).tolist())
-        return dataset
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoConfig) -> list[dict]:
@@ -72,6 +43,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoCo
             lengths.append((row["id"], len(prompt) + max(len(responses[chosen]), len(responses[rejected]))))
             examples.append(
                 {"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}
+                | weight_of(row)
             )
     check_lengths("dpo", lengths, config.max_length)
     return examples
@@ -84,57 +56,30 @@ def run(stage: Stage) -> dict:
     tokenizer = load_tokenizer(parent)
     rows = [row for row in stage.rows("comparisons", "comparisons.jsonl") if row["split"] == "reward"]
     examples = tokenize(rows, tokenizer, config)
-    if len(examples) < config.batch_size:
-        raise DataError(
-            f"dpo: {len(examples)} pairs are fewer than one batch (batch_size: {config.batch_size}); collect more "
-            "comparisons"
-        )
-    lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
-    order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
-    model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
-    counts = trained_parameters(model)
-    stage.draft.training_flops = training_flops(
-        counts,
-        sum(
-            2 * len(examples[i]["prompt_ids"]) + len(examples[i]["chosen_ids"]) + len(examples[i]["rejected_ids"])
-            for i in order
+    arguments = TrlDpoConfig(
+        **trainer_arguments(stage, config),
+        max_length=None,
+        beta=config.beta,
+        loss_type=config.losses,
+        loss_weights=config.loss_weights,
+        label_smoothing=config.label_smoothing,
+        precompute_ref_log_probs=True,
+    )
+    history, found = optimise(
+        stage,
+        config,
+        parent,
+        examples,
+        ("chosen_ids", "rejected_ids"),
+        "pairs",
+        lambda model, pairs: PretokenizedDpoTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
         ),
     )
-    trainer = PretokenizedDpoTrainer(
-        model=model,
-        args=TrlDpoConfig(
-            **trainer_arguments(stage, config),
-            max_length=None,
-            beta=config.beta,
-            loss_type=config.losses,
-            loss_weights=config.loss_weights,
-            label_smoothing=config.label_smoothing,
-            precompute_ref_log_probs=True,
-        ),
-        train_dataset=Dataset.from_list([examples[i] for i in order]),
-        processing_class=tokenizer,
-    )
-
-    trainer.add_callback(
-        KeepCallback(
-            stage,
-            config.checkpoints,
-            lambda model, folder: save_kept(trainer.accelerator.unwrap_model(model), parent, folder),
-        )
-    )
-    history = train(stage, trainer, config)
-    if not is_main_process():
+    if not history:
         return {}
-    save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e["chosen_ids"] for e in examples))
-    publish_kept(stage)
-    return {
-        "train_loss": history[-1]["loss"],
-        "accuracy": history[-1]["rewards/accuracies"],
-        "margin": history[-1]["rewards/margins"],
-        "steps": len(history),
-        "pairs": len(examples),
-        "rows_left_out": rows_left_out("dpo", len(examples), config.batch_size),
-    } | counts
+    last = history[-1]
+    return found | {"accuracy": last["rewards/accuracies"], "margin": last["rewards/margins"], "pairs": len(examples)}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 
 Samples at the configured temperature and measures gold score (the labeler's scorer, never the reward model),
 reward-model score, KL to the SFT model, length and distinct-n; the likelihood of unrelated text and a multiple-choice
-task; log-probs of preferred and dispreferred responses; and the probes. The gold score is also measured on greedy
-decoding, where a policy that only became surer of what it said before gains nothing. Where no SFT model was trained,
-the base model takes its place. `stages.head_to_head` compares the models.
+task; log-probs of preferred and dispreferred, liked and disliked responses; and the probes. The gold score is also
+measured on greedy decoding, where a policy that only became surer of what it said before gains nothing. Where no SFT
+model was trained, the base model takes its place. `stages.head_to_head` compares the models.
 
 Every model draws random numbers of its own. A win rate is then that of independent responses, for best-of-n as for any
 other model: with the random numbers of the model it is compared to, its choice would include the very samples that it
@@ -39,7 +39,7 @@ from tunetrail.evaluation.frontier import (
     sample_checkpoints,
     sample_yardstick,
 )
-from tunetrail.evaluation.knowledge import heldout_preferences, probes, retention
+from tunetrail.evaluation.knowledge import heldout_feedback, heldout_preferences, probes, retention
 from tunetrail.evaluation.stats import distinct_n
 from tunetrail.files import write_json, write_jsonl
 from tunetrail.models.runtime import prepare
@@ -114,9 +114,10 @@ def run(stage: Stage) -> dict[str, Any]:
         bar.advance(1, "scored")
         evaluator.kl([(samples, None), *((checkpoints[step], folder) for step, folder in kept.items())])
         bar.advance(1, "compared")
-        remembered, preferred = None, None
+        remembered, preferred, rated = None, None, None
         if evaluator.n == 1:
             remembered, preferred = retention(evaluator), heldout_preferences(evaluator)
+            rated = heldout_feedback(evaluator)
             write_json(stage.work / "probes.json", probes(evaluator))
         bar.advance(3, "probed")
     write_jsonl(stage.work / "samples.jsonl", sample_table(evaluator, rows, samples, greedy))
@@ -145,6 +146,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "finished": math.fsum(finished(evaluator, samples)) / len(responses),
         "retention": remembered,
         "comparisons": preferred,
+        "feedback": rated,
     }
 
 

@@ -194,6 +194,10 @@ _TABLE = (
         block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
     ),
     StageInfo(
+        "kto", lambda c, policy: {"policy": start_of(c, policy), "data": "data"}, "model",
+        block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+    ),
+    StageInfo(
         "ppo", _learnt_from, "model",
         block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
     ),

@@ -45,6 +45,7 @@ from tunetrail.models.loading import (
 from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
+from tunetrail.models.weights import rows_per_epoch, taken_weights
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
 from tunetrail.reward.imported import import_reward_model
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
@@ -61,10 +62,9 @@ BIAS_DEMONSTRATIONS = 128
 def split_rows(rows: list[dict], batch_size: int) -> tuple[list[dict], list[dict]]:
     """(training, held-out) comparisons. Raises DataError where either is too small."""
     training, heldout = ([row for row in rows if row["split"] == split] for split in ("reward", "heldout"))
-    if len(training) < batch_size:
+    if (per_epoch := rows_per_epoch([row.get("weight", 1.0) for row in training])) < batch_size:
         raise DataError(
-            f"reward: {len(training)} prompts with comparisons are fewer than one batch "
-            f"(reward.batch_size: {batch_size})"
+            f"reward: {per_epoch} prompts with comparisons are fewer than one batch (reward.batch_size: {batch_size})"
         )
     if not heldout:
         raise DataError(
@@ -106,9 +106,10 @@ def fit_probes(
 def train_model(
     stage: Stage, config: RewardConfig, tokenizer: Any, model: Any, examples: list[dict]
 ) -> tuple[Any, list, dict]:
-    """(trained classifier, history, parameter counts)."""
+    """(trained classifier, history, what metrics.json says of its training)."""
+    weights = taken_weights(examples)
     lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
-    order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed)
+    order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
     tokens = [len(e["responses"]) * len(e["prompt"]) + response_tokens(e) for e in examples]
@@ -125,7 +126,8 @@ def train_model(
     model = trained_model(trainer)
     if config.lora is not None and is_main_process():
         model = model.merge_and_unload()  # the bias below is of the scores that others will get
-    return model, history, counts
+    left_out = rows_left_out("reward", rows_per_epoch(weights), config.batch_size) if is_main_process() else 0
+    return model, history, counts | {"rows_left_out": left_out}
 
 
 def demonstrations(stage: Stage, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
@@ -174,7 +176,6 @@ def train_and_evaluate(stage: Stage, config: RewardConfig) -> dict[str, Any]:
             "train_loss": history[-1]["loss"],
             "steps": len(history),
             "prompts": len(training),
-            "rows_left_out": rows_left_out("reward", len(training), config.batch_size),
             "bias": model.config.reward_bias,
             "score_mean_demonstrations": float((scores_of_people - model.config.reward_bias).mean())
             if len(scores_of_people)

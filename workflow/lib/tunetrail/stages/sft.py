@@ -36,6 +36,7 @@ from tunetrail.models.runtime import prepare
 from tunetrail.models.saving import ROWS, TOKENS, save_trained
 from tunetrail.models.supervised import given_and_learnt, tokenize
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
+from tunetrail.models.weights import rows_per_epoch, taken_weights
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
@@ -55,9 +56,11 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
     examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length, "sft")
-    if len(examples) < config.batch_size:
-        raise DataError(f"sft: {len(examples)} examples are fewer than one batch (sft.batch_size: {config.batch_size})")
-    order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed)
+    weights = taken_weights(examples)
+    per_epoch = rows_per_epoch(weights)
+    if per_epoch < config.batch_size:
+        raise DataError(f"sft: {per_epoch} examples are fewer than one batch (sft.batch_size: {config.batch_size})")
+    order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     check_blocks(model.config, [example["input_ids"] for example in examples], "sft.max_length")
     counts = trained_parameters(model)
@@ -82,7 +85,7 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
         "train_loss": rows[-1]["loss"],
         "eval_loss": bootstrap(losses, 1000, stage.seed),
         "steps": len(rows),
-        "rows_left_out": rows_left_out("sft", len(examples), config.batch_size),
+        "rows_left_out": rows_left_out("sft", per_epoch, config.batch_size),
         "tokens": sum(len(examples[i]["input_ids"]) for i in order),
     } | counts
 
