@@ -1,5 +1,6 @@
 """The JSON schema of the config, and the tables of every key in config/README.md."""
 
+import inspect
 import json
 
 from pydantic import BaseModel
@@ -149,7 +150,8 @@ def document() -> str:
     for path, variant, model in _BLOCKS:
         properties = model.model_json_schema()["properties"]
         title = f"`{path}`" if path else "Top level"
-        lines += [f"### {title} with `{variant}`" if variant else f"### {title}", "", (model.__doc__ or "").strip(), ""]
+        heading = f"### {title} with `{variant}`" if variant else f"### {title}"
+        lines += [heading, "", inspect.cleandoc(model.__doc__ or ""), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         tag = variant.partition(":")[0]
         # The key that tells variants apart comes first; then those of the block itself, then the shared ones.

@@ -51,8 +51,8 @@ def made_tables(folder: Path) -> Tables:
 
 def _docstring_rows(source: DocstringSource) -> list[dict[str, Any]]:
     """As many rows as the standard library has at most, without their text: parsing it takes long."""
-    about = {"kind": "demonstrations", "source": "docstrings", "pinned": source.split, "completion": ""}
-    about["weight"] = source.weight
+    about: dict[str, Any] = {"kind": "demonstrations", "source": "docstrings", "completion": ""}
+    about |= {"pinned": source.split, "weight": source.weight}
     return [
         about | {"where": f"docstrings:{group}", "group": group, "messages": [[group, i]]}
         for group, count in docstrings.most_pairs().items()
