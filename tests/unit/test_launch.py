@@ -62,9 +62,10 @@ def test_a_stage_that_fails_leaves_its_exit_code_for_the_head(tmp_path):
     launch(tmp_path, "2").wait()
     assert (tmp_path / "state" / EXIT_CODE).read_text() == "3"
     assert progress(tmp_path / "state") == set()
+    (tmp_path / "log").unlink()
     process = launch(tmp_path)
-    while (tmp_path / "state" / EXIT_CODE).exists() or not (tmp_path / "log").read_text():
-        time.sleep(0.02)  # one that is killed now leaves none
+    while not ((tmp_path / "log").exists() and (tmp_path / "log").read_text()):
+        time.sleep(0.02)  # a stage that is killed before it works leaves no code
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert (tmp_path / "state" / EXIT_CODE).read_text() == "75"

@@ -125,6 +125,7 @@ def test_every_reader_of_a_split_is_named():
     trained = ["sft", "methods", "policies.t"]
     assert found == {
         "preferences": {"reward": ["reward", "policies.d", *trained], "heldout": ["reward", "evaluation"]} | everywhere,
+        "feedback": {"reward": [], "heldout": ["evaluation"]} | everywhere,
         "demonstrations": {"sft": trained, "reward": ["completions"], "heldout": ["sft", "completions"]} | everywhere,
         "prompts": {"reward": ["completions"], "heldout": ["completions"]} | everywhere,
         "text": {"sft": ["sft", "methods"], "heldout": ["sft"]},

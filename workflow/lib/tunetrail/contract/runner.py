@@ -197,7 +197,8 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             part=(part[0], part[1]),
         ),
         {
-            role: Input(Path(path).parent, parents[role], parent_entry(Path(path).parent))
+            # The report shows a record that does not match; all others would learn from it.
+            role: Input(Path(path).parent, parents[role], parent_entry(Path(path).parent, content["stage"] != "report"))
             for role, path in inputs.items()
         },
         Attempt(

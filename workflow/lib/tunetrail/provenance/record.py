@@ -80,14 +80,17 @@ def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:
     return found | {"annotations": annotations | {"files": files}}
 
 
-def parent_entry(folder: Path) -> ParentEntry:
-    """What a record will say of the input in this folder, as it is now. Raises DataError for a record of another."""
+def parent_entry(folder: Path, must_match: bool = True) -> ParentEntry:
+    """What a record will say of the input in this folder, as it is now.
+
+    Raises DataError where its record is that of another manifest and `must_match`.
+    """
     path, manifest = folder / PROVENANCE, sha256_file(folder / MANIFEST)
     try:
         record = Record(path.read_bytes(), str(path))
     except FileNotFoundError:
         record = None
-    if record and record.manifest != manifest:
+    if record and record.manifest != manifest and must_match:
         raise DataError(
             f"{path}: is the record of another {MANIFEST} ({record.manifest[:16]}…, not {manifest[:16]}…); restore the "
             "folder from a copy, or run its stage again"
