@@ -18,6 +18,7 @@ from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
 from tunetrail.data.readers import check_sources, prompts, read_demonstrations, read_preferences
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
+from tunetrail.data.tables import merged
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl, write_json
 from tunetrail.models.tiny import tiny_tokenizer
@@ -498,3 +499,10 @@ def test_real_data_reads():
     assert {r["labeler"] for row in pandalm for r in row["rankings"]} >= {"annotator-0", "annotator-1", "annotator-2"}
     assert any(r["ranks"] == [1, 1] for row in pandalm for r in row["rankings"])
     assert len(read_demonstrations(source(SHARED / "self-instruct/demonstrations.jsonl.gz"))) == 427
+
+
+def test_a_row_in_sources_of_different_weight_is_refused():
+    row = {"id": "a", "kind": "feedback", "where": "f.jsonl:1", "weight": 1.0, "ratings": [1]}
+    assert merged([row, row | {"ratings": [2]}]) == [row | {"ratings": [1, 2]}]
+    with pytest.raises(DataError, match=r"first g\.jsonl:1 \(5\) and f\.jsonl:1 \(1\); give both sources one weight"):
+        merged([row, row | {"where": "g.jsonl:1", "weight": 5.0}])

@@ -342,6 +342,7 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
 def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
     weights = [1.0] * 10 + [2.5] * 10 + [0.5] * 10
     assert rows_per_epoch(weights) == 10 + 25 + 5
+    assert rows_per_epoch([0.4]) == 1  # not in no epoch at all
     order = epoch_order([5] * 30, 8, 2, seed=1, weights=weights)
     thirds = []
     for epoch in (Counter(order[:40]), Counter(order[40:])):

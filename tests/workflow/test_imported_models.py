@@ -64,6 +64,21 @@ def test_models_from_elsewhere_feed_everything_after_them(project: Project):
         found = metrics(f"evaluation/{name}")
         assert found["reward"]["n"] > 0
         assert found["scores"]["judge"]["n"] == found["reward"]["n"]
+    cards = {name: (results / name / "model/README.md").read_text() for name in ("sft", "reward", "policies/ppo")}
+    for name in ("sft", "policies/ppo"):  # the base is of no licence, and not what they were made from
+        assert "license: mit" in cards[name]
+        assert "taken from the local folder my-sft, sha256 `" in cards[name]
+    assert "answers.jsonl" not in cards["sft"]  # it only tested the import
+    assert "answers.jsonl" in cards["policies/ppo"]
+    assert "license:" not in cards["reward"]
+    assert 'AutoModelForSequenceClassification.from_pretrained(".")' in cards["reward"]
+    export = [sys.executable, "-m", "tunetrail", "model", "export", "results/own/reward", "taken"]
+    subprocess.run(export, cwd=project.folder, check=True, capture_output=True)
+    exported, own = (
+        LlamaForSequenceClassification.from_pretrained(project.folder / name) for name in ("taken", "my-reward")
+    )
+    assert torch.equal(exported.score.weight, own.score.weight)
+
     page = (results / "report/report.html").read_text(encoding="utf-8")
     assert "0 by its bias" not in page
     command = [sys.executable, "-m", "tunetrail", "audit", "verify", "--recursive", "results/own"]

@@ -128,7 +128,7 @@ def reads(stage):
         value = wildcards.get(info.wildcard) if info.wildcard else ""
         config = info.config_pattern.format(**{info.wildcard: value}) if info.has_config_each else info.config_pattern
         parents = {role: f"{RESULTS}/{artifact}/manifest.json" for role, artifact in info.inputs(CONFIG, value).items()}
-        others = {role: str(manifest) for role, manifest in artifacts_of_others(CONFIG, stage).items()}
+        others = {role: local(str(manifest)) for role, manifest in artifacts_of_others(CONFIG, stage).items()}
         return {"config": f"{RESULTS}/config/{config}.json"} | files | parents | others
 
     return inputs
@@ -137,7 +137,7 @@ def reads(stage):
 def input_options(input):
     """The `--input role=manifest` options of a stage."""
     parents = {role: path for role, path in input.items() if role not in ("config", "files")}
-    return " ".join(f"--input {role}={path}" for role, path in parents.items())
+    return " ".join(f"--input {shlex.quote(f'{role}={path}')}" for role, path in parents.items())
 
 
 def lease_run():

@@ -13,7 +13,7 @@ rule stage_config:
     params:
         json=lambda wildcards: canonical_json(stage_config(CONFIG, wildcards.stage)),
     shell:
-        "printf '%s\\n' {params.json:q} > {output} 2> {log}"
+        "printf '%s\\n' {params.json:q} > {output:q} 2> {log:q}"
 
 
 rule stage:
@@ -35,5 +35,5 @@ rule stage:
         inputs=lambda wildcards, input: input_options(input),
         part="",
     shell:
-        "{params.launch} --log {log} -- {params.python} -m tunetrail.stages.{params.stage}{params.part}"
-        " --config {input.config} {params.inputs} --output {output.manifest} --state {params.state}"
+        "{params.launch} --log {log:q} -- {params.python} -m tunetrail.stages.{params.stage}{params.part}"
+        " --config {input.config:q} {params.inputs} --output {output.manifest:q} --state {params.state:q}"

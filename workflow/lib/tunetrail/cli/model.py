@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tunetrail.cli.common import SOUND
-from tunetrail.errors import ConfigError, TunetrailError
+from tunetrail.errors import ConfigError, DiskError, TunetrailError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -22,12 +22,15 @@ class Dtype(StrEnum):
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """A mistake ends the command with its own exit code: 65 for data, 78 for options."""
+    """A mistake ends the command with its own exit code: 65 for data, 78 for options, 74 for the disk."""
     try:
         yield
     except TunetrailError as e:
         print(f"tunetrail: error: {e}", file=sys.stderr)
         raise typer.Exit(e.exit_code) from None
+    except OSError as e:
+        print(f"tunetrail: error: {e.filename or 'disk'}: {e.strerror or e}", file=sys.stderr)
+        raise typer.Exit(DiskError.exit_code) from None
 
 
 @app.command()

@@ -116,6 +116,11 @@ def _tokenizer_of(parents: dict[str, dict]) -> str | None:
     return next(iter(digests.values()), None)
 
 
+def _of_this_run(parents: dict[str, dict], stage: str) -> dict[str, dict]:
+    """All but a model that another run made: importing compares what its tokenizer does, not the bytes of its files."""
+    return {role: m for role, m in parents.items() if not (role == "model" and stage in ("sft", "reward"))}
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -210,7 +215,8 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             digests=cache,
         ),
         RecordDraft(
-            tokenizer_digest=_tokenizer_of(parents), dependencies=own_scorers(content.get("scorers", {}), cache)
+            tokenizer_digest=_tokenizer_of(_of_this_run(parents, content["stage"])),
+            dependencies=own_scorers(content.get("scorers", {}), cache),
         ),
     )
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tunetrail.data.rows import PromptRow, TextRow
+from tunetrail.errors import DataError
 
 
 def best(row: dict) -> str:
@@ -17,14 +18,24 @@ JOINED = {"preferences": "rankings", "feedback": "ratings"}
 
 
 def merged(rows: list[dict]) -> list[dict]:
-    """One row per id. Rankings, or ratings, of the same completions are joined, say from one file per labeler."""
+    """One row per id. Rankings, or ratings, of the same completions are joined, say from one file per labeler.
+
+    Raises DataError where sources of different weight have the same row: whose it would be depended on their order.
+    """
     found: dict[str, dict] = {}
+    torn: list[tuple[dict, dict]] = []
     for row in rows:
-        if row["id"] not in found:
-            found[row["id"]] = row
-        elif said := JOINED.get(row["kind"]):
-            first = found[row["id"]]
+        first = found.setdefault(row["id"], row)
+        if first.get("weight") != row.get("weight"):
+            torn.append((first, row))
+        elif first is not row and (said := JOINED.get(row["kind"])):
             found[row["id"]] = first | {said: first[said] + row[said]}
+    if torn:
+        first, row = torn[0]
+        raise DataError(
+            f"data: {len(torn)} rows are in sources of different weight, first {row['where']} ({row['weight']:g}) and "
+            f"{first['where']} ({first['weight']:g}); give both sources one weight, or remove the rows from one of them"
+        )
     return list(found.values())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import DynamicCache
 
 from tunetrail.data.chat import render, with_system
@@ -106,7 +107,10 @@ class Speaker:
         if not self.style.chat:
             return encode(self.tokenizer, text)
         said = [*self.messages, {"role": "user", "content": text}]
-        return encode(self.tokenizer, render(self.tokenizer, with_system(said, self.style.system)))
+        try:
+            return encode(self.tokenizer, render(self.tokenizer, with_system(said, self.style.system)))
+        except TemplateError as e:
+            raise DataError(f"{self.name}: its chat template refuses the conversation ({e}); use --plain") from None
 
     def reply(self, text: str, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """The response as far as it is there, after each token; then it is part of the conversation.

@@ -24,6 +24,7 @@ from tunetrail.models.loading import copy_tokenizer, load_tokenizer, with_adapte
 from tunetrail.models.saving import SENTENCE, answers, differences, save_weights
 from tunetrail.provenance.lineage import Lineage
 from tunetrail.provenance.manifest import MANIFEST, list_files
+from tunetrail.provenance.models import is_reward_model
 from tunetrail.provenance.record import read_record
 
 Dtype = Literal["fp32", "bf16"]
@@ -53,7 +54,7 @@ class RunModel:
 
     @property
     def is_reward_model(self) -> bool:
-        return "reward_pooling" in self.config
+        return is_reward_model(self.config)
 
     def load(self) -> Any:
         """In float32, as plain transformers loads it."""
@@ -81,7 +82,7 @@ def find(path: Path) -> RunModel:
         return _kept(artifact, int(inside[1]))
     if inside not in ((), (MANIFEST,), ("model",), ("adapter",)) or not (artifact / "model/config.json").exists():
         what = "best-of-n has no weights of its own" if (artifact / "policy.json").exists() else "it holds no model"
-        raise DataError(f"{path}: {what}; name the artifact of a base, sft, reward, dpo or ppo stage")
+        raise DataError(f"{path}: {what}; name the artifact of a base, sft, reward, dpo, kto or ppo stage")
     verify(artifact / MANIFEST)
     return RunModel(artifact, artifact / "model")
 

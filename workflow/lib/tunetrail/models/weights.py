@@ -24,7 +24,12 @@ def rows_per_epoch(weights: Sequence[float]) -> int:
     >>> rows_per_epoch([1, 1, 2.5, 2.5, 0.5, 0.5])
     8
     """
-    return sum(int(w) * n + round(w % 1 * n) for w, n in Counter(weights).items())
+    return sum(int(w) * n + _drawn(w, n) for w, n in Counter(weights).items())
+
+
+def _drawn(weight: float, rows: int) -> int:
+    """How many of the rows of one weight come once more than its whole part says: of a weight below 1 at least one."""
+    return max(round(weight % 1 * rows), 1 if weight < 1 else 0)
 
 
 def rows_of_epoch(weights: Sequence[float], rng: random.Random) -> list[int]:
@@ -32,5 +37,5 @@ def rows_of_epoch(weights: Sequence[float], rng: random.Random) -> list[int]:
     rows = [i for i, weight in enumerate(weights) for _ in range(int(weight))]
     for weight in sorted(set(weights)):
         own = [i for i, w in enumerate(weights) if w == weight]
-        rows += rng.sample(own, round(weight % 1 * len(own)))
+        rows += rng.sample(own, _drawn(weight, len(own)))
     return rows

@@ -159,18 +159,29 @@ def ancestors(node: Node) -> dict[str, Node]:
     In front of the stages of other runs stands their run.
     """
     found: dict[str, Node] = {}
-    todo, seen = [node], {node.folder}
-    while todo:
-        at = todo.pop(0)
+    for at in nearest_first([node]):
         if at.record:
-            key = at.record.stage if at.record.part == "0/1" else f"{at.record.stage} {at.record.part}"
+            key = made_by(at.record)
             if (run := run_of(at.folder)) != run_of(node.folder):
                 key = f"{run.name if run else os.path.relpath(at.folder)}/{key}"
             found.setdefault(key, at)
+    return found
+
+
+def nearest_first(nodes: list[Node]) -> list[Node]:
+    """These artifacts and all they were made from, nearest first."""
+    found, todo, seen = [], list(nodes), {node.folder for node in nodes}
+    while todo:
+        found.append(at := todo.pop(0))
         parents = [parent for parent in at.parents.values() if parent and parent.folder not in seen]
         seen |= {parent.folder for parent in parents}
         todo += parents
     return found
+
+
+def made_by(record: Record) -> str:
+    """The stage, and which part where it is one of several."""
+    return record.stage if record.part == "0/1" else f"{record.stage} {record.part}"
 
 
 # ----------------------------------------------------------------------------- what a withdrawal touches

@@ -1,12 +1,19 @@
-"""Models that were made elsewhere, as records name them."""
+"""Models on disk: what kind one is, and how records name those that were made elsewhere."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tunetrail.provenance.hub import resolved_revision
 from tunetrail.provenance.manifest import DigestCache, list_files, sha256_json
 from tunetrail.provenance.record import dependency
 from tunetrail.provenance.schema import Dependency
+
+
+def is_reward_model(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json is of a model that scores text instead of writing it, trained here or elsewhere."""
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
 def local_model(role: str, folder: Path, licence: str | None, cache: DigestCache | None = None) -> Dependency:

@@ -307,7 +307,8 @@ class Record:
     @property
     def version(self) -> str:
         """Of tunetrail."""
-        return str((self.run.get("builder") or {}).get("version", {}).get("tunetrail", "an unknown version"))
+        versions = (self.run.get("builder") or {}).get("version")
+        return str((versions if isinstance(versions, dict) else {}).get("tunetrail", "an unknown version"))
 
     @property
     def started(self) -> str | None:

@@ -11,11 +11,12 @@ taken off.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification
 
 from tunetrail.config.imported import ImportedModel
@@ -108,11 +109,11 @@ class ModelScorer:
         """Raises DataError for a model that cannot score, or a completion that is too long for it or scored NaN."""
         model, tokenizer = self.loaded
         if is_ours(model):
-            parts = [encode_parts(tokenizer, completion) for completion in completions]
+            parts = [self._encoded(encode_parts, completion) for completion in completions]
             self._check_lengths(completions, [len(prompt) + len(response) for prompt, response in parts])
             scores = reward_scores(model, parts, tokenizer.pad_token_id, "fp32", BATCH_TOKENS)
         else:
-            sequences = [encode(tokenizer, completion) for completion in completions]
+            sequences = [self._encoded(encode, completion) for completion in completions]
             self._check_lengths(completions, list(map(len, sequences)))
             scores = score(model, sequences)
         for completion, value in zip(completions, scores, strict=True):
@@ -122,6 +123,15 @@ class ModelScorer:
                     "the model is broken"
                 )
         return scores
+
+    def _encoded(self, encode: Callable[[Any, Completion], Any], completion: Completion) -> Any:
+        try:
+            return encode(self.loaded[1], completion)
+        except (TemplateError, ValueError) as e:  # ValueError: the template does not keep the text of a cut-off answer
+            raise DataError(
+                f"{self.key}: the chat template of {self.source.name} refuses the conversation of row "
+                f"{completion.row.get('id')} ({e}); change the row or data.system, or take another model"
+            ) from None
 
     def _check_lengths(self, completions: Sequence[Completion], lengths: Sequence[int]) -> None:
         model, tokenizer = self.loaded

@@ -15,10 +15,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.exports.common import licence_of, lineage_of, record_of
+from tunetrail.provenance.exports.common import imported, licence_of, lineage_of, record_of
 from tunetrail.provenance.ledger import artifacts
-from tunetrail.provenance.lineage import Lineage, Node, ancestors, is_checkpoint, run_of
+from tunetrail.provenance.lineage import Lineage, Node, is_checkpoint, made_by, nearest_first, run_of
 from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, read_manifest
+from tunetrail.provenance.models import is_reward_model
 from tunetrail.provenance.record import Record
 from tunetrail.provenance.schema import Dependency
 
@@ -39,22 +40,35 @@ class Subject:
     has_adapter: bool = False
 
     @property
-    def upstream(self) -> dict[str, Node]:
-        """Everything it was made from, by stage, nearest first."""
-        parents = [parent for _, parent in sorted(self.parents.items()) if parent]
-        return {stage: node for parent in parents for stage, node in ancestors(parent).items()}
+    def upstream(self) -> list[Node]:
+        """Everything that it was made from and that has a record, nearest first."""
+        return [node for node in nearest_first([p for _, p in sorted(self.parents.items()) if p]) if node.record]
 
     def of_role(self, role: str) -> list[Dependency]:
         """Its own dependencies of this role and those of everything upstream, each once."""
-        upstream = (d for node in self.upstream.values() for d in record_of(node).dependencies)
+        upstream = (d for node in self.upstream for d in record_of(node).dependencies)
         found = [d for d in [*self.own, *upstream] if d["annotations"]["role"] == role]
         return [d for n, d in enumerate(found) if d not in found[:n]]
 
     @property
+    def imported(self) -> Dependency | None:
+        """What it is, where its stage took it from elsewhere."""
+        return next((d for d in self.own if d["annotations"]["role"] == self.stage != "base"), None)
+
+    @property
+    def origin(self) -> Dependency | None:
+        """The nearest model from elsewhere: an import, or a base that others can fetch (from a hub or an index)."""
+        taken = [d for node in self.upstream if record_of(node).stage == "sft" for d in imported(record_of(node))]
+        return self.imported or next(iter(taken), None) or next((d for d in self.of_role("base") if d.get("uri")), None)
+
+    @property
     def licence(self) -> str | None:
-        """Of the nearest base model that has one."""
+        """Of the nearest model from elsewhere that states one; an import without one leaves it open."""
+        if self.imported:
+            return self.imported["annotations"].get("licence")
         own = [d["annotations"].get("licence") for d in self.own if d["annotations"]["role"] == "base"]
-        return next(filter(None, [*own, *(licence_of(parent) for parent in self.parents.values() if parent)]), None)
+        start = [self.parents[role] for role in ("policy", "base", "model", "sft") if self.parents.get(role)]
+        return next(filter(None, [*own, *(licence_of(parent) for parent in start if parent)]), None)
 
     @property
     def started_from(self) -> str | None:
@@ -146,15 +160,15 @@ def least_transformers(config: dict[str, Any]) -> str:
 
 
 def _card(subject: Subject, title: str, measured: dict[str, str], evaluated: Mapping[str, Any], **facts: Any) -> str:
-    bases, sources = subject.of_role("base"), subject.of_role("source")
-    # The nearest model upstream that others can fetch: a hub repository or a package.
-    base = next((d for d in bases if d.get("uri")), None)
-    licence = subject.licence
+    base, licence = subject.origin, subject.licence
+    # An imported model learnt elsewhere: the run's data and labels only tested it.
+    sources = [] if subject.imported else subject.of_role("source")
+    labels = [] if subject.imported else subject.of_role("labels")
     held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "held-out prompts of the run"}
     data = ModelCardData(
         library_name="transformers",
         license=licence.lower() if licence else None,
-        base_model=base["name"] if base and base["uri"].startswith("pkg:huggingface/") else None,
+        base_model=base["name"] if base and (base.get("uri") or "").startswith("pkg:huggingface/") else None,
         base_model_relation=None if subject.stage == "base" else "finetune",
         datasets=sorted({d["name"] for d in sources if _is_on_hub(d)}) or None,
         tags=["tunetrail", subject.stage],
@@ -171,15 +185,15 @@ def _card(subject: Subject, title: str, measured: dict[str, str], evaluated: Map
         str(TEMPLATE),
         title=title,
         stage=subject.stage,
-        base=base,
+        base=base and _without_path(base),
         licence=licence,
-        upstream=subject.upstream,
+        upstream=[(made_by(record_of(node)), node.identity) for node in subject.upstream],
         sources=[_without_path(source) for source in sources],
-        labelers=sorted({name for d in subject.of_role("labels") for name in d["annotations"].get("labelers", [])}),
+        labelers=sorted({name for d in labels for name in d["annotations"].get("labelers", [])}),
         measured=measured,
         has_intervals=any("[" in text for text in measured.values()),
         config=config,
-        auto_class=f"AutoModelFor{'SequenceClassification' if 'reward_pooling' in config else 'CausalLM'}",
+        auto_class=f"AutoModelFor{'SequenceClassification' if is_reward_model(config) else 'CausalLM'}",
         least_transformers=least_transformers(config),
         has_adapter=subject.has_adapter,
         started_from=subject.started_from,
