@@ -38,7 +38,8 @@ def validated(raw):
         if workflow.is_main_process:
             from tunetrail.launch.preflight import check
 
-            for warning in check(parsed, source, packages=not IS_DEPLOYED):
+            folder = Path(snakemake_adapter.located(workflow, f"results/{parsed.run}"))
+            for warning in check(parsed, source, packages=not IS_DEPLOYED, folder=folder):
                 print(f"{source}: warning: {warning}", file=sys.stderr)
         return parsed
     except TunetrailError as error:

@@ -11,7 +11,7 @@ rule stage_config:
     conda:
         ENVIRONMENT
     params:
-        json=lambda wildcards: canonical_json(stage_config(CONFIG, wildcards.stage)),
+        json=lambda wildcards: canonical_json(stage_config(CONFIG, wildcards.stage, Path(STATE, ".digests"))),
     shell:
         "printf '%s\\n' {params.json:q} > {output:q} 2> {log:q}"
 

@@ -24,12 +24,13 @@ SAMPLE = 1000
 Result = TypeVar("Result")
 
 
-def check(config: Config, source: str = "config", packages: bool = True) -> list[str]:
+def check(config: Config, source: str = "config", packages: bool = True, folder: Path | None = None) -> list[str]:
     """Checks a valid config against what it names, and returns warnings.
 
     Args:
         source: names the config in messages.
         packages: whether jobs run in this environment, so that a package that is not here is missing there.
+        folder: of the run, below a module's prefix; None: results/<run>.
 
     Raises ConfigError, or DataError where only data are bad, with a line for each mistake.
     """
@@ -48,7 +49,10 @@ def check(config: Config, source: str = "config", packages: bool = True) -> list
         tried(lambda: refuse(f"{source}: {line}" for line in missing_packages(config)), None)
     no_rows: list[dict] = []
     rows = tried(lambda: check_sources(config.data), no_rows)
-    tried(lambda: refuse(f"{source}: {line}" for line in wrong_artifacts(config)), None)
+    tried(
+        lambda: refuse(f"{source}: {line}" for line in wrong_artifacts(config, folder or Path("results", config.run))),
+        None,
+    )
     if isinstance(config.base, LocalModel):
         tried(lambda: check_base(config.base, config.data, rows, source), None)  # type: ignore[arg-type]
     warnings: list[str] = []
@@ -81,14 +85,18 @@ def missing_packages(config: Config) -> Iterator[str]:
             yield f"policies.{name}.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null"
 
 
-def wrong_artifacts(config: Config) -> Iterator[str]:
-    """A line for each model of the user's that lies in an artifact which it cannot be taken from."""
+def wrong_artifacts(config: Config, run: Path) -> Iterator[str]:
+    """A line for each model of the user's that lies in an artifact which it cannot be taken from.
+
+    Args:
+        run: the run's own folder.
+    """
     for key in ("base", "sft", "reward"):
         folder = getattr(getattr(config, key), "path", None)
         artifact = artifact_around(folder) if folder else None
         if artifact is None:
             continue
-        if artifact.resolve().is_relative_to(Path("results", config.run).resolve()):
+        if artifact.resolve().is_relative_to(run.resolve()):
             yield (
                 f"{key}.path: {folder} was made by the run {config.run} itself, whose {key} it would replace; give the "
                 f"run that begins with it a name of its own, such as `run: {config.run}-2`"

@@ -258,11 +258,8 @@ def table(node: Node) -> list[dict[str, Any]]:
         }
         if at.record:
             row |= {"stage": at.record.stage, "commit": at.record.code.get("commit"), "finished": at.record.finished}
-            row["sources"] = [
-                {"name": d.get("name"), "digest": d.get("digest")}
-                for role in ("source", "labels", "base")
-                for d in at.record.of_role(role)
-            ]
+            used = [d for role in ("source", "labels", "base", "scorer") for d in at.record.of_role(role)]
+            row["sources"] = [{"name": d.get("name"), "digest": d.get("digest")} for d in [*used, *at.record.imported]]
         row["from"] = {role: str(parent.folder) if parent else None for role, parent in sorted(at.parents.items())}
         rows.append(row)
         for parent in at.parents.values():

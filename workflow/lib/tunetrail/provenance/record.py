@@ -291,6 +291,11 @@ class Record:
     def of_role(self, role: str) -> list[Dependency]:
         return [d for r, d in zip(self.roles, self.dependencies, strict=True) if r == role]
 
+    @property
+    def imported(self) -> list[Dependency]:
+        """The model that the stage took from elsewhere instead of training one, if it did."""
+        return self.of_role(self.stage) if self.stage in ("sft", "reward") else []
+
     def annotations(self, role: str) -> dict:
         """Of the first dependency with this role."""
         found = self.of_role(role)

@@ -312,11 +312,12 @@ def _scorer(scorer: ScorerConfig, digests: DigestCache) -> dict[str, Any]:
     return definition
 
 
-def stage_config(config: Config, name: str) -> dict[str, Any]:
+def stage_config(config: Config, name: str, digests: Path | None = None) -> dict[str, Any]:
     """What one stage may see, as JSON-able values: its own block and the few shared keys it reads.
 
     Args:
         name: of a resolved config: `base`, `data`, …; `policies.<name>`, `evaluation.<subject>`, `lm_eval.<subject>`.
+        digests: the cache of those of the user's files and folders; None: every byte is read.
     """
     family, _, value = name.partition(".")
     block: Any = config.policies[value] if family == "policies" else getattr(config, STAGES[family].block or family)
@@ -338,13 +339,13 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
         resolved["subject"] = {"name": value, "method": method}
         if (start := start_of(config, value)) != start_of(config):
             resolved["subject"]["start"] = start
-    digests = DigestCache(Path("state", config.run, ".digests"))
+    cache = DigestCache(digests)
     if isinstance(block, LocalModel) and block.path.is_dir():
         resolved["folder_content"] = sample(block.path)
     if isinstance(block, ImportedModel) and block.path:
-        resolved["sha256"] = digest_of(block.path, digests)
+        resolved["sha256"] = digest_of(block.path, cache)
     if names := set(getattr(block, "scorer_keys", {}).values()):
-        resolved["scorers"] = {name: _scorer(scorer, digests) for name, scorer in needed(names, config.scorers).items()}
+        resolved["scorers"] = {name: _scorer(scorer, cache) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:
         found: Any = config
         for part in key.split("."):

@@ -6,7 +6,6 @@ from pathlib import Path
 from tunetrail.errors import DataError
 from tunetrail.provenance.lineage import Lineage, Node, ancestors
 from tunetrail.provenance.record import Record
-from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import STAGES
 
 NAMESPACE = "urn:tunetrail:"
@@ -42,16 +41,11 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-._" else "-" for c in text)
 
 
-def imported(record: Record) -> list[Dependency]:
-    """The model that a stage took from elsewhere instead of training one, if it did."""
-    return record.of_role(record.stage) if record.stage in ("sft", "reward") else []
-
-
 def licence_of(node: Node) -> str | None:
     """The licence of the nearest model from elsewhere, as far as a record says: an import, or the nearest base that has
     one. An imported reward model counts for itself alone: a policy is not made from its weights."""
     for nearest, record in enumerate(map(record_of, ancestors(node).values())):
-        if (taken := imported(record)) and (record.stage == "sft" or nearest == 0):
+        if (taken := record.imported) and (record.stage == "sft" or nearest == 0):
             return taken[0]["annotations"].get("licence")
         own = [record.config.get("licence")] if record.stage == "base" else []
         stated = [*own, *(d["annotations"].get("licence") for d in record.of_role("base"))]

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tunetrail.errors import DataError
-from tunetrail.provenance.exports.common import imported, licence_of, lineage_of, record_of
+from tunetrail.provenance.exports.common import licence_of, lineage_of, record_of
 from tunetrail.provenance.ledger import artifacts
 from tunetrail.provenance.lineage import Lineage, Node, is_checkpoint, made_by, nearest_first, run_of
 from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, read_manifest
@@ -58,7 +58,7 @@ class Subject:
     @property
     def origin(self) -> Dependency | None:
         """The nearest model from elsewhere: an import, or a base that others can fetch (from a hub or an index)."""
-        taken = [d for node in self.upstream if record_of(node).stage == "sft" for d in imported(record_of(node))]
+        taken = [d for node in self.upstream if record_of(node).stage == "sft" for d in record_of(node).imported]
         return self.imported or next(iter(taken), None) or next((d for d in self.of_role("base") if d.get("uri")), None)
 
     @property
