@@ -213,7 +213,10 @@ def test_export_model_card(run, capsys):
         ({}, "Needs transformers 4.57 or later"),  # positions are learnt, or there are none
         ({"reward_pooling": "last"}, "is the logit less `config.reward_bias`"),
         ({"reward_pooling": "mean"}, "is the mean over its tokens"),
-        ({"reward_pooling": "mean"}, 'AutoModelForSequenceClassification.from_pretrained("model")'),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            'AutoModelForSequenceClassification.from_pretrained("model")',
+        ),
     ],
 )
 def test_a_card_says_how_to_load_the_model(run, capsys, config, line):
