@@ -16,7 +16,7 @@ from tunetrail.files import write_jsonl
 from tunetrail.monitor.dag import read_run
 from tunetrail.provenance import exports, lineage
 from tunetrail.provenance.findings import VerifyResult
-from tunetrail.provenance.manifest import sha256_file
+from tunetrail.provenance.manifest import MANIFEST, sha256_file
 from tunetrail.provenance.record import read_record
 from tunetrail.provenance.signing import TrustPolicy
 from tunetrail.provenance.verify import Verifier
@@ -114,7 +114,7 @@ def test_the_lineage_goes_through_both_runs(project, capsys):
         assert exports.export(Path("results/round2/base"), kind), kind
     card = exports.export(Path("results/round2/base"), "model-card")
     assert "license: mit" in card  # of the base of round 1
-    assert "- round1/dpo: round1/policies/dpo, manifest" in card
+    assert f"- dpo: manifest `{sha256_file(Path(POLICY) / MANIFEST)}`" in card
     spdx = json.loads(exports.export(Path("results/round2/base"), "spdx"))["@graph"]
     kinds = [each["relationshipType"] for each in spdx if each["type"] == "Relationship"]
     assert kinds.count("descendantOf") == 3  # round2/base of the policy, that of round1/base, that of random weights
