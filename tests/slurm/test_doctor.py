@@ -60,4 +60,4 @@ def test_a_partition_whose_preempted_jobs_are_cancelled(site):
     site.resources("sft", launcher="submitit")
     [line] = doctor(site, "--no-jobs")[1]
     rules = line.partition(" go there)")[0].rpartition("(")[2]
-    assert set(rules.split(", ")) == {"dpo", "kto", "reward"}
+    assert set(rules.split(", ")) == {"dpo", "reward"}
