@@ -150,11 +150,11 @@ def declare_finished(output: Path, manifest: bytes) -> None:
     shutil.rmtree(_previous(output), ignore_errors=True)
 
 
-def _reads_other_files(record: Record, folder: Path) -> bool:
+def _reads_other_files(record: Record, folder: Path, digests: DigestCache) -> bool:
     """Whether a file from outside the run, as far as it is there, is not what the record says was read."""
     named = [item for d in record.dependencies for item in d["annotations"].get("files", {}).items()]
     files = [(Path(os.path.normpath(folder / name)), digest) for name, digest in named]
-    return any(path.is_file() and sha256_file(path) != digest for path, digest in files)
+    return any(path.is_file() and digests.sha256(path) != digest for path, digest in files)
 
 
 def finished(stage: Stage, declare: bool = True) -> bool:
@@ -173,7 +173,7 @@ def finished(stage: Stage, declare: bool = True) -> bool:
             or record.config_file != exact_integers(stage.shared | {"config": stage.config})
             or made_from != {role: parent.origin["manifest"] for role, parent in stage.inputs.items()}
             or record.code.get("library") != code_state()["library"]
-            or _reads_other_files(record, stage.output)
+            or _reads_other_files(record, stage.output, stage.attempt.digests)
         ):
             return False
         if declare:

@@ -6,7 +6,7 @@ Nothing here needs a tokenizer, so files can be checked before any job starts.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NotRequired, TypedDict, TypeVar
 
 from tunetrail.config.data import DataConfig, DocstringSource, FileSource, HubSource, TopicsSource
@@ -208,6 +208,18 @@ def prompts(
 # ----------------------------------------------------------------------------- preferences
 
 
+def _joined(rows: Iterable[tuple[str, Any]], answer: str, said: str) -> Iterator[tuple[str, Any]]:
+    """One row for each prompt and answer, with all that people said of it, in the order of its first row."""
+    found: dict[str, tuple[str, Any]] = {}
+    for where, row in rows:
+        key = json.dumps([row["messages"], row[answer]])
+        if key in found:
+            found[key][1][said] += row[said]
+        else:
+            found[key] = (where, row)
+    yield from found.values()
+
+
 def preferences(
     source: FileSource | HubSource, invalid: list[Invalid] | None = None
 ) -> Iterator[tuple[str, GroupedPreference]]:
@@ -215,14 +227,7 @@ def preferences(
 
     `invalid` as in `demonstrations`.
     """
-    rows: dict[str, tuple[str, GroupedPreference]] = {}
-    for where, row in _read(source, lambda row: [parse_preference(row)], invalid):
-        key = json.dumps([row["messages"], row["completions"]])
-        if key in rows:
-            rows[key][1]["rankings"] += row["rankings"]
-        else:
-            rows[key] = (where, row)
-    yield from rows.values()
+    yield from _joined(_read(source, lambda row: [parse_preference(row)], invalid), "completions", "rankings")
 
 
 # ----------------------------------------------------------------------------- feedback
@@ -235,14 +240,7 @@ def feedback(
 
     `invalid` as in `demonstrations`.
     """
-    rows: dict[str, tuple[str, GroupedFeedback]] = {}
-    for where, row in _read(source, lambda row: [parse_feedback(row)], invalid):
-        key = json.dumps([row["messages"], row["completion"]])
-        if key in rows:
-            rows[key][1]["ratings"] += row["ratings"]
-        else:
-            rows[key] = (where, row)
-    yield from rows.values()
+    yield from _joined(_read(source, lambda row: [parse_feedback(row)], invalid), "completion", "ratings")
 
 
 # ----------------------------------------------------------------------------- sources

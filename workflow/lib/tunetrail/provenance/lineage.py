@@ -247,9 +247,8 @@ def table(node: Node) -> list[dict[str, Any]]:
 
     `from` has the folders of its parents by role, null for one that is missing.
     """
-    rows, todo, seen = [], [node], {node.folder}
-    while todo:
-        at = todo.pop(0)
+    rows = []
+    for at in nearest_first([node]):
         row: dict[str, Any] = {
             "artifact": at.name,
             "folder": str(at.folder),
@@ -262,8 +261,4 @@ def table(node: Node) -> list[dict[str, Any]]:
             row["sources"] = [{"name": d.get("name"), "digest": d.get("digest")} for d in [*used, *at.record.imported]]
         row["from"] = {role: str(parent.folder) if parent else None for role, parent in sorted(at.parents.items())}
         rows.append(row)
-        for parent in at.parents.values():
-            if parent and parent.folder not in seen:
-                seen.add(parent.folder)
-                todo.append(parent)
     return rows
