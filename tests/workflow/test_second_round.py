@@ -219,9 +219,9 @@ def test_a_run_cannot_replace_its_own_base(project):
 def test_another_version_is_told_and_reruns_nothing(project, capsys):
     target = f"{POLICY}/manifest.json"
     for path in Path("results/round1").rglob("provenance.json"):
-        content, this = path.read_text(), f'"tunetrail":"{tunetrail.__version__}"'
-        assert content.count(this) == 1
-        path.write_text(content.replace(this, '"tunetrail":"0.1.0"'))
+        content, builder = path.read_text(), f'"tunetrail":"{tunetrail.__version__}"}}'  # not the installed package
+        assert content.count(builder) == 1
+        path.write_text(content.replace(builder, '"tunetrail":"0.1.0"}'))
     assert "Nothing to be done" in project.run("--dry-run", "--", target, config="round1.yaml")
 
     assert main(["status", "--configfile", "round1.yaml"]) == 0
