@@ -521,6 +521,18 @@ def test_a_changed_key_reaches_the_stages_that_read_it_and_no_other(key, value, 
     assert [s for s in STAGES if stage_config(before, s) != stage_config(after, s)] == stages
 
 
+@pytest.mark.parametrize("stage", ["comparisons", "head_to_head"])
+def test_new_weights_of_a_local_judge_reach_the_stage_that_asks_it(stage, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    judge = {"path": str(tmp_path)}
+    value = {"judge": judge} if stage == "head_to_head" else {"labeler": "llm"} | judge
+    config = parse(GOOD | {stage: value})
+    before = stage_config(config, stage)
+    assert stage_config(config, stage) == before
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert stage_config(config, stage) != before
+
+
 def test_comments_and_the_order_of_keys_change_nothing(tmp_path):
     plain, other = tmp_path / "plain.yaml", tmp_path / "other.yaml"
     plain.write_text(yaml.safe_dump(GOOD))

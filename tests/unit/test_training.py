@@ -928,16 +928,19 @@ def test_feedback_of_one_sort_teaches_nothing(run_stage, workspace):
 
 
 def test_unbalanced_feedback_is_told_of(caplog):
-    def said(liked: int, disliked: int, **weights: float) -> list[str]:
+    def said(liked: int, disliked: int, weight: float = 1.0, **weights: float) -> list[str]:
         caplog.clear()
-        check_labels(liked, disliked, KtoConfig(method="kto", **weights))
+        examples = [{"label": True, "weight": weight}] * liked + [{"label": False}] * disliked
+        check_labels(examples, KtoConfig(method="kto", **weights))
         return [record.message for record in caplog.records]
 
-    assert said(40, 40) == said(40, 30) == said(10, 40, desirable_weight=4.0) == []
-    assert said(40, 10) == ["kto: 40 ratings are of liked responses, 10 of disliked ones: undesirable_weight: 4 would "
-        "balance them"]  # fmt: skip
-    assert said(10, 40) == ["kto: 10 ratings are of liked responses, 40 of disliked ones: desirable_weight: 4 would "
-        "balance them"]  # fmt: skip
+    assert said(40, 40) == said(40, 30) == said(10, 40, desirable_weight=4.0) == said(20, 60, weight=3.0) == []
+    assert said(40, 10) == ["kto: an epoch has 40 ratings of liked responses and 10 of disliked ones: "
+        "undesirable_weight: 4 would balance them"]  # fmt: skip
+    assert said(10, 40) == ["kto: an epoch has 10 ratings of liked responses and 40 of disliked ones: "
+        "desirable_weight: 4 would balance them"]  # fmt: skip
+    with pytest.raises(DataError, match="all 16 ratings to train on are of liked responses"):
+        said(16, 0, weight=3.0)
 
 
 def test_a_batch_of_ratings_is_paired_within_itself():

@@ -93,22 +93,23 @@ def with_mismatched(examples: list[dict], batch_size: int) -> list[dict]:
     return found
 
 
-def check_labels(liked: float, disliked: float, config: KtoConfig) -> None:
+def check_labels(examples: list[dict], config: KtoConfig) -> None:
     """Warns of weights that do not balance the two sorts (eq. 8). Raises DataError where one of them is missing.
 
     Args:
-        liked, disliked: ratings of each sort in an epoch.
+        examples: of `tokenize`.
     """
+    liked, disliked = (sum(e.get("weight", 1.0) for e in examples if e["label"] == sort) for sort in (True, False))
     if not liked or not disliked:
         one, other = ("liked", "disliked") if liked else ("disliked", "liked")
-        raise DataError(f"kto: all {liked + disliked:g} ratings to train on are of {one} responses; add {other} ones")
+        raise DataError(f"kto: all {len(examples)} ratings to train on are of {one} responses; add {other} ones")
     ratio = config.desirable_weight * liked / (config.undesirable_weight * disliked)
     if is_main_process() and not 0.995 <= ratio <= 4 / 3 + 0.005:
         key, weight = "desirable_weight", config.desirable_weight / ratio
         if ratio > 1:
             key, weight = "undesirable_weight", config.undesirable_weight * ratio
-        log.warning("kto: %g ratings are of liked responses, %g of disliked ones: %s: %.3g would balance them",
-            liked, disliked, key, weight)  # fmt: skip
+        log.warning("kto: an epoch has %g ratings of liked responses and %g of disliked ones: %s: %.3g would balance "
+            "them", liked, disliked, key, weight)  # fmt: skip
 
 
 def run(stage: Stage) -> dict:
@@ -119,8 +120,7 @@ def run(stage: Stage) -> dict:
     rows = [row for row in stage.rows("data", "feedback.jsonl") if row["split"] == "reward"]
     examples = tokenize(rows, tokenizer, config)
     liked = sum(example["label"] for example in examples)
-    seen = {sort: sum(e.get("weight", 1.0) for e in examples if e["label"] == sort) for sort in (True, False)}
-    check_labels(seen[True], seen[False], config)
+    check_labels(examples, config)
     if config.loss == "kto" and rows_at_once("kto", config, processes()) == 1:
         raise ConfigError(
             f"kto: batch_size ({config.batch_size}) leaves one row per forward pass on {processes()} processes, at "

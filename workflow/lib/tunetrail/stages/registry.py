@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunetrail.config.base_model import LocalModel
+from tunetrail.config.comparisons import LlmJudge
 from tunetrail.config.imported import ImportedModel
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import ScorerConfig, needed
@@ -344,6 +345,9 @@ def stage_config(config: Config, name: str, digests: Path | None = None) -> dict
         resolved["folder_content"] = sample(block.path)
     if isinstance(block, ImportedModel) and block.path:
         resolved["sha256"] = digest_of(block.path, cache)
+    judge = getattr(block, "judge", block)
+    if isinstance(judge, LlmJudge) and judge.path and judge.path.is_dir():
+        resolved["judge_sha256"] = digest_of(judge.path, cache)
     if names := set(getattr(block, "scorer_keys", {}).values()):
         resolved["scorers"] = {name: _scorer(scorer, cache) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:
