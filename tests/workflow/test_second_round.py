@@ -120,6 +120,19 @@ def test_the_lineage_goes_through_both_runs(project, capsys):
     assert kinds.count("descendantOf") == 3  # round2/base of the policy, that of round1/base, that of random weights
 
 
+def test_a_policy_is_not_measured_on_what_another_run_trained_it_on(project):
+    """Another seed splits the same pairs otherwise."""
+    config = FIRST | {"run": "other", "seed": 2, "base": {"source": "local", "path": f"{POLICY}/model"}}
+    Path("other.yaml").write_text(yaml.safe_dump(config))
+    reply = project.snakemake("--", "results/other/data/manifest.json", config="other.yaml")
+    assert reply.returncode == 65
+    assert re.search(
+        r"base\.path: the model in results/other/base, or one that it descends from, was trained on \d+ of the \d+ "
+        r"rows that this run measures on, such as 'ask \d+'; pin a test set that no run trained on",
+        Path("logs/other/data.log").read_text(),
+    )
+
+
 def test_base_is_stale_where_the_artifact_was_made_again_and_refuses_one_that_was_edited(project):
     config = begin_with(f"{POLICY}/model")
     make(project, config)

@@ -23,6 +23,8 @@ from tunetrail.config.data import SPLITS
 from tunetrail.config.imported import ImportedModel
 from tunetrail.contract.scorers import check_unchanged
 from tunetrail.contract.stage import Stage
+from tunetrail.data.ancestry import check_unseen
+from tunetrail.data.contamination import MEASURED
 from tunetrail.errors import DataError
 from tunetrail.models.lengths import positions
 from tunetrail.models.loading import copy_tokenizer, without_dropout
@@ -125,12 +127,16 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def check_fits(stage: Stage, source: ImportedModel, model: PreTrainedModel, parent: Path, ours: Any) -> None:
-    """Raises DataError where tokenizer, vocabulary or positions of an imported model do not fit the run's.
+    """Raises DataError where tokenizer, vocabulary or positions of an imported model do not fit the run's, or where
+    another run trained it on what this one measures on.
 
     Args:
         parent: the `model/` whose tokenizer it gets.
         ours: that tokenizer.
     """
+    if "model" in stage.inputs:
+        measured = [row for split in MEASURED for row in stage.rows("data", f"{split}.jsonl", optional=True)]
+        check_unseen(f"{stage.name}.path", stage.inputs["model"].folder, measured)
     theirs = load_own_tokenizer(stage.name, source.path or source.repo or "", source.revision)
     check_tokenizer(stage.name, source.name, theirs, ours, own_texts(stage))
     if (rows := model.get_input_embeddings().num_embeddings) < len(ours):

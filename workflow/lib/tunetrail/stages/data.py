@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoTokenizer
 from tunetrail.config.data import KINDS, SPLITS, DataConfig
 from tunetrail.contract.runner import log
 from tunetrail.contract.stage import Stage
+from tunetrail.data.ancestry import check_unseen
 from tunetrail.data.contamination import (
+    MEASURED,
     contamination,
     overlap_row,
     without_contamination,
@@ -119,6 +121,19 @@ def people_dependency(path: Path, what: str, people: list[str]) -> Dependency:
     return dependency("labels", path.name, sha256_file(path), labelers=sorted(set(people)), **counts)
 
 
+def write_answers(stage: Stage, config: DataConfig, comparisons: list[dict], feedback: list[dict]) -> None:
+    """Writes the preferences and the feedback that came with the data, and who gave them into the record."""
+    if config.preferences:
+        path = stage.work / "comparisons.jsonl"
+        write_jsonl(path, comparisons)
+        stage.draft.dependencies.append(labels_dependency(path, comparisons, {}))
+    if config.feedback:
+        path = stage.work / "feedback.jsonl"
+        write_jsonl(path, feedback)
+        people = [rating["labeler"] for row in feedback for rating in row["ratings"]]
+        stage.draft.dependencies.append(people_dependency(path, "ratings", people))
+
+
 def run(stage: Stage) -> dict[str, Any]:
     config, shares, account = DataConfig(**stage.config), stage.shared["shares"], Account()
     model = stage.inputs["base"].folder / "model"
@@ -154,16 +169,9 @@ def run(stage: Stage) -> dict[str, Any]:
         if split == "evaluation":
             write_jsonl(stage.work / "contamination.jsonl", [overlap_row(row) for row in own])  # type: ignore[misc]
         splits[split] = split_card(path, own, renderer)
+    check_unseen("base.path", stage.inputs["base"].folder, [row for split in MEASURED for row in tables[split]])
     stage.draft.dependencies += [source_dependency(source) for source in sources]
-    if config.preferences:
-        path = stage.work / "comparisons.jsonl"
-        write_jsonl(path, comparisons)
-        stage.draft.dependencies.append(labels_dependency(path, comparisons, {}))
-    if config.feedback:
-        path = stage.work / "feedback.jsonl"
-        write_jsonl(path, feedback)
-        people = [rating["labeler"] for row in feedback for rating in row["ratings"]]
-        stage.draft.dependencies.append(people_dependency(path, "ratings", people))
+    write_answers(stage, config, comparisons, feedback)
     used = uses(tables)
     for line in lines(used, account.left_out):
         log.info("data: %s", line)

@@ -1,0 +1,54 @@
+"""What a model of another run was trained on must not be what this run measures it on.
+
+A run that begins with another run's model splits its own data. The rows that it keeps for measuring may be among those
+that the model was trained on: other shares, another seed or further data split otherwise. The records of the model's
+lineage say what it was trained on, as far as that data is still there.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunetrail.data.contamination import compared_text
+from tunetrail.errors import DataError
+from tunetrail.files import read_jsonl
+from tunetrail.provenance.lineage import Lineage, nearest_first
+
+TRAINS_ON = {"sft": "sft", "reward": "reward", "dpo": "reward", "kto": "reward", "ppo": "rl"}
+"""Stage -> the split of the data that it trains on."""
+
+
+def trained_on(artifact: Path) -> set[str]:
+    """The texts that a model and its ancestors were trained on, as `compared_text` has them.
+
+    Args:
+        artifact: the model's folder, with its manifest.
+    """
+    texts: set[str] = set()
+    for node in nearest_first([Lineage().add(artifact)]):
+        split = TRAINS_ON.get(node.record.stage) if node.record else None
+        if split is None:
+            continue
+        data = (at for at in nearest_first([node]) if at.record and at.record.stage == "data")
+        path = next((at.folder / f"{split}.jsonl" for at in data), None)
+        if path and path.is_file():
+            texts.update(map(compared_text, read_jsonl(path)))
+    return texts
+
+
+def check_unseen(key: str, artifact: Path, measured: Sequence[dict]) -> None:
+    """Raises DataError where a model was trained on rows that something will be measured on.
+
+    Args:
+        key: of the config that names the model.
+        artifact: the folder of the model.
+        measured: rows of the evaluation and held-out splits.
+    """
+    texts = trained_on(artifact)
+    seen = [row for row in measured if compared_text(row) in texts]
+    if seen:
+        raise DataError(
+            f"{key}: the model in {artifact}, or one that it descends from, was trained on {len(seen)} of the "
+            f"{len(measured)} rows that this run measures on, such as {compared_text(seen[0])[:40]!r}; pin a test set "
+            "that no run trained on (`split: evaluation`, `split: heldout`), or split the data as that run did: the "
+            "same seed, sources and shares"
+        )
