@@ -240,7 +240,7 @@ TOKENIZERS = {
     ),
     "vocabulary": (
         lambda folder: edit_tokenizer(folder, lambda t: t.add_tokens(["<|new|>"])),
-        "has another vocabulary (262 tokens) than the base model (261)",
+        "(262 tokens) differs from that of the base model (261 tokens)",
     ),
     "splits": (
         lambda folder: edit_json(

@@ -32,7 +32,7 @@ def is_given(row: dict) -> bool:
 
 
 def without_test_groups(rows: list[dict], config: DataConfig) -> list[dict]:
-    """The rows less those of other sources whose group is in a given test set. Raises DataError where duplicates is
+    """The rows less those of other sources whose group is in a given test set. Raises DataError if duplicates is
     `error`.
 
     Without this they would follow their group into the test set, or it would lose its rows to training.
@@ -53,7 +53,7 @@ def without_test_groups(rows: list[dict], config: DataConfig) -> list[dict]:
 
 
 def without_leaks(rows: list[dict], config: DataConfig) -> list[dict]:
-    """The rows without duplicates across splits. Raises DataError where duplicates is `error`."""
+    """The rows without duplicates across splits. Raises DataError if duplicates is `error`."""
     found = duplicates_across(
         [compared_text(row) for row in rows],
         [row["split"] for row in rows],
@@ -92,7 +92,7 @@ def without_contamination(rows: list[dict], config: DataConfig) -> tuple[list[di
     """(the rows less prompts over the limit, how many distinct prompts of each measured split those were).
 
     Of a given test set the prompts stay, and training rows go that hold that much of one by themselves. Evaluation and
-    held-out prompts get their "overlap". Raises DataError where duplicates is `error`.
+    held-out prompts get their "overlap". Raises DataError if duplicates is `error`.
     """
     over = _over(rows, config)
     if over and config.duplicates == "error":

@@ -35,7 +35,7 @@ class RawRows(NamedTuple):
 
 
 def _parse_line(line: bytes, encoding: str) -> dict | BadRow | None:
-    """The object in a line of JSONL, or what is wrong with the line; None where it is empty."""
+    """The object in a line of JSONL, or what is wrong with the line; None if it is empty."""
     try:
         text = line.decode(encoding)
         row = json.loads(text) if text.strip() else None

@@ -107,7 +107,7 @@ class Limit(NamedTuple):
     fix: str
 
     def finding(self, rows: Sequence[Measured], of: str = "rows") -> Finding | None:
-        """How many rows are over it, the first of them, and which limit would do; None where all keep it."""
+        """How many rows are over it, the first of them, and which limit would do; None if all keep it."""
         over = [f"{m.row['where']} ({self.tokens(m)})" for m in rows if self.tokens(m) > self.most]
         if not over:
             return None

@@ -20,7 +20,7 @@ JOINED = {"preferences": "rankings", "feedback": "ratings"}
 def merged(rows: list[dict]) -> list[dict]:
     """One row per id. Rankings, or ratings, of the same completions are joined, say from one file per labeler.
 
-    Raises DataError where sources of different weight have the same row: whose it would be depended on their order.
+    Raises DataError if sources of different weight have the same row: whose it would be depended on their order.
     """
     found: dict[str, dict] = {}
     torn: list[tuple[dict, dict]] = []

@@ -90,7 +90,7 @@ class Evaluations:
     def match(
         self, outcome_of: Outcomes, samples: Rows, length: str, tie: float, scores: dict[str, list] | None = None
     ) -> Match | None:
-        """The match with these outcomes; None where there are none.
+        """The match with these outcomes; None if there are none.
 
         Args:
             samples: rows of samples.jsonl.

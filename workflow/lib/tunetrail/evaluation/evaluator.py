@@ -40,9 +40,9 @@ class Samples:
     gold: list[float] | None = None
     """None where there is no gold scorer."""
     reward: list[float] | None = None
-    """The reward model's score; None where there is no reward model."""
+    """The reward model's score; None if there is no reward model."""
     kl: list[float] | None = None
-    """[N], of the first response to each prompt to the SFT model; None where it was not measured."""
+    """[N], of the first response to each prompt to the SFT model; None if it was not measured."""
     others: dict[str, list[float]] = field(default_factory=dict)
     """The other gold scorers' scores, by name."""
 
@@ -51,7 +51,7 @@ class Samples:
         return [len(response) for _, response in self.examples]
 
     def means(self, name: str) -> Any:
-        """[N]: of each prompt the mean over its responses; None where the column was not measured."""
+        """[N]: of each prompt the mean over its responses; None if the column was not measured."""
         return self.prompt_means(getattr(self, name))
 
     def prompt_means(self, values: list[float] | None) -> Any:
@@ -105,7 +105,7 @@ class Evaluator:
 
     @property
     def gold(self) -> str | None:
-        """The scorer that counts; None where there is none or it cannot be measured, whatever the others can."""
+        """The scorer that counts; None if there is none or it cannot be measured, whatever the others can."""
         return next((name for name in self.config.golds[:1] if name in self.scorers), None)
 
     @property

@@ -62,7 +62,7 @@ class PPOTrainer:
     Args:
         config: the hyperparameters; `batch_size` and `minibatch_size` count all processes together.
         policy: causal language model, plain or with a LoRA adapter. Its weights now are the reference.
-        reward_model: sequence-classification model; None where the config's reward has scorers alone.
+        reward_model: sequence-classification model; None if the config's reward has scorers alone.
         critic: sequence-classification model that a separate critic starts from; None: the reward model.
         prompts: token ids of the prompts; `keys` names them, for the random streams.
         accelerator: decides device, precision and processes.

@@ -174,7 +174,7 @@ def _pair(row: dict, prompt: list[Message] | None, allow_empty: bool) -> tuple[l
 
 
 def _chat_prompt(row: dict) -> list[Message] | None:
-    """A prompt that is a chat; None where it is a text or missing."""
+    """A prompt that is a chat; None if it is a text or missing."""
     if not isinstance(row.get("prompt"), list):
         return None
     messages = checked_messages(row["prompt"], "prompt")

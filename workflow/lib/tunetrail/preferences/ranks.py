@@ -71,7 +71,7 @@ def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | N
         rankings: the ranks that each labeler gave to each row, [rows][labelers][K].
 
     Returns:
-        The mean of `agreements` over all pairs of completions and of labelers; None where no row has two labelers.
+        The mean of `agreements` over all pairs of completions and of labelers; None if no row has two labelers.
     """
     agreed = [agreements(a, b) for labelers in rankings for a, b in combinations(labelers, 2)]
     return float(np.concatenate(agreed).mean()) if agreed else None

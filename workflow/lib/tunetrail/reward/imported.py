@@ -60,7 +60,7 @@ def check_head(name: str, model: Any, eos_id: int) -> None:
 
 
 def check_reading(name: str, model: Any, own: Sequence[float], ours: Sequence[float]) -> None:
-    """Raises DataError where the pipeline does not read what the model's own `forward` gives.
+    """Raises DataError if the pipeline does not read what the model's own `forward` gives.
 
     Args:
         own, ours: [n], scores of the same sequences.
@@ -184,7 +184,7 @@ class Imported:
 
 
 def import_reward_model(stage: Stage, source: ImportedModel) -> dict[str, Any]:
-    """Takes over a reward model; returns the stage's metrics. Raises DataError where it cannot be one here."""
+    """Takes over a reward model; returns the stage's metrics. Raises DataError if it cannot be one here."""
     parent: Path = stage.inputs["policy"].folder / "model"
     tokenizer, name = load_tokenizer(parent), source.name
     model = read_source(stage, source, AutoModelForSequenceClassification).eval()

@@ -57,7 +57,7 @@ class Scorer:
     def scores(self, completions: Sequence[Completion]) -> list[float]:
         """[N]: the score of each; the higher the better.
 
-        Raises DataError where rows without a reference are given to a scorer that needs one.
+        Raises DataError if rows without a reference are given to a scorer that needs one.
         """
         return [score["total"] if isinstance(score, dict) else score for score in self.parts(completions)]
 

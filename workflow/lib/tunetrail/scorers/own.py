@@ -47,7 +47,7 @@ class OwnScorer:
     """Calls a function of a Python file, two calls at once."""
 
     def __init__(self, name: str, path: Path, function: str, timeout: float):
-        """Raises DataError where the file cannot be run or has no such function."""
+        """Raises DataError if the file cannot be run or has no such function."""
         self.name, self.path, self.function, self.timeout = name, path, function, timeout
         self.workers = [
             subprocess.Popen(

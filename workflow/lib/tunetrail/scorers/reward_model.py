@@ -51,7 +51,7 @@ def is_ours(model: Any) -> bool:
 
 
 def conversation(tokenizer: Any, completion: Completion) -> list[dict] | None:
-    """The messages before the completion; None where it is read as plain text."""
+    """The messages before the completion; None if it is read as plain text."""
     messages = completion.row.get("messages")
     is_plain = not messages or completion.prompt == messages[-1]["content"]
     return None if is_plain or not tokenizer.chat_template else messages

@@ -112,7 +112,7 @@ def origin(source: BaseModelConfig) -> Dependency:
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: BaseModelConfig) -> None:
-    """Applies base.pad_token and base.chat_template. Raises ConfigError where pad would be eos."""
+    """Applies base.pad_token and base.chat_template. Raises ConfigError if pad would be eos."""
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     if source.pad_token is not None:

@@ -35,7 +35,7 @@ def shard_roles(stage: Stage) -> list[str]:
 
 
 def gather(stage: Stage) -> list[SampledRow]:
-    """The rows of all shards, sorted by (split, id). Raises DataError where two shards hold the same row."""
+    """The rows of all shards, sorted by (split, id). Raises DataError if two shards hold the same row."""
     shard_of: dict[tuple[str, str], str] = {}
     rows = []
     for role in shard_roles(stage):
@@ -65,7 +65,7 @@ def duplicates_removed(stage: Stage) -> int:
 
 
 def run(stage: Stage) -> dict:
-    """Raises DataError where too little is left to compare, and what the labeler raises."""
+    """Raises DataError if too little is left to compare, and what the labeler raises."""
     config: Any = TypeAdapter(ComparisonsConfig).validate_python(stage.config)
     gathered = gather(stage)
     rows = comparable(gathered)

@@ -46,7 +46,7 @@ def is_due(split: str, kind: str, config: DataConfig, shares: Shares) -> bool:
 
 
 def check_not_empty(split: str, table: list[dict], kept: list[dict], config: DataConfig, shares: Shares) -> None:
-    """Raises DataError where a split that is to have rows has none, or no comparison or feedback where there was to be
+    """Raises DataError if a split that is to have rows has none, or no comparison or feedback where there was to be
     some.
 
     Args:

@@ -81,7 +81,7 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
 
 
 def read_rows(stage: Stage) -> list[dict]:
-    """The prompts of the evaluation split. Raises DataError where there is none."""
+    """The prompts of the evaluation split. Raises DataError if there is none."""
     rows = [row for row in stage.rows("data", "evaluation.jsonl") if "prompt" in row]
     if not rows:
         raise DataError(

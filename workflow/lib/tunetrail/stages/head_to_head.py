@@ -89,7 +89,7 @@ def judge_all(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> t
 
 
 def read_samples(evaluations: Evaluations) -> Rows:
-    """samples.jsonl of every evaluation. Raises DataError where they are not of the same prompts."""
+    """samples.jsonl of every evaluation. Raises DataError if they are not of the same prompts."""
     samples, reference = evaluations.rows("samples.jsonl"), evaluations.reference
     for subject, rows in samples.items():
         if list(rows) != list(samples[reference]):

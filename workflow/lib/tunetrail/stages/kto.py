@@ -94,7 +94,7 @@ def with_mismatched(examples: list[dict], batch_size: int) -> list[dict]:
 
 
 def check_labels(liked: float, disliked: float, config: KtoConfig) -> None:
-    """Warns of weights that do not balance the two sorts (eq. 8). Raises DataError where one of them is missing.
+    """Warns of weights that do not balance the two sorts (eq. 8). Raises DataError if one of them is missing.
 
     Args:
         liked, disliked: ratings of each sort in an epoch.

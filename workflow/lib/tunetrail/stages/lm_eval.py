@@ -50,7 +50,7 @@ def table(results: dict) -> list[dict]:
 
 
 def run(stage: Stage) -> dict:
-    """Raises ConfigError where the package is not installed or does not know a task."""
+    """Raises ConfigError if the package is not installed or does not know a task."""
     config = LmEvalConfig(**stage.config)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(

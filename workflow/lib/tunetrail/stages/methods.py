@@ -41,7 +41,7 @@ from tunetrail.stages.registry import start
 
 
 def batches_of(rows: list[Example], config: MethodsConfig, seed: int) -> list[list[Example]]:
-    """The rows of every optimizer step. Raises DataError where there are fewer than one batch."""
+    """The rows of every optimizer step. Raises DataError if there are fewer than one batch."""
     if len(rows) < config.batch_size:
         raise DataError(
             f"methods: {len(rows)} rows are fewer than one batch (methods.batch_size: {config.batch_size}); lower it"

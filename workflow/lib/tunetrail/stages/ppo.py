@@ -59,7 +59,7 @@ def parent_of(stage: Stage) -> Path:
 
 
 def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
-    """The rows of the rl split. Raises DataError where they are fewer than one batch."""
+    """The rows of the rl split. Raises DataError if they are fewer than one batch."""
     rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
     if len(rows) < config.prompts_per_batch:
         raise DataError(
@@ -71,9 +71,9 @@ def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
 def scorers_of(
     stage: Stage, config: PpoConfig, rows: list[dict], tokenizer: Any
 ) -> tuple[dict[str, Scoring], Scoring | None]:
-    """(what is learnt from, by name; what is only watched, None where there is none or it has nothing to compare with).
+    """(what is learnt from, by name; what is only watched, None if there is none or it has nothing to compare with).
 
-    Raises DataError where a scorer that is learnt from needs the author's text and rows have none.
+    Raises DataError if a scorer that is learnt from needs the author's text and rows have none.
     """
     lacking = sum(row.get("completion") is None for row in rows)
 

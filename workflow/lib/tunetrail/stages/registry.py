@@ -35,7 +35,7 @@ class StageInfo:
     makes: Literal["model", "data", "measurement", "page"]
     block: str = ""
     wildcard: Wildcard = ""
-    """What tells the artifacts of this stage apart; empty where there is one."""
+    """What tells the artifacts of this stage apart; empty if there is one."""
     folder: str = ""
     """Of its artifacts, where they do not lie in a folder of the stage's name."""
     files: tuple[str, ...] = ()
@@ -253,7 +253,7 @@ def family_of(artifact: str) -> StageInfo | None:
 
 
 def stage_of(config: Config, artifact: str) -> StageInfo:
-    """The stage that makes an artifact of this run. Raises LookupError where none does."""
+    """The stage that makes an artifact of this run. Raises LookupError if none does."""
     family, _, value = artifact.partition("/")
     if family == "policies":
         return STAGES[config.policies[value].method]

@@ -45,7 +45,7 @@ from tunetrail.models.loading import (
 from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
-from tunetrail.models.weights import rows_per_epoch, taken_weights
+from tunetrail.models.weights import pop_weights, rows_per_epoch
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
 from tunetrail.reward.imported import import_reward_model
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
@@ -60,7 +60,7 @@ BIAS_DEMONSTRATIONS = 128
 
 
 def split_rows(rows: list[dict], batch_size: int) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) comparisons. Raises DataError where either is too small."""
+    """(training, held-out) comparisons. Raises DataError if either is too small."""
     training, heldout = ([row for row in rows if row["split"] == split] for split in ("reward", "heldout"))
     if (per_epoch := rows_per_epoch([row.get("weight", 1.0) for row in training])) < batch_size:
         raise DataError(
@@ -107,7 +107,7 @@ def train_model(
     stage: Stage, config: RewardConfig, tokenizer: Any, model: Any, examples: list[dict]
 ) -> tuple[Any, list, dict]:
     """(trained classifier, history, what metrics.json says of its training)."""
-    weights = taken_weights(examples)
+    weights = pop_weights(examples)
     lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
