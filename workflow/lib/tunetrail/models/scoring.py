@@ -116,7 +116,7 @@ def pooled_states(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Ten
 
 
 def reward_pooling(reward_model: Any) -> str:
-    """How the model's states are pooled, `last` or `mean`: models of a run say so in their config, others use `last`."""
+    """How the model's states are pooled: `last` or `mean` if its config says so, as a run's models do, else `last`."""
     return getattr(reward_model.config, "reward_pooling", "last")
 
 

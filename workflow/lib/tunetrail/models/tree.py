@@ -141,7 +141,7 @@ def _as_tree(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Runs `plain`, the trunk's own forward pass, over the batch's prefix tree if that saves work and no cache is wanted."""
+    """Runs `plain`, the trunk's own forward pass, over the batch's prefix tree if that is smaller, without a cache."""
     sequences = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     use_cache = kwargs.get("use_cache")
     if (
@@ -181,7 +181,7 @@ def has_full_attention(config: Any) -> bool:
 
 @torch.no_grad()
 def _runs_as_tree(trunk: Any) -> bool:
-    """Whether the trunk gives the same results with a tree: a short trial decides, after checks of what it cannot show."""
+    """Whether the trunk gives the same results with a tree: checks its config, then makes a short trial."""
     config = trunk.config
     if (
         config._attn_implementation not in ("sdpa", PLAIN)  # others read other kinds of masks

@@ -28,7 +28,7 @@ def rows_per_epoch(weights: Sequence[float]) -> int:
 
 
 def _drawn(weight: float, rows: int) -> int:
-    """How many of the rows with one weight come once more than its whole part says; at least one for weights below 1."""
+    """How many rows of one weight come once more than its whole part says; at least one for weights below 1."""
     return max(round(weight % 1 * rows), 1 if weight < 1 else 0)
 
 
