@@ -455,7 +455,7 @@ def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp
 
 BAD_STAGES = [
     (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these "
-                      "shares: add data, name a finer data group, pin a source to this split, or set the share to 0 "
+                      "shares: add data, use finer groups, pin a source to this split, or set the share to 0 "
                       "if no stage needs it"),
     (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "data.max_completion_tokens: 60 of 60 rows have "
                                                                        "an answer of more than 80 tokens: "),

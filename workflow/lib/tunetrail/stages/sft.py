@@ -1,9 +1,9 @@
-"""Demonstration fine-tuning: next token on raw text, the completion only on prompts and chats (TRL's SFTTrainer). Or a
-model that was fine-tuned elsewhere, taken over as it is.
+"""Supervised fine-tuning with TRL's SFTTrainer: on every token of raw text, and on the completions of prompts and
+chats. Or the import of a model that was fine-tuned elsewhere.
 
     python -m tunetrail.stages.sft --config C.json --input base=… --input data=… --output … --state …
 
-Writes `model/` (and `adapter/` where LoRA trained one) and `history.jsonl`; of an import `model/` alone.
+Writes `model/` (with LoRA also `adapter/`) and `history.jsonl`; for an import only `model/`.
 """
 
 import sys
@@ -42,7 +42,7 @@ from tunetrail.stages.registry import start
 
 
 def import_model(stage: Stage, source: ImportedModel) -> dict:
-    """Takes over a model that was fine-tuned elsewhere. Raises DataError if it does not fit the base model."""
+    """Imports a model that was fine-tuned elsewhere. Raises DataError if it does not fit the base model."""
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
     model = read_source(stage, source, AutoModelForCausalLM)
