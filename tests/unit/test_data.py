@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from tests.sources import rows_of
 from tunetrail.config.data import DataConfig, FileSource
 from tunetrail.contract.runner import main
 from tunetrail.data import docstrings
-from tunetrail.data.readers import check_sources, prompts, read_demonstrations, read_preferences
+from tunetrail.data.readers import check_sources, demonstrations, preferences, prompts
 from tunetrail.data.splits import _shingles, assign_groups, duplicates_across, histogram, jaccard
 from tunetrail.data.tables import merged
 from tunetrail.errors import DataError
@@ -51,7 +52,7 @@ def source(path: Path, **more) -> FileSource:
 
 
 def test_the_three_demonstration_shapes(tmp_path):
-    rows = read_demonstrations(source(write(tmp_path / "d.jsonl", [
+    rows = rows_of(demonstrations, source(write(tmp_path / "d.jsonl", [
         {"text": "raw"},
         {"prompt": "Q", "completion": "A"},
         {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "1"}, {"role": "assistant",
@@ -80,7 +81,9 @@ def test_prompts_without_answers(tmp_path):
 
 def test_columns_and_groups_are_mapped(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"instruction": "Q", "output": "A", "user": 7}])
-    (row,) = read_demonstrations(source(path, columns={"prompt": "instruction", "completion": "output"}, group="user"))
+    (row,) = rows_of(
+        demonstrations, source(path, columns={"prompt": "instruction", "completion": "output"}, group="user")
+    )
     assert (row["completion"], row["group"]) == ("A", "7")
 
 
@@ -93,12 +96,12 @@ def test_formats_give_the_same_rows(tmp_path, name):
     else:
         frame = pd.DataFrame(rows)
         frame.to_csv(path, index=False) if name.endswith("csv") else frame.to_parquet(path)
-    assert [row["completion"] for row in read_demonstrations(source(path))] == ["NA", "b"]
+    assert [row["completion"] for row in rows_of(demonstrations, source(path))] == ["NA", "b"]
 
 
 def test_preference_shapes(tmp_path):
     hh = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    rows = read_preferences(source(write(tmp_path / "p.jsonl", [
+    rows = rows_of(preferences, source(write(tmp_path / "p.jsonl", [
         {"prompt": "Q", "chosen": "good", "rejected": "bad"},
         {"chosen": hh + " yes", "rejected": hh + " no"},
         {"prompt": "K", "completions": ["x", "y", "z"], "ranks": [3, 1, 3], "labeler": "ann", "order": [2, 1, 0],
@@ -227,7 +230,7 @@ def test_bad_files(tmp_path, monkeypatch, name, content, message):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     with pytest.raises(DataError) as error:
-        read_demonstrations(source(Path(name)))
+        rows_of(demonstrations, source(Path(name)))
     assert str(error.value) == message
 
 
@@ -235,13 +238,13 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
     path = tmp_path / "d.parquet"
     path.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"d\.parquet: cannot be read as Parquet: [^\n]+$"):
-        read_demonstrations(source(path))
+        rows_of(demonstrations, source(path))
 
 
 def test_invalid_rows_can_be_left_out(tmp_path):
     path = write(tmp_path / "d.jsonl", [GOOD, GOOD | {"completion": ""}, GOOD | {"prompt": "R"}])
     invalid = []
-    assert len(read_demonstrations(source(path), invalid)) == 2
+    assert len(rows_of(demonstrations, source(path), invalid)) == 2
     assert invalid == [(f"{path}:2", "'completion' is empty; remove the row or fill it")]
 
 
@@ -251,9 +254,9 @@ def test_missing_columns_are_named(tmp_path):
         DataError,
         match=r"d.jsonl:1: has no column 'question' \(columns maps prompt to it\); its columns are prompt, completion",
     ):
-        read_demonstrations(source(path, columns={"prompt": "question"}))
+        rows_of(demonstrations, source(path, columns={"prompt": "question"}))
     with pytest.raises(DataError, match=r"d\.jsonl:1: has no column 'user', which group names"):
-        read_demonstrations(source(path, group="user"))
+        rows_of(demonstrations, source(path, group="user"))
 
 
 # ----------------------------------------------------------------------------- docstrings
@@ -452,7 +455,7 @@ def test_preferences_become_comparisons_prompts_and_demonstrations(run_data, tmp
 
 BAD_STAGES = [
     (numbered(3), {}, "data.shares.reward: no row is left for this split; 3 rows in 3 groups are too few for these "
-                      "shares: add data, name a finer data group, pin a source to this split, or set the share to 0 "
+                      "shares: add data, use finer groups, pin a source to this split, or set the share to 0 "
                       "if no stage needs it"),
     (numbered(60, completion="x" * 90), {"max_completion_tokens": 80}, "data.max_completion_tokens: 60 of 60 rows have "
                                                                        "an answer of more than 80 tokens: "),
@@ -491,18 +494,20 @@ def test_too_long_and_duplicate_rows_can_be_dropped(run_data, tmp_path):
 @needs_shared
 def test_real_data_reads():
     invalid = []
-    hh = read_preferences(source(SHARED / "hh-harmless-base/comparisons.jsonl.gz"), invalid)
+    hh = rows_of(preferences, source(SHARED / "hh-harmless-base/comparisons.jsonl.gz"), invalid)
     assert len(hh) + len(invalid) >= 1790  # a few pairs come twice
     assert len(invalid) == 6  # three empty turns, three conversations that part early
     assert all(row["messages"][-1]["role"] == "user" for row in hh)
-    pandalm = read_preferences(source(SHARED / "pandalm/pairs.jsonl.gz"), [])  # some outputs are empty
+    pandalm = rows_of(preferences, source(SHARED / "pandalm/pairs.jsonl.gz"), [])  # some outputs are empty
     assert {r["labeler"] for row in pandalm for r in row["rankings"]} >= {"annotator-0", "annotator-1", "annotator-2"}
     assert any(r["ranks"] == [1, 1] for row in pandalm for r in row["rankings"])
-    assert len(read_demonstrations(source(SHARED / "self-instruct/demonstrations.jsonl.gz"))) == 427
+    assert len(rows_of(demonstrations, source(SHARED / "self-instruct/demonstrations.jsonl.gz"))) == 427
 
 
 def test_a_row_in_sources_of_different_weight_is_refused():
     row = {"id": "a", "kind": "feedback", "where": "f.jsonl:1", "weight": 1.0, "ratings": [1]}
     assert merged([row, row | {"ratings": [2]}]) == [row | {"ratings": [1, 2]}]
-    with pytest.raises(DataError, match=r"first g\.jsonl:1 \(5\) and f\.jsonl:1 \(1\); give both sources one weight"):
+    with pytest.raises(
+        DataError, match=r"first g\.jsonl:1 \(5\) and f\.jsonl:1 \(1\); give both sources the same weight"
+    ):
         merged([row, row | {"where": "g.jsonl:1", "weight": 5.0}])

@@ -11,9 +11,10 @@ import datasets
 import pandas as pd
 import pytest
 
+from tests.sources import rows_of
 from tunetrail.config.data import DataConfig, FileSource, HubSource
 from tunetrail.data.invalid import Invalid
-from tunetrail.data.readers import check_sources, demonstrations, feedback, read_demonstrations, read_preferences
+from tunetrail.data.readers import check_sources, demonstrations, feedback, preferences
 from tunetrail.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -232,27 +233,27 @@ def test_the_error_for_endless_nesting_is_one_line(file):
     with pytest.raises(
         DataError, match=r"^d\.jsonl:1: not valid JSON \([^\n]+\); every line must hold one JSON object$"
     ):
-        read_demonstrations(file("[" * 200_000 + "\n"))
+        rows_of(demonstrations, file("[" * 200_000 + "\n"))
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])
 def test_an_empty_group_is_refused(file, value):
     """An empty value is not a group: it would put all such rows into one split."""
     with pytest.raises(DataError, match=r"^d\.jsonl:1: 'user', which group names, is empty; fill it$"):
-        read_demonstrations(file([GOOD | {"user": value}], group="user"))
+        rows_of(demonstrations, file([GOOD | {"user": value}], group="user"))
 
 
 def test_a_row_without_a_mapped_column_can_be_left_out(file):
     invalid: list[Invalid] = []
     rows = [{"question": "Q", "completion": "A"}, GOOD]
-    assert len(read_demonstrations(file(rows, columns={"prompt": "question"}), invalid)) == 1
+    assert len(rows_of(demonstrations, file(rows, columns={"prompt": "question"}), invalid)) == 1
     message = "has no column 'question' (columns maps prompt to it); its columns are prompt, completion"
     assert invalid == [("d.jsonl:2", message)]
 
 
 def test_a_file_with_only_invalid_rows_is_refused_even_where_they_may_be_left_out(file):
     with pytest.raises(DataError) as error:
-        read_demonstrations(file([{"prompt": "", "completion": "A"}] * 2), [])
+        rows_of(demonstrations, file([{"prompt": "", "completion": "A"}] * 2), [])
     assert str(error.value).splitlines() == [
         "d.jsonl:1: 'prompt' is empty; remove the row or fill it (2 such rows: 1, 2)",
         "d.jsonl: none of its 2 rows is valid",
@@ -282,7 +283,7 @@ def test_one_pass_counts_every_mistake_by_kind_and_names_the_first_rows(file):
 
 def test_lines_that_are_no_rows_can_be_left_out(file):
     invalid: list[Invalid] = []
-    assert len(read_demonstrations(file(bad_lines()), invalid)) == 9
+    assert len(rows_of(demonstrations, file(bad_lines()), invalid)) == 9
     assert [row.where for row in invalid][:3] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:5"]
     check_sources(DataConfig(demonstrations=[file(bad_lines())], invalid="drop"))
 
@@ -302,7 +303,7 @@ def test_the_mistakes_of_all_sources_are_told_together(file):
 
 
 def test_two_columns_may_swap_names(file):
-    (row,) = read_demonstrations(file([GOOD], columns={"prompt": "completion", "completion": "prompt"}))
+    (row,) = rows_of(demonstrations, file([GOOD], columns={"prompt": "completion", "completion": "prompt"}))
     assert (row["messages"], row["completion"]) == ([user("A")], "Q")
 
 
@@ -310,14 +311,14 @@ def test_group_may_name_a_mapped_column_by_either_name(file):
     rows = [{"question": "Q", "completion": "A", "who": 7}]
     by_source = file(rows, columns={"prompt": "question"}, group="question")
     by_ours = file(rows, columns={"prompt": "question", "user": "who"}, group="user")
-    assert [read_demonstrations(source)[0]["group"] for source in (by_source, by_ours)] == ["Q", "7"]
+    assert [rows_of(demonstrations, source)[0]["group"] for source in (by_source, by_ours)] == ["Q", "7"]
 
 
 def test_all_rows_of_a_conversation_share_a_group(file):
     """A conversation is identified by the user's first message, whatever follows."""
     first, second = [user("Hi  There"), assistant("1")], [user("and now?"), assistant("2")]
     system = {"role": "system", "content": "s"}
-    chats = read_demonstrations(file([{"messages": first + second}, {"messages": [system, *first]}]))
+    chats = rows_of(demonstrations, file([{"messages": first + second}, {"messages": [system, *first]}]))
     assert [row["group"] for row in chats] == ["hi there"] * 3
     hh = "\n\nHuman: hi there\n\nAssistant: 1"
     pairs = [{"chosen": hh, "rejected": hh + "!"}]
@@ -328,13 +329,13 @@ def test_all_rows_of_a_conversation_share_a_group(file):
         }
         for x in "ab"
     ]
-    assert [row["group"] for row in read_preferences(file(pairs))] == ["hi there"] * 3
+    assert [row["group"] for row in rows_of(preferences, file(pairs))] == ["hi there"] * 3
 
 
 def test_byte_order_marks_and_windows_line_ends_are_read(file):
     rows = b'{"prompt": "Q", "completion": "A"}\r\n\r\n{"prompt": "R", "completion": "B"}\r\n'
-    assert [row["completion"] for row in read_demonstrations(file(b"\xef\xbb\xbf" + rows))] == ["A", "B"]
-    assert len(read_demonstrations(file(b"\xef\xbb\xbfprompt,completion\r\nQ,A\r\n", "d.csv"))) == 1
+    assert [row["completion"] for row in rows_of(demonstrations, file(b"\xef\xbb\xbf" + rows))] == ["A", "B"]
+    assert len(rows_of(demonstrations, file(b"\xef\xbb\xbfprompt,completion\r\nQ,A\r\n", "d.csv"))) == 1
 
 
 def test_a_csv_prompt_that_looks_like_a_list_is_a_text(file):
@@ -347,7 +348,7 @@ def test_a_csv_prompt_that_looks_like_a_list_is_a_text(file):
             "time": ["", "2026", ""],
         }
     )
-    rows = read_preferences(file(table.to_csv(index=False), "d.csv"))
+    rows = rows_of(preferences, file(table.to_csv(index=False), "d.csv"))
     assert [row["messages"] for row in rows] == [[user("[3, 1, 2]")], [user("[not json")], [user("chat")]]
     assert [row["rankings"][0]["labeler"] for row in rows] == ["0", "recorded", "ann"]
     assert [row["rankings"][0]["time"] for row in rows] == [None, "2026", None]
@@ -361,18 +362,21 @@ def test_parquet_cells_become_plain_values(file, name):
         RANKED | {"prompt": "R", "order": None, "time": None, "labeler": 1},
     ]
     content = parquet(rows)
-    first, second = read_preferences(file(gzip.compress(content) if name.endswith("gz") else content, name))
+    first, second = rows_of(preferences, file(gzip.compress(content) if name.endswith("gz") else content, name))
     ranking = {"labeler": "0", "ranks": [1, 2], "order": [1, 0], "time": "2026-01-02T03:04:05+00:00", "scores": None}
     assert first["rankings"] == [ranking]
     assert second["rankings"] == [ranking | {"labeler": "1", "order": [0, 1], "time": None}]
     json.dumps([first, second])  # nothing of numpy is left
     chat = parquet([{"messages": [user("Q"), assistant("A")]}])
-    assert read_demonstrations(file(gzip.compress(chat) if name.endswith("gz") else chat, name))[0]["completion"] == "A"
+    assert (
+        rows_of(demonstrations, file(gzip.compress(chat) if name.endswith("gz") else chat, name))[0]["completion"]
+        == "A"
+    )
 
 
 def test_labelers_keep_their_names(file):
     """A labeler called 0 is not a missing labeler."""
-    rows = read_preferences(file([RANKED | {"labeler": name} for name in (0, 1, "", None, "ann")]))
+    rows = rows_of(preferences, file([RANKED | {"labeler": name} for name in (0, 1, "", None, "ann")]))
     assert [ranking["labeler"] for row in rows for ranking in row["rankings"]] == [
         "0",
         "1",
@@ -384,7 +388,7 @@ def test_labelers_keep_their_names(file):
 
 def test_conversational_preferences_are_read(file):
     chat = [user("q"), assistant("1"), user("r")]
-    rows = read_preferences(file([
+    rows = rows_of(preferences, file([
         {"prompt": chat, "chosen": [assistant("good")], "rejected": [assistant("bad")]},
         {"prompt": "Q", "chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")]},
         {"chosen": [*chat, assistant("fine")], "rejected": [*chat, assistant("bad")]},
@@ -397,7 +401,7 @@ def test_conversational_preferences_are_read(file):
 
 def test_all_annotators_of_a_repeated_pair_are_kept(file):
     pair = {"prompt": "Q", "a": "x", "b": "y"}
-    (row,) = read_preferences(file([pair | {"labels": [0, 1, 2]}, pair | {"labels": [2]}]))
+    (row,) = rows_of(preferences, file([pair | {"labels": [0, 1, 2]}, pair | {"labels": [2]}]))
     assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [
         ("annotator-0", [1, 1]), ("annotator-1", [1, 2]), ("annotator-2", [2, 1]), ("annotator-0", [2, 1]),
     ]  # fmt: skip
@@ -462,7 +466,7 @@ def test_hub_rows_are_checked_like_a_file(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = HubSource(source="hub", repo="o/n", revision="abc", hub_split="test", subset="s", columns={"prompt": "q"})
     invalid: list[Invalid] = []
-    (row,) = read_preferences(source, invalid)
+    (row,) = rows_of(preferences, source, invalid)
     assert asked == [(("o/n", "s"), {"revision": "abc", "split": "test"})]
     assert row["rankings"][0]["time"] == "2026-01-02T00:00:00"
     assert invalid == [("o/n@abc:2", "'prompt' is empty; remove the row or fill it")]
@@ -477,7 +481,7 @@ def test_the_error_for_an_unreachable_hub_is_one_line(monkeypatch, error, reason
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError) as raised:
-        read_demonstrations(HubSource(source="hub", repo="o/n", revision="abc"))
+        rows_of(demonstrations, HubSource(source="hub", repo="o/n", revision="abc"))
     assert str(raised.value) == f"o/n@abc: cannot be loaded from the hub: {reason}"
 
 
@@ -521,6 +525,6 @@ def test_real_files_have_only_the_known_bad_rows():
     for name, rankings, bad in (("pandalm/pairs", 2817, 54), ("hh-harmless-base/comparisons", 1794, 6)):
         invalid: list[Invalid] = []
         source = FileSource(source="file", path=SHARED / f"{name}.jsonl.gz")
-        rows = read_preferences(source, invalid)
+        rows = rows_of(preferences, source, invalid)
         assert (sum(len(row["rankings"]) for row in rows), len(invalid)) == (rankings, bad)
         assert all(row["messages"][-1]["role"] == "user" for row in rows)

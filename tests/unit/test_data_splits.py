@@ -87,7 +87,7 @@ def test_pinned_rows_stay_whole_and_take_their_group_along():
 @pytest.mark.parametrize(("rows", "message"), [
     ([row("a", "text", "rl")], "text:a: raw text can go to sft and heldout only, but its source has split: rl"),
     ([row("a", "preferences", "reward"), row("a", "demonstrations", "evaluation")],
-     "demonstrations:a and preferences:a are of one group ('a'), but their sources are pinned to evaluation and "
+     "demonstrations:a and preferences:a are in one group ('a'), but their sources are pinned to evaluation and "
      "reward; pin both to one split or remove one row"),
 ])  # fmt: skip
 def test_pins_that_cannot_be_kept_are_refused(rows, message):
@@ -100,8 +100,8 @@ def test_rows_without_a_split_to_go_to_are_refused():
     with pytest.raises(DataError) as raised:
         assign_splits([row("a", "demonstrations"), row("b", "text"), row("c", "text")], SHARES | {"text": {}}, 0)
     assert str(raised.value) == (
-        "text:b: 2 rows of raw text are of no use: no split that they could go to has a share; remove the source, give "
-        "the stage that reads them, or give data.shares"
+        "text:b: 2 rows of raw text are of no use: no split that they could go to has a share; remove the source, "
+        "configure a stage that reads them, or set data.shares"
     )
 
 

@@ -367,7 +367,7 @@ def test_too_few_comparisons_are_told_of(capfd):
     assert done.code == 65
     assert capfd.readouterr().err == (
         "data: error: data.shares.heldout: no comparison is left for this split; 2 preference rows are too few for "
-        "these shares and limits: add data, name a finer data group, pin a source to this split, or set the share to 0 "
+        "these shares and limits: add data, use finer groups, pin a source to this split, or set the share to 0 "
         "if no stage needs it\n"
     )
 

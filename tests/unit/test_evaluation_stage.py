@@ -201,7 +201,7 @@ def test_what_needs_the_authors_text_is_named_where_prompts_have_none(folder, ca
     stage, block, inputs, shared = RUNS["evaluation/dpo"]
     RUNS["evaluation/alone"] = (stage, block, inputs | {"data": "prompts-only"}, shared)
     assert run(folder, "evaluation/alone") == 0
-    assert "evaluation: 1 of 4 prompts have no author's text, which chrf compares with" in caplog.text
+    assert "evaluation: 1 of 4 prompts have no reference answer, which chrf compares with" in caplog.text
     found = metrics(folder, "evaluation/alone")
     assert found["not_measured"] == {"scorers": ["chrf"], "prompts": 1}
     assert (found["gold"], found["greedy_gold"]) == (None, None)
@@ -444,7 +444,7 @@ def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
 
     monkeypatch.setattr(Evaluations, "rows", one_prompt_less)
     assert run(folder, "head_to_head", "other", **{"evaluation.bootstrap": 101}) == 65
-    assert "head_to_head: dpo was evaluated on other prompts than base" in capfd.readouterr().err
+    assert "head_to_head: dpo and base were evaluated on different prompts" in capfd.readouterr().err
 
 
 def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):

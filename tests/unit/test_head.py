@@ -16,7 +16,7 @@ from tunetrail.models.batching import collate
 from tunetrail.models.head import (
     head_logprobs,
     head_weight,
-    look_at_head,
+    mark_plain_head,
     narrow_products,
 )
 from tunetrail.models.loading import with_full_precision_head
@@ -84,7 +84,7 @@ def passes(model, bf16):
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.1)])
 def test_chunked_log_probs_are_those_of_the_models_logits(bf16, tolerance):
-    chunked = look_at_head(llama())
+    chunked = mark_plain_head(llama())
     assert head_weight(chunked) is not None
     assert head_weight(llama()) is None
     found, gradients = passes(chunked, bf16)
@@ -95,7 +95,7 @@ def test_chunked_log_probs_are_those_of_the_models_logits(bf16, tolerance):
 
 
 def test_log_probs_that_are_compared_have_their_head_in_float32_under_autocast():
-    model = look_at_head(llama())
+    model = mark_plain_head(llama())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found, coarse = comparable_logprobs(model, BATCH), policy_pass(model, BATCH, 1.0)[0]
         hidden = model.base_model(**BATCH.inputs).last_hidden_state[:, -BATCH.response_mask.shape[1] - 1 : -1]
@@ -111,7 +111,7 @@ def test_logits_that_are_more_than_a_product_are_left_to_the_model():
     torch.manual_seed(0)
     model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
     expected = policy_pass(copy.deepcopy(model), BATCH, 1.0)[0]
-    assert head_weight(look_at_head(model)) is None
+    assert head_weight(mark_plain_head(model)) is None
     torch.testing.assert_close(policy_pass(model, BATCH, 1.0)[0], expected)
 
 

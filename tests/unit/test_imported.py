@@ -191,7 +191,7 @@ def test_without_comparisons_answers_written_for_other_prompts_are_its_test(run_
     assert metrics["direction"]["pairs"] == 60
     assert "accuracy" not in metrics
     # It learnt nothing about prompts, and is said to.
-    assert "is not seen to know better from worse: the better one scores higher in" in caplog.text
+    assert "may not tell better responses from worse: the better one scores higher in" in caplog.text
     assert "60 pairs of an author's answer and one written for another prompt, p " in caplog.text
 
 
@@ -240,7 +240,7 @@ TOKENIZERS = {
     ),
     "vocabulary": (
         lambda folder: edit_tokenizer(folder, lambda t: t.add_tokens(["<|new|>"])),
-        "has another vocabulary (262 tokens) than the base model (261)",
+        "(262 tokens) differs from that of the base model (261 tokens)",
     ),
     "splits": (
         lambda folder: edit_json(

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.sources import rows_of
 from tunetrail.cli import main
 from tunetrail.config.data import FileSource
-from tunetrail.data.readers import read_demonstrations, read_preferences
+from tunetrail.data.readers import demonstrations, preferences
 from tunetrail.errors import DataError
 from tunetrail.labeling import exchange, recorded
 from tunetrail.labeling.app import queue
@@ -148,13 +149,13 @@ def store(tmp_path) -> str:
 def test_exported_labels_can_be_trained_on(store, tmp_path):
     ranked, written = tmp_path / "ranked.jsonl", tmp_path / "written.jsonl"
     assert main(["label", "export", "--store", store, "--format", "jsonl", "--output", str(ranked)]) == 0
-    (row,) = read_preferences(FileSource(source="file", path=ranked))
+    (row,) = rows_of(preferences, FileSource(source="file", path=ranked))
     assert row["messages"] == [{"role": "user", "content": "Rank."}]
     assert [(r["labeler"], r["ranks"]) for r in row["rankings"]] == [("human-1", [2, 1, 2])]
     assert recorded.read_rankings(ranked, {})["Rank."][0].ranking["ranks"] == [2, 1, 2]
 
     assert main(["label", "export", "--store", store, "--format", "demonstrations", "--output", str(written)]) == 0
-    (row,) = read_demonstrations(FileSource(source="file", path=written))
+    (row,) = rows_of(demonstrations, FileSource(source="file", path=written))
     assert (row["completion"], row["labeler"]) == ("Written by a person.", "human-1")
 
 

@@ -144,7 +144,7 @@ def test_an_interrupted_comparison_keeps_finished_methods_and_ends_with_the_same
     asked = iter(range(100))
     monkeypatch.setattr(Stop, "requested", lambda self: next(asked) == 8)  # full: 6 times; lora: after its 2nd step
     monkeypatch.setattr(Stop, "interruption", lambda self, progress: Stopped(progress))
-    with pytest.raises(Stopped, match="while lora was trained; it starts again"):
+    with pytest.raises(Stopped, match="while training lora, which will start over"):
         interrupted(folder)
     monkeypatch.undo()
     monkeypatch.chdir(folder)

@@ -179,7 +179,7 @@ def test_the_exported_card_says_what_it_is_of_and_no_path(run, tmp_path):
 def test_bf16_halves_the_weights_and_says_so(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["model", "export", str(run / "policies/dpo/manifest.json"), str(out), "--dtype", "bf16"]) == 0
-    assert "rounded to bf16: log-probs of tokens of a test sentence moved by up to" in capsys.readouterr().out
+    assert "rounded to bf16: log-probs of tokens of a test sentence changed by up to" in capsys.readouterr().out
     exact, rounded = (load_file(folder / "model.safetensors") for folder in (run / "policies/dpo/model", out))
     assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
@@ -278,7 +278,7 @@ def test_what_is_no_model_is_one_clear_line(run, tmp_path, capsys, path, code, m
 def test_export_spoils_nothing_that_is_there(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert main(["model", "export", str(run / "policies/dpo"), str(tmp_path / "out")]) == 78
-    assert "already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["model", "export", str(run / "policies/dpo"), str(run / "policies/dpo/out")]) == 78
     assert "is inside the artifact" in capsys.readouterr().err
 
@@ -421,7 +421,7 @@ def test_a_dry_run_asks_nobody(hub, exported, capsys):
     out = capsys.readouterr().out
     for path in exported.iterdir():
         assert f"{path.stat().st_size:>14,}  {path.name}\n" in out
-    assert "8 files would go to ann/my-dpo (private where it is new); nothing was sent" in out
+    assert "8 files would go to ann/my-dpo (private if it is new); nothing was sent" in out
 
 
 def test_only_what_export_wrote_is_pushed(hub, run, exported, capsys):
@@ -533,7 +533,7 @@ def test_plain_text_is_continued_as_it_is(run, monkeypatch, capsys):
 def test_a_full_context_is_said_and_does_not_end_the_chat(run, monkeypatch, capsys):
     code, out, err = talk(monkeypatch, capsys, "x" * 300 + "\n/new\nHi\n", "--model", str(run / "policies/dpo"))
     assert code == 0
-    assert "and the model reads 256; /new begins another" in err
+    assert "and the model reads 256; /new starts another" in err
     assert out.count("\n") >= 1
 
 

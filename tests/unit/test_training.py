@@ -399,7 +399,7 @@ def test_rows_that_fill_no_batch_are_told(caplog):
         assert rows_left_out("dpo", 43, 8) == 3
         assert rows_left_out("dpo", 40, 8) == 0
     assert [record.getMessage() for record in caplog.records] == [
-        "dpo: 3 of 43 rows do not fill a batch of 8; each epoch leaves out others"
+        "dpo: 3 of 43 rows do not fill a batch of 8; each epoch leaves out different ones"
     ]
 
 

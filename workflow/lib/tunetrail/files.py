@@ -69,5 +69,5 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Key -> [in A, in B] where two mappings differ, sorted by key; None where it is absent."""
+    """Key -> [in A, in B] where two mappings differ, sorted by key; None if it is absent."""
     return {key: [a.get(key), b.get(key)] for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}

@@ -95,7 +95,7 @@ def _follow(open_splits: list[str]) -> dict[str, float]:
 
 
 def _spread(given: Mapping[str, float], read: Mapping[str, list[str]], closed: list[str]) -> dict[str, float]:
-    """The shares of one kind of row, over the splits that it is of use in; empty where there are none.
+    """The shares of one kind of row, over the splits that it is of use in; empty if there are none.
 
     Args:
         given: split -> share, of the config.
@@ -128,7 +128,7 @@ def shares(config: "Config") -> dict[str, dict[str, float]]:
 
 
 def share_of(config: "Config", kind: str, split: str) -> float | None:
-    """The share of a kind's groups in a split; 1 where a source is pinned to it; None where there is no such source."""
+    """The share of a kind's groups in a split; 1 where a source is pinned to it; None if there is no such source."""
     pins = config.data.pins(kind)
     if split in pins:
         return 1.0

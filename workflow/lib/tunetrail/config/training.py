@@ -74,7 +74,7 @@ class Epochs(Training):
 
 
 def few_steps(name: str, steps: int, more_steps: str, at_most: str = "") -> str | None:
-    """What to say of a stage that takes too few optimizer steps to learn in; None where they are enough.
+    """What to say of a stage that takes too few optimizer steps to learn in; None if they are enough.
 
     Args:
         more_steps: what to do, as its block says.

@@ -84,7 +84,7 @@ def _lock_after_probe(handle: IO[str]) -> bool:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lease; None where nobody does. Not to be asked by the holder: closing the file would free it."""
+    """Who holds the lease; None if nobody does. Not to be asked by the holder: closing the file would free it."""
     _, newest = _newest(path)
     try:
         with newest.open("r+") as handle:
@@ -132,7 +132,7 @@ class Lease:
             return None
 
     def check(self) -> None:
-        """Raises Superseded where another writer has taken over."""
+        """Raises Superseded if another writer has taken over."""
         if self.lost():
             raise Superseded(
                 f"{self.path}: another attempt has taken over while this one was silent; it goes on, this one ends"

@@ -60,7 +60,7 @@ class Attempt:
         return any(lease.lost() for lease in self.leases)
 
     def check_leases(self) -> None:
-        """Call before writing anything that others read. Raises Superseded where another attempt has taken over."""
+        """Call before writing anything that others read. Raises Superseded if another attempt has taken over."""
         for lease in self.leases:
             lease.check()
 
@@ -74,7 +74,7 @@ class RecordDraft:
     about: tuple[str, ...] = ()
     """Roles of the inputs that the artifact is a statement about: the model of an evaluation."""
     training_flops: float | None = None
-    """See `models.loading.training_flops`; None where nothing is trained."""
+    """See `models.loading.training_flops`; None if nothing is trained."""
     tokenizer_digest: str | None = None
 
 

@@ -19,7 +19,7 @@ LEASE_LOST = "lease lost"
 
 
 def number_from(variable: str, unit: str) -> float | None:
-    """An environment variable as a number of `unit`; None where it is not set. Raises ConfigError."""
+    """An environment variable as a number of `unit`; None if it is not set. Raises ConfigError."""
     if not (text := os.environ.get(variable)):
         return None
     try:
@@ -68,7 +68,7 @@ class Stop:
         self.reason = self.reason or signal.Signals(signum).name
 
     def requested(self) -> bool:
-        """Whether to save and leave. Raises Superseded where another attempt has taken over."""
+        """Whether to save and leave. Raises Superseded if another attempt has taken over."""
         now = time.monotonic()
         if self.reason is None and self.deadline is not None and now >= self.deadline:
             self.reason = "time limit"

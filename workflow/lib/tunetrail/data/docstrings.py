@@ -1,6 +1,4 @@
-"""The embedded demonstrations: functions of the machine's own Python standard library and what their authors said of
-them.
-"""
+"""The embedded demonstrations: functions of the local Python standard library, and how their authors describe them."""
 
 import ast
 import contextlib
@@ -12,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests and vendored or generated code are not documentation written for readers.
+# The docstrings of tests and of vendored or generated code are not written for readers.
 _SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -48,7 +46,7 @@ def first_sentence(docstring: str) -> str:
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every statement in the order of `ast.walk`, which would visit all expressions too."""
+    """Yields every statement in the order of `ast.walk`, which would also visit all expressions."""
     waiting = deque([tree])
     while waiting:
         node = waiting.popleft()
@@ -59,7 +57,7 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
-    """(code without its docstring, first sentence) of every documented function with a body in a module's source."""
+    """Yields (code without docstring, first sentence) for each documented function in the source that has a body."""
     for node in _statements(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -74,28 +72,28 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def modules() -> Iterator[tuple[str, str]]:
-    """(path in the library, source) of every module that is read, in order."""
+    """Yields (path in the library, source) of every module to read, sorted by path."""
     root, paths = Path(sysconfig.get_path("stdlib")), []
     for folder, below, names in os.walk(root):
         below[:] = set(below) - _SKIPPED
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     for path in sorted(paths):
-        with contextlib.suppress(UnicodeDecodeError):  # lib has files that are not meant to be read
+        with contextlib.suppress(UnicodeDecodeError):  # some files are deliberately not UTF-8
             yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 
 
 def pairs() -> list[dict]:
-    """{prompt, completion, group} of the whole library, the module being the group; each function once, in order."""
-    found: dict[str, dict] = {}
+    """{prompt, completion, group} of each distinct function of the library, in order; the group is its module."""
+    rows: dict[str, dict] = {}
     for group, source in modules():
         with contextlib.suppress(SyntaxError):
             for code, sentence in functions(source):
-                found.setdefault(code, {"prompt": code, "completion": sentence, "group": group})
-    return list(found.values())
+                rows.setdefault(code, {"prompt": code, "completion": sentence, "group": group})
+    return list(rows.values())
 
 
 def most_pairs() -> dict[str, int]:
-    """Module -> how many of `pairs` it has at most, in a 30th of the time: nothing is parsed."""
+    """Module -> an upper bound on its number of `pairs`, in a 30th of the time, since nothing is parsed."""
     counts = {group: len(_DOCUMENTED.findall(source)) for group, source in modules()}
     return {group: count for group, count in counts.items() if count}
 

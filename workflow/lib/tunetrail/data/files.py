@@ -1,7 +1,7 @@
-"""JSONL, CSV, Parquet and the Hugging Face hub as numbered rows of plain Python values.
+"""Reads JSONL, CSV, Parquet and the Hugging Face hub as numbered rows of plain Python values.
 
-Libraries that take long to import are imported by the function that needs them: this module is imported each time
-Snakemake starts.
+Libraries that are slow to import are imported inside the functions that need them, since every start of Snakemake
+imports this module.
 """
 
 import gzip
@@ -18,24 +18,24 @@ from tunetrail.errors import DataError
 from tunetrail.preferences.formats import BadRow
 
 Rows = Iterator[tuple[int, dict]]
-"""Rows with their numbers from 1; in JSONL the number of the line."""
+"""Rows with their numbers from 1; in JSONL these are line numbers."""
 Lines = Iterator[tuple[int, dict | BadRow]]
-"""The same, where a line that holds no row is what is wrong with it."""
+"""The same, but a line that holds no row comes as a BadRow that says why."""
 BAD_GZIP = "the gzip file is cut short or damaged; copy it again"
 NOT_UTF8 = "not UTF-8; convert the file with iconv"
 LIST_COLUMNS = ("messages", "completions", "ranks", "order", "labels")
 
 
 class RawRows(NamedTuple):
-    """The rows of a source under the names and in the types it has them."""
+    """The rows of a source with its own column names and types."""
 
     name: str
-    """How messages name the source."""
+    """The name of the source in messages."""
     rows: Lines
 
 
 def _parse_line(line: bytes, encoding: str) -> dict | BadRow | None:
-    """The object in a line of JSONL, or what is wrong with the line; None where it is empty."""
+    """The object in a line of JSONL, or a BadRow that says what is wrong with the line; None if it is empty."""
     try:
         text = line.decode(encoding)
         row = json.loads(text) if text.strip() else None
@@ -49,10 +49,10 @@ def _parse_line(line: bytes, encoding: str) -> dict | BadRow | None:
 
 
 def jsonl_lines(path: Path) -> Lines:
-    """The objects of a JSONL file, which may be gzipped; empty lines are skipped. Raises DataError for a bad gzip."""
+    """Yields the objects of a JSONL file, which may be gzipped. Skips empty lines. Raises DataError for a bad gzip."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            # Decoded line by line: a text file decodes ahead, and could not say which line is bad.
+            # Lines are decoded one by one: a text file decodes ahead and could not say which line is bad.
             for number, line in enumerate(f, 1):
                 row = _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
                 if row is not None:
@@ -62,7 +62,7 @@ def jsonl_lines(path: Path) -> Lines:
 
 
 def jsonl_rows(path: Path) -> Rows:
-    """The objects of a JSONL file. Raises DataError naming the first line that holds none."""
+    """Yields the objects of a JSONL file. Raises DataError that names the first line without one."""
     for number, row in jsonl_lines(path):
         if isinstance(row, BadRow):
             raise DataError(f"{path}:{number}: {row}")
@@ -75,14 +75,14 @@ def _reason(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of a table as JSON would hold it: arrays as lists."""
+    """A cell of a table as a plain value; arrays become lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def table_rows(path: Path, is_csv: bool) -> Rows:
-    """The rows of a CSV or Parquet file, which may be gzipped; missing values are None. Raises DataError."""
+    """Yields the rows of a CSV or Parquet file, which may be gzipped; missing values are None. Raises DataError."""
     import pandas as pd
 
     try:
@@ -91,7 +91,7 @@ def table_rows(path: Path, is_csv: bool) -> Rows:
         raise DataError(f"{path}: {BAD_GZIP}") from None
     try:
         with warnings.catch_warnings():
-            # Where rows have more cells than the header, pandas would shift the columns, or drop cells with a warning.
+            # If rows have more cells than the header, pandas would shift columns, or drop cells with only a warning.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             if is_csv:
                 frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
@@ -101,7 +101,7 @@ def table_rows(path: Path, is_csv: bool) -> Rows:
         raise DataError(f"{path}: rows have more cells than the header; quote cells that hold a comma") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: {NOT_UTF8}") from None
-    except Exception as e:  # pandas and pyarrow raise many kinds
+    except Exception as e:  # pandas and pyarrow raise many types
         raise DataError(f"{path}: cannot be read as {'CSV' if is_csv else 'Parquet'}: {_reason(e)}") from None
     frame = frame.astype(object).where(frame.notna(), None)
     for number, row in enumerate(frame.to_dict("records"), 1):
@@ -124,7 +124,7 @@ def format_of(path: Path) -> str:
 
 
 def raw_rows(source: FileSource | HubSource) -> RawRows:
-    """Raises DataError for a file of an unknown format, and while reading."""
+    """Opens a source. Raises DataError for a file of an unknown format; reading the rows may raise it too."""
     if isinstance(source, HubSource):
         return RawRows(f"{source.repo}@{source.revision}", hub_rows(source))
     path, suffix = source.path, format_of(source.path)
@@ -134,7 +134,7 @@ def raw_rows(source: FileSource | HubSource) -> RawRows:
 
 
 def with_lists(row: dict) -> dict:
-    """A row of a CSV file with its lists parsed, in columns that hold lists only: a prompt may look like one."""
+    """A row of a CSV file with its lists and chats parsed. Other cells stay text: a prompt may look like a list."""
 
     def cell(key: str, text: str | None) -> Any:
         try:

@@ -1,6 +1,4 @@
-"""Texts that have nothing to do with the task, and a multiple-choice task made of them: what training makes a model
-forget.
-"""
+"""General texts unrelated to the task, and multiple-choice questions made from them, to measure forgetting."""
 
 import random
 from pathlib import Path
@@ -11,13 +9,13 @@ from tunetrail.errors import DataError
 
 CHOICES = 4
 NEUTRAL = "Say something."
-"""A prompt that asks nothing: next to it an answer's likelihood shows what the question adds."""
+"""A prompt that asks nothing. How much likelier an answer is after its question shows what the question adds."""
 Example = tuple[list[int], list[int]]
 """(prompt ids, answer ids)"""
 
 
 def general_questions() -> dict[str, str]:
-    """Question -> the answer people wrote, sorted: chatterbot-corpus in English, without what is about programming."""
+    """Question -> human answer, sorted: the English chatterbot-corpus without its files about programming."""
     import chatterbot_corpus
 
     questions: dict[str, str] = {}
@@ -32,7 +30,7 @@ def general_questions() -> dict[str, str]:
 
 
 def text_blocks(ids: list[int], length: int, count: int, rng: random.Random, path: Path) -> list[Example]:
-    """Randomly drawn blocks of a text, each as its first token and the rest. Raises DataError for an empty text."""
+    """Random blocks of a text, each split into its first token and the rest. Raises DataError for an empty text."""
     blocks = [block for i in range(0, len(ids), length) if len(block := ids[i : i + length]) > 1]
     if not blocks:
         raise DataError(f"retention.path: {path} holds no text")
@@ -40,20 +38,19 @@ def text_blocks(ids: list[int], length: int, count: int, rng: random.Random, pat
 
 
 def halves(examples: list[Example]) -> list[Example]:
-    """Blocks as (first half, second half), for the question how a text goes on."""
+    """Blocks as (first half, second half), for questions about how a text continues."""
     parts = [(p + r[: len(r) // 2], r[len(r) // 2 :]) for p, r in examples]
     return [part for part in parts if part[1]]
 
 
 def multiple_choice(examples: list[Example], neutral: list[int], rng: random.Random) -> list[dict]:
-    """Each (prompt ids, answer ids) with its own answer among those of three others, in random order.
+    """Makes a question of each (prompt ids, answer ids): its answer and three others, in random order.
 
     Args:
         neutral: ids of `NEUTRAL`.
 
     Returns:
-        [{"id", "prompt_ids", "neutral_ids", "choices", "answer": index}]; fewer than CHOICES distinct answers make no
-        question.
+        [{"id", "prompt_ids", "neutral_ids", "choices", "answer": index}]; empty if there are fewer than CHOICES answers
     """
     answers = [list(answer) for answer in dict.fromkeys(tuple(answer) for _, answer in examples)]
     if len(answers) < CHOICES:

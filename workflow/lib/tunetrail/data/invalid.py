@@ -1,4 +1,4 @@
-"""Invalid rows: counted by kind, the first of each kind shown, and what would help."""
+"""Reports invalid rows: how many there are of each kind, the first of each, and how to fix them."""
 
 import logging
 import re
@@ -9,9 +9,9 @@ from tunetrail.errors import DataError
 
 log = logging.getLogger("tunetrail")
 SHOWN = 3
-"""Rows of a kind that are named."""
+"""How many rows of each kind are named."""
 KINDS = 5
-"""Kinds of mistakes that are shown, the most frequent first."""
+"""How many kinds of mistakes are shown, the most frequent first."""
 
 
 class Invalid(NamedTuple):
@@ -32,7 +32,7 @@ def first_few(words: Sequence[str]) -> str:
 
 
 def _line(rows: Sequence[Invalid]) -> str:
-    """One kind of mistake: its first row, how often it was made, and where."""
+    """Describes one kind of mistake: its first row, how often it occurs, and where."""
     first = f"{rows[0].where}: {rows[0].what}"
     places = [row.where.rpartition(":") for row in rows]
     one_file = len({name for name, _, _ in places}) == 1
@@ -45,16 +45,16 @@ class Finding(NamedTuple):
 
     line: str
     fix: str = ""
-    """What would help, where it is not said yet."""
+    """How to fix them, unless the line already says so."""
 
 
 def found_invalid(name: str, invalid: Sequence[Invalid], rows: int) -> list[Finding]:
-    """A finding for each kind of mistake, and a last one with how many there are.
+    """A finding for each kind of mistake, and a last one with the total.
 
     Args:
-        name: what the rows are of, such as the file.
-        invalid: at least one.
-        rows: how many there are, valid ones too.
+        name: where the rows come from, such as the file.
+        invalid: at least one invalid row.
+        rows: the number of all rows, including valid ones.
     """
     kinds: dict[str, list[Invalid]] = {}
     for row in invalid:
@@ -73,7 +73,7 @@ def found_invalid(name: str, invalid: Sequence[Invalid], rows: int) -> list[Find
 
 
 def leave_out(findings: Sequence[Finding], choice: Literal["error", "drop"]) -> None:
-    """Says which rows are left out, or raises DataError."""
+    """Logs which rows are left out, or raises DataError about them if `choice` is `error`."""
     if choice == "error":
         raise DataError("\n".join("; ".join(filter(None, finding)) for finding in findings))
     for finding in findings:

@@ -1,4 +1,4 @@
-"""Readers: every source as checked rows, whatever its format and shape.
+"""Reads every source as checked rows, whatever its format and shape.
 
 Nothing here needs a tokenizer, so files can be checked before any job starts.
 """
@@ -35,22 +35,22 @@ class Demonstration(TypedDict):
 
     text: NotRequired[str]
     messages: NotRequired[list[Message]]
-    """What the model is shown; a single prompt is one message of the user."""
+    """The model's input; a plain prompt is one message from the user."""
     completion: NotRequired[str]
     labeler: NotRequired[str]
-    """Who wrote it, where the source names them."""
+    """Who wrote it, if the source says."""
     group: NotRequired[str]
-    """What keeps rows in one split."""
+    """Rows of the same group go into the same split."""
 
 
 class GroupedPreference(PreferenceRow):
-    """A preference row with what keeps rows in one split."""
+    """A preference row and its group; rows of the same group go into the same split."""
 
     group: str
 
 
 class GroupedFeedback(FeedbackRow):
-    """A feedback row with what keeps rows in one split."""
+    """A feedback row and its group; rows of the same group go into the same split."""
 
     group: str
 
@@ -59,12 +59,12 @@ Parsed = TypeVar("Parsed", Demonstration, PreferenceRow, FeedbackRow)
 
 
 def normalise(text: str) -> str:
-    """The text without differences of case and space, which do not make another prompt."""
+    """The text in lower case with single spaces: prompts that differ only in case and spacing count as the same."""
     return " ".join(text.lower().split())
 
 
 def _renamed(row: dict, columns: dict[str, str]) -> dict:
-    """The row under our column names, all renamed at once so that two may change places. Raises BadRow."""
+    """The row under our column names. All are renamed at once, so two names may be swapped. Raises BadRow."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise BadRow(
@@ -75,9 +75,9 @@ def _renamed(row: dict, columns: dict[str, str]) -> dict:
 
 
 def _group(parsed: Mapping[str, Any], row: dict, column: str | None) -> str:
-    """What keeps rows in one split: the named column, else the first message of the user, else the text itself.
+    """A row's group: the named column, else the user's first message, else the text itself.
 
-    The first message and not the last: rows made of one conversation belong together.
+    The first message and not the last, so that all rows made from one conversation belong together.
     """
     if column is None:
         first = next((m for m in parsed.get("messages", []) if m["role"] == "user"), None)
@@ -92,10 +92,10 @@ def _group(parsed: Mapping[str, Any], row: dict, column: str | None) -> str:
 def _read(
     source: FileSource | HubSource, parse: Callable[[dict], list[Parsed]], invalid: list[Invalid] | None
 ) -> Iterator[tuple[str, Any]]:
-    """(where, row) for every row that `parse` makes of a source's rows.
+    """Yields (where, row) for every row that `parse` makes of a source's rows.
 
-    A row that fails its schema is noted in `invalid` and left out. Without such a list, or where no row is valid, they
-    raise DataError together, at the end of the source.
+    Rows that do not fit their schema are added to `invalid` and left out. If `invalid` is None, or no row is valid, one
+    DataError at the end of the source reports all of them.
     """
     name, rows = raw_rows(source)
     lists_are_texts = is_csv(source)
@@ -126,7 +126,7 @@ def _read(
 
 
 def _parse_demonstration(row: dict) -> list[Demonstration]:
-    """One row in any of the three shapes; a chat gives a row for every turn of the assistant."""
+    """Parses a row in any of the three shapes; a chat gives one demonstration per turn of the assistant."""
     shapes = [
         shape
         for shape, keys in (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",)))
@@ -147,7 +147,7 @@ def _parse_demonstration(row: dict) -> list[Demonstration]:
 
 
 def _parse_signed(row: dict) -> list[Demonstration]:
-    """A demonstration with its author, where the row names one."""
+    """Parses a row into demonstrations, with their author if the row names one."""
     parsed = _parse_demonstration(row)
     if row.get("labeler") not in (None, ""):
         labeler = checked_labeler(row)
@@ -157,10 +157,10 @@ def _parse_signed(row: dict) -> list[Demonstration]:
 
 
 def demonstrations(source: Any, invalid: list[Invalid] | None = None) -> Iterator[tuple[str, Demonstration]]:
-    """(where, row) of a demonstration source, `where` being file and line, or module.
+    """Yields (where, row) of a source of demonstrations; `where` is file and line, or the module.
 
     Args:
-        invalid: collects the rows that are left out; None: they raise DataError, which names file and line.
+        invalid: collects the invalid rows, which are left out; None: they raise DataError that names file and line.
     """
     match source:
         case DocstringSource():
@@ -184,7 +184,7 @@ def demonstrations(source: Any, invalid: list[Invalid] | None = None) -> Iterato
 
 
 def _parse_prompt(row: dict) -> list[Demonstration]:
-    """A prompt without an answer, as a text or as messages that end with the user's turn."""
+    """Parses a prompt without an answer: a text, or messages that end with the user's turn."""
     if ("prompt" in row) == ("messages" in row):
         columns = ", ".join(sorted(map(str, row))) or "none"
         raise BadRow(f"must have either prompt or messages; its columns are {columns}; map others with columns")
@@ -200,32 +200,39 @@ def _parse_prompt(row: dict) -> list[Demonstration]:
 def prompts(
     source: FileSource | HubSource, invalid: list[Invalid] | None = None
 ) -> Iterator[tuple[str, Demonstration]]:
-    """(where, row) of a source of prompts; answers that stand beside them are not read. `invalid` as in
-    `demonstrations`."""
+    """Yields (where, row) of a source of prompts. Answers in other columns are ignored.
+
+    See `demonstrations` for `invalid`.
+    """
     yield from _read(source, _parse_prompt, invalid)
 
 
 # ----------------------------------------------------------------------------- preferences
 
 
-def _joined(rows: Iterable[tuple[str, Any]], answer: str, said: str) -> Iterator[tuple[str, Any]]:
-    """One row for each prompt and answer, with all that people said of it, in the order of its first row."""
-    found: dict[str, tuple[str, Any]] = {}
+def _joined(rows: Iterable[tuple[str, Any]], answer: str, labels: str) -> Iterator[tuple[str, Any]]:
+    """Yields one row per prompt and answer with the labels of all its rows, in the order of the first ones.
+
+    Args:
+        answer: the key of the answer.
+        labels: the key of the list to join, such as "rankings".
+    """
+    joined: dict[str, tuple[str, Any]] = {}
     for where, row in rows:
         key = json.dumps([row["messages"], row[answer]])
-        if key in found:
-            found[key][1][said] += row[said]
+        if key in joined:
+            joined[key][1][labels] += row[labels]
         else:
-            found[key] = (where, row)
-    yield from found.values()
+            joined[key] = (where, row)
+    yield from joined.values()
 
 
 def preferences(
     source: FileSource | HubSource, invalid: list[Invalid] | None = None
 ) -> Iterator[tuple[str, GroupedPreference]]:
-    """(where, row) of a preference source, several labelers' rankings of the same completions merged into one row.
+    """Yields (where, row) of a source of preferences. Rankings of the same completions are joined into one row.
 
-    `invalid` as in `demonstrations`.
+    See `demonstrations` for `invalid`.
     """
     yield from _joined(_read(source, lambda row: [parse_preference(row)], invalid), "completions", "rankings")
 
@@ -236,24 +243,14 @@ def preferences(
 def feedback(
     source: FileSource | HubSource, invalid: list[Invalid] | None = None
 ) -> Iterator[tuple[str, GroupedFeedback]]:
-    """(where, row) of a feedback source, all ratings of the same response merged into one row.
+    """Yields (where, row) of a source of feedback. Ratings of the same response are joined into one row.
 
-    `invalid` as in `demonstrations`.
+    See `demonstrations` for `invalid`.
     """
     yield from _joined(_read(source, lambda row: [parse_feedback(row)], invalid), "completion", "ratings")
 
 
 # ----------------------------------------------------------------------------- sources
-
-
-def read_demonstrations(source: Any, invalid: list[Invalid] | None = None) -> list[Demonstration]:
-    """The rows of `demonstrations`."""
-    return [row for _, row in demonstrations(source, invalid)]
-
-
-def read_preferences(source: FileSource | HubSource, invalid: list[Invalid] | None = None) -> list[GroupedPreference]:
-    """The rows of `preferences`."""
-    return [row for _, row in preferences(source, invalid)]
 
 
 def origin(source: Any) -> dict[str, Any]:
@@ -279,13 +276,13 @@ READERS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
     "feedback": feedback,
     "prompts": prompts,
 }
-"""Key of the data block that lists sources -> what reads one of them."""
+"""Key in the data block that lists sources -> the function that reads one of them."""
 
 
 def check_sources(config: DataConfig) -> list[dict]:
-    """The rows of every local file of the config, with `where` and the split that they are `pinned` to.
+    """The rows of all local files in the config, with `where` and the split that they are `pinned` to.
 
-    Raises DataError with what is wrong with all of them.
+    Raises one DataError with the problems of all files.
     """
     rows: list[dict] = []
     problems: list[str] = []
@@ -303,6 +300,6 @@ def check_sources(config: DataConfig) -> list[dict]:
 
 
 def row_id(row: dict) -> str:
-    """16 hex digits of the row's content."""
+    """16 hex digits of the sha256 of the row's content."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Prompts as the model is shown them, and how many tokens they have."""
+"""Renders prompts and checks how many tokens they have."""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -14,7 +14,7 @@ from tunetrail.preferences.formats import BadRow
 
 
 class Renderer:
-    """Messages -> the prompt string the model is shown, and token counts."""
+    """Renders messages into prompt strings, and counts tokens."""
 
     def __init__(self, tokenizer: Any, config: DataConfig):
         self.tokenizer, self.config = tokenizer, config
@@ -26,7 +26,7 @@ class Renderer:
             raise ConfigError("data.system: plain prompts have no place for it; set it to null, or data.chat to true")
 
     def prompt(self, messages: list[dict]) -> str:
-        """Raises BadRow for messages that cannot be rendered."""
+        """The prompt string of messages. Raises BadRow if they cannot be rendered."""
         if not self.config.chat:
             if len(messages) != 1:
                 raise BadRow("is a conversation, but data.chat is false; set it to true")
@@ -44,9 +44,9 @@ class Renderer:
 
 
 def rendered(rows: list[dict], config: DataConfig, renderer: Renderer) -> list[dict]:
-    """The rows with the prompt that the model is shown; raw text as it is.
+    """The rows with their rendered "prompt"; raw text stays as it is.
 
-    Raises DataError for rows that cannot be rendered, unless data.invalid says to leave them out.
+    Raises DataError for rows that cannot be rendered, unless data.invalid is `drop`.
     """
     bad, good = [], []
     for row in rows:
@@ -64,34 +64,36 @@ def rendered(rows: list[dict], config: DataConfig, renderer: Renderer) -> list[d
 
 
 class Counts(Protocol):
-    """What counts the tokens of texts."""
+    """Counts the tokens of texts."""
 
     def tokens(self, texts: list[str]) -> list[int]: ...
 
 
 class Measured(NamedTuple):
-    """A row that is not raw text, and its tokens."""
+    """A row that is not raw text, and its numbers of tokens."""
 
     row: dict
-    said: int
-    """Of the last message alone, where the source limits it; else 0."""
+    last_message: int
+    """Counted only if the source limits it; else 0."""
     prompt: int
     answer: int
-    """Of the longest one; 0 where there is none."""
+    """Of the longest answer; 0 if there is none."""
 
     @property
     def whole(self) -> int:
-        """Prompt, answer, and the token that ends it."""
+        """Prompt, answer and EOS."""
         return self.prompt + self.answer + 1
 
 
 def measured(rows: Sequence[dict], counter: Counts) -> list[Measured]:
     answers = [row.get("completions") or ([row["completion"]] if "completion" in row else []) for row in rows]
     lengths = iter(counter.tokens([text for texts in answers for text in texts]))
-    said = iter(counter.tokens([row["messages"][-1]["content"] for row in rows if row["max_tokens"]]))
+    last_messages = iter(counter.tokens([row["messages"][-1]["content"] for row in rows if row["max_tokens"]]))
     prompts = counter.tokens([row["prompt"] for row in rows])
     return [
-        Measured(row, next(said) if row["max_tokens"] else 0, prompt, max(islice(lengths, len(texts)), default=0))
+        Measured(
+            row, next(last_messages) if row["max_tokens"] else 0, prompt, max(islice(lengths, len(texts)), default=0)
+        )
         for row, prompt, texts in zip(rows, prompts, answers, strict=True)
     ]
 
@@ -103,11 +105,11 @@ class Limit(NamedTuple):
     most: int
     tokens: Callable[[Measured], int]
     too_long: str
-    """What a row has that is over it."""
+    """What a row over the limit has, for the message."""
     fix: str
 
     def finding(self, rows: Sequence[Measured], of: str = "rows") -> Finding | None:
-        """How many rows are over it, the first of them, and which limit would do; None where all keep it."""
+        """How many rows exceed the limit, the first of them, and what limit would suffice; None if none does."""
         over = [f"{m.row['where']} ({self.tokens(m)})" for m in rows if self.tokens(m) > self.most]
         if not over:
             return None
@@ -122,7 +124,7 @@ class Limit(NamedTuple):
 
 def limits(config: DataConfig, positions: int | None) -> list[Limit]:
     prompt, answer = config.max_prompt_tokens, config.max_completion_tokens
-    found = [
+    all_limits = [
         Limit(
             "data.max_prompt_tokens", prompt, lambda m: m.prompt, f"a prompt of more than {prompt} tokens", "raise it"
         ),
@@ -136,29 +138,29 @@ def limits(config: DataConfig, positions: int | None) -> list[Limit]:
     ]
     if positions is not None:
         too_long = f"more tokens, prompt and answer together, than the model has positions ({positions})"
-        found.append(
+        all_limits.append(
             Limit("base", positions, lambda m: m.whole, too_long, "shorten them, take a model that reads more")
         )
-    return found
+    return all_limits
 
 
 def short_enough(rows: list[dict], config: DataConfig, renderer: Renderer, positions: int | None) -> list[dict]:
-    """The rows that keep all limits. Raw text always does: it is cut into blocks.
+    """The rows within all limits. Raw text always is: it is cut into blocks.
 
-    What is too long for the limits of a built-in source itself is left out without a word.
+    Rows beyond the limits of a built-in source itself are dropped silently.
 
     Args:
-        positions: of the base model, None: without end.
+        positions: the base model's; None if it has no limit.
 
-    Raises DataError for longer ones, unless data.too_long says to leave them out.
+    Raises DataError for rows that are too long, unless data.too_long is `drop`.
     """
-    asked = [
+    considered = [
         m
         for m in measured([row for row in rows if "text" not in row], renderer)
-        if not m.row["max_tokens"] or (m.said <= m.row["max_tokens"][0] and m.answer <= m.row["max_tokens"][1])
+        if not m.row["max_tokens"] or (m.last_message <= m.row["max_tokens"][0] and m.answer <= m.row["max_tokens"][1])
     ]
     all_limits = limits(config, positions)
-    if findings := [finding for limit in all_limits if (finding := limit.finding(asked))]:
+    if findings := [finding for limit in all_limits if (finding := limit.finding(considered))]:
         leave_out(findings, config.too_long)
-    kept = {id(m.row) for m in asked if all(limit.tokens(m) <= limit.most for limit in all_limits)}
+    kept = {id(m.row) for m in considered if all(limit.tokens(m) <= limit.most for limit in all_limits)}
     return [row for row in rows if "text" in row or id(row) in kept]

@@ -6,40 +6,40 @@ from tunetrail.preferences.rows import Message
 
 
 class TextRow(TypedDict):
-    """Raw text, of `sft.jsonl` and `heldout.jsonl`."""
+    """Raw text, in `sft.jsonl` and `heldout.jsonl`."""
 
     id: str
     group: str
     source: str
     weight: NotRequired[float]
-    """How often an epoch of training has it, where that is not once."""
+    """How often it is in an epoch of training, if not once."""
     text: str
 
 
 class PromptRow(TypedDict):
-    """A prompt, and its answer where it has one, of every split."""
+    """A prompt, and its answer if it has one, in the table of any split."""
 
     id: str
     group: str
-    """The source group: all rows of a group are in one split."""
+    """The source group: all rows of a group are in the same split."""
     source: str
     prompt: str
-    """As the model is shown it, rendered by the chat template."""
+    """Rendered with the chat template, as the model sees it."""
     messages: list[Message]
-    """What was said, before rendering."""
+    """The conversation before rendering."""
     weight: NotRequired[float]
-    """How often an epoch of training has it, or what is collected for it, where that is not once."""
+    """How often it, or a comparison collected for it, is in an epoch of training, if not once."""
     completion: NotRequired[str]
-    """Missing where a source has prompts only."""
+    """Missing if the source has only prompts."""
     labeler: NotRequired[str]
-    """The pseudonym of who wrote the answer, where it is known."""
+    """Pseudonym of the answer's author, if known."""
 
 
 class OverlapRow(TypedDict):
-    """How much of an evaluation prompt stands in the training texts, of `contamination.jsonl`."""
+    """How much of an evaluation prompt training texts contain, in `contamination.jsonl`."""
 
     id: str
     overlap: float | None
-    """Share of its word n-grams; null for a prompt of too few words."""
+    """Share of its word n-grams; null for a prompt with too few words."""
     split: str | None
-    """Where most of them are."""
+    """The split that contains most of them."""

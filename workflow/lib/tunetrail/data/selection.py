@@ -14,7 +14,7 @@ Shares = Mapping[str, Mapping[str, float]]
 
 
 def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dict]]:
-    """(rows, cards): the rows of every source with `source`, `where` and `kind`, and what each source is."""
+    """(rows, cards): the rows of all sources with `source`, `where` and `kind`, and a description of each source."""
     rows, cards = [], []
     for kind, read in READERS.items():
         for source in getattr(config, kind):
@@ -38,15 +38,15 @@ def read_all(config: DataConfig, account: Account) -> tuple[list[dict], list[dic
 def assigned(rows: list[dict], shares: Shares, sft_on_chosen: bool, seed: int) -> None:
     """Gives every row its id, its split and the `tables` that it may be in.
 
-    sft trains on rows of the reward split as well: on preferred responses where `sft_on_chosen` says so, and on
-    demonstrations that are there because their group has preferences or feedback.
+    sft also trains on rows of the reward split: on demonstrations that are there because their group has preferences or
+    feedback, and on preferred responses if `sft_on_chosen`.
     """
     split_of = assign_splits(rows, shares, seed)
     compared = {row["group"] for row in rows if row["kind"] in JOINED}
     for row in rows:
         row["split"] = split_of[row["group"]]
         content = {key: row[key] for key in ("text", "prompt", "completion", "completions") if key in row}
-        # A rated response may be a demonstration's answer too: those are two rows.
+        # A rated response may also be a demonstration's answer; these are two different rows.
         row["id"] = row_id(content | ({"kind": "feedback"} if row["kind"] == "feedback" else {}))
         learnt = (row["kind"] == "preferences" and sft_on_chosen) or (
             row["kind"] == "demonstrations" and row["group"] in compared
@@ -55,15 +55,15 @@ def assigned(rows: list[dict], shares: Shares, sft_on_chosen: bool, seed: int) -
 
 
 def select(rows: list[dict], split: str, config: DataConfig, seed: int, account: Account) -> list[dict]:
-    """The rows of one split's table, shuffled and limited, evenly over their groups."""
+    """The rows of one split's table, shuffled, and limited evenly over their groups."""
 
     def step(reason: str, after: list[dict]) -> list[dict]:
         account.leave_out(reason, *([row for row in part if row["split"] == split] for part in (own, after)))
         return after
 
     own = shuffled([row for row in rows if split in row["tables"]], seed, split)
-    # Raw text is for training and its held-out loss; a prompt without an answer, or with one that may be bad, teaches
-    # sft nothing.
+    # Raw text is only for training and its held-out loss. sft cannot learn from prompts without an answer, or from
+    # answers that may be bad.
     useless = {"sft": ("prompts", "feedback"), "heldout": ()}.get(split, ("text",))
     own = step("no_use_in_its_split", [row for row in own if row["kind"] not in useless])
     if split in ("rl", "evaluation"):

@@ -1,4 +1,4 @@
-"""Splitting by source group, and refusing duplicates across splits."""
+"""Splits rows by source group, and finds duplicates and overlaps across splits."""
 
 import random
 import re
@@ -12,8 +12,8 @@ from tunetrail.data.readers import normalise
 from tunetrail.errors import DataError
 from tunetrail.seeds import derive_seed
 
-# Where a duplicate across splits is dropped, the row in the earlier split of this list stays: what
-# measures is worth more than what trains.
+# When a duplicate across splits is dropped, the row in the earlier split of this list stays: data to measure on is
+# worth more than data to train on.
 PRIORITY = ("evaluation", "heldout", "reward", "rl", "sft")
 NUM_PERM = 64
 NAMES = {kind: kind for kind in KINDS} | {"text": "raw text"}
@@ -22,7 +22,7 @@ NAMES = {kind: kind for kind in KINDS} | {"text": "raw text"}
 def assign_groups(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[str, str]:
     """Group -> split, so that each split's share of the rows is near its target.
 
-    In a seeded order, each group goes to the split that lacks most rows.
+    Large groups come first, in a seeded order among equals; each goes to the split that lacks most rows.
 
     Args:
         groups: the group of every row.
@@ -42,7 +42,7 @@ def assign_groups(groups: Sequence[str], shares: Mapping[str, float], seed: int)
 
 
 def pinned_groups(rows: Sequence[dict]) -> dict[str, str]:
-    """Group -> split of the rows whose source is pinned to one.
+    """Group -> split, for rows whose source is pinned to a split.
 
     Args:
         rows: with "group", "where", "pinned" (a split, or None) and "kind".
@@ -61,24 +61,24 @@ def pinned_groups(rows: Sequence[dict]) -> dict[str, str]:
         other = first.setdefault(row["group"], row)
         if other["pinned"] != row["pinned"]:
             raise DataError(
-                f"{row['where']} and {other['where']} are of one group ({row['group'][:40]!r}), but their sources are "
+                f"{row['where']} and {other['where']} are in one group ({row['group'][:40]!r}), but their sources are "
                 f"pinned to {row['pinned']} and {other['pinned']}; pin both to one split or remove one row"
             )
     return {group: row["pinned"] for group, row in first.items()}
 
 
 def assign_splits(rows: Sequence[dict], shares: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, str]:
-    """Group -> split for rows of every kind. A group with a row of a pinned source goes to that split as a whole.
+    """Group -> split for rows of all kinds. A group with a row from a pinned source goes as a whole to that split.
 
-    Of the other groups each kind is spread by shares of its own, so that none runs short in a split because another has
-    bigger groups. A group of several kinds counts as the first of them in `KINDS`.
+    The other groups are split kind by kind, each with its own shares, so that no kind runs short in a split because
+    another has larger groups. A group with several kinds counts as the first of them in `KINDS`.
 
     Args:
         rows: with "group", "where", "pinned" (a split, or None) and "kind".
         shares: kind -> split -> share of the rows.
 
     Raises:
-        DataError: rows of a kind that has no share in any split; or see `pinned_groups`.
+        DataError: a kind has rows but no share in any split, or see `pinned_groups`.
     """
     kind_of: dict[str, str] = {}
     assigned = pinned_groups(rows)
@@ -90,14 +90,14 @@ def assign_splits(rows: Sequence[dict], shares: Mapping[str, Mapping[str, float]
         if own and not shares.get(kind):
             raise DataError(
                 f"{own[0]['where']}: {len(own)} rows of {NAMES[kind]} are of no use: no split that they could go to "
-                "has a share; remove the source, give the stage that reads them, or give data.shares"
+                "has a share; remove the source, configure a stage that reads them, or set data.shares"
             )
         assigned |= assign_groups([row["group"] for row in own], shares.get(kind, {}), seed)
     return assigned
 
 
 def _shingles(text: str) -> set[Hashable]:
-    """Word 3-grams; a shorter text is one shingle."""
+    """The text's word 3-grams; a shorter text is a single shingle."""
     words = normalise(text).split()
     return {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
 
@@ -109,29 +109,29 @@ def jaccard(a: set[Hashable], b: set[Hashable]) -> float:
 def duplicates_across(
     texts: Sequence[str], splits: Sequence[str], threshold: float, given: Sequence[bool] = ()
 ) -> list[tuple[int, int]]:
-    """(row to keep, row that repeats it), once for each row that repeats one of another split, exactly or nearly.
+    """(row to keep, row that repeats it) for each row that repeats a row of another split, exactly or nearly.
 
-    Candidates come from MinHash LSH (Broder 1997), and count where the true Jaccard similarity of the
-    word 3-grams is at least `threshold`. Within one split duplicates are nobody's leak.
+    Candidates come from MinHash LSH (Broder 1997) and count if the true Jaccard similarity of their word 3-grams is at
+    least `threshold`. Duplicates within one split are no leak.
 
     Args:
-        given: whether a row is of a test set that was given as such; empty: none is. Those are kept before any other.
+        given: whether each row belongs to a given test set, whose rows are kept before all others; empty: none does.
     """
     from datasketch import MinHash, MinHashLSH
 
     given = given or [False] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: (not given[i], PRIORITY.index(splits[i]), i))
-    # One signature for each distinct text: exact repeats are then found for nothing.
+    # One signature per distinct text: exact repeats then cost nothing.
     members: dict[str, list[int]] = {}
     for i in order:
         members.setdefault(normalise(texts[i]), []).append(i)
-    found = {i: rows[0] for rows in members.values() for i in rows[1:] if splits[i] != splits[rows[0]]}
+    kept_for = {i: rows[0] for rows in members.values() for i in rows[1:] if splits[i] != splits[rows[0]]}
     if threshold >= 1:
-        return [(kept, i) for i, kept in sorted(found.items())]
+        return [(kept, i) for i, kept in sorted(kept_for.items())]
     shingles = {text: _shingles(text) for text in members}
     position = {text: i for i, text in enumerate(members)}
-    # A candidate too many costs a comparison, one too few is a leak: the weights make LSH find about 99% of the pairs
-    # at the threshold, and more above it (85% with equal weights).
+    # A superfluous candidate costs one comparison, a missing one is a leak: with these weights LSH finds about 99% of
+    # the pairs at the threshold, and more above it (85% with equal weights).
     index = MinHashLSH(threshold=max(0.1, threshold - 0.1), num_perm=NUM_PERM, weights=(0.1, 0.9))
     for text, rows in members.items():
         signature = MinHash(num_perm=NUM_PERM, seed=1)
@@ -140,61 +140,61 @@ def duplicates_across(
         near = next((t for t in candidates if jaccard(shingles[text], shingles[t]) >= threshold), None)
         if near is not None:
             kept = members[near][0]
-            found |= {i: kept for i in rows if splits[i] != splits[kept] and i not in found}
+            kept_for |= {i: kept for i in rows if splits[i] != splits[kept] and i not in kept_for}
         index.insert(text, signature)
-    return [(kept, i) for i, kept in sorted(found.items())]
+    return [(kept, i) for i, kept in sorted(kept_for.items())]
 
 
 TRAINED = ("sft", "reward", "rl")
-"""Splits that something is trained on."""
+"""Splits that models are trained on."""
 
 
 FEWEST_WORDS = 3
-"""A prompt of fewer is in any larger text by chance."""
+"""Prompts with fewer words occur in large texts by chance."""
 
 
 def words_of(text: str) -> list[str]:
-    """Case and punctuation aside."""
+    """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
-    """All sequences of n words; fewer words have none."""
+    """All sequences of n consecutive words; empty if there are fewer words."""
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def overlaps(
     prompts: Sequence[str], trained: Mapping[str, Sequence[str]], n: int
 ) -> list[tuple[float | None, str | None]]:
-    """Of each prompt the share of its n-grams that a text of any training split has (as Brown et al. 2020, appendix C,
-    look for them), and the split that most of them are in. A prompt of fewer than n words is one such sequence.
+    """For each prompt, the share of its n-grams that texts of the training splits contain (as in Brown et al. 2020,
+    appendix C), and the split that contains most of them. A prompt of fewer than n words is a single n-gram.
 
     Returns:
-        (share, split); (None, None) for a prompt of fewer than FEWEST_WORDS words, (0, None) where no text has any.
+        (share, split) per prompt; (None, None) for fewer than FEWEST_WORDS words, (0, None) if no text contains any.
     """
     least = min(n, FEWEST_WORDS)
     rows = [ngrams(words, max(least, min(n, len(words)))) for words in map(words_of, prompts)]
-    wanted = set().union(*rows)  # training texts may be many: only what is asked for is kept of them
+    wanted = set().union(*rows)  # there may be many training texts: only the n-grams of prompts are kept
     sizes = {len(gram) for gram in wanted}
 
-    def asked_for(text: str) -> set[tuple[str, ...]]:
+    def wanted_in(text: str) -> set[tuple[str, ...]]:
         words = words_of(text)
         return set().union(*(ngrams(words, size) & wanted for size in sizes))
 
-    seen = {split: set().union(*map(asked_for, texts)) for split, texts in trained.items()}
+    seen = {split: set().union(*map(wanted_in, texts)) for split, texts in trained.items()}
     anywhere = set().union(*seen.values())
-    found: list[tuple[float | None, str | None]] = []
+    shares: list[tuple[float | None, str | None]] = []
     for grams in rows:
         share = len(grams & anywhere) / len(grams) if grams else None
-        found.append((share, max(seen, key=lambda split: len(grams & seen[split])) if share else None))
-    return found
+        shares.append((share, max(seen, key=lambda split: len(grams & seen[split])) if share else None))
+    return shares
 
 
 def holders(prompts: Sequence[str], texts: Sequence[Sequence[str]], n: int, limit: float) -> set[int]:
-    """Which rows hold, each by itself, more than `limit` of the n-grams of one of the prompts, as `overlaps` counts.
+    """Indices of the rows that alone contain more than `limit` of a prompt's n-grams, counted as in `overlaps`.
 
     Args:
-        texts: of each row, what it says.
+        texts: the texts of each row.
     """
     least = min(n, FEWEST_WORDS)
     grams = [ngrams(words, max(least, min(n, len(words)))) for words in map(words_of, prompts)]
@@ -203,17 +203,17 @@ def holders(prompts: Sequence[str], texts: Sequence[Sequence[str]], n: int, limi
         for gram in own:
             prompts_with.setdefault(gram, []).append(i)
     sizes = {len(gram) for gram in prompts_with}
-    found = set()
-    for row, said in enumerate(texts):
-        held = {gram for words in map(words_of, said) for size in sizes for gram in ngrams(words, size)}
+    over = set()
+    for row, row_texts in enumerate(texts):
+        held = {gram for words in map(words_of, row_texts) for size in sizes for gram in ngrams(words, size)}
         counts = Counter(i for gram in held & prompts_with.keys() for i in prompts_with[gram])
         if any(count > limit * len(grams[i]) for i, count in counts.items()):
-            found.add(row)
-    return found
+            over.add(row)
+    return over
 
 
 def shuffled(rows: Sequence[dict], seed: int, split: str) -> list[dict]:
-    """The rows in a seeded order, whatever order they were read in."""
+    """The rows in a seeded order that does not depend on the order in which they were read."""
     rows = sorted(rows, key=lambda row: row["id"])
     random.Random(derive_seed(seed, "rows", split)).shuffle(rows)
     return rows
@@ -222,11 +222,11 @@ def shuffled(rows: Sequence[dict], seed: int, split: str) -> list[dict]:
 def in_turns(rows: Sequence[dict], max_per_group: int | None = None) -> list[dict]:
     """The first row of each group, then the second of each, and so on: every prefix is as even as the groups allow.
 
-    Rows of one group depend on one another, so that a limit keeps most information where it keeps most groups.
+    Rows of one group depend on one another, so a limit keeps most information by keeping as many groups as possible.
 
     Args:
         rows: with "group".
-        max_per_group: later rows of a group are left out; None: none are.
+        max_per_group: further rows of a group are left out; None: none are.
     """
     turns: Counter[str] = Counter()
     turn_of = []
@@ -238,7 +238,7 @@ def in_turns(rows: Sequence[dict], max_per_group: int | None = None) -> list[dic
 
 
 def histogram(values: Sequence[int], bins: int = 20) -> dict | None:
-    """{"mean", "min", "max", "histogram": {"edges", "counts"}} of whole numbers; None for no values."""
+    """{"mean", "min", "max", "histogram": {"edges", "counts"}} of integers; None if there are none."""
     if not values:
         return None
     counts, edges = np.histogram(values, bins=min(bins, max(1, max(values) - min(values))))

@@ -1,4 +1,4 @@
-"""From the rows of all sources to the tables of the splits."""
+"""Turns the rows of all sources into the tables of the splits."""
 
 from typing import Any
 
@@ -14,33 +14,34 @@ def best(row: dict) -> str:
 
 
 JOINED = {"preferences": "rankings", "feedback": "ratings"}
-"""Kind of row -> what people said of it, of which there may be several."""
+"""Kind of row -> the key of its labels, which are joined if several rows have the same content."""
 
 
 def merged(rows: list[dict]) -> list[dict]:
     """One row per id. Rankings, or ratings, of the same completions are joined, say from one file per labeler.
 
-    Raises DataError where sources of different weight have the same row: whose it would be depended on their order.
+    Raises DataError if sources with different weights contain the same row: its weight would depend on their order.
     """
-    found: dict[str, dict] = {}
-    torn: list[tuple[dict, dict]] = []
+    by_id: dict[str, dict] = {}
+    conflicts: list[tuple[dict, dict]] = []
     for row in rows:
-        first = found.setdefault(row["id"], row)
+        first = by_id.setdefault(row["id"], row)
         if first.get("weight") != row.get("weight"):
-            torn.append((first, row))
-        elif first is not row and (said := JOINED.get(row["kind"])):
-            found[row["id"]] = first | {said: first[said] + row[said]}
-    if torn:
-        first, row = torn[0]
+            conflicts.append((first, row))
+        elif first is not row and (labels := JOINED.get(row["kind"])):
+            by_id[row["id"]] = first | {labels: first[labels] + row[labels]}
+    if conflicts:
+        first, row = conflicts[0]
         raise DataError(
-            f"data: {len(torn)} rows are in sources of different weight, first {row['where']} ({row['weight']:g}) and "
-            f"{first['where']} ({first['weight']:g}); give both sources one weight, or remove the rows from one of them"
+            f"data: {len(conflicts)} rows are in sources of different weight, first {row['where']} "
+            f"({row['weight']:g}) and {first['where']} ({first['weight']:g}); give both sources the same weight, or "
+            "remove the rows from one of them"
         )
-    return list(found.values())
+    return list(by_id.values())
 
 
 def one_each(rows: list[dict]) -> list[dict]:
-    """One row per prompt, demonstrations first, then preferences: in an interval over prompts each counts once."""
+    """One row per prompt, since confidence intervals count each prompt once. Demonstrations win over preferences."""
     first: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: (answer_of(row) is None, row["kind"])):
         first.setdefault(row["prompt"], row["id"])
@@ -48,15 +49,15 @@ def one_each(rows: list[dict]) -> list[dict]:
 
 
 def answer_of(row: dict) -> str | None:
-    """What a model learns to say: the demonstration, or the preferred completion; None for a prompt alone, and for
-    feedback, whose completion may be a bad one."""
+    """The answer to learn: a demonstration's completion, or the preferred one; None for bare prompts and for feedback,
+    whose completion may be bad."""
     if row["kind"] == "feedback":
         return None
     return best(row) if row["kind"] == "preferences" else row.get("completion")
 
 
 def weighted(row: dict, split: str) -> dict[str, float]:
-    """{"weight"} of a row of this split's table that counts more or less than once in training."""
+    """{"weight"} of a row in this split's table, if training sees it more or less than once per epoch; else empty."""
     return {"weight": row["weight"]} if split in ("sft", "reward") and row["weight"] != 1 else {}
 
 

@@ -1,4 +1,4 @@
-"""What becomes of every row that was read: used in the table of a split, or left out and why."""
+"""Accounts for every row that was read: which table uses it, or why it was left out."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +15,12 @@ class Use(TypedDict):
     kind: str
     split: str
     also_in: str | None
-    """The split that they belong to, where that is another: sft also trains on rows of the reward split."""
+    """The split that they belong to, if it is another one: sft also trains on rows of the reward split."""
     used_by: list[str]
-    """The stages that read such rows, in a run that has them: the data stage does not know the others."""
+    """The stages that read such rows if a run has them; the data stage does not know which it has."""
     rows: int
     weight: float
-    """How often an epoch of training has each."""
+    """How often each is in an epoch of training."""
 
 
 class LeftOut(TypedDict):
@@ -43,7 +43,7 @@ class Account:
         self.reasons: Counter[tuple[str, str, str]] = Counter()
 
     def leave_out(self, reason: str, before: Sequence[dict], after: Sequence[dict]) -> None:
-        """Notes the rows that a step did not keep."""
+        """Counts the rows that a step did not keep."""
         for (source, kind), count in (_by_source(before) - _by_source(after)).items():
             self.reasons[source, kind, reason] += count
 
@@ -64,18 +64,18 @@ class Account:
 
 
 def uses(tables: Mapping[str, Sequence[dict]]) -> list[Use]:
-    """What the rows of every table are used for.
+    """How the rows of every table are used.
 
     Args:
         tables: split -> the rows of its table, with "source", "kind" and "split".
     """
-    found: list[Use] = []
+    rows_used: list[Use] = []
     for split, rows in tables.items():
         counts = Counter(
             (row["source"], row["kind"], row["split"], weighted(row, split).get("weight", 1.0)) for row in rows
         )
         for (source, kind, home, weight), count in sorted(counts.items()):
-            found.append(
+            rows_used.append(
                 {
                     "source": source,
                     "kind": kind,
@@ -86,11 +86,11 @@ def uses(tables: Mapping[str, Sequence[dict]]) -> list[Use]:
                     "weight": weight,
                 }
             )
-    return found
+    return rows_used
 
 
 def lines(used: Sequence[Use], left_out: Sequence[LeftOut]) -> list[str]:
-    """The table in words, for a log: a line for each source, kind and split, and for each reason."""
+    """The lines of a text table for the log: one for each source, kind and split, and one for each reason."""
     table = [("source", "kind", "split", "used by", "rows")]
     for use in sorted(used, key=lambda use: (use["source"], use["kind"])):
         also = f" (also in {use['also_in']})" if use["also_in"] else ""

@@ -1,4 +1,4 @@
-"""Where all evaluations meet: outcomes prompt by prompt, what each model forgot, how preferences moved."""
+"""Compares the evaluations of a run: outcomes prompt by prompt, forgetting, and shifts of preferences."""
 
 import json
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ Rows = dict[str, dict[str, dict]]
 
 
 def column(rows: Rows, name: str) -> dict[str, list]:
-    """Subject -> values by row, of the subjects that were measured."""
+    """Subject -> the column's values by row, for subjects with no value missing."""
     columns = {subject: [row[name] for row in by_id.values()] for subject, by_id in rows.items()}
     return {subject: values for subject, values in columns.items() if None not in values}
 
 
 def other_scores(rows: Rows) -> dict[str, dict[str, list]]:
-    """Scorer -> subject -> [n, samples], of the gold scorers that every subject was measured by, besides the first."""
+    """Scorer -> subject -> [n, samples], for the further gold scorers that measured every subject."""
     first = [next(iter(by_id.values()), {}) for by_id in rows.values()]
     names = [name for name in first[0].get("scores", {}) if all(name in row.get("scores", {}) for row in first)]
     return {
@@ -35,18 +35,18 @@ def other_scores(rows: Rows) -> dict[str, dict[str, list]]:
 
 
 def prompt_means(columns: dict[str, list]) -> dict[str, list[float]]:
-    """The mean over each prompt's samples, of columns that hold lists or single numbers."""
+    """Subject -> the mean over each prompt's samples; columns hold lists or single numbers."""
     return {subject: [float(np.mean(value)) for value in values] for subject, values in columns.items()}
 
 
 def gold_outcomes(scores: dict[str, list], tie: float) -> Outcomes:
-    """The outcomes of every two subjects, from the scores of each: [n, samples] or [n]."""
+    """The outcomes for every pair of subjects, from their scores [n, samples] or [n]."""
     return {(a, b): outcomes(scores[a], scores[b], tie) for a, b in pairs_of(list(scores))}
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """The evaluations of a run, compared by bootstrap with these resamples."""
+    """The evaluations of a run, compared by bootstrap with `n_resamples`."""
 
     folders: dict[str, Path]
     """By subject: base, sft, then the policies by name."""
@@ -64,12 +64,12 @@ class Evaluations:
 
     @property
     def reference(self) -> str:
-        """The model that policies started from."""
+        """The model that policies start from by default."""
         return "sft" if "sft" in self.folders else "base"
 
     @property
     def changes(self) -> list[tuple[str, str]]:
-        """(before, after) of every training: from base to the reference, and from a policy's start to the policy."""
+        """(before, after) of every training: from base to the reference, and from each policy's start to the policy."""
         first = [("base", self.reference)] if self.reference != "base" else []
         # Best-of-n trains nothing and has no probes.
         policies = [name for name in self.folders if name not in ("base", "sft")]
@@ -90,12 +90,12 @@ class Evaluations:
     def match(
         self, outcome_of: Outcomes, samples: Rows, length: str, tie: float, scores: dict[str, list] | None = None
     ) -> Match | None:
-        """The match with these outcomes; None where there are none.
+        """The match with these outcomes; None if there are none.
 
         Args:
-            samples: rows of samples.jsonl.
-            length: the column with the lengths of the responses that were compared.
-            scores: by subject, [n, samples] or [n], whose differences are measured too; None: none are.
+            samples: the rows of samples.jsonl.
+            length: the column with the lengths of the compared responses.
+            scores: by subject, [n, samples] or [n], to report differences of; None: no differences.
         """
         if not outcome_of:
             return None
@@ -108,7 +108,7 @@ class Evaluations:
         )
 
     def probe_shifts(self) -> list[dict[str, Any]]:
-        """What each training did to the next tokens of the probe sentence."""
+        """How each training changed the next-token probabilities of the probe sentence."""
         return [
             {
                 "before": before,
@@ -119,7 +119,7 @@ class Evaluations:
         ]
 
     def forgetting(self) -> list[Forgetting]:
-        """How much more each model forgot than each that comes before it, text by text."""
+        """How much more each model forgot than each model before it, compared text by text."""
         texts = column(self.rows("retention.jsonl"), "nll")
         choices = column(self.rows("choices.jsonl"), "correct")
         adapters = {name: self.content(name, METRICS)["adapter"] for name in self.folders}
@@ -142,7 +142,7 @@ class Evaluations:
         ]
 
     def preference_shifts(self) -> list[PreferenceShift]:
-        """How each training moved the log-probs of chosen and rejected responses, pair by pair."""
+        """How each training changed the log-probs of chosen and rejected responses, compared pair by pair."""
         pairs = self.rows("pairs.jsonl")
         return [self._preference_shift(before, after, pairs) for before, after in self.changes if pairs.get(before)]
 

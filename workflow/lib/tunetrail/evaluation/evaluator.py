@@ -1,4 +1,4 @@
-"""One model under evaluation: its samples, and what they score."""
+"""One model under evaluation: its samples and their scores."""
 
 import json
 from collections.abc import Hashable, Sequence
@@ -27,22 +27,22 @@ from tunetrail.seeds import derive_seed
 Example = tuple[list[int], list[int]]
 """(prompt ids, response ids)"""
 TRAINED = ("dpo", "kto", "ppo")
-"""Methods that train a policy from a reference."""
+"""Methods that train a policy against a reference model."""
 
 
 @dataclass
 class Samples:
-    """K responses to each of N prompts, prompt by prompt: every column is [N * K]."""
+    """K responses to each of N prompts, prompt by prompt: every column has N * K entries."""
 
     k: int
     examples: list[Example]
     texts: list[str]
     gold: list[float] | None = None
-    """None where there is no gold scorer."""
+    """The gold scores; None if there is no gold scorer."""
     reward: list[float] | None = None
-    """The reward model's score; None where there is no reward model."""
+    """The reward model's score; None if there is no reward model."""
     kl: list[float] | None = None
-    """[N], of the first response to each prompt to the SFT model; None where it was not measured."""
+    """[N]: KL to the SFT model along the first response to each prompt; None if it was not measured."""
     others: dict[str, list[float]] = field(default_factory=dict)
     """The other gold scorers' scores, by name."""
 
@@ -51,7 +51,7 @@ class Samples:
         return [len(response) for _, response in self.examples]
 
     def means(self, name: str) -> Any:
-        """[N]: of each prompt the mean over its responses; None where the column was not measured."""
+        """[N]: the mean over each prompt's responses; None if the column was not measured."""
         return self.prompt_means(getattr(self, name))
 
     def prompt_means(self, values: list[float] | None) -> Any:
@@ -59,7 +59,7 @@ class Samples:
         return None if values is None else np.reshape(values, (-1, self.k)).mean(1).tolist()
 
     def pick(self, rows: list[int], k: int) -> "Samples":
-        """The responses in these rows, k to each prompt."""
+        """The responses in these rows, k per prompt."""
         columns = (self.examples, self.texts, self.gold, self.reward)
         kl = self.kl and [self.kl[i // self.k] for i in rows[::k]]
         others = {name: [values[i] for i in rows] for name, values in self.others.items()}
@@ -71,13 +71,13 @@ class Samples:
 
 
 class Evaluator:
-    """A model with what it is compared to."""
+    """The model under evaluation, its prompts, and the models and scorers that measure it."""
 
     def __init__(self, stage: Stage, rows: list[dict]):
         self.stage, self.config = stage, EvaluationConfig(**stage.config)
         self.precision, self.subject = stage.shared["precision"], stage.shared["subject"]
         self.made: dict[str, Any] = json.loads((stage.inputs["model"].folder / METRICS).read_text())
-        """The metrics of the stage that made the model; `adapter`, where it was trained, says how."""
+        """The metrics of the stage that made the model; if it was trained, `adapter` says how."""
         policy = stage.inputs["model"].folder / "policy.json"
         self.n = json.loads(policy.read_text())["n"] if policy.exists() else 1
         """Samples per prompt; above 1 the reward model keeps the best (best-of-n)."""
@@ -87,30 +87,33 @@ class Evaluator:
         self.model = load_causal_lm(self.folder).to(device()).eval()
         self.prompts = [encode(self.tokenizer, row["prompt"]) for row in rows]
         self.frontier_rows = rows[: self.config.frontier_prompts]
-        """The prompts of the frontier and of best-of-n. The file takes turns among groups, in random order."""
+        """The prompts for the frontier and best-of-n: the first ones, since the file is shuffled and takes turns among
+        groups."""
         self.lacking = sum("completion" not in row for row in rows)
-        """Prompts without the author's text."""
+        """How many prompts have no reference answer."""
         groups = [row["group"] for row in rows]
         self.groups: list[Any] = groups if len(set(groups)) > 1 else list(range(len(rows)))
-        """What is resampled: the source group of each prompt."""
+        """The units to resample: each prompt's source group, or the prompts themselves if there is only one group."""
         self.seed = derive_seed(stage.seed, self.subject["name"])
-        """Every model draws random numbers of its own, see `stages.evaluation`."""
+        """Every model draws its own random numbers, see `stages.evaluation`."""
         self.bar = ProgressBar(f"evaluation of {self.subject['name']}", 6, "parts", every_seconds=5)
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        """By name, the one that counts first. Those that compare with the author's text need one for every prompt."""
+        """Gold scorers by name, the main one first. A scorer that needs reference answers is left out if any prompt
+        lacks one."""
         scorers = {name: build(name, self.stage.shared.get("scorers", {})) for name in self.config.golds}
         return {name: scorer for name, scorer in scorers.items() if not (scorer.needs_reference and self.lacking)}
 
     @property
     def gold(self) -> str | None:
-        """The scorer that counts; None where there is none or it cannot be measured, whatever the others can."""
+        """The main gold scorer; None if there is none or it cannot be measured, even if others can."""
         return next((name for name in self.config.golds[:1] if name in self.scorers), None)
 
     @property
     def not_measured(self) -> dict[str, Any] | None:
-        """{"scorers", "prompts"}: gold scorers that need the author's text, and the prompts that have none."""
+        """{"scorers", "prompts"}: gold scorers left out for lack of reference answers, and how many prompts lack
+        one."""
         names = [name for name in self.config.golds if name not in self.scorers]
         return {"scorers": names, "prompts": self.lacking} if names else None
 
@@ -119,7 +122,7 @@ class Evaluator:
         return load_causal_lm(self.stage.inputs["sft"].folder / "model").to(device()).eval()
 
     def kept(self, checkpoint: Path) -> Any:
-        """A model kept along the way, of which LoRA leaves the adapter alone."""
+        """A model kept along the way, of which only the adapter was saved with LoRA."""
         adapter = checkpoint / "adapter"
         start = self.stage.inputs["sft"].folder / "model"
         model = with_adapter(start, adapter) if adapter.exists() else load_causal_lm(checkpoint / "model")
@@ -132,11 +135,11 @@ class Evaluator:
         return bootstrap(values, self.config.bootstrap, self.stage.seed, groups) if values else None  # type: ignore[return-value]
 
     def over_prompts(self, values: Any) -> Interval | None:
-        """The interval of one value for each of the first prompts."""
+        """The mean of one value for each of the first prompts, with its interval."""
         return values and self.interval(values, self.groups[: len(values)])
 
     def divergence(self, samples: Samples) -> Divergence | None:
-        """The mean KL of a response to each of the first prompts, with its standard error."""
+        """The mean KL over one response to each of the first prompts, with its standard error."""
         if self.n > 1:
             bound = best_of_n_kl(self.n)
             return {
@@ -153,7 +156,7 @@ class Evaluator:
         return (self.over_prompts(samples.kl) or {}) | {"se": error, "estimator": "rao-blackwell"}  # type: ignore[return-value,operator]
 
     def sampled(self, model: Any, rows: list[dict], k: int, greedy: bool = False) -> tuple[Samples, Samples | None]:
-        """K responses to each of the first prompts with their gold scores; the greedy ones too, where asked for."""
+        """(K responses to each of the first prompts with their gold scores; if `greedy`, the greedy ones as well)."""
         config = self.config
         responses = sample(
             decoding_weights(model, use_bf16(self.precision)),
@@ -172,7 +175,7 @@ class Evaluator:
         return drawn, self.scored([of_prompt[:1] for of_prompt in responses], rows) if greedy else None
 
     def scored(self, responses: list[list[list[int]]], rows: list[dict]) -> Samples:
-        """Responses of each prompt with their texts and gold scores."""
+        """Each prompt's responses with their texts and gold scores."""
         flat = [response for of_prompt in responses for response in of_prompt]
         owners = [i for i, of_prompt in enumerate(responses) for _ in of_prompt]
         texts = [text.strip() for text in self.tokenizer.batch_decode(flat, skip_special_tokens=True)]
@@ -187,25 +190,25 @@ class Evaluator:
         examples = [(self.prompts[i], response) for response, i in zip(flat, owners, strict=True)]
         return Samples(len(responses[0]), examples, texts, gold, others=scores)
 
-    def reward(self, several: list[Samples]) -> None:
+    def reward(self, batches: list[Samples]) -> None:
         """Fills in the reward model's scores."""
-        if "reward" not in self.stage.inputs or not several:
+        if "reward" not in self.stage.inputs or not batches:
             return
         reward_model = load_reward_model(self.stage.inputs["reward"].folder / "model").to(device()).eval()
-        for samples in several:
+        for samples in batches:
             samples.reward = reward_scores(
                 reward_model, samples.examples, self.pad_id, self.precision, self.config.batch_tokens
             )
 
-    def kl(self, several: list[tuple[Samples, Path | None]]) -> None:
-        """Fills in the KL to the SFT model, of samples of this model (None) or of a checkpoint of it.
+    def kl(self, batches: list[tuple[Samples, Path | None]]) -> None:
+        """Fills in the KL to the SFT model, for samples of this model (None) or of one of its checkpoints.
 
-        Of one response per prompt: its whole distributions make it precise, and two models score every token of it.
+        One response per prompt is enough, since whole distributions are compared, and two models must score all of it.
         """
         if "sft" not in self.stage.inputs or self.n > 1:
             return
         reference = self.reference()
-        for samples, checkpoint in several:
+        for samples, checkpoint in batches:
             model = self.model if checkpoint is None else self.kept(checkpoint)
             samples.kl = kl_divergences(
                 model,
@@ -218,7 +221,7 @@ class Evaluator:
             )
 
     def best(self, samples: Samples) -> Samples:
-        """Of every n samples of a prompt the one that the reward model prefers."""
+        """Keeps of every n samples of a prompt the one with the highest reward."""
         if self.n == 1 or samples.reward is None:
             return samples
         score = samples.reward.__getitem__

@@ -1,13 +1,13 @@
 """Reward and gold score against KL: a policy's checkpoints, and best-of-n from the model it started from.
 
-A policy's training may keep checkpoints at fixed steps (`policies.<name>.checkpoints`). Each of them answers the first
-`frontier_prompts` prompts once, as the final model does `evaluation.samples` times: all points of all policies are on
-prompts that no stage has seen, and none depends on when a save happened to be due. The yardstick is best-of-n on the
-same prompts, from 8 samples of the SFT model for each. The final model is the last one, whatever the curve says: a
-point chosen by looking at the curve would have to be measured on other prompts.
+Training a policy may keep checkpoints at fixed steps (`policies.<name>.checkpoints`). Each of them answers the first
+`frontier_prompts` prompts once, the final model `evaluation.samples` times. So all points of all policies are on
+prompts that no stage has trained on, and none depends on when a save happened to be due. The yardstick is best-of-n on
+the same prompts, from 8 samples per prompt of the SFT model. The final model is always the last one: a point chosen by
+looking at the curve would have to be measured on other prompts.
 
-A point's interval is of its own mean, by bootstrap over source groups. Points share their prompts, so that two of them
-differ by less than two intervals suggest.
+A point's interval is that of its own mean, by bootstrap over source groups. Since points share their prompts, the
+difference between two of them is less uncertain than their two intervals suggest.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from tunetrail.evaluation.schema import BestOfNCurve, BestOfNPoint, Frontier, Fr
 from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values
 
 BEST_OF = (1, 2, 4, 8)
-"""n of the yardstick; the last is how many samples of a prompt are drawn."""
+"""The yardstick's n; the last is the number of samples per prompt."""
 RULE = "the last step, fixed before training"
 """How the final model is chosen among the checkpoints."""
 
@@ -38,7 +38,8 @@ def sample_checkpoints(evaluator: Evaluator, kept: dict[int, Path]) -> dict[int,
 
 
 def sample_yardstick(evaluator: Evaluator) -> Samples | None:
-    """Many samples of the model that policies start from; None for any other model, or without a reward model."""
+    """Samples for best-of-n from the model that policies start from; None for other models or without a reward
+    model."""
     if "sft" in evaluator.stage.inputs or "reward" not in evaluator.stage.inputs:
         return None
     return evaluator.sampled(evaluator.model, evaluator.frontier_rows, max(BEST_OF))[0]

@@ -1,4 +1,4 @@
-"""What a model still knows, what it prefers, and what it would say next: on given texts, nothing is sampled."""
+"""What a model still knows, what it prefers, and which tokens it predicts, measured on given texts without sampling."""
 
 import math
 from typing import Any
@@ -16,7 +16,8 @@ from tunetrail.preferences.pairs import decided_pairs, preference_targets
 
 
 def retention(evaluator: Evaluator) -> Retention | None:
-    """Loss on unrelated text and a multiple-choice task; writes `retention.jsonl` and `choices.jsonl`."""
+    """Loss on unrelated text and accuracy on multiple-choice questions; writes `retention.jsonl` and
+    `choices.jsonl`."""
     stage, config = evaluator.stage, evaluator.config
     if "retention" not in stage.inputs:
         return None
@@ -43,11 +44,11 @@ def retention(evaluator: Evaluator) -> Retention | None:
 
 
 def liking(evaluator: Evaluator, examples: list[Example]) -> tuple[np.ndarray, np.ndarray, str]:
-    """([n] log-probs of responses, [n] by what the model is asked which it likes, the name of that measure).
+    """([n] log-probs of responses, [n] how much the model likes each, the name of that measure).
 
-    A trained policy by its implicit reward, log p(response) less that of the reference: DPO and KTO move these, and
-    longer responses have lower log-probs whatever was learnt. Where nothing was trained from a reference, the raw
-    log-probs are all there is.
+    For a trained policy the measure is its implicit reward, log p(response) less that of the reference: this is what
+    DPO and KTO optimise, whereas raw log-probs always favour short responses. For other models the measure is the raw
+    log-prob, for lack of a reference.
     """
 
     def logps_of(model: Any) -> np.ndarray:
@@ -60,8 +61,8 @@ def liking(evaluator: Evaluator, examples: list[Example]) -> tuple[np.ndarray, n
 
 
 def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
-    """Log-probs of chosen and rejected responses of every decided pair, and how often the model tells which is which
-    (see `liking`); writes `pairs.jsonl`."""
+    """Log-probs of chosen and rejected responses of every decided pair, and how often the model likes the chosen one
+    more (see `liking`); writes `pairs.jsonl`."""
     stage = evaluator.stage
     if "comparisons" not in stage.inputs:
         return None
@@ -75,26 +76,26 @@ def heldout_preferences(evaluator: Evaluator) -> HeldOutPreferences | None:
         pairs += [(f"{row['id']}/{w}-{v}", row["group"], len(examples) + w, len(examples) + v) for w, v in decided]
         examples += [(prompt, response) for response in responses]
 
-    logps, gained, measure = liking(evaluator, examples)
+    logps, likings, measure = liking(evaluator, examples)
     table = [
         {"id": name, "group": group, "chosen_logp": float(logps[w]), "rejected_logp": float(logps[v])}
         for name, group, w, v in pairs
     ]
     write_jsonl(stage.work / "pairs.jsonl", table)
     groups = [group for _, group, *_ in pairs] if len({group for _, group, *_ in pairs}) > 1 else None
-    told = [0.5 + 0.5 * float(np.sign(gained[w] - gained[v])) for *_, w, v in pairs]
+    correct = [0.5 + 0.5 * float(np.sign(likings[w] - likings[v])) for *_, w, v in pairs]
     return {
         "chosen_logps": evaluator.interval([row["chosen_logp"] for row in table], groups),
         "rejected_logps": evaluator.interval([row["rejected_logp"] for row in table], groups),
-        "accuracy": evaluator.interval(told, groups),
+        "accuracy": evaluator.interval(correct, groups),
         "measure": measure,
     }
 
 
 def heldout_feedback(evaluator: Evaluator) -> HeldOutFeedback | None:
-    """Log-probs of liked and disliked responses, and how well the model tells one sort from the other (see `liking`).
+    """Log-probs of liked and disliked responses, and how well the model tells them apart (see `liking`).
 
-    A response is what most of its ratings say; where they are divided evenly it is left out.
+    The majority of a response's ratings decides; responses with evenly divided ratings are left out.
     """
     rows, liked = [], []
     for row in evaluator.stage.rows("data", "feedback.jsonl", optional=True):
@@ -108,17 +109,17 @@ def heldout_feedback(evaluator: Evaluator) -> HeldOutFeedback | None:
         (encode(evaluator.tokenizer, row["prompt"]), encode_response(evaluator.tokenizer, row["completion"]))
         for row in rows
     ]
-    logps, gained, measure = liking(evaluator, encoded)
+    logps, likings, measure = liking(evaluator, encoded)
 
     def interval(wanted: bool) -> Any:
         own = [i for i, is_liked in enumerate(liked) if is_liked == wanted]
         groups = [rows[i]["group"] for i in own]
         return evaluator.interval([float(logps[i]) for i in own], groups if len(set(groups)) > 1 else None)
 
-    told: Any = None
+    accuracy: Any = None
     if 0 < sum(liked) < len(liked):
-        [told] = bootstrap_of(
-            auc_of(gained, liked),
+        [accuracy] = bootstrap_of(
+            auc_of(likings, liked),
             [row["group"] for row in rows],
             evaluator.config.bootstrap,
             evaluator.stage.seed,
@@ -126,18 +127,18 @@ def heldout_feedback(evaluator: Evaluator) -> HeldOutFeedback | None:
     return {
         "liked_logps": interval(True),
         "disliked_logps": interval(False),
-        "accuracy": told,
+        "accuracy": accuracy,
         "measure": measure,
     }
 
 
 def holds(row: dict, sentence: str) -> bool:
-    """Whether a row of the sft split has the sentence in what is learnt from it."""
+    """Whether the text that a row of the sft split teaches contains the sentence."""
     return sentence in (row["text"] if "text" in row else row["completion"])
 
 
 def probes(evaluator: Evaluator) -> dict[str, Any]:
-    """Next-token probabilities of the sentence, and log-probs of the two responses of each preference probe."""
+    """Next-token probabilities of the sentence, and log-probs of both responses of each preference probe."""
     tokenizer, shared = evaluator.tokenizer, evaluator.stage.shared
     as_chat = shared["data.chat"] and tokenizer.chat_template
     preferences = []

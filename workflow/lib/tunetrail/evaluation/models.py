@@ -1,4 +1,4 @@
-"""What a language model thinks of given texts: losses, log-probs, next-token probabilities, distance to another."""
+"""Measures of a language model on given texts: losses, log-probs, next-token probabilities, KL to another model."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +18,7 @@ def _over(
     precision: str,
     max_tokens: int | None,
 ) -> list[torch.Tensor]:
-    """`map_batches` of (prompt ids, response ids) in this precision."""
+    """`map_batches` over (prompt ids, response ids) in this precision."""
 
     def in_precision(batch: Batch) -> torch.Tensor:
         with autocast(precision):
@@ -53,9 +53,9 @@ def reward_scores(
 
 
 def next_token_log_probs(model: Any, batch: Batch, temperature: float) -> Iterator[torch.Tensor]:
-    """The distributions that predict each response token of a batch, row by row: chunks [n, V] float32.
+    """Yields the log-probs that predict each response token of a batch, row by row, in chunks [n, V] float32.
 
-    The head is computed in float32 where it is a plain one: bf16 logits would add a distance of their own.
+    A plain head is computed in float32: the rounding of bf16 logits would add to the distance between models.
     """
     r, mask, weight = batch.response_mask.shape[1], batch.response_mask, head_weight(model)
     if weight is None:
@@ -77,12 +77,12 @@ def kl_divergences(
     temperature: float = 1.0,
     max_tokens: int | None = None,
 ) -> list[float]:
-    """Of each response that `model` sampled the KL of model to reference along it, in nats.
+    """For each response that `model` sampled, the KL from model to reference along it, in nats.
 
-    At every step the whole next-token distributions are compared, instead of the two log-probs of the token that was
-    drawn: the Rao-Blackwellised estimate (Amini, Vieira and Cotterell 2025). It has the same mean over responses and
-    never more variance; it is 0 for equal models, since both are scored by the same pass; and unlike exp(-d) - 1 + d
-    no single token can dominate it.
+    At every step whole next-token distributions are compared, not just the two log-probs of the sampled token: the
+    Rao-Blackwellised estimate (Amini, Vieira and Cotterell 2025). It has the same mean over responses and never more
+    variance; it is 0 for equal models, since both are scored in the same way; and unlike with exp(-d) - 1 + d no single
+    token can dominate it.
     """
 
     def divergence(batch: Batch) -> torch.Tensor:
@@ -100,17 +100,17 @@ def mean_nlls(
     precision: str,
     max_tokens: int | None = None,
 ) -> list[float]:
-    """Nats a token of each response, which has a token at least."""
+    """The mean loss of each response in nats per token; responses must not be empty."""
     rows = logprobs_of(model, examples, pad_id, precision, max_tokens=max_tokens)
     return [-row.mean().item() for row in rows]
 
 
 @torch.no_grad()
 def sentence_probe(model: Any, tokenizer: Any, sentence: str, top: int = 50) -> list[dict]:
-    """For each token of a sentence: its probability given what stands before it, and the likeliest next tokens.
+    """For each token of a sentence, its probability given the tokens before it, and the likeliest tokens there.
 
-    In full precision: a figure that people read should not depend on the hardware. The first token has
-    nothing before it: its `prob` is None.
+    In full precision: a number that people read should not depend on the hardware. The `prob` of the first token is
+    None, since nothing precedes it.
     """
     ids = tokenizer(sentence)["input_ids"]
     probs = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().softmax(-1).cpu()
@@ -134,21 +134,23 @@ def sentence_probe(model: Any, tokenizer: Any, sentence: str, top: int = 50) -> 
 def right_choices(
     model: Any, questions: list[dict], pad_id: int, precision: str, max_tokens: int | None = None
 ) -> list[bool]:
-    """Whether the question makes the answer likelier than it makes the other choices, of each multiple-choice question.
+    """For each multiple-choice question, whether the model chooses the right answer.
 
-    log p(choice | prompt) - log p(choice | neutral prompt) (Holtzman et al. 2021): the likelihood alone prefers what is
-    short or common, whatever was asked.
+    It chooses by log p(choice | prompt) - log p(choice | neutral prompt) (Holtzman et al. 2021): the likelihood alone
+    would favour short or common texts, whatever the question.
 
     Args:
-        questions: with "prompt_ids", "neutral_ids", "choices" (token ids of each) and "answer", an index.
+        questions: with "prompt_ids", "neutral_ids", "choices" (token ids of each) and "answer" (an index).
     """
     asked = [(row["prompt_ids"], choice) for row in questions for choice in row["choices"]]
     bare = dict.fromkeys((tuple(row["neutral_ids"]), tuple(choice)) for row in questions for choice in row["choices"])
     examples = asked + [(list(prompt), list(choice)) for prompt, choice in bare]
     logps = [float(row.sum()) for row in logprobs_of(model, examples, pad_id, precision, max_tokens=max_tokens)]
-    given, unasked = iter(logps), dict(zip(bare, logps[len(asked) :], strict=True))
-    found = []
+    given_prompt, given_neutral = iter(logps), dict(zip(bare, logps[len(asked) :], strict=True))
+    correct = []
     for row in questions:
-        gains = [next(given) - unasked[tuple(row["neutral_ids"]), tuple(choice)] for choice in row["choices"]]
-        found.append(gains.index(max(gains)) == row["answer"])
-    return found
+        gains = [
+            next(given_prompt) - given_neutral[tuple(row["neutral_ids"]), tuple(choice)] for choice in row["choices"]
+        ]
+        correct.append(gains.index(max(gains)) == row["answer"])
+    return correct

@@ -1,25 +1,25 @@
-"""What evaluation measures, as types: the shapes of metrics.json, samples.jsonl and their parts on disk."""
+"""The types of evaluation's metrics.json and its parts."""
 
 from typing import NotRequired, TypedDict
 
 
 class Interval(TypedDict):
-    """A mean with a 95% bootstrap interval, by resampling the source groups of its values (the values themselves where
-    all are of one group or of none)."""
+    """A mean with a 95% bootstrap interval, by resampling the source groups of its values, or the values themselves if
+    there are no groups or only one."""
 
     mean: float
     low: float
     high: float
     n: int
-    """Values behind it: prompts, texts or pairs."""
+    """The number of values: prompts, texts or pairs."""
     groups: NotRequired[int]
 
 
 class Divergence(Interval):
-    """KL of a model to the SFT model in nats per response."""
+    """KL from a model to the SFT model, in nats per response."""
 
     se: float | None
-    """Standard error; null where nothing was estimated."""
+    """Standard error; null for a bound."""
     estimator: str
     """`rao-blackwell`; `analytic bound` for best-of-n: mean and high are the bound, low is 0."""
 
@@ -65,7 +65,7 @@ class Choices(TypedDict):
 
 
 class Retention(TypedDict):
-    """Loss on unrelated text in nats per token, its perplexity, and a multiple-choice task."""
+    """Loss on unrelated text in nats per token, its perplexity, and multiple-choice accuracy."""
 
     nll: Interval | None
     perplexity: Interval | None
@@ -78,7 +78,7 @@ class HeldOutPreferences(TypedDict):
     chosen_logps: Interval | None
     rejected_logps: Interval | None
     accuracy: Interval | None
-    """How often the preferred one has the higher `measure`."""
+    """How often the preferred response has the higher `measure`."""
     measure: str
     """`implicit reward`: by how much training from the reference made a response likelier (Rafailov et al. 2023, eq. 5,
     up to beta); `log-prob` for a model without a reference, which favours what is short."""
@@ -90,39 +90,40 @@ class HeldOutFeedback(TypedDict):
     liked_logps: Interval | None
     disliked_logps: Interval | None
     accuracy: Interval | None
-    """How often a liked one has a higher `measure` than a disliked one, over all pairs of both sorts; null where one is
-    missing."""
+    """How often a liked response has a higher `measure` than a disliked one, over all such pairs; null if there are no
+    liked or no disliked ones."""
     measure: str
     """As in `HeldOutPreferences`."""
 
 
 class Pair(TypedDict):
-    """One model against another. `first` comes later than `second` in: base, sft, policies by name."""
+    """One model against another. In the order base, sft, policies by name, `first` comes after `second`."""
 
     first: str
     second: str
     family: str
-    """What `p` is corrected within: `base` and `sft` (everyone against that one) or `policies`."""
+    """The family of tests within which `p` is corrected: `base` or `sft` (all models against that one), or
+    `policies`."""
     win_rate: "WinRate"
-    """Of each prompt the mean outcome over all pairs of samples of the two models."""
+    """Over prompts; each prompt's outcome is the mean over all pairs of the two models' samples."""
     difference: Interval | None
-    """Of the gold scores, first's less second's, of each prompt the means over its samples; null for a judge."""
+    """The gold score of first less that of second, as means over each prompt's samples; null for a judge."""
     length_controlled: Interval | None
-    """The win rate at equal lengths (Dubois et al. 2024); null where one side is longer on over 95% of the prompts, so
-    that equal lengths are not in the data."""
+    """The win rate at equal lengths (Dubois et al. 2024); null if one side is longer on over 95% of the prompts, since
+    the data then say nothing about equal lengths."""
     p: float
     """Two-sided, by flipping the outcomes of whole groups."""
     p_holm: float
     significant: bool
     """p_holm < 0.05."""
     minimum_detectable: float | None
-    """The difference from one half that n prompts show with 80% power at 5% divided by the size of the family; null
-    where they cannot show any.
-    """
+    """The difference from one half that n prompts would show with 80% power, at 5% divided by the size of the family;
+    null if they cannot show any."""
 
 
 class WinRate(Interval):
-    """Of `first` over `second`; a tie counts one half. Won, tied and lost are prompts: above, at and below one half."""
+    """The win rate of `first` over `second`; a tie counts one half. `wins`, `ties` and `losses` are numbers of prompts
+    with outcomes above, at and below one half."""
 
     wins: int
     ties: int
@@ -130,17 +131,17 @@ class WinRate(Interval):
 
 
 class Strength(TypedDict):
-    """Bradley-Terry strength in log-odds against the reference, which has 0."""
+    """Bradley-Terry strength in log-odds relative to the reference, which has 0."""
 
     name: str
     score: Interval
 
 
 class Match(TypedDict):
-    """All models against one another on the same prompts."""
+    """All models against each other on the same prompts."""
 
     tie: float
-    """Differences of the score up to this are ties."""
+    """Score differences up to this are ties."""
     prompts: int
     groups: int
     pairs: list[Pair]
@@ -148,18 +149,18 @@ class Match(TypedDict):
 
 
 class Forgetting(TypedDict):
-    """How much more `first` forgot than `second`, text by text."""
+    """How much more `first` forgot than `second`, compared text by text."""
 
     first: str
     second: str
     adapters: list[str | None]
-    """Of first and second: `full`, `lora` or null."""
+    """How first and second were trained: `full`, `lora` or null."""
     nll: Interval | None
     choices: Interval | None
 
 
 class PreferenceShift(TypedDict):
-    """How training moved the log-probs of the held-out pairs."""
+    """How training changed the log-probs of the held-out pairs."""
 
     before: str
     after: str
@@ -169,11 +170,11 @@ class PreferenceShift(TypedDict):
 
 
 class JudgeVerdicts(TypedDict):
-    """How a language model judged."""
+    """Statistics of a language model's verdicts."""
 
     verdicts: int
     unparsed: int
     inconsistent: int
     """Pairs whose two orders disagree."""
     first_wins: float | None
-    """Share of the readable verdicts for the response shown first."""
+    """Share of the decided verdicts that favour the response shown first."""

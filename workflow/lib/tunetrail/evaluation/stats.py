@@ -191,7 +191,7 @@ def minimum_detectable(outcome: np.ndarray, groups: Groups, tests: int = 1, powe
         outcome: [n] in [0, 1].
 
     Returns:
-        at most one half, which is to win everything; None where even that would show nothing, since all flips of so few
+        at most one half, which is to win everything; None if even that would show nothing, since all flips of so few
         groups are too few, and where all are ties.
     """
     from scipy.stats import norm
@@ -237,7 +237,7 @@ def expected_calibration_error(
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
-    """Rank correlation of [n] and [n]; None where it is undefined (a constant, or fewer than two values)."""
+    """Rank correlation of [n] and [n]; None if it is undefined (a constant, or fewer than two values)."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
     from scipy.stats import spearmanr
@@ -274,6 +274,6 @@ def best_of_n_values(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarra
 
 
 def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float | None:
-    """Distinct n-grams over all n-grams of all texts (Li et al. 2016); None where no text has n tokens."""
+    """Distinct n-grams over all n-grams of all texts (Li et al. 2016); None if no text has n tokens."""
     grams = [tuple(tokens[i : i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None

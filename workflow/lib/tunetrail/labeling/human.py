@@ -37,7 +37,7 @@ def settings_of(config: HumanLabeler, seed: int) -> Settings:
 
 
 def claim(store: Store, run: str) -> None:
-    """Raises ConfigError where the store holds tasks of another run, or of no run, which publishing would withdraw."""
+    """Raises ConfigError if the store holds tasks of another run, or of no run, which publishing would withdraw."""
     if (other := store.noted(RUN)) != run and store.tasks():
         whose = f"the run {other}" if other else "`tunetrail label serve --tasks`"
         raise ConfigError(f"comparisons.store: {store.database.shown} holds the tasks of {whose}; name another store")

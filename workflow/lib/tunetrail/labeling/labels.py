@@ -15,7 +15,7 @@ class Labels:
     """The rankings of some rows and what else the labeler knows about them."""
 
     rankings: list[list[Ranking]]
-    """For each row its rankings; none where the row was left out."""
+    """For each row its rankings; none if the row was left out."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Goes into the stage's metrics."""
     source: dict[str, Any] = field(default_factory=dict)

@@ -41,7 +41,7 @@ class Recorded:
     ranking: Ranking
 
     def of(self, completions: list[str]) -> Ranking | None:
-        """The ranking of these completions; None where one of them was not ranked."""
+        """The ranking of these completions; None if one of them was not ranked."""
         place = {completion: i for i, completion in enumerate(self.completions)}
         if not all(completion.strip() in place for completion in completions):
             return None

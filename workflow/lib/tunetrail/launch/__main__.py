@@ -28,7 +28,7 @@ def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Runs the stage and returns its exit code. Raises TunetrailError where it cannot be started."""
+    """Runs the stage and returns its exit code. Raises TunetrailError if it cannot be started."""
     if args.resources.get("launcher", "inline") == "submitit":
         from tunetrail.launch.submit import launch
 

@@ -135,7 +135,7 @@ def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[di
 
     Says nothing where not all prompts are in local files, or where the file names prompts as the model is shown them.
 
-    Raises DataError where none is in it, or one is missing that will be ranked.
+    Raises DataError if none is in it, or one is missing that will be ranked.
     """
     from tunetrail.labeling.recorded import read_rankings
 

@@ -119,7 +119,7 @@ def _is_alive(job: Job) -> bool:
 
 
 def _process(pid: str) -> str | None:
-    """Which process has this id now, by host and time of its start; None where there is none."""
+    """Which process has this id now, by host and time of its start; None if there is none."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -156,7 +156,7 @@ class Jobs:
         pending.rename(self.folder / f"{name}.json")
 
     def read(self, name: str) -> tuple[Job, str] | None:
-        """(the job, what it was submitted for) of this name; None where there is none."""
+        """(the job, what it was submitted for) of this name; None if there is none."""
         try:
             content = json.loads((self.folder / f"{name}.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -247,9 +247,9 @@ def _withdraw(jobs: Jobs, stage: str, name: str) -> None:
 
 
 def _outcome(job: Job) -> int | None:
-    """The stage's exit code, as its first process has left it; None where it has not.
+    """The stage's exit code, as its first process has left it; None if it has not.
 
-    Raises TunetrailError where submitit or another of its processes failed, which ends them all.
+    Raises TunetrailError if submitit or another of its processes failed, which ends them all.
     """
     for n in range(job.num_tasks):
         paths = job.task(n).paths
@@ -299,7 +299,7 @@ def _follow(job: Job, log: Path) -> int:
 def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads: int, folder: Path, log: Path) -> int:
     """Submits the stage, or finds the job that was, and waits. Returns the stage's exit code.
 
-    Raises TunetrailError where the job ended without one.
+    Raises TunetrailError if the job ended without one.
     """
     jobs = Jobs(folder)
     name = ".".join(option(command, "--output").parent.parts[-2:])

@@ -64,7 +64,7 @@ def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:
 
 
 def _slurm(*command: str) -> str | None:
-    """What one of Slurm's commands prints; None where it fails."""
+    """What one of Slurm's commands prints; None if it fails."""
     reply = subprocess.run(command, capture_output=True, text=True, check=False)
     if reply.returncode:
         print(f"{' '.join(command)}: {reply.stderr.strip()}", file=sys.stderr)

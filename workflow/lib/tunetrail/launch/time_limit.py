@@ -8,7 +8,7 @@ from tunetrail.contract.stop import DEADLINE, TIME_LIMIT
 
 
 def parse_time_left(text: str) -> float | None:
-    """Slurm's time left (`D-HH:MM:SS`, `HH:MM:SS`, `MM:SS`) in minutes; None where there is no limit.
+    """Slurm's time left (`D-HH:MM:SS`, `HH:MM:SS`, `MM:SS`) in minutes; None if there is no limit.
 
     >>> parse_time_left("1-02:00:30")
     1560.5

@@ -1,7 +1,7 @@
-"""Batches of prompt and response: prompts padded on the left, responses on the right.
+"""Batches of prompts and responses: prompts are padded on the left, responses on the right.
 
-So every response starts in the same column, the last `R + 1` positions are all that need logits, and
-nothing is ever read off `ids != pad`.
+So all responses of a batch start in the same column, only the last `R + 1` positions need logits, and masks never have
+to be derived from `ids != pad`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,12 +30,12 @@ class Batch:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """[B, P+R] int64: the place among the real tokens, so that padding does not shift anything."""
+        """[B, P+R] int64: each token's position among the real tokens, so padding shifts nothing."""
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a forward pass."""
+        """Keyword arguments for a forward pass."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -58,22 +58,24 @@ class Batch:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt (its special tokens are already in the text)."""
+    """Token ids of a rendered prompt, whose text already contains the special tokens."""
     return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
-    """Token ids of a response, closed by EOS unless it was cut off.
+    """Token ids of a response, ending with EOS unless it was cut off.
 
-    Prompt and response are always tokenized apart, so that the border between them is the same in
-    training, sampling and scoring.
+    Prompt and response are always tokenized separately, so the boundary between them is the same in training, sampling
+    and scoring.
     """
     return encode(tokenizer, text) + ([tokenizer.eos_token_id] if finished else [])
 
 
 def encode_comparison(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a comparison row: its prompt, and its K responses as they were sampled, or encoded where they came
-    as text."""
+    """Token ids of a comparison row's prompt and of its K responses.
+
+    Sampled responses keep the ids they were sampled with; responses that came as text are encoded.
+    """
     responses = row.get("completion_ids") or [
         encode_response(tokenizer, text, ended) for text, ended in zip(row["completions"], row["finished"], strict=True)
     ]
@@ -81,7 +83,7 @@ def encode_comparison(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[li
 
 
 def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int) -> Batch:
-    """Pads B prompts (left) and responses (right)."""
+    """Pads B prompts on the left and their responses on the right."""
     p, r = max(map(len, prompts)), max(map(len, responses))
     input_ids = torch.full((len(prompts), p + r), pad_id)
     attention_mask = torch.zeros((len(prompts), p + r), dtype=torch.long)
@@ -92,9 +94,9 @@ def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id
 
 
 def token_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `max_tokens` after padding (at least one sequence).
+    """Yields indices in batches of similar length, each at most `max_tokens` after padding (at least one sequence).
 
-    Responses to one prompt follow one another, and can share it where they fall into one batch (`models.tree`).
+    Responses to the same prompt are adjacent, so they can share it if they fall into one batch (`models.tree`).
     """
     batch: list[int] = []
     longest_response = 0

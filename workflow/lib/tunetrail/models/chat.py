@@ -1,4 +1,4 @@
-"""Talking with models of a run: each keeps a conversation of its own, and all get the same messages."""
+"""Chat with the models of a run: all get the same messages, and each keeps its own conversation."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from tunetrail.models.batching import encode
 from tunetrail.models.cpu.attention import plain_attention
 from tunetrail.models.lengths import positions
 from tunetrail.models.loading import load_tokenizer
-from tunetrail.models.release import find
+from tunetrail.models.release import find_model
 from tunetrail.models.runtime import device, use_bf16
 from tunetrail.models.sampling import inference_weights, pick
 from tunetrail.provenance.lineage import Lineage, ancestors, run_of
@@ -25,23 +25,23 @@ from tunetrail.provenance.record import read_record
 from tunetrail.seeds import derive_seed
 
 NEW = "/new"
-"""What begins a new conversation."""
+"""The line that starts a new conversation."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a prompt is put to a model."""
+    """How a prompt is presented to a model."""
 
     chat: bool
-    """By the chat template; else the text alone, without what was said before."""
+    """Use the chat template; otherwise the model gets the bare text, without the earlier conversation."""
     system: str | None = None
 
 
 def style_of(artifact: Path, has_template: bool) -> Style:
-    """As the data of its run was rendered; where no record tells, by the chat template if there is one."""
+    """The style in which its run rendered the data; without a record of that, the chat template if there is one."""
     node = Lineage().add(artifact)
     data = ancestors(node).get("data")
-    if (record := data.record if data else None) is None:  # a base model was made before the data
+    if (record := data.record if data else None) is None:  # a base model has no data among its ancestors
         run = run_of(node.folder)
         record = read_record(run / "data") if run and (run / "data" / MANIFEST).exists() else None
     config = record.config if record else {}
@@ -52,9 +52,9 @@ def style_of(artifact: Path, has_template: bool) -> Style:
 def stream(
     model: Any, prompt: list[int], *, max_new_tokens: int, temperature: float, seed: int, eos_id: int
 ) -> Iterator[int]:
-    """The tokens of a response as they are drawn, without the EOS that ends it.
+    """Yields the tokens of a response as they are drawn, without the final EOS.
 
-    Those of `sampling.sample`, whose random stream of a completion has this seed.
+    They are the tokens that `sampling.sample` draws for a completion whose random stream has this seed.
 
     Args:
         temperature: 0 decodes greedily.
@@ -73,7 +73,7 @@ def stream(
 
 @dataclass
 class Speaker:
-    """A model in a conversation."""
+    """A model and its conversation."""
 
     name: str
     model: Any
@@ -83,45 +83,45 @@ class Speaker:
 
     @classmethod
     def load(cls, path: Path, plain: bool = False, system: str | None = None) -> "Speaker":
-        """The model that a path means, see `release.find`. Raises DataError for a reward model.
+        """Loads the model that a path names, see `release.find_model`. Raises DataError for a reward model.
 
         Args:
-            plain: no chat template, whatever the run did.
-            system: instead of the run's own system message.
+            plain: use no chat template, whatever the run did.
+            system: replaces the run's own system message.
         """
-        found = find(path)
-        if found.is_reward_model:
+        source = find_model(path)
+        if source.is_reward_model:
             raise DataError(f"{path}: a reward model scores text and writes none; name a base, sft or policy model")
-        tokenizer, record = load_tokenizer(found.folder), read_record(found.artifact)
-        style = style_of(found.artifact, bool(tokenizer.chat_template))
+        tokenizer, record = load_tokenizer(source.folder), read_record(source.artifact)
+        style = style_of(source.artifact, bool(tokenizer.chat_template))
         if plain or system is not None:
             style = Style(not plain, system)
         if style.chat and not tokenizer.chat_template:
             raise DataError(f"{path}: its tokenizer has no chat template; use --plain")
         precision = record.config_file.get("precision", "auto")
-        model = inference_weights(plain_attention(found.load()).to(device()), use_bf16(precision))
+        model = inference_weights(plain_attention(source.load()).to(device()), use_bf16(precision))
         return cls(str(path), model, tokenizer, style)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of everything said, and of `text`."""
+        """Token ids of the conversation so far followed by `text`."""
         if not self.style.chat:
             return encode(self.tokenizer, text)
-        said = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            return encode(self.tokenizer, render(self.tokenizer, with_system(said, self.style.system)))
+            return encode(self.tokenizer, render(self.tokenizer, with_system(messages, self.style.system)))
         except TemplateError as e:
             raise DataError(f"{self.name}: its chat template refuses the conversation ({e}); use --plain") from None
 
     def reply(self, text: str, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-        """The response as far as it is there, after each token; then it is part of the conversation.
+        """Yields the response so far after each token, then adds it to the conversation.
 
-        Raises DataError where the conversation leaves the model no room for another token.
+        Raises DataError if the conversation leaves the model no room for another token.
         """
-        prompt, most = self.prompt(text), positions(self.model.config)
-        room = max_new_tokens if most is None else min(max_new_tokens, most - len(prompt))
+        prompt, limit = self.prompt(text), positions(self.model.config)
+        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
         if room < 1:
             raise DataError(
-                f"{self.name}: the conversation has {len(prompt)} tokens, and the model reads {most}; {NEW} begins "
+                f"{self.name}: the conversation has {len(prompt)} tokens, and the model reads {limit}; {NEW} starts "
                 "another"
             )
         ids: list[int] = []
@@ -132,7 +132,7 @@ class Speaker:
         ):  # fmt: skip
             ids.append(token)
             answer = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            yield answer.rstrip("\ufffd")  # the first bytes of a character whose others are still to come
+            yield answer.rstrip("\ufffd")  # the first bytes of a character that is still incomplete
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
@@ -145,11 +145,11 @@ def converse(
     temperature: float,
     seed: int,
 ) -> None:
-    """Puts each line to all speakers, who answer in turns of a token.
+    """Sends each line to all speakers, which answer in parallel, a token each in turn.
 
     Args:
-        show: is given what each has said so far, again and again.
-        complain: is told what a line could not be answered for.
+        show: gets an iterator over what each speaker has said so far.
+        complain: gets the reason why a line could not be answered.
     """
     for turn, line in enumerate(lines):
         text = line.strip()
@@ -157,16 +157,16 @@ def converse(
             for speaker in speakers:
                 speaker.messages.clear()
         elif text:
-            drawn = derive_seed(seed, "sample", f"turn-{turn}", 0)
+            reply_seed = derive_seed(seed, "sample", f"turn-{turn}", 0)
             try:
-                show(_together([s.reply(text, max_new_tokens, temperature, drawn) for s in speakers]))
+                show(_together([s.reply(text, max_new_tokens, temperature, reply_seed) for s in speakers]))
             except DataError as e:
                 complain(str(e))
 
 
 def _together(replies: Sequence[Iterator[str]]) -> Iterator[list[str]]:
-    """What each has said so far, after each token of any."""
-    said = [""] * len(replies)
-    for now in zip_longest(*replies):
-        said = [before if new is None else new for before, new in zip(said, now, strict=True)]
-        yield said
+    """Yields what each has said so far, once per token of the longest reply."""
+    texts = [""] * len(replies)
+    for latest in zip_longest(*replies):
+        texts = [before if new is None else new for before, new in zip(texts, latest, strict=True)]
+        yield texts

@@ -1,7 +1,7 @@
 """Checkpoints to resume from, and models kept along the way.
 
-A checkpoint counts only once its `complete.json` lists every file with its digest: an interrupted save is skipped and
-the one before it is used.
+A checkpoint counts only once its `complete.json` lists every file with its digest. An interrupted save is skipped, and
+the checkpoint before it is used.
 """
 
 import json
@@ -23,7 +23,7 @@ COMPLETE = "complete.json"
 
 
 def kept_steps(total: int, count: int) -> list[int]:
-    """At most `count` steps at equal distances before the last of `total`.
+    """At most `count` evenly spaced steps before the last of `total`.
 
     >>> kept_steps(12, 3), kept_steps(2, 5)
     ([3, 6, 9], [1])
@@ -32,39 +32,42 @@ def kept_steps(total: int, count: int) -> list[int]:
 
 
 def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
-    """Saves the model of this step for good, beside what is saved to resume from. Call it in the process that writes.
+    """Saves the model of this step for good, separately from the checkpoints to resume from.
+
+    Call it in the process that writes.
 
     Args:
-        save: fills a folder.
+        save: writes the model into a folder.
     """
     folder = stage.state / KEPT / str(step)
-    if folder.exists():  # an earlier attempt came this far, with the same bytes
+    if folder.exists():  # an earlier attempt got this far and wrote the same bytes
         return
     pending = folder.with_name(f"{step}.new")
     shutil.rmtree(pending, ignore_errors=True)
     save(pending)
-    for path in walk(pending):  # whoever finds the folder takes it for whole
+    for path in walk(pending):  # once the folder has its name, it is taken to be complete
         sync(path)
     stage.attempt.check_leases()
     pending.rename(folder)
 
 
 def publish_kept(stage: Stage) -> None:
-    """Puts the kept models into the artifact; a copy, since this attempt may yet be killed."""
+    """Copies the kept models into the artifact; they are not moved, since this attempt may yet be killed."""
     if (stage.state / KEPT).exists():
         shutil.copytree(stage.state / KEPT, stage.work / "checkpoints", ignore=shutil.ignore_patterns("*.new"))
 
 
 def mark_complete(stage: Stage, checkpoint: Path) -> None:
-    """Declares a checkpoint whole: the last file to be written lists the others, and all are on disk.
+    """Declares a checkpoint complete: all its files are on disk, and the last one to be written lists the others.
 
-    The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
+    The digest goes into the record first, so that an attempt that resumes from a checkpoint is known to resume from one
+    that this run saved.
     """
     stage.attempt.check_leases()
     with ThreadPoolExecutor() as pool:  # the disk writes while the processors hash
-        written = pool.map(sync, walk(checkpoint))
+        syncs = pool.map(sync, walk(checkpoint))
         write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
-        list(written)  # raises what went wrong
+        list(syncs)  # raises the first error, if any
     sync(checkpoint / f".{COMPLETE}")
     stage.attempt.saves = [
         *stage.attempt.saves[-1:],
@@ -72,11 +75,11 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
     ]
     stage.attempt.note("states_out", stage.attempt.saves)
     (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
-    sync(checkpoint)  # before the older ones go
+    sync(checkpoint)  # before older checkpoints are removed
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint is as it was when its save ended."""
+    """Whether every file of the checkpoint is unchanged since its save ended."""
     try:
         listed = json.loads((checkpoint / COMPLETE).read_text())
     except (OSError, ValueError):
@@ -85,20 +88,20 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _by_step(state: Path) -> list[Path]:
-    found = [p for p in state.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    checkpoints = [p for p in state.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def keep_newest(state: Path) -> None:
-    """Two: should a disk lose a part of the last, the one before it is there."""
+    """Keeps the two newest checkpoints: if a disk loses part of the last one, the one before it remains."""
     for old in _by_step(state)[:-2]:
         shutil.rmtree(old)
 
 
 def latest_checkpoint(stage: Stage) -> Path | None:
-    """The newest whole checkpoint, whose digest goes into the record; broken ones are removed.
+    """The newest complete checkpoint, whose digest goes into the record; incomplete ones are removed.
 
-    Call it in all processes: one looks, for all.
+    Call it in all processes: the main one looks for all of them.
     """
     return of_all_processes(_newest_whole(stage) if is_main_process() else None)[0]
 

@@ -1,7 +1,7 @@
-"""Ways of fine-tuning a causal language model that can be compared: every weight, LoRA, 4-bit LoRA, prompt tuning.
+"""Fine-tuning a causal language model by methods to compare: all weights, LoRA, 4-bit LoRA, prompt tuning.
 
-A plain loop with a constant learning rate and nothing to resume from: for trainings so short that an interrupted one
-starts again. Never run on a GPU.
+The training loop is plain: a constant learning rate and no checkpoints, since an interrupted training is short enough
+to start over. It has not been run on a GPU.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from tunetrail.models.loading import with_lora, without_dropout
 from tunetrail.models.runtime import autocast, device, use_bf16
 
 Example = tuple[list[int], list[int]]
-"""(ids that are given, ids that are learnt)"""
+"""(ids given as context, ids to learn)"""
 
 
 def build(folder: Path, method: MethodConfig, precision: str, seed: int) -> Any:
-    """The model in `folder`, ready to be trained by `method`; what is not trained is frozen."""
+    """The model in `folder`, ready to be trained by `method`; all other weights are frozen."""
     options: dict[str, Any] = {"dtype": torch.float32}
     if method.four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -39,7 +39,7 @@ def build(folder: Path, method: MethodConfig, precision: str, seed: int) -> Any:
         from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
         torch.manual_seed(seed)
-        # It starts from the vectors of random words: from random numbers it learns slowly (Lester et al. 2021).
+        # The prompt starts from the vectors of random words: from random numbers it learns slowly (Lester et al. 2021).
         return get_peft_model(
             model,
             PromptTuningConfig(
@@ -52,15 +52,15 @@ def build(folder: Path, method: MethodConfig, precision: str, seed: int) -> Any:
 
 
 def token_losses(model: Any, examples: Sequence[Example], pad_id: int, precision: str) -> list[torch.Tensor]:
-    """Of each example the negative log-prob of every learnt token [R], in nats; a first token has none.
+    """For each example, the negative log-prob of every token to learn [R], in nats; the first of a text has none.
 
-    Rows are padded on the right, so that the vectors of a tuned prompt stand directly before the text.
+    Rows are padded on the right, so that the vectors of a tuned prompt come directly before the text.
     """
     batch = collate([[] for _ in examples], [given + learnt for given, learnt in examples], pad_id).to(device())
     ids = batch.input_ids
     with autocast(precision):
         out = model(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits = out.logits[:, -ids.shape[1] :]  # a tuned prompt has logits of its own, in front
+    logits = out.logits[:, -ids.shape[1] :]  # without those of a tuned prompt, which come first
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return [
         row[max(len(given) - 1, 0) : len(given) + len(learnt) - 1]
@@ -70,23 +70,23 @@ def token_losses(model: Any, examples: Sequence[Example], pad_id: int, precision
 
 @torch.no_grad()
 def mean_losses(model: Any, examples: Sequence[Example], pad_id: int, precision: str, batch_size: int) -> list[float]:
-    """Of each example the mean loss of its learnt tokens, in nats per token."""
+    """For each example, the mean loss over its tokens to learn, in nats per token."""
     model.eval()
     parts = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
-    found = [float(row.mean()) for part in parts for row in token_losses(model, part, pad_id, precision)]
+    losses = [float(row.mean()) for part in parts for row in token_losses(model, part, pad_id, precision)]
     model.train()
-    return found
+    return losses
 
 
 class Cost:
-    """Seconds of each optimizer step, and the most memory that one took above what was in use when this was made."""
+    """Seconds of each optimizer step, and the peak memory of any step above what was in use at construction."""
 
     def __init__(self) -> None:
         gc.collect()
         return_freed_memory()
         self.seconds: list[float] = []
         self.peak: int | None = None
-        """Bytes; None where it cannot be measured."""
+        """In bytes; None if it cannot be measured."""
         self._before = _memory_in_use()
 
     @contextlib.contextmanager
@@ -100,10 +100,10 @@ class Cost:
 
 
 def _status(name: str) -> int | None:
-    """A line of Linux's /proc/self/status, in bytes."""
+    """A size in Linux's /proc/self/status, in bytes."""
     with contextlib.suppress(OSError):
-        if found := re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE):
-            return 1024 * int(found[1])
+        if line := re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return 1024 * int(line[1])
     return None
 
 
@@ -132,10 +132,10 @@ def train(
     cost: Cost,
     on_step: Callable[[int], None],
 ) -> None:
-    """One AdamW step on each batch; the loss is the mean over its learnt tokens, gradients are clipped to norm 1.
+    """Takes one AdamW step per batch. The loss is the mean over its tokens to learn; gradients are clipped to norm 1.
 
     Args:
-        on_step: called with the number of each step after it.
+        on_step: called after each step with its number.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)

@@ -1,6 +1,4 @@
-"""Log-probs from a model's head in chunks, without logits kept for the gradient; weights that are only scored with,
-cast once.
-"""
+"""Log-probs from a model's head, computed in chunks without keeping logits for the gradient."""
 
 from typing import Any
 
@@ -8,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 SCORED_AT_ONCE = 512
-"""Rows of the vocabulary's logits that are held at once."""
+"""How many rows of [V] logits are in memory at once."""
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -35,12 +33,12 @@ class _HeadLogprobs(torch.autograd.Function):
                 logprobs.append(log_p.gather(1, y[:, None])[:, 0])
                 if with_entropy:
                     entropies.append(-torch.linalg.vecdot(log_p.exp(), log_p))
-            found = torch.cat(logprobs)
-            ctx.save_for_backward(narrow, weight, tokens, found)
+            token_logprobs = torch.cat(logprobs)
+            ctx.save_for_backward(narrow, weight, tokens, token_logprobs)
             entropy = torch.cat(entropies) if with_entropy else None
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
-        return found, entropy
+        return token_logprobs, entropy
 
     @staticmethod
     @once_differentiable
@@ -57,7 +55,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 if ctx.temperature != 1:
                     logits = logits.float().div_(ctx.temperature)
                 p = logits.softmax(-1).mul_(-grad[part, None])
-                # Of the tokens themselves 1 - p, exactly: where p is close to 1 bf16 would lose it.
+                # For the tokens themselves 1 - p is computed exactly: bf16 would lose it where p is near 1.
                 p.scatter_(1, tokens[part, None], (grad[part] * -torch.expm1(logprobs[part]))[:, None].to(p.dtype))
                 p = p.to(ctx.dtype)
                 grad_hidden[part] = p @ w
@@ -74,7 +72,7 @@ def head_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-prob of each token under softmax(hidden weight^T / temperature), without keeping logits for the gradient.
+    """Log-prob of each token under softmax(hidden weight^T / temperature); no logits are kept for the gradient.
 
     Args:
         hidden: [N, d].
@@ -88,10 +86,10 @@ def head_logprobs(
 
 
 def narrow_products(model: Any, dtype: torch.dtype) -> Any:
-    """The model with the weights of its plain linear layers in `dtype`, in place, for use under autocast to `dtype`.
+    """Casts the weights of plain linear layers to `dtype`, in place, for scoring under autocast to `dtype`.
 
-    Autocast would cast them at each pass: the numbers are the same. What autocast leaves in float32 stays so, and so
-    does an embedding that shares its weight with the head.
+    The numbers stay the same, since autocast would cast these weights at each pass. Whatever autocast leaves in float32
+    stays in float32, and so does an embedding that shares its weight with the head.
     """
     for module in model.modules():
         if type(module) is torch.nn.Linear:
@@ -100,10 +98,10 @@ def narrow_products(model: Any, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def look_at_head(model: Any) -> Any:
-    """The model, with a note of whether its logits are the last hidden state times the head's weight and nothing else.
+def mark_plain_head(model: Any) -> Any:
+    """Notes on a model whether its logits are just the last hidden state times the head's weight; returns the model.
 
-    Tried and not read from its config: some models scale, shift or cap their logits.
+    A trial decides, not the config: some models scale, shift or cap their logits.
     """
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.bias is None:
@@ -116,7 +114,7 @@ def look_at_head(model: Any) -> Any:
 
 
 def head_weight(model: Any) -> torch.Tensor | None:
-    """[V, d], where the logits are the last hidden state times it and nothing else; None where they are more."""
+    """[V, d], if the logits are just the last hidden state times this weight (`mark_plain_head`); otherwise None."""
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     head = model.get_output_embeddings()
     return head.weight if getattr(model, "has_plain_head", False) and type(head) is torch.nn.Linear else None

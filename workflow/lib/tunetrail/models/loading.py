@@ -1,4 +1,4 @@
-"""Loading the models of a run, and what they are trained with. `models.saving` writes them."""
+"""Loads the models and tokenizers of a run and prepares them for training. `models.saving` writes them."""
 
 import hashlib
 import shutil
@@ -17,7 +17,7 @@ from transformers import (
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.cpu.attention import plain_attention
-from tunetrail.models.head import look_at_head
+from tunetrail.models.head import mark_plain_head
 from tunetrail.models.scoring import FullPrecisionHead
 from tunetrail.models.tree import share_prefixes
 
@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises DataError where pad and eos are one token: then the end of a response could not be learnt."""
+    """The tokenizer in a folder. Raises DataError if pad and eos are the same token: no model could learn to stop."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer lacks a pad or an eos token; name one in base.pad_token")
@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """sha256 over the tokenizer's files and its chat template."""
+    """sha256 of the tokenizer's files and chat template."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
@@ -52,7 +52,7 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The very same bytes, so that the digest stays."""
+    """Copies the tokenizer's files byte for byte, so that its digest stays the same."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
@@ -71,9 +71,9 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model in a `model/` folder, without dropout and set up to run fast."""
+    """The model in a `model/` folder, without dropout and prepared to run fast."""
     model = plain_attention(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
-    return share_prefixes(look_at_head(model))
+    return share_prefixes(mark_plain_head(model))
 
 
 def with_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
@@ -84,22 +84,22 @@ def with_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
 
 
 def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
-    """A sequence-classification model with one score. See `models.scoring` for how it is read."""
+    """A sequence-classification model with one score. `models.scoring` says where its score is read."""
     return with_full_precision_head(
         AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub)
     )
 
 
 def with_full_precision_head(classifier: PreTrainedModel) -> PreTrainedModel:
-    """The classifier without dropout, its score computed in float32 whatever the precision of the trunk."""
+    """The classifier without dropout; its score is computed in float32 whatever the precision of the trunk."""
     classifier.score.__class__ = FullPrecisionHead  # same weights, same name in the saved file
     return share_prefixes(plain_attention(without_dropout(classifier)))
 
 
 def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_modules: list[str] | None = None) -> Any:
-    """The model with a fresh LoRA adapter (Hu et al. 2021), or as it is.
+    """The model with a fresh LoRA adapter (Hu et al. 2021), or unchanged if `lora` is None.
 
-    Raises ConfigError for unknown modules, and for one that an adapter could not be merged into.
+    Raises ConfigError for unknown modules, and for modules whose adapter could not be merged.
     """
     if lora is None:
         return model
@@ -131,15 +131,16 @@ def with_lora(model: PreTrainedModel, lora: Lora | None, seed: int, extra_module
 
 
 def training_flops(counts: dict[str, Any], tokens: int) -> float:
-    """Floating-point operations of the products with weights in training on so many tokens, attention left out.
+    """Floating-point operations to train on this many tokens: products with weights only, without attention.
 
-    2 a parameter and token forwards, 2 backwards to the inputs, 2 to the weights that are trained (Kaplan et al. 2020).
+    Per token and parameter 2 in the forward pass, 2 for the gradient of the inputs, and 2 for that of each trained
+    weight (Kaplan et al. 2020).
     """
     return float(tokens * (4 * counts["parameters"] + 2 * counts["parameters_trained"]))
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, Any]:
-    """For metrics.json: how the model is trained, `lora` or `full`, how many parameters it has and how many learn."""
+    """For metrics.json: how the model is trained (`lora` or `full`), and how many parameters it has and trains."""
     return {
         "adapter": "lora" if hasattr(model, "peft_config") else "full",
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,4 +1,4 @@
-"""What dpo and kto share: TRL's trainers on rows of token ids, and a policy trained by one of them."""
+"""What dpo and kto share: TRL trainers that read token ids, and training a policy with one of them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,25 +18,27 @@ from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.loading import load_causal_lm, trained_parameters, training_flops, with_lora
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.training import KeepCallback, epoch_order, rows_left_out, train, trained_model
-from tunetrail.models.weights import rows_per_epoch, taken_weights
+from tunetrail.models.weights import pop_weights, rows_per_epoch
 from tunetrail.seeds import derive_seed
 
 
 class Pretokenized:
-    """A TRL trainer on rows of token ids: prompt and responses are tokenized apart here as everywhere."""
+    """A mixin for TRL trainers that read rows of token ids: here, as everywhere, prompts and responses are tokenized
+    separately."""
 
     reference_columns: tuple[str, ...]
-    """Where the collator looks for what `compute_ref_log_probs` returns."""
+    """The columns in which the collator expects what `compute_ref_log_probs` returns."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self: Any, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """TRL hands them over in a file, in a temporary folder that the other processes do not see."""
+        """Gathers the reference's log-probs from all processes: TRL passes them on in a temporary file, which other
+        nodes do not see."""
         score_labels_only(self.model)  # so that policy and reference are scored alike
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
-        found = ([x for x in self.compute_ref_log_probs(self.model, batch) if x is not None] for batch in loader)
-        parts = [self.accelerator.gather_for_metrics(tuple(of_batch)) for of_batch in found]
+        logprobs = ([x for x in self.compute_ref_log_probs(self.model, batch) if x is not None] for batch in loader)
+        parts = [self.accelerator.gather_for_metrics(tuple(of_batch)) for of_batch in logprobs]
         for name, column in zip(self.reference_columns, zip(*parts, strict=True), strict=False):
             dataset = dataset.add_column(name, torch.cat(column).tolist())
         return dataset
@@ -51,20 +53,20 @@ def optimise(
     what: str,
     trainer_of: Callable[[PreTrainedModel, list[dict]], Any],
 ) -> tuple[list[dict], dict[str, Any]]:
-    """Trains the model of a folder on token ids, and writes `model/`, `history.jsonl` and what is kept along the way.
+    """Trains the model in `parent` on token ids; writes `model/`, `history.jsonl` and the models kept along the way.
 
     Args:
-        examples: each with "prompt_ids" and the responses.
-        responses: the keys of what follows the prompt, what was liked first.
-        what: an example is, in the plural.
-        trainer_of: makes the trainer, of the model and the examples of all epochs in their order.
+        examples: each with "prompt_ids" and its responses.
+        responses: the keys of the responses, the preferred one first.
+        what: what to call the examples in messages, in the plural.
+        trainer_of: makes the trainer from the model and the examples of all epochs in training order.
 
     Returns:
-        (history, what `metrics.json` says of any such policy); both empty where another process writes.
+        (history, the part of `metrics.json` that all such policies share); both empty in processes that do not write.
 
-    Raises DataError where a batch is not full.
+    Raises DataError if there are fewer examples than one batch.
     """
-    weights = taken_weights(examples)
+    weights = pop_weights(examples)
     rows = rows_per_epoch(weights)
     if rows < config.batch_size:
         raise DataError(

@@ -1,9 +1,9 @@
-"""A run's model as one plain folder to take away, and from there to a hub.
+"""Exports a model of a run as one plain folder, and pushes such a folder to a hub.
 
 The folder holds weights in one precision, config, generation config, tokenizer, chat template, the full card and
-`SHA256SUMS`; `from_pretrained` needs nothing else. A checkpoint that was kept along the way may be an adapter alone: it
-is merged into the model that its stage started from, which the record names. What was written is loaded back and
-compared before the folder gets its name.
+`SHA256SUMS`; `from_pretrained` needs nothing else. A model kept along the way may be just an adapter: it is merged into
+the model that its stage started from, which the record names. The folder gets its name only after what was written has
+been loaded back and compared.
 """
 
 import json
@@ -43,10 +43,10 @@ class RunModel:
 
     artifact: Path
     folder: Path
-    """With weights and config, or of a kept adapter the `model/` that it is merged into."""
+    """Has weights and config. For a kept adapter: the `model/` that it is merged into."""
     adapter: Path | None = None
     step: int | None = None
-    """Of a kept one."""
+    """Of a model kept along the way."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -57,17 +57,18 @@ class RunModel:
         return is_reward_model(self.config)
 
     def load(self) -> Any:
-        """In float32, as plain transformers loads it."""
+        """Loads it in float32, as plain transformers does."""
         if self.adapter is not None:
             return with_adapter(self.folder, self.adapter).eval()
         auto = AutoModelForSequenceClassification if self.is_reward_model else AutoModelForCausalLM
         return auto.from_pretrained(self.folder, dtype=torch.float32).eval()
 
 
-def find(path: Path) -> RunModel:
-    """The model that a path means: an artifact, its manifest, its `model/`, or `checkpoints/<step>` in it.
+def find_model(path: Path) -> RunModel:
+    """The model that a path names: an artifact, its manifest, its `model/`, or `checkpoints/<step>` in it.
 
-    The artifact is compared with its manifest, and so is the one that an adapter is merged into. Raises DataError.
+    Raises DataError if there is none, or if the artifact, or the one that an adapter is merged into, differs from its
+    manifest.
     """
     if not path.exists():
         raise DataError(f"{path}: no such model")
@@ -75,7 +76,7 @@ def find(path: Path) -> RunModel:
     if artifact is None:
         raise DataError(
             f"{path}: not a model of a run, for neither it nor a folder above has a {MANIFEST}; name one such as "
-            "results/demo/policies/dpo, or a kept one such as results/demo/policies/dpo/checkpoints/6"
+            "results/demo/policies/dpo, or one kept along the way such as results/demo/policies/dpo/checkpoints/6"
         )
     inside = path.relative_to(artifact).parts
     if inside[:1] == ("checkpoints",) and len(inside) in (2, 3) and inside[1].isdigit():
@@ -88,7 +89,7 @@ def find(path: Path) -> RunModel:
 
 
 def _kept(artifact: Path, step: int) -> RunModel:
-    """A model kept along the way."""
+    """The model that an artifact kept at this step."""
     verify(artifact / MANIFEST)
     checkpoint = artifact / "checkpoints" / str(step)
     if not (checkpoint / "adapter").exists():
@@ -98,8 +99,8 @@ def _kept(artifact: Path, step: int) -> RunModel:
     if recorded is None or start is None or start.identity != recorded["manifest"]:
         name = recorded["name"] if recorded else "not in its record"
         raise DataError(
-            f"{checkpoint}: the model that this adapter was trained on ({name}) is gone or has changed; restore it, an "
-            "adapter is nothing without it"
+            f"{checkpoint}: the model that this adapter was trained on ({name}) is gone or has changed; restore it, "
+            "since the adapter is useless without it"
         )
     verify(start.folder / MANIFEST)
     return RunModel(artifact, start.folder / "model", checkpoint / "adapter", step)
@@ -111,28 +112,28 @@ def _kept(artifact: Path, step: int) -> RunModel:
 def export(
     path: Path, out: Path, dtype: Dtype = "fp32", gguf: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Writes the model that `path` means into the new folder `out`, whole or not at all.
+    """Writes the model that `path` names into the new folder `out`, completely or not at all.
 
-    Raises ConfigError for an `out` that cannot be, or where the converter to GGUF is missing; DataError where the
-    artifact differs from its manifest; TunetrailError where the folder does not load as the model it was made from.
+    Raises ConfigError if `out` cannot be used or the converter to GGUF is missing, DataError if the artifact differs
+    from its manifest, and TunetrailError if the folder does not load as the model it was made from.
     """
     from tunetrail.provenance.exports.common import lineage_of
     from tunetrail.provenance.exports.model_card import of_artifact
 
     converter = find_converter() if gguf else None
     if out.exists():
-        raise ConfigError(f"{out}: already there; name a new folder, or remove it")
+        raise ConfigError(f"{out}: already exists; name a new folder, or remove it")
     if inside := next((at for at in out.resolve().parents if (at / MANIFEST).exists()), None):
         raise ConfigError(f"{out}: is inside the artifact {inside}, which would then differ from its manifest")
-    found, pending = find(path), out.with_name(f".{out.name}.new")
-    lineage_of(found.artifact)  # a missing record ends it here, before anything large is written
+    source, pending = find_model(path), out.with_name(f".{out.name}.new")
+    lineage_of(source.artifact)  # raises for a missing record before anything large is written
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir(parents=True)
     try:
-        _write_model(found, pending, dtype, say)
+        _write_model(source, pending, dtype, say)
         if converter is not None:
             convert(converter, pending, dtype)
-        card = of_artifact(found.artifact, model=pending, title=out.resolve().name, step=found.step)
+        card = of_artifact(source.artifact, model=pending, title=out.resolve().name, step=source.step)
         (pending / "README.md").write_text(card, encoding="utf-8")
         sums = [f"{file['sha256']}  {file['path']}\n" for file in list_files(pending)]
         (pending / SUMS).write_text("".join(sums), encoding="utf-8")
@@ -140,14 +141,14 @@ def export(
         pending.rename(out)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
-    if found.adapter is not None:
-        say(f"merged the adapter of step {found.step} into {found.folder}")
+    if source.adapter is not None:
+        say(f"merged the adapter of step {source.step} into {source.folder}")
     say(f"{out}: {len(sums) + 1} files, {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB, {dtype}")
 
 
-def _write_model(found: RunModel, folder: Path, dtype: Dtype, say: Callable[[str], None]) -> None:
-    """Weights, configs and tokenizer, compared after loading them back."""
-    tokenizer, model = load_tokenizer(found.folder), found.load()
+def _write_model(source: RunModel, folder: Path, dtype: Dtype, say: Callable[[str], None]) -> None:
+    """Writes weights, configs and tokenizer, loads them back and compares."""
+    tokenizer, model = load_tokenizer(source.folder), source.load()
     rows = [tokenizer.encode(SENTENCE)]
     exact = answers(model, rows)
     # Parameters alone: transformers keeps other tensors, such as rotary frequencies, in float32 when it loads bf16.
@@ -155,18 +156,18 @@ def _write_model(found: RunModel, folder: Path, dtype: Dtype, say: Callable[[str
         parameter.data = parameter.data.to(DTYPES[dtype])
     expected = answers(model, rows)
     save_weights(model, folder)
-    copy_tokenizer(found.folder, folder)
-    auto = AutoModelForSequenceClassification if found.is_reward_model else AutoModelForCausalLM
+    copy_tokenizer(source.folder, folder)
+    auto = AutoModelForSequenceClassification if source.is_reward_model else AutoModelForCausalLM
     if wrong := differences(folder, tokenizer, rows, expected, auto):
-        raise TunetrailError(f"{found.artifact}: what was written loads as another model: {wrong}. Nothing was kept")
+        raise TunetrailError(f"{source.artifact}: what was written loads as another model: {wrong}. Nothing was kept")
     if dtype != "fp32":
-        moved = max((a - b).abs().max().item() for a, b in zip(exact, expected, strict=True))
-        what = "the score" if found.is_reward_model else "log-probs of tokens"
-        say(f"rounded to {dtype}: {what} of a test sentence moved by up to {moved:.2g}")
+        change = max((a - b).abs().max().item() for a, b in zip(exact, expected, strict=True))
+        what = "the score" if source.is_reward_model else "log-probs of tokens"
+        say(f"rounded to {dtype}: {what} of a test sentence changed by up to {change:.2g}")
 
 
 def find_converter() -> str:
-    """llama.cpp's converter. Raises ConfigError where there is none."""
+    """The path of llama.cpp's converter. Raises ConfigError if there is none."""
     if converter := shutil.which(CONVERTER):
         return converter
     raise ConfigError(
@@ -176,14 +177,14 @@ def find_converter() -> str:
 
 
 def convert(converter: str, folder: Path, dtype: Dtype) -> None:
-    """Writes `model.gguf` next to the weights. Raises TunetrailError with the converter's last line where it fails."""
+    """Writes `model.gguf` next to the weights. If the converter fails, raises TunetrailError with its last line."""
     target = folder / "model.gguf"
     command = [sys.executable, converter, str(folder), "--outfile", str(target), "--outtype", GGUF_TYPES[dtype]]
-    reply = subprocess.run(command, capture_output=True, text=True, check=False)
-    if reply.returncode or not target.exists():
-        last = next(iter((reply.stderr or reply.stdout).strip().splitlines()[-1:]), "it wrote no file")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode or not target.exists():
+        last = next(iter((process.stderr or process.stdout).strip().splitlines()[-1:]), "it wrote no file")
         raise TunetrailError(
-            f"--gguf: {converter} failed with exit code {reply.returncode}: {last}; export without --gguf, or use a "
+            f"--gguf: {converter} failed with exit code {process.returncode}: {last}; export without --gguf, or use a "
             "llama.cpp that knows this model and tokenizer"
         )
 
@@ -192,14 +193,14 @@ def convert(converter: str, folder: Path, dtype: Dtype) -> None:
 
 
 def check_sums(folder: Path) -> list[dict[str, Any]]:
-    """The files of an exported folder, compared with its SHA256SUMS. Raises DataError where anything differs."""
+    """The files of an exported folder, compared with its SHA256SUMS. Raises DataError if anything differs."""
     path = folder / SUMS
     if not path.is_file():
-        raise DataError(f"{folder}: has no {SUMS}; write a folder for a hub with `tunetrail model export`")
+        raise DataError(f"{folder}: has no {SUMS}; write a folder to push with `tunetrail model export`")
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in path.read_text().splitlines())}
     files = list_files(folder)
-    there = {file["path"]: file["sha256"] for file in files if file["path"] != SUMS}
-    if wrong := sorted(name for name in listed.keys() | there.keys() if listed.get(name) != there.get(name)):
+    actual = {file["path"]: file["sha256"] for file in files if file["path"] != SUMS}
+    if wrong := sorted(name for name in listed.keys() | actual.keys() if listed.get(name) != actual.get(name)):
         raise DataError(
             f"{folder}: {len(wrong)} files differ from {SUMS}, {wrong[0]} first; export it again, and edit the card on "
             "the hub"
@@ -210,14 +211,14 @@ def check_sums(folder: Path) -> list[dict[str, Any]]:
 def push(
     folder: Path, repo: str, public: bool = False, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Uploads an exported folder to a repository of the Hugging Face hub, which is made where it is not there.
+    """Uploads an exported folder to a repository of the Hugging Face hub, which is created if it does not exist.
 
-    Weights that an earlier push left there and this folder lacks are removed. Raises DataError for a folder that is not
-    what `export` wrote, TunetrailError with what the hub said.
+    Weights from an earlier push that this folder lacks are removed. Raises DataError if the folder is not what `export`
+    wrote, and TunetrailError with the hub's message if the upload fails.
 
     Args:
-        public: of a repository that is made; one that is there stays as it is.
-        dry_run: says what would go, and asks nobody.
+        public: whether a new repository is public; an existing one stays as it is.
+        dry_run: only says what would be sent, without contacting the hub.
     """
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever client it uses
@@ -227,10 +228,10 @@ def push(
         say(f"{file['size']:>14,}  {file['path']}")
     about = ModelCard.load(folder / "README.md").data
     say(f"licence {about.license or 'not stated'}, base model {about.base_model or 'not on the hub'}")
-    seen = "public" if public else "private"
-    where = f"{repo} ({seen} where it is new)"
+    visibility = "public" if public else "private"
+    target = f"{repo} ({visibility} if it is new)"
     if dry_run:
-        say(f"{len(files)} files would go to {where}; nothing was sent")
+        say(f"{len(files)} files would go to {target}; nothing was sent")
         return
     api = HfApi()
     try:
@@ -246,4 +247,4 @@ def push(
         raise TunetrailError(
             f"{repo}: the hub refused or was not reached: {reason}; `hf auth login` signs in"
         ) from None
-    say(f"{len(files)} files are in {where}: {commit.commit_url}")
+    say(f"{len(files)} files are in {target}: {commit.commit_url}")

@@ -19,15 +19,15 @@ def seed_everything(*parts: object) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    # Deterministic mode would also fill every fresh tensor with NaN first, which only costs time.
+    # Deterministic mode would also fill every new tensor with NaN, which only costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def prepare(*seed_parts: object) -> None:
-    """What every stage that runs a model does first."""
+    """Prepares the process of a stage that runs a model; call it first."""
     keep_freed_memory()
     quiet_libraries()
-    torch.serialization.set_crc32_options(False)  # checkpoints have digests; see `make bench`
+    torch.serialization.set_crc32_options(False)  # checkpoints have digests instead; see `make bench`
     seed_everything(*seed_parts)
 
 
@@ -51,12 +51,12 @@ def device() -> torch.device:
 
 
 def use_bf16(precision: str) -> bool:
-    """Whether `precision` (auto, fp32, bf16) means bf16 autocast here: auto does where the hardware has it."""
+    """Whether `precision` (auto, fp32, bf16) means bf16 autocast here: auto means so if the hardware supports bf16."""
     if precision == "auto":
         return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
     return precision == "bf16"
 
 
 def autocast(precision: str) -> AbstractContextManager:
-    """bf16 autocast over fp32 weights, or nothing."""
+    """bf16 autocast over fp32 weights if `use_bf16(precision)`, else a context that does nothing."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=use_bf16(precision))

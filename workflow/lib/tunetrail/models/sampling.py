@@ -1,8 +1,7 @@
-"""Sampling completions: what sequences begin with is computed once, finished rows leave the batch.
+"""Sampling completions. Common prefixes are computed once, and finished rows leave the batch.
 
-Every completion draws from a random stream of its own, seeded by (seed, prompt's key, completion), so
-that what a prompt gets does not depend on the shard or batch it is in (up to floating-point
-differences between batch shapes).
+Every completion draws from its own random stream, seeded by (seed, the prompt's key, the completion's number). So the
+completions of a prompt do not depend on its shard or batch, up to floating-point differences between batch shapes.
 """
 
 import copy
@@ -20,7 +19,7 @@ from tunetrail.seeds import derive_seed
 
 
 class PackedLinear(torch.nn.Module):
-    """x W^T with bf16 W in the order in which the processor's products read it, put so once and not at every step."""
+    """x W^T with bf16 W stored in the layout that the processor's products read, so that no step has to reorder it."""
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
@@ -32,13 +31,15 @@ class PackedLinear(torch.nn.Module):
 
 
 def can_pack() -> bool:
-    """Whether this processor has the instructions of packed bf16 products: AVX-512 or AVX-NE-CONVERT."""
+    """Whether this processor has the instructions for packed bf16 products: AVX-512 or AVX-NE-CONVERT."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def inference_weights(model: Any, bf16: bool) -> Any:
-    """The model for decoding: bf16 weights where autocast would be bf16, since without gradients
-    autocast casts every weight again for each token; on a CPU in the order that its products read."""
+    """Prepares a model for decoding, in place: bf16 weights where autocast would use bf16, packed on a CPU.
+
+    Without gradients, autocast would cast every weight again for each token.
+    """
     if not bf16:
         return model
     model = model.to(torch.bfloat16)
@@ -51,7 +52,7 @@ def inference_weights(model: Any, bf16: bool) -> Any:
 
 
 def decoding_weights(model: Any, bf16: bool) -> Any:
-    """`inference_weights` with any adapter merged, leaving `model` as it is: a copy where it must be one."""
+    """`inference_weights` with any adapter merged. `model` stays as it is: a copy is made if anything must change."""
     has_adapter = hasattr(model, "peft_config")
     if not has_adapter and not bf16:
         return model
@@ -59,10 +60,10 @@ def decoding_weights(model: Any, bf16: bool) -> Any:
     return inference_weights(decoder.merge_and_unload() if has_adapter else decoder, bf16)
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of a full-attention layer with room for the columns to come.
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of a full-attention layer, with room for the columns to come.
 
-    A step writes its column in place, where transformers' layer copies all columns to append one.
+    Each step writes its column in place, whereas the layer of transformers copies all columns to append one.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
@@ -70,9 +71,9 @@ class RoomyLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.length = keys.shape[2]
         self.buffers = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values)]
-        self._look()
+        self._update_views()
 
-    def _look(self) -> None:
+    def _update_views(self) -> None:
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -80,22 +81,22 @@ class RoomyLayer(DynamicLayer):
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = new
         self.length = end
-        self._look()
+        self._update_views()
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.buffers = [buffer[indices] for buffer in self.buffers]
-        self._look()
+        self._update_views()
 
 
 def prefill(
     model: Any, prompts: Sequence[list[int]], k: int, room: int, pad_id: int
 ) -> tuple[DynamicCache, torch.Tensor]:
-    """Runs all but the last token of B prompts, as a prefix tree where the model can.
+    """Runs all but the last token of B prompts, as a prefix tree if the model allows it.
 
     Returns:
-        the cache of B*k rows (k in a row for each prompt) of C columns with room for `room` more; attention
-        mask [B*k, C], 0 on the padding of shorter prompts, which is on their left.
+        the cache of B*k rows (k consecutive ones per prompt) of C columns, with room for `room` more; the attention
+        mask [B*k, C], 0 on the left padding of shorter prompts.
     """
     starts = [prompt[:-1] for prompt in prompts]
     batch = collate(starts, [[]] * len(starts), pad_id).to(model.device)
@@ -108,7 +109,7 @@ def prefill(
         trunk(**(batch.inputs | {"use_cache": True}), past_key_values=cache)
         cache.batch_repeat_interleave(k)
         if has_full_attention(model.config):
-            cache.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
+            cache.layers = [PreallocatedLayer(layer.keys, layer.values, room) for layer in cache.layers]
         return cache, mask
     tree = prefix_tree(starts)
     assert tree is not None
@@ -119,38 +120,38 @@ def prefill(
     def spread(states: torch.Tensor) -> torch.Tensor:
         return states[row, :, column].transpose(1, 2)  # [B*k, C, heads, d] -> [B*k, heads, C, d]
 
-    cache.layers = [RoomyLayer(spread(layer.keys), spread(layer.values), room) for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(spread(layer.keys), spread(layer.values), room) for layer in cache.layers]
     return cache, mask
 
 
 BLOCK = 256
-"""Tokens of the vocabulary that are summed up together."""
+"""How many tokens of the vocabulary are summed together."""
 
 
 def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples the softmax by the inverse of its cumulative distribution, found block by block.
+    """Samples from the softmax by inverting its cumulative distribution, block by block.
 
     Args:
         logits: [N, V].
         uniforms: [N] float64 in [0, 1), one for each row; NaN decodes the row greedily.
-        temperature: 0 decodes all greedily.
+        temperature: 0 decodes all rows greedily.
 
     Returns:
-        tokens [N] int64; their log-probs [N] float32 at the temperature (at 1 where it is 0).
+        tokens [N] int64; their log-probs [N] float32 at this temperature (at temperature 1 if it is 0).
     """
     scores = logits.float()
     scores = scores / temperature if temperature not in (0, 1) else scores
     best, likeliest = scores.max(-1)
     weights = torch.nn.functional.pad((scores - best[:, None]).exp_(), (0, -scores.shape[1] % BLOCK))
     weights = weights.view(len(scores), -1, BLOCK)
-    # Sums of blocks and of one block are small, and on a GPU their cumulative sums would not be deterministic.
+    # On a GPU cumulative sums are not deterministic; those over blocks, and within one block, are cheap on the CPU.
     ends = weights.sum(-1).double().cpu().cumsum(-1)
     total = ends[:, -1:]
     uniforms = uniforms.cpu()
     greedy = uniforms.isnan() | (temperature == 0)
     target = (uniforms.nan_to_num()[:, None] * total).clamp_max(torch.nextafter(total, torch.zeros_like(total)))
-    block = torch.searchsorted(ends, target, right=True)  # of the first end beyond it: a block that weighs something
-    block = block.clamp_max(ends.shape[1] - 1)  # beyond it there is only NaN, which whoever trains will report
+    block = torch.searchsorted(ends, target, right=True)  # the first block that ends beyond it, so its weight is not 0
+    block = block.clamp_max(ends.shape[1] - 1)  # only NaN goes beyond the last one, which the trainer will report
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0.0)
     chosen = weights[torch.arange(len(scores), device=scores.device), block[:, 0].to(scores.device)]
     inside = chosen.double().cpu().cumsum(-1)
@@ -162,8 +163,8 @@ def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tu
     return tokens, logprobs
 
 
-STAYING = 7 / 8
-"""Of a batch's rows: when no more than this share is unfinished, the finished ones leave it."""
+COMPACT_BELOW = 7 / 8
+"""Finished rows leave the batch once the share of unfinished ones is at most this."""
 
 
 @torch.inference_mode()
@@ -177,7 +178,7 @@ def _sample_batch(
     eos_id: int,
     pad_id: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """B prompts -> B*k token lists (k in a row for each prompt), closed by EOS where finished, and their log-probs."""
+    """B prompts -> B*k token lists (k consecutive per prompt), ending with EOS if finished, and their log-probs."""
     cache, mask = prefill(model, prompts, k, max_new_tokens, pad_id)
     tokens = torch.tensor([prompt[-1] for prompt in prompts for _ in range(k)], device=model.device)
     positions = mask.sum(-1)
@@ -211,8 +212,8 @@ def _sample_batch(
         open_rows = open_rows & ~ended
         if not open_rows.any():
             break
-        # To leave costs a copy of the cache: rows leave when there are enough of them.
-        if open_rows.sum() <= STAYING * len(open_rows):
+        # Removing rows copies the cache, so they leave only when enough of them are finished.
+        if open_rows.sum() <= COMPACT_BELOW * len(open_rows):
             indices = open_rows.nonzero()[:, 0]
             cache.batch_select_indices(indices)
             running, tokens, mask, positions = running[indices], tokens[indices], mask[indices], positions[indices]
@@ -221,7 +222,7 @@ def _sample_batch(
 
 
 def sample(model: Any, prompts: Sequence[list[int]], keys: Sequence[str], **settings: Any) -> list[list[list[int]]]:
-    """The responses of `sample_with_logprobs` alone."""
+    """The responses of `sample_with_logprobs`, without their log-probs."""
     return sample_with_logprobs(model, prompts, keys, **settings)[0]
 
 
@@ -240,21 +241,21 @@ def sample_with_logprobs(
     greedy_first: bool = False,
     on_batch: Callable[[int], None] = lambda prompts_done: None,
 ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-    """K completions of each prompt.
+    """Samples K completions of each prompt.
 
     Args:
         prompts: token ids of each prompt.
-        keys: a stable name of each prompt; with `seed` it fixes the random stream.
+        keys: a stable name for each prompt, which with `seed` determines its random streams.
         temperature: 0 decodes greedily.
         batch_size: sequences decoded at once.
-        greedy_first: the first of the K is decoded greedily, in the same batch.
-        on_batch: told how many prompts each batch finished.
+        greedy_first: decode the first of the K greedily, in the same batch.
+        on_batch: called after each batch with the number of its prompts.
 
     Returns:
-        For each prompt K token lists of at most `max_new_tokens`, the last token EOS unless cut off; and as
-        many lists of the tokens' log-probs at the temperature (of greedy ones at 1 where it is 0).
+        for each prompt, K token lists of at most `max_new_tokens`, ending with EOS unless cut off; and the log-probs of
+        these tokens at this temperature (at temperature 1 if it is 0).
 
-    Raises DataError where a prompt and `max_new_tokens` are more than the model reads.
+    Raises DataError if a prompt and `max_new_tokens` together are more than the model can read.
     """
     check_room(model.config, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -265,7 +266,7 @@ def sample_with_logprobs(
     model.eval()
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        streams = range(-1, k - 1) if greedy_first else range(k)  # the samples are the same with and without it
+        streams = range(-1, k - 1) if greedy_first else range(k)  # samples are the same with and without greedy_first
         seeds = [derive_seed(seed, "sample", keys[i], j) if j >= 0 else None for i in rows for j in streams]
         flat, flat_logprobs = _sample_batch(
             model, [prompts[i] for i in rows], seeds, k, max_new_tokens, temperature, eos_id, pad_id

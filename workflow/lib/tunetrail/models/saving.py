@@ -1,13 +1,13 @@
-"""Model folders that load anywhere, and are loaded once before they are published.
+"""Writes model folders that load anywhere, and loads each once before it is published.
 
 `model/` holds full weights, config, generation config and tokenizer. Plain `from_pretrained` needs nothing else, on any
 machine and from any working directory. A stage that trains with LoRA merges its adapter into these weights, so that
-every stage downstream loads one kind of folder, and also writes the adapter by itself into `adapter/`, for those who
-serve several on one model. An adapter belongs on the `model/` that its stage started from and on no other. PEFT would
-name that model by its path on this machine, so no name is written: the stage's record has its digest.
+every stage downstream loads the same kind of folder. It also writes the adapter alone into `adapter/`, for servers that
+put several adapters on one model. An adapter fits only the `model/` that its stage started from. PEFT would name that
+model by its path on this machine, so no name is written: the stage's record has its digest.
 
-`check_reloads` compares what was written with what was trained: without it a folder may load without a warning and
-answer as another model.
+`check_reloads` compares what was written with what was trained. Without it, a folder could load without a warning and
+answer like a different model.
 """
 
 import itertools
@@ -26,19 +26,19 @@ from tunetrail.files import write_json
 from tunetrail.models.loading import copy_tokenizer, load_tokenizer, with_adapter
 
 TOLERANCE = 1e-3
-"""Nats of a token, or units of a score: what float32 loses where an adapter is merged or another device computes."""
+"""In nats per token, or units of a score: what merging an adapter or another device may change in float32."""
 ROWS, TOKENS = 4, 64
 """How many rows are compared, and how many tokens of each."""
 SENTENCE = "A model that loads without a warning may yet be another one: what it makes of this sentence tells."
-"""What is compared where there are no rows."""
+"""Compared if there are no rows."""
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json for transformers 4 and 5, without what this machine or training left in it.
+    """A config.json for transformers 4 and 5, without traces of this machine or of training.
 
-    transformers 5 writes the rotary embedding as `rope_parameters`. Version 4 ignores that key, without a word, and
-    takes its defaults; it reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`. Both forms say the same.
-    Parameters by type of layer have no form that all of version 4 reads and stay as they are.
+    transformers 5 writes the rotary embedding as `rope_parameters`. Version 4 silently ignores that key and uses its
+    defaults; it reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`. The result has both forms. Parameters
+    per type of layer stay as they are, since no form works in all of version 4.
     """
     portable = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
     if "use_cache" in portable:
@@ -52,8 +52,9 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def portable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json for transformers 4 and 5: version 4 knows neither the class of tokenizers that have none
-    of their own nor a list of further special tokens by its new name.
+    """A tokenizer_config.json for transformers 4 and 5.
+
+    Version 4 knows neither the class `TokenizersBackend` nor `extra_special_tokens` as a list.
     """
     portable = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
     if portable.get("tokenizer_class") == "TokenizersBackend":
@@ -64,10 +65,10 @@ def portable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_weights(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Weights, config and generation config.
+    """Writes weights, config and generation config.
 
     Args:
-        state: the weights, where the model itself holds only a share of them.
+        state: the weights, if the model itself holds only a shard of them.
     """
     model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     for path in (folder / "config.json", folder / "generation_config.json"):
@@ -76,10 +77,10 @@ def save_weights(model: Any, folder: Path, state: dict[str, torch.Tensor] | None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, positions: int | None) -> None:
-    """The tokenizer, which says how many tokens its model reads.
+    """Writes the tokenizer, including how many tokens its model can read.
 
     Args:
-        positions: of the model; None where it has no limit.
+        positions: the model's limit; None if it has none.
     """
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     tokenizer.save_pretrained(folder)
@@ -88,20 +89,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, positions: 
 
 
 def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """The adapter of a model alone, with no path in it."""
+    """Writes only the adapter of a model, without any path in it."""
     options = {} if state is None else {"state_dict": state}
-    # TRL's DPO adds an adapter of its own, the reference.
+    # The trained adapter only: TRL's DPO adds another as the reference.
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, **options)
-    (folder / "README.md").unlink()  # an empty card
+    (folder / "README.md").unlink()  # PEFT's empty card
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": None}
-    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order changes from process to process
+    if isinstance(config["target_modules"], list):  # PEFT keeps a set, whose order differs between processes
         config["target_modules"].sort()
     write_json(path, config)
 
 
 def save_kept(model: Any, parent: Path, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """A model along the way: `folder/model`, or of one with an adapter `folder/adapter` alone, which is far smaller."""
+    """Writes a model kept along the way: `folder/model`, or only the far smaller `folder/adapter` if it has one."""
     if hasattr(model, "peft_config"):
         save_adapter(model, folder / "adapter", state)
     else:
@@ -117,20 +118,20 @@ def save_trained(
     state: dict[str, torch.Tensor] | None = None,
     auto_class: Any = AutoModelForCausalLM,
 ) -> Any:
-    """Writes and checks `model/`, and `adapter/` where there is one; returns the model with its adapter merged.
+    """Writes and checks `model/`, and writes `adapter/` if there is one; returns the model with its adapter merged.
 
     Args:
-        parent: the `model/` that the stage started from; the tokenizer is copied from it.
+        parent: the `model/` folder that the stage started from; the tokenizer is copied from it.
         rows: token ids to compare on.
-        state: the weights, where the model itself holds only a share of them; whoever calls has gathered it.
-        auto_class: what loads the folder.
+        state: the weights, gathered by the caller, if the model itself holds only a shard of them.
+        auto_class: the transformers class that loads the folder.
     """
     rows = [ids[:TOKENS] for ids in itertools.islice(rows, ROWS)]
     expected = answers(model, rows)
     if hasattr(model, "peft_config"):
         adapter = stage.work / "adapter"
         save_adapter(model, adapter, state)
-        # What is sharded cannot be merged in place.
+        # A sharded model cannot be merged in place.
         model, state = model.merge_and_unload() if state is None else with_adapter(parent, adapter), None
     save_weights(model, stage.work / "model", state)
     copy_tokenizer(parent, stage.work / "model")
@@ -142,20 +143,20 @@ def save_trained(
 def answers(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
     """What a plain forward pass gives for each row of T tokens, in float32 on the CPU.
 
-    [T]: the log-prob at each token of the next one, at the last of the first. Of a sequence classifier [1]: the score
-    less its bias.
+    [T] for a causal model: at each position the log-prob of the next token, at the last one that of the first token.
+    [1] for a sequence classifier: its score less its bias.
     """
     device = next(model.parameters()).device
     bias = getattr(model.config, "reward_bias", 0.0)
-    found = []
+    results = []
     for row in rows:
         ids = torch.tensor([row], device=device)
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         if logits.dim() == 1:
-            found.append(logits.cpu() - bias)
+            results.append(logits.cpu() - bias)
         else:
-            found.append(logits.log_softmax(-1).gather(1, ids[0].roll(-1)[:, None])[:, 0].cpu())
-    return found
+            results.append(logits.log_softmax(-1).gather(1, ids[0].roll(-1)[:, None])[:, 0].cpu())
+    return results
 
 
 def check_reloads(
@@ -165,16 +166,16 @@ def check_reloads(
     expected: list[torch.Tensor],
     auto_class: Any = AutoModelForCausalLM,
 ) -> None:
-    """Loads `model/` as a stranger would, and compares. Raises TunetrailError where it is another model.
+    """Loads `model/` as any user would, and compares. Raises TunetrailError if it answers like a different model.
 
     Args:
-        tokenizer: that the model was trained with.
-        expected: `answers` of the model in memory to `rows`.
+        tokenizer: the one that the model was trained with.
+        expected: what `answers` gives for `rows` with the model in memory.
     """
     if wrong := differences(stage.work / "model", tokenizer, rows, expected, auto_class):
         raise TunetrailError(
             f"{stage.name}: the written model folder does not load as the model in memory: {wrong}. Nothing was "
-            f"published. transformers {transformers.__version__} does not read back what it writes of this model: try "
+            f"published. transformers {transformers.__version__} does not read back what it wrote for this model: try "
             "another version, or report this"
         )
 
@@ -186,8 +187,8 @@ def differences(
     expected: list[torch.Tensor],
     auto_class: Any = AutoModelForCausalLM,
 ) -> str:
-    """In what the model in a folder is another than the one in memory, as `check_reloads`; empty: in nothing."""
-    model, again = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    """How the model in a folder differs from the one in memory (see `check_reloads`); empty if it does not."""
+    model, reloaded = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     pairs = zip(answers(model, rows), expected, strict=True)
     off = torch.cat([(a - b).abs() for a, b in pairs]).max().item()
     text = tokenizer.decode(rows[0])
@@ -198,9 +199,9 @@ def differences(
         for name, config in configs.items()
         if config is not None and (config.pad_token_id, config.eos_token_id) != special
     ]
-    if (again.pad_token_id, again.eos_token_id) != special or again.chat_template != tokenizer.chat_template:
+    if (reloaded.pad_token_id, reloaded.eos_token_id) != special or reloaded.chat_template != tokenizer.chat_template:
         wrong.append("its tokenizer has other special tokens or another chat template")
-    if again.encode(text) != tokenizer.encode(text) or again.decode(rows[0]) != text:
+    if reloaded.encode(text) != tokenizer.encode(text) or reloaded.decode(rows[0]) != text:
         wrong.append("its tokenizer splits text differently")
     if not off <= TOLERANCE:
         wrong.append(f"its log-probs or scores are off by up to {off:.2g} (tolerance {TOLERANCE:g})")

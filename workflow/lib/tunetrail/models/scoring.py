@@ -1,4 +1,4 @@
-"""Log-probabilities, values and scores of responses, with logits only where responses are."""
+"""Log-probabilities, values and scores of responses. Logits are computed only where there are responses."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,9 +20,9 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tor
 
 
 def comparable_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """`response_logprobs` with the head in float32 under autocast too, where it is a plain one; without gradients.
+    """`response_logprobs`, but a plain head runs in float32 even under autocast. Use it without gradients.
 
-    For log-probs that are compared with those of another batch: bf16 logits differ between shapes of a batch.
+    For log-probs that are compared across batches: bf16 logits differ between batch shapes.
     """
     weight, mask = head_weight(model), batch.response_mask
     if weight is None:
@@ -34,35 +34,35 @@ def comparable_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> t
 
 
 def trunk_of(model: Any) -> Any:
-    """The causal language model without its head, adapter or not."""
+    """The causal language model without its head, with or without an adapter."""
     return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
 
 
 def policy_pass(
     model: Any, batch: Batch, temperature: float, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """One pass of a causal language model over a batch.
+    """Runs a causal language model over a batch once.
 
     Args:
         temperature: the sampling temperature, by which logits are divided.
-        entropy: of the distributions, too; with gradients it keeps [B, R, V].
+        entropy: also compute the distributions' entropies; with gradients this keeps [B, R, V] in memory.
 
     Returns:
-        log-prob of each response token and the entropies, [B, R] float32, 0 on padding; the last hidden state that
-        predicts each response token [B, R, d].
+        the log-prob of each response token, [B, R] float32, 0 on padding; the entropies in the same form, or None; the
+        last hidden state that predicts each response token, [B, R, d].
     """
     r, mask, tokens = batch.response_mask.shape[1], batch.response_mask, batch.responses
     weight = None if entropy and torch.is_grad_enabled() else head_weight(model)
     if weight is None:
         output = model(**batch.inputs, logits_to_keep=r + 1, output_hidden_states=True)
         hidden, logits = output.hidden_states[-1][:, -r - 1 : -1], output.logits[:, :-1].float() / temperature
-        found = gather_logprobs(logits, tokens).masked_fill(~mask, 0.0)
+        logprobs = gather_logprobs(logits, tokens).masked_fill(~mask, 0.0)
         if not entropy:
-            return found, None, hidden
+            return logprobs, None, hidden
         log_p = logits.log_softmax(-1)
-        return found, -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0.0), hidden
+        return logprobs, -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0.0), hidden
     hidden = trunk_of(model)(**batch.inputs).last_hidden_state[:, -r - 1 : -1]
-    # Only where there are responses: where few are long, most of the columns are padding.
+    # Real tokens only: if few responses are long, most columns are padding.
     flat, entropies = head_logprobs(hidden[mask], weight, tokens[mask], temperature, entropy)
     empty = flat.new_zeros(mask.shape)
     return (
@@ -72,12 +72,12 @@ def policy_pass(
     )
 
 
-# Tokens of one forward pass without gradients: on a CPU few enough for the activations to stay in its cache.
+# Tokens per forward pass without gradients: on a CPU, few enough for the activations to stay in its cache.
 SCORING_TOKENS = 4096 if torch.cuda.is_available() else 2048
 
 
 class FullPrecisionHead(torch.nn.Linear):
-    """A linear head that stays in float32 under autocast: bf16 has 8 bits, and would make close scores tie."""
+    """A linear head that stays in float32 under autocast: with bf16's 8 bits, close scores would tie."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -85,7 +85,7 @@ class FullPrecisionHead(torch.nn.Linear):
 
 
 def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
-    """(score head, trunk) of a sequence-classification model, adapter or not."""
+    """(score head, trunk) of a sequence-classification model, with or without an adapter."""
     model = classifier.get_base_model() if hasattr(classifier, "peft_config") else classifier
     return model.score, model.base_model
 
@@ -93,8 +93,8 @@ def head_and_trunk(classifier: Any) -> tuple[Any, Any]:
 def response_values(critic: Any, batch: Batch) -> torch.Tensor:
     """[B, R] float32: value of the state before each response token, from a sequence-classification model.
 
-    A critic that starts from a reward model with pooled states reads its head at each of them, which are what is
-    pooled: the mean of their values is the score.
+    A critic that starts from a reward model with mean pooling applies its head to each of the states that the reward
+    model pools, so the mean of their values is the score.
     """
     head, trunk = head_and_trunk(critic)
     hidden = trunk(**batch.inputs).last_hidden_state
@@ -106,7 +106,7 @@ def response_values(critic: Any, batch: Batch) -> torch.Tensor:
 def pooled_states(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:
     """[B, P+R, d] -> [B, d]: the state of each sequence's last token, or the mean over its response in float32.
 
-    The last token is EOS where the response is finished (Stiennon et al. 2020).
+    The last token is EOS if the response is finished (Stiennon et al. 2020).
     """
     if pooling == "last":
         return hidden[torch.arange(len(hidden), device=hidden.device), batch.ends]
@@ -116,7 +116,7 @@ def pooled_states(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Ten
 
 
 def reward_pooling(reward_model: Any) -> str:
-    """How the model's states are pooled, `last` or `mean`: its config says so, other people's models do not."""
+    """How the model's states are pooled: `last` or `mean` if its config says so, as a run's models do, else `last`."""
     return getattr(reward_model.config, "reward_pooling", "last")
 
 
@@ -137,11 +137,11 @@ def map_batches(
     device: torch.device,
     max_tokens: int | None = None,
 ) -> list[torch.Tensor]:
-    """Applies `function` to batches of similar length; gives one row of its result a sequence, in order.
+    """Applies `function` to batches of similar length; returns one row of its result per sequence, in order.
 
     Args:
-        function: Batch -> [B] or [B, R]; of the latter each row is cut to its response's length.
-        max_tokens: of a batch; None: SCORING_TOKENS.
+        function: Batch -> [B] or [B, R]; rows of the latter are cut to the length of their response.
+        max_tokens: the most tokens per batch; None: SCORING_TOKENS.
     """
     results: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     for rows in token_batches(prompts, responses, max_tokens or SCORING_TOKENS):

@@ -1,4 +1,4 @@
-"""Rows of demonstrations and raw text as token ids with labels."""
+"""Turns demonstrations and raw text into token ids with labels."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,9 +10,9 @@ from tunetrail.models.weights import weight_of
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, stage: str) -> list[dict]:
     """Rows -> {input_ids, labels}; labels are -100 on prompts; raw text is cut into blocks of `max_length`.
 
-    An example has the "weight" of its row, where that has one.
+    An example keeps the "weight" of its row, if that has one.
 
-    Raises DataError, in the name of a stage, for prompts with completions longer than `max_length`.
+    Raises DataError, with the stage's name, if prompts with their completions are longer than `max_length`.
     """
     examples: list[dict] = []
     lengths: list[tuple[str, int]] = []
@@ -30,6 +30,6 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def given_and_learnt(example: dict) -> tuple[list[int], list[int]]:
-    """(ids before the labelled part, labelled ids); raw text keeps its first token as prompt."""
+    """(ids before the labels, labelled ids); for raw text the first token counts as the prompt."""
     start = max(1, sum(label == -100 for label in example["labels"]))
     return example["input_ids"][:start], example["input_ids"][start:]

@@ -1,4 +1,4 @@
-"""A tiny random model, so that every rule can be tested in seconds."""
+"""A tiny random model, with which every rule can be tested in seconds."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -12,7 +12,7 @@ SPECIAL = ["<|pad|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level: 5 special tokens and the 256 bytes, no merges, so every text round-trips."""
+    """A byte-level tokenizer: 5 special tokens, the 256 bytes and no merges, so every text round-trips."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -25,7 +25,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(hidden_size: int, layers: int, heads: int, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A Llama of random weights."""
+    """A Llama with random weights."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(

@@ -1,7 +1,6 @@
-"""What the files of a tokenizer say, without transformers, whose import takes seconds.
+"""Reads a tokenizer's files without transformers, whose import takes seconds.
 
-A tokenizer's class may have special tokens of its own that no file names. What is not certain here is left to the stage
-that loads it.
+A tokenizer's class may have special tokens that no file names. Anything uncertain is left to the stage that loads it.
 """
 
 import json
@@ -15,11 +14,11 @@ NO_PAD_OF_THEIR_OWN = {
     *("PreTrainedTokenizerFast", "TokenizersBackend"),
     *(f"{family}Tokenizer{kind}" for family in ("GPT2", "Llama") for kind in ("", "Fast")),
 }
-"""Classes of tokenizers whose pad token is the one in their files, or none."""
+"""Tokenizer classes without a default pad token: they have the one in their files, or none."""
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the folder; empty where it is not there or is no object."""
+    """The object in a JSON file of the folder; empty if the file is missing or holds none."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -45,7 +44,7 @@ def has_template(folder: Path) -> bool:
 
 
 def positions(folder: Path) -> int | None:
-    """As `models.lengths.positions`, from the config's file."""
+    """Like `models.lengths.positions`, but from the folder's config.json."""
     config = read(folder, "config.json")
     for place in (config, config.get("text_config") or {}):
         for name in ("max_position_embeddings", "n_positions"):
@@ -63,14 +62,14 @@ class Counter:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def tokens(self, texts: list[str]) -> list[int]:
-        return [len(found.ids) for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [len(encoding.ids) for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def has(self, token: str) -> bool:
         return self.tokenizer.token_to_id(token) is not None
 
 
 def problems(folder: Path, base: AnyModel, chat: bool) -> Iterator[str]:
-    """A line for each thing that the stages `base` and `data` would stop at for certain."""
+    """Yields a line for each mistake at which the stage `base` or `data` would certainly stop."""
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         is_artifact = (folder / "model/config.json").exists()
         fix = f"its model is in {folder / 'model'}" if is_artifact else "name a folder that from_pretrained can load"

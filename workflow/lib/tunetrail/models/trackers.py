@@ -1,8 +1,8 @@
-"""Where training is watched while it goes on: TensorBoard, W&B, MLflow or trackio, as `report_to` says.
+"""Sends training metrics to TensorBoard, W&B, MLflow or trackio, as `report_to` says.
 
-Nothing is read back from there: what the report shows is in metrics files and histories. The choice is no part of a
-stage's config, so that another place to look at it trains nothing again; it comes in $TUNETRAIL_REPORT_TO. Addresses
-and keys are each package's own business (WANDB_API_KEY, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, …).
+Nothing is read back from there: the report uses metrics files and histories. The choice is not part of a stage's config
+but comes in $TUNETRAIL_REPORT_TO, so changing it retrains nothing. Each package reads its own addresses and keys
+(WANDB_API_KEY, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, …).
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ def chosen() -> list[str]:
 
 
 def check(names: Sequence[str], source: str = "config") -> None:
-    """Raises ConfigError where the package of one of them is not installed; all are named as their packages."""
+    """Raises ConfigError if the package of a tracker is not installed; packages are called like their trackers."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -41,9 +41,9 @@ def _run_name(output: Path) -> str:
 
 
 def trainer_options(output: Path, state: Path) -> dict[str, Any]:
-    """Keyword arguments of transformers.TrainingArguments. What its callbacks take from the environment is set there.
+    """Keyword arguments for transformers.TrainingArguments. Sets the environment variables that its callbacks read.
 
-    A stage that resumes goes on in the same run of W&B and trackio; in MLflow and TensorBoard each attempt is one.
+    A stage that resumes continues the same run in W&B and trackio; in MLflow and TensorBoard each attempt is a new run.
     """
     check(chosen())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(state / "tensorboard")
@@ -54,7 +54,7 @@ def trainer_options(output: Path, state: Path) -> dict[str, Any]:
 
 
 def accelerator_options(state: Path) -> dict[str, Any]:
-    """Keyword arguments of accelerate.Accelerator."""
+    """Keyword arguments for accelerate.Accelerator."""
     from accelerate.utils import ProjectConfiguration
 
     check(chosen())
@@ -64,9 +64,9 @@ def accelerator_options(state: Path) -> dict[str, Any]:
 
 @contextmanager
 def tracking(accelerator: Any, output: Path, state: Path) -> Iterator[None]:
-    """Lets `accelerator.log` reach the trackers, which are closed at the end, however it comes.
+    """Lets `accelerator.log` reach the trackers, and closes them on leaving, even after an error.
 
-    Not by `accelerator.end_training`, which ends the processes' group as well.
+    `accelerator.end_training` would also end the process group.
     """
     name = _run_name(output)
     options = {

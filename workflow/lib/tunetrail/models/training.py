@@ -1,7 +1,7 @@
-"""What the stages on Hugging Face trainers (sft, reward, dpo, kto) share: data order, arguments, saving, leaving.
+"""What the stages with Hugging Face trainers (sft, reward, dpo, kto) share: data order, arguments, saving, stopping.
 
-A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order of the data is a
-fixed list made beforehand, and a checkpoint holds weights, optimizer, schedule and random states.
+A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order of the data is fixed
+in advance, and a checkpoint holds weights, optimizer, schedule and random states.
 """
 
 import functools
@@ -30,7 +30,7 @@ from tunetrail.seeds import derive_seed
 
 log = logging.getLogger("tunetrail")
 
-# What depends on the clock, or counts from the last resumption.
+# Logged values that depend on the clock or count from the last resumption.
 _NOT_RESULTS = ("total_flos", "train_loss", "num_tokens")
 
 
@@ -39,10 +39,10 @@ def epoch_order(
 ) -> list[int]:
     """Row indices for all epochs in training order: batches of similar length, in random order.
 
-    A row is in each epoch as often as its weight says (`models.weights`), once where there are none.
+    A row appears in each epoch as often as its weight says (`models.weights`), or once if there are no weights.
 
-    Every epoch shuffles again; the remainder that does not fill a batch is left out (`rows_left_out`), another one each
-    time, so that every optimizer step sees `batch_size` rows.
+    Every epoch shuffles again. The rows that do not fill a batch, different ones in each epoch, are left out
+    (`rows_left_out`), so that every optimizer step sees `batch_size` rows.
     """
     order: list[int] = []
     for epoch in range(epochs):
@@ -58,19 +58,20 @@ def epoch_order(
 
 
 def rows_left_out(stage: str, rows: int, batch_size: int) -> int:
-    """How many rows each epoch leaves out because they do not fill a batch; says so in the log."""
+    """How many rows each epoch leaves out because they do not fill a batch; also logs it."""
     left_out = rows % batch_size
     if left_out and is_main_process():
-        message = "%s: %d of %d rows do not fill a batch of %d; each epoch leaves out others"
+        message = "%s: %d of %d rows do not fill a batch of %d; each epoch leaves out different ones"
         log.info(message, stage, left_out, rows, batch_size)
     return left_out
 
 
 def learning_rate_scale(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Share of the peak learning rate at optimizer step `step` of `steps`, from 1. Never 0: all batches teach.
+    """Share of the peak learning rate at optimizer step `step` of `steps`, counted from 1.
 
-    It rises to 1 over the `warmup` first steps. Of the n steps after them the k-th has, with t = k / (n + 1),
-    (1 + cos(pi t)) / 2 (cosine), 1 - t (linear) or 1 (constant).
+    It rises linearly to 1 over the first `warmup` steps. At the k-th of the n steps after them it is, with
+    t = k / (n + 1), (1 + cos(pi t)) / 2 (cosine), 1 - t (linear) or 1 (constant). It is never 0, so that every batch
+    counts.
     """
     warmup = max(1, warmup)
     if step <= warmup:
@@ -80,8 +81,8 @@ def learning_rate_scale(step: int, steps: int, warmup: int, schedule: str) -> fl
 
 
 def use_schedule(trainer: Any, config: Epochs) -> None:
-    """Has a transformers trainer follow `learning_rate_scale`: the library's schedules begin at 0, and its constant one
-    has no warm-up."""
+    """Makes a transformers trainer follow `learning_rate_scale`: the library's schedules start at 0, and its constant
+    one has no warm-up."""
 
     def create(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         warmup = trainer.args.get_warmup_steps(num_training_steps)
@@ -96,9 +97,9 @@ def use_schedule(trainer: Any, config: Epochs) -> None:
 
 
 def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
-    """Rows of a process's share of a batch that go through the model together, at most `micro_batch_size`.
+    """How many rows of its share of a batch a process puts through the model together, at most `micro_batch_size`.
 
-    Raises ConfigError where the processes cannot have equal shares, which would weigh rows differently.
+    Raises ConfigError if the processes cannot have equal shares: rows would then get different weights.
     """
     share, rest = divmod(config.batch_size, processes)
     if rest:
@@ -109,16 +110,16 @@ def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
 
 
 def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
-    """Keyword arguments of transformers.TrainingArguments and its TRL children."""
+    """Keyword arguments for transformers.TrainingArguments and TRL's subclasses."""
     micro = rows_at_once(stage.name, config, processes())
     return trainer_options(stage.output, stage.state) | {
         "output_dir": str(stage.state),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": config.batch_size // (micro * processes()),
-        "num_train_epochs": 1,  # epochs are laid out in the data set itself, see epoch_order
+        "num_train_epochs": 1,  # the data set contains all epochs, see epoch_order
         "train_sampling_strategy": "sequential",
         "learning_rate": config.learning_rate,
-        "warmup_steps": config.warmup,  # below 1 it is a share of the steps
+        "warmup_steps": config.warmup,  # below 1: a share of the steps
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch_fused",
@@ -135,15 +136,15 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
 
 
 def trained_model(trainer: Any) -> Any:
-    """The model after training, its forward pass as it was before the trainer wrapped it: in the weights' precision."""
+    """The model after training, with its original forward pass: the trainer's wrapper would use autocast."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     for wrapped in (model, model.get_base_model() if hasattr(model, "peft_config") else model):
-        wrapped.__dict__.pop("forward", None)  # autocast, and TRL's head
+        wrapped.__dict__.pop("forward", None)  # the wrappers for autocast and TRL's head
     return model
 
 
 class StageCallback(TrainerCallback):
-    """Shows progress, saves when due, leaves when told to."""
+    """Shows progress, saves when a save is due, and stops when told to."""
 
     def __init__(self, stage: Stage):
         self.stage = stage
@@ -161,14 +162,14 @@ class StageCallback(TrainerCallback):
             self.bar.advance(state.global_step - self.bar.done, f"loss {loss:.4f}", {"loss": loss})
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.stage.stop.save_due():  # after the last step too: what follows may take long
+        if self.stage.stop.save_due():  # after the last step too: publishing may take long
             control.should_save = True
             if self.stage.stop.requested():
                 self.stopping = control.should_training_stop = True
         return control
 
     def on_save(self, args, state, control, **kwargs):
-        of_all_processes(None)  # each writes its random state, and they are listed
+        of_all_processes(None)  # wait until each has written its random state: the checkpoint's list includes them
         if is_main_process():
             mark_complete(self.stage, self.stage.state / f"checkpoint-{state.global_step}")
             keep_newest(self.stage.state)
@@ -191,7 +192,7 @@ class KeepCallback(TrainerCallback):
 
 
 def history(log_history: list[dict]) -> list[dict]:
-    """One row per step of what the trainer logged, without anything that the clock or an interruption decides."""
+    """One row per step from the trainer's log, without values that depend on the clock or on interruptions."""
     return [
         {k: v for k, v in row.items() if k not in _NOT_RESULTS and "runtime" not in k and "per_second" not in k}
         for row in log_history
@@ -200,12 +201,12 @@ def history(log_history: list[dict]) -> list[dict]:
 
 
 def trained_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, values) of the weights that are trained."""
+    """Yields (name, values) of each trained weight."""
     return ((name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def bit_sums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
-    """Of each weight the sum of its values' bits, read as whole numbers: another one where a single value changed."""
+    """For each weight, the sum of its values with their bits read as integers; it differs if a single value does."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
         name: int(values.contiguous().view(integers[values.element_size()]).sum(dtype=torch.int64))
@@ -214,10 +215,11 @@ def bit_sums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
 
 
 def check_learnt(name: str, before: dict[str, int], after: dict[str, int], steps: int) -> None:
-    """Raises ConfigError where training left every weight as it was: the artifact would be its parent's copy.
+    """Raises ConfigError if training changed no weight: the artifact would be a copy of its parent.
 
     Args:
-        before: the `bit_sums` of what is trained, before its first step.
+        before: the `bit_sums` of the trained weights before the first step.
+        after: the same after the last step.
     """
     if all(after.get(weight) == bits for weight, bits in before.items()):
         raise ConfigError(
@@ -227,16 +229,16 @@ def check_learnt(name: str, before: dict[str, int], after: dict[str, int], steps
 
 
 def warn_of_few_steps(stage: Stage, steps: int, more_steps: str) -> None:
-    """Says in the log where there are too few steps to learn in."""
+    """Logs a warning if there are too few optimizer steps to learn from."""
     if is_main_process() and (note := few_steps(stage.name, steps, more_steps)):
         log.warning("%s", note)
 
 
 def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
-    """Trains to the end, resuming where an earlier attempt was; writes and returns `history.jsonl`.
+    """Trains to the end, resuming from the latest checkpoint if there is one; writes and returns `history.jsonl`.
 
-    Raises Interrupted when told to stop, after saving; DataError when the loss is no longer finite; ConfigError when
-    no weight changed.
+    Raises Interrupted when told to stop, after saving; DataError if the loss is no longer finite; ConfigError if no
+    weight changed.
     """
     steps = len(trainer.train_dataset) // config.batch_size
     warn_of_few_steps(stage, steps, config.more_steps)
@@ -244,7 +246,7 @@ def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     callback = StageCallback(stage)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
-    trainer.create_model_card = lambda *_, **__: None  # TRL's, with every save; ours is `tunetrail audit card`
+    trainer.create_model_card = lambda *_, **__: None  # TRL writes one with every save; ours is `tunetrail audit card`
     use_schedule(trainer, config)
     checkpoint = latest_checkpoint(stage)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -252,7 +254,7 @@ def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
         step, total = trainer.state.global_step, trainer.state.max_steps
         raise stage.stop.interruption(f"at step {step} of {total}")
     rows = history(trainer.state.log_history)
-    # Not the loss alone: a diverged model's log-probs may be infinite where a clipped loss is not.
+    # Not only the loss: a diverged model's log-probs may be infinite while a clipped loss is finite.
     if not all(math.isfinite(value) for row in rows for value in row.values()):
         raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")
     check_learnt(stage.name, before, bit_sums(trained_weights(trainer.model)), steps)

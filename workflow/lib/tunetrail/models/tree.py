@@ -1,10 +1,10 @@
-"""Sequences that begin alike are computed once up to where they part.
+"""Computes the common prefixes of a batch's sequences once.
 
-A batch runs as its prefix tree: the K responses of a prompt share the prompt, all chats of a run share the
-system message, and nothing is padded but the ends of a few rows. Every token keeps its position and sees the
-tokens before it in its own sequence and no other, so values and gradients are what they would be apart (up
-to floating-point rounding). `share_prefixes` puts this between a model's trunk and its callers, which go on
-passing padded [batch, time] tensors and get [batch, time, hidden] back.
+A batch runs as its prefix tree: the K responses of a prompt share the prompt, all chats of a run share the system
+message, and only the ends of a few rows are padded. Every token keeps its position and sees only the tokens before it
+in its own sequence, so values and gradients are the same as without sharing, up to floating-point rounding.
+`share_prefixes` puts this between a model's trunk and its callers, which still pass padded [batch, time] tensors and
+get [batch, time, hidden] back.
 """
 
 import bisect
@@ -21,28 +21,28 @@ from transformers.cache_utils import DynamicLayer
 from tunetrail.models.cpu.attention import PLAIN
 
 ROW_TOKENS = 256
-"""Of a row of the tree: longer rows repeat less of what all begin with, and attend to more that no token may see."""
+"""Tokens per row of the tree: longer rows repeat common prefixes less often, but waste more of the attention on tokens
+that are masked."""
 WORTH_SHARING = 0.9
-"""Of the tokens of the padded batch; a tree of more is not grown."""
+"""A batch runs as a tree only if that takes at most this share of the padded batch's tokens."""
 
 
 @dataclass
 class PrefixTree:
-    """G rows of up to L tokens, each the prefix tree of some of the sequences."""
+    """G rows of up to L tokens; each row is the prefix tree of some of the sequences."""
 
     input_ids: torch.Tensor
     """[G, L] int64"""
     position_ids: torch.Tensor
     """[G, L] int64: a token's depth"""
     attention_mask: torch.Tensor
-    """[G, 1, L, L] bool: token i sees token j, its ancestor or itself (padding sees itself: attention to nothing is
-    NaN)
-    """
+    """[G, 1, L, L] bool: whether token i sees token j, which is its ancestor or itself. Padding sees itself, since
+    attention to nothing is NaN."""
     places: list[list[int]]
-    """for each sequence, where in the flattened [G*L] its tokens are"""
+    """for each sequence, the indices of its tokens in the flattened [G*L]"""
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Keyword arguments of a forward pass, beside the cache."""
+        """Keyword arguments for a forward pass, without the cache."""
         return {
             "input_ids": self.input_ids.to(device),
             "attention_mask": self.attention_mask.to(device),
@@ -50,7 +50,7 @@ class PrefixTree:
         }
 
     def index(self, real: torch.Tensor) -> torch.Tensor:
-        """[B, T] int64: the place in the flattened [G*L] of each column of the padded batch; 0 on padding.
+        """[B, T] int64: for each column of the padded batch its index in the flattened [G*L]; 0 on padding.
 
         Args:
             real: [B, T] bool, True on the tokens of the B sequences.
@@ -61,34 +61,37 @@ class PrefixTree:
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of two sequences' common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def prefix_tree(
     sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS, worth: float = float("inf")
 ) -> PrefixTree | None:
-    """Sorted, every sequence shares most with the one before it; rows are cut from that order, about equally long.
+    """The prefix tree of the sequences, or None if it would be too large.
+
+    In sorted order every sequence has its longest common prefix with the one before it. That order is cut into rows of
+    about equal length.
 
     Args:
-        row_tokens: that a row holds at most; a longer sequence gets the length it needs.
-        worth: tokens, padding included, of which a tree of more is not grown: then None.
+        row_tokens: the most tokens per row, unless a single sequence is longer.
+        worth: the most tokens that a tree may have, padding included.
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[i] for i in order]
     kept = [0, *(_shared(a, b) for a, b in pairwise(ordered))]
 
     def cut(limit: int) -> dict[int, int]:
-        """Which sequences begin a row, and the row's tokens, none more than `limit`."""
-        found, first = {0: len(ordered[0])}, 0
+        """The rows if none may have more than `limit` tokens: the sequence that starts each -> its number of tokens."""
+        lengths, first = {0: len(ordered[0])}, 0
         for n in range(1, len(ordered)):
             new = len(ordered[n]) - kept[n]
-            if found[first] + new > limit:
+            if lengths[first] + new > limit:
                 first = n
-                found[n] = len(ordered[n])
+                lengths[n] = len(ordered[n])
             else:
-                found[first] += new
-        return found
+                lengths[first] += new
+        return lengths
 
     longest = max(map(len, ordered))
     limits = range(longest, max(longest, row_tokens) + 1)
@@ -100,7 +103,7 @@ def prefix_tree(
 
     tokens: list[list[int]] = []
     depths: list[list[int]] = []
-    paths: list[list[int]] = []  # of each sequence in order: its tokens' columns
+    paths: list[list[int]] = []  # for each sequence in order, the columns of its tokens
     of_row: list[int] = []
     for n, sequence in enumerate(ordered):
         if n in rows:
@@ -126,8 +129,8 @@ def prefix_tree(
     return PrefixTree(padded(tokens), padded(depths), attention_mask[:, None], places)
 
 
-_NO_MATTER = {"use_cache", "output_hidden_states", "return_dict", "num_items_in_batch"}
-"""Keyword arguments that a trunk may get beside its sequences and still be run as a tree."""
+_HARMLESS = {"use_cache", "output_hidden_states", "return_dict", "num_items_in_batch"}
+"""Keyword arguments with which a trunk can still run as a tree."""
 
 
 def _as_tree(
@@ -138,14 +141,14 @@ def _as_tree(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`plain`, a trunk's own forward pass, over the batch's prefix tree where that is less and nobody wants a cache."""
+    """Runs `plain`, the trunk's own forward pass, over the batch's prefix tree if that is smaller, without a cache."""
     sequences = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     use_cache = kwargs.get("use_cache")
     if (
         (config.use_cache if use_cache is None else use_cache)
         or input_ids is None
         or len(input_ids) < 2
-        or {name for name, value in kwargs.items() if value is not None and value is not False} - _NO_MATTER
+        or {name for name, value in kwargs.items() if value is not None and value is not False} - _HARMLESS
         or any(x is not None and x.shape != input_ids.shape for x in (attention_mask, position_ids))
     ):
         return plain(**sequences, **kwargs)
@@ -171,17 +174,17 @@ def _as_tree(
 
 
 def has_full_attention(config: Any) -> bool:
-    """Whether every layer sees all tokens, however far: no window, no recurrence."""
-    windows_of_old = hasattr(config, "attention_layers") or hasattr(config, "attn_config")  # GPT-Neo, MPT
-    return not windows_of_old and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    """Whether every layer sees all tokens at any distance: no window, no recurrence."""
+    may_have_windows = hasattr(config, "attention_layers") or hasattr(config, "attn_config")  # GPT-Neo, MPT
+    return not may_have_windows and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 @torch.no_grad()
 def _runs_as_tree(trunk: Any) -> bool:
-    """Whether a tree gives what its sequences give apart: tried, after a look at what a short trial would not show."""
+    """Whether the trunk gives the same results with a tree: checks its config, then makes a short trial."""
     config = trunk.config
     if (
-        config._attn_implementation not in ("sdpa", PLAIN)  # the others read other masks
+        config._attn_implementation not in ("sdpa", PLAIN)  # others read other kinds of masks
         or not has_full_attention(config)
         or getattr(config, "output_router_logits", False)  # one row per token of the tree
     ):
@@ -191,7 +194,7 @@ def _runs_as_tree(trunk: Any) -> bool:
     try:
         apart = trunk(input_ids=ids, use_cache=False).last_hidden_state.float()
         tree = _as_tree(trunk, config, input_ids=ids, use_cache=False).last_hidden_state.float()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # more than a mask to it
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # it needs more than a mask
         return False
     tolerance = 1e-3 if next(trunk.parameters()).dtype == torch.float32 else 5e-2
     return bool((tree - apart).norm() <= tolerance * apart.norm())
@@ -199,10 +202,12 @@ def _runs_as_tree(trunk: Any) -> bool:
 
 @functools.cache
 def _sharing(trunk: Any) -> Any:
-    """The class of trunk with its batches run as trees. By class: a copy of a model then runs its own weights, and a
-    model that nobody holds any more is freed at once."""
+    """A subclass of the trunk's class that runs batches as trees.
 
-    def forward(self, input_ids=None, *args, **kwargs):  # classifiers pass the ids by place
+    A class and not a patched method: a copy of a model then runs its own weights, and an unused model is freed at once.
+    """
+
+    def forward(self, input_ids=None, *args, **kwargs):  # classifiers pass the ids as a positional argument
         plain = functools.partial(trunk.forward, self)
         if args:
             return plain(input_ids, *args, **kwargs)
@@ -214,7 +219,7 @@ def _sharing(trunk: Any) -> Any:
 
 
 def share_prefixes(model: Any) -> Any:
-    """The model, with its trunk's batches run as prefix trees where that changes no value."""
+    """Makes the model's trunk run batches as prefix trees if that changes no value; returns the model."""
     trunk = model.base_model
     if not shares_prefixes(model) and _runs_as_tree(trunk):
         trunk.__class__ = _sharing(type(trunk))  # type: ignore[arg-type]  # a class can be hashed
@@ -222,12 +227,12 @@ def share_prefixes(model: Any) -> Any:
 
 
 def shares_prefixes(model: Any) -> bool:
-    """Whether `share_prefixes` found that the model can."""
+    """Whether the model runs batches as prefix trees."""
     return getattr(model.base_model, "shares_prefixes", False)
 
 
 def without_sharing(model: Any) -> Any:
-    """Undoes `share_prefixes`, to compare."""
+    """Undoes `share_prefixes`, for comparisons."""
     if shares_prefixes(model):
         model.base_model.__class__ = type(model.base_model).__mro__[1]
     return model

@@ -103,7 +103,7 @@ class ResourceRequest:
 
 
 def requests(jobs: list[Job]) -> list[ResourceRequest]:
-    """One for each rule. Raises ConfigError where no rule names a partition: the profile is none for Slurm."""
+    """One for each rule. Raises ConfigError if no rule names a partition: the profile is none for Slurm."""
     found: dict[str, ResourceRequest] = {}
     for job in jobs:
         given = {name: job.resources[name] for name in SLURM if job.resources.get(name) not in (None, "", "<TBD>")}

@@ -33,12 +33,12 @@ def _names(rule: Any) -> dict[str, Any]:
 
 
 def run_of(job: Any) -> Path | None:
-    """The folder of the run that a job belongs to; None where its rule is of another workflow."""
+    """The folder of the run that a job belongs to; None if its rule is of another workflow."""
     return Path(names["RUN"]) if (names := _names(job.rule)) else None
 
 
 def config_of(workflow: Any) -> Config | None:
-    """The validated config; None where the workflow has several runs as modules."""
+    """The validated config; None if the workflow has several runs as modules."""
     configs = {names["RUN"]: names["CONFIG"] for rule in workflow.rules if (names := _names(rule))}
     return next(iter(configs.values())) if len(configs) == 1 else None
 
@@ -124,7 +124,7 @@ def located(workflow: Any, path: str) -> str:
 
 
 def renamed(workflow: Any, rule: str) -> str | None:
-    """The name of a rule here (`use rule * from … as tt_*`); None where it is not used."""
+    """The name of a rule here (`use rule * from … as tt_*`); None if it is not used."""
     return workflow.modifier.avail_rulename(rule)
 
 

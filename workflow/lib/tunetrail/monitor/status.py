@@ -58,11 +58,11 @@ class StageStatus:
     rerun: str | None = None
     waits_for_people: bool = False
     exit_code: int | None = None
-    """Of the last attempt, where it failed or left; None where it was killed."""
+    """Of the last attempt, where it failed or left; None if it was killed."""
 
 
 def slurm_queue() -> dict[str, str]:
-    """Id -> state (with the reason where it is pending) of this user's jobs; empty where there is no Slurm."""
+    """Id -> state (with the reason where it is pending) of this user's jobs; empty if there is no Slurm."""
     command = ["squeue", "-h", "--me", "-o", "%i|%T|%r"]
     try:
         reply = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -87,7 +87,7 @@ def _tail(path: Path | None) -> list[str]:
 
 
 def error_line(log: Path | None) -> str | None:
-    """The last line of a log that tells an error, else its last line; None where there is none.
+    """The last line of a log that tells an error, else its last line; None if there is none.
 
     Where a stage reported several mistakes in a row it is the first, with how many others there are. What Slurm says of
     a step that ended counts where the stage itself said nothing: out of memory, for one.
@@ -103,7 +103,7 @@ def error_line(log: Path | None) -> str | None:
 
 
 def state_folder(job: Job) -> Path | None:
-    """The state of the artifact's latest attempt that has not been published; None where there is none."""
+    """The state of the artifact's latest attempt that has not been published; None if there is none."""
     if job.state is None:
         return None
     found = list(job.state.glob("*/attempts.jsonl"))
@@ -168,7 +168,7 @@ def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[st
 
 
 def _stopped(job: Job, attempts: list[dict], folder: Path | None, rerun: str) -> StageStatus | None:
-    """The status of a stage whose last attempt ended before the artifact was there; None where there was no attempt."""
+    """The status of a stage whose last attempt ended before the artifact was there; None if there was no attempt."""
     log = job.log if job.log and job.log.exists() else None
     error = error_line(log)
     # Without an attempt the log may be that of an artifact that was made successfully and deleted since.

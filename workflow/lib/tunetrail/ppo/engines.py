@@ -1,6 +1,6 @@
-"""Who samples the episodes: our own decoder, or vLLM on a GPU. Both are called alike.
+"""The engines that sample episodes: our own decoder, or vLLM on a GPU. Both are called in the same way:
 
-engine(prompts, keys, k, seed) -> for each prompt k lists of token ids, closed by EOS where finished
+engine(prompts, keys, k, seed) -> for each prompt, k lists of token ids, ending with EOS if finished
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class LocalEngine:
     def __init__(self, config: PpoConfig, policy: Any, accelerator: Accelerator, eos_id: int, pad_id: int):
         self.config, self.policy, self.eos_id, self.pad_id = config, policy, eos_id, pad_id
         self.accelerator = accelerator
-        # A model whose layers are sharded cannot be copied: its adapter stays apart, and autocast does the casting.
+        # A sharded model cannot be copied: its adapter stays unmerged, and autocast casts its weights.
         self.copies = not any(is_sharded(module) for module in policy.modules())
 
     def __call__(self, prompts: Sequence[list[int]], keys: Sequence[str], k: int, seed: int) -> list[list[list[int]]]:
@@ -48,10 +48,10 @@ class LocalEngine:
 
 
 class VllmEngine:
-    """vLLM through TRL, on the training GPUs or as a server; it is sent the policy's weights before each rollout.
+    """vLLM through TRL, on the training GPUs or as a server. It gets the policy's weights before each rollout.
 
-    Never run by us: the tests put a stand-in in vLLM's place. vLLM has its own random numbers, and a LoRA adapter is
-    merged and unmerged to be sent, which rounds: an interrupted run goes on but does not end with the same bytes.
+    It has never been run: the tests use a stand-in for vLLM. vLLM has its own random numbers, and merging and unmerging
+    a LoRA adapter to send it causes rounding, so an interrupted run resumes but does not end with the same bytes.
     """
 
     def __init__(self, config: PpoConfig, policy: Any, accelerator: Accelerator, tokenizer: Any):
@@ -63,7 +63,7 @@ class VllmEngine:
             )
         server = config.vllm.server
         try:
-            from trl.generation.vllm_generation import VLLMGeneration  # only here: it imports vLLM where it is
+            from trl.generation.vllm_generation import VLLMGeneration  # only here, since it imports vLLM if installed
 
             self.generation = VLLMGeneration(
                 policy,
@@ -74,7 +74,7 @@ class VllmEngine:
                 gpu_memory_utilization=config.vllm.gpu_memory,
                 temperature=config.temperature,
                 max_completion_length=config.max_new_tokens,
-                generation_kwargs={"stop_token_ids": [tokenizer.eos_token_id], "ignore_eos": True},  # no other end
+                generation_kwargs={"stop_token_ids": [tokenizer.eos_token_id], "ignore_eos": True},  # no other stop
             )
         except ImportError as error:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Policy and critic as one module, so that accelerate wraps, saves and steps them together."""
+"""Policy and critic as one module, so that accelerate wraps and saves them together."""
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +14,11 @@ class ActorCritic(torch.nn.Module):
     """A causal language model and its value function.
 
     Args:
-        policy: causal language model, with a LoRA adapter or plain.
-        reward_model: its copy is a `separate` critic.
-        critic: `shared`: the value function is a linear head on the policy's last hidden state, 0 at first:
-            the reward model's head was trained on another trunk and would be noise on this one. None:
-            there is no value function, and values are 0.
+        policy: causal language model, with or without a LoRA adapter.
+        reward_model: a `separate` critic starts as a copy of it.
+        critic: `separate`; or `shared`, a linear head on the policy's last hidden state that starts at 0, since the
+            reward model's head was trained on another trunk and would be noise on this one; or None, no value function,
+            so that values are 0.
     """
 
     def __init__(self, policy: Any, reward_model: Any, critic: str | None):
@@ -45,7 +45,7 @@ class ActorCritic(torch.nn.Module):
 
 
 class Reference:
-    """The policy as it was: the adapter switched off, or a frozen copy."""
+    """The policy as it was before training: with its adapter switched off, or a frozen copy."""
 
     def __init__(self, policy: Any):
         self.has_adapter = hasattr(policy, "peft_config")

@@ -1,4 +1,4 @@
-"""Episodes: responses of the current policy with everything the update needs to know of them."""
+"""Episodes: responses of the current policy, with everything that the update needs to know about them."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +15,7 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]
     logprobs: torch.Tensor
-    """[N, R], of the policy that sampled"""
+    """[N, R], by the policy that sampled"""
     ref_logprobs: torch.Tensor
     """[N, R]"""
     values: torch.Tensor
@@ -23,13 +23,13 @@ class Rollout:
     entropy: torch.Tensor
     """[N, R]"""
     scores: torch.Tensor
-    """[N], what the episodes are rewarded for: the weighted sum of `terms`"""
+    """[N], the reward of each episode: the weighted sum of `terms`"""
     terms: torch.Tensor
-    """[N, T], each thing that is learnt from, in the order of the config"""
+    """[N, T], the scores that the reward consists of, in the order of the config"""
     finished: torch.Tensor
-    """[N] bool: closed by EOS"""
+    """[N] bool: ends with EOS"""
     gold: torch.Tensor
-    """[N], the gold scorer's, which nothing is trained on; [0] where there is none"""
+    """[N], by the gold scorer, which is not trained on; [0] if there is none"""
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -51,12 +51,12 @@ class Rollout:
 
 
 def pad_rows(rows: list[torch.Tensor]) -> torch.Tensor:
-    """N tensors of various lengths -> [N, longest], 0 after their ends."""
+    """N tensors of various lengths -> [N, longest], padded with 0."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def concatenate(parts: list[Rollout]) -> Rollout:
-    """The episodes of all processes, in order of their ranks."""
+    """The episodes of all processes, in the order of their ranks."""
     merged: dict[str, Any] = {}
     for f in fields(Rollout):
         values = [getattr(part, f.name) for part in parts]

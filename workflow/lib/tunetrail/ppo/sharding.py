@@ -1,7 +1,7 @@
-"""Models too large for one GPU: weights, gradients and optimizer state spread over the processes.
+"""Models too large for one GPU: weights, gradients and optimizer state are sharded over the processes.
 
-FSDP2 of torch (Zhao et al. 2023, after ZeRO stage 3 of Rajbhandari et al. 2020): a decoder layer is gathered when its
-turn comes and let go after it. Tested across two processes on CPUs; never run on GPUs.
+This uses torch's FSDP2 (Zhao et al. 2023, after ZeRO stage 3 of Rajbhandari et al. 2020): each decoder layer is
+gathered just before it is needed and released afterwards. Tested across two processes on CPUs; never run on GPUs.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def shard(model: Any, layers: Any, device: torch.device) -> Any:
-    """Spreads a model on the CPU over the devices of all processes, in place.
+    """Shards a model on the CPU over the devices of all processes, in place.
 
     Args:
-        layers: class names of what is gathered at once, `_no_split_modules` of a transformers model; the rest of the
-            model stays gathered from its forward pass to its backward pass.
+        layers: class names of the modules to gather one at a time, `_no_split_modules` of a transformers model; the
+        rest
+            of the model stays gathered from its forward pass to its backward pass.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in model.modules():
         if type(module).__name__ in (layers or ()):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    # The first module to run forward would make itself the root, and `gathered` may call any part first.
+    # The first module that runs would become the root, and `gathered` may call any part first.
     model._get_fsdp_state()._lazy_init()
     return model
 
@@ -44,10 +45,10 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def gathered(*models: Any) -> Iterator[None]:
-    """Inside, every process holds all weights of the models and may run them alone, as often as it likes.
+    """Inside this context every process holds all weights of the models and can run them independently.
 
-    Without it each pass is a collective call, and processes with different numbers of batches wait for each other for
-    ever. Call it in all processes. Models that are not sharded are left as they are.
+    Without it each pass is a collective call, and processes with different numbers of batches would wait for each other
+    forever. Call it in all processes. Models that are not sharded are left alone.
     """
     parts = [(m is model, m) for model in models if is_sharded(model) for m in model.modules() if is_sharded(m)]
     for _, part in parts:
@@ -62,27 +63,27 @@ def gathered(*models: Any) -> Iterator[None]:
 
 
 def whole_state(model: Any, part: str) -> dict[str, torch.Tensor] | None:
-    """The state dict of a part of a sharded model, whole and on the CPU, in the first process; empty in the others.
+    """The whole state dict of a part of a sharded model, on the CPU of the first process; empty in the others.
 
-    Tied weights are in it once. None where the model is not sharded. Call it in all processes.
+    Tied weights appear once. None if the model is not sharded. Call it in all processes.
     """
     if not is_sharded(model):
         return None
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    once = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    distinct = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - distinct
     return {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.") and k not in tied}
 
 
 def save_shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Each process writes its share. Call it in all of them."""
+    """Writes this process's shard. Call it in all processes."""
     dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
 
 
 def load_shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """What `save_shards` wrote, by as many processes as are at it now or by others."""
+    """Loads what `save_shards` wrote, even if the number of processes has changed. Call it in all processes."""
     state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -62,7 +62,7 @@ class PPOTrainer:
     Args:
         config: the hyperparameters; `batch_size` and `minibatch_size` count all processes together.
         policy: causal language model, plain or with a LoRA adapter. Its weights now are the reference.
-        reward_model: sequence-classification model; None where the config's reward has scorers alone.
+        reward_model: sequence-classification model; None if the config's reward has scorers alone.
         critic: sequence-classification model that a separate critic starts from; None: the reward model.
         prompts: token ids of the prompts; `keys` names them, for the random streams.
         accelerator: decides device, precision and processes.
@@ -107,7 +107,7 @@ class PPOTrainer:
         kind = config.critic if config.advantage == "gae" else None
         model = ActorCritic(
             policy, reward_model if critic is None else critic, kind
-        ).eval()  # nothing may drop out: the first ratio must be 1
+        ).eval()  # no dropout: the first ratio must be 1
         self.reward_model = None
         if reward_model is not None:
             self.reward_model = self._place(reward_model.requires_grad_(False).eval(), reward_model._no_split_modules)
@@ -115,9 +115,9 @@ class PPOTrainer:
         if not self.reference.has_adapter:
             self._place(self.reference.model, layers)
         frozen = [self.reward_model, None if self.reference.has_adapter else self.reference.model]
-        for each in frozen if accelerator.mixed_precision == "bf16" else ():
-            if each is not None and not is_sharded(each):
-                narrow_products(each, torch.bfloat16)  # only scored with, and only under autocast
+        for frozen_model in frozen if accelerator.mixed_precision == "bf16" else ():
+            if frozen_model is not None and not is_sharded(frozen_model):
+                narrow_products(frozen_model, torch.bfloat16)  # it only scores, and only under autocast
         self.optimizer = accelerator.prepare_optimizer(self._optimizer(model))
         self.model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))  # else DDP would wrap it
         self.engine = engine or LocalEngine(config, self.actor_critic.policy, accelerator, eos_id, pad_id)
@@ -129,7 +129,7 @@ class PPOTrainer:
         self.history: list[dict] = []
 
     def _place(self, model: Any, layers: Any) -> Any:
-        """Puts a model on the device, whole or this process's share of it."""
+        """Puts a model, or this process's shard of it, on the device."""
         if self.config.sharded and self.accelerator.num_processes > 1:
             return shard(model, layers, self.accelerator.device)
         return model.to(self.accelerator.device)
@@ -150,19 +150,20 @@ class PPOTrainer:
 
     @torch.no_grad()
     def rollout(self) -> Rollout:
-        """The episodes of this iteration, of all processes."""
+        """The episodes of this iteration, from all processes."""
         config, accelerator = self.config, self.accelerator
-        mine = self.batches[self.step][accelerator.process_index :: accelerator.num_processes]
-        # A prompt may come twice in one batch, hence its place in the key.
+        local_prompts = self.batches[self.step][accelerator.process_index :: accelerator.num_processes]
+        # A prompt may occur twice in a batch, so the key includes its position.
         keys = [
-            f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}" for n, i in enumerate(mine)
+            f"{self.keys[i]}-{n * accelerator.num_processes + accelerator.process_index}"
+            for n, i in enumerate(local_prompts)
         ]
         k = config.completions_per_prompt
         with gathered(self.model):
             sampled = self.engine(
-                [self.prompts[i] for i in mine], keys, k, derive_seed(self.seed, "rollout", self.step)
+                [self.prompts[i] for i in local_prompts], keys, k, derive_seed(self.seed, "rollout", self.step)
             )
-        places = [i for i in mine for _ in range(k)]
+        places = [i for i in local_prompts for _ in range(k)]
         prompts = [self.prompts[i] for i in places]
         responses = [response for completions in sampled for response in completions]
         finished = torch.tensor([r[-1] == self.eos_id for r in responses])
@@ -170,7 +171,7 @@ class PPOTrainer:
         def over(function: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
             return map_batches(function, prompts, responses, self.pad_id, accelerator.device)
 
-        with accelerator.autocast():  # one model whole at a time
+        with accelerator.autocast():  # only one model is gathered at a time
             with gathered(self.model):
                 actor = over(lambda batch: torch.stack(self.actor_critic(batch, config.temperature, True), -1))
             with gathered(self.model if self.reference.has_adapter else self.reference.model):
@@ -224,12 +225,13 @@ class PPOTrainer:
         return masked_whiten(advantages, mask), returns
 
     def learning_rate_scale(self) -> float:
-        """Share of the peak learning rate in this iteration: from 1 to 1/steps where it decays."""
+        """Share of the peak learning rate in this iteration; if it decays, from 1 to 1/steps."""
         return 1 - self.step / self.config.steps if self.config.schedule == "linear" else 1.0
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """`epochs` passes over the episodes, fewer where `stop_kl` ends them. Returns means over all minibatches of
-        the losses and diagnostics, how many minibatches there were, and the tokens in them."""
+        """Makes `epochs` passes over the episodes, or fewer if `stop_kl` ends them.
+
+        Returns means of losses and diagnostics over all minibatches, the number of minibatches, and their tokens."""
         advantages, returns = self.advantages(rollout)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * self.learning_rate_scale()
@@ -255,8 +257,8 @@ class PPOTrainer:
 
     def _micro_batches(self, minibatch: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
         """This process's share of a minibatch in the order of `key`, cut to what goes through the model at once."""
-        mine = sorted(minibatch, key=key)[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+        share = sorted(minibatch, key=key)[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [share[i : i + self.micro_batch_size] for i in range(0, len(share), self.micro_batch_size)]
 
     def _ptx(self, minibatch: int) -> float:
         """Adds the gradient of `ptx_coef` times the loss on demonstrations to the next minibatch's; returns the loss.
@@ -294,7 +296,7 @@ class PPOTrainer:
             def cut(x: torch.Tensor, part: list[int] = part, r: int = r) -> torch.Tensor:
                 return x[part, :r].to(accelerator.device)
 
-            # Each micro-batch weighs as its tokens do, so that its size changes nothing but memory.
+            # Micro-batches are weighted by their tokens, so that their size changes nothing but memory.
             weight = mask.sum() / total_tokens
             with accelerator.no_sync(self.model) if n < len(parts) - 1 else nullcontext(), accelerator.autocast():
                 logprobs, values, entropy = self.model(batch, config.temperature, config.entropy_coef > 0)
@@ -354,7 +356,7 @@ class PPOTrainer:
     # ------------------------------------------------------------------------- state
 
     def save(self, folder: Path) -> None:
-        """Everything `load` needs to go on with the same bytes."""
+        """Saves everything that `load` needs to continue exactly."""
         if is_sharded(self.model):
             save_shards(self.model, self.optimizer.optimizer, folder)
         else:

@@ -1,1 +1,1 @@
-"""Rankings as data: their types, ranks and agreement, the pairs to learn from, and the formats people write them in."""
+"""Rankings as data: their types, ranks and agreement, the pairs to learn from, and the file formats."""

@@ -1,12 +1,12 @@
-"""The formats in which people record rankings, each checked and parsed into the same rows.
+"""Parses and checks the formats in which people record rankings, all into the same kind of rows.
 
     prompt, chosen, rejected            a pair; the responses may be texts or, as TRL writes them, messages
-    chosen, rejected                    a pair of transcripts or chats that differ in their last turn only
+    chosen, rejected                    a pair of transcripts or chats that differ only in their last turn
     prompt, completions [K], ranks [K]  K completions; ranks are whole numbers from 1 (best), equal ranks are a tie
-    prompt, a, b, labels                a pair and its annotators' verdicts: 0 a tie, 1 a is better, 2 b is better
+    prompt, a, b, labels                a pair and its annotators' verdicts: 0 tie, 1 a is better, 2 b is better
 
-Feedback on single responses has the shape `prompt, completion, label` (TRL's unpaired preferences): the prompt may be a
-text or messages, the completion a text or one message of the assistant, and the label true (liked) or false.
+Feedback on single responses has the shape `prompt, completion, label` (TRL's unpaired preferences): the prompt is a
+text or messages, the completion a text or one message from the assistant, and the label true (liked) or false.
 
 `labeler` and `time` are optional, and so is `order` [K], the order in which the completions were shown. Training data,
 the labeler `recorded` and `tunetrail label import` all read rankings with the functions of this module.
@@ -22,18 +22,18 @@ SHAPES = "prompt, chosen, rejected; chosen, rejected (transcripts); prompt, comp
 VERDICTS = {0: [1, 1], 1: [1, 2], 2: [2, 1]}
 """Verdict on a and b -> their ranks."""
 LABELS = {"true": True, "1": True, "false": False, "0": False}
-"""A thumb in words or digits, as CSV files spell it."""
+"""The spellings of a label, which is text in CSV files."""
 
 
 class BadRow(ValueError):
-    """What is wrong with one row; whoever reads the file adds where it is."""
+    """Says what is wrong with one row; the reader of the file adds where it is."""
 
 
 # ----------------------------------------------------------------------------- values
 
 
 def checked_unicode(value: str, key: str) -> str:
-    """The text itself. Raises BadRow for half a surrogate pair, which JSON can spell and no file can hold."""
+    """The text itself. Raises BadRow for half a surrogate pair, which JSON can express but UTF-8 cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -51,7 +51,7 @@ def checked_text(row: dict, key: str, allow_empty: bool = False) -> str:
 
 
 def checked_messages(value: Any, key: str) -> list[Message]:
-    """A chat: non-empty messages of system (first only), user and assistant."""
+    """A chat: non-empty messages from system (only as the first), user and assistant."""
     if not isinstance(value, list) or not value:
         raise BadRow(f"'{key}' must be a non-empty list of messages")
     for i, message in enumerate(value):
@@ -66,7 +66,7 @@ def checked_messages(value: Any, key: str) -> list[Message]:
 
 
 def as_messages(prompt: str) -> list[Message]:
-    """A single prompt as one message of the user."""
+    """A plain prompt as one message from the user."""
     return [{"role": "user", "content": prompt}]
 
 
@@ -85,7 +85,7 @@ def checked_ranks(value: Any, k: int) -> list[int]:
 
 
 def checked_order(row: dict, k: int) -> list[int]:
-    """The order in which k completions were shown; where it was not recorded, that of the row."""
+    """The order in which k completions were shown; if it was not recorded, that of the row."""
     order = row.get("order") or list(range(k))
     if not isinstance(order, list) or not all(type(i) is int for i in order) or sorted(order) != list(range(k)):
         raise BadRow(f"'order' must name each of the {k} completions once, counting from 0")
@@ -105,7 +105,7 @@ def checked_time(row: dict) -> str | None:
     value = row.get("time")
     if value is None or value == "":
         return None
-    if hasattr(value, "isoformat"):  # Parquet and the hub have times of their own
+    if hasattr(value, "isoformat"):  # Parquet and the hub have a type for times
         value = value.isoformat()
     if not isinstance(value, str):
         raise BadRow(f"'time' must be a text such as 2026-01-01T12:00:00Z, got {type(value).__name__}")
@@ -131,7 +131,7 @@ def parse_transcript(text: str) -> list[Message]:
 
 
 def _conversations(row: dict) -> tuple[list[Message], list[str]]:
-    """(messages, [chosen, rejected]) of two transcripts, or two chats, that differ in their last turn only."""
+    """(messages, [chosen, rejected]) of two transcripts, or two chats, that differ only in their last turn."""
 
     def turns(key: str) -> list[Message]:
         is_transcript = isinstance(row[key], str)
@@ -151,7 +151,7 @@ def _conversations(row: dict) -> tuple[list[Message], list[str]]:
 
 
 def _reply(row: dict, key: str, prompt: list[Message]) -> str:
-    """A response in TRL's conversational format: one turn of the assistant, which may follow the whole prompt."""
+    """A response in TRL's conversational format: one turn of the assistant, with or without the prompt before it."""
     turns = checked_messages(row[key], key)
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
@@ -161,7 +161,7 @@ def _reply(row: dict, key: str, prompt: list[Message]) -> str:
 
 
 def _pair(row: dict, prompt: list[Message] | None, allow_empty: bool) -> tuple[list[Message] | None, list[str]]:
-    """(messages, [chosen, rejected]) of a row with these two columns; None for a prompt that is a text."""
+    """(messages, [chosen, rejected]) of a row with these two columns; messages are None if the prompt is a text."""
     if "prompt" not in row:
         return _conversations(row)
     if isinstance(row["chosen"], str):
@@ -174,7 +174,7 @@ def _pair(row: dict, prompt: list[Message] | None, allow_empty: bool) -> tuple[l
 
 
 def _chat_prompt(row: dict) -> list[Message] | None:
-    """A prompt that is a chat; None where it is a text or missing."""
+    """A prompt that is a chat; None if it is a text or missing."""
     if not isinstance(row.get("prompt"), list):
         return None
     messages = checked_messages(row["prompt"], "prompt")
@@ -191,7 +191,7 @@ def checked_label(row: dict) -> bool:
 
 
 def parse_feedback(row: dict) -> FeedbackRow:
-    """A response with a thumb up or down. Raises BadRow."""
+    """A row of feedback: a response that was liked or disliked. Raises BadRow."""
     if lacking := [key for key in ("prompt", "completion", "label") if key not in row]:
         columns = ", ".join(sorted(map(str, row))) or "none"
         raise BadRow(
@@ -206,7 +206,7 @@ def parse_feedback(row: dict) -> FeedbackRow:
 
 
 def parse_preference(row: dict, allow_empty: bool = False) -> PreferenceRow:
-    """A row of any of the shapes. Raises BadRow.
+    """A row of preferences in any of the shapes. Raises BadRow.
 
     Args:
         allow_empty: accept completions without text.

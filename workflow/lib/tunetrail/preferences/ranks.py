@@ -1,4 +1,4 @@
-"""Ranks and agreement as small pure functions: 1 is best, equal ranks are ties, no rank is left out (1, 2, 2, 3)."""
+"""Ranks and agreement as small pure functions: 1 is best, equal ranks are ties, and ranks have no gaps (1, 2, 2, 3)."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,8 +12,8 @@ from tunetrail.seeds import derive_seed
 def ranks_from_scores(scores: Sequence[float], tie: float = 0.0) -> list[int]:
     """Dense ranks of scores, the highest score first.
 
-    From the highest score down, a new rank begins where the gap to the *first* member of the current group exceeds
-    `tie`. So all members of a tie lie within `tie` of each other, and a chain of small gaps cannot tie the best with
+    From the highest score down, a new rank begins when the gap to the *first* member of the current group exceeds
+    `tie`. So all members of a tie are within `tie` of each other, and a chain of small gaps cannot tie the best with
     the worst.
 
     >>> ranks_from_scores([10, 40, 38, 36], tie=3)
@@ -38,12 +38,12 @@ def dense(ranks: Sequence[float]) -> list[int]:
 
 
 def gapless(ranks: Sequence[int]) -> bool:
-    """Whether ranks are 1, 2, … with ties, and none is left out."""
+    """Whether ranks are 1, 2, …, with ties but without gaps."""
     return set(ranks) == set(range(1, len(set(ranks)) + 1))
 
 
 def pair_outcomes(ranks: Sequence[float]) -> np.ndarray:
-    """Outcomes of all pairs i < j, [K(K-1)/2]: 1 where i is better, -1 where j is, 0 for a tie."""
+    """Outcomes of all pairs i < j, [K(K-1)/2]: 1 if i is better, -1 if j is, 0 for a tie."""
     r = np.asarray(ranks)
     i, j = np.triu_indices(len(r), k=1)
     return np.sign(r[j] - r[i])
@@ -54,10 +54,10 @@ def agreements(ours: Sequence[int], theirs: Sequence[int], decided: bool = False
 
     Args:
         ours, theirs: ranks [K].
-        decided: leave out the pairs that either of them tied.
+        decided: leave out pairs that either ranking ties.
 
     Returns:
-        1 for the same outcome (two ties as well), 0 for opposite ones, one half where only one of them is a tie.
+        1 for the same outcome (including two ties), 0 for opposite outcomes, one half if only one of them is a tie.
     """
     a, b = pair_outcomes(ours), pair_outcomes(theirs)
     same = 1 - np.abs(a - b) / 2
@@ -71,7 +71,7 @@ def pairwise_agreement(rankings: Sequence[Sequence[Sequence[int]]]) -> float | N
         rankings: the ranks that each labeler gave to each row, [rows][labelers][K].
 
     Returns:
-        The mean of `agreements` over all pairs of completions and of labelers; None where no row has two labelers.
+        The mean of `agreements` over all pairs of completions and of labelers; None if no row has two labelers.
     """
     agreed = [agreements(a, b) for labelers in rankings for a, b in combinations(labelers, 2)]
     return float(np.concatenate(agreed).mean()) if agreed else None
@@ -85,10 +85,10 @@ def generator(*key: object) -> np.random.Generator:
 def simulated_rankings(
     scores: Sequence[float], row_id: str, kind: str, *, labelers: int, noise: float, tie: float, seed: int
 ) -> list[Ranking]:
-    """Rankings of one row by labelers that see the true scores [K], each with noise of its own.
+    """Rankings of one row by labelers who see the true scores [K], each with their own noise.
 
-    Each labeler adds Gaussian noise of standard deviation `noise` to each score, so it errs less
-    often the wider the gap. Its random numbers depend on (seed, its name, row_id) only.
+    Each labeler adds Gaussian noise with standard deviation `noise` to each score, so wider gaps cause fewer errors.
+    Its random numbers depend only on (seed, its name, row_id).
     """
     rankings: list[Ranking] = []
     for n in range(labelers):

@@ -17,27 +17,27 @@ class Ranking(TypedDict):
     labeler: str
     """A pseudonym, such as human-1 or simulated-0."""
     ranks: list[int]
-    """[K], in the order of the row's completions: 1 is best, equal ranks are a tie, no rank is left out."""
+    """[K], in the order of the row's completions: 1 is best, equal ranks are a tie, and there are no gaps."""
     order: list[int]
     """[K]: the order in which the completions were shown, as indices from 0."""
     time: str | None
-    """When, in ISO 8601, where it is known."""
+    """In ISO 8601, if known."""
     scores: list[float] | None
-    """[K]: what a simulated labeler or a judge scored, which the ranks follow from."""
+    """[K]: the scores of a simulated labeler or a judge, from which the ranks follow."""
 
 
 class PreferenceRow(TypedDict):
-    """A prompt whose completions were ranked, as a file of preferences holds it."""
+    """A prompt with ranked completions, as in a file of preferences."""
 
     messages: list[Message]
-    """What the model is shown; the last turn is the user's."""
+    """The model's input; the last turn is the user's."""
     completions: list[str]
     """[K], no two of them the same."""
     rankings: list[Ranking]
 
 
 class Rating(TypedDict):
-    """One person's thumb, up or down."""
+    """One person's thumbs up or down."""
 
     labeler: str
     """A pseudonym."""
@@ -46,10 +46,10 @@ class Rating(TypedDict):
 
 
 class FeedbackRow(TypedDict):
-    """A response that was rated by itself, as a file of feedback holds it."""
+    """A response that was rated by itself, as in a file of feedback."""
 
     messages: list[Message]
-    """What the model was shown; the last turn is the user's."""
+    """The model's input; the last turn is the user's."""
     completion: str
     ratings: list[Rating]
 
@@ -59,26 +59,26 @@ class SampledRow(TypedDict):
 
     id: str
     group: str
-    """What keeps rows in one split."""
+    """Rows of the same group are in the same split."""
     split: str
     """reward or heldout."""
     prompt: str
-    """The messages rendered by the chat template."""
+    """The messages, rendered with the chat template."""
     messages: list[Message]
     reference: str | None
-    """The author's own answer, where the data has one."""
+    """The author's answer, if the data has one."""
     completions: list[str]
-    """[K], without the white space around them."""
+    """[K], stripped of surrounding white space."""
     completion_ids: NotRequired[list[list[int]]]
-    """[K]: the tokens that the model sampled, with EOS where it ended; missing where texts came from a file. Encoding a
-    text again may give other tokens."""
+    """[K]: the sampled tokens, including EOS if the completion ended; missing if the texts came from a file. Encoding a
+    text again may give different tokens."""
     weight: NotRequired[float]
-    """How often an epoch of training has it, where that is not once."""
+    """How often it is in an epoch of training, if not once."""
     finished: list[bool]
     """[K]: whether each completion ended with EOS."""
 
 
 class ComparisonRow(SampledRow):
-    """A sampled row once it is ranked: a line of `comparisons.jsonl`."""
+    """A sampled row with its rankings: a line of `comparisons.jsonl`."""
 
     rankings: list[Ranking]

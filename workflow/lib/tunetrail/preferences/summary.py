@@ -1,4 +1,4 @@
-"""What ranked rows look like in numbers."""
+"""Summary statistics of ranked rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Summary(TypedDict):
     completions_per_prompt: float
     rankings: int
     ties: float
-    """Share of the pairs, over all rankings."""
+    """The share of tied pairs, over all rankings."""
     labelers: dict[str, RankingCount]
     """By pseudonym."""
     agreement: float | None
@@ -32,7 +32,7 @@ class Summary(TypedDict):
 
 
 def longer_wins(rows: Sequence[ComparisonRow]) -> float | None:
-    """Share of the untied pairs whose longer completion (in characters) is preferred; equal lengths count half."""
+    """Share of decided pairs in which the longer completion (in characters) is preferred; equal lengths count half."""
     wins = []
     for row in rows:
         longer = pair_outcomes([-len(c) for c in row["completions"]])

@@ -130,7 +130,7 @@ def _driver() -> str | None:
 
 
 def energy_joules() -> float | None:
-    """The processors' own counter, from an arbitrary start; None where there is none to read."""
+    """The processors' own counter, from an arbitrary start; None if there is none to read."""
     total = 0
     for counter in Path("/sys/class/powercap").glob("intel-rapl:?"):
         try:

@@ -70,7 +70,7 @@ def read_ledger(run: Path) -> Ledger:
 
 
 def _parse(line: bytes) -> LedgerEntry | None:
-    """The entry in a line; None where it is not one that `seal` would write."""
+    """The entry in a line; None if it is not one that `seal` would write."""
     try:
         entry = json.loads(line)
         texts = [entry[key] for key in ("artifact", "manifest", "record", "previous")]
@@ -134,7 +134,7 @@ def seal(run: Path) -> Ledger:
 
 
 def _digests(folder: Path, name: str) -> tuple[str, str] | None:
-    """sha256 of an artifact's manifest and record; None where they do not agree, or its name is no UTF-8."""
+    """sha256 of an artifact's manifest and record; None if they do not agree, or its name is no UTF-8."""
     try:
         name.encode()
         record, manifest = read_record(folder), identity(folder)

@@ -85,7 +85,7 @@ class Lineage:
         self._runs: dict[Path, dict[str, Path]] = {}
 
     def add(self, folder: Path, recursive: bool = True) -> Node:
-        """Reads an artifact and, if `recursive`, all it was made from. Raises DataError where there is no manifest."""
+        """Reads an artifact and, if `recursive`, all it was made from. Raises DataError if there is no manifest."""
         folder = Path(os.path.abspath(folder))  # not resolved: a folder linked into a run is part of it
         todo = [self._read(folder)]
         while recursive and todo:

@@ -152,7 +152,7 @@ def list_files(folder: Path, cache: "DigestCache | None" = None, hidden: bool = 
 
 
 def digest_of(path: Path, cache: "DigestCache | None" = None) -> str | None:
-    """sha256 of a file, or over the names and contents of a folder's visible files; None where there is neither.
+    """sha256 of a file, or over the names and contents of a folder's visible files; None if there is neither.
 
     Args:
         cache: see `list_files`.
@@ -184,7 +184,7 @@ def build(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_manifest(path: Path) -> dict:
-    """Raises DataError where there is none, or the file is no manifest."""
+    """Raises DataError if there is none, or the file is no manifest."""
     try:
         manifest = json.loads(path.read_bytes())
         for entry in manifest["files"]:

@@ -35,7 +35,7 @@ def dependency(
     """Something that an artifact was made from.
 
     Args:
-        digest: sha256 of its content; None where none can be had, and an annotation `reason` says why.
+        digest: sha256 of its content; None if none can be had, and an annotation `reason` says why.
         annotations: `files`, a mapping of paths to sha256, is checked again by a recursive audit.
     """
     found: Dependency = {"name": name}
@@ -83,7 +83,7 @@ def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:
 def parent_entry(folder: Path, must_match: bool = True) -> ParentEntry:
     """What a record will say of the input in this folder, as it is now.
 
-    Raises DataError where its record is that of another manifest and `must_match`.
+    Raises DataError if its record is that of another manifest and `must_match`.
     """
     path, manifest = folder / PROVENANCE, sha256_file(folder / MANIFEST)
     try:
@@ -235,7 +235,7 @@ def exact_integers(value: Any) -> Any:
 
 
 class Record:
-    """The content of provenance.json by name. Raises DataError where it is no record."""
+    """The content of provenance.json by name. Raises DataError if it is no record."""
 
     def __init__(self, content: bytes, source: str = PROVENANCE):
         self.content, self.digest = content, sha256_bytes(content)

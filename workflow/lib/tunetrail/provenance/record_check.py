@@ -98,7 +98,7 @@ class RecordCheck:
                         self.result.add(finding, node, message)
 
     def _digest(self, path: Path) -> str | None:
-        """sha256 of a file that many records may name; None where it cannot be read."""
+        """sha256 of a file that many records may name; None if it cannot be read."""
         if path not in self._digests:
             try:
                 self._digests[path] = sha256_file(path)

@@ -30,7 +30,7 @@ class Reproduction:
 
 
 def command(node: Node, scratch: Path) -> list[str]:
-    """The stage's command line. Raises DataError where an input is gone or has changed."""
+    """The stage's command line. Raises DataError if an input is gone or has changed."""
     record = node.record
     if record is None:
         raise DataError(f"{node.folder}: {node.fault}")
@@ -123,7 +123,7 @@ def _gap(a: Any, b: Any) -> float:
 
 
 def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduction:
-    """Runs the stage that made `folder` again in `scratch`. Raises DataError where it cannot be run."""
+    """Runs the stage that made `folder` again in `scratch`. Raises DataError if it cannot be run."""
     node = Lineage().add(folder)
     if scratch.exists() and any(scratch.iterdir()) and not (scratch / MARK).exists():
         raise DataError(f"{scratch}: is not empty, and not of an earlier reproduction; name another --scratch")

@@ -58,7 +58,7 @@ class ParentEntry(TypedDict):
     manifest: str
     """sha256 of its manifest file."""
     record: str | None
-    """sha256 of its record; None where there is none."""
+    """sha256 of its record; None if there is none."""
     labels: list[Dependency]
     """The labels it was made from, and its own."""
 
@@ -84,7 +84,7 @@ class Ended(TypedDict):
 
     outcome: Literal["done", "interrupted", "waiting", "superseded", "failed", "killed"]
     message: str | None
-    """What the error said; None where there was none, or nobody could write it."""
+    """What the error said; None if there was none, or nobody could write it."""
 
 
 class AttemptRecord(TypedDict, total=False):

@@ -85,7 +85,7 @@ def sign(folder: Path, private_key: Path) -> Path:
 
 
 def signers(folder: Path, policy: TrustPolicy) -> list[str]:
-    """Names of the policy's keys that signed this very record; none where there is no signature.
+    """Names of the policy's keys that signed this very record; none if there is no signature.
 
     Raises DataError when there is an envelope that is broken, holds another record, or has a signature that is false.
     """

@@ -71,7 +71,7 @@ class Verifier:
         return sorted(self.lineage.nodes.values(), key=lambda node: node.folder)
 
     def _add(self, path: Path) -> None:
-        """What a path names. Raises DataError where it is neither an artifact nor a run."""
+        """What a path names. Raises DataError if it is neither an artifact nor a run."""
         folder = Path(os.path.abspath(path.parent if path.name == MANIFEST else path))
         if (folder / LEDGER).exists():
             self.runs.named.append(folder)

@@ -1,6 +1,6 @@
 """The figures, as Altair charts turned into SVG without a browser.
 
-A function of the runs of a page (mostly one) gives a Vega-Lite spec, or None where nothing was measured; `narrow` is
+A function of the runs of a page (mostly one) gives a Vega-Lite spec, or None if nothing was measured; `narrow` is
 for a phone. Colours are written literally, so that the page can turn them with CSS in dark mode; the bytes depend on
 the numbers only.
 """

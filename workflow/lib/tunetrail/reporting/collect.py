@@ -38,7 +38,7 @@ POLICY_COLOURS = 6
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where there is none."""
+    """The content of a JSON file; None if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -168,7 +168,7 @@ class Run:
 
     @property
     def head_to_head(self) -> dict:
-        """What was measured where all evaluations met; empty where they did not."""
+        """What was measured where all evaluations met; empty if they did not."""
         return self.metrics("head_to_head") or {}
 
     @property
@@ -177,7 +177,7 @@ class Run:
         return self.head_to_head.get("reference") or ("sft" if self.model("sft") else "base")
 
     def match_of(self, model: Model, kind: str = "sampled") -> dict | None:
-        """A pair of the head_to_head, the model against the reference; None where it was not held.
+        """A pair of the head_to_head, the model against the reference; None if it was not held.
 
         Args:
             kind: `sampled` or `greedy`, the responses that were compared.
@@ -191,7 +191,7 @@ class Run:
         return None
 
     def forgotten(self, model: Model) -> dict:
-        """How the model differs from base on unrelated text, `nll` and `choices`; empty where it was not measured."""
+        """How the model differs from base on unrelated text, `nll` and `choices`; empty if it was not measured."""
         pairs = self.head_to_head.get("forgetting") or []
         return next((pair for pair in pairs if (pair["first"], pair["second"]) == (model.subject, "base")), {})
 
@@ -203,7 +203,7 @@ class Run:
 
     @property
     def labeler(self) -> str | None:
-        """What kind of labeler ranked the comparisons; None where none were collected."""
+        """What kind of labeler ranked the comparisons; None if none were collected."""
         artifact = self.artifacts.get("comparisons")
         if artifact is None:
             return None

@@ -1,6 +1,6 @@
 """The figures of `stages.head_to_head`, the frontier, the reward model and contamination, as Vega-Lite specs.
 
-Each takes what a metrics file holds and gives a spec, or None where nothing was measured. `series` maps a model's name
+Each takes what a metrics file holds and gives a spec, or None if nothing was measured. `series` maps a model's name
 to its colour's name, as `reporting.collect.Model.series` has it; `narrow` is for a phone.
 """
 

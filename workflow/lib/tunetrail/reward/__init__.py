@@ -1,1 +1,1 @@
-"""The K-wise reward model: its loss and initialisation, and how far its scores can be trusted."""
+"""The K-wise reward model: its loss, its initialisation, and measures of how far its scores can be trusted."""

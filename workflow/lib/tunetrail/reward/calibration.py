@@ -1,4 +1,4 @@
-"""How often a reward model is right on held-out pairs, how well it knows that, and what labelers' agreement allows."""
+"""A reward model's accuracy on held-out pairs, its calibration, and the most that labelers' agreement allows."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -13,19 +13,19 @@ from tunetrail.preferences.ranks import agreements, pair_outcomes
 
 
 class HeldOutPair(TypedDict):
-    """A pair that one labeler decided, as `pairs.jsonl` has it."""
+    """A pair that one labeler decided: a line of `pairs.jsonl`."""
 
     id: str
-    """Of the comparison row."""
+    """The id of the comparison row."""
     group: str
     source: str
     labeler: str
     margin: float
-    """Score of the preferred response less that of the other."""
+    """The score of the preferred response less that of the other."""
     longer: int
-    """Characters by which the preferred response is longer."""
+    """How many characters longer the preferred response is."""
     probe: float | None
-    """The margin of the linear probe; None for an imported model, which was not trained on pairs like these."""
+    """The margin by the linear probe; None for an imported model, since no probe is fitted for it."""
 
 
 class Bin(TypedDict):
@@ -41,26 +41,26 @@ class Bin(TypedDict):
 
 
 class Ceiling(TypedDict):
-    """What labelers' agreement allows."""
+    """The accuracy that labelers' agreement allows."""
 
     labelers: int
     agreement: Interval | None
-    """How often two labelers who both decide on a pair agree."""
+    """How often two labelers agree on a pair that both of them decided."""
     majority: Interval | None
     """How often a labeler agrees with the majority of the others."""
     at_most: Interval | None
-    """A bound on the accuracy of a model without error, if labelers err independently; reached where they err equally
-    often on every pair. Null where they agree on fewer than half."""
+    """An upper bound on the accuracy of a perfect model if labelers err independently; it is reached if they err
+    equally often on every pair. Null if they agree on fewer than half of the pairs."""
 
 
 def heldout_pairs(
     rows: list[dict], scores: list[np.ndarray], probe: list[np.ndarray] | None, sources: dict[str, str]
 ) -> list[HeldOutPair]:
-    """One row per pair and labeler who decided it: who won, by how much the model agrees, who is longer.
+    """One row for each pair and each labeler who decided it.
 
     Args:
-        scores, probe: [K] of each row, the reward model's and the linear probe's.
-        sources: row id -> which of the data's sources it came from.
+        scores, probe: [K] per row, by the reward model and by the linear probe.
+        sources: row id -> the source of the data that it came from.
     """
     pairs: list[HeldOutPair] = []
     probes: list[np.ndarray | None] = [*probe] if probe else [None for _ in rows]
@@ -88,34 +88,35 @@ BASELINES: dict[str, tuple[Literal["longer", "probe"], int]] = {
     "shorter_wins": ("longer", -1),
     "probe": ("probe", 1),
 }
-"""What a reward model has to be better than -> (what decides a pair, with which sign)."""
+"""Baseline that a reward model must beat -> (the value that decides a pair, its sign)."""
 
 
 def right(pairs: list[HeldOutPair], key: Literal["margin", "longer", "probe"], sign: int = 1) -> np.ndarray:
-    """[n]: 1 where `key` speaks for the preferred response, 0 where it speaks against it, one half where it is 0."""
+    """[n]: 1 where `key` favours the preferred response, 0 where it favours the other, one half where it is 0."""
     values = sign * np.array([pair[key] for pair in pairs])
     return np.where(values == 0, 0.5, values > 0)
 
 
 def units(pairs: list[HeldOutPair]) -> list[str]:
-    """What is resampled, since its pairs depend on one another: the source groups; prompts where there is one group."""
+    """The units to resample, whose pairs depend on one another: source groups, or prompts if there is only one
+    group."""
     groups = [pair["group"] for pair in pairs]
     return groups if len(set(groups)) > 1 else [pair["id"] for pair in pairs]
 
 
 def over_groups(values: np.ndarray, pairs: list[HeldOutPair], seed: int) -> Interval | None:
-    """Mean of one value per pair with its interval over source groups; None for no pairs."""
+    """The mean of one value per pair, with an interval over source groups; None if there are no pairs."""
     return bootstrap(values, 2000, seed, groups=units(pairs))  # type: ignore[return-value]
 
 
 def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
-    """How often labelers agree with one another and with the majority of the others, and at most how often a model that
-    is always right agrees with one of them. None with a single labeler.
+    """How often labelers agree with each other and with the majority of the others, and an upper bound on how often a
+    perfect model agrees with one of them. None for a single labeler.
 
-    Two labelers who are right on a pair with probability p agree on it with a = p² + (1 - p)², a model that is always
-    right agrees with either with p = (1 + sqrt(2a - 1)) / 2. That is concave in a: taken at the mean agreement it is an
-    upper bound (Jensen), and too high by as much as pairs differ in difficulty. The majority of the others bounds it
-    from below.
+    Two labelers who are each right on a pair with probability p agree on it with probability a = p² + (1 - p)², so a
+    perfect model agrees with either of them with probability p = (1 + sqrt(2a - 1)) / 2. This is concave in a, so at
+    the mean agreement it is an upper bound (Jensen); it is the looser the more pairs differ in difficulty. Agreement
+    with the majority of the others is a lower bound.
 
     Args:
         rows: comparison rows.
@@ -128,8 +129,10 @@ def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
         outcomes = np.array([pair_outcomes(ranks) for ranks in rankings])  # [labelers, pairs]
         for own in outcomes:
             votes = np.sign(outcomes.sum(0) - own)
-            # A split vote says nothing and counts as a coin toss.
-            majorities += [(row["id"], (1 + vote * mine) / 2) for vote, mine in zip(votes, own, strict=True) if mine]
+            # A split vote (0) counts as a coin toss.
+            majorities += [
+                (row["id"], (1 + vote * outcome) / 2) for vote, outcome in zip(votes, own, strict=True) if outcome
+            ]
     if not agreeing:
         return None
 
@@ -147,7 +150,7 @@ def ceiling(rows: list[dict], seed: int) -> Ceiling | None:
 
 
 def most_accurate(agreement: Interval | None) -> Interval | None:
-    """The bound on p from the interval of a, see `ceiling`; ends below one half are one half."""
+    """The bound on p from the interval of a, see `ceiling`; ends below one half become one half."""
     if agreement is None or agreement["mean"] < 0.5:
         return None
     return agreement | {  # type: ignore[return-value]
@@ -156,12 +159,12 @@ def most_accurate(agreement: Interval | None) -> Interval | None:
 
 
 def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str, Any]:
-    """Expected calibration error and the bins of the diagram, with intervals over prompts.
+    """The expected calibration error and the bins of the reliability diagram, with intervals over `units`.
 
-    The error is a mean of absolute values. With few pairs it lies above 0 even for a calibrated model, and its
-    resamples lie higher still. By the triangle inequality it differs from the true error by no more than the summed
-    deviations of the bins' gaps from theirs; the interval takes the 97.5th percentile of that sum over resamples. It
-    reaches 0 where nothing speaks against calibration.
+    The error is a mean of absolute values: with few pairs it is above 0 even for a calibrated model, and its resamples
+    are higher still. By the triangle inequality it differs from the true error by at most the sum of the deviations of
+    the bins' gaps from their true values. The interval uses the 97.5th percentile of that sum over resamples; it
+    reaches 0 if nothing speaks against calibration.
     """
     margins = np.array([pair["margin"] for pair in pairs])
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
@@ -172,8 +175,8 @@ def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str
     unit = units(pairs)
     bin_of = np.array([next(i for i, row in enumerate(rows) if p <= row["high"]) for p in confidence])
     for i, row in enumerate(rows):
-        mine = np.flatnonzero(bin_of == i)
-        interval = bootstrap(correct[mine], 2000, seed, groups=[unit[j] for j in mine]) or {}
+        in_bin = np.flatnonzero(bin_of == i)
+        interval = bootstrap(correct[in_bin], 2000, seed, groups=[unit[j] for j in in_bin]) or {}
         row |= {f"accuracy_{end}": interval.get(end) for end in ("low", "high")}
 
     gaps = np.stack([np.where(bin_of == i, confidence - correct, 0) for i in range(len(rows))], 1)  # [pairs, bins]
@@ -181,20 +184,20 @@ def reliability(pairs: list[HeldOutPair], seed: int, bins: int = 20) -> dict[str
     def noise(counts: np.ndarray) -> np.ndarray:
         return np.abs(counts @ gaps / counts.sum(1, keepdims=True) - gaps.mean(0)).sum(1, keepdims=True)
 
-    (found,) = bootstrap_of(noise, unit, 2000, seed)
-    most = found["high"]
+    (interval_of_noise,) = bootstrap_of(noise, unit, 2000, seed)
+    largest = interval_of_noise["high"]
     return {
         "accuracy_by_confidence": rows,
         "ece": ece,
-        "ece_interval": {"mean": ece, "low": max(0.0, ece - most), "high": ece + most, "n": len(pairs)},
+        "ece_interval": {"mean": ece, "low": max(0.0, ece - largest), "high": ece + largest, "n": len(pairs)},
     }
 
 
 def evaluate(pairs: list[HeldOutPair], seed: int) -> dict[str, Any]:
-    """Accuracy by labeler, source, length and confidence; calibration; the baselines, and how far the model is above
-    each on the same pairs (`gain_over`, paired). Intervals are over source groups.
+    """Accuracy by labeler, source, length and confidence; calibration; the baselines, and how much better the model is
+    than each on the same pairs (`gain_over`, paired). Intervals are over source groups.
 
-    `accuracy_by_confidence` is a list of `Bin`; the correlations are Spearman's.
+    `accuracy_by_confidence` is a list of `Bin`; correlations are Spearman's.
     """
     margins = np.array([pair["margin"] for pair in pairs])
     ours = right(pairs, "margin")

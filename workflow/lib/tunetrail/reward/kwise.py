@@ -1,4 +1,4 @@
-"""K-wise training (Ouyang et al. 2022): all pairs of a prompt's K responses in one loss, K forward passes."""
+"""K-wise training (Ouyang et al. 2022): one loss over all pairs of a prompt's K responses, with K forward passes."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from tunetrail.preferences.pairs import preference_targets
 
 
 def kwise_loss(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of all C(K,2) pairs of each prompt, divided by C(K,2) (Ouyang et al. 2022, eq. 1).
+    """Sum of the cross-entropies of all C(K,2) pairs of a prompt, divided by C(K,2) (Ouyang et al. 2022, eq. 1).
 
-    With a target of 1 for the preferred response this is -log sigmoid(r_w - r_l). A tie is a target of one half;
-    several labelers' verdicts are averaged.
+    With a target of 1 for the preferred response this is -log sigmoid(r_w - r_l). Ties have a target of one half, and
+    the targets of several labelers are averaged.
 
     Args:
         scores: [B, K].
@@ -37,7 +37,7 @@ def kwise_loss(scores: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) 
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Comparison rows -> {prompt, responses, targets}. Raises DataError for ones longer than `max_length`."""
+    """Comparison rows -> {prompt, responses, targets}. Raises DataError if one is longer than `max_length`."""
     examples: list[dict] = []
     lengths: list[tuple[str, int]] = []
     for row in rows:
@@ -52,7 +52,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 class KWiseCollator:
-    """B prompts -> one batch of all their N sequences, with [B, K, K] targets and a [B, K] mask."""
+    """Collates B prompts into one batch of all their N sequences, with targets [B, K, K] and a mask [B, K]."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
@@ -88,7 +88,7 @@ def kwise_scores(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class KWiseTrainer(Trainer):
-    """transformers' Trainer with the K-wise loss, and where asked for another learning rate for the head."""
+    """transformers' Trainer with the K-wise loss and, optionally, a separate learning rate for the head."""
 
     def __init__(self, *args: Any, head_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -116,8 +116,8 @@ def initialise(causal_lm: Any, seed: int, pooling: str = "last", head: np.ndarra
     """A sequence-classification model on the language model's trunk.
 
     Args:
-        pooling: what its score is read from, see `models.scoring.pooled_states`; kept in its config.
-        head: [d]; None: N(0, 1/sqrt(d+1)) as standard deviation (Stiennon et al. 2020).
+        pooling: what the score is read from, see `models.scoring.pooled_states`; kept in the config.
+        head: [d], the initial head; None: random with standard deviation 1/sqrt(d+1) (Stiennon et al. 2020).
     """
     config = causal_lm.config
     config.num_labels = 1

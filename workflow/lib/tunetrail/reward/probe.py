@@ -1,7 +1,7 @@
-"""A linear probe: what the rankings say of responses that can be read off the language model before any training.
+"""A linear probe: how well rankings can be predicted from the language model's hidden states before any training.
 
-The probe is a Bradley-Terry regression on pooled hidden states. It is a baseline of the reward model, which has to know
-more than that, and where asked for the head it starts from.
+The probe is a Bradley-Terry regression on pooled hidden states. It is a baseline that the reward model must beat, and
+optionally the head that the reward model starts from.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,13 +19,13 @@ from tunetrail.models.runtime import autocast, device
 from tunetrail.models.scoring import SCORING_TOKENS, pooled_states
 
 RIDGES = (0.01, 0.1, 1.0, 10.0)
-"""Tried by cross-validation, weakest first; the last is for data too small for that."""
+"""Candidates for cross-validation, the weakest first; the last one is used if there is too little data for that."""
 FOLDS = 5
 
 
 @torch.no_grad()
 def frozen_states(model: Any, examples: list[dict], pad_id: int, precision: str, pooling: str) -> list[np.ndarray]:
-    """Pooled last hidden states of each example's K responses, [K, d] float64.
+    """The pooled last hidden states of each example's K responses, [K, d] float64.
 
     Args:
         model: a causal language model.
@@ -43,11 +43,11 @@ def frozen_states(model: Any, examples: list[dict], pad_id: int, precision: str,
 
 
 def bradley_terry(differences: np.ndarray, targets: np.ndarray, weights: np.ndarray, ridge: float) -> np.ndarray:
-    """[d]: the w with the least weighted mean cross-entropy of sigmoid(differences w) plus ridge |w|² / 2, by L-BFGS.
+    """[d]: the w that minimises the weighted mean cross-entropy of sigmoid(differences w) plus ridge |w|² / 2 (L-BFGS).
 
     Args:
-        differences: [n, d], the features of one response less those of the other.
-        targets: [n] in [0, 1], the share of labelers who prefer the one.
+        differences: [n, d], the features of the first response less those of the second.
+        targets: [n] in [0, 1], the share of labelers who prefer the first.
         weights: [n], of the pairs; they add up to 1.
     """
 
@@ -61,9 +61,9 @@ def bradley_terry(differences: np.ndarray, targets: np.ndarray, weights: np.ndar
 
 
 def fit_probe(states: Sequence[np.ndarray], targets: Sequence[Any], groups: Sequence[Hashable]) -> np.ndarray:
-    """[d]: weights of the states, fitted to all pairs of each prompt's responses; every prompt weighs the same.
+    """[d]: weights of the states, fitted to all pairs of each prompt's responses; all prompts have equal weight.
 
-    States are scaled to deviation 1; the ridge is the one with the least cross-entropy on source groups left out.
+    States are scaled to a standard deviation of 1; the ridge minimises the cross-entropy on held-out source groups.
 
     Args:
         states: [K, d] of each prompt.

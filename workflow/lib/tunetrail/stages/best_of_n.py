@@ -1,9 +1,9 @@
-"""The policy that samples n responses from the SFT model and keeps the one the reward model scores highest.
+"""Best-of-n: a policy that samples n responses from the SFT model and keeps the one with the highest reward.
 
     python -m tunetrail.stages.best_of_n --config C.json --input policy=… --input reward=… --output … --state …
 
-Nothing is trained: `policy.json` says what to sample from and what to choose by. Its KL to the SFT
-model is at most log n - (n-1)/n (Stiennon et al. 2020, appendix G.3), exact where no two samples tie.
+Nothing is trained: `policy.json` names the model to sample from and the reward model that chooses. The KL to the SFT
+model is at most log n - (n-1)/n (Stiennon et al. 2020, appendix G.3), and exactly that if no two samples tie.
 """
 
 import os

@@ -1,12 +1,12 @@
-"""Comparison collection: the completions of all shards, ranked by a labeler.
+"""Comparisons: the completions of all shards, ranked by a labeler.
 
     python -m tunetrail.stages.comparisons --config C.json --input data=…/manifest.json \\
         --input shard0=…/manifest.json --input shard1=…/manifest.json \\
         --output results/RUN/comparisons/manifest.json --state state/RUN/comparisons
 
-Writes `comparisons.jsonl`, the rows of the shards with their rankings (`ComparisonRow`) and the preference rows that
-came with the data, sorted by (split, id). Where people rank, there is the input `tasks`, and `labels.jsonl` and
-`events.jsonl` are written as well: see `tunetrail.labeling.human`.
+Writes `comparisons.jsonl`: the rows of the shards with their rankings (`ComparisonRow`), and the preference rows that
+came with the data, sorted by (split, id). If people rank, `tasks` is another input, and `labels.jsonl` and
+`events.jsonl` are written too: see `tunetrail.labeling.human`.
 """
 
 import json
@@ -27,7 +27,7 @@ from tunetrail.provenance.record import labels_dependency
 from tunetrail.stages.registry import start
 
 MIN_PROMPTS = 2
-"""The reward split needs at least this many prompts with two distinct completions; fewer teach nothing."""
+"""The reward split needs at least this many prompts with two distinct completions."""
 
 
 def shard_roles(stage: Stage) -> list[str]:
@@ -35,7 +35,7 @@ def shard_roles(stage: Stage) -> list[str]:
 
 
 def gather(stage: Stage) -> list[SampledRow]:
-    """The rows of all shards, sorted by (split, id). Raises DataError where two shards hold the same row."""
+    """The rows of all shards, sorted by (split, id). Raises DataError if two shards contain the same row."""
     shard_of: dict[tuple[str, str], str] = {}
     rows = []
     for role in shard_roles(stage):
@@ -52,7 +52,7 @@ def gather(stage: Stage) -> list[SampledRow]:
 
 
 def comparable(rows: list[SampledRow]) -> list[SampledRow]:
-    """The rows that have two distinct completions."""
+    """The rows with at least two distinct completions."""
     return [row for row in rows if len(set(row["completions"])) > 1]
 
 
@@ -65,7 +65,7 @@ def duplicates_removed(stage: Stage) -> int:
 
 
 def run(stage: Stage) -> dict:
-    """Raises DataError where too little is left to compare, and what the labeler raises."""
+    """Raises DataError if too few rows can be compared, and whatever the labeler raises."""
     config: Any = TypeAdapter(ComparisonsConfig).validate_python(stage.config)
     gathered = gather(stage)
     rows = comparable(gathered)
@@ -100,8 +100,8 @@ def run(stage: Stage) -> dict:
     write_jsonl(path, content)
     stage.draft.dependencies.append(labels_dependency(path, content, labels.source))
     left_out = len(gathered) + len(own) - len(ranked)
-    found = {"from_data": len(own), "left_out": left_out, "duplicates_removed": duplicates_removed(stage)}
-    return {**summary, **labels.metrics, **found}
+    counts = {"from_data": len(own), "left_out": left_out, "duplicates_removed": duplicates_removed(stage)}
+    return {**summary, **labels.metrics, **counts}
 
 
 if __name__ == "__main__":

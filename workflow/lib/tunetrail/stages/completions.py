@@ -1,10 +1,10 @@
-"""Comparison collection, first half: K completions of each prompt, sampled from the SFT model in shards.
+"""Completions to compare: K per prompt, sampled from the SFT model in shards.
 
     python -m tunetrail.stages.completions --part 0/2 --config C.json --input sft=… --input data=… --output … --state …
 
-Writes `completions.jsonl`, one row per prompt of this shard; preference rows have their completions already. Of
-completions of a prompt with the same text the first is kept. Every finished batch is kept in the state folder, so a
-killed shard loses one batch.
+Writes `completions.jsonl`, one row per prompt of this shard; prompts of preferences are left out, since they already
+have completions. Only the first of a prompt's completions with the same text is kept. Finished batches are saved in the
+state folder, so a killed shard loses at most one batch.
 """
 
 import sys
@@ -25,7 +25,7 @@ from tunetrail.stages.registry import start
 
 
 def prompts_to_sample(stage: Stage) -> list[dict]:
-    """The prompts of the reward and held-out splits, but for those of preferences and feedback, with their "split"."""
+    """The prompts of the reward and held-out splits with their "split", except those of preferences and feedback."""
     compared = {
         row["id"] for name in ("comparisons.jsonl", "feedback.jsonl") for row in stage.rows("data", name, optional=True)
     }
@@ -38,12 +38,12 @@ def prompts_to_sample(stage: Stage) -> list[dict]:
 
 
 def shard_rows(rows: list[dict], part: tuple[int, int]) -> list[dict]:
-    """Every n-th row, so that shards are of equal size."""
+    """Every n-th row, so that all shards have about the same size."""
     return rows[part[0] :: part[1]]
 
 
 def unique_completions(texts: list[str]) -> dict[str, int]:
-    """Text without the white space around it -> index of the first completion that says it; empty ones are dropped."""
+    """Text, stripped of surrounding white space -> index of its first completion; empty ones are dropped."""
     first: dict[str, int] = {}
     for i, text in enumerate(texts):
         if text.strip():
@@ -52,7 +52,7 @@ def unique_completions(texts: list[str]) -> dict[str, int]:
 
 
 def sampled_row(row: dict, completions: list[list[int]], tokenizer: Any) -> SampledRow:
-    """What is kept of a prompt: its completions as text and as sampled, and whether each ended by itself."""
+    """A prompt with its distinct completions, as text and as token ids, and whether each ended with EOS."""
     first = unique_completions(tokenizer.batch_decode(completions, skip_special_tokens=True))
     kept = [completions[i] for i in first.values()]
     return {
@@ -74,19 +74,20 @@ def run(stage: Stage) -> dict:
     prepare(stage.seed, "completions")
     folder = stage.inputs["model"].folder / "model"
     tokenizer = load_tokenizer(folder)
-    mine = shard_rows(prompts_to_sample(stage), stage.request.part)
+    shard = shard_rows(prompts_to_sample(stage), stage.request.part)
     done_file = stage.state / "completions.jsonl"
     done: dict[str, Any] = {row["id"]: row for row in read_finished_rows(done_file)}
-    # Always the same batches: of what is in one together, floating-point sums and so samples may depend.
+    # The same batches in every attempt: floating-point sums, and so the samples, may depend on what a batch contains.
     per_batch = max(1, config.batch_size // config.per_prompt)
-    batches = [mine[i : i + per_batch] for i in range(0, len(mine), per_batch)]
+    batches = [shard[i : i + per_batch] for i in range(0, len(shard), per_batch)]
     todo = [rows for rows in batches if not all(row["id"] in done for row in rows)]
     model = None
     if todo:
         model = inference_weights(load_causal_lm(folder).to(device()), use_bf16(stage.shared["precision"]))
-        check_room(model.config, [encode(tokenizer, row["prompt"]) for row in mine], config.max_new_tokens)
-    left = sum(map(len, todo))
-    with ProgressBar("completions", len(mine), "prompts", done=len(mine) - left) as bar, done_file.open("a") as out:
+        check_room(model.config, [encode(tokenizer, row["prompt"]) for row in shard], config.max_new_tokens)
+    remaining = sum(map(len, todo))
+    progress = ProgressBar("completions", len(shard), "prompts", done=len(shard) - remaining)
+    with progress as bar, done_file.open("a") as out:
         for rows in todo:
             sampled = sample(
                 model,
@@ -106,9 +107,9 @@ def run(stage: Stage) -> dict:
                 out.write(canonical_json(done[row["id"]]) + "\n")
             out.flush()
             bar.advance(len(rows))
-            left -= len(rows)
-            stage.stop.leave_if_requested(f"after {len(mine) - left} of {len(mine)} prompts")
-    rows = [done[row["id"]] for row in mine]
+            remaining -= len(rows)
+            stage.stop.leave_if_requested(f"after {len(shard) - remaining} of {len(shard)} prompts")
+    rows = [done[row["id"]] for row in shard]
     write_jsonl(stage.work / "completions.jsonl", rows)
     kept = sum(len(row["completions"]) for row in rows)
     return {

@@ -1,12 +1,12 @@
-"""Data preparation: read, check, render, split by source group, refuse leaks, describe.
+"""Data preparation: reads, checks, renders and splits all sources, refuses leaks, and writes a data card.
 
     python -m tunetrail.stages.data --config C.json --input base=… --output results/RUN/data/manifest.json --state …
 
 Writes `sft.jsonl`, `reward.jsonl`, `rl.jsonl`, `evaluation.jsonl` and `heldout.jsonl` (see `data.rows`), each in a
-seeded order that takes turns among the groups, so that a limit keeps as many groups as it can; `contamination.jsonl`;
-and, where preferences or feedback came with the data, `comparisons.jsonl` and `feedback.jsonl`. `metrics.json` is the
-data card: what the rows of each source are used for (`uses`), or why they were left out (`left_out`), lengths, and how
-much of the evaluation prompts stands in training texts.
+seeded order that takes turns among the groups, so that a limit keeps as many groups as possible; `contamination.jsonl`;
+and `comparisons.jsonl` and `feedback.jsonl` if preferences or feedback came with the data. `metrics.json` is the data
+card: how the rows of each source are used (`uses`) or why they were left out (`left_out`), lengths, and how much of the
+evaluation prompts the training texts contain.
 """
 
 import sys
@@ -42,19 +42,19 @@ from tunetrail.stages.registry import start
 
 
 def is_due(split: str, kind: str, config: DataConfig, shares: Shares) -> bool:
-    """Whether rows of this kind were to be in this split: by their share, or by a pin."""
+    """Whether rows of this kind should be in this split, because of their share or a pin."""
     pins = config.pins(kind)
     return split in pins or (None in pins and shares.get(kind, {}).get(split, 0) > 0)
 
 
 def check_not_empty(split: str, table: list[dict], kept: list[dict], config: DataConfig, shares: Shares) -> None:
-    """Raises DataError where a split that is to have rows has none, or no comparison or feedback where there was to be
-    some.
+    """Raises DataError if a split lacks rows, comparisons or feedback that it should have.
 
     Args:
+        table: the rows of this split.
         kept: the rows of all splits.
     """
-    advice = "add data, name a finer data group, pin a source to this split, or set the share to 0 if no stage needs it"
+    advice = "add data, use finer groups, pin a source to this split, or set the share to 0 if no stage needs it"
     if not table and any(is_due(split, kind, config, shares) for kind in KINDS):
         raise DataError(
             f"data.shares.{split}: no row is left for this split; {len(kept)} rows in "
@@ -71,7 +71,7 @@ def check_not_empty(split: str, table: list[dict], kept: list[dict], config: Dat
 
 
 def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, Any]:
-    """What the data card says of a split."""
+    """The data card's entry for a split."""
     prompts = [row for row in rows if "prompt" in row]
     return {
         "rows": len(rows),
@@ -84,7 +84,7 @@ def split_card(path: Path, rows: list[dict], renderer: Renderer) -> dict[str, An
 
 
 def comparisons_card(rows: list[dict]) -> dict[str, Any]:
-    """What the data card says of the comparisons."""
+    """The data card's entry for the comparisons."""
     return {
         "prompts": len({row["prompt"] for row in rows}),
         "completions": sum(len(row["completions"]) for row in rows),
@@ -94,7 +94,7 @@ def comparisons_card(rows: list[dict]) -> dict[str, Any]:
 
 
 def feedback_card(rows: list[dict]) -> dict[str, Any]:
-    """What the data card says of the feedback."""
+    """The data card's entry for the feedback."""
     ratings = [rating for row in rows for rating in row["ratings"]]
     liked = sum(rating["label"] for rating in ratings)
     return {
@@ -107,7 +107,7 @@ def feedback_card(rows: list[dict]) -> dict[str, Any]:
 
 
 def source_dependency(source: dict) -> Dependency:
-    """A source of the data card, for the record; a recursive audit checks a file again."""
+    """A source of the data card, for the record. A recursive audit checks local files again."""
     about = {key: value for key, value in source.items() if key not in ("source", "digest")}
     name, digest = source["source"], source["digest"]
     if digest:
@@ -116,7 +116,7 @@ def source_dependency(source: dict) -> Dependency:
 
 
 def people_dependency(path: Path, what: str, people: list[str]) -> Dependency:
-    """Who wrote the demonstrations of a split, or gave the feedback, for the record of everything learnt from it."""
+    """Who wrote a split's demonstrations, or rated, for the record of every model trained on them."""
     counts: dict[str, Any] = {what: len(people)}
     return dependency("labels", path.name, sha256_file(path), labelers=sorted(set(people)), **counts)
 

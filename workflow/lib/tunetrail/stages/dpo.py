@@ -1,10 +1,11 @@
-"""A policy by direct preference optimisation (Rafailov et al. 2023), with TRL's DPOTrainer.
+"""A policy trained by direct preference optimisation (Rafailov et al. 2023), with TRL's DPOTrainer.
 
     python -m tunetrail.stages.dpo --config C.json --input policy=… --input comparisons=… --output … --state …
 
-The reference log-probs are computed once, before training. Log-probs are summed over the response.
-Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` (chosen and rejected log-probs apart) and,
-where `checkpoints` asks for some, `checkpoints/<step>/model`, or with LoRA `checkpoints/<step>/adapter`.
+The reference's log-probs are computed once, before training. Log-probs are summed over the response.
+
+Writes `model/` (with LoRA also `adapter/`), `history.jsonl` (with separate log-probs of chosen and rejected responses)
+and, if `checkpoints` is set, `checkpoints/<step>/model`, or with LoRA `checkpoints/<step>/adapter`.
 """
 
 import sys
@@ -34,7 +35,7 @@ class PretokenizedDpoTrainer(Pretokenized, DPOTrainer):
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DpoConfig) -> list[dict]:
-    """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}. Raises DataError for ones that are too long."""
+    """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids} per pair. Raises DataError if one is too long."""
     examples: list[dict] = []
     lengths: list[tuple[str, int]] = []
     for row in rows:
@@ -65,7 +66,7 @@ def run(stage: Stage) -> dict:
         label_smoothing=config.label_smoothing,
         precompute_ref_log_probs=True,
     )
-    history, found = optimise(
+    history, metrics = optimise(
         stage,
         config,
         parent,
@@ -79,7 +80,7 @@ def run(stage: Stage) -> dict:
     if not history:
         return {}
     last = history[-1]
-    return found | {"accuracy": last["rewards/accuracies"], "margin": last["rewards/margins"], "pairs": len(examples)}
+    return metrics | {"accuracy": last["rewards/accuracies"], "margin": last["rewards/margins"], "pairs": len(examples)}
 
 
 if __name__ == "__main__":

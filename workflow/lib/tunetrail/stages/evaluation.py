@@ -1,27 +1,26 @@
-"""Evaluation of one model (base, sft or a policy) on prompts no stage has seen.
+"""Evaluation of one model (base, sft or a policy) on prompts that no stage has trained on.
 
     python -m tunetrail.stages.evaluation --config C.json --input model=… --input data=… \
         [--input sft=… --input reward=… --input retention=… --input comparisons=…] …
 
-Samples at the configured temperature and measures gold score (the labeler's scorer, never the reward model),
-reward-model score, KL to the SFT model, length and distinct-n; the likelihood of unrelated text and a multiple-choice
-task; log-probs of preferred and dispreferred, liked and disliked responses; and the probes. The gold score is also
-measured on greedy decoding, where a policy that only became surer of what it said before gains nothing. Where no SFT
-model was trained, the base model takes its place. `stages.head_to_head` compares the models.
+Samples at the configured temperature and measures the gold score (by the labeler's scorer, never the reward model), the
+reward model's score, KL to the SFT model, length and distinct-n; the likelihood of unrelated text and the accuracy on
+multiple-choice questions; log-probs of preferred and dispreferred, and of liked and disliked responses; and the probes.
+The gold score is also measured with greedy decoding, where a policy gains nothing by only becoming surer of what it
+said before. If no SFT model was trained, the base model takes its place. `stages.head_to_head` compares the models.
 
-Every model draws random numbers of its own. A win rate is then that of independent responses, for best-of-n as for any
-other model: with the random numbers of the model it is compared to, its choice would include the very samples that it
-could not lose to, and with a model's own numbers for all but best-of-n its win rate would mean another thing.
-Best-of-n has no weights of its own: what its model remembers, prefers and would say next is measured once, for the
-model it samples from.
+Every model draws its own random numbers, so that a win rate always compares independent responses. If best-of-n shared
+those of the model it is compared with, it would choose among that model's own samples and could not lose to them; if
+only the other models shared theirs, its win rate would not mean the same as theirs. Best-of-n has no weights of its
+own: forgetting, preferences and probes are measured once, for the model that it samples from.
 
-Intervals are 95%, by bootstrap over the source groups that prompts come from, or over prompts where all are of one
-group; standard errors likewise. `evaluation.schema` has the types of metrics.json; null means not measured.
+Intervals are 95%, by bootstrap over the prompts' source groups, or over prompts if there is only one group; standard
+errors likewise. `evaluation.schema` has the types of metrics.json; null means not measured.
 
-Writes `samples.jsonl` (one row per prompt; `completions`, `gold`, `reward`, `length` and `finished` are lists,
-one entry per sample, or null; `scores` has such a list for each further gold scorer), and but for best-of-n
-`probes.json`, `retention.jsonl` and `choices.jsonl` ({"id", "nll"} of a text, {"id", "correct"} of a question) and
-`pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} of the held-out pairs).
+Writes `samples.jsonl`: one row per prompt; `completions`, `gold`, `reward`, `length` and `finished` are lists with one
+entry per sample, or null; `scores` has such a list for each further gold scorer. Except for best-of-n, also writes
+`probes.json`, `retention.jsonl` ({"id", "nll"} per text), `choices.jsonl` ({"id", "correct"} per question) and
+`pairs.jsonl` ({"id", "group", "chosen_logp", "rejected_logp"} per held-out pair).
 """
 
 import logging
@@ -81,7 +80,7 @@ def sample_table(evaluator: Evaluator, rows: list[dict], samples: Samples, greed
 
 
 def read_rows(stage: Stage) -> list[dict]:
-    """The prompts of the evaluation split. Raises DataError where there is none."""
+    """The prompts of the evaluation split. Raises DataError if there is none."""
     rows = [row for row in stage.rows("data", "evaluation.jsonl") if "prompt" in row]
     if not rows:
         raise DataError(
@@ -97,13 +96,13 @@ def run(stage: Stage) -> dict[str, Any]:
     evaluator = Evaluator(stage, rows)
     if lacking := evaluator.not_measured:
         log.warning(
-            "evaluation: %d of %d prompts have no author's text, which %s compares with: it is not measured; name "
+            "evaluation: %d of %d prompts have no reference answer, which %s compares with: it is not measured; name "
             "other scorers under evaluation.gold, or give prompts with answers",
             lacking["prompts"], len(rows), ", ".join(lacking["scorers"]),
         )  # fmt: skip
     kept = kept_checkpoints(stage.inputs["model"].folder)
     with evaluator.bar as bar:
-        # The greedy response is compared by its gold score alone; best-of-n has none.
+        # Greedy responses are compared only by their gold score; best-of-n has no greedy response.
         with_greedy = evaluator.n == 1 and evaluator.gold is not None
         k = evaluator.config.samples * evaluator.n
         samples, greedy = evaluator.sampled(evaluator.model, rows, k, with_greedy)

@@ -1,27 +1,27 @@
-"""Head to head: every model against every other, prompt by prompt.
+"""Head-to-head: compares every model with every other, prompt by prompt.
 
     python -m tunetrail.stages.head_to_head --config C.json --input evaluation.sft=… --input evaluation.dpo=… \
         --output … --state …
 
-Nothing is sampled here, and no model is run unless `head_to_head.judge` names a local one. metrics.json:
+Nothing is sampled here, and no model runs unless `head_to_head.judge` names a local one. metrics.json:
 
     subjects       [name]: base, sft, then the policies by name
-    reference      "sft", or "base" where none was trained
+    reference      "sft", or "base" if no SFT model was trained
     sampled, greedy, judge
                    a match by the gold score of sampled responses (all pairs of two models' samples of a prompt), by
-                   that of greedy ones, and by a language model's verdicts on the first sample of each, asked in both
-                   orders. A pair is left out of the judge's where a verdict on it could not be read, so that it has
-                   an n of its own. null where not held
-    others         such a match of the sampled responses by each further scorer of `evaluation.gold`, without ties
+                   that of greedy responses, and by a language model's verdicts on the first sample of each, asked in
+                   both orders. Pairs with an unreadable verdict are left out of the judge's match, so it has its own
+                   n. null if not held
+    others         a match of the sampled responses by each further scorer of `evaluation.gold`, without ties
     judge_verdicts null without a judge
     forgetting, preferences
 
-whose types are `Match`, `JudgeVerdicts`, `Forgetting` and `PreferenceShift` of `evaluation.schema`. Intervals are 95%
-by bootstrap over the source groups of the prompts, the units of the tests as well; those of `forgetting` over texts.
+The types are `Match`, `JudgeVerdicts`, `Forgetting` and `PreferenceShift` in `evaluation.schema`. Intervals are 95%, by
+bootstrap over the prompts' source groups, which are also the units of the tests; those of `forgetting` are over texts.
 
 Writes `probes.json`: {"pairs": [{"before", "after", "positions": [{"position", "token", "before", "after": probability
-of the token that is there, "tokens": [{"id", "token", "before", "after"}] the likeliest of both, null where not among a
-model's 50 likeliest}]}]}; and `judgements.jsonl` with a judge.
+of the actual token, "tokens": [{"id", "token", "before", "after"}] the likeliest of both models, null if not among a
+model's 50 likeliest}]}]}; and `judgements.jsonl` if there is a judge.
 """
 
 import sys
@@ -44,9 +44,9 @@ from tunetrail.stages.registry import start
 
 
 def verdict_outcomes(subjects: Sequence[str], answers: list[dict]) -> Outcomes:
-    """Outcomes of answers [n] with "verdicts" [[i, j, verdict on (i, j), verdict on (j, i)]] of every i < j.
+    """Outcomes of answers [n] with "verdicts" [[i, j, verdict on (i, j), verdict on (j, i)]] for every i < j.
 
-    NaN where a verdict could not be read; a pair without a readable one is left out.
+    NaN where a verdict could not be read; pairs without any readable verdict are left out.
     """
     place = {name: i for i, name in enumerate(subjects)}
     by_pair = [
@@ -58,7 +58,7 @@ def verdict_outcomes(subjects: Sequence[str], answers: list[dict]) -> Outcomes:
 
 
 def judge_all(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> tuple[Outcomes, JudgeVerdicts]:
-    """A language model's verdicts on all pairs, and how it judged; writes `judgements.jsonl`."""
+    """A language model's verdicts on all pairs, and statistics of how it judged; writes `judgements.jsonl`."""
     rows = [
         {
             "id": i,
@@ -69,7 +69,7 @@ def judge_all(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> t
     ]
     answers, source = judge_rows(rows, judge, stage, "head_to_head.judge")
     digest = source.pop("digest", None)
-    who = source | ({} if digest else {"reason": "an endpoint does not show what answers"})
+    who = source | ({} if digest else {"reason": "an endpoint does not reveal which model answers"})
     stage.draft.dependencies.append(dependency("judge", source.get("model") or source["path"], digest, **who))
     ordered, names = [answers[row["id"]] for row in rows], list(samples)
     judgements = [
@@ -89,12 +89,12 @@ def judge_all(stage: Stage, judge: LlmJudge, samples: Rows, reference: str) -> t
 
 
 def read_samples(evaluations: Evaluations) -> Rows:
-    """samples.jsonl of every evaluation. Raises DataError where they are not of the same prompts."""
+    """samples.jsonl of every evaluation. Raises DataError if their prompts differ."""
     samples, reference = evaluations.rows("samples.jsonl"), evaluations.reference
     for subject, rows in samples.items():
         if list(rows) != list(samples[reference]):
             raise DataError(
-                f"head_to_head: {subject} was evaluated on other prompts than {reference}; "
+                f"head_to_head: {subject} and {reference} were evaluated on different prompts; "
                 "evaluate both on the same data"
             )
     return samples

@@ -1,14 +1,14 @@
-"""A policy by Kahneman-Tversky optimisation (Ethayarajh et al. 2024), with TRL's KTOTrainer.
+"""A policy trained by Kahneman-Tversky optimisation (Ethayarajh et al. 2024), with TRL's KTOTrainer.
 
     python -m tunetrail.stages.kto --config C.json --input policy=… --input data=… --output … --state …
 
-Learns from single responses that were liked or disliked; one that several people rated counts once for each. The
-reference log-probs are computed once, before training. The KL to the reference, at which a response is neither gain nor
-loss, is estimated with every optimizer step: from its prompts, each with the response to another of them, cut where
-the two are longer than `max_length`.
+Learns from single responses that were liked or disliked. A response rated by several people counts once per rating. The
+reference's log-probs are computed once, before training. The KL to the reference, at which a response is neither gain
+nor loss, is estimated at every optimizer step from its prompts, each paired with the response to another one and cut at
+`max_length`.
 
-Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` (liked and disliked responses apart, as TRL
-names them: chosen and rejected) and, where `checkpoints` asks for some, `checkpoints/<step>/model`, or with LoRA
+Writes `model/` (with LoRA also `adapter/`), `history.jsonl` (with separate numbers for liked and disliked responses,
+which TRL calls chosen and rejected) and, if `checkpoints` is set, `checkpoints/<step>/model`, or with LoRA
 `checkpoints/<step>/adapter`.
 """
 
@@ -43,8 +43,8 @@ log = logging.getLogger("tunetrail")
 class PretokenizedKtoTrainer(Pretokenized, KTOTrainer):
     """KTOTrainer on rows {prompt_ids, completion_ids, KL_completion_ids, label}.
 
-    TRL estimates the KL from the rows of one forward pass: here it is from all of an optimizer step, on all processes,
-    so that how many go through the model at once changes nothing.
+    TRL estimates the KL from the rows of one forward pass. Here all rows of an optimizer step, on all processes, are
+    used, so that the micro-batch size changes nothing.
     """
 
     reference_columns = ("ref_logps", "ref_KL_logps")
@@ -52,21 +52,20 @@ class PretokenizedKtoTrainer(Pretokenized, KTOTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.calculate_KL and batches:
-            ready = [self._prepare_inputs(batch) for batch in batches]
-            gained = [
-                super(PretokenizedKtoTrainer, self)._compute_kl_logps(self.model, b) - b["ref_KL_logps"] for b in ready
+            inputs = [self._prepare_inputs(batch) for batch in batches]
+            log_ratios = [
+                super(PretokenizedKtoTrainer, self)._compute_kl_logps(self.model, b) - b["ref_KL_logps"] for b in inputs
             ]
-            self.kl = self.accelerator.gather(torch.cat(gained)).mean()
+            self.kl = self.accelerator.gather(torch.cat(log_ratios)).mean()
         return batches, items
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor | None:
-        """Such that less the reference's their mean is the whole step's."""
+        """Log-probs whose difference from the reference's is the KL estimate of the whole step."""
         return batch["ref_KL_logps"] + self.kl if self.calculate_KL else None
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: KtoConfig) -> list[dict]:
-    """Feedback rows -> {prompt_ids, completion_ids, label}, one for each rating. Raises DataError for ones that are too
-    long."""
+    """Feedback rows -> {prompt_ids, completion_ids, label} per rating. Raises DataError if one is too long."""
     examples: list[dict] = []
     lengths: list[tuple[str, int]] = []
     for row in rows:
@@ -80,21 +79,21 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: KtoCo
 
 
 def with_mismatched(examples: list[dict], batch_size: int) -> list[dict]:
-    """The examples with the responses that the KL is estimated from: in each batch that of the example half a batch on.
+    """The examples with the responses from which the KL is estimated: that of the example half a batch further on.
 
-    Not of the next one, which may well be of the same prompt: a batch is in the order of lengths.
+    The next example may well have the same prompt, since batches are sorted by length.
     """
-    found = []
+    mismatched = []
     for start_of_batch in range(0, len(examples), batch_size):
         batch = examples[start_of_batch : start_of_batch + batch_size]
         for i, example in enumerate(batch):
             other = batch[(i + len(batch) // 2) % len(batch)]
-            found.append(example | {"KL_completion_ids": other["completion_ids"]})
-    return found
+            mismatched.append(example | {"KL_completion_ids": other["completion_ids"]})
+    return mismatched
 
 
 def check_labels(examples: list[dict], config: KtoConfig) -> None:
-    """Warns of weights that do not balance the two sorts (eq. 8). Raises DataError where one of them is missing.
+    """Warns if the weights do not balance liked and disliked ratings (eq. 8). Raises DataError if either is missing.
 
     Args:
         examples: of `tokenize`.
@@ -143,12 +142,12 @@ def run(stage: Stage) -> dict:
             model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
 
-    history, found = optimise(stage, config, parent, examples, ("completion_ids",), "ratings", trainer_of)
+    history, metrics = optimise(stage, config, parent, examples, ("completion_ids",), "ratings", trainer_of)
     if not history:
         return {}
-    # A batch may hold one sort of responses only.
+    # A batch with only liked or only disliked responses has no margin.
     margins = [row["rewards/margins"] for row in history if "rewards/margins" in row]
-    return found | {"margin": margins[-1] if margins else None, "liked": liked, "disliked": len(examples) - liked}
+    return metrics | {"margin": margins[-1] if margins else None, "liked": liked, "disliked": len(examples) - liked}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Tasks of the language-model evaluation harness (Gao et al. 2021) on one model, where its package is installed.
+"""Tasks of the language-model evaluation harness (Gao et al. 2021) on one model. Needs the package lm-eval.
 
     python -m tunetrail.stages.lm_eval --config C.json --input model=… --output … --state …
 
 The artifact lm_eval/<subject> is an input of the report under the role `lm_eval.<subject>`. metrics.json:
 
-    subject, version   of the package
-    tasks              [{"task", "metric", "value", "stderr": null where the harness gives none, "n",
+    subject            the model
+    version            of the package
+    tasks              [{"task", "metric", "value", "stderr": null if the harness gives none, "n",
                        "higher_is_better"}]
 
-The harness keeps the data sets of its tasks where the hub library does; a node without network needs them there. Files
-of `include_path` are in the record, and a change of one measures anew; data that they name in turn are not.
+The harness keeps its tasks' data sets in the cache of the hub library; nodes without network access need them there.
+The record has the files in `include_path`, and changing one reruns the stage. Data that these files refer to is not
+recorded.
 """
 
 import importlib.util
@@ -29,12 +31,12 @@ from tunetrail.stages.registry import start
 def table(results: dict) -> list[dict]:
     """The harness's results, one row per task and metric."""
     rows = []
-    for task, found in sorted(results["results"].items()):
-        for key, value in sorted(found.items()):
+    for task, measured in sorted(results["results"].items()):
+        for key, value in sorted(measured.items()):
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = found.get(f"{metric}_stderr,{filtered}")
+            error = measured.get(f"{metric}_stderr,{filtered}")
             n = results.get("n-samples", {}).get(task, {}).get("effective")
             rows.append(
                 {
@@ -50,7 +52,7 @@ def table(results: dict) -> list[dict]:
 
 
 def run(stage: Stage) -> dict:
-    """Raises ConfigError where the package is not installed or does not know a task."""
+    """Raises ConfigError if the package is not installed or does not know a task."""
     config = LmEvalConfig(**stage.config)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
@@ -90,13 +92,13 @@ def run(stage: Stage) -> dict:
     if config.include_path is not None:
         files = {str(path): sha256_file(path) for path in config.own_files()}
         stage.draft.dependencies.append(dependency("tasks", str(config.include_path), sha256_json(files), files=files))
-    released = version("lm_eval")
+    installed = version("lm_eval")
     stage.draft.dependencies.append(
         dependency(
-            "evaluator", f"lm-eval {released}", uri=f"pkg:pypi/lm-eval@{released}", reason="installed beside the lock"
+            "evaluator", f"lm-eval {installed}", uri=f"pkg:pypi/lm-eval@{installed}", reason="not part of the lock"
         )
     )
-    return {"subject": stage.shared["subject"], "version": released, "tasks": table(results)}
+    return {"subject": stage.shared["subject"], "version": installed, "tasks": table(results)}
 
 
 if __name__ == "__main__":

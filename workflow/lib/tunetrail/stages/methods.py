@@ -1,21 +1,20 @@
-"""Ways of fine-tuning the base model on the sft split, side by side: what each learns, forgets, trains and takes.
+"""Compares methods of fine-tuning the base model on the sft split: what each learns, forgets, trains and costs.
 
     python -m tunetrail.stages.methods --config C.json --input base=… --input data=… --input retention=… \
         --output … --state …
 
-Every method starts from the same weights and sees the same batches. Along the way two losses are measured, in nats per
-token: on the rows that it is trained on (`learnt`), and on unrelated text, less that of the base model (`forgotten`).
-metrics.json holds `rows`, `texts`, the base model's losses (`base`) and per method (`methods`)
+Every method starts from the same weights and sees the same batches. During training two losses are measured, in nats
+per token: on the training rows (`learnt`), and on unrelated text, as the difference from the base model (`forgotten`).
+metrics.json has `rows`, `texts`, the base model's losses (`base`), and for each method (`methods`):
 
     kind                full, LoRA, 4-bit LoRA or prompt tuning
     parameters, parameters_trained
     points              [{"step", "learnt", "forgotten"}], the first before training
-    learnt              loss of the last point
-    forgotten           of the last point, a 95% interval by bootstrap over texts
+    learnt              the loss at the last point
+    forgotten           at the last point, with a 95% interval by bootstrap over texts
 
-Seconds per step and peak memory depend on the machine: they are in the record, under `measurements` of the attempt
-that trained the method. An attempt that is interrupted keeps the methods it has finished, and trains the one it was at
-from its start.
+Seconds per step and peak memory depend on the machine, so they are in the record, under `measurements` of the attempt
+that trained the method. A resumed attempt keeps the methods that were finished and starts the interrupted one over.
 """
 
 import math
@@ -41,7 +40,7 @@ from tunetrail.stages.registry import start
 
 
 def batches_of(rows: list[Example], config: MethodsConfig, seed: int) -> list[list[Example]]:
-    """The rows of every optimizer step. Raises DataError where there are fewer than one batch."""
+    """The rows of every optimizer step. Raises DataError if there are fewer rows than one batch."""
     if len(rows) < config.batch_size:
         raise DataError(
             f"methods: {len(rows)} rows are fewer than one batch (methods.batch_size: {config.batch_size}); lower it"
@@ -55,7 +54,7 @@ def batches_of(rows: list[Example], config: MethodsConfig, seed: int) -> list[li
 
 
 class Comparison:
-    """What every method is trained and measured on."""
+    """The data that all methods are trained and measured on, and the base model's losses on it."""
 
     def __init__(self, stage: Stage):
         self.stage, self.config = stage, MethodsConfig(**stage.config)
@@ -70,7 +69,7 @@ class Comparison:
         untrained = build(self.folder, MethodConfig(learning_rate=1), self.precision, stage.seed)
         check_blocks(untrained.config, [example["input_ids"] for example in examples], "methods.max_length")
         self.base = self.losses(untrained)
-        """(on the rows, on the texts), a loss for each."""
+        """(losses on the rows, losses on the texts)."""
 
     def losses(self, model: Any) -> tuple[list[float], list[float]]:
         sizes = (self.pad_id, self.precision, self.config.batch_size)
@@ -84,7 +83,7 @@ class Comparison:
         return {"step": step, "learnt": statistics.fmean(learnt), "forgotten": statistics.fmean(forgotten)}
 
     def run(self, name: str, bar: ProgressBar) -> dict[str, Any]:
-        """Trains by one method: its entry of metrics.json, and its cost under `measurements`."""
+        """Trains with one method. Returns its entry in metrics.json, and its cost under `measurements`."""
         method, cost = self.config.compare[name], Cost()
         seed_everything(self.stage.seed, "methods", name)
         model = build(self.folder, method, self.precision, derive_seed(self.stage.seed, "methods", name))
@@ -98,7 +97,7 @@ class Comparison:
                 points.append(self.point(step, losses))
             bar.advance(1, f"{name}: loss {points[-1]['learnt']:.3f}")
             if step < self.config.steps:
-                self.stage.stop.leave_if_requested(f"while {name} was trained; it starts again")
+                self.stage.stop.leave_if_requested(f"while training {name}, which will start over")
 
         train(model, self.batches, method.learning_rate, self.pad_id, self.precision, cost, on_step)
         check_learnt(f"methods.compare.{name}", before, bit_sums(trained_weights(model)), self.config.steps)
@@ -109,14 +108,14 @@ class Comparison:
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    quiet_libraries()  # not all of `prepare`: memory that is kept when freed would hide what a method takes
+    quiet_libraries()  # not `prepare`, which keeps freed memory: that would hide how much a method needs
     seed_everything(stage.seed, "methods")
     comparison = Comparison(stage)
     warn_of_few_steps(stage, comparison.config.steps, comparison.config.more_steps)
     names = list(comparison.config.compare)
     done_file = stage.state / "methods.jsonl"
     done = {row["name"]: row for row in read_finished_rows(done_file)}
-    steps, mine = comparison.config.steps, {}
+    steps, measurements = comparison.config.steps, {}
     with ProgressBar("methods", steps * len(names), "steps", done=steps * len(done)) as bar, done_file.open("a") as out:
         for name in names:
             if name in done:
@@ -125,8 +124,8 @@ def run(stage: Stage) -> dict[str, Any]:
             stage.attempt.check_leases()
             out.write(canonical_json(done[name]) + "\n")
             out.flush()
-            mine[name] = done[name]["measurements"]
-            stage.attempt.note("measurements", mine)
+            measurements[name] = done[name]["measurements"]
+            stage.attempt.note("measurements", measurements)
             stage.stop.leave_if_requested(f"after {len(done)} of {len(names)} methods")
     return {
         "rows": len(comparison.rows),

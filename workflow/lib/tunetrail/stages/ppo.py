@@ -1,9 +1,9 @@
-"""A policy by PPO against the reward model, scorers or both. The algorithm is in `tunetrail.ppo`.
+"""A policy trained by PPO against the reward model, scorers or both. The algorithm is in `tunetrail.ppo`.
 
     python -m tunetrail.stages.ppo --config C.json --input policy=… --input data=… [--input reward=…] …
 
-Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` and, where `checkpoints` asks for some,
-`checkpoints/<step>/model`, or with LoRA `checkpoints/<step>/adapter`.
+Writes `model/` (with LoRA also `adapter/`), `history.jsonl` and, if `checkpoints` is set, `checkpoints/<step>/model`,
+or with LoRA `checkpoints/<step>/adapter`.
 """
 
 import functools
@@ -59,7 +59,7 @@ def parent_of(stage: Stage) -> Path:
 
 
 def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
-    """The rows of the rl split. Raises DataError where they are fewer than one batch."""
+    """The rows of the rl split. Raises DataError if there are fewer than one batch."""
     rows = [row for row in stage.rows("data", "rl.jsonl") if "prompt" in row]
     if len(rows) < config.prompts_per_batch:
         raise DataError(
@@ -71,9 +71,10 @@ def read_prompts(stage: Stage, config: PpoConfig) -> list[dict]:
 def scorers_of(
     stage: Stage, config: PpoConfig, rows: list[dict], tokenizer: Any
 ) -> tuple[dict[str, Scoring], Scoring | None]:
-    """(what is learnt from, by name; what is only watched, None where there is none or it has nothing to compare with).
+    """(the scorers to learn from, by name; the gold scorer, which is only logged).
 
-    Raises DataError where a scorer that is learnt from needs the author's text and rows have none.
+    The gold scorer is None if there is none, or if it needs reference answers and rows lack them. Raises DataError if a
+    scorer to learn from needs them.
     """
     lacking = sum(row.get("completion") is None for row in rows)
 
@@ -88,17 +89,17 @@ def scorers_of(
                 "compares with; give demonstrations with completions, or learn from another scorer"
             )
     gold = built(config.gold) if config.gold else None
-    watched = gold and not (gold.needs_reference and lacking)
+    can_score = gold and not (gold.needs_reference and lacking)
     return {name: scoring(scorer, rows, tokenizer) for name, scorer in learnt.items()}, (
-        scoring(gold, rows, tokenizer) if gold and watched else None
+        scoring(gold, rows, tokenizer) if gold and can_score else None
     )
 
 
 def make_trainer(
     stage: Stage, config: PpoConfig, accelerator: Accelerator
 ) -> tuple[PPOTrainer, dict[str, int], dict[str, int]]:
-    """(the trainer with its models, where an earlier attempt left it; how many parameters there are; the bits of the
-    policy before its first step)."""
+    """(the trainer with its models, resumed from the latest checkpoint; the numbers of parameters; the policy's
+    `bit_sums` before its first step)."""
     parent = parent_of(stage)
     tokenizer, rows = load_tokenizer(parent), read_prompts(stage, config)
     demonstrations = [
@@ -138,7 +139,7 @@ def make_trainer(
 
 
 def train(stage: Stage, config: PpoConfig, trainer: PPOTrainer, accelerator: Accelerator) -> None:
-    """Iterates to the end, keeping models and saving on the way. Raises Interrupted when told to stop, after saving."""
+    """Trains to the end, saving and keeping models along the way. Raises Interrupted, after saving, if told to stop."""
     bar = ProgressBar("ppo", config.steps, "steps", done=trainer.step, every_seconds=1)
     with bar, tracking(accelerator, stage.output, stage.state):
         while trainer.step < config.steps:
@@ -174,7 +175,7 @@ def run(stage: Stage) -> dict[str, Any]:
     if is_main_process():
         after = trained_weights(trainer.actor_critic.policy) if state is None else state.items()
         check_learnt(stage.name, before, bit_sums(after), config.optimizer_steps)
-    with gathered(trainer.model):  # the first may then run it alone
+    with gathered(trainer.model):  # so that the main process can run the model alone
         if is_main_process():
             save_trained(stage, trainer.actor_critic.policy, parent_of(stage), trainer.prompts, state)
     if not is_main_process():

@@ -1,7 +1,7 @@
-"""The table of stages: what there is to know about a stage without running it, said once.
+"""The table of stages: everything that other code needs to know about a stage without running it.
 
 Rules, launchers, the report, exports, the audit and the tests of both profiles read it. A new stage is a module
-`tunetrail.stages.<name>`, a block of the config, a rule and a line here, all of the same name (which cannot be `count`,
+`tunetrail.stages.<name>`, a block in the config, a rule and a line here, all with the same name (but not `count`,
 `index` or another method of lists: Snakemake reserves those).
 
 An artifact is named by its folder below `results/<run>/`: `sft`, `policies/ppo`, `evaluation/base`,
@@ -30,19 +30,19 @@ class StageInfo:
     """One stage."""
 
     name: str
-    """Of its module, its rule and, unless `block` says otherwise, its block of the config."""
+    """The name of its module, its rule and, unless `block` is set, its block in the config."""
     inputs: Callable[[Config, str], Inputs]
     """(config, value of the wildcard) -> the artifacts it reads, by role."""
     makes: Literal["model", "data", "measurement", "page"]
     block: str = ""
     wildcard: Wildcard = ""
-    """What tells the artifacts of this stage apart; empty where there is one."""
+    """Distinguishes the artifacts of this stage; empty if it has only one."""
     folder: str = ""
-    """Of its artifacts, where they do not lie in a folder of the stage's name."""
+    """The folder of its artifacts, if it is not named like the stage."""
     files: tuple[str, ...] = ()
-    """Config keys of the user's own files that it reads; one that ends with a dot stands for all keys below it."""
+    """Config keys of the user's own files that it reads; a key that ends with a dot stands for all keys below it."""
     also_reads: tuple[str, ...] = ()
-    """Keys of other blocks that it reads, besides its own block and the seed."""
+    """Keys that it reads in addition to its own block and the seed."""
     runs_model: bool = True
     """Whether it reads `precision`."""
     distributed: bool = False
@@ -56,12 +56,12 @@ class StageInfo:
 
     @property
     def family(self) -> str:
-        """The folder that its artifacts lie in, or are."""
+        """The folder that contains its artifacts, or is its only artifact."""
         return self.folder or self.name
 
     @property
     def pattern(self) -> str:
-        """Its artifacts' name, the wildcard in braces.
+        """The name of its artifacts, with the wildcard in braces.
 
         >>> STAGES["ppo"].pattern, STAGES["sft"].pattern
         ('policies/{policy}', 'sft')
@@ -70,12 +70,12 @@ class StageInfo:
 
     @property
     def has_config_each(self) -> bool:
-        """Whether each of its artifacts has a config file of its own; shards share theirs."""
+        """Whether each of its artifacts has its own config file; shards share one."""
         return self.wildcard in ("policy", "subject")
 
     @property
     def config_pattern(self) -> str:
-        """The name of the resolved config, the wildcard in braces."""
+        """The name of its resolved config, with the wildcard in braces."""
         return f"{self.family}.{{{self.wildcard}}}" if self.has_config_each else self.name
 
 
@@ -83,7 +83,7 @@ class StageInfo:
 
 
 def start_of(config: Config, subject: str = "") -> str:
-    """The model that a policy starts from and is compared with; without one, what policies start from by default."""
+    """The model that a policy starts from and is compared with; for other subjects, the default start of policies."""
     own = getattr(config.policies.get(subject), "start", None)
     return own or ("sft" if config.sft else "base")
 
@@ -94,7 +94,7 @@ def subjects(config: Config) -> list[str]:
 
 
 def trained_subjects(config: Config) -> list[str]:
-    """The models with weights of their own: best-of-n has none."""
+    """The models with their own weights, so without best-of-n."""
     return [
         name for name in subjects(config)
         if name not in config.policies or config.policies[name].method != "best_of_n"
@@ -121,7 +121,7 @@ def has_comparisons(config: Config) -> bool:
 
 
 def _comparisons(config: Config) -> str:
-    """Comparisons were collected, or came with the data."""
+    """The artifact with the comparisons, which were collected or came with the data."""
     return "comparisons" if config.completions else "data"
 
 
@@ -135,7 +135,7 @@ def _ranked(config: Config, _: str) -> Inputs:
 
 
 def _scored(config: Config, _: str) -> Inputs:
-    """An imported reward model needs no comparisons; where there are some, it is tested on them."""
+    """An imported reward model needs no comparisons, but is tested on them if there are any."""
     compared = {"comparisons": _comparisons(config)} if has_comparisons(config) else {}
     return {"policy": start_of(config), "data": "data"} | compared
 
@@ -159,7 +159,7 @@ def _evaluated(config: Config, subject: str) -> Inputs:
 
 
 def _evaluations(config: Config, _: str = "") -> Inputs:
-    """Sorted: the order of policies in the config changes nothing."""
+    """Sorted, so that the order of policies in the config changes nothing."""
     return {f"evaluation.{subject}": f"evaluation/{subject}" for subject in sorted(subjects(config))}
 
 
@@ -216,14 +216,14 @@ _TABLE = (
     StageInfo("report", _reported, "page", runs_model=False),
 )  # fmt: skip
 STAGES: Mapping[str, StageInfo] = {stage.name: stage for stage in _TABLE}
-"""By name, upstream first."""
+"""All stages by name, upstream first."""
 
 
 # ----------------------------------------------------------------------------- questions
 
 
 def start(name: str, run: Callable[..., dict]) -> int:
-    """What a stage's command does: `run` under the contract. Returns the exit code."""
+    """Runs a stage's command: `run` under the contract. Returns the exit code."""
     from tunetrail.contract.runner import main
 
     return main(run, distributed=STAGES[name].distributed)
@@ -244,7 +244,7 @@ def enabled(config: Config) -> list[str]:
 
 
 def family_of(artifact: str) -> StageInfo | None:
-    """A stage that makes artifacts in this folder: of `policies/x` any method. None for a folder of no stage.
+    """A stage that makes artifacts in this folder (any method for `policies/x`), or None.
 
     >>> family_of("evaluation/base").name
     'evaluation'
@@ -254,7 +254,7 @@ def family_of(artifact: str) -> StageInfo | None:
 
 
 def stage_of(config: Config, artifact: str) -> StageInfo:
-    """The stage that makes an artifact of this run. Raises LookupError where none does."""
+    """The stage that makes an artifact of this run. Raises LookupError if none does."""
     family, _, value = artifact.partition("/")
     if family == "policies":
         return STAGES[config.policies[value].method]
@@ -264,7 +264,7 @@ def stage_of(config: Config, artifact: str) -> StageInfo:
 
 
 def config_name(artifact: str) -> str | None:
-    """The name of an artifact's resolved config file, without `.json`; None for a folder of no stage.
+    """The name of an artifact's resolved config file, without `.json`; None if no stage makes such an artifact.
 
     >>> config_name("policies/ppo"), config_name("completions/0-of-2"), config_name("lm_eval/sft")
     ('policies.ppo', 'completions', 'lm_eval.sft')
@@ -275,7 +275,7 @@ def config_name(artifact: str) -> str | None:
 
 
 def role_of(artifact: str) -> str:
-    """The role in which the report gets an artifact.
+    """The role of an artifact among the report's inputs.
 
     >>> role_of("policies/ppo"), role_of("evaluation/base"), role_of("sft")
     ('policy.ppo', 'evaluation.base', 'sft')
@@ -284,7 +284,7 @@ def role_of(artifact: str) -> str:
 
 
 def artifacts_of_others(config: Config, stage: str) -> dict[str, Path]:
-    """Role -> manifest of the artifacts that a stage reads and no stage of this run makes: models made by another."""
+    """Role -> manifest of the artifacts of other runs that a stage reads: imported models."""
     block = getattr(config, stage, None)
     folder = block.path if isinstance(block, LocalModel | ImportedModel) else None
     artifact = artifact_around(folder) if folder else None
@@ -306,7 +306,7 @@ def own_files(config: Config, stage: str) -> list[Path]:
 
 
 def _scorer(scorer: ScorerConfig, digests: DigestCache) -> dict[str, Any]:
-    """A scorer's definition, with the digest of the user's own file or folder: an edit reruns what used it."""
+    """A scorer's definition with the digest of the user's file or folder, so that an edit reruns what uses it."""
     definition = scorer.model_dump(mode="json")
     if path := getattr(scorer, "path", None):
         definition["sha256"] = digest_of(path, digests)
@@ -314,16 +314,16 @@ def _scorer(scorer: ScorerConfig, digests: DigestCache) -> dict[str, Any]:
 
 
 def stage_config(config: Config, name: str, digests: Path | None = None) -> dict[str, Any]:
-    """What one stage may see, as JSON-able values: its own block and the few shared keys it reads.
+    """The resolved config of one stage as JSON-able values: its own block and the few shared keys that it reads.
 
     Args:
-        name: of a resolved config: `base`, `data`, …; `policies.<name>`, `evaluation.<subject>`, `lm_eval.<subject>`.
-        digests: the cache of those of the user's files and folders; None: every byte is read.
+        name: of the resolved config: `base`, `data`, …; `policies.<name>`, `evaluation.<subject>`, `lm_eval.<subject>`.
+        digests: the cache with digests of the user's files and folders; None: every byte is read.
     """
     family, _, value = name.partition(".")
     block: Any = config.policies[value] if family == "policies" else getattr(config, STAGES[family].block or family)
     stage = STAGES[block.method if family == "policies" else family]
-    # Of the labelers' block the tasks depend only on the gold ones; of shares the data only on what they come to.
+    # Tasks depend only on the gold tasks of the comparisons block; data depends on the resolved shares (`also_reads`).
     include = {"gold"} if stage.name == "tasks" else None
     exclude = {"shares"} if stage.name == "data" else None
     resolved: dict[str, Any] = {
@@ -351,8 +351,8 @@ def stage_config(config: Config, name: str, digests: Path | None = None) -> dict
     if names := set(getattr(block, "scorer_keys", {}).values()):
         resolved["scorers"] = {name: _scorer(scorer, cache) for name, scorer in needed(names, config.scorers).items()}
     for key in stage.also_reads:
-        found: Any = config
+        value_of_key: Any = config
         for part in key.split("."):
-            found = getattr(found, part)
-        resolved[key] = found
+            value_of_key = getattr(value_of_key, part)
+        resolved[key] = value_of_key
     return resolved

@@ -4,8 +4,8 @@
         [--input comparisons=…] [--input reward=…] [--input retention=…] --input policy.NAME=… --input evaluation.NAME=…
         --output results/RUN/report/manifest.json --state state/RUN/report
 
-Writes `report.html`, which loads nothing and opens from disk, and `figures/<name>.svg`, one for each
-name in `tunetrail.reporting.figures.FIGURES`, always.
+Writes `report.html`, which loads nothing and can be opened from disk, and always one `figures/<name>.svg` for each name
+in `tunetrail.reporting.figures.FIGURES`.
 """
 
 import sys
@@ -21,21 +21,23 @@ from tunetrail.stages.registry import start
 
 def run(stage: Stage) -> dict:
     config = ReportConfig(**stage.config)
-    found = collect(
+    collected = collect(
         stage.output.parent.name,
         {role: parent.folder for role, parent in stage.inputs.items()},
         stage.output,
         stage.attempt.digests,
     )
-    figures = draw([found], FIGURES)
+    figures = draw([collected], FIGURES)
     (stage.work / "figures").mkdir()
     for name in FIGURES:
         wide = figures[name][0] if name in figures else svg(None)
         (stage.work / "figures" / f"{name}.svg").write_text(wide, encoding="utf-8")
-    (stage.work / "report.html").write_text(render([found], figures, config.title, config.samples), encoding="utf-8")
+    (stage.work / "report.html").write_text(
+        render([collected], figures, config.title, config.samples), encoding="utf-8"
+    )
     return {
-        m.name: {"win_rate": (found.match_of(m) or {}).get("win_rate"), "gold": m.interval("gold")}
-        for m in found.models
+        m.name: {"win_rate": (collected.match_of(m) or {}).get("win_rate"), "gold": m.interval("gold")}
+        for m in collected.models
     }
 
 

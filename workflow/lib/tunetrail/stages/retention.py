@@ -1,12 +1,12 @@
-"""Text unrelated to the task, to see what training makes the model forget.
+"""Text unrelated to the task, to measure what training makes the model forget.
 
     python -m tunetrail.stages.retention --config C.json --input base=… --output … --state …
 
-`source: chatterbot`: general questions (chatterbot-corpus, BSD) with the base model's own greedy answers;
-`source: file`: blocks of the user's text. Writes `retention.jsonl`, each row with the base model's loss on it
-(`base_nll`, nats per token), and `choices.jsonl`, a multiple-choice task: which of four answers belongs to a question
-(which of four continuations to the start of a block), with whether the base model chooses it (`base_correct`).
-`stages.head_to_head` compares models row by row, by what each one's evaluation measured.
+`source: chatterbot`: general questions (chatterbot-corpus, BSD) with the base model's own greedy answers; `source:
+file`: blocks of the user's text. Writes `retention.jsonl`, with the base model's loss on each row (`base_nll`, in nats
+per token), and `choices.jsonl`, multiple-choice questions (which of four answers belongs to a question, or which of
+four continuations to the start of a block) and whether the base model chooses correctly (`base_correct`).
+`stages.head_to_head` compares models row by row, using what their evaluations measured.
 """
 
 import random
@@ -68,7 +68,7 @@ def from_questions(stage: Stage, config: RetentionConfig, model: Any, tokenizer:
             pad_id=tokenizer.pad_token_id,
             on_batch=bar.advance,
         )
-    # The ids as they were sampled: decoding and encoding again may give others.
+    # The sampled ids: decoding and encoding them again might change them.
     examples = [(prompt, answer) for prompt, (answer,) in zip(prompts, answers, strict=True)]
     texts = [
         {"prompt": prompt, "completion": tokenizer.decode(answer, skip_special_tokens=True)}

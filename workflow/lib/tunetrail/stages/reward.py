@@ -1,19 +1,19 @@
-"""The reward model: K-wise loss over all pairs of a prompt, one forward pass of K sequences. Or one that was trained
-elsewhere (`reward.imported`).
+"""The reward model, trained with the K-wise loss over all pairs of a prompt in one forward pass of K sequences, or
+imported (`tunetrail.reward.imported`).
 
     python -m tunetrail.stages.reward --config C.json --input policy=… --input data=… --input comparisons=… \
         --output … --state …
 
-Initialised from the SFT model; head N(0, 1/(d+1)) without bias (Stiennon et al. 2020), or a linear probe; the score is
-read from the state of the last token or from the mean over the response (`reward_pooling` in the model's config), less
-the mean score of demonstrations (`reward_bias`). Evaluated on held-out prompts next to three baselines: the longer
-wins, the shorter wins, and the linear probe on the SFT model's states.
+It starts from the SFT model with a head N(0, 1/(d+1)) without bias (Stiennon et al. 2020), or with a linear probe as
+its head. The score is read from the state of the last token or from the mean over the response (`reward_pooling` in the
+model's config), less the mean score of demonstrations (`reward_bias`). On held-out prompts the model is compared with
+three baselines: the longer response wins, the shorter wins, and a linear probe on the SFT model's states.
 
 Writes `model/`, `history.jsonl` and `pairs.jsonl`, the held-out pairs behind every number (`HeldOutPair`). The types of
-metrics.json are in `reward.calibration`: accuracies are intervals over source groups, `gain_over` has the paired
-differences to the baselines, `accuracy_by_confidence` is the reliability diagram, `ece` the expected calibration error
-with `ece_interval` (at least 95%), `ceiling` what labelers' agreement allows, `length_correlation` Spearman's of scores
-with length.
+metrics.json are in `reward.calibration`: accuracies have intervals over source groups, `gain_over` has the paired
+differences from the baselines, `accuracy_by_confidence` is the reliability diagram, `ece` the expected calibration
+error with `ece_interval` (at least 95%), `ceiling` the most that labelers' agreement allows, `length_correlation`
+Spearman's correlation of scores with length.
 """
 
 import logging
@@ -45,7 +45,7 @@ from tunetrail.models.loading import (
 from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
-from tunetrail.models.weights import rows_per_epoch, taken_weights
+from tunetrail.models.weights import pop_weights, rows_per_epoch
 from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs
 from tunetrail.reward.imported import import_reward_model
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, tokenize
@@ -56,11 +56,11 @@ from tunetrail.stages.registry import start
 log = logging.getLogger("tunetrail")
 
 BIAS_DEMONSTRATIONS = 128
-"""Demonstrations whose mean score becomes 0."""
+"""How many demonstrations are used to set the mean score to 0."""
 
 
 def split_rows(rows: list[dict], batch_size: int) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) comparisons. Raises DataError where either is too small."""
+    """(training, held-out) comparisons. Raises DataError if either is too small."""
     training, heldout = ([row for row in rows if row["split"] == split] for split in ("reward", "heldout"))
     if (per_epoch := rows_per_epoch([row.get("weight", 1.0) for row in training])) < batch_size:
         raise DataError(
@@ -68,7 +68,7 @@ def split_rows(rows: list[dict], batch_size: int) -> tuple[list[dict], list[dict
         )
     if not heldout:
         raise DataError(
-            "reward: no comparisons on held-out prompts, so its accuracy could not be told; raise data.shares.heldout"
+            "reward: no comparisons on held-out prompts to measure its accuracy on; raise data.shares.heldout"
         )
     return training, heldout
 
@@ -79,18 +79,19 @@ def response_tokens(example: dict) -> int:
 
 @dataclass
 class Probes:
-    """What is known before any training."""
+    """Linear probes, fitted before any training."""
 
     unseen: list[np.ndarray]
-    """[K] of each held-out prompt: the score of a linear probe on mean-pooled states, the baseline."""
+    """[K] per held-out prompt: the baseline's scores, by a linear probe on mean-pooled states."""
     head: np.ndarray | None
-    """[d], where the score head starts; None: at random."""
+    """[d], the initial score head; None: random."""
 
 
 def fit_probes(
     stage: Stage, config: RewardConfig, model: Any, training: list[dict], groups: list[str], unseen: list[dict]
 ) -> Probes:
-    """Fits the linear probes to the training examples. Every attempt does: it costs one forward pass over the data."""
+    """Fits the linear probes to the training examples. Every attempt does so, at the cost of one forward pass over the
+    data."""
     log.info("reward: fitting a linear probe to the SFT model's states")
 
     def states(examples: list[dict], pooling: str) -> list[np.ndarray]:
@@ -106,8 +107,8 @@ def fit_probes(
 def train_model(
     stage: Stage, config: RewardConfig, tokenizer: Any, model: Any, examples: list[dict]
 ) -> tuple[Any, list, dict]:
-    """(trained classifier, history, what metrics.json says of its training)."""
-    weights = taken_weights(examples)
+    """(trained classifier, history, the part of metrics.json about training)."""
+    weights = pop_weights(examples)
     lengths = [len(e["prompt"]) + max(map(len, e["responses"])) for e in examples]
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
@@ -125,13 +126,13 @@ def train_model(
     history = train(stage, trainer, config)
     model = trained_model(trainer)
     if config.lora is not None and is_main_process():
-        model = model.merge_and_unload()  # the bias below is of the scores that others will get
+        model = model.merge_and_unload()  # so that the bias below fits the scores of the published model
     left_out = rows_left_out("reward", rows_per_epoch(weights), config.batch_size) if is_main_process() else 0
     return model, history, counts | {"rows_left_out": left_out}
 
 
 def demonstrations(stage: Stage, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) of what people wrote."""
+    """(prompt ids, response ids) of demonstrations."""
     return [
         (encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"]))
         for split in ("reward", "sft")
@@ -158,8 +159,8 @@ def train_and_evaluate(stage: Stage, config: RewardConfig) -> dict[str, Any]:
     def score(examples: list[tuple[list[int], list[int]]]) -> np.ndarray:
         return np.array(reward_scores(model, examples, tokenizer.pad_token_id, precision))
 
-    scores_of_people = score(demonstrations(stage, tokenizer))
-    model.config.reward_bias = float(scores_of_people.mean()) if len(scores_of_people) else 0.0
+    demonstration_scores = score(demonstrations(stage, tokenizer))
+    model.config.reward_bias = float(demonstration_scores.mean()) if len(demonstration_scores) else 0.0
     rows = (e["prompt"] + e["responses"][0] for e in examples)
     save_trained(stage, model, parent, rows, auto_class=AutoModelForSequenceClassification)
 
@@ -177,8 +178,8 @@ def train_and_evaluate(stage: Stage, config: RewardConfig) -> dict[str, Any]:
             "steps": len(history),
             "prompts": len(training),
             "bias": model.config.reward_bias,
-            "score_mean_demonstrations": float((scores_of_people - model.config.reward_bias).mean())
-            if len(scores_of_people)
+            "score_mean_demonstrations": float((demonstration_scores - model.config.reward_bias).mean())
+            if len(demonstration_scores)
             else None,
             "length_correlation": spearman(scores, np.array([len(response) for _, response in sequences])),
         }

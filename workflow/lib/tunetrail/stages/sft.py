@@ -1,9 +1,9 @@
-"""Demonstration fine-tuning: next token on raw text, the completion only on prompts and chats (TRL's SFTTrainer). Or a
-model that was fine-tuned elsewhere, taken over as it is.
+"""Supervised fine-tuning with TRL's SFTTrainer: on every token of raw text, and on the completions of prompts and
+chats. Or the import of a model that was fine-tuned elsewhere.
 
     python -m tunetrail.stages.sft --config C.json --input base=… --input data=… --output … --state …
 
-Writes `model/` (and `adapter/` where LoRA trained one) and `history.jsonl`; of an import `model/` alone.
+Writes `model/` (with LoRA also `adapter/`) and `history.jsonl`; for an import only `model/`.
 """
 
 import sys
@@ -23,7 +23,7 @@ from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode
 from tunetrail.models.cpu.label_head import score_labels_only
-from tunetrail.models.importing import check_fits, own_texts, publish_imported, read_source
+from tunetrail.models.importing import check_fits, publish_imported, read_source, sample_texts
 from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import (
     load_causal_lm,
@@ -36,18 +36,18 @@ from tunetrail.models.runtime import prepare
 from tunetrail.models.saving import ROWS, TOKENS, save_trained
 from tunetrail.models.supervised import given_and_learnt, tokenize
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
-from tunetrail.models.weights import rows_per_epoch, taken_weights
+from tunetrail.models.weights import pop_weights, rows_per_epoch
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 
 
 def import_model(stage: Stage, source: ImportedModel) -> dict:
-    """Takes over a model that was fine-tuned elsewhere. Raises DataError where it does not fit the base model."""
+    """Imports a model that was fine-tuned elsewhere. Raises DataError if it does not fit the base model."""
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
     model = read_source(stage, source, AutoModelForCausalLM)
     check_fits(stage, source, model, parent, tokenizer)
-    rows = [encode(tokenizer, text)[:TOKENS] for text in own_texts(stage)[:ROWS]]
+    rows = [encode(tokenizer, text)[:TOKENS] for text in sample_texts(stage)[:ROWS]]
     return publish_imported(stage, model, parent, tokenizer, rows)
 
 
@@ -56,7 +56,7 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
     examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length, "sft")
-    weights = taken_weights(examples)
+    weights = pop_weights(examples)
     per_epoch = rows_per_epoch(weights)
     if per_epoch < config.batch_size:
         raise DataError(f"sft: {per_epoch} examples are fewer than one batch (sft.batch_size: {config.batch_size})")

@@ -1,10 +1,10 @@
-"""Tasks for people: what labelers are to rank, where `comparisons.labeler` is human.
+"""Tasks for people: the completions to rank if `comparisons.labeler` is human.
 
     python -m tunetrail.stages.tasks --config C.json --input shard0=…/manifest.json \\
         --output results/RUN/tasks/manifest.json --state state/RUN/tasks
 
 Writes `tasks.jsonl` (`Task`), sorted by (split, id), with gold tasks last. The prompt of a task is what the user wrote,
-or the conversation with its speakers, without the chat template. A task does not tell which model wrote what.
+or the conversation with its speakers, without the chat template. A task does not reveal which model wrote what.
 """
 
 import sys

@@ -27,7 +27,7 @@ def shown_order(settings: Settings, digest: str, labeler: str, purpose: str, k: 
 
 
 def choose(connection: sa.Connection, settings: Settings, labeler: str, now: float) -> tuple[str, str] | None:
-    """The digest and purpose of what a labeler gets next; None where nothing is left for them."""
+    """The digest and purpose of what a labeler gets next; None if nothing is left for them."""
     done = connection.execute(
         of_labeler(labeler)
         .where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED))

@@ -106,7 +106,7 @@ LOCK = 0x7475_6E65
 
 
 def network_file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The type of the network file system that holds a path; None where it is local or cannot be determined."""
+    """The type of the network file system that holds a path; None if it is local or cannot be determined."""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
@@ -140,7 +140,7 @@ class Database:
     """An open database. `reading` sees one moment; of `writing` there is only one at a time, among all processes."""
 
     def __init__(self, store: str, create: bool = True):
-        """Raises ConfigError where it cannot be opened, or holds no labels and must not be created."""
+        """Raises ConfigError if it cannot be opened, or holds no labels and must not be created."""
         self.url = as_url(store)
         self.lite = self.url.drivername == "sqlite"
         self.warnings: list[str] = []

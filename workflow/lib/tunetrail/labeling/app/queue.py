@@ -96,7 +96,7 @@ def _open(connection: sa.Connection, labeler: str) -> sa.Row | None:
 
 
 def next_task(store: Store, labeler: str) -> Assignment | None:
-    """The task that a labeler has open, or a new one; None where nothing is left for them."""
+    """The task that a labeler has open, or a new one; None if nothing is left for them."""
     with store.writing(durable=False) as connection:
         settings, now = store.settings(connection), time.time()
         expires = now + 60 * settings.lease_minutes
@@ -157,7 +157,7 @@ def _set(connection: sa.Connection, nonce: str, **values) -> None:
 
 
 def _given(connection: sa.Connection, labeler: str, nonce: str) -> sa.Row:
-    """The assignment with this nonce. Raises Refused where this labeler was not given it."""
+    """The assignment with this nonce. Raises Refused if this labeler was not given it."""
     possible = nonce.isascii() and nonce.isprintable()
     row = connection.execute(of_labeler(labeler).where(assignments.c.nonce == nonce)).first() if possible else None
     if row is None:
@@ -323,7 +323,7 @@ def finished(store: Store, labeler: str) -> list[Finished]:
 
 
 def feedback(store: Store, labeler: str, event: int) -> Feedback | None:
-    """A training task with its solution; None where the event is not a training answer of this labeler."""
+    """A training task with its solution; None if the event is not a training answer of this labeler."""
     with store.reading() as connection:
         answer = _recent(labeler).where(assignments.c.event == event, assignments.c.purpose == "training")
         row = connection.execute(answer.where(assignments.c.state == "answered")).first()

@@ -180,7 +180,7 @@ class Store:
             return connection.execute(digest).scalar() or START
 
     def fault(self) -> str | None:
-        """The first event, task or list of tasks that is not what was written; None where everything is intact."""
+        """The first event, task or list of tasks that is not what was written; None if everything is intact."""
         previous, number = START, 0
         with self.reading() as connection:
             for row in connection.execute(sa.select(events).order_by(events.c.number)):

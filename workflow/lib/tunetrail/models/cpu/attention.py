@@ -1,9 +1,9 @@
 """Attention of short sequences on a CPU as plain matrix products.
 
-torch's fused attention makes no use there of a CPU's bf16 products, and its backward pass is slower still: with rows of
-a hundred or two hundred tokens the products themselves, whose scores fit in the cache, are faster both ways; `make
-bench` measures a whole training step with and without. Longer rows, whose scores would not, and other devices keep the
-fused one.
+For them torch's fused attention does not use the CPU's bf16 products, and its backward pass is slower still. With rows
+of one or two hundred tokens the scores fit in the cache, and plain products are faster both forwards and backwards;
+`make bench` measures a whole training step with and without. Longer rows, whose scores would not fit, and other devices
+keep the fused attention.
 """
 
 from typing import Any
@@ -15,22 +15,22 @@ from transformers.masking_utils import sdpa_mask
 
 PLAIN = "plain_on_cpu"
 LONGEST = 512
-"""Keys of a row; beyond it [heads, T, S] scores kept for the gradient cost more than they save."""
+"""Most keys per row; beyond that, keeping [heads, T, S] scores for the gradient costs more than it saves."""
 
 
 def product_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """softmax(scaling q k^T) v (Vaswani et al. 2017, eq. 1); the query heads that share a key head are its rows.
+    """softmax(scaling q k^T) v (Vaswani et al. 2017, eq. 1); query heads that share a key head become its rows.
 
     Args:
         query: [B, H, T, d].
         key: [B, G, S, d], G dividing H.
         value: [B, G, S, e].
-        mask: [B or 1, 1, T, S], True where a token is seen; None: all are.
+        mask: [B or 1, 1, T, S], True where a token is attended to; None: everywhere.
 
     Returns:
-        [B, H, T, e]. What sees nothing gets a mean of the values.
+        [B, H, T, e]. A token that attends to nothing gets the mean of the values.
     """
     b, heads, t, _ = query.shape
     groups, s = key.shape[1:3]
@@ -52,7 +52,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer: [B, H, T, d] -> ([B, T, H, e], no weights)."""
+    """The function that transformers calls in each layer: [B, H, T, d] -> ([B, T, H, e], no weights)."""
     t, s = query.shape[2], key.shape[2]
     plain = (
         query.device.type == "cpu"
@@ -78,7 +78,7 @@ AttentionMaskInterface.register(PLAIN, sdpa_mask)
 
 
 def plain_attention(model: Any) -> Any:
-    """The model, attending by `attention` where it attended by torch's fused one and there is no GPU."""
+    """Makes a model that uses torch's fused attention use `attention` instead, if there is no GPU."""
     if model.config._attn_implementation == "sdpa" and not torch.cuda.is_available():
         model.set_attn_implementation(PLAIN)
     return model

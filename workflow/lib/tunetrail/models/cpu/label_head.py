@@ -1,4 +1,4 @@
-"""A head for TRL's trainers that scores only the columns that hold labels, on a CPU."""
+"""A head for TRL's trainers that scores only the columns with labels, on a CPU."""
 
 import functools
 from typing import Any
@@ -9,12 +9,12 @@ from tunetrail.models.scoring import gather_logprobs
 
 
 def score_labels_only(model: Any) -> None:
-    """Gives a model that a TRL trainer has prepared a head for the columns that hold labels.
+    """Makes a model that a TRL trainer has prepared score only the columns with labels.
 
-    Without Triton, TRL's fused head scores every position, prompts included, and keeps no logits for the backward pass:
-    a large part of a step on short answers to longer prompts (`make bench`). In float32 the numbers are the same. Where
-    labels fill most columns, as in raw text, TRL's head stays in use: it needs less memory. Call this after making the
-    trainer and before training.
+    Without Triton, TRL's fused head scores every position, prompts included, and recomputes the logits in the backward
+    pass, which takes a large part of a step on short answers to longer prompts (`make bench`). In float32 the numbers
+    are the same. If labels fill most columns, as in raw text, TRL's head stays in use because it needs less memory.
+    Call this after making the trainer and before training.
     """
     if next(model.parameters()).device.type != "cpu":
         return
@@ -28,7 +28,7 @@ def score_labels_only(model: Any) -> None:
         if not fused_lm_head:
             return forward_of_trl(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         labelled = (labels != -100).any(0).nonzero()
-        first = max(1, int(labelled[0])) if len(labelled) else 0  # the first column that is predicted
+        first = max(1, int(labelled[0])) if len(labelled) else 0  # the first predicted column
         if first <= labels.shape[1] // 2:
             return forward_of_trl(*args, fused_lm_head=True, labels=labels, **kwargs)
         targets = labels[:, first:]
@@ -38,7 +38,7 @@ def score_labels_only(model: Any) -> None:
         logits = output.logits[:, :-1].float()
         log_probs = gather_logprobs(logits, targets.clamp_min(0))
         with torch.no_grad():
-            watched = {
+            statistics = {
                 "entropy": torch.stack([row.logsumexp(-1) - (row.softmax(-1) * row).sum(-1) for row in logits]),
                 "mean_logits": logits.mean(-1),
                 "is_top1": logits.argmax(-1) == targets,
@@ -51,7 +51,7 @@ def score_labels_only(model: Any) -> None:
             log_probs=whole(log_probs),
             label_mask=whole(mask),
             aux_loss=getattr(output, "aux_loss", None),
-            **{name: whole(x) for name, x in watched.items()},
+            **{name: whole(x) for name, x in statistics.items()},
         )
 
     model.forward = forward

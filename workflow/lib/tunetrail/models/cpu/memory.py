@@ -1,11 +1,11 @@
-"""glibc's handling of large freed blocks."""
+"""Controls what glibc does with large freed blocks."""
 
 import ctypes
 import sys
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel what glibc holds back, so that memory in use can be read off the process."""
+    """Returns freed memory to the kernel, so that the process's size shows the memory in use."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -15,7 +15,7 @@ def return_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Tells glibc to reuse large freed blocks instead of returning them to the kernel.
 
-    A training step on a CPU frees and takes gigabytes, and the kernel zeroes fresh pages each time (`make bench`).
+    A training step on a CPU frees and allocates gigabytes, and the kernel zeroes fresh pages each time (`make bench`).
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -12,7 +12,7 @@ NAMESPACE = "urn:tunetrail:"
 
 
 def lineage_of(folder: Path) -> tuple[Node, list[Node]]:
-    """(the artifact, it and everything it was made from). Raises DataError where one has no record."""
+    """(the artifact, it and everything it was made from). Raises DataError if one has no record."""
     lineage = Lineage()
     node = lineage.add(folder)
     nodes = sorted(lineage.nodes.values(), key=lambda n: n.folder)

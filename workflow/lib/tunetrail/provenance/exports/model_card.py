@@ -220,7 +220,7 @@ def of_stage(
 
 
 def of_artifact(folder: Path, model: Path | None = None, title: str | None = None, step: int | None = None) -> str:
-    """The full card of a published model, with what evaluation measured. Raises DataError where a record is missing.
+    """The full card of a published model, with what evaluation measured. Raises DataError if a record is missing.
 
     Args:
         model: the folder that `tunetrail model export` filled, which the card will lie in; None: the artifact's own.
