@@ -65,6 +65,23 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def _cut(ordered: Sequence[list[int]], kept: Sequence[int], limit: int) -> dict[int, int]:
+    """The rows if none may have more than `limit` tokens: the sequence that starts each -> its number of tokens.
+
+    Args:
+        kept: how many tokens each sequence shares with the one before it.
+    """
+    lengths, first = {0: len(ordered[0])}, 0
+    for n in range(1, len(ordered)):
+        new = len(ordered[n]) - kept[n]
+        if lengths[first] + new > limit:
+            first = n
+            lengths[n] = len(ordered[n])
+        else:
+            lengths[first] += new
+    return lengths
+
+
 def prefix_tree(
     sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS, worth: float = float("inf")
 ) -> PrefixTree | None:
@@ -82,16 +99,7 @@ def prefix_tree(
     kept = [0, *(_shared(a, b) for a, b in pairwise(ordered))]
 
     def cut(limit: int) -> dict[int, int]:
-        """The rows if none may have more than `limit` tokens: the sequence that starts each -> its number of tokens."""
-        lengths, first = {0: len(ordered[0])}, 0
-        for n in range(1, len(ordered)):
-            new = len(ordered[n]) - kept[n]
-            if lengths[first] + new > limit:
-                first = n
-                lengths[n] = len(ordered[n])
-            else:
-                lengths[first] += new
-        return lengths
+        return _cut(ordered, kept, limit)
 
     longest = max(map(len, ordered))
     limits = range(longest, max(longest, row_tokens) + 1)
