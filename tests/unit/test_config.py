@@ -583,6 +583,15 @@ def test_every_example_is_a_run_of_its_own():
     assert len(set(runs)) == len(runs)
 
 
+def test_the_hacked_policy_may_be_added_to_the_demo_itself():
+    demo, hacked = (
+        parse(read_yaml(ROOT / "config" / path)) for path in ("config.yaml", "examples/reward-hacking.yaml")
+    )
+    for block in ("seed", "base", "data", "sft", "completions", "scorers", "comparisons", "reward"):
+        assert getattr(hacked, block) == getattr(demo, block), block
+    assert hacked.policies["hacked"].kl_coef == 0
+
+
 @pytest.mark.parametrize("name", ["demo-lora", "dpo-beta-sweep"])
 def test_variants_of_the_demo_differ_where_they_say_so_only(name):
     demo, variant = (parse(read_yaml(ROOT / "config" / path)) for path in ("config.yaml", f"examples/{name}.yaml"))
