@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tunetrail.config.fields import Block, Count, Integer, Repo, Sha256, Text
+from tunetrail.config.fields import Block, Count, Integer, Package, Repo, Sha256, Text, Version
 
 
 class AnyModel(Block):
@@ -26,8 +26,8 @@ class PypiModel(AnyModel):
     """A GGUF file inside a PyPI wheel."""
 
     source: Literal["pypi"]
-    package: Text = Field(description="name on PyPI")
-    version: Text = Field(description="exact version")
+    package: Package = Field(description="name on PyPI")
+    version: Version = Field(description="exact version")
     sha256: Sha256 = Field(description="digest of the wheel; another wheel is refused")
     gguf: Text = Field(description="path of the GGUF file inside the wheel")
 
