@@ -33,7 +33,7 @@ class PypiModel(AnyModel):
 
 
 class HubModel(AnyModel):
-    """A model repository on the Hugging Face hub."""
+    """A model repository on the Hugging Face hub. Code that comes with it is never run (`trust_remote_code` is off)."""
 
     source: Literal["hub"]
     repo: Repo = Field(description="owner/name")
@@ -41,7 +41,7 @@ class HubModel(AnyModel):
 
 
 class LocalModel(AnyModel):
-    """A folder that `from_pretrained` can load."""
+    """A folder that `from_pretrained` can load. Code that lies in it is never run (`trust_remote_code` is off)."""
 
     source: Literal["local"]
     path: Path = Field(

@@ -174,16 +174,16 @@ def local_judge(path: Path, precision: str, key: str) -> Judge:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tunetrail.models.loading import why_not_loaded
     from tunetrail.models.runtime import device, quiet_libraries, use_bf16
 
     quiet_libraries()
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         dtype = torch.bfloat16 if use_bf16(precision) else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"{key}.path: {path}: cannot be loaded as a language model: {reason}") from None
+        raise ConfigError(f"{key}.path: {path}: cannot be loaded as a language model: {why_not_loaded(e)}") from None
     model.to(device()).eval()
     letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     if any(len(ids) != 1 for ids in letters):

@@ -25,7 +25,7 @@ from tunetrail.contract.scorers import check_unchanged
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.models.lengths import positions
-from tunetrail.models.loading import copy_tokenizer, without_dropout
+from tunetrail.models.loading import copy_tokenizer, why_not_loaded, without_dropout
 from tunetrail.models.saving import answers, check_reloads, save_weights
 from tunetrail.provenance.models import hub_model, local_model
 
@@ -49,11 +49,10 @@ def load_pretrained(
     """
     try:
         model, found = auto_class.from_pretrained(
-            name, revision=revision, dtype=torch.float32, output_loading_info=True
+            name, revision=revision, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise DataError(f"{key}: cannot load {name} as {KINDS[auto_class]}: {reason}") from None
+        raise DataError(f"{key}: cannot load {name} as {KINDS[auto_class]}: {why_not_loaded(e)}") from None
     if hasattr(model, "peft_config"):  # its weights are elsewhere, perhaps below yet another adapter
         raise DataError(f"{key}: {name} is an adapter; merge it into its model first (PEFT's merge_and_unload)")
     if missing := sorted(found["missing_keys"]):  # transformers fills them in at random
@@ -64,11 +63,9 @@ def load_pretrained(
 def load_own_tokenizer(key: str, name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Raises DataError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise DataError(
-            f"{key}: {name} has no tokenizer that can be loaded: {str(e).strip().splitlines()[0]}"
-        ) from None
+        raise DataError(f"{key}: {name} has no tokenizer that can be loaded: {why_not_loaded(e)}") from None
 
 
 def set_pad_and_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -138,7 +135,7 @@ def check_fits(stage: Stage, source: ImportedModel, model: PreTrainedModel, pare
             f"{stage.name}: {source.name} has {rows} embeddings for {len(ours)} tokens; import the model that belongs "
             "to its tokenizer"
         )
-    reads, most = positions(model.config), positions(AutoConfig.from_pretrained(parent))
+    reads, most = positions(model.config), positions(AutoConfig.from_pretrained(parent, trust_remote_code=False))
     if reads is not None and (most is None or reads < most):
         raise DataError(
             f"{stage.name}: {source.name} reads {reads} tokens, the base model {most or 'any number'}; import one that "

@@ -61,7 +61,7 @@ class RunModel:
         if self.adapter is not None:
             return with_adapter(self.folder, self.adapter).eval()
         auto = AutoModelForSequenceClassification if self.is_reward_model else AutoModelForCausalLM
-        return auto.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return auto.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def find(path: Path) -> RunModel:

@@ -187,7 +187,8 @@ def differences(
     auto_class: Any = AutoModelForCausalLM,
 ) -> str:
     """In what the model in a folder is another than the one in memory, as `check_reloads`; empty: in nothing."""
-    model, again = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = auto_class.from_pretrained(folder, trust_remote_code=False).eval()
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     pairs = zip(answers(model, rows), expected, strict=True)
     off = torch.cat([(a - b).abs() for a, b in pairs]).max().item()
     text = tokenizer.decode(rows[0])
