@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tunetrail.config.base_model import PypiModel
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
@@ -24,7 +25,9 @@ from tunetrail.models.scoring import map_batches, response_logprobs, response_va
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import share_prefixes
 from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
+from tunetrail.provenance.manifest import sha256_file
 from tunetrail.reward.kwise import initialise
+from tunetrail.stages.base import load_gguf
 from tunetrail.stages.completions import sampled_row
 
 EOS, PAD, VOCABULARY = 1, 0, 30

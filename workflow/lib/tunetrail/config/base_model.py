@@ -30,6 +30,7 @@ class PypiModel(AnyModel):
     version: Version = Field(description="exact version")
     sha256: Sha256 = Field(description="digest of the wheel; another wheel is refused")
     gguf: Text = Field(description="path of the GGUF file inside the wheel")
+    unpacked_mb: Count = Field(default=8192, description="MB; a GGUF file that unpacks to more is refused")
 
 
 class HubModel(AnyModel):
