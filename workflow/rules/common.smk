@@ -55,6 +55,8 @@ BENCHMARKS = f"benchmarks/{CONFIG.run}"
 RUN = snakemake_adapter.located(workflow, RESULTS)
 STATE = snakemake_adapter.located(workflow, f"state/{CONFIG.run}")
 ENVIRONMENT = "../../envs/tunetrail.yaml"
+if IS_CLONE and {"{", "}"} & set(str(WORKFLOW.resolve())):  # Snakemake reads the whole path as a pattern
+    ENVIRONMENT = str(WORKFLOW.resolve().parent / "envs/tunetrail.yaml").replace("{", "{{").replace("}", "}}")
 
 HUMAN = has_people(CONFIG)
 
