@@ -184,7 +184,8 @@ BAD = [
     ("completions", ..., "comparisons: needs completions to rank; comparisons read from a file go under "
                          "data.preferences"),
     ("comparisons", ..., "comparisons: needed, to rank what completions samples"),
-    ("policies.sft", {"method": "dpo"}, "policies: 'sft' names something else in a run; choose another name for the policy"),
+    ("policies.sft", {"method": "dpo"}, "policies: 'sft' names something else in a run; choose another name for the "
+        "policy"),
     ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', "
                                  "'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', "
                                  "'apo_down', 'discopop' or 'sft', or a list of them, got 'kto'"),
@@ -242,8 +243,8 @@ BAD = [
                                                     "prompts, which evaluation needs"),
     ("retention", {"path": "x.txt"}, "retention: path goes with source: file, and only with it"),
     *(
-        ("policies", {name: {"method": "dpo"}}, f"policies: '{name}' names something else in a run; choose another name "
-            "for the policy")
+        ("policies", {name: {"method": "dpo"}}, f"policies: '{name}' names something else in a run; choose another "
+            "name for the policy")
         for name in ("base", "report", "ledger.jsonl", "config", "manifest.json")
     ),
     ("base", PYPI | {"package": "--index-url=x"}, "base.package: must be the name of a package: letters, digits, '.', "

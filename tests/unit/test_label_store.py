@@ -417,13 +417,18 @@ def test_nobody_else_reads_the_store_not_even_its_first_byte(tmp_path, monkeypat
         (tmp_path / "labels.db").chmod(0o644)
     connected = []
     create_engine = sa.create_engine
-    monkeypatch.setattr(sa, "create_engine", lambda *a, **k: connected.append(modes(tmp_path)) or create_engine(*a, **k))
+
+    def connect(*args, **options):
+        connected.append(modes(tmp_path))
+        return create_engine(*args, **options)
+
+    monkeypatch.setattr(sa, "create_engine", connect)
     before = os.umask(0)
     try:
         store = Store(f"{tmp_path}/labels.db")
         with store.writing() as connection:
             store.append(connection, "undo", None, None)
-            assert modes(tmp_path) == {name: "0o600" for name in ("labels.db", "labels.db-wal", "labels.db-shm")}
+            assert modes(tmp_path) == dict.fromkeys(("labels.db", "labels.db-wal", "labels.db-shm"), "0o600")
     finally:
         os.umask(before)
     assert connected == [{"labels.db": "0o600"}]
@@ -440,7 +445,7 @@ def test_a_backup_is_whole_while_people_answer(lite, tmp_path):
     for n, head in enumerate(heads):
         copy = Store(f"{tmp_path}/copy-{n}.db", create=False)
         assert (copy.fault(), copy.head(), len(copy.tasks())) == (None, head, 40)
-        assert head in {sha for sha in digests(lite)}
+        assert head in digests(lite)
     assert stat.S_IMODE((tmp_path / "copy-0.db").stat().st_mode) == 0o600
     with pytest.raises(ConfigError, match=r"copy-0\.db: is there already; name a new file"):
         lite.backup(tmp_path / "copy-0.db")

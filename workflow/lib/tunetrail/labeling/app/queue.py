@@ -275,7 +275,8 @@ def undo(store: Store, labeler: str, event: int | None = None) -> bool:
         for key in ("ranks", "ratings", "flags"):
             draft[key] = [content[key][i] for i in shown] if content[key] else None
         _set(connection, row.nonce, state="undone")
-        expires = store.clock.now() + 60 * store.settings(connection).lease_minutes + 1  # later than any open assignment
+        # Later than any open assignment.
+        expires = store.clock.now() + 60 * store.settings(connection).lease_minutes + 1
         reopened = {
             "nonce": secrets.token_urlsafe(16),
             "state": "open",
