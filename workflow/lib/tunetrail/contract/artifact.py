@@ -35,7 +35,14 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
     Args:
         cache: digests of files that have not changed since they were hashed; None: every byte is read.
     """
-    manifest, folder = read_manifest(manifest_path), manifest_path.parent
+    manifest = read_manifest(manifest_path)
+    check_files(manifest_path, manifest, cache or DigestCache(None))
+    return manifest
+
+
+def check_files(manifest_path: Path, manifest: dict, cache: DigestCache) -> None:
+    """Checks the files next to a manifest against what it said when it was read. Raises DataError."""
+    folder = manifest_path.parent
     listed = {entry["path"]: entry for entry in manifest["files"]}
     for name, entry in listed.items():
         path = folder / name
@@ -47,15 +54,14 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
             raise DataError(f"{path}: listed in the manifest but missing; {FIX}")
         if path.stat().st_size != entry["size"]:
             raise DataError(f"{path}: differs from its manifest; {FIX}")
-    digests = parallel((cache or DigestCache(None)).sha256, [folder / name for name in listed])
+    digests = parallel(cache.sha256, [folder / name for name in listed])
     for (name, entry), digest in zip(listed.items(), digests, strict=True):
         if digest != entry["sha256"]:
             raise DataError(f"{folder / name}: differs from its manifest; {FIX}")
     for path in walk(folder):  # an extra file can change what from_pretrained loads
         name = path.relative_to(folder).as_posix()
-        if name not in listed and name not in UNLISTED_FILES and not path.name.startswith(".nfs"):
+        if name not in listed and name not in UNLISTED_FILES:
             raise DataError(f"{path}: is not in the manifest; remove it, or delete the folder and run its stage again")
-    return manifest
 
 
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.contract import progress
-from tunetrail.contract.artifact import finished, publish, verify
+from tunetrail.contract.artifact import check_files, finished, publish, verify
 from tunetrail.contract.distributed import end_process_group, is_main_process, processes
 from tunetrail.contract.lease import hold
 from tunetrail.contract.scorers import hub_scorers, own_scorers
@@ -191,6 +191,11 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
     inputs = dict(item.split("=", 1) for item in args.input)
     cache = DigestCache(Path(folder) if (folder := os.environ.get("TUNETRAIL_DIGESTS")) else None)
     parents = {role: verify(Path(path), cache) for role, path in inputs.items()}
+
+    def check_inputs() -> None:
+        for role, path in inputs.items():
+            check_files(Path(path), parents[role], cache)
+
     part = tuple(int(n) for n in args.part.split("/"))
     output = args.output.parent
     return Stage(
@@ -213,6 +218,7 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             state=args.state / sha256_json({"config": content, "inputs": parents, "part": part})[:16],
             stop=stop,  # type: ignore[arg-type]
             digests=cache,
+            check_inputs=check_inputs,
         ),
         RecordDraft(
             tokenizer_digest=_tokenizer_of(_of_this_run(parents, content["stage"])),
@@ -254,7 +260,11 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
             _clean_up(stage)
             return
         stage.work.mkdir(parents=True)
-        _attempt(stage, run)
+        try:
+            _attempt(stage, run)
+        except Exception:  # the one that took over has removed the folder in which this one works
+            stage.attempt.check_leases()
+            raise
 
 
 @contextmanager

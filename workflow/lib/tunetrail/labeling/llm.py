@@ -237,6 +237,7 @@ def ask_rows(
         for row in unanswered:
             stage.stop.leave_if_requested(f"after {len(answers)} of {len(rows)} prompts")
             answers[row["id"]] = ask(row)
+            stage.attempt.check()
             f.write(canonical_json(answers[row["id"]]) + "\n")
             f.flush()
             bar.advance()

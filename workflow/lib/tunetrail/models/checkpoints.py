@@ -43,10 +43,9 @@ def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
     pending = folder.with_name(f"{step}.new")
     shutil.rmtree(pending, ignore_errors=True)
     save(pending)
-    for path in walk(pending):  # whoever finds the folder takes it for whole
-        sync(path)
-    stage.attempt.check_leases()
-    pending.rename(folder)
+    settle(pending)  # whoever finds the folder takes it for whole
+    stage.attempt.check()
+    rename_durably(pending, folder)
 
 
 def publish_kept(stage: Stage) -> None:
@@ -60,7 +59,8 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
 
     The record has its digest before: an attempt that goes on from a checkpoint is then known to go on from this run's.
     """
-    stage.attempt.check_leases()
+    stage.attempt.check()
+    follow_umask(checkpoint)
     with ThreadPoolExecutor() as pool:  # the disk writes while the processors hash
         written = pool.map(sync, walk(checkpoint))
         write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))

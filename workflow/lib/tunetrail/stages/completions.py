@@ -100,7 +100,7 @@ def run(stage: Stage) -> dict:
                 eos_id=tokenizer.eos_token_id,
                 pad_id=tokenizer.pad_token_id,
             )
-            stage.attempt.check_leases()
+            stage.attempt.check()
             for row, completions in zip(rows, sampled, strict=True):
                 done[row["id"]] = sampled_row(row, completions, tokenizer)
                 out.write(canonical_json(done[row["id"]]) + "\n")

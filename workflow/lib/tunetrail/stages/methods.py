@@ -122,7 +122,7 @@ def run(stage: Stage) -> dict[str, Any]:
             if name in done:
                 continue
             done[name] = comparison.run(name, bar)
-            stage.attempt.check_leases()
+            stage.attempt.check()
             out.write(canonical_json(done[name]) + "\n")
             out.flush()
             mine[name] = done[name]["measurements"]
