@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.files import sync, write_json
+from tunetrail.files import rename_durably, settle, sync, write_json
 from tunetrail.provenance.environment import code_state
 from tunetrail.provenance.manifest import (
     MANIFEST,
@@ -72,8 +72,8 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     content = build(stage.work)
     manifest = _manifest(stage, content)
     (stage.work / PROVENANCE).write_bytes(_record(stage, manifest, attempts))
-    make_durable(stage.work)
-    stage.attempt.check_leases()
+    settle(stage.work)
+    stage.attempt.check()
     previous = _previous(stage.output)
     shutil.rmtree(previous, ignore_errors=True)
     if stage.output.exists():
@@ -125,17 +125,6 @@ def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
     )
 
 
-def make_durable(folder: Path) -> None:
-    """Flushes every file to disk, readable by whomever the umask allows: safetensors writes 0600, which shuts a group
-    out.
-    """
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        sync(path)
-
-
 def _manifest(stage: Stage, content: dict) -> bytes:
     return canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.draft.tokenizer_digest} | content)
 
@@ -149,9 +138,7 @@ def declare_finished(output: Path, manifest: bytes) -> None:
     """Writes the manifest, which is what says "finished": it comes last, by a rename of its own."""
     pending = output / f".{MANIFEST}"
     pending.write_bytes(manifest)
-    sync(pending)
-    pending.rename(output / MANIFEST)
-    sync(output)
+    rename_durably(pending, output / MANIFEST)
     sync(output.parent)
     shutil.rmtree(_previous(output), ignore_errors=True)
 

@@ -49,7 +49,7 @@ from tunetrail.contract.scorers import hub_scorers, own_scorers
 from tunetrail.contract.stage import Attempt, Input, RecordDraft, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
-from tunetrail.files import read_finished_rows, write_jsonl
+from tunetrail.files import read_finished_rows, rename_durably, write_jsonl
 from tunetrail.provenance.environment import energy_joules, environment
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
 from tunetrail.provenance.record import parent_entry
@@ -129,14 +129,15 @@ def _write_attempts(path: Path, attempts: list[dict]) -> None:
     """Whole or not at all: a full disk or a kill must not cost the history."""
     pending = path.with_suffix(".new")
     write_jsonl(pending, attempts)
-    pending.rename(path)
+    rename_durably(pending, path)
 
 
 def _earlier_attempts(path: Path) -> list[dict]:
     """The attempts in this state folder; one that was killed could not write its own end."""
-    attempts = read_finished_rows(path)
+    attempts = read_finished_rows(path, "start")
     for attempt in attempts:
-        attempt.setdefault("ended", {"outcome": "killed", "message": None})
+        if "outcome" not in (attempt.get("ended") or {}):
+            attempt["ended"] = {"outcome": "killed", "message": None}
         attempt.setdefault("end", None)
     # One that only found people at work did nothing, and there may be one an hour.
     return [attempt for attempt in attempts if attempt["ended"]["outcome"] != "waiting"]

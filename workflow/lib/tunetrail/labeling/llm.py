@@ -228,7 +228,7 @@ def ask_rows(
 ) -> dict[str, Answer]:
     """The answers by row id; those of an earlier attempt come from the state folder. Raises Interrupted."""
     path = stage.state / "verdicts.jsonl"
-    answers: dict[str, Any] = {answer["id"]: answer for answer in read_finished_rows(path)}
+    answers: dict[str, Any] = {answer["id"]: answer for answer in read_finished_rows(path, "id", "verdicts")}
     unanswered = [row for row in rows if row["id"] not in answers]
     with (
         ProgressBar(stage.name, len(rows), "prompts", done=len(answers)) as bar,

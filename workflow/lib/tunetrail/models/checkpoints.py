@@ -14,7 +14,7 @@ from pathlib import Path
 from tunetrail.contract.distributed import is_main_process, of_all_processes
 from tunetrail.contract.runner import KEPT
 from tunetrail.contract.stage import Stage
-from tunetrail.files import sync, write_json
+from tunetrail.files import follow_umask, rename_durably, settle, sync, write_json
 from tunetrail.provenance.manifest import list_files, sha256_file, walk
 
 log = logging.getLogger("tunetrail")
@@ -65,21 +65,20 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
         written = pool.map(sync, walk(checkpoint))
         write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
         list(written)  # raises what went wrong
-    sync(checkpoint / f".{COMPLETE}")
     stage.attempt.saves = [
         *stage.attempt.saves[-1:],
         {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")},
     ]
     stage.attempt.note("states_out", stage.attempt.saves)
-    (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
-    sync(checkpoint)  # before the older ones go
+    rename_durably(checkpoint / f".{COMPLETE}", checkpoint / COMPLETE)  # before the older ones go
+    sync(checkpoint.parent)
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of the checkpoint is as it was when its save ended."""
     try:
         listed = json.loads((checkpoint / COMPLETE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return [f for f in list_files(checkpoint) if f["path"] != COMPLETE] == listed
 

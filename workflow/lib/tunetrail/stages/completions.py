@@ -76,7 +76,7 @@ def run(stage: Stage) -> dict:
     tokenizer = load_tokenizer(folder)
     mine = shard_rows(prompts_to_sample(stage), stage.request.part)
     done_file = stage.state / "completions.jsonl"
-    done: dict[str, Any] = {row["id"]: row for row in read_finished_rows(done_file)}
+    done: dict[str, Any] = {row["id"]: row for row in read_finished_rows(done_file, "id", "completions")}
     # Always the same batches: of what is in one together, floating-point sums and so samples may depend.
     per_batch = max(1, config.batch_size // config.per_prompt)
     batches = [mine[i : i + per_batch] for i in range(0, len(mine), per_batch)]

@@ -115,7 +115,7 @@ def run(stage: Stage) -> dict[str, Any]:
     warn_of_few_steps(stage, comparison.config.steps, comparison.config.more_steps)
     names = list(comparison.config.compare)
     done_file = stage.state / "methods.jsonl"
-    done = {row["name"]: row for row in read_finished_rows(done_file)}
+    done = {row["name"]: row for row in read_finished_rows(done_file, "name", "result", "measurements")}
     steps, mine = comparison.config.steps, {}
     with ProgressBar("methods", steps * len(names), "steps", done=steps * len(done)) as bar, done_file.open("a") as out:
         for name in names:
