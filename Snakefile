@@ -32,14 +32,18 @@ report: "workflow/report/workflow.rst"
 
 # One head a run. It ends with the process, unlike Snakemake's own lock, which after a crash wants --unlock.
 onstart:
-    lease_run()
+    from tunetrail.monitor.head import hold_run
+
+    hold_run(Path(STATE))
     link_library()
 
 
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
     from tunetrail.monitor.dag import has_made
+    from tunetrail.monitor.head import end_if_superseded
 
+    end_if_superseded()
     if has_made(workflow, Path(RUN)):
         shell(
             "{VARIABLES}{sys.executable:q} -m tunetrail audit seal {RUN:q} >&2"
@@ -49,7 +53,9 @@ onsuccess:
 
 onerror:
     from tunetrail.monitor.failure import FAULT, after_failure
+    from tunetrail.monitor.head import end_if_superseded
 
+    end_if_superseded()
     code = after_failure(workflow, Path(RUN), sys.argv[1:])
     if code != FAULT:  # Snakemake's own
         sys.exit(code)

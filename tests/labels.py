@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from tunetrail.labeling.app import access
+from tunetrail.labeling.app.requests import Impatient
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import application
 from tunetrail.reporting.label_quality import page_values
@@ -36,7 +37,7 @@ def ranking(name: str, k: int = 3, **more) -> dict:
 def served(store: Store, prefix: str = "") -> Iterator[str]:
     """The address of the page, served by a thread."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=128)
-    server = uvicorn.Server(uvicorn.Config(application(store, prefix, page_values), log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(application(store, prefix, page_values), http=Impatient, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     while not server.started:

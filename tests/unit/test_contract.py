@@ -10,6 +10,7 @@ import resource
 import runpy
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from tunetrail import stages
 from tunetrail.contract import runner
 from tunetrail.contract import stop as stop_module
 from tunetrail.contract.artifact import publish, verify
+from tunetrail.contract.progress import read_progress
 from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.contract.stop import Stop
@@ -30,6 +32,7 @@ from tunetrail.errors import ConfigError, DataError, Interrupted
 from tunetrail.files import read_finished_rows, read_jsonl, write_json, write_jsonl
 from tunetrail.launch import time_limit
 from tunetrail.launch.time_limit import stage_environment
+from tunetrail.models.checkpoints import keep, latest_checkpoint, mark_complete
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.provenance.record import Record, dependency, read_record
 
@@ -497,6 +500,30 @@ def test_a_second_writer_is_kept_out(space):
     assert space.run(pause=0.0)[0] == 0  # the lock of a killed process is no lock
 
 
+def test_an_attempt_that_was_stopped_ends_with_76_and_its_successors_artifact_stays(space):
+    """It finds the folder gone in which it worked."""
+    (space.folder / "stage.py").write_text(
+        "import sys, time\nfrom pathlib import Path\nfrom tunetrail.contract.runner import main\n\n"
+        "def run(stage):\n    (stage.state / 'begun').touch()\n"
+        "    while not Path('go').exists():\n        time.sleep(0.01)\n"
+        "    (stage.work / 'text').write_text('x')\n    return {}\n\nsys.exit(main(run))\n"
+    )
+    job = {"TUNETRAIL_LEASE_SECONDS": "0.5", "SLURM_JOB_ID": "1"}
+    first = space.start(environment=job)
+    deadline = time.monotonic() + 120
+    while not list(space.folder.glob("state/*/begun")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    (space.folder / "go").touch()
+    assert space.run(environment=job)[0] == 0
+    published = (space.folder / "out/manifest.json").read_bytes()
+    first.send_signal(signal.SIGCONT)
+    error = first.communicate(timeout=120)[1]
+    assert (first.returncode, error.count("\n")) == (76, 1), error
+    assert "another attempt has taken over while this one was silent" in error
+    assert (space.folder / "out/manifest.json").read_bytes() == published
+
+
 def test_checkpoints_go_when_the_artifact_is_there(space):
     (space.folder / "stage.py").write_text(
         "import sys\nfrom tunetrail.contract.runner import main\n\ndef run(stage):\n"
@@ -666,6 +693,102 @@ def test_a_torn_record_of_attempts_stops_nothing(space):
     assert [attempt["ended"]["outcome"] for attempt in space.record().attempts] == ["interrupted", "done"]
 
 
+DAMAGE = [b"{", b"\0" * 9, b"\xff\xfe", b"5", b"{}", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_costs_what_comes_after_it_and_is_kept(tmp_path, caplog, damage):
+    path = tmp_path / "rows.jsonl"
+    before = b'{"id":1}\n' + damage + b'\n{"id":2}\n{"id'
+    path.write_bytes(before)
+    assert read_finished_rows(path, "id") == [{"id": 1}]
+    assert path.read_bytes() == b'{"id":1}\n'
+    assert (tmp_path / "rows.jsonl.damaged").read_bytes() == before
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: damaged in line 2; set aside as rows.jsonl.damaged, going on from the rows before"
+    ]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, b'{"start": "x", "ended": null}', b'{"start": "x", "ended": {}}'])
+def test_a_damaged_state_costs_the_state_and_no_more(tmp_path, monkeypatch, damage):
+    """Attempts, a lock, the progress and the digests, all at once; the checkpoint before the damaged one is used."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def interrupted(stage: Stage) -> dict:
+        for n in (1, 2):
+            (stage.state / f"checkpoint-{n}").mkdir()
+            (stage.state / f"checkpoint-{n}/model").write_text("x")
+            mark_complete(stage, stage.state / f"checkpoint-{n}")
+        raise Interrupted("stopped")
+
+    def resumed(stage: Stage) -> dict:
+        found.append((latest_checkpoint(stage) or Path("none")).name)
+        return {}
+
+    assert in_process(interrupted) == 75
+    [state] = (path for path in Path("state").iterdir() if path.is_dir())
+    for name in ("attempts.jsonl", "lock", "progress.jsonl", "checkpoint-2/complete.json"):
+        (state / name).write_bytes(damage + b"\n")
+    assert read_progress(state / "progress.jsonl") == []
+    assert in_process(resumed) == 0
+    assert found == ["checkpoint-1"]
+
+
+def test_what_a_resume_needs_is_on_the_disk_before_and_after_its_rename(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    order: list[tuple[str, str]] = []
+    rename, fsync = Path.rename, os.fsync
+    monkeypatch.setattr(
+        "os.fsync", lambda handle: order.append(("sync", os.readlink(f"/proc/self/fd/{handle}"))) or fsync(handle)
+    )
+    monkeypatch.setattr(Path, "rename", lambda a, b: order.append(("rename", f"{a.resolve()}")) or rename(a, b))
+
+    def run(stage: Stage) -> dict:
+        (stage.state / "kept").mkdir()
+        keep(stage, 1, lambda folder: [folder.mkdir(), (folder / "model").write_text("x")])
+        raise Interrupted("stopped")
+
+    assert in_process(run) == 75
+    renames = [(n, name) for n, (what, name) in enumerate(order) if what == "rename"]
+    assert {Path(name).name for _, name in renames} == {"attempts.new", "1.new"}
+    for n, name in renames:
+        assert order[n - 1] == ("sync", name)
+        assert order[n + 1] == ("sync", str(Path(name).parent))
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_state_and_caches_follow_the_umask_too(tmp_path, monkeypatch, umask):
+    """A group goes on with a run of one of its members; and what is private stays so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNETRAIL_DIGESTS", str(tmp_path / "digests"))
+    tmp_path.chmod(0o2700)  # what is made in it belongs to its group, and so on downwards
+
+    def run(stage: Stage) -> dict:
+        for folder in (stage.state / "checkpoint-1", stage.state / "kept/1.new"):
+            folder.mkdir(parents=True, mode=0o700)
+            (folder / "model.safetensors").touch(0o600)
+        mark_complete(stage, stage.state / "checkpoint-1")
+        keep(stage, 2, lambda folder: [folder.mkdir(0o700), (folder / "model.safetensors").touch(0o600)])
+        shutil.rmtree(stage.state / "kept/1.new")
+        raise Interrupted("stopped")
+
+    before = os.umask(umask)
+    try:
+        assert in_process(run) == 75
+        paths = list(Path("state").rglob("*"))
+        Path("state").rename("old")
+        assert in_process(write_big) == 0
+    finally:
+        os.umask(before)
+    Path("state").rename("new")
+    Path("old").rename("state")
+    assert {"model.safetensors", "lock", "log.txt", "attempts.jsonl"} <= {path.name for path in paths}
+    for path in [*paths, *Path("out").rglob("*"), *Path("digests").rglob("*"), *Path("new").rglob("*")]:
+        expected = 0o2000 | 0o777 & ~umask if path.is_dir() else 0o666 & ~umask
+        assert oct(stat.S_IMODE(path.stat().st_mode)) == oct(expected), path
+
+
 @pytest.mark.parametrize(
     ("variable", "unit"),
     [
@@ -759,6 +882,47 @@ def test_an_input_replaced_while_a_stage_runs_is_recorded_as_it_was_read(tmp_pat
 
     assert with_input(run, "second") == 0
     assert read_record(Path("second")).parents["first"]["manifest"] == before
+
+
+@pytest.mark.parametrize("at", ["save", "end"])
+def test_an_input_that_changed_after_it_was_verified_is_not_learnt_from(tmp_path, monkeypatch, capfd, at):
+    """Not even where the very size and times are restored: neither a save nor an artifact comes of it."""
+    monkeypatch.chdir(tmp_path)
+    assert in_process(write_big) == 0
+    Path("out").rename("first")
+
+    def run(stage: Stage) -> dict:
+        path = stage.inputs["first"].folder / "big"
+        before = path.stat()
+        path.write_text("y" * 1000)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if at == "save":
+            (stage.state / "checkpoint-1").mkdir()
+            mark_complete(stage, stage.state / "checkpoint-1")
+        return {}
+
+    assert with_input(run, "second") == 65
+    assert "first/big: differs from its manifest" in capfd.readouterr().err
+    assert not Path("second").exists()
+    assert not list(Path("state").glob("*/checkpoint-1/complete.json"))
+
+
+def test_what_nfs_leaves_of_a_removed_file_is_no_part_of_an_artifact(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = f".nfs{'0' * 24}"
+
+    def run(stage: Stage) -> dict:
+        (stage.work / left).write_text("x")
+        return {}
+
+    assert in_process(run) == 0
+    Path("out", left).unlink()
+    verify(Path("out/manifest.json"))
+    Path("out", left).write_text("x")
+    verify(Path("out/manifest.json"))
+    Path("out/.nfs.py").write_text("x")
+    with pytest.raises(DataError, match=r"\.nfs\.py: is not in the manifest"):
+        verify(Path("out/manifest.json"))
 
 
 def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):

@@ -229,6 +229,27 @@ def test_bad_files_are_refused(file, case):
     assert str(error.value) == message
 
 
+LONG = "A" * 3_000_000
+BOMBS = {
+    "one line": ("d.jsonl.gz", gzip.compress(json.dumps(GOOD | {"completion": LONG}).encode())),
+    "many lines": ("d.jsonl.gz", gzip.compress((json.dumps(GOOD) + "\n").encode() * 100_000)),
+    "CSV": ("d.csv.gz", gzip.compress(b"prompt,completion\n" + b"Q,A\n" * 1_000_000)),
+    "gzipped Parquet": ("d.parquet.gz", gzip.compress(b"\0" * 3_000_000)),
+    "Parquet": ("d.parquet", parquet([{"prompt": "Q", "completion": "A" * 10_000}] * 2_000)),
+    "no archive at all": ("d.jsonl", json.dumps(GOOD | {"completion": LONG})),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_file_that_unpacks_to_more_than_its_limit_is_refused(file, case):
+    name, content = BOMBS[case]
+    with pytest.raises(DataError) as error:
+        check_sources(DataConfig(demonstrations=[file(content, name, unpacked_mb=2)]))
+    assert str(error.value) == (
+        f"{name}: unpacks to more than 2 MB; split the file, or raise unpacked_mb of its source"
+    )
+
+
 def test_the_error_for_endless_nesting_is_one_line(file):
     with pytest.raises(
         DataError, match=r"^d\.jsonl:1: not valid JSON \([^\n]+\); every line must hold one JSON object$"

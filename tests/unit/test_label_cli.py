@@ -75,7 +75,7 @@ def test_serving_says_where_and_how_and_ends_well(store, tmp_path, capfd):
         (["--host", "no.such.host.invalid"], "cannot listen there"),
         (["--store", "mysql://x/y"], "mysql://x/y: labels are kept in SQLite or PostgreSQL, not in mysql"),
         (["--store", "postgresql://127.0.0.1:1/x"], "cannot be opened (connection failed"),
-        (["--store", "."], ".: cannot be opened (unable to open database file)"),
+        (["--store", "."], ".: cannot be opened (Is a directory)"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, message):

@@ -258,5 +258,5 @@ def test_a_store_that_was_tampered_with_is_refused(run, tmp_path, capfd):
 
 def test_the_config_has_the_settings_of_the_page_with_the_same_defaults():
     config = HumanLabeler(labeler="human")
-    ours = set(Settings.names()) - {"seed", "guidelines"}
+    ours = set(Settings.names()) - {"guidelines"}
     assert {name: getattr(config, name) for name in ours} == {name: getattr(Settings(), name) for name in ours}

@@ -2,6 +2,11 @@
 
 import hashlib
 import json
+import os
+import stat
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import rfc8785
@@ -13,6 +18,7 @@ from tunetrail.errors import ConfigError, DataError
 from tunetrail.labeling.app import access, choosing, queue
 from tunetrail.labeling.app.answers import TEXT, Refused
 from tunetrail.labeling.app.store import START, Store
+from tunetrail.labeling.tasks import checked_task
 
 
 @pytest.fixture(params=["lite", "postgresql"])
@@ -139,7 +145,8 @@ def test_training_gold_and_repeats_are_interspersed(store):
     came = purposes(store, "human-1")
     assert came[0] == ("g0", "training")
     assert [name for name, purpose in came if purpose == "label"] == [task["id"] for task in plain]
-    assert [n for n, (_, purpose) in enumerate(came) if purpose == "gold"] == [6, 18, 30]  # after 5, 15, 25 others
+    before = [sum(purpose == "label" for _, purpose in came[:n]) for n, (_, p) in enumerate(came) if p == "gold"]
+    assert [(n - 1) // 10 for n in before] == [0, 1, 2], "one after each of ten others"
     assert [name for name, purpose in came if purpose == "gold"] == ["g1", "g2", "g3"]
     again = [(n, name) for n, (name, purpose) in enumerate(came) if purpose == "repeat"]
     first = {name: n for n, (name, purpose) in enumerate(came) if purpose == "label"}
@@ -151,6 +158,30 @@ def test_training_gold_and_repeats_are_interspersed(store):
     by_task = {row["task"]: row["shown"] for row in rows if not row["repeat"]}
     assert any(row["shown"] != by_task[row["task"]] for row in rows if row["repeat"]), "shown in another order"
     assert store.progress() | {"have": 30, "complete": 30, "settled": True} == store.progress()
+
+
+def test_where_gold_and_repeats_come_and_the_orders_shown_are_the_stores_secret(tmp_path):
+    """Whoever knows the tasks, the settings and the code cannot compute them; a store that is opened again can."""
+    gold = [ranking(f"g{n}", gold={"ranks": [1, 2, 2]}) for n in range(4)]
+    rows = [*gold, *(ranking(f"t{n:02}", 5) for n in range(40))]
+    came, orders, said = [], [], []
+    for name in ("a", "b"):
+        store = Store(f"{tmp_path}/{name}.db")
+        store.publish(rows, {"gold_every": 10, "repeat_every": 10})
+        came.append([purpose for _, purpose in purposes(store, "human-1")])
+        orders.append([event["shown"] for event in store.events() if event["kind"] == "ranking"])
+        with Store(f"{tmp_path}/{name}.db").writing() as connection:
+            said.append(store.secret(connection))
+            assert choosing.shown_order(said[-1], sha256_of(rows[4]), "human-1", "label", 5) in orders[-1]
+    assert said[0] != said[1]
+    assert sorted(came[0]) == sorted(came[1])
+    assert came[0] != came[1]
+    assert orders[0] != orders[1]
+    assert not [event for event in store.events() if said[-1] in json.dumps(event)]
+
+
+def sha256_of(row: dict) -> str:
+    return hashlib.sha256(rfc8785.dumps(checked_task(row, ""))).hexdigest()
 
 
 def test_tasks_and_labelers_have_quotas(store):
@@ -277,7 +308,7 @@ def test_a_task_that_enough_labelers_skipped_is_retired(store):
 
 def test_an_expired_lease_is_renewed_if_nobody_else_took_the_task(store, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    monkeypatch.setattr(store.clock, "now", lambda: now[0])
     store.publish([ranking("a")], {"lease_minutes": 10})
     given = queue.next_task(store, "human-1")
     assert queue.next_task(store, "human-2") is None
@@ -292,9 +323,24 @@ def test_an_expired_lease_is_renewed_if_nobody_else_took_the_task(store, monkeyp
     assert len(store.labels()) == 1
 
 
+def test_setting_the_machines_clock_moves_no_lease_and_no_duration(tmp_path, monkeypatch):
+    """An hour back or a day ahead, while the store is open; and back before it is opened again."""
+    store = Store(f"{tmp_path}/labels.db")
+    store.publish([ranking("a"), ranking("b")], {"lease_minutes": 10})
+    given = queue.next_task(store, "human-1")
+    real = time.time()
+    for seconds in (86_400, -3600):
+        monkeypatch.setattr("time.time", lambda seconds=seconds: real + seconds)
+        assert queue.next_task(store, "human-2").task["id"] == "b", "a is still the first labeler's"
+    again = Store(f"{tmp_path}/labels.db")
+    assert queue.next_task(again, "human-2").task["id"] == "b"
+    queue.submit(again, "human-1", given.nonce, {"ranks": [1, 2, 3], "seconds": 5})
+    assert 0 <= store.labels()[0]["seconds"] < 5
+
+
 def test_a_draft_survives_while_another_labeler_holds_the_lease(store, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    monkeypatch.setattr(store.clock, "now", lambda: now[0])
     store.publish([ranking("a", 5)], {"lease_minutes": 10})
     given = queue.next_task(store, "human-1")
     queue.save_draft(store, "human-1", given.nonce, {"comment": "half"})
@@ -326,7 +372,7 @@ def test_answers_stay_with_tasks_whose_content_is_unchanged(store):
 
 def test_the_time_spent_continues_after_an_undo(store, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(queue.time, "time", lambda: now[0])
+    monkeypatch.setattr(store.clock, "now", lambda: now[0])
     store.publish([ranking("a"), ranking("b")])
     given = queue.next_task(store, "human-1")
     now[0] += 40
@@ -354,3 +400,66 @@ def test_every_event_records_the_order_shown_and_the_guidelines(store):
     assert hashlib.sha256(rfc8785.dumps(content)).hexdigest() == event["task_digest"]
     assert hashlib.sha256(rfc8785.dumps(event)).hexdigest() == store.head()
     assert event["previous"] == hashlib.sha256(rfc8785.dumps(published)).hexdigest()
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def modes(folder: Path) -> dict[str, str]:
+    return {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_nobody_else_reads_the_store_not_even_its_first_byte(tmp_path, monkeypatch, old):
+    """Nor its log, which SQLite gives the mode of the file: one that was left open is closed first."""
+    if old:
+        (tmp_path / "labels.db").touch(0o644)
+        (tmp_path / "labels.db").chmod(0o644)
+    connected = []
+    create_engine = sa.create_engine
+
+    def connect(*args, **options):
+        connected.append(modes(tmp_path))
+        return create_engine(*args, **options)
+
+    monkeypatch.setattr(sa, "create_engine", connect)
+    before = os.umask(0)
+    try:
+        store = Store(f"{tmp_path}/labels.db")
+        with store.writing() as connection:
+            store.append(connection, "undo", None, None)
+            assert modes(tmp_path) == dict.fromkeys(("labels.db", "labels.db-wal", "labels.db-shm"), "0o600")
+    finally:
+        os.umask(before)
+    assert connected == [{"labels.db": "0o600"}]
+
+
+def test_a_backup_is_whole_while_people_answer(lite, tmp_path):
+    lite.publish([ranking(f"t{n}") for n in range(40)])
+    ended = threading.Thread(target=lambda: [answer(lite, "human-1") for _ in range(40)])
+    ended.start()
+    heads = []
+    for n in range(3):
+        heads.append(lite.backup(tmp_path / f"copy-{n}.db"))
+    ended.join()
+    for n, head in enumerate(heads):
+        copy = Store(f"{tmp_path}/copy-{n}.db", create=False)
+        assert (copy.fault(), copy.head(), len(copy.tasks())) == (None, head, 40)
+        assert head in digests(lite)
+    assert stat.S_IMODE((tmp_path / "copy-0.db").stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match=r"copy-0\.db: is there already; name a new file"):
+        lite.backup(tmp_path / "copy-0.db")
+
+
+def digests(store: Store) -> list[str]:
+    with store.reading() as connection:
+        return list(connection.execute(sa.text("SELECT digest FROM events")).scalars())
+
+
+def test_a_backup_of_a_store_that_was_tampered_with_is_refused(lite, tmp_path):
+    lite.publish([ranking("a"), ranking("b")])
+    with lite.writing() as connection:
+        connection.execute(sa.text("DELETE FROM places"))
+    with pytest.raises(DataError, match="the list of tasks that are on is not what was published"):
+        lite.backup(tmp_path / "copy.db")
+    assert not list(tmp_path.glob("*copy*"))

@@ -2,18 +2,23 @@
 
 import asyncio
 import json
+import logging
 import re
+import socket
+import time
+from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy as sa
 from starlette.testclient import TestClient
 
-from tests.labels import Scripted, ranking, served_alone
-from tunetrail.labeling.app import access, queue, serve
+from tests.labels import Scripted, ranking, served, served_alone
+from tunetrail.labeling.app import access, queue, requests, serve
 from tunetrail.labeling.app.answers import FLAGS
 from tunetrail.labeling.app.database import labelers, names, sessions
+from tunetrail.labeling.app.requests import LARGEST
 from tunetrail.labeling.app.store import Store
-from tunetrail.labeling.app.web import COOKIE, LARGEST, application
+from tunetrail.labeling.app.web import COOKIE, application
 from tunetrail.reporting.label_quality import page_values
 
 on_both = pytest.mark.parametrize("store", ["lite", "postgresql"], indirect=True)
@@ -362,12 +367,79 @@ def test_pages_work_under_a_prefix_whether_or_not_the_proxy_removes_it(store, st
         assert ada.client.get(front + path.removeprefix("/lab/x"), headers=cookie).status_code == 200
 
 
+@pytest.mark.parametrize(("host", "origin", "status"), [
+    ("labels", None, 200), ("LABELS:8000", "http://labels:8000", 200), ("127.0.0.1:8000", "http://127.0.0.1:8000", 200),
+    ("[::1]:8000", "http://[::1]:8000", 200), ("10.0.0.1", "https://labels", 200),
+    ("evil.example", None, 421), ("evil.example:8000", "http://evil.example:8000", 421), ("", None, 421),
+    ("labels.evil.example", None, 421), ("labels", "http://evil.example", 403), ("labels", "null", 403),
+    ("127.0.0.1:8000", "http://127.0.0.1:8001", 403), ("localhost:8000", "http://localhost:8001", 403),
+    ("127.0.0.1", "http://10.0.0.1", 403),
+])  # fmt: skip
+def test_the_page_answers_to_its_own_names_and_to_its_own_pages(store, host, origin, status):
+    app = application(store, names=serve.names_of("127.0.0.1", ["Labels"]))
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    client = TestClient(app, base_url="http://labels")
+    _, token = access.add_labeler(store, "Ada")
+    reply = client.post("/enter", json={"token": token}, headers=headers)
+    assert reply.status_code == status
+    assert ("--name" in reply.text) == (status != 200)
+    if status == 421:
+        assert client.get("/enter", headers=headers).status_code == 421
+
+
+def test_a_key_given_twice_is_refused(store):
+    """Proxies and parsers disagree on which of the two counts."""
+    _, token = access.add_labeler(store, "Ada")
+    client = TestClient(application(store), base_url="http://labels")
+    reply = client.post(
+        "/enter",
+        content=f'{{"token": "x", "token": "{token}"}}',
+        headers={"content-type": "application/json"},
+    )
+    assert (reply.status_code, "given twice" in reply.json()["error"]) == (400, True)
+
+
+HEAD = b"POST /enter HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n"
+
+
+@pytest.mark.parametrize(("sent", "then", "answer"), [
+    (b"", "wait", b""), (HEAD, "wait", b""), (HEAD + b"\r\n{", "wait", b"HTTP/1.1 408"),
+    (HEAD + b"\r\n{", "leave", None), (HEAD, "leave", None),
+])  # fmt: skip
+def test_slow_and_aborted_requests_end_without_a_traceback(store, monkeypatch, caplog, sent, then, answer):
+    monkeypatch.setattr(requests, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.3)
+    with served(store) as address, caplog.at_level(logging.WARNING):
+        parts = urlsplit(address)
+        with socket.create_connection((parts.hostname, parts.port), 30) as client:
+            client.sendall(sent)
+            if then == "wait":
+                try:
+                    found = client.recv(4096)
+                except ConnectionResetError:
+                    found = b""
+                assert found.startswith(answer)
+                assert bool(found) == bool(answer)
+        time.sleep(0.1)
+        _, token = access.add_labeler(store, "Ada")
+        assert Scripted(address, token).task(), "it serves others"
+    assert caplog.text == ""
+
+
+def test_wrong_links_slow_down_their_own_address_and_a_right_one_always_gets_in(store, monkeypatch):
+    monkeypatch.setattr("tunetrail.labeling.app.web.WRONG_SECONDS", 0.0)
+    app = application(store)
+    flood, other = (TestClient(app, base_url="http://labels", client=(name, 1)) for name in ("10.0.0.1", "10.0.0.2"))
+    replies = [flood.post("/enter", json={"token": "wrong"}).status_code for _ in range(70)]
+    assert (replies[0], replies[-1]) == (401, 429)
+    assert other.post("/enter", json={"token": "wrong"}).status_code == 401
+    _, token = access.add_labeler(store, "Ada")
+    assert flood.post("/enter", json={"token": token}).status_code == 200
+
+
 def test_too_many_requests_are_refused(store, ada):
     replies = {ada.get("guidelines").status_code for _ in range(150)}
     assert replies == {200, 429}
-    stranger = TestClient(application(store), base_url="http://labels")
-    replies = [stranger.post("/enter", json={"token": "wrong"}).status_code for _ in range(70)]
-    assert (replies[0], replies[-1]) == (401, 429)
 
 
 def test_a_rate_refills_with_time():
@@ -392,7 +464,7 @@ def test_forwarded_headers_are_trusted_only_from_a_named_proxy(store, monkeypatc
     async def app(scope, receive, send) -> None:
         asked.append((scope["client"][0], scope["scheme"]))
 
-    monkeypatch.setattr(serve, "application", lambda store, prefix, quality: app)
+    monkeypatch.setattr(serve, "application", lambda store, prefix, quality, names: app)
     monkeypatch.setattr(serve.uvicorn.Server, "run", run)
     assert serve.serve(store, "127.0.0.1", 0, "", proxy, page_values) == 0
     assert asked == [("192.0.2.1", "https") if believed else ("127.0.0.1", "http")]
@@ -424,6 +496,22 @@ def test_a_server_fault_does_not_claim_that_nothing_was_stored(store, ada, monke
     monkeypatch.setattr(queue, "submit", stored)
     assert ada.submit(nonce, ranks=[1, 2, 3]).status_code == 200
     assert len(store.labels()) == 1
+
+
+def test_what_was_stored_goes_into_the_file_that_people_copy(store, tmp_path, monkeypatch):
+    """At the end, and on a timer."""
+    log = tmp_path / "labels.db-wal"
+    with TestClient(application(store)):
+        store.note("address", "x")
+        assert log.stat().st_size > 0
+    assert log.stat().st_size == 0
+    monkeypatch.setattr("tunetrail.labeling.app.web.CHECKPOINT_SECONDS", 0.02)
+    with TestClient(application(store)):
+        store.note("address", "y")
+        deadline = time.monotonic() + 30
+        while log.stat().st_size and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert log.stat().st_size == 0
 
 
 def test_only_admins_see_the_progress_of_all_labelers(store, ada):

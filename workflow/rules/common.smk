@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 # Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
-from tunetrail.contract.lease import hold
-from tunetrail.errors import ConfigError, Interrupted, TunetrailError
+from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.launch.interpreter import job_python
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
@@ -56,6 +55,8 @@ BENCHMARKS = f"benchmarks/{CONFIG.run}"
 RUN = snakemake_adapter.located(workflow, RESULTS)
 STATE = snakemake_adapter.located(workflow, f"state/{CONFIG.run}")
 ENVIRONMENT = "../../envs/tunetrail.yaml"
+if IS_CLONE and {"{", "}"} & set(str(WORKFLOW.resolve())):  # Snakemake reads the whole path as a pattern
+    ENVIRONMENT = str(WORKFLOW.resolve().parent / "envs/tunetrail.yaml").replace("{", "{{").replace("}", "}}")
 
 HUMAN = has_people(CONFIG)
 
@@ -67,6 +68,7 @@ VARIABLES = (
     f" {REPORT_TO}={','.join(CONFIG.report_to)}; "
 )
 snakemake_adapter.apply_profile(workflow, STAGES)
+snakemake_adapter.keep_what_is_published()
 
 
 def is_submitted(rule):
@@ -139,17 +141,3 @@ def input_options(input):
     """The `--input role=manifest` options of a stage."""
     parents = {role: path for role, path in input.items() if role not in ("config", "files")}
     return " ".join(f"--input {shlex.quote(f'{role}={path}')}" for role, path in parents.items())
-
-
-def lease_run():
-    """Keeps a second Snakemake off this run for as long as this process lives."""
-    global HEAD
-    HEAD = hold(Path(STATE, "head"), give_up=lambda: True, say=print)
-    try:
-        HEAD.__enter__()
-    except Interrupted as error:
-        print(f"another snakemake works on this run: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except TunetrailError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)

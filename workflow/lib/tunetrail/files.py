@@ -1,11 +1,14 @@
 """Files as everything here reads and writes them: JSON, JSON lines, and getting them onto the disk."""
 
 import json
+import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("tunetrail")
 
 
 def canonical_json(value: Any) -> str:
@@ -18,24 +21,55 @@ def read_jsonl(path: Path) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
-def read_finished_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is cut off."""
+def _row(line: bytes | str, keys: Iterable[str]) -> dict | None:
+    """The JSON object in a line; None where there is none, or it lacks a key."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and row.keys() >= set(keys) else None
+
+
+def read_finished_rows(path: Path, *keys: str) -> list[dict]:
+    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is cut off.
+
+    A power failure or a bad disk may have damaged it: the rows before the first that is no object with these keys
+    count, and the file as it was is kept next to it.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def whole_rows(lines: Iterable[str]) -> list[Any]:
-    """The rows of JSON lines that another process writes; one that is being written, or was cut short, is left out."""
+    lines = whole.split(b"\n")[:-1]
     rows = []
     for line in lines:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+        if (row := _row(line, keys)) is None:
+            break
+        rows.append(row)
+    if len(rows) < len(lines):
+        aside = set_aside(path)
+        log.warning(
+            "%s: damaged in line %d; set aside as %s, going on from the rows before", path, len(rows) + 1, aside
+        )
+        path.write_bytes(b"".join(line + b"\n" for line in lines[: len(rows)]))
+    elif len(whole) < len(content):
+        os.truncate(path, len(whole))
     return rows
+
+
+def set_aside(path: Path) -> str:
+    """Renames what cannot be read, so that it can be looked at later; its new name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.rename(aside)
+    return aside.name
+
+
+def whole_rows(lines: Iterable[str], *keys: str) -> list[Any]:
+    """The objects with these keys in JSON lines that another process writes.
+
+    One that is being written, was cut short or is damaged is left out.
+    """
+    return [row for line in lines if (row := _row(line, keys)) is not None]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -55,6 +89,32 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def follow_umask(folder: Path) -> None:
+    """Lets whomever the umask allows read a folder with all that is in it: safetensors writes 0600.
+
+    Folders keep the bit by which what is made in them belongs to their group.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        is_dir = path.is_dir()
+        path.chmod((0o777 if is_dir else 0o666) & ~umask | (path.stat().st_mode & stat.S_ISGID if is_dir else 0))
+
+
+def settle(folder: Path) -> None:
+    """Flushes a folder with all that is in it to the disk, readable by whomever the umask allows."""
+    follow_umask(folder)
+    for path in [folder, *folder.rglob("*")]:
+        sync(path)
+
+
+def rename_durably(pending: Path, path: Path) -> None:
+    """Puts a file, or a folder whose files are on the disk, into place; a power failure leaves it there whole."""
+    sync(pending)
+    pending.rename(path)
+    sync(path.parent)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -39,6 +39,10 @@ def serve(
             help="Of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed; without it nobody's are.",
         ),
     ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Host name under which a proxy serves the page; may be repeated.", show_default=False),
+    ] = None,
     tasks: Annotated[
         Path | None, typer.Option(help="JSONL to publish first; without it, serve what is published.")
     ] = None,
@@ -50,15 +54,14 @@ def serve(
     skips: Annotated[int | None, _setting("Skips after which a task goes to nobody else (default: 2).")] = None,
     training: Annotated[int | None, _setting("Gold tasks that come first, with feedback (default: 0).")] = None,
     gold_every: Annotated[
-        int | None, _setting("A gold task comes after every n others; 0: none (default: 10).")
+        int | None, _setting("One gold task comes among every n others; 0: none (default: 10).")
     ] = None,
     repeat_every: Annotated[
-        int | None, _setting("After every n tasks an earlier one is repeated; 0: none (default: 20).")
+        int | None, _setting("One earlier task is repeated among every n others; 0: none (default: 20).")
     ] = None,
     ratings: Annotated[
         bool | None, _setting("Also ask for ratings from 1 to 7 (default: yes).", "--ratings/--no-ratings")
     ] = None,
-    seed: Annotated[int | None, _setting("Of the order in which outputs are shown (default: 0).")] = None,
     guidelines: Annotated[Path | None, _setting("Markdown file for labelers.")] = None,
 ) -> int:
     """Serve the page, to this machine only unless --host says otherwise."""
@@ -68,7 +71,7 @@ def serve(
 
     settings: dict[str, Any] = {
         "overlap": overlap, "per_labeler": per_labeler, "lease_minutes": lease_minutes, "skips": skips,
-        "training": training, "gold_every": gold_every, "repeat_every": repeat_every, "ratings": ratings, "seed": seed,
+        "training": training, "gold_every": gold_every, "repeat_every": repeat_every, "ratings": ratings,
     }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     if guidelines:
@@ -79,10 +82,10 @@ def serve(
     if fault := labels.fault():
         raise ConfigError(f"{labels.database.shown}: {fault}; restore it from a copy")
     if tasks:
-        if name := labels.noted(RUN):
-            raise ConfigError(f"--tasks: {store} holds the tasks of the run {name}; name another --store")
+        if of_run := labels.noted(RUN):
+            raise ConfigError(f"--tasks: {store} holds the tasks of the run {of_run}; name another --store")
         labels.publish(read_tasks(tasks), settings)
-    return run(labels, host, port, prefix, proxy, _quality)
+    return run(labels, host, port, prefix, proxy, _quality, name or ())
 
 
 def _read_guidelines(path: Path) -> str:
@@ -156,6 +159,20 @@ def verify(store: StoreName = STORE) -> int:
     fault = labels.fault()
     print(f"{labels.database.shown}: {fault or 'the chain is whole'}, head {labels.head()}")
     return FINDING if fault else SOUND
+
+
+@app.command()
+def backup(
+    output: Annotated[Path, typer.Argument(help="A file that is not there yet.", show_default=False)],
+    store: StoreName = STORE,
+) -> int:
+    """Copy the whole store into one file, also while the page is served; print the head of its chain.
+
+    The copy holds names and everybody's digests of tokens: keep it as you keep the store.
+    """
+    head = _open(store).backup(output)
+    print(f"{output}: head {head}")
+    return SOUND
 
 
 class ImportFormat(StrEnum):

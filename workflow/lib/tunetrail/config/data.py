@@ -10,6 +10,8 @@ from tunetrail.config.fields import Block, Count, Flag, Fraction, Positive, Repo
 SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
 KINDS = ("preferences", "feedback", "demonstrations", "prompts", "text")
 """Of rows. A group that holds several kinds is split as the first of them."""
+UNPACKED_MB = 1024
+"""The most MB that a data file may hold once it is unpacked: all of it is read into memory."""
 TOLERANCE = 1e-3
 """By which a sum of shares may miss 1: they are printed with four digits."""
 Split = Literal["sft", "reward", "rl", "evaluation", "heldout"]
@@ -74,6 +76,9 @@ class FileSource(Rows):
     source: Literal["file"]
     path: Path = Field(
         description="a `.jsonl`, `.csv` or `.parquet` file (`.gz` may follow), relative to where Snakemake runs"
+    )
+    unpacked_mb: Count = Field(
+        default=UNPACKED_MB, description="MB; a file that unpacks to more is refused before it fills the memory"
     )
 
 

@@ -31,16 +31,21 @@ NonNegativeInt = Annotated[Integer, Field(ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 
 # What a text must look like, and how a message says so.
+_PACKAGE, _VERSION = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$"
 _NAME, _SHA256, _REPO, _URL = r"^[a-z0-9][a-z0-9._-]*$", r"^[0-9a-f]{64}$", r"^[\w.-]+/[\w.-]+$", r"^https?://"
 PATTERNS = {
     _NAME: "must be lower-case letters, digits, '.', '_' and '-', the first a letter or digit",
     _SHA256: "must be 64 hexadecimal digits in lower case",
     _REPO: "must be owner/name",
+    _PACKAGE: "must be the name of a package: letters, digits, '.', '_' and '-', a letter or digit at both ends",
+    _VERSION: "must be an exact version, such as 0.1.2",
     _URL: "must start with http:// or https://",
 }
 Name = Annotated[str, Field(pattern=_NAME, max_length=80)]
 Sha256 = Annotated[str, Field(pattern=_SHA256)]
 Repo = Annotated[str, Field(pattern=_REPO)]
+Package = Annotated[str, Field(pattern=_PACKAGE)]
+Version = Annotated[str, Field(pattern=_VERSION)]
 Url = Annotated[str, Field(pattern=_URL)]
 Text = Annotated[str, Field(min_length=1)]
 

@@ -29,6 +29,13 @@ from tunetrail.config.training import RewardBlock, RewardConfig, SftBlock, SftCo
 
 PolicyConfig = Annotated[PpoConfig | DpoConfig | KtoConfig | BestOfNConfig, Field(discriminator="method")]
 
+RESERVED = (
+    *("base", "comparisons", "completions", "config", "data", "evaluation", "head_to_head", "ledger.jsonl", "lm_eval"),
+    *("manifest.json", "methods", "metrics.json", "policies", "provenance.dsse.json", "provenance.json", "report"),
+    *("retention", "reward", "sft", "tasks"),
+)
+"""What else has a name in a run's folder, or in an artifact's: no policy may have it too."""
+
 
 class Config(Block):
     """A run. Only `run`, `base` and `data` must be given."""
@@ -88,8 +95,8 @@ class Config(Block):
     @field_validator("policies")
     @classmethod
     def _names_are_free(cls, policies):
-        if taken := sorted(set(policies) & {"base", "sft"}):
-            raise ValueError(f"'{taken[0]}' names a stage; choose another name for the policy")
+        if taken := sorted(set(policies) & set(RESERVED)):
+            raise ValueError(f"'{taken[0]}' names something else in a run; choose another name for the policy")
         return policies
 
     @field_validator("scorers")

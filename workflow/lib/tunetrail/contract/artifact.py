@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
-from tunetrail.files import sync, write_json
+from tunetrail.files import rename_durably, settle, sync, write_json
 from tunetrail.provenance.environment import code_state
 from tunetrail.provenance.manifest import (
     MANIFEST,
@@ -35,7 +35,14 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
     Args:
         cache: digests of files that have not changed since they were hashed; None: every byte is read.
     """
-    manifest, folder = read_manifest(manifest_path), manifest_path.parent
+    manifest = read_manifest(manifest_path)
+    check_files(manifest_path, manifest, cache or DigestCache(None))
+    return manifest
+
+
+def check_files(manifest_path: Path, manifest: dict, cache: DigestCache) -> None:
+    """Checks the files next to a manifest against what it said when it was read. Raises DataError."""
+    folder = manifest_path.parent
     listed = {entry["path"]: entry for entry in manifest["files"]}
     for name, entry in listed.items():
         path = folder / name
@@ -47,15 +54,14 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
             raise DataError(f"{path}: listed in the manifest but missing; {FIX}")
         if path.stat().st_size != entry["size"]:
             raise DataError(f"{path}: differs from its manifest; {FIX}")
-    digests = parallel((cache or DigestCache(None)).sha256, [folder / name for name in listed])
+    digests = parallel(cache.sha256, [folder / name for name in listed])
     for (name, entry), digest in zip(listed.items(), digests, strict=True):
         if digest != entry["sha256"]:
             raise DataError(f"{folder / name}: differs from its manifest; {FIX}")
     for path in walk(folder):  # an extra file can change what from_pretrained loads
         name = path.relative_to(folder).as_posix()
-        if name not in listed and name not in UNLISTED_FILES and not path.name.startswith(".nfs"):
+        if name not in listed and name not in UNLISTED_FILES:
             raise DataError(f"{path}: is not in the manifest; remove it, or delete the folder and run its stage again")
-    return manifest
 
 
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
@@ -66,8 +72,8 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
     content = build(stage.work)
     manifest = _manifest(stage, content)
     (stage.work / PROVENANCE).write_bytes(_record(stage, manifest, attempts))
-    make_durable(stage.work)
-    stage.attempt.check_leases()
+    settle(stage.work)
+    stage.attempt.check()
     previous = _previous(stage.output)
     shutil.rmtree(previous, ignore_errors=True)
     if stage.output.exists():
@@ -119,17 +125,6 @@ def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
     )
 
 
-def make_durable(folder: Path) -> None:
-    """Flushes every file to disk, readable by whomever the umask allows: safetensors writes 0600, which shuts a group
-    out.
-    """
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        sync(path)
-
-
 def _manifest(stage: Stage, content: dict) -> bytes:
     return canonical({"schema": 1, "stage": stage.name, "tokenizer": stage.draft.tokenizer_digest} | content)
 
@@ -143,9 +138,7 @@ def declare_finished(output: Path, manifest: bytes) -> None:
     """Writes the manifest, which is what says "finished": it comes last, by a rename of its own."""
     pending = output / f".{MANIFEST}"
     pending.write_bytes(manifest)
-    sync(pending)
-    pending.rename(output / MANIFEST)
-    sync(output)
+    rename_durably(pending, output / MANIFEST)
     sync(output.parent)
     shutil.rmtree(_previous(output), ignore_errors=True)
 

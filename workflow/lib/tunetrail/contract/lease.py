@@ -87,7 +87,7 @@ def holder(path: Path) -> str | None:
     """Who holds the lease; None if nobody does. Not to be asked by the holder: closing the file would free it."""
     _, newest = _newest(path)
     try:
-        with newest.open("r+") as handle:
+        with newest.open("r+", errors="replace") as handle:
             return None if _lock(handle) else handle.read().strip() or "another process"
     except FileNotFoundError:
         return None
@@ -124,7 +124,7 @@ class Lease:
         try:
             requested_at = self.request_file.stat().st_mtime
             return (
-                self.request_file.read_text().strip()
+                self.request_file.read_text(errors="replace").strip()
                 if _server_time(self.path) - requested_at < REQUEST_SECONDS
                 else None
             )
@@ -148,7 +148,7 @@ def _acquire(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]
     request_file, announced = path.with_name(f"{path.name}.wanted"), False
     while True:
         generation, newest = _newest(path)
-        handle = newest.open("a+")
+        handle = newest.open("a+", errors="replace")
         if _lock(handle) or _lock_after_probe(handle):
             if _newest(path)[0] == generation:
                 os.utime(newest)

@@ -60,7 +60,8 @@ def write_to(path: Path | None) -> None:
 def read_progress(path: Path) -> list[Progress]:
     """The whole rows of a progress file, oldest first: a full disk may have cut one short."""
     try:
-        return whole_rows(path.read_text(encoding="utf-8").splitlines())
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return whole_rows(lines, *Progress.__required_keys__)
     except OSError:
         return []
 

@@ -42,14 +42,14 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.contract import progress
-from tunetrail.contract.artifact import finished, publish, verify
+from tunetrail.contract.artifact import check_files, finished, publish, verify
 from tunetrail.contract.distributed import end_process_group, is_main_process, processes
 from tunetrail.contract.lease import hold
 from tunetrail.contract.scorers import hub_scorers, own_scorers
 from tunetrail.contract.stage import Attempt, Input, RecordDraft, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
-from tunetrail.files import read_finished_rows, write_jsonl
+from tunetrail.files import read_finished_rows, rename_durably, write_jsonl
 from tunetrail.provenance.environment import energy_joules, environment
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
 from tunetrail.provenance.record import parent_entry
@@ -129,14 +129,15 @@ def _write_attempts(path: Path, attempts: list[dict]) -> None:
     """Whole or not at all: a full disk or a kill must not cost the history."""
     pending = path.with_suffix(".new")
     write_jsonl(pending, attempts)
-    pending.rename(path)
+    rename_durably(pending, path)
 
 
 def _earlier_attempts(path: Path) -> list[dict]:
     """The attempts in this state folder; one that was killed could not write its own end."""
-    attempts = read_finished_rows(path)
+    attempts = read_finished_rows(path, "start")
     for attempt in attempts:
-        attempt.setdefault("ended", {"outcome": "killed", "message": None})
+        if "outcome" not in (attempt.get("ended") or {}):
+            attempt["ended"] = {"outcome": "killed", "message": None}
         attempt.setdefault("end", None)
     # One that only found people at work did nothing, and there may be one an hour.
     return [attempt for attempt in attempts if attempt["ended"]["outcome"] != "waiting"]
@@ -191,6 +192,11 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
     inputs = dict(item.split("=", 1) for item in args.input)
     cache = DigestCache(Path(folder) if (folder := os.environ.get("TUNETRAIL_DIGESTS")) else None)
     parents = {role: verify(Path(path), cache) for role, path in inputs.items()}
+
+    def check_inputs() -> None:
+        for role, path in inputs.items():
+            check_files(Path(path), parents[role], cache)
+
     part = tuple(int(n) for n in args.part.split("/"))
     output = args.output.parent
     return Stage(
@@ -213,6 +219,7 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             state=args.state / sha256_json({"config": content, "inputs": parents, "part": part})[:16],
             stop=stop,  # type: ignore[arg-type]
             digests=cache,
+            check_inputs=check_inputs,
         ),
         RecordDraft(
             tokenizer_digest=_tokenizer_of(_of_this_run(parents, content["stage"])),
@@ -254,7 +261,11 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
             _clean_up(stage)
             return
         stage.work.mkdir(parents=True)
-        _attempt(stage, run)
+        try:
+            _attempt(stage, run)
+        except Exception:  # the one that took over has removed the folder in which this one works
+            stage.attempt.check_leases()
+            raise
 
 
 @contextmanager

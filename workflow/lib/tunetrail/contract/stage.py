@@ -48,6 +48,8 @@ class Attempt:
     """Survives failure; the place for checkpoints and finished parts."""
     stop: Stop
     digests: DigestCache = field(default_factory=lambda: DigestCache(None))
+    check_inputs: Callable[[], None] = lambda: None
+    """Compares the inputs with their manifests as they were read; a file that was not touched is not read again."""
     leases: list[Lease] = field(default_factory=list)
     """On state and output, in the process that writes."""
     saves: list[dict[str, Any]] = field(default_factory=list)
@@ -60,9 +62,18 @@ class Attempt:
         return any(lease.lost() for lease in self.leases)
 
     def check_leases(self) -> None:
-        """Call before writing anything that others read. Raises Superseded if another attempt has taken over."""
+        """Raises Superseded if another attempt has taken over."""
         for lease in self.leases:
             lease.check()
+
+    def check(self) -> None:
+        """Call before writing anything that others, or a later attempt, read.
+
+        Raises Superseded where another attempt has taken over, and DataError where an input is no longer what was
+        verified: what was loaded of it meanwhile may be either.
+        """
+        self.check_leases()
+        self.check_inputs()
 
 
 @dataclass

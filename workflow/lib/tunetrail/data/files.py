@@ -11,9 +11,9 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from tunetrail.config.data import FileSource, HubSource
+from tunetrail.config.data import UNPACKED_MB, FileSource, HubSource
 from tunetrail.errors import DataError
 from tunetrail.preferences.formats import BadRow
 
@@ -21,6 +21,8 @@ Rows = Iterator[tuple[int, dict]]
 """Rows with their numbers from 1; in JSONL these are line numbers."""
 Lines = Iterator[tuple[int, dict | BadRow]]
 """The same, but a line that holds no row comes as a BadRow that says why."""
+BATCH_ROWS = 256
+"""Rows of a Parquet file that are unpacked at once."""
 BAD_GZIP = "the gzip file is cut short or damaged; copy it again"
 NOT_UTF8 = "not UTF-8; convert the file with iconv"
 LIST_COLUMNS = ("messages", "completions", "ranks", "order", "labels")
@@ -48,15 +50,38 @@ def _parse_line(line: bytes, encoding: str) -> dict | BadRow | None:
     return BadRow(f"must be a JSON object, got {type(row).__name__}")
 
 
-def jsonl_lines(path: Path) -> Lines:
-    """Yields the objects of a JSONL file, which may be gzipped. Skips empty lines. Raises DataError for a bad gzip."""
+def _too_large(path: Path, unpacked_mb: int) -> DataError:
+    return DataError(
+        f"{path}: unpacks to more than {unpacked_mb} MB; split the file, or raise unpacked_mb of its source"
+    )
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _lines(path: Path, unpacked_mb: int) -> Iterator[bytes]:
+    """The lines of a file, however long: they are read no further than it may hold."""
+    left = unpacked_mb * 10**6
+    with _opened(path) as f:
+        while line := f.readline(left + 1):
+            left -= len(line)
+            if left < 0:
+                raise _too_large(path, unpacked_mb)
+            yield line
+
+
+def jsonl_lines(path: Path, unpacked_mb: int = UNPACKED_MB) -> Lines:
+    """Yields the objects of a JSONL file, which may be gzipped. Skips empty lines.
+
+    Raises DataError for a bad gzip, and for more than `unpacked_mb` of text.
+    """
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            # Lines are decoded one by one: a text file decodes ahead and could not say which line is bad.
-            for number, line in enumerate(f, 1):
-                row = _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
-                if row is not None:
-                    yield number, row
+        # Lines are decoded one by one: a text file decodes ahead and could not say which line is bad.
+        for number, line in enumerate(_lines(path, unpacked_mb), 1):
+            row = _parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
+            if row is not None:
+                yield number, row
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise DataError(f"{path}: {BAD_GZIP}") from None
 
@@ -81,12 +106,29 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def table_rows(path: Path, is_csv: bool) -> Rows:
+def _parquet(path: Path, content: bytes, unpacked_mb: int) -> Any:
+    """The table in a Parquet file: a few bytes may hold one long text a million times."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file, batches, left = pq.ParquetFile(io.BytesIO(content)), [], unpacked_mb * 10**6
+    for batch in file.iter_batches(batch_size=BATCH_ROWS):
+        left -= batch.nbytes
+        if left < 0:
+            raise _too_large(path, unpacked_mb)
+        batches.append(batch)
+    return pa.Table.from_batches(batches, file.schema_arrow).to_pandas()
+
+
+def table_rows(path: Path, is_csv: bool, unpacked_mb: int = UNPACKED_MB) -> Rows:
     """Yields the rows of a CSV or Parquet file, which may be gzipped; missing values are None. Raises DataError."""
     import pandas as pd
 
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with _opened(path) as f:
+            content = f.read(unpacked_mb * 10**6 + 1)
+        if len(content) > unpacked_mb * 10**6:
+            raise _too_large(path, unpacked_mb)
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise DataError(f"{path}: {BAD_GZIP}") from None
     try:
@@ -96,7 +138,9 @@ def table_rows(path: Path, is_csv: bool) -> Rows:
             if is_csv:
                 frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
             else:
-                frame = pd.read_parquet(io.BytesIO(content))
+                frame = _parquet(path, content, unpacked_mb)
+    except DataError:
+        raise
     except pd.errors.ParserWarning:
         raise DataError(f"{path}: rows have more cells than the header; quote cells that hold a comma") from None
     except UnicodeDecodeError:
@@ -130,7 +174,10 @@ def raw_rows(source: FileSource | HubSource) -> RawRows:
     path, suffix = source.path, format_of(source.path)
     if suffix not in (".jsonl", ".csv", ".parquet"):
         raise DataError(f"{path}: unknown format; the name must end in .jsonl, .csv or .parquet (.gz may follow)")
-    return RawRows(str(path), jsonl_lines(path) if suffix == ".jsonl" else table_rows(path, suffix == ".csv"))
+    limit = source.unpacked_mb
+    return RawRows(
+        str(path), jsonl_lines(path, limit) if suffix == ".jsonl" else table_rows(path, suffix == ".csv", limit)
+    )
 
 
 def with_lists(row: dict) -> dict:

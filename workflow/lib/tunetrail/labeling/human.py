@@ -27,13 +27,13 @@ from tunetrail.preferences.rows import Ranking, SampledRow
 from tunetrail.provenance.manifest import canonical
 
 
-def settings_of(config: HumanLabeler, seed: int) -> Settings:
+def settings_of(config: HumanLabeler) -> Settings:
     """The settings that tasks are published with. Raises ConfigError."""
     try:
         guidelines = config.guidelines.read_text(encoding="utf-8") if config.guidelines else ""
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"comparisons.guidelines: {config.guidelines}: cannot be read ({e})") from None
-    return Settings.of(config.model_dump(include=set(Settings.names())) | {"guidelines": guidelines, "seed": seed})
+    return Settings.of(config.model_dump(include=set(Settings.names())) | {"guidelines": guidelines})
 
 
 def claim(store: Store, run: str) -> None:
@@ -74,7 +74,7 @@ def rank(rows: list[SampledRow], config: HumanLabeler, stage: Stage) -> Labels:
     """
     store = Store(config.store)
     tasks: list[Task] = stage.rows("tasks", "tasks.jsonl")  # type: ignore[assignment]
-    settings = settings_of(config, stage.seed)
+    settings = settings_of(config)
     shown = {task["id"]: task["completions"] for task in tasks}
     if other := next((row["id"] for row in rows if shown.get(row["id"]) != row["completions"]), None):
         raise DataError(

@@ -174,16 +174,16 @@ def local_judge(path: Path, precision: str, key: str) -> Judge:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tunetrail.models.loading import why_not_loaded
     from tunetrail.models.runtime import device, quiet_libraries, use_bf16
 
     quiet_libraries()
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         dtype = torch.bfloat16 if use_bf16(precision) else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"{key}.path: {path}: cannot be loaded as a language model: {reason}") from None
+        raise ConfigError(f"{key}.path: {path}: cannot be loaded as a language model: {why_not_loaded(e)}") from None
     model.to(device()).eval()
     letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     if any(len(ids) != 1 for ids in letters):
@@ -228,7 +228,7 @@ def ask_rows(
 ) -> dict[str, Answer]:
     """The answers by row id; those of an earlier attempt come from the state folder. Raises Interrupted."""
     path = stage.state / "verdicts.jsonl"
-    answers: dict[str, Any] = {answer["id"]: answer for answer in read_finished_rows(path)}
+    answers: dict[str, Any] = {answer["id"]: answer for answer in read_finished_rows(path, "id", "verdicts")}
     unanswered = [row for row in rows if row["id"] not in answers]
     with (
         ProgressBar(stage.name, len(rows), "prompts", done=len(answers)) as bar,
@@ -237,6 +237,7 @@ def ask_rows(
         for row in unanswered:
             stage.stop.leave_if_requested(f"after {len(answers)} of {len(rows)} prompts")
             answers[row["id"]] = ask(row)
+            stage.attempt.check()
             f.write(canonical_json(answers[row["id"]]) + "\n")
             f.flush()
             bar.advance()

@@ -28,6 +28,7 @@ from submitit.core.core import Job
 
 from tunetrail.contract.runner import is_finished
 from tunetrail.errors import TunetrailError
+from tunetrail.files import rename_durably, set_aside, whole_rows
 from tunetrail.launch.resources import SRUN, gpus, processes, sbatch_options
 from tunetrail.launch.supervise import CLEAN_EXITS, for_srun, option, supervise
 from tunetrail.provenance.manifest import sha256_json
@@ -153,14 +154,19 @@ class Jobs:
         content = {"job": job.job_id, "key": key, "local": local, "tasks": job.num_tasks}
         pending = self.folder / f".{name}"
         pending.write_text(json.dumps(content))
-        pending.rename(self.folder / f"{name}.json")
+        rename_durably(pending, self.folder / f"{name}.json")
 
     def read(self, name: str) -> tuple[Job, str] | None:
         """(the job, what it was submitted for) of this name; None if there is none."""
+        path = self.folder / f"{name}.json"
         try:
-            content = json.loads((self.folder / f"{name}.json").read_text())
-        except (FileNotFoundError, ValueError):
+            found = whole_rows([path.read_text(errors="replace")], "job", "key", "local", "tasks")
+        except FileNotFoundError:
             return None
+        if not found:
+            print(f"{path}: damaged; set aside as {set_aside(path)}, another job is submitted", file=sys.stderr)
+            return None
+        content = found[0]
         if content["local"] and content["local"] != _process(content["job"]):
             return None  # it is over, and another process may have its number
         kind = submitit.LocalJob if content["local"] else submitit.SlurmJob
@@ -221,9 +227,8 @@ def _submit(
     time.sleep(GATHER_SECONDS)
     with _signals_deferred(), _exclusive(requests):
         if (requests / name).exists():  # otherwise another launcher has submitted it with its own
-            pending_requests = [
-                json.loads(path.read_text()) for path in sorted(requests.iterdir()) if path.name[0] != "."
-            ]
+            paths = [path for path in sorted(requests.iterdir()) if path.name[0] != "."]
+            pending_requests = whole_rows((path.read_text(errors="replace") for path in paths), "name", "launcher")
             # Nobody would wait for the job of a launcher that was killed. One on another host submits its own.
             gathered = [r for r in pending_requests if _process(r["launcher"][0]) == r["launcher"][1]]
             executor = _executor(jobs.folder, stage, stage, resources, threads)

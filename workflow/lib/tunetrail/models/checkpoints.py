@@ -14,7 +14,7 @@ from pathlib import Path
 from tunetrail.contract.distributed import is_main_process, of_all_processes
 from tunetrail.contract.runner import KEPT
 from tunetrail.contract.stage import Stage
-from tunetrail.files import sync, write_json
+from tunetrail.files import follow_umask, rename_durably, settle, sync, write_json
 from tunetrail.provenance.manifest import list_files, sha256_file, walk
 
 log = logging.getLogger("tunetrail")
@@ -45,10 +45,9 @@ def keep(stage: Stage, step: int, save: Callable[[Path], None]) -> None:
     pending = folder.with_name(f"{step}.new")
     shutil.rmtree(pending, ignore_errors=True)
     save(pending)
-    for path in walk(pending):  # once the folder has its name, it is taken to be complete
-        sync(path)
-    stage.attempt.check_leases()
-    pending.rename(folder)
+    settle(pending)  # once the folder has its name, it is taken to be complete
+    stage.attempt.check()
+    rename_durably(pending, folder)
 
 
 def publish_kept(stage: Stage) -> None:
@@ -63,26 +62,26 @@ def mark_complete(stage: Stage, checkpoint: Path) -> None:
     The digest goes into the record first, so that an attempt that resumes from a checkpoint is known to resume from one
     that this run saved.
     """
-    stage.attempt.check_leases()
+    stage.attempt.check()
+    follow_umask(checkpoint)
     with ThreadPoolExecutor() as pool:  # the disk writes while the processors hash
         syncs = pool.map(sync, walk(checkpoint))
         write_json(checkpoint / f".{COMPLETE}", list_files(checkpoint))
         list(syncs)  # raises the first error, if any
-    sync(checkpoint / f".{COMPLETE}")
     stage.attempt.saves = [
         *stage.attempt.saves[-1:],
         {"name": checkpoint.name, "digest": sha256_file(checkpoint / f".{COMPLETE}")},
     ]
     stage.attempt.note("states_out", stage.attempt.saves)
-    (checkpoint / f".{COMPLETE}").rename(checkpoint / COMPLETE)
-    sync(checkpoint)  # before older checkpoints are removed
+    rename_durably(checkpoint / f".{COMPLETE}", checkpoint / COMPLETE)  # before older checkpoints are removed
+    sync(checkpoint.parent)
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of the checkpoint is unchanged since its save ended."""
     try:
         listed = json.loads((checkpoint / COMPLETE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return [f for f in list_files(checkpoint) if f["path"] != COMPLETE] == listed
 

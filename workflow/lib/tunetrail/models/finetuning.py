@@ -34,7 +34,9 @@ def build(folder: Path, method: MethodConfig, precision: str, seed: int) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if use_bf16(precision) else torch.float32,
         )
-    model = without_dropout(AutoModelForCausalLM.from_pretrained(folder, **options)).to(device())
+    model = without_dropout(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)).to(
+        device()
+    )
     if method.prompt_tokens:
         from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 

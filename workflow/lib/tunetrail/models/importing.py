@@ -27,7 +27,7 @@ from tunetrail.data.ancestry import check_unseen
 from tunetrail.data.contamination import MEASURED
 from tunetrail.errors import DataError
 from tunetrail.models.lengths import positions
-from tunetrail.models.loading import copy_tokenizer, without_dropout
+from tunetrail.models.loading import copy_tokenizer, why_not_loaded, without_dropout
 from tunetrail.models.saving import answers, check_reloads, save_weights
 from tunetrail.provenance.models import hub_model, local_model
 
@@ -51,11 +51,10 @@ def load_pretrained(
     """
     try:
         model, loading = auto_class.from_pretrained(
-            name, revision=revision, dtype=torch.float32, output_loading_info=True
+            name, revision=revision, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise DataError(f"{key}: cannot load {name} as {KINDS[auto_class]}: {reason}") from None
+        raise DataError(f"{key}: cannot load {name} as {KINDS[auto_class]}: {why_not_loaded(e)}") from None
     if hasattr(model, "peft_config"):  # its weights are elsewhere, perhaps in yet another adapter's model
         raise DataError(f"{key}: {name} is an adapter; merge it into its model first (PEFT's merge_and_unload)")
     if missing := sorted(loading["missing_keys"]):  # transformers initialises them at random
@@ -66,11 +65,9 @@ def load_pretrained(
 def load_own_tokenizer(key: str, name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with a model. Raises DataError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise DataError(
-            f"{key}: {name} has no tokenizer that can be loaded: {str(e).strip().splitlines()[0]}"
-        ) from None
+        raise DataError(f"{key}: {name} has no tokenizer that can be loaded: {why_not_loaded(e)}") from None
 
 
 def set_pad_and_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -147,7 +144,8 @@ def check_fits(stage: Stage, source: ImportedModel, model: PreTrainedModel, pare
             f"{stage.name}: {source.name} has {rows} embeddings for {len(ours)} tokens; import the model that belongs "
             "to its tokenizer"
         )
-    limit, base_limit = positions(model.config), positions(AutoConfig.from_pretrained(parent))
+    limit = positions(model.config)
+    base_limit = positions(AutoConfig.from_pretrained(parent, trust_remote_code=False))
     if limit is not None and (base_limit is None or limit < base_limit):
         raise DataError(
             f"{stage.name}: {source.name} reads {limit} tokens, the base model {base_limit or 'any number'}; import "

@@ -32,9 +32,16 @@ TOKENIZER_FILES = (
 )
 
 
+def why_not_loaded(error: Exception) -> str:
+    """Why transformers loaded nothing, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run here; choose one whose architecture transformers has"
+    return str(error).strip().splitlines()[0]
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder. Raises DataError if pad and eos are the same token: no model could learn to stop."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer lacks a pad or an eos token; name one in base.pad_token")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -72,8 +79,8 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in a `model/` folder, without dropout and prepared to run fast."""
-    model = plain_attention(without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
-    return share_prefixes(mark_plain_head(model))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return share_prefixes(mark_plain_head(plain_attention(without_dropout(model))))
 
 
 def with_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
@@ -86,7 +93,7 @@ def with_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
 def load_reward_model(folder: str | Path, **hub: Any) -> PreTrainedModel:
     """A sequence-classification model with one score. `models.scoring` says where its score is read."""
     return with_full_precision_head(
-        AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **hub)
+        AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **hub)
     )
 
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tunetrail.contract.artifact import make_durable, verify
+from tunetrail.contract.artifact import verify
 from tunetrail.errors import ConfigError, DataError, TunetrailError
+from tunetrail.files import settle
 from tunetrail.models.loading import copy_tokenizer, load_tokenizer, with_adapter
 from tunetrail.models.saving import SENTENCE, answers, differences, save_weights
 from tunetrail.provenance.lineage import Lineage
@@ -61,7 +62,7 @@ class RunModel:
         if self.adapter is not None:
             return with_adapter(self.folder, self.adapter).eval()
         auto = AutoModelForSequenceClassification if self.is_reward_model else AutoModelForCausalLM
-        return auto.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return auto.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def find_model(path: Path) -> RunModel:
@@ -137,7 +138,7 @@ def export(
         (pending / "README.md").write_text(card, encoding="utf-8")
         sums = [f"{file['sha256']}  {file['path']}\n" for file in list_files(pending)]
         (pending / SUMS).write_text("".join(sums), encoding="utf-8")
-        make_durable(pending)
+        settle(pending)
         pending.rename(out)
     finally:
         shutil.rmtree(pending, ignore_errors=True)

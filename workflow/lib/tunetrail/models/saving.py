@@ -188,7 +188,8 @@ def differences(
     auto_class: Any = AutoModelForCausalLM,
 ) -> str:
     """How the model in a folder differs from the one in memory (see `check_reloads`); empty if it does not."""
-    model, reloaded = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = auto_class.from_pretrained(folder, trust_remote_code=False).eval()
+    reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     pairs = zip(answers(model, rows), expected, strict=True)
     off = torch.cat([(a - b).abs() for a, b in pairs]).max().item()
     text = tokenizer.decode(rows[0])

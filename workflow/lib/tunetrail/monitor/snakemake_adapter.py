@@ -53,6 +53,54 @@ def forget(workflow: Any, job: Any) -> None:
     workflow.persistence.cleanup(job)
 
 
+# ----------------------------------------------------------------------------- what Snakemake removes
+
+
+def keep_what_is_published() -> None:
+    """Makes Snakemake leave the outputs of a stage that failed where they are.
+
+    It removed what an earlier run had made before the stage began, and a stage publishes whole or not at all. So what
+    is there now, another attempt has published, on another node or for another head.
+    """
+    from snakemake.jobs import Job
+
+    remove = Job.cleanup
+
+    async def cleanup(job: Any, skip_outputs: Any) -> None:
+        if run_of(job) is None or not hasattr(job.output, "manifest"):
+            await remove(job, skip_outputs)
+
+    if remove.__module__ != __name__:
+        Job.cleanup = cleanup
+
+
+_looks: list[Callable[[], None]] = []
+
+
+def look_before_acting(look: Callable[[], None]) -> None:
+    """Has `look` called before Snakemake starts a job, removes its old outputs, or handles its end."""
+    from snakemake.jobs import Job
+    from snakemake.scheduling.job_scheduler import JobScheduler
+
+    if look not in _looks:
+        _looks.append(look)
+    for owner, name in ((JobScheduler, "run"), (Job, "prepare"), (Job, "postprocess")):
+        if (act := getattr(owner, name)).__module__ != __name__:
+            setattr(owner, name, _after_looking(act))
+
+
+def _after_looking(act: Callable[..., Any]) -> Callable[..., Any]:
+    def looking(*args: Any, **options: Any) -> Any:
+        for look in _looks:
+            look()
+        return act(*args, **options)
+
+    return looking
+
+
+# ----------------------------------------------------------------------------- planning
+
+
 def _arguments(profile: str, configfiles: list[Path], snakefile: Path | None) -> Any:
     """Snakemake's options with this profile. Raises ConfigError."""
     from snakemake.cli import get_profile_dir, parse_args

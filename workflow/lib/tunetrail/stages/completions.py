@@ -76,7 +76,7 @@ def run(stage: Stage) -> dict:
     tokenizer = load_tokenizer(folder)
     shard = shard_rows(prompts_to_sample(stage), stage.request.part)
     done_file = stage.state / "completions.jsonl"
-    done: dict[str, Any] = {row["id"]: row for row in read_finished_rows(done_file)}
+    done: dict[str, Any] = {row["id"]: row for row in read_finished_rows(done_file, "id", "completions")}
     # The same batches in every attempt: floating-point sums, and so the samples, may depend on what a batch contains.
     per_batch = max(1, config.batch_size // config.per_prompt)
     batches = [shard[i : i + per_batch] for i in range(0, len(shard), per_batch)]
@@ -101,7 +101,7 @@ def run(stage: Stage) -> dict:
                 eos_id=tokenizer.eos_token_id,
                 pad_id=tokenizer.pad_token_id,
             )
-            stage.attempt.check_leases()
+            stage.attempt.check()
             for row, completions in zip(rows, sampled, strict=True):
                 done[row["id"]] = sampled_row(row, completions, tokenizer)
                 out.write(canonical_json(done[row["id"]]) + "\n")

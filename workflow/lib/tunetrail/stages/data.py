@@ -137,11 +137,11 @@ def write_answers(stage: Stage, config: DataConfig, comparisons: list[dict], fee
 def run(stage: Stage) -> dict[str, Any]:
     config, shares, account = DataConfig(**stage.config), stage.shared["shares"], Account()
     model = stage.inputs["base"].folder / "model"
-    renderer = Renderer(AutoTokenizer.from_pretrained(model), config)
+    renderer = Renderer(AutoTokenizer.from_pretrained(model, trust_remote_code=False), config)
     read, sources = read_all(config, account)
     shown = rendered(read, config, renderer)
     account.leave_out("not_rendered", read, shown)
-    rows = short_enough(shown, config, renderer, positions(AutoConfig.from_pretrained(model)))
+    rows = short_enough(shown, config, renderer, positions(AutoConfig.from_pretrained(model, trust_remote_code=False)))
     account.leave_out("too_long", shown, rows)
     apart = without_test_groups(rows, config)
     account.leave_out("group_of_a_test_set", rows, apart)

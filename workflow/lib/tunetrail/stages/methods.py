@@ -114,14 +114,14 @@ def run(stage: Stage) -> dict[str, Any]:
     warn_of_few_steps(stage, comparison.config.steps, comparison.config.more_steps)
     names = list(comparison.config.compare)
     done_file = stage.state / "methods.jsonl"
-    done = {row["name"]: row for row in read_finished_rows(done_file)}
+    done = {row["name"]: row for row in read_finished_rows(done_file, "name", "result", "measurements")}
     steps, measurements = comparison.config.steps, {}
     with ProgressBar("methods", steps * len(names), "steps", done=steps * len(done)) as bar, done_file.open("a") as out:
         for name in names:
             if name in done:
                 continue
             done[name] = comparison.run(name, bar)
-            stage.attempt.check_leases()
+            stage.attempt.check()
             out.write(canonical_json(done[name]) + "\n")
             out.flush()
             measurements[name] = done[name]["measurements"]

@@ -119,7 +119,7 @@ def enter(store: Store, token: str) -> str | None:
         known = connection.execute(of_token).scalar()
         if known is None:
             return None
-        cookie, now = secrets.token_urlsafe(24), time.time()
+        cookie, now = secrets.token_urlsafe(24), store.clock.now()
         connection.execute(sessions.delete().where(sessions.c.expires < now))
         connection.execute(
             sessions.insert().values(
@@ -139,7 +139,7 @@ def session(store: Store, cookie: str | None) -> Session | None:
     query = sa.select(sessions, labelers.c.role).join(labelers, labelers.c.pseudonym == sessions.c.pseudonym)
     with store.reading() as connection:
         row = connection.execute(query.where(sessions.c.cookie == _digest(cookie))).first()
-    if row is None or row.expires < time.time():
+    if row is None or row.expires < store.clock.now():
         return None
     return Session(row.pseudonym, row.role == "admin", row.csrf)
 

@@ -20,14 +20,28 @@ def of_labeler(labeler: str) -> sa.Select:
     return sa.select(assignments).where(assignments.c.labeler == labeler)
 
 
-def shown_order(settings: Settings, digest: str, labeler: str, purpose: str, k: int) -> list[int]:
+def shown_order(secret: str, digest: str, labeler: str, purpose: str, k: int) -> list[int]:
     """[k]: the order in which a labeler sees a task's completions; a repeat has an order of its own."""
     occasion = "again" if purpose == "repeat" else ""
-    return generator(settings.seed, "shown", digest, labeler, occasion).permutation(k).tolist()
+    return generator(secret, "shown", digest, labeler, occasion).permutation(k).tolist()
 
 
-def choose(connection: sa.Connection, settings: Settings, labeler: str, now: float) -> tuple[str, str] | None:
-    """The digest and purpose of what a labeler gets next; None if nothing is left for them."""
+def _is_due(secret: str, purpose: str, labeler: str, every: int, counts: Counter[str]) -> bool:
+    """Whether a gold task or repeat comes next: there is one per `every` other tasks, at a secret place among them."""
+    if not every:
+        return False
+    n = counts[purpose]
+    return counts["label"] > n * every + int(generator(secret, purpose, labeler, n).integers(every))
+
+
+def choose(
+    connection: sa.Connection, settings: Settings, secret: str, labeler: str, now: float
+) -> tuple[str, str] | None:
+    """The digest and purpose of what a labeler gets next; None if nothing is left for them.
+
+    Args:
+        secret: of the store: without it nobody can compute where gold tasks and repeats come.
+    """
     done = connection.execute(
         of_labeler(labeler)
         .where(assignments.c.state.in_(("answered", "skipped")), assignments.c.task.in_(PUBLISHED))
@@ -43,13 +57,10 @@ def choose(connection: sa.Connection, settings: Settings, labeler: str, now: flo
     given = sum(row.purpose == "label" and row.state == "answered" for row in done)
     if settings.per_labeler is not None and given >= settings.per_labeler:
         return None
-    every = settings.gold_every
-    gold_is_due = every and counts["gold"] < (counts["label"] + every // 2) // every
-    if gold_is_due and (digest := connection.execute(gold).scalar()):
+    if _is_due(secret, "gold", labeler, settings.gold_every, counts) and (digest := connection.execute(gold).scalar()):
         return digest, "gold"
-    every = settings.repeat_every
-    repeat_is_due = every and counts["repeat"] < counts["label"] // every
-    if repeat_is_due and (digest := _to_repeat(connection, settings, labeler, done)):
+    repeat_is_due = _is_due(secret, "repeat", labeler, settings.repeat_every, counts)
+    if repeat_is_due and (digest := _to_repeat(connection, secret, labeler, done)):
         return digest, "repeat"
     of_task = sa.select(sa.func.count()).where(assignments.c.task == places.c.task, assignments.c.purpose == "label")
     answered = of_task.where(assignments.c.state == "answered").scalar_subquery()
@@ -60,7 +71,7 @@ def choose(connection: sa.Connection, settings: Settings, labeler: str, now: flo
     return (digest, "label") if digest else None
 
 
-def _to_repeat(connection: sa.Connection, settings: Settings, labeler: str, done: Sequence[sa.Row]) -> str | None:
+def _to_repeat(connection: sa.Connection, secret: str, labeler: str, done: Sequence[sa.Row]) -> str | None:
     """A task that a labeler ranked some time ago, drawn from those not repeated yet.
 
     Args:
@@ -73,7 +84,4 @@ def _to_repeat(connection: sa.Connection, settings: Settings, labeler: str, done
     candidates = [task for task in earlier if task not in repeated]
     if not candidates:
         return None
-    drawn = generator(settings.seed, "repeat", labeler, sum(row.purpose == "repeat" for row in done)).integers(
-        len(candidates)
-    )
-    return candidates[int(drawn)]
+    return candidates[int(generator(secret, "repeated", labeler, len(repeated)).integers(len(candidates)))]

@@ -6,7 +6,9 @@ pseudonym to a person.
 """
 
 import os
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +80,7 @@ sessions = sa.Table(
     sa.Column("csrf", sa.Text, nullable=False),
     sa.Column("expires", sa.Float, nullable=False),
 )
-notes = sa.Table(  # where the page was last served
+notes = sa.Table(  # where the page was last served, whose tasks these are, the secret
     "notes", tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
 )
 
@@ -101,6 +103,7 @@ NETWORK_FILE_SYSTEMS = (
     "fuse.glusterfs",
     "fuse.ceph",
 )
+SERVER_TIME = "SELECT extract(epoch FROM clock_timestamp())"
 LOCK = 0x7475_6E65
 """The PostgreSQL advisory lock that a writer holds."""
 
@@ -119,6 +122,17 @@ def network_file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo"))
         if inside and len(mount) >= longest:  # a later mount covers an earlier one
             file_system, longest = after.split()[0], len(mount)
     return file_system if file_system.startswith(NETWORK_FILE_SYSTEMS) else None
+
+
+def make_private(path: Path) -> None:
+    """Makes the file, if there is none, and lets nobody but its owner read it, from before its first byte.
+
+    SQLite gives its write-ahead log and its shared memory the mode of the file.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
+        if file.exists():
+            file.chmod(0o600)
 
 
 def as_url(store: str) -> sa.URL:
@@ -157,6 +171,10 @@ class Database:
                     f"{path}: on a network file system ({network}), where SQLite's locks are unreliable. Serve from "
                     "one machine only and keep copies, or use a local disk or postgresql://"
                 )
+            try:
+                make_private(path)
+            except OSError as e:
+                raise ConfigError(f"{self.shown}: cannot be opened ({e.strerror})") from None
             self.engine = sa.create_engine(
                 self.url, pool_size=40, connect_args={"timeout": 30, "check_same_thread": False}
             )
@@ -175,8 +193,6 @@ class Database:
             raise ConfigError(
                 f"{self.shown}: cannot be opened ({str(getattr(e, 'orig', e)).strip().splitlines()[0]})"
             ) from None
-        if self.lite:
-            os.chmod(str(self.url.database), 0o600)
 
     @property
     def shown(self) -> str:
@@ -219,12 +235,33 @@ class Database:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
             yield connection
 
-    def scrub(self, table: str) -> None:
-        """Removes a table's deleted rows from the database's files as well."""
+    def time(self, connection: sa.Connection) -> float:
+        """Seconds since the epoch by the clock that all who use the database share: the server's, or this machine's."""
+        return time.time() if self.lite else float(connection.execute(sa.text(SERVER_TIME)).scalar_one())
+
+    def checkpoint(self) -> None:
+        """Moves what is in SQLite's write-ahead log into the file itself, and empties the log."""
         if self.lite:
             connection = self.engine.raw_connection()
             connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
             connection.close()
+
+    def copy_to(self, target: Path) -> None:
+        """Writes all of one moment into a new file, while others read and write. Raises ConfigError for PostgreSQL."""
+        if not self.lite:
+            raise ConfigError(f"{self.shown}: PostgreSQL makes its copies itself: pg_dump")
+        make_private(target)
+        source, copy = self.engine.raw_connection(), sqlite3.connect(target)
+        try:
+            source.driver_connection.backup(copy)  # type: ignore[union-attr]
+        finally:
+            copy.close()
+            source.close()
+
+    def scrub(self, table: str) -> None:
+        """Removes a table's deleted rows from the database's files as well."""
+        if self.lite:
+            self.checkpoint()
             return
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as alone:
             alone.exec_driver_sql(f"VACUUM {table}")

@@ -7,7 +7,6 @@ given; and since it is unique among events, nothing is stored twice.
 
 import json
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -98,7 +97,7 @@ def _open(connection: sa.Connection, labeler: str) -> sa.Row | None:
 def next_task(store: Store, labeler: str) -> Assignment | None:
     """The task that a labeler has open, or a new one; None if nothing is left for them."""
     with store.writing(durable=False) as connection:
-        settings, now = store.settings(connection), time.time()
+        settings, now = store.settings(connection), store.clock.now()
         expires = now + 60 * settings.lease_minutes
         row = _open(connection, labeler)
         if row and row.expires <= now and not _room(connection, settings, row, now):
@@ -107,7 +106,7 @@ def next_task(store: Store, labeler: str) -> Assignment | None:
         if row:
             _set(connection, row.nonce, expires=expires)
         else:
-            chosen = choose(connection, settings, labeler, now)
+            chosen = choose(connection, settings, store.secret(connection), labeler, now)
             if chosen is None:
                 return None
             row = _assign(store, connection, settings, labeler, *chosen, now)
@@ -119,7 +118,7 @@ def _assign(
 ) -> sa.Row:
     """Opens a task for a labeler, with the newest draft that they left when an earlier lease ran out, if any."""
     k = len(store.task(connection, digest)["completions"])
-    shown = json.dumps(shown_order(settings, digest, labeler, purpose, k))
+    shown = json.dumps(shown_order(store.secret(connection), digest, labeler, purpose, k))
     same = {"task": digest, "labeler": labeler, "purpose": purpose, "shown": shown}  # a draft fits this order only
     draft = (
         sa.select(assignments.c.draft)
@@ -171,7 +170,7 @@ def save_draft(store: Store, labeler: str, nonce: str, draft: dict) -> float:
     if len(text) > 12 * TEXT:  # JSON may need twelve characters for one
         raise Refused("the draft is too long", 413)
     with store.writing(durable=False) as connection:
-        row, settings, now = _given(connection, labeler, nonce), store.settings(connection), time.time()
+        row, settings, now = _given(connection, labeler, nonce), store.settings(connection), store.clock.now()
         if row.state != "open":
             raise Refused("this task is no longer open", 409)
         expires = row.expires
@@ -214,7 +213,7 @@ def _finish(
     store: Store, connection: sa.Connection, row: sa.Row, task: Task, answer: Answer, skipped: str | None
 ) -> int:
     """Stores the event that finishes an assignment; its number."""
-    settings, now, shown = store.settings(connection), time.time(), json.loads(row.shown)
+    settings, now, shown = store.settings(connection), store.clock.now(), json.loads(row.shown)
 
     def in_task_order(values: list | None) -> list | None:
         return [values[shown.index(i)] for i in range(len(shown))] if values else values
@@ -249,7 +248,7 @@ def _finish(
         "skip" if skipped else task["kind"],
         labeler=row.labeler,
         nonce=row.nonce,
-        seconds=min(answer.seconds, round(now - row.opened, 1)),  # never more than our own clock says
+        seconds=max(0.0, min(answer.seconds, round(now - row.opened, 1))),  # never more than our own clock says
         opened=round(row.opened, 3),
         guidelines=settings.guidelines_digest,
         **content,
@@ -276,7 +275,8 @@ def undo(store: Store, labeler: str, event: int | None = None) -> bool:
         for key in ("ranks", "ratings", "flags"):
             draft[key] = [content[key][i] for i in shown] if content[key] else None
         _set(connection, row.nonce, state="undone")
-        expires = time.time() + 60 * store.settings(connection).lease_minutes + 1  # later than any open assignment
+        # Later than any open assignment.
+        expires = store.clock.now() + 60 * store.settings(connection).lease_minutes + 1
         reopened = {
             "nonce": secrets.token_urlsafe(16),
             "state": "open",

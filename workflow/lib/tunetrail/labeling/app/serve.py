@@ -6,10 +6,12 @@ import ipaddress
 import re
 import socket
 import sys
+from collections.abc import Iterable, Sequence
 
 import uvicorn
 
 from tunetrail.errors import ConfigError
+from tunetrail.labeling.app.requests import Impatient, Names
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import QualityValues, application
 
@@ -48,12 +50,27 @@ def listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None, quality: QualityValues) -> int:
+def names_of(host: str, proxied: Iterable[str]) -> Names:
+    """The names under which the page may be asked for, besides addresses: this machine's, and those of a proxy."""
+    own = (host, "localhost", socket.gethostname(), _this_machine())
+    return Names(frozenset(map(str.lower, own)), frozenset(map(str.lower, proxied)))
+
+
+def serve(
+    store: Store,
+    host: str,
+    port: int,
+    prefix: str,
+    proxy: str | None,
+    quality: QualityValues,
+    names: Sequence[str] = (),
+) -> int:
     """Serves until it is interrupted; the exit code.
 
     Args:
         proxy: comma-separated addresses whose X-Forwarded-For and X-Forwarded-Proto are trusted; None: no address.
         quality: see `application`.
+        names: under which a proxy serves the page.
     """
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
@@ -82,7 +99,8 @@ def serve(store: Store, host: str, port: int, prefix: str, proxy: str | None, qu
         flush=True,
     )
     config = uvicorn.Config(
-        application(store, prefix, quality),
+        application(store, prefix, quality, names_of(host, names)),
+        http=Impatient,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -5,17 +5,21 @@ these tasks for the queue; `Store.fault` compares it with the event.
 """
 
 import json
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import sqlalchemy as sa
 
 from tunetrail import __version__
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.labeling.app.database import Database, events, labelers, notes, places, tasks
+from tunetrail.files import sync
+from tunetrail.labeling.app.clock import Clock
+from tunetrail.labeling.app.database import Database, assignments, events, labelers, notes, places, tasks
 from tunetrail.labeling.app.events import Event
 from tunetrail.labeling.labels import Label
 from tunetrail.labeling.tasks import Task, checked_task
@@ -24,6 +28,8 @@ from tunetrail.provenance.manifest import canonical, sha256_bytes
 START = "0" * 64
 """What the first event is chained to."""
 NO_TASKS = sha256_bytes(canonical([]))
+SECRET = "secret"
+"""The note that holds the store's secret."""
 RUN = "run"
 """The note in a store that says which run's tasks it holds."""
 
@@ -43,15 +49,13 @@ class Settings:
     training: int = 0
     """How many gold tasks come first, with feedback."""
     gold_every: int = 10
-    """How many other tasks come before each gold task; 0: no gold tasks."""
+    """One gold task comes at a secret place among so many others; 0: no gold tasks."""
     repeat_every: int = 20
-    """How many other tasks come before each task that is repeated; 0: no repeats."""
+    """One earlier task is repeated at a secret place among so many others; 0: no repeats."""
     ratings: bool = True
     """Offer a rating from 1 to 7 as well; it stays optional."""
     guidelines: str = ""
     """Markdown."""
-    seed: int = 0
-    """Of the order in which completions are shown."""
 
     def __post_init__(self) -> None:
         for name, low in {
@@ -141,6 +145,9 @@ class Store:
     def __init__(self, store: str, create: bool = True):
         self.database = Database(store, create)
         self.reading, self.writing = self.database.reading, self.database.writing
+        with self.reading() as connection:
+            latest = connection.execute(sa.select(sa.func.max(assignments.c.opened))).scalar() or 0.0
+            self.clock = Clock(max(self.database.time(connection), latest))
 
     # The chain
 
@@ -204,6 +211,29 @@ class Store:
                 return f"task {bad.id} is gold where it was published as none, or the other way round"
         return None
 
+    def backup(self, target: Path) -> str:
+        """Copies the whole store into a new file, checks the copy, and returns the digest of its last event.
+
+        Raises ConfigError where there is a file already, and DataError where the copy, and so the store, is not intact.
+        """
+        if target.exists():
+            raise ConfigError(f"{target}: is there already; name a new file")
+        pending = target.with_name(f".{target.name}.new")
+        pending.unlink(missing_ok=True)
+        try:
+            self.database.copy_to(pending)
+            copy = Store(str(pending), create=False)
+            fault, head = copy.fault(), copy.head()
+            copy.database.engine.dispose()
+            if fault:
+                raise DataError(f"{self.database.shown}: {fault}; this is no store to keep a copy of")
+            sync(pending)
+            pending.rename(target)
+            sync(target.parent)
+        finally:
+            pending.unlink(missing_ok=True)
+        return head
+
     # Tasks
 
     def publish(self, rows: Sequence[Any], settings: dict | None = None) -> None:
@@ -251,7 +281,21 @@ class Store:
 
     def settings(self, connection: sa.Connection) -> Settings:
         published = self._published(connection)
-        return Settings(**published["settings"]) if published else Settings()
+        # Earlier versions published a seed too.
+        given = published["settings"] if published else {}
+        return Settings(**{name: value for name, value in given.items() if name in Settings.names()})
+
+    @staticmethod
+    def secret(connection: sa.Connection) -> str:
+        """What the places of gold tasks and repeats and the shown orders are drawn from; made in a writing transaction.
+
+        It never leaves the store: whoever knew it could tell gold tasks and repeats from others.
+        """
+        kept = connection.execute(sa.select(notes.c.value).where(notes.c.key == SECRET)).scalar()
+        if kept is None:
+            kept = secrets.token_hex(32)
+            connection.execute(notes.insert().values(key=SECRET, value=kept))
+        return kept
 
     def task(self, connection: sa.Connection, digest: str) -> Task:
         return json.loads(connection.execute(sa.select(tasks.c.content).where(tasks.c.digest == digest)).scalar_one())

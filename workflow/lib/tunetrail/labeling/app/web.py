@@ -8,9 +8,11 @@ Pages never contain the name of a model or an output's position in the task: out
 are shown, and the nonce of the assignment is all that a page knows about its task.
 """
 
+import asyncio
+import contextlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tunetrail import __version__
 from tunetrail.labeling.app import access, queue
 from tunetrail.labeling.app.answers import COMMENT, FLAGS, REASONS, TEXT, Refused
+from tunetrail.labeling.app.requests import Names, OwnNames, read_object
 from tunetrail.labeling.app.store import Settings, Store
 
 HERE = Path(__file__).parent
 COOKIE = "tunetrail_label"
 QualityValues = Callable[[Store], dict[str, Any]]
 """Store -> the values of the template of the quality page."""
+CHECKPOINT_SECONDS = 300
+"""How often what was stored goes from SQLite's write-ahead log into the file, which people copy."""
 LETTERS = "ABCDEFGHI"
 """Names of outputs on a page, in the order shown."""
-LARGEST = 256 * 1024
-"""The most bytes in a request's body."""
+WRONG_SECONDS = 1.0
+"""How long an address that sent too many wrong links waits for each answer."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -83,26 +88,6 @@ class Frame:
         await self.app(scope, receive, framed)
 
 
-def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-async def _body(request: Request) -> dict:
-    """The JSON object that was sent. Raises Refused."""
-    content = b""
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > LARGEST:
-            raise Refused(f"the request is larger than {LARGEST // 1024} KiB", 413)
-    try:
-        sent = json.loads(content, parse_constant=_not_json)
-    except (ValueError, RecursionError):
-        sent = None
-    if request.headers.get("content-type", "").partition(";")[0] != "application/json" or not isinstance(sent, dict):
-        raise Refused("not a JSON object", 400)
-    return sent
-
-
 def _field(sent: dict, name: str, kind: type, default: Any = None) -> Any:
     value = sent.get(name, default)
     if type(value) is not kind:
@@ -120,7 +105,7 @@ class Pages:
     def __init__(self, store: Store, prefix: str, quality: QualityValues):
         self.store, self.prefix, self.measure_quality = store, prefix, quality
         self.requests = access.Rate(per_minute=300, burst=120)
-        self.entries = access.Rate(per_minute=30, burst=60)  # through a tunnel everyone has the same address
+        self.wrong = access.Rate(per_minute=30, burst=60)  # through a tunnel everyone has the same address
         self.templates = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -166,11 +151,13 @@ class Pages:
         return self.page("enter.html.j2", request)
 
     async def enter(self, request: Request) -> Response:
-        if not self.entries.allows(request.client.host if request.client else ""):
-            raise Refused("too many attempts; wait a minute", 429)
-        token = _field(await _body(request), "token", str)
+        token = _field(await read_object(request), "token", str)
         cookie = await run_in_threadpool(access.enter, self.store, token.strip())
         if cookie is None:
+            # Only after the look: whoever has a right link gets in, whatever others send from the same address.
+            if not self.wrong.allows(request.client.host if request.client else ""):
+                await asyncio.sleep(WRONG_SECONDS)
+                raise Refused("too many attempts; wait a minute", 429)
             raise Refused("this token is not known; ask for a new link", 401)
         reply = JSONResponse({"next": f"{self.prefix}/"})
         reply.set_cookie(
@@ -245,26 +232,26 @@ class Pages:
     # Actions
 
     async def draft(self, request: Request) -> Response:
-        sent = await _body(request)
+        sent = await read_object(request)
         nonce, draft = _field(sent, "nonce", str), _field(sent, "draft", dict)
         expires = await run_in_threadpool(queue.save_draft, self.store, request.state.session.pseudonym, nonce, draft)
         return JSONResponse({"expires": expires})
 
     async def submit(self, request: Request) -> Response:
-        sent = await _body(request)
+        sent = await read_object(request)
         nonce, answer = _field(sent, "nonce", str), _field(sent, "answer", dict)
         stored = await run_in_threadpool(queue.submit, self.store, request.state.session.pseudonym, nonce, answer)
         page = f"feedback?event={stored.event}" if stored.training else f"task?stored={stored.event}"
         return JSONResponse({"event": stored.event, "next": f"{self.prefix}/{page}"})
 
     async def skip(self, request: Request) -> Response:
-        sent = await _body(request)
+        sent = await read_object(request)
         nonce, reason = _field(sent, "nonce", str), _field(sent, "skip", dict)
         event = await run_in_threadpool(queue.skip, self.store, request.state.session.pseudonym, nonce, reason)
         return JSONResponse({"event": event, "next": f"{self.prefix}/task?stored={event}"})
 
     async def undo(self, request: Request) -> Response:
-        event = (await _body(request)).get("event")
+        event = (await read_object(request)).get("event")
         if event is not None and not (type(event) is int and 0 < event < 2**31):
             raise Refused("'event' is not the number of an event", 400)
         if not await run_in_threadpool(queue.undo, self.store, request.state.session.pseudonym, event):
@@ -286,12 +273,21 @@ class Pages:
         return JSONResponse({"error": message}, 500, HEADERS | {"cache-control": "no-store"})
 
 
-def application(store: Store, prefix: str = "", quality: QualityValues = _not_available) -> Starlette:
+async def _checkpoint_regularly(store: Store) -> None:
+    while True:
+        await asyncio.sleep(CHECKPOINT_SECONDS)
+        await run_in_threadpool(store.database.checkpoint)
+
+
+def application(
+    store: Store, prefix: str = "", quality: QualityValues = _not_available, names: Names | None = None
+) -> Starlette:
     """The pages as an ASGI application.
 
     Args:
         prefix: the path under which they are served, such as /labels; '' for none.
         quality: computes what the quality page shows, each time an admin asks for it.
+        names: host names under which the page may be asked for; None: any.
     """
     pages = Pages(store, prefix, quality)
     guarded = pages.guarded
@@ -307,4 +303,17 @@ def application(store: Store, prefix: str = "", quality: QualityValues = _not_av
         Mount("/static", StaticFiles(directory=HERE / "static")),
     ]
     handlers: Any = {Refused: pages.refused, 404: pages.missing, 405: pages.missing, 500: pages.fault}
-    return Starlette(routes=routes, middleware=[Middleware(Frame, prefix=prefix)], exception_handlers=handlers)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        checkpoints = asyncio.create_task(_checkpoint_regularly(store))
+        yield
+        checkpoints.cancel()
+        await run_in_threadpool(store.database.checkpoint)
+
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Frame, prefix=prefix), Middleware(OwnNames, names=names)],
+        exception_handlers=handlers,
+        lifespan=lifespan,
+    )
