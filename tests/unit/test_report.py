@@ -668,7 +668,7 @@ def test_verdict_follows_from_the_intervals(text):
     assert (
         "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710"
         ", gold score +0.4 [−1.3, +2.1]; "
-        "96 prompts show differences of 12% or more; "
+        "96 prompts would show differences of 12% or more; "
         "decoded greedily 49% [41, 57], corrected p 0.710, gold score −0.2 [−1.9, +1.5]." in seen
     )
     assert "Labels are simulated" in seen
@@ -743,7 +743,7 @@ def test_base_is_held_to_the_correction_too():
 def test_a_gain_is_ruled_out_by_the_interval_of_the_gold_difference_and_not_by_an_unclear_test(half, ruled_out):
     pair = pair_of("ppo", "sft", 0.46, 0.61, 0.4, difference=interval(0.3, half))
     found = run_of(["sft", "ppo"], "sft", [pair], reward={"sft": interval(0.0, 0.1), "ppo": interval(1.0, 0.1)})
-    said = "The reward model scores ppo above sft, intervals apart: a gain that the gold scorer rules out."
+    said = "The reward model scores ppo above sft with disjoint intervals, a gain that the gold scorer rules out."
     assert (said in sentences(found)) == ruled_out
     assert found.match_of(found.model("ppo"))["difference"]["mean"] == 0.3
 
@@ -922,8 +922,8 @@ def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
     lacking = Artifact("evaluation.d", Path("e"), "", "", {"not_measured": {"scorers": ["chrf"], "prompts": 7}}, None)
     run = Run("r", artifacts, {}, [], False, [Model("d", "p0", lacking, [], [], [])])
     said = [text for text, _ in banners([run])]
-    assert said[0].startswith("Too few optimizer steps to learn in (fewer than 10): d 1, p 4.")
-    assert said[1] == "Not measured: chrf, since 7 evaluation prompts have no author's text to compare with."
+    assert said[0].startswith("Too few optimizer steps to learn from (fewer than 10): d 1, p 4.")
+    assert said[1] == "Not measured: chrf, since 7 evaluation prompts have no reference answer to compare with."
 
 
 @pytest.mark.parametrize("ptx", [0.0, 0.5])
@@ -981,7 +981,7 @@ def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
     page = words((folder / "report.html").read_text())
     assert code == 0
     assert "The base model has random weights" in page
-    assert "Nothing records how these came to be: data." in page
+    assert "There is no record of how these were made: data." in page
     assert "no record" in page
     for name in FIGURES:
         assert numbers.NOT_MEASURED in (folder / "figures" / f"{name}.svg").read_text()
@@ -995,7 +995,7 @@ def test_a_changed_parent_makes_its_children_stale(tmp_path, draw_only):
     (data / "manifest.json").write_bytes(canonical({"schema": 1, "stage": "data", "tokenizer": "t" * 64} | build(data)))
     page = words((fixture.report()[1] / "report.html").read_text())
     assert re.search(r"Made from inputs that have changed since: sft, .*reward", page)
-    assert "The record does not belong to the files it lies beside: data." in page
+    assert "The record does not match the files in its folder: data." in page
 
 
 def test_the_audit_is_on_the_page(made, text):

@@ -99,7 +99,7 @@ def test_own_preferences_and_collected_ones_train_together_and_the_test_set_stay
 
     page = (results / "report/report.html").read_text(encoding="utf-8")
     assert "What each row is used for" in page
-    assert "Too few optimizer steps to learn in" in page
+    assert "Too few optimizer steps to learn from" in page
 
 
 def test_the_plan_says_who_reads_what_before_anything_runs(own):

@@ -1,5 +1,5 @@
-"""The three slides of the course: what one sentence does to the next token, what pairs of responses do, and what each
-way of fine-tuning learns and forgets. Drawn where a run compares ways of fine-tuning (`methods`)."""
+"""The three slides of the course: how training on text changes next-token probabilities, how training on pairs changes
+log-probs, and what each method of fine-tuning learns and forgets. They are drawn if a run has the stage `methods`."""
 
 import json
 from typing import Any
@@ -27,9 +27,9 @@ PALETTE = [COLOURS[f"p{i}"] for i in range(POLICY_COLOURS)]
 
 
 def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
-    """The positions of the probe sentence that begin its third word, its fourth, …, with what stands before each.
+    """The positions at which the third word of the probe sentence starts, the fourth, …, with the text before each.
 
-    Returns rows of `evaluation.probes.shift` from base to the first model trained on it, with "context".
+    Returns rows of `evaluation.probes.shift` from base to the first model trained from it, with "context".
     """
     pair = next(iter(run.shifts), None)
     model = pair and run.model(pair["after"])
@@ -37,9 +37,9 @@ def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
         return []
     tokens = [position["token"] for position in model.sentence]
     words = [i for i, token in enumerate(tokens) if i and token[:1].isspace()]
-    wanted = words[1 : 1 + count]
+    chosen = words[1 : 1 + count]
     return [
-        row | {"context": "".join(tokens[: row["position"]])} for row in pair["positions"] if row["position"] in wanted
+        row | {"context": "".join(tokens[: row["position"]])} for row in pair["positions"] if row["position"] in chosen
     ]
 
 
@@ -96,7 +96,7 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
             {"step": row["step"], "logp": row[f"logps/{key}"], "line": words, "colour": colour}
             for key, words, colour in (("chosen", "preferred", PALETTE[2]), ("rejected", "dispreferred", PALETTE[1]))
             for row in artifact.history
-            if f"logps/{key}" in row  # a batch of KTO may hold one sort alone
+            if f"logps/{key}" in row  # a batch of KTO may have only liked or only disliked responses
         ]
         last = max(row["step"] for row in rows)
         base = alt.Chart(inline_data(rows)).encode(
@@ -106,7 +106,7 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
             detail="line:N",
         )
         layers = [base.mark_line(strokeWidth=2), base.mark_point(filled=True, size=22, opacity=1)]
-        for words, dy in (("preferred", -12), ("dispreferred", 14)):  # a rising line leaves room above, a falling below
+        for words, dy in (("preferred", -12), ("dispreferred", 14)):  # above a rising line, below a falling one
             end = base.transform_filter((alt.datum.step == last) & (alt.datum.line == words))
             layers.append(end.mark_text(align="right", dy=dy, fontSize=11).encode(text="line:N"))
         chart = alt.layer(*layers, panel_title(name))
@@ -115,15 +115,15 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def methods(runs: Runs, narrow: bool) -> Spec | None:
-    """Each method's path: the loss on what it is trained on, falling to the right, and what it forgot on the way."""
+    """Each method's path: its training loss, which falls to the right, against what it forgot along the way."""
     rows: list[dict] = []
     for run in runs:
-        for i, (name, found) in enumerate(((run.metrics("methods") or {}).get("methods") or {}).items()):
-            shown = name if len(runs) == 1 else f"{run.name}-{name}"
-            last = found["points"][-1]["step"]
+        for i, (name, method) in enumerate(((run.metrics("methods") or {}).get("methods") or {}).items()):
+            line = name if len(runs) == 1 else f"{run.name}-{name}"
+            last = method["points"][-1]["step"]
             rows += [
-                point | {"line": shown, "colour": PALETTE[i % len(PALETTE)], "last": point["step"] == last}
-                for point in found["points"]
+                point | {"line": line, "colour": PALETTE[i % len(PALETTE)], "last": point["step"] == last}
+                for point in method["points"]
             ]
     if not rows:
         return None
@@ -154,15 +154,15 @@ def methods(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def method_rows(run: Run) -> list[dict[str, Any]]:
-    """The table of methods: each with its losses and, from the record of the attempt that trained it, what it took."""
+    """The table of methods: their losses and, from the record of the attempt that trained each, its time and memory."""
     artifact = run.artifacts.get("methods")
     if artifact is None:
         return []
     measured: dict[str, dict] = {}
     for attempt in artifact.attempts:
         measured |= attempt.get("measurements") or {}
-    nothing = {"seconds_per_step": None, "peak_bytes": None}
+    unknown = {"seconds_per_step": None, "peak_bytes": None}
     return [
-        {"name": name} | found | (measured.get(name) or nothing)
-        for name, found in (artifact.metrics.get("methods") or {}).items()
+        {"name": name} | method | (measured.get(name) or unknown)
+        for name, method in (artifact.metrics.get("methods") or {}).items()
     ]
