@@ -474,7 +474,7 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
     assert "2.853 [2.743, 2.963]" in seen  # sft's held-out loss
     assert "135 M" in seen
     for prompts, largest in (("of the 96", "43.8%"), ("of the 48", "31.2%")):
-        assert f"5 over 50% left out; {prompts} that remain the mean is 2.1%, the largest {largest}" in seen
+        assert f"5 over 50% were left out; of the remaining {prompts} the mean is 2.1%, the largest {largest}" in seen
 
 
 def numbers_in(value):
@@ -815,7 +815,7 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     runs = together([gather(made[0], "first"), gather(other, "second")])
     page = words(render(runs, dict.fromkeys(FIGURES, ("", "")), None, 3))
     assert (
-        "Not comparable, since the sentence has other tokens there: second-base, second-sft, second-dpo, second-ppo, "
+        "Not comparable, since these models split the sentence into other tokens: second-base, second-sft, second-dpo, second-ppo, "
         "second-best-of-4." in page
     )
     found = positions(runs)

@@ -80,7 +80,7 @@ def test_models_from_elsewhere_feed_everything_after_them(project: Project):
     assert torch.equal(exported.score.weight, own.score.weight)
 
     page = (results / "report/report.html").read_text(encoding="utf-8")
-    assert "0 by its bias" not in page
+    assert "made 0 by its bias" not in page
     command = [sys.executable, "-m", "tunetrail", "audit", "verify", "--recursive", "results/own"]
     said = subprocess.run(command, cwd=project.folder, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout + said.stderr

@@ -98,7 +98,7 @@ def test_own_preferences_and_collected_ones_train_together_and_the_test_set_stay
     assert metrics("policies/dpo")["pairs"] >= sum(row["rankings"][0]["labeler"] == "recorded" for row in trained)
 
     page = (results / "report/report.html").read_text(encoding="utf-8")
-    assert "What each row is used for" in page
+    assert "How rows are used" in page
     assert "Too few optimizer steps to learn from" in page
 
 
