@@ -815,8 +815,8 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     runs = together([gather(made[0], "first"), gather(other, "second")])
     page = words(render(runs, dict.fromkeys(FIGURES, ("", "")), None, 3))
     assert (
-        "Not comparable, since these models split the sentence into other tokens: second-base, second-sft, second-dpo, second-ppo, "
-        "second-best-of-4." in page
+        "Not comparable, since these models split the sentence into other tokens: second-base, second-sft, second-dpo, "
+        "second-ppo, second-best-of-4." in page
     )
     found = positions(runs)
     assert len(found) == len(SENTENCE)

@@ -34,6 +34,7 @@ COLOURS = {
 }
 INK, MUTED, LINE, PAPER, SHADE = "#22272b", "#66707a", "#dfe3e7", "#ffffff", "#e69f00"
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
+BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
 PLOT = {False: 500, True: 140}
 """Width of a plot in pixels, by `narrow` (a phone)."""
 
@@ -249,6 +250,41 @@ def visible(token: str) -> str:
     """
     token = token.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token)
+
+
+def token_bars(
+    tokens: list[dict], own: str, title: str, *, width: int, bar: int, size: float, names: dict, axis: dict
+) -> Chart:
+    """A panel with two bars per token: its probability before training (grey) and after (blue).
+
+    Args:
+        tokens: from one position of `evaluation.probes.shift`, the topmost first; an unknown probability has no bar.
+        own: the sentence's own token, marked by an arrow.
+        width, bar: of the panel, and the height of a bar, in pixels.
+        size: of the title.
+        names, axis: options of the axes of tokens and of probabilities.
+    """
+    labels = [f"{'→ ' if token['token'] == own else ''}{visible(token['token'])}" for token in tokens]
+    rows = [
+        {"place": i, "token": labels[i], "when": when, "prob": token[when], "colour": colour}
+        for i, token in enumerate(tokens)
+        for when, colour in (("before", BEFORE), ("after", AFTER))
+        if token[when] is not None
+    ]
+    name_axis = alt.Axis(
+        title=None, grid=False, labelColor=INK, labelExpr=f"{json.dumps(labels)}[datum.value]", **names
+    )
+    chart = (
+        alt.Chart(inline_data(rows))
+        .mark_bar(height=bar)
+        .encode(
+            y=alt.Y("place:O", axis=name_axis),
+            yOffset=alt.YOffset("when:N", sort=["before", "after"]),
+            x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", **axis)),
+            color=own_colour(),
+        )
+    )
+    return alt.layer(chart, panel_title(title, size)).properties(width=width, height=alt.Step(bar + 3))
 
 
 def preferences(runs: Runs, narrow: bool) -> Spec | None:

@@ -1,7 +1,6 @@
 """The three slides of the course: how training on text changes next-token probabilities, how training on pairs changes
 log-probs, and what each method of fine-tuning learns and forgets. They are drawn if a run has the stage `methods`."""
 
-import json
 from typing import Any
 
 import altair as alt
@@ -9,7 +8,6 @@ import altair as alt
 from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.charts import (
     COLOURS,
-    INK,
     MUTED,
     Runs,
     Spec,
@@ -18,10 +16,9 @@ from tunetrail.reporting.charts import (
     own_colour,
     panel_title,
     side_by_side,
-    visible,
+    token_bars,
 )
 from tunetrail.reporting.collect import POLICY_COLOURS, Artifact, Run
-from tunetrail.reporting.evaluation_charts import AFTER, BEFORE
 
 PALETTE = [COLOURS[f"p{i}"] for i in range(POLICY_COLOURS)]
 
@@ -44,38 +41,24 @@ def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
 
 
 def next_tokens(runs: Runs, narrow: bool, top: int = 5) -> Spec | None:
-    """At two positions of the sentence the likeliest next tokens before training (grey) and after (blue)."""
+    """The likeliest next tokens at two positions of the sentence, before and after training."""
     panels = []
     for row in contexts(runs[0]):
-        # The sentence's own token is shown even where it is not among the likeliest.
-        own = {"token": row["token"], "before": row["before"], "after": row["after"], "own": True}
+        # The sentence's own token is shown even if it is not among the likeliest.
+        own = {key: row[key] for key in ("token", "before", "after")}
         others = [t for t in likeliest(row["tokens"]) if t["token"] != row["token"]]
-        shown = likeliest([own, *others[: top - 1]])
-        bars = [
-            {
-                "place": place,
-                "token": f"{'→ ' if 'own' in t else ''}{visible(t['token'])}",
-                "when": when,
-                "prob": t[when] or 0,
-                "colour": BEFORE if when == "before" else AFTER,
-            }
-            for place, t in enumerate(shown)
-            for when in ("before", "after")
-        ]
-        names = json.dumps([bar["token"] for bar in bars[::2]])
-        labels = alt.Axis(title=None, grid=False, labelFontSize=12, labelColor=INK, labelExpr=f"{names}[datum.value]")
-        bar = (
-            alt.Chart(inline_data(bars))
-            .mark_bar(height=9)
-            .encode(
-                y=alt.Y("place:O", axis=labels),
-                yOffset=alt.YOffset("when:N", sort=["before", "after"]),
-                x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", tickCount=5)),
-                color=own_colour(),
+        panels.append(
+            token_bars(
+                likeliest([own, *others[: top - 1]]),
+                row["token"],
+                f"{row['context']} …",
+                width=230 if narrow else 300,
+                bar=9,
+                size=12,
+                names={"labelFontSize": 12},
+                axis={"tickCount": 5},
             )
         )
-        title = panel_title(f"{row['context']} …")
-        panels.append(alt.layer(bar, title).properties(width=230 if narrow else 300, height=alt.Step(13)))
     return side_by_side(panels, narrow) if panels else None
 
 

@@ -4,7 +4,6 @@ Each takes the content of a metrics file and returns a spec, or None if nothing 
 name to the name of its colour (`reporting.collect.Model.series`); `narrow` is for a phone.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,13 +26,13 @@ from tunetrail.reporting.charts import (
     own_colour,
     panel_title,
     side_by_side,
+    token_bars,
     visible,
     wrap,
 )
 from tunetrail.reporting.numbers import interval, number, percent, percent_interval
 
 Series = Mapping[str, str]
-BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
 ACROSS = {False: 4, True: 1}
 """How many positions of a sentence are side by side, by `narrow`."""
 
@@ -245,49 +244,27 @@ def preference_shift(changes: list[dict], series: Series, narrow: bool) -> Spec 
 
 
 def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
-    """For each position of the sentence the likeliest next tokens before (grey) and after (blue), bars side by side;
-    what rose most on top. The token that is there is marked by an arrow."""
+    """The likeliest next tokens at each position of the sentence, before and after training; those that gained most
+    are on top."""
     positions = (pair or {}).get("positions") or []
     panels, across = [], ACROSS[narrow]
-    for place, position in enumerate(positions):
+    for i, position in enumerate(positions):
         tokens = likeliest(position["tokens"], top)
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
-        rows = [
-            {
-                "place": i,
-                "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}",
-                "when": when,
-                "prob": t[when],
-            }
-            for i, t in enumerate(tokens)
-            for when in ("before", "after")
-            if t[when] is not None
-        ]
-        labels = {row["place"]: row["token"] for row in rows}
-        expression = f"{json.dumps(list(labels.values()))}[datum.value]"
-        axis = alt.Axis(title=None, grid=False, labelExpr=expression, labelFontSize=10, labelColor=INK, labelLimit=80)
-        chart = (
-            alt.Chart(inline_data(rows))
-            .mark_bar(height=5)
-            .encode(
-                y=alt.Y("place:O", axis=axis),
-                yOffset=alt.YOffset("when:N", sort=["before", "after"]),
-                x=alt.X(
-                    "prob:Q",
-                    scale=alt.Scale(domain=[0, 1]),
-                    axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1], labels=place >= len(positions) - across),
-                ),
-                color=alt.Color(
-                    "when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])
-                ),
+        panels.append(
+            token_bars(
+                tokens,
+                position["token"],
+                f"{position['position']}. {visible(position['token'])}",
+                width=200 if narrow else 92,
+                bar=5,
+                size=10,
+                names={"labelFontSize": 10, "labelLimit": 80},
+                axis={"values": [0, 0.5, 1], "labels": i >= len(positions) - across},
             )
         )
-        title = f"{position['position']}. {visible(position['token'])}"
-        panels.append(
-            alt.layer(chart, panel_title(title, 10)).properties(width=200 if narrow else 92, height=alt.Step(8))
-        )
-    rows_of = [panels[i : i + across] for i in range(0, len(panels), across)]
-    return grid(rows_of, across=8, down=12) if panels else None
+    rows_of_panels = [panels[i : i + across] for i in range(0, len(panels), across)]
+    return grid(rows_of_panels, across=8, down=12) if panels else None
 
 
 # ----------------------------------------------------------------------------- reward model and data
