@@ -129,7 +129,7 @@ def test_two_heads_at_once(project, expected):
     second = project.start("--until", "sft")
     assert project.wait(second) == 75
     assert re.search(
-        r"^another snakemake works on this run: state/tiny/head: in use by process", project.said(), re.MULTILINE
+        r"^another snakemake is working on this run: state/tiny/head: in use by process", project.said(), re.MULTILINE
     )
     ends_well(project, first, expected, attempts=1)
     assert len(project.jobs()) == 1

@@ -117,7 +117,7 @@ def test_one_head_works_on_a_run(outer):
     with hold(outer.folder / PREFIX / "state/tiny/head", give_up=lambda: True, say=print):
         reply = outer.snakemake("own")
     assert reply.returncode == 75
-    assert "another snakemake works on this run" in reply.stderr
+    assert "another snakemake is working on this run" in reply.stderr
     assert "outer starts" not in reply.stderr
     assert not (outer.folder / RUN).exists()
 
@@ -261,7 +261,7 @@ def test_rules_of_another_version_than_the_library_are_refused(outer, repository
     reply = outer.snakemake("own", "--dry-run", **repository)
     assert reply.returncode == 78
     line = reply.stderr.splitlines()[-1]
-    assert "is installed, and the workflow is 9.9.9; install it into this environment: " in line
+    assert "is installed, but the workflow is version 9.9.9; install it into this environment: " in line
     assert line.endswith(f'pip install "git+{REPOSITORY}@v1"')
 
 
