@@ -106,7 +106,7 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
     assert labels["annotations"]["labelers"] == ["simulated-0", "simulated-1"]
 
 
-def test_preferences_of_the_data_stand_beside_what_was_collected(compare):
+def test_preferences_from_the_data_are_added_to_collected_comparisons(compare):
     ranking = {"labeler": "ann", "ranks": [1, 2], "order": [0, 1], "time": None, "scores": None}
     own = [
         make_row(name, split=split, completions=["good", "bad"], ref=None) | {"rankings": [ranking]}

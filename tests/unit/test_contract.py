@@ -146,7 +146,7 @@ def test_an_artifact_lists_its_files_and_records_its_origin(space):
     assert json.loads((space.folder / "out/metrics.json").read_text()) == {"n": 5, "value": None}
 
 
-def test_the_record_says_how_it_came_to_be(space):
+def test_the_record_says_how_the_artifact_was_made(space):
     start = int(time.time())
     assert space.run()[0] == 0
     record = space.record()
@@ -181,7 +181,7 @@ def test_equal_runs_give_equal_manifests(space):
     assert space.manifest.read_bytes() != first
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(space):
+def test_files_have_the_permissions_of_the_umask(space):
     old = os.umask(0o027)
     try:
         space.run()
@@ -240,7 +240,7 @@ def forked(space: Workspace, run: Callable[[Stage], dict], value: int, kill_at: 
         os._exit(code)
 
 
-def test_killed_before_any_change_of_the_disk_it_is_whole_or_absent(space):
+def test_killed_before_any_change_of_the_disk_the_artifact_is_whole_or_absent(space):
     """Every moment that matters, one by one: while working, while publishing, between the renames."""
 
     def run(stage: Stage) -> dict:
@@ -272,7 +272,7 @@ def test_killed_before_any_change_of_the_disk_it_is_whole_or_absent(space):
     assert whole < killed  # some moments did fall between the old artifact and the new
 
 
-def test_sigterm_saves_and_leaves_with_75(space):
+def test_sigterm_saves_and_exits_with_75(space):
     process = space.started(pause=0.05, n=100)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=20)[1]
@@ -287,7 +287,7 @@ def test_sigterm_saves_and_leaves_with_75(space):
     assert space.leftovers() == []
 
 
-def test_the_next_attempt_goes_on_where_the_last_one_stopped(space):
+def test_the_next_attempt_continues_where_the_last_one_stopped(space):
     environment = {"TUNETRAIL_TIME_LIMIT": "0"}
     for step in (1, 2, 3):
         assert space.run(environment=environment)[0] == 75
@@ -313,7 +313,7 @@ def test_a_killed_attempt_is_in_the_record(space):
     ]
 
 
-def test_a_stage_that_does_not_listen_to_sigterm_still_ends_whole(space):
+def test_a_stage_that_ignores_sigterm_still_completes(space):
     process = space.started(pause=0.05, n=10, deaf=True)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
@@ -336,7 +336,7 @@ def clock(monkeypatch) -> Iterator[list[float]]:
 
 
 @pytest.mark.parametrize(("limit", "leaves_after"), [("100", 95), ("50", 45), ("20", 18), ("1", 0.9)])
-def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_after):
+def test_it_leaves_before_the_time_limit(clock, monkeypatch, limit, leaves_after):
     """Five minutes before, or a tenth of a short limit."""
     monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
     stop = Stop()
@@ -350,7 +350,7 @@ def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_aft
 
 
 @pytest.mark.parametrize(("slow_start", "leaves_after"), [(0, 95), (20, 75), (110, 0)])
-def test_a_slow_start_costs_nothing_of_the_margin(clock, monkeypatch, slow_start, leaves_after):
+def test_a_slow_start_does_not_shorten_the_margin(clock, monkeypatch, slow_start, leaves_after):
     """The launcher says when the job ends: five minutes before, however long it took to start the stage."""
     monkeypatch.delenv("TUNETRAIL_TIME_LIMIT", raising=False)
     monkeypatch.setattr(time_limit, "minutes_left", lambda: 100)
@@ -365,7 +365,7 @@ def test_a_slow_start_costs_nothing_of_the_margin(clock, monkeypatch, slow_start
 
 
 @pytest.mark.parametrize(("limit", "end", "leaves_after"), [("20", 100, 18), ("200", 100, 95)])
-def test_the_first_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_after):
+def test_the_earlier_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_after):
     monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
     monkeypatch.setenv("TUNETRAIL_DEADLINE", str(time.time() + 60 * end))
     stop = Stop()
@@ -375,7 +375,7 @@ def test_the_first_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_af
     assert stop.requested()
 
 
-def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(monkeypatch):
+def test_a_signal_during_an_agreement_takes_effect_at_the_next_one(monkeypatch):
     """By all of them alike: the others have not heard of it."""
 
     def agree(value):
@@ -454,7 +454,7 @@ def test_inputs_of_different_tokenizers_are_refused(space):
     assert verify(space.manifest)["tokenizer"] == "t"
 
 
-def test_a_missing_or_broken_config_is_told(space):
+def test_a_missing_or_broken_config_is_reported(space):
     arguments = space.arguments()
     command = [sys.executable, "stage.py", "--config=none.json", *arguments[1:]]
     reply = subprocess.run(command, cwd=space.folder, capture_output=True, text=True, check=False)
@@ -469,7 +469,7 @@ def test_a_missing_or_broken_config_is_told(space):
 # ----------------------------------------------------------------------------- state
 
 
-def test_state_goes_by_config_inputs_and_part(space):
+def test_state_depends_on_config_inputs_and_part(space):
     space.run()
     assert len(first := space.states()) == 1
     space.run()
@@ -497,7 +497,7 @@ def test_a_second_writer_is_kept_out(space):
     assert space.run(pause=0.0)[0] == 0  # the lock of a killed process is no lock
 
 
-def test_checkpoints_go_when_the_artifact_is_there(space):
+def test_checkpoints_are_removed_once_the_artifact_exists(space):
     (space.folder / "stage.py").write_text(
         "import sys\nfrom tunetrail.contract.runner import main\n\ndef run(stage):\n"
         "    for name in ('checkpoint-1', 'tensorboard'):\n        (stage.state / name).mkdir()\n"
@@ -513,7 +513,7 @@ def test_checkpoints_go_when_the_artifact_is_there(space):
     ]
 
 
-def test_half_written_rows_are_cut_off(tmp_path):
+def test_half_written_rows_are_discarded(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a":1}\n{"a":2}\n{"a":')
     assert read_finished_rows(path) == [{"a": 1}, {"a": 2}]
@@ -658,7 +658,7 @@ def test_a_second_writer_with_another_config_is_kept_out_of_the_same_output(spac
     assert json.loads((space.folder / "out/metrics.json").read_text())["value"] is None
 
 
-def test_a_torn_record_of_attempts_stops_nothing(space):
+def test_a_truncated_record_of_attempts_stops_nothing(space):
     space.run(environment={"TUNETRAIL_TIME_LIMIT": "0"})
     record = next(space.folder.glob("state/*/attempts.jsonl"))
     record.write_text(record.read_text() + '{"start": "20')
@@ -675,7 +675,7 @@ def test_a_torn_record_of_attempts_stops_nothing(space):
     ],
 )
 @pytest.mark.parametrize("value", ["soon", "nan", "-5", "inf"])
-def test_what_is_no_number_is_refused(clock, monkeypatch, variable, unit, value):
+def test_metrics_that_are_no_numbers_are_refused(clock, monkeypatch, variable, unit, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError) as error:
         Stop()
@@ -683,13 +683,13 @@ def test_what_is_no_number_is_refused(clock, monkeypatch, variable, unit, value)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": [{"path": "text.txt"}]}', '{"files": 3}'])
-def test_what_is_no_manifest_is_told(space, content):
+def test_a_file_that_is_no_manifest_is_reported(space, content):
     (space.folder / "parent/manifest.json").write_text(content)
     line = "copy: error: parent/manifest.json: is no manifest; delete the folder and run its stage again\n"
     assert space.run() == (65, line)
 
 
-def test_a_file_more_stops_the_stage(space):
+def test_an_extra_file_stops_the_stage(space):
     (space.folder / "parent/model").mkdir()
     (space.folder / "parent/model/chat_template.jinja").write_text("{{ messages }}")
     assert space.run() == (
@@ -699,7 +699,7 @@ def test_a_file_more_stops_the_stage(space):
     )
 
 
-def test_a_file_that_a_stage_forgot_is_a_fault(tmp_path, monkeypatch):
+def test_a_file_that_a_stage_did_not_write_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
         in_process(lambda stage: {"a": len(Path("nowhere").read_text())})
@@ -708,7 +708,7 @@ def test_a_file_that_a_stage_forgot_is_a_fault(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("end", "code", "left"), [(None, 0, False), (Interrupted("later"), 75, False), (DataError("bad"), 65, True)]
 )
-def test_a_process_group_is_ended_unless_others_may_wait_in_it(tmp_path, monkeypatch, end, code, left):
+def test_a_process_group_is_destroyed_unless_others_may_wait_in_it(tmp_path, monkeypatch, end, code, left):
     import torch.distributed as distributed
 
     def run(stage: Stage) -> dict:
@@ -747,7 +747,7 @@ def write_big(stage: Stage) -> dict:
     return {}
 
 
-def test_an_input_replaced_while_a_stage_runs_is_recorded_as_it_was_read(tmp_path, monkeypatch):
+def test_an_input_replaced_while_a_stage_runs_is_recorded_as_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert in_process(write_big) == 0
     Path("out").rename("first")
@@ -761,7 +761,7 @@ def test_an_input_replaced_while_a_stage_runs_is_recorded_as_it_was_read(tmp_pat
     assert read_record(Path("second")).parents["first"]["manifest"] == before
 
 
-def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):
+def test_unchanged_files_are_hashed_once_per_run(tmp_path, monkeypatch):
     import tunetrail.provenance.manifest as module
 
     monkeypatch.chdir(tmp_path)
@@ -779,7 +779,7 @@ def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):
     assert with_input(lambda stage: {}, "fourth") == 65
 
 
-def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypatch):
+def test_an_artifact_published_before_the_kill_is_not_made_again(tmp_path, monkeypatch):
     """Killed while it tidied up: Snakemake takes the manifest away, the checkpoints are gone, the artifact is whole."""
     monkeypatch.chdir(tmp_path)
     runs = []
@@ -806,7 +806,7 @@ def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypa
     assert (len(runs), Path("out/manifest.json").read_bytes()) == (3, manifest)
 
 
-def test_an_edited_file_of_the_users_is_read_again(tmp_path, monkeypatch):
+def test_an_edited_user_file_is_read_again(tmp_path, monkeypatch):
     """Snakemake takes the manifest away before it runs a stage again, as if the stage had been killed at the end."""
     monkeypatch.chdir(tmp_path)
 
@@ -845,7 +845,7 @@ def test_stages_that_train_run_in_several_processes(name, monkeypatch):
     assert told == [{"distributed": name in ("sft", "reward", "dpo", "kto", "ppo")}]
 
 
-def test_a_scorer_of_the_users_own_is_in_the_record_and_must_be_the_one_that_was_planned(space):
+def test_a_users_scorer_is_in_the_record_and_must_not_change_after_planning(space):
     mine = space.folder / "mine.py"
     mine.write_text("def score(*_): return 1\n")
     digest = sha256_file(mine)

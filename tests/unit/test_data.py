@@ -123,7 +123,7 @@ def test_preference_shapes(tmp_path):
     ]
 
 
-def test_transcripts_keep_what_is_said():
+def test_transcripts_keep_their_text():
     turns = parse_transcript("\n\nHuman: Hi: there\n\nsecond paragraph\n\nAssistant: Yes.")
     assert turns == [
         {"role": "user", "content": "Hi: there\n\nsecond paragraph"},

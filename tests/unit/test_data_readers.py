@@ -251,7 +251,7 @@ def test_a_row_without_a_mapped_column_can_be_left_out(file):
     assert invalid == [("d.jsonl:2", message)]
 
 
-def test_a_file_with_only_invalid_rows_is_refused_even_where_they_may_be_left_out(file):
+def test_a_file_with_only_invalid_rows_is_refused_even_if_they_may_be_left_out(file):
     with pytest.raises(DataError) as error:
         rows_of(demonstrations, file([{"prompt": "", "completion": "A"}] * 2), [])
     assert str(error.value).splitlines() == [
@@ -288,7 +288,7 @@ def test_lines_that_are_no_rows_can_be_left_out(file):
     check_sources(DataConfig(demonstrations=[file(bad_lines())], invalid="drop"))
 
 
-def test_the_mistakes_of_all_sources_are_told_together(file):
+def test_the_mistakes_of_all_sources_are_reported_together(file):
     with pytest.raises(DataError) as error:
         check_sources(
             DataConfig(
@@ -512,7 +512,7 @@ MODULES_OF_LATER_STEPS = (
 @pytest.mark.parametrize(
     "module", ["data.readers", "preferences.formats", "preferences.pairs", "preferences.ranks", "preferences.summary"]
 )
-def test_readers_and_rankings_import_nothing_of_later_steps(module):
+def test_readers_and_rankings_import_nothing_from_later_layers(module):
     names = {*PACKAGES_OF_LATER_STEPS, *MODULES_OF_LATER_STEPS}
     code = f"import sys, tunetrail.{module}; print(sorted({names!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

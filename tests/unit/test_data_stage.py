@@ -105,7 +105,7 @@ def test_conversations_do_not_straddle_splits():
     assert [len(splits) for splits in splits_of.values()] == [1] * 60
 
 
-def test_a_shared_system_message_makes_no_near_duplicates():
+def test_a_shared_system_message_does_not_make_near_duplicates():
     system = {"role": "system", "content": " ".join(f"rule{i}" for i in range(200))}
     chats = [
         {"messages": [system, {"role": "user", "content": prompt(i)}, {"role": "assistant", "content": "a"}]}
@@ -114,7 +114,7 @@ def test_a_shared_system_message_makes_no_near_duplicates():
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", chats)], max_prompt_tokens=2000)).code == 0
 
 
-def test_who_wrote_demonstrations_is_in_the_rows_and_the_record():
+def test_the_authors_of_demonstrations_are_in_the_rows_and_the_record():
     rows = [
         {"prompt": prompt(i), "completion": "a"} | ({"labeler": f"human-{i % 2}"} if i % 3 else {}) for i in range(60)
     ]
@@ -211,7 +211,7 @@ def ranked(i: int, labeler: str, ranks: list[int]) -> dict:
     return {"prompt": prompt(i), "completions": ["x", "y"], "ranks": ranks, "labeler": labeler}
 
 
-def test_a_file_for_each_labeler():
+def test_one_file_per_labeler():
     done = Prepared(DataConfig(preferences=[
         file("ann.jsonl", [ranked(i, "ann", [1, 2]) for i in range(60)]),
         file("bob.jsonl", [ranked(i, "bob", [2, 1]) for i in range(60)]),
@@ -223,7 +223,7 @@ def test_a_file_for_each_labeler():
     )
 
 
-def test_a_prompt_is_evaluated_once():
+def test_each_prompt_is_evaluated_once():
     """Else its interval over prompts would be too narrow. A demonstration is the better reference."""
     pairs = [{"prompt": prompt(i), "chosen": f"good {n}", "rejected": "bad"} for i in range(60) for n in range(4)]
     demonstrations = [{"prompt": prompt(i), "completion": "expert"} for i in range(0, 60, 2)]
@@ -259,7 +259,7 @@ def test_preferences_and_demonstrations_of_a_prompt_go_together():
     assert {row["split"] for row in done["comparisons"]} == {"reward", "heldout"}
 
 
-def test_a_weight_is_on_what_is_trained_on_and_in_the_table_of_uses():
+def test_weights_are_on_training_rows_and_in_the_table_of_uses():
     """Splits and what is measured are those of a run without it."""
 
     def prepared(weight: float) -> Prepared:
@@ -300,7 +300,7 @@ def test_a_weight_is_on_what_is_trained_on_and_in_the_table_of_uses():
 RATED = {"feedback": {"reward": 0.4, "rl": 0.2, "evaluation": 0.2, "heldout": 0.2}}
 
 
-def test_feedback_is_split_by_prompt_and_learnt_by_kto_alone():
+def test_feedback_is_split_by_prompt_and_used_only_by_kto():
     """What may be a bad response is nobody's demonstration, reference or training text."""
     people = ("ann.jsonl", "ann", True), ("bob.jsonl", "bob", False)
     config = DataConfig(
@@ -350,7 +350,7 @@ def test_a_rated_response_that_repeats_a_test_prompt_is_a_leak(capfd):
     assert done.card["dropped"] == {"duplicates": 1}
 
 
-def test_too_little_feedback_is_told_of(capfd):
+def test_too_little_feedback_is_reported(capfd):
     rated = [{"prompt": prompt(i), "completion": "a", "label": True} for i in range(2)]
     demonstrations = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
     config = DataConfig(feedback=[file("f.jsonl", rated)], demonstrations=[file("d.jsonl", demonstrations)])
@@ -359,7 +359,7 @@ def test_too_little_feedback_is_told_of(capfd):
     assert "no feedback is left for this split; 2 feedback rows are too few for these shares and limits: " in said
 
 
-def test_too_few_comparisons_are_told_of(capfd):
+def test_too_few_comparisons_are_reported(capfd):
     """Though there are demonstrations enough to fill the split."""
     demonstrations = [{"prompt": prompt(i), "completion": "a"} for i in range(60)]
     pairs = [{"prompt": f"one question of {i}", "chosen": "good", "rejected": "bad"} for i in range(2)]
@@ -404,7 +404,7 @@ def test_every_row_is_accounted_for():
     assert "d.jsonl  demonstrations  left out    too long                      7\n" in said
 
 
-def test_chosen_responses_are_for_sft_only_when_told():
+def test_sft_trains_on_chosen_responses_only_if_asked():
     pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(60)]
     config = DataConfig(preferences=[file("p.jsonl", pairs)])
     shares = {"preferences": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}}
@@ -419,7 +419,7 @@ def test_chosen_responses_are_for_sft_only_when_told():
 # ----------------------------------------------------------------------------- pinned sources
 
 
-def test_data_too_small_to_split_is_used_whole_where_it_is_pinned():
+def test_data_too_small_to_split_can_be_pinned_and_used_completely():
     """One paragraph and two pairs, as a course has them; what nothing reads may be empty."""
     pairs = [{"prompt": prompt(i), "chosen": "yes", "rejected": "no"} for i in range(2)]
     questions = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(3)]
@@ -456,7 +456,7 @@ TRAINED_AND_TESTED = {"demonstrations": {"sft": 0.9, "heldout": 0.1}}
 
 @pytest.mark.parametrize("split", ["sft", None])
 @pytest.mark.parametrize("duplicate", ["prompt", "text"])
-def test_a_duplicate_of_a_test_set_leaves_training_and_not_the_test_set(capfd, split, duplicate):
+def test_a_duplicate_of_a_test_row_is_removed_from_training(capfd, split, duplicate):
     """Whether it is one by its group (here the prompt) or by what it says, and whether its source is pinned or not."""
     tests = [{"prompt": prompt(i), "completion": f"test {i}", "user": f"t{i}"} for i in range(12)]
     train = [{"prompt": prompt(i), "completion": f"train {i}", "user": f"u{i}"} for i in range(8, 60)]
@@ -489,7 +489,7 @@ def test_a_duplicate_of_a_test_set_leaves_training_and_not_the_test_set(capfd, s
     assert (out["source"], out["reason"], out["rows"]) == ("train.jsonl", reason, 4)
 
 
-def test_training_texts_that_hold_a_test_prompt_go_and_the_prompt_stays():
+def test_training_texts_that_contain_a_test_prompt_are_dropped_and_the_prompt_stays():
     """A prompt of one's own split would go instead: then nothing says that the test set is whole."""
     tests = [{"prompt": prompt(i) + " " + " ".join(f"own{i}{k}" for k in range(12)), "completion": "a"}
              for i in range(6)]  # fmt: skip
@@ -514,7 +514,7 @@ def test_training_texts_that_hold_a_test_prompt_go_and_the_prompt_stays():
     assert done.card["contamination"]["max"] == pytest.approx(2 / 12)  # nine words are two of its twelve sequences
 
 
-def test_a_heldout_test_set_is_kept_before_other_evaluation_rows():
+def test_a_heldout_test_set_has_priority_over_other_evaluation_rows():
     rows = [{"prompt": prompt(i), "completion": "a", "user": f"u{i}"} for i in range(40)]
     tests = [{"prompt": prompt(i), "completion": "b", "user": f"t{i}"} for i in range(40)]
     config = DataConfig(
@@ -530,7 +530,7 @@ def test_a_heldout_test_set_is_kept_before_other_evaluation_rows():
     assert len(done["sft"]) + len(done["evaluation"]) == 20
 
 
-def test_prompts_alone_go_where_prompts_are_of_use(capfd):
+def test_bare_prompts_go_only_to_splits_that_use_prompts(capfd):
     prompts = [{"prompt": prompt(i)} for i in range(60)]
     answers = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
     config = DataConfig(
@@ -597,7 +597,7 @@ def test_all_rows_that_are_too_long_are_counted_and_the_first_three_named(capfd,
     assert left_out[0].endswith("; 43 would fit 99%, 44 all")
 
 
-def test_rows_longer_than_the_model_reads_are_refused_whatever_the_limits(capfd):
+def test_rows_longer_than_the_model_can_read_are_refused_whatever_the_limits(capfd):
     """Past its positions a rotary model goes on and gets worse without a word."""
     save_base(positions=70)
     rows = [*ROWS, {"prompt": "p" * 60, "completion": "x" * 9}, {"prompt": "p" * 60, "completion": "x" * 10}]
@@ -633,7 +633,7 @@ def test_a_model_without_chat_template(capfd):
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)], chat=False)).code == 0
 
 
-def test_a_template_that_refuses_a_conversation(capfd):
+def test_a_conversation_that_the_template_refuses(capfd):
     save_base(
         template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ "
         "messages[0].content }}"

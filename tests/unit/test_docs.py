@@ -94,7 +94,7 @@ def fenced(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.partition(KEYS_START)[0], re.DOTALL)
 
 
-def test_every_shape_shown_is_read(tmp_path):
+def test_every_example_row_can_be_read(tmp_path):
     """Each example of a row goes through the readers as it stands."""
     shown = fenced("json")
     assert len(shown) == 10
@@ -111,7 +111,7 @@ def test_every_shape_shown_is_read(tmp_path):
         assert len(list(read(source))) == 1, row
 
 
-def test_the_sweep_shown_has_the_names_shown():
+def test_the_documented_sweep_has_the_documented_names():
     import yaml
 
     (shown,) = (text for text in fenced("yaml") if "beta: [" in text)
@@ -119,7 +119,7 @@ def test_the_sweep_shown_has_the_names_shown():
     assert names == re.findall(r"dpo-beta-[\d.]*\d", shown)
 
 
-def test_every_split_exit_code_and_variable_is_told():
+def test_every_split_exit_code_and_variable_is_documented():
     for split in SPLITS:
         assert f"| `{split}` | " in README
     for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Superseded):
@@ -130,7 +130,7 @@ def test_every_split_exit_code_and_variable_is_told():
     assert "| `TUNETRAIL_CHECKPOINT_MINUTES` | minutes | 10 |" in README
 
 
-def test_every_file_named_exists():
+def test_every_mentioned_file_exists():
     for path in re.findall(r"`((?:config|workflow|profiles)/[\w./-]*)`", README):
         assert (ROOT / path).exists(), path
 

@@ -95,7 +95,7 @@ def metrics(folder, name):
     return json.loads((folder / name / "metrics.json").read_text())
 
 
-def test_kl_is_that_of_the_whole_distributions(folder):
+def test_kl_compares_whole_distributions(folder):
     """Against a sum over the vocabulary at every prefix, at a temperature."""
     model, reference = load_causal_lm(folder / "dpo/model"), load_causal_lm(folder / "base/model")
     examples = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12, 13])]
@@ -137,7 +137,7 @@ def test_kl_has_the_mean_of_other_estimates_and_less_variance(folder):
         assert full.std() < other.std()
 
 
-def test_a_win_rate_is_of_gold_scores_prompt_by_prompt(folder):
+def test_a_win_rate_compares_gold_scores_prompt_by_prompt(folder):
     rows, theirs = (read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in ("dpo", "base"))
     assert [row["id"] for row in rows] == [row["id"] for row in theirs]
     outcome = stats.outcomes([r["gold"] for r in rows], [r["gold"] for r in theirs])
@@ -191,7 +191,7 @@ def evaluator(folder, name, rows):
     )
 
 
-def test_what_needs_the_authors_text_is_named_where_prompts_have_none(folder, caplog):
+def test_scorers_without_reference_answers_are_named(folder, caplog):
     """The rest is measured; the second scorer does not become the one that counts."""
     data = folder / "prompts-only"
     shutil.copytree(folder / "data", data)
@@ -211,7 +211,7 @@ def test_what_needs_the_authors_text_is_named_where_prompts_have_none(folder, ca
     assert metrics(folder, "evaluation/dpo")["not_measured"] is None
 
 
-def test_best_of_n_does_not_choose_among_what_it_is_compared_to(folder):
+def test_best_of_n_does_not_choose_among_its_opponents_samples(folder):
     """Else it could not lose: of 4 samples of a perfect proxy one is the opponent's, and 80% of wins become 87%."""
     rows = read_jsonl(folder / "data/evaluation.jsonl")
 
@@ -246,7 +246,7 @@ def test_best_of_n_has_no_weights_to_probe(folder):
     assert {row["first"] for row in head_to_head["forgetting"]} == {"dpo"}
 
 
-def test_a_kl_that_is_a_bound_has_no_interval_but_what_the_bound_says(folder):
+def test_a_kl_bound_has_no_estimated_interval(folder):
     found = metrics(folder, "evaluation/best")["kl_to_sft"]
     assert found == {
         "mean": stats.best_of_n_kl(3),
@@ -341,12 +341,12 @@ def test_forgetting_is_a_difference_text_by_text(folder):
     assert pairs["dpo", "base"]["adapters"] == ["full", None]
 
 
-def test_a_text_of_ones_own_is_in_the_record(folder):
+def test_the_users_text_is_in_the_record(folder):
     (source,) = read_record(folder / "text").of_role("text")
     assert source["annotations"]["files"] == {"../text.txt": sha256_file(folder / "text.txt")}
 
 
-def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
+def test_preference_shifts_are_measured_pair_by_pair(folder):
     (found,) = [row for row in metrics(folder, "head_to_head")["preferences"] if row["after"] == "dpo"]
     before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
     for name in ("chosen", "rejected"):
@@ -356,7 +356,7 @@ def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
     assert found["margin"]["mean"] > 0  # that is what was trained
 
 
-def test_held_out_accuracy_is_of_the_implicit_reward_over_all_decided_pairs(folder):
+def test_held_out_accuracy_uses_the_implicit_reward_over_all_decided_pairs(folder):
     rows = [r for r in read_jsonl(folder / "comparisons/comparisons.jsonl") if r["split"] == "heldout"]
     decided = [len(decided_pairs(preference_targets(row["rankings"]))) for row in rows]
     before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
@@ -369,7 +369,7 @@ def test_held_out_accuracy_is_of_the_implicit_reward_over_all_decided_pairs(fold
         assert (found["accuracy"]["mean"], found["measure"]) == (pytest.approx(expected), measure)
 
 
-def test_held_out_feedback_is_told_apart_by_the_implicit_reward(folder):
+def test_held_out_feedback_accuracy_uses_the_implicit_reward(folder):
     """Against all pairs of a liked and a disliked response, by plain passes."""
     tokenizer = load_tokenizer(folder / "base/model")
     rows = [r for r in read_jsonl(folder / "data/feedback.jsonl") if r["split"] == "heldout"]
@@ -421,7 +421,7 @@ def test_shift_by_hand():
     ]  # what rose most first; c is among the two likeliest of neither
 
 
-def test_multiple_choice_has_the_answer_once_and_others_answers():
+def test_multiple_choice_has_the_answer_once_among_other_answers():
     import random
 
     examples = [([i], [10 + i]) for i in range(6)] + [([9], [10])]  # two prompts share an answer
@@ -434,7 +434,7 @@ def test_multiple_choice_has_the_answer_once_and_others_answers():
     assert multiple_choice(examples[:3], [1], random.Random(0)) == []
 
 
-def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
+def test_evaluations_of_different_prompts_are_not_compared(folder, capfd, monkeypatch):
     real = Evaluations.rows
 
     def one_prompt_less(evaluations, name):
@@ -487,7 +487,7 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
     assert run(folder, "head_to_head", "plain") == 0
 
 
-def test_a_verdict_that_cannot_be_read_is_no_tie():
+def test_an_unreadable_verdict_is_no_tie():
     verdicts = [["A", "B"], ["B", "A"], [None, "A"], ["A", "A"], ["B", None]]
     answers = [{"verdicts": [[0, 1, *both], [0, 2, None, "A"], [1, 2, "A", "B"]]} for both in verdicts]
     found = verdict_outcomes(["base", "sft", "dpo"], answers)
@@ -496,7 +496,7 @@ def test_a_verdict_that_cannot_be_read_is_no_tie():
     assert found["dpo", "sft"].tolist() == [0] * 5
 
 
-def test_the_right_choice_is_what_the_question_makes_likelier(folder):
+def test_the_model_chooses_the_answer_that_the_question_makes_likelier(folder):
     """By brute force; what is likely whatever was asked does not count."""
     model = load_causal_lm(folder / "base/model").eval()
     prompt, neutral = [5, 6, 7], [9]

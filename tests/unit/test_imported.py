@@ -183,7 +183,7 @@ def test_a_trl_reward_model_is_measured_and_ppo_learns_from_it(run_stage, made, 
     assert len(read_jsonl(output.with_name("history.jsonl"))) == 3
 
 
-def test_without_comparisons_answers_written_for_other_prompts_are_its_test(run_stage, made, caplog):
+def test_without_comparisons_it_is_tested_on_answers_to_other_prompts(run_stage, made, caplog):
     inputs = {"policy": "base", "data": "data"}
     code, error, output = run_stage("reward", {"path": str(made / "trl-reward")}, inputs)
     assert code == 0, error
@@ -198,7 +198,7 @@ def test_without_comparisons_answers_written_for_other_prompts_are_its_test(run_
 # ----------------------------------------------------------------------------- what is refused
 
 
-def test_a_model_that_prefers_the_worse_response_is_refused_with_the_figures(run_stage, made, tmp_path):
+def test_a_model_that_prefers_worse_responses_is_refused_with_the_numbers(run_stage, made, tmp_path):
     folder = copied(made, "trl-reward", tmp_path / "flipped")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.score.weight.data.neg_()
@@ -257,7 +257,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_another_tokenizer_is_one_line_that_says_how_to_fix_it(run_stage, made, tmp_path, stage, name):
+def test_the_error_for_another_tokenizer_is_one_line_with_a_fix(run_stage, made, tmp_path, stage, name):
     change, message = TOKENIZERS[name]
     folder = copied(made, f"trl-{stage}", tmp_path / "other")
     change(folder)
@@ -309,7 +309,7 @@ def test_a_model_that_the_pipeline_would_read_wrongly_is_refused(run_stage, made
     assert not output.exists()
 
 
-def test_a_language_model_is_no_reward_model_and_an_adapter_no_model(run_stage, made, tmp_path):
+def test_language_models_and_adapters_are_refused_as_reward_models(run_stage, made, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     code, error, _ = run_stage("reward", {"path": str(made / "trl-sft")}, REWARD)
@@ -355,7 +355,7 @@ def test_a_folder_that_changed_since_the_run_was_planned_is_refused(run_stage, m
 # ----------------------------------------------------------------------------- the config
 
 
-def test_a_block_with_a_path_is_an_import_and_keeps_the_runs_other_stages(tmp_path):
+def test_a_block_with_a_path_is_an_import_and_changes_no_other_stage(tmp_path):
     (tmp_path / "weights").write_text("1")
     content = changed("reward", {"path": str(tmp_path)}) | {"sft": {"path": str(tmp_path), "licence": "MIT"}}
     for policy in content["policies"].values():

@@ -109,7 +109,7 @@ def saved(phases: list[str]) -> int:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "sharded" not in kind])
-def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder, kind):
+def test_a_stage_killed_at_twenty_random_moments_ends_with_the_same_bytes(folder, kind):
     """Fourteen attempts in a row are killed at work, and six after it, in what is left to do then: to publish."""
     work, rng = work_of(folder, kind), random.Random(1)
     straight, name = f"{kind}-straight", f"{kind}-killed"
@@ -181,7 +181,7 @@ def test_two_processes_equal_one(folder, kind):
         torch.testing.assert_close(weight, others[name], atol=TOLERANCE, rtol=0)
 
 
-def test_a_sharded_policy_is_published_whole_and_merged(folder):
+def test_a_sharded_policy_is_gathered_and_merged_before_publishing(folder):
     """No process has it whole: the stage gathers it to compare with what it wrote."""
     undisturbed(work_of(folder, "ppo-sharded-lora"), processes=2)
     artifact = folder / "ppo-sharded-lora-two"
@@ -196,7 +196,7 @@ def test_a_sharded_policy_is_published_whole_and_merged(folder):
 
 
 @pytest.mark.parametrize("kind", IN_TWO)
-def test_two_processes_of_which_one_is_told_or_killed_end_with_the_same_bytes(folder, kind):
+def test_two_processes_end_with_the_same_bytes_after_one_is_stopped_or_killed(folder, kind):
     """SIGTERM to one of two: both save and leave with 75. Then one after the other is killed."""
     work = work_of(folder, kind)
     expected, rng, name = undisturbed(work, processes=2), random.Random(2), f"{kind}-two-killed"

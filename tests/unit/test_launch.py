@@ -50,7 +50,7 @@ def launch(folder: Path, *command: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_output_goes_to_the_log_and_the_code_is_the_stages(tmp_path):
+def test_output_goes_to_the_log_and_the_exit_code_is_the_stages(tmp_path):
     process = launch(tmp_path, "2")
     assert process.communicate(timeout=60)[1] == "working\n"
     assert process.returncode == 3
@@ -95,7 +95,7 @@ def stand_ins(folder: Path, **scripts: str) -> str:
     ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm has decided
     ("", True, False, True),
 ])  # fmt: skip
-def test_when_a_job_goes_back_into_the_queue(tmp_path, monkeypatch, state, saved, requeued, waits):
+def test_when_a_job_is_requeued(tmp_path, monkeypatch, state, saved, requeued, waits):
     monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue=f"echo {state}", scontrol=f'echo "$@" > {tmp_path}/told'))
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
@@ -112,7 +112,7 @@ def test_a_job_that_slurm_does_not_requeue_ends(tmp_path, monkeypatch, capfd):
     assert "scontrol requeue 42: not allowed" in capfd.readouterr().err
 
 
-def test_progress_is_what_could_be_gone_on_from(tmp_path):
+def test_progress_is_state_that_can_be_resumed(tmp_path):
     state = tmp_path / "f"
     (state / "tensorboard").mkdir(parents=True)
     for name in ("log.txt", "attempts.jsonl", "lock", "lock.2", "tensorboard/events.out.tfevents.1"):
@@ -135,7 +135,7 @@ def test_progress_is_what_could_be_gone_on_from(tmp_path):
     ({"gpu": 8, "gpu_model": "h100", "slurm_account": "lab 7", "slurm_extra": "--exclusive"}, {"account": "lab 7",
         "cpus-per-task": "3", "exclusive": "", "gpus": "h100:8"}),
 ])  # fmt: skip
-def test_resources_become_the_options_that_the_plugin_gives(resources, options):
+def test_resources_become_the_same_options_as_with_the_plugin(resources, options):
     assert asked.sbatch_options(resources, threads=3) == options
 
 
@@ -159,7 +159,7 @@ def test_the_launcher_imports_no_torch():
     assert reply.stdout.strip() == "[]"
 
 
-def test_the_stages_that_train_may_be_spread():
+def test_training_stages_may_use_several_nodes():
     assert {name for name, stage in STAGES.items() if stage.distributed} == {"sft", "reward", "dpo", "kto", "ppo"}
 
 
@@ -183,7 +183,7 @@ def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.Compl
     )
 
 
-def test_one_of_several_processes_says_who_it_is(tmp_path):
+def test_each_of_several_processes_reports_its_rank(tmp_path):
     show = (
         "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', "
         "'WORLD_SIZE', 'LOCAL_RANK')}))"
@@ -202,7 +202,7 @@ def test_one_of_several_processes_says_who_it_is(tmp_path):
     ("rank", "code", "told"),
     [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)],
 )
-def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path, monkeypatch, rank, code, told):
+def test_srun_kills_the_other_processes_only_after_a_failure(tmp_path, monkeypatch, rank, code, told):
     """With --kill-on-bad-exit. A failing process gives the first one time to exit, which gives it to the others."""
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
@@ -212,7 +212,7 @@ def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path
     assert bool(slept) == (told > 0 if rank else told == 75)
 
 
-def test_what_one_of_several_ends_with_is_its_commands(tmp_path):
+def test_each_process_exits_with_its_commands_code(tmp_path):
     assert one_of_several(tmp_path, 0, "raise SystemExit(3)").returncode == 3
 
 
@@ -250,7 +250,7 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
     return found
 
 
-def test_an_array_has_those_who_ask_and_wait_and_none_whose_launcher_was_killed(tmp_path, slurm):
+def test_an_array_has_all_waiting_requests_except_those_of_killed_launchers(tmp_path, slurm):
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     dead, waiting = (
         subprocess.Popen([sys.executable, "launcher.py", name], cwd=tmp_path) for name in ("dead", "waiting")
@@ -290,7 +290,7 @@ def left(folder: Path, task: int, value: object) -> None:
     (folder / f"7_{task}_result.pkl").write_bytes(pickle.dumps(value))
 
 
-def test_the_first_process_tells_how_a_job_ended_and_where_it_was_ended_another_does(tmp_path):
+def test_the_first_process_says_how_a_job_ended_or_another_does_if_it_was_killed(tmp_path):
     job = submit.submitit.SlurmJob(tmp_path, "7", tasks=[0, 1])
     assert submit._outcome(job) is None
     left(tmp_path, 1, ("success", 75))  # it left with the others, who were requeued
@@ -340,7 +340,7 @@ def in_job(monkeypatch, tmp_path):
     return squeue
 
 
-def test_a_stage_is_told_when_its_job_ends(in_job, monkeypatch):
+def test_a_stage_learns_when_its_job_ends(in_job, monkeypatch):
     in_job('[ "$*" = "-h -j 42 -o %L" ] && echo 1:00:00')
     assert float(stage_environment()["TUNETRAIL_DEADLINE"]) == pytest.approx(time.time() + 3600, abs=60)
     in_job("exit 1")

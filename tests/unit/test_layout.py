@@ -54,7 +54,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_package_uses_only_what_stands_above_it(path):
+def test_a_package_imports_only_lower_layers(path):
     own = layer(name_of(path))
     used = imports(path) - {TABLE}
     assert [module for module in sorted(used) if own >= 0 and layer(module) > own] == []

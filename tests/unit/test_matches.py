@@ -36,7 +36,7 @@ def test_bradley_terry_is_the_maximum_of_the_likelihood(prior):
     assert np.delete(found, 2) == pytest.approx(expected, abs=1e-5)
 
 
-def test_bradley_terry_of_two_is_the_log_odds_and_finite_where_one_never_lost():
+def test_bradley_terry_of_two_is_the_log_odds_and_finite_if_one_never_lost():
     assert matches.bradley_terry(np.array([[[0, 30], [10, 0]]]), 1, prior=0.0)[0, 0] == pytest.approx(np.log(3))
     assert matches.bradley_terry(np.array([[[0, 40], [0, 0]]]), 1)[0, 0] == pytest.approx(np.log(40.5 / 0.5))
 
@@ -65,7 +65,7 @@ def long_winded(n, quality, bias, seed=0):
     return (random.random(n) < chance).astype(float), gap
 
 
-def test_length_control_takes_out_what_length_did():
+def test_length_control_removes_the_effect_of_length():
     """Equally good, but longer and liked for it: wins 67% of the time, and 50% at equal lengths."""
     outcome, gap = long_winded(50_000, quality=0.0, bias=1.5)
     assert outcome.mean() > 0.65
@@ -89,14 +89,14 @@ def test_length_control_equals_the_likelihoods_maximum_and_weights_are_copies():
     assert matches.length_controlled(outcome, gap, counts[None])[0, 0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_length_control_changes_nothing_where_lengths_are_equal():
+def test_length_control_changes_nothing_if_lengths_are_equal():
     outcome = np.array([1.0] * 30 + [0.5] * 6 + [0.0] * 12)
     found = matches.length_controlled(outcome, np.zeros(48), np.ones((1, 48)))[0, 0]
     assert logit(found) == pytest.approx(logit(outcome.mean()), abs=1e-3)
     assert 0.99 < matches.length_controlled(np.ones(48), np.arange(48.0), np.ones((1, 48)))[0, 0] < 1
 
 
-def test_there_is_no_win_rate_at_equal_lengths_where_no_lengths_are_equal():
+def test_there_is_no_win_rate_at_equal_lengths_if_one_side_is_always_longer():
     """One side is longer by 20 tokens on nearly all prompts; that says nothing about a gap of 0."""
     random = np.random.default_rng(0)
     gaps = {
@@ -152,7 +152,7 @@ def test_a_match_without_the_reference_has_no_scores():
     assert matches.match(["base", "dpo"], "sft", outcome_of, lengths, range(20), 100, 0)["scores"] == []
 
 
-def test_unknown_outcomes_are_left_out_of_their_pair_alone():
+def test_unknown_outcomes_affect_only_their_pair():
     """As if those prompts had not been asked of that pair; all else is as it was."""
     names, groups = ["base", "sft", "dpo"], [i // 2 for i in range(40)]
     outcome_of = simulated({"base": -0.5, "sft": 0.0, "dpo": 0.5}, 40)

@@ -61,7 +61,7 @@ def built(folder, **method):
     return build(folder / "base/model", MethodConfig(learning_rate=1, **method), "fp32", 3)
 
 
-def test_losses_are_those_of_each_row_alone(folder):
+def test_losses_do_not_depend_on_the_batch(folder):
     model = built(folder)
     for (given, learnt), losses in zip(EXAMPLES, token_losses(model, EXAMPLES, 0, "fp32"), strict=True):
         ids = torch.tensor([given + learnt])
@@ -69,7 +69,7 @@ def test_losses_are_those_of_each_row_alone(folder):
         torch.testing.assert_close(losses, expected)
 
 
-def test_a_tuned_prompt_stands_before_every_row(folder):
+def test_a_tuned_prompt_precedes_every_row(folder):
     """Its vectors put in front of the words' own, by hand."""
     model = built(folder, prompt_tokens=3)
     vectors = model.get_prompt(1)[0]
@@ -98,7 +98,7 @@ def test_a_step_is_adamw_on_the_mean_over_learnt_tokens(folder):
         torch.testing.assert_close(moved, expected, atol=2e-6, rtol=0)
 
 
-def test_every_method_learns_what_it_is_trained_on_from_the_same_start(folder):
+def test_every_method_starts_from_the_same_model_and_learns(folder):
     found = metrics(folder)
     assert list(found["methods"]) == sorted(COMPARE)
     for name, method in found["methods"].items():
@@ -110,7 +110,7 @@ def test_every_method_learns_what_it_is_trained_on_from_the_same_start(folder):
     assert found["methods"]["prompt"]["points"][0]["learnt"] != found["base"]["learnt"]  # its vectors are new
 
 
-def test_what_is_trained_is_counted(folder):
+def test_trained_parameters_are_counted(folder):
     found = metrics(folder)["methods"]
     linear = [m for m in built(folder).modules() if isinstance(m, torch.nn.Linear)]
     sizes = [m.in_features + m.out_features for m in linear if m.out_features != found["full"]["parameters"]]
@@ -121,7 +121,7 @@ def test_what_is_trained_is_counted(folder):
     assert {name: m["kind"] for name, m in found.items()} == {"full": "full", "lora": "LoRA", "prompt": "prompt tuning"}
 
 
-def test_what_is_forgotten_is_the_rise_of_the_loss_text_by_text(folder):
+def test_forgetting_is_the_rise_of_the_loss_text_by_text(folder):
     texts = [(row["prompt_ids"], row["response_ids"]) for row in read_jsonl(folder / "retention/retention.jsonl")]
     before = [row["base_nll"] for row in read_jsonl(folder / "retention/retention.jsonl")]
     assert mean_losses(built(folder), texts, 0, "fp32", 3) == pytest.approx(before, rel=1e-5)
@@ -131,7 +131,7 @@ def test_what_is_forgotten_is_the_rise_of_the_loss_text_by_text(folder):
     assert forgotten["mean"] == pytest.approx(metrics(folder)["methods"]["full"]["points"][-1]["forgotten"])
 
 
-def test_what_depends_on_the_machine_is_in_the_record_and_not_in_the_artifact(folder):
+def test_machine_dependent_measurements_are_in_the_record_and_not_in_the_artifact(folder):
     [attempt] = read_record(folder / "methods").attempts
     assert list(attempt["measurements"]) == sorted(COMPARE)
     for cost in attempt["measurements"].values():
@@ -175,7 +175,7 @@ def test_fewer_rows_than_a_batch_are_refused(folder, capfd):
     assert "24 rows are fewer than one batch (methods.batch_size: 25); lower it" in capfd.readouterr().err
 
 
-def test_a_method_that_changed_no_weight_is_refused_and_few_steps_are_told_of(folder, caplog, capfd):
+def test_a_method_that_changed_no_weight_is_refused_and_few_steps_are_reported(folder, caplog, capfd):
     block = BLOCK | {"compare": {"still": {"learning_rate": 1e-30}}, "steps": 2}
     assert run(block, "state4", "methods4") == 78
     assert capfd.readouterr().err.splitlines()[-1] == (

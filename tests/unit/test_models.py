@@ -95,7 +95,7 @@ def test_a_pooled_score_is_the_heads_mean_over_the_response():
     assert not torch.allclose(scores, sequence_scores(classifier, ours))
 
 
-def test_a_saved_reward_model_is_read_as_it_was_trained(tmp_path):
+def test_a_saved_reward_model_scores_as_it_did_in_training(tmp_path):
     classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1, pooling="mean").eval()
     classifier.save_pretrained(tmp_path)
     ours = collate(PROMPTS, RESPONSES, PAD)
@@ -252,7 +252,7 @@ def test_prompts_that_leave_no_room_are_refused_before_sampling(model):
     )
 
 
-def test_examples_longer_than_what_a_stage_trains_on_are_counted():
+def test_examples_longer_than_max_length_are_counted():
     check_lengths("sft", [("a", 5)], 5)
     with pytest.raises(DataError) as error:
         check_lengths("sft", [(name, 5 + n) for n, name in enumerate("abcde")], 5)
@@ -268,7 +268,7 @@ def test_text_may_not_be_cut_into_blocks_longer_than_the_model_reads(model):
         check_blocks(model.config, [[5] * 4097], "sft.max_length")
 
 
-def test_eos_closes_a_finished_response_only():
+def test_only_finished_responses_end_with_eos():
     tokenizer = tiny_tokenizer()
     assert encode_response(tokenizer, "ab")[-1] == tokenizer.eos_token_id
     assert encode_response(tokenizer, "ab", finished=False) == encode_response(tokenizer, "ab")[:-1]
@@ -292,7 +292,7 @@ def test_sampled_ids_are_kept_and_trained_on():
     assert encode_comparison(tokenizer, dict(kept))[1] == [[*said, eos], encode(tokenizer, "no")]
 
 
-def test_tokenizer_without_a_pad_of_its_own_is_refused(tmp_path):
+def test_a_tokenizer_without_its_own_pad_token_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
@@ -334,7 +334,7 @@ def test_preference_targets_average_labelers_and_split_ties():
     np.testing.assert_allclose(targets, [[0.5, 0.5, 1.0], [0.5, 0.5, 0.75], [0.0, 0.25, 0.5]])
 
 
-def test_pairs_go_by_majority_and_widest_first():
+def test_pairs_follow_the_majority_and_the_widest_come_first():
     assert decided_pairs(preference_targets([ranking(1, 2, 2)])) == [(0, 1), (0, 2)]
     assert widest_pairs([ranking(3, 1, 2)], None) == [(1, 0), (1, 2), (2, 0)]
     assert widest_pairs([ranking(3, 1, 2)], 1) == [(1, 0)]

@@ -142,7 +142,7 @@ def test_adaptive_controller_by_hand():
     assert fixed.value == 0.3
 
 
-def test_prompts_are_passed_over_before_they_repeat():
+def test_all_prompts_are_used_before_any_repeats():
     batches = prompt_batches(n=6, batch_size=4, steps=3, seed=0)
     stream = list(itertools.chain(*batches))
     assert sorted(stream[:6]) == sorted(stream[6:12]) == list(range(6))
@@ -167,7 +167,7 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     )  # fmt: skip
 
 
-def test_ppo_refuses_prompts_that_leave_no_room_before_it_begins():
+def test_ppo_refuses_prompts_that_leave_no_room_before_it_starts():
     with pytest.raises(DataError, match="12 of 12 prompts leave no room for 4090 tokens in the model's 4096 positions"):
         make_trainer(max_new_tokens=4090)
 
@@ -263,7 +263,7 @@ def test_leave_one_out_and_group_advantages_by_hand():
     torch.testing.assert_close(grpo(rewards, penalties, 3), expected - less, atol=1e-5, rtol=0)
 
 
-def test_where_scores_tie_grpo_does_not_turn_noise_of_the_kl_into_advantages():
+def test_grpo_does_not_turn_noise_of_the_kl_into_advantages_if_scores_tie():
     """Four responses to a prompt that were all cut off, with KLs of a fresh policy: nothing there is worth learning."""
     trainer = make_trainer(advantage="grpo", completions_per_prompt=4, missing_eos_score=-1.0, kl_coef=0.05)
     rollout = trainer.rollout()
@@ -295,7 +295,7 @@ def test_scores_are_shaped_by_hand():
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_without_a_critic_an_episode_is_compared_with_its_prompts_others(advantage):
+def test_without_a_critic_episodes_of_a_prompt_are_compared_with_each_other(advantage):
     trainer = make_trainer(advantage=advantage, completions_per_prompt=4, missing_eos_score=None, kl_coef=0.0)
     assert trainer.actor_critic.critic is None
     assert trainer.actor_critic.value_head is None
@@ -349,14 +349,14 @@ def test_the_linear_schedule_ends_near_zero():
         assert critic == pytest.approx(4e-3 * share)
 
 
-def test_an_update_ends_where_it_has_moved_far_enough():
+def test_an_update_ends_once_the_policy_has_moved_far_enough():
     free = make_trainer(minibatch_size=2, learning_rate=1e-2)
     assert free.iterate()["minibatches"] == 8
     stopped = make_trainer(minibatch_size=2, learning_rate=1e-2, stop_kl=1e-6)
     assert stopped.iterate()["minibatches"] == 2  # the first has not moved yet, the second has
 
 
-def test_the_entropy_bonus_keeps_the_policy_unsure(monkeypatch):
+def test_the_entropy_bonus_keeps_the_entropy_high(monkeypatch):
     monkeypatch.setattr("tunetrail.ppo.trainer.sequence_scores", lambda model, batch: torch.zeros(len(batch.input_ids)))
     sharp = tiny_model(16, 2, 2, VOCABULARY, seed=0)
     torch.nn.init.normal_(sharp.model.embed_tokens.weight, std=0.4, generator=torch.Generator().manual_seed(0))
@@ -400,7 +400,7 @@ def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=0)
 
 
-def test_the_gold_score_is_watched_and_changes_nothing():
+def test_the_gold_score_is_logged_and_changes_nothing():
     seen = []
 
     def gold(prompts: list[int], responses: list[list[int]]) -> list[float]:
@@ -433,7 +433,7 @@ def test_it_learns_from_scorers_and_the_reward_model_by_their_weights():
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_it_learns_from_scorers_alone(advantage):
+def test_it_learns_from_scorers_without_a_reward_model(advantage):
     """Short responses are rewarded, and responses get shorter."""
 
     def brevity(_: list[int], responses: list[list[int]]) -> list[float]:
@@ -486,7 +486,7 @@ def test_episodes_can_come_from_vllm(monkeypatch):
     assert alone.generation.settings["mode"] == "colocate"
 
 
-def test_vllm_that_is_not_there_is_said_in_one_line(monkeypatch):
+def test_the_error_for_missing_vllm_is_one_line(monkeypatch):
     monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: False)
     config = PpoConfig(method="ppo", steps=1, vllm={})
     with pytest.raises(

@@ -39,7 +39,7 @@ def test_the_list_of_responses_is_complete(log_ref):
     assert log_ref.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_tilt_is_the_best_there_is(log_ref):
+def test_the_tilted_reference_is_optimal(log_ref):
     """No distribution near it has more of E[r] - beta KL, and no other has more reward at its KL."""
     beta = 0.7
     best = tilted(log_ref, beta)

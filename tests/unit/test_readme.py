@@ -61,7 +61,7 @@ def test_config_commands_of_the_docs(command):
     assert not reply.stderr
 
 
-def test_every_folder_the_architecture_names_exists_or_is_made():
+def test_every_folder_in_the_architecture_exists_or_is_made():
     page = ROOT / "workflow/lib/tunetrail/README.md"
     named = re.findall(r"(?<= )([a-z]+(?:/[a-z]+)*)/(?= )", page.read_text().partition("\n## ")[0])
     roots = (ROOT, page.parent)
@@ -78,7 +78,7 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize(
     "words", [words for path in DOCS for words in commands(path) if "|" not in words], ids=" ".join
 )
-def test_commands_of_the_pages_are_understood(words):
+def test_commands_in_the_documentation_are_valid(words):
     """The command is there and takes these options and arguments; it is not run."""
     command, words = typer.main.get_command(app), words[1:]
     while hasattr(command, "commands"):
@@ -101,7 +101,7 @@ def test_configs_of_the_tutorial_are_valid(text):
     parse(yaml.safe_load(text))
 
 
-def test_messages_that_the_tutorial_explains_are_those_of_the_code():
+def test_messages_that_the_tutorial_explains_are_in_the_code():
     section = OWN_DATA.read_text().partition("## What a message means")[2].partition("\n## ")[0]
     messages = re.findall(r"^\| (?:… )?(?:rows )?(.+?) \|", section, re.MULTILINE)[1:]
     code = [path.read_text() for path in (ROOT / "workflow").rglob("*") if path.suffix in (".py", ".smk")]
@@ -115,7 +115,7 @@ def test_the_tutorial_lists_every_example():
     assert sorted(listed) == sorted(path.name for path in OWN_DATA.parent.glob("*.yaml"))
 
 
-def test_how_many_prompts_show_what():
+def test_the_documented_numbers_of_prompts_are_right():
     """Outcomes are 0 and 1, half each, of independent prompts."""
     stated = re.search(
         r"100 show .* about (\d+) points,\s+400 by about (\d+), 1,600 by about (\d+) ", OWN_DATA.read_text()

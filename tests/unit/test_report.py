@@ -576,7 +576,7 @@ def test_every_figure_has_a_place_in_snakemakes_report_and_a_caption():
         assert len((ROOT / f"workflow/report/{name}.rst").read_text()) > 100
 
 
-def test_what_was_trained_after_a_resumption_is_shaded(found):
+def test_training_after_a_resumption_is_shaded(found):
     spans = [row for row in rows_of(curves.learning([found], False)) if "from" in row]
     assert spans == 2 * [{"from": 2, "to": 6, "tip": "resumed from step 2"}]  # the two panels of sft
     assert found.artifacts["sft"].resumed_at == [2]
@@ -591,7 +591,7 @@ def test_marks_say_what_they_show(found):
     assert "#0072b2" not in "".join(re.findall("<title>.*?</title>", picture))
 
 
-def test_wider_letters_than_the_figure_was_measured_with_are_not_cut(found):
+def test_text_in_a_wider_font_is_not_cut_off(found):
     """Chromium without Arial sets DejaVu Sans, whose letters are so many em wide."""
     em = (
         dict.fromkeys("0123456789", 0.636)
@@ -654,7 +654,7 @@ def test_sections_come_in_the_order_a_reader_asks(text):
     assert re.findall(r'<a href="#([\w-]+)">', text) == order[1:]
 
 
-def test_verdict_follows_from_the_intervals(text):
+def test_the_verdict_follows_from_the_intervals(text):
     seen = words(text)
     assert (
         "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030"
@@ -705,7 +705,7 @@ def run_of(names, reference, sampled, greedy=(), reward=None):
         (1.0, 1.0, 0.01, 3, "few"),
     ],
 )
-def test_a_difference_needs_an_interval_without_one_half_and_a_corrected_p(low, high, p_holm, n, expected):
+def test_a_difference_needs_an_interval_that_excludes_one_half_and_a_corrected_p(low, high, p_holm, n, expected):
     assert outcome(pair_of("dpo", "sft", low, high, p_holm, n)) == expected
     assert outcome(None) == "unmeasured"
 
@@ -717,14 +717,14 @@ def test_a_difference_needs_an_interval_without_one_half_and_a_corrected_p(low, 
         (0.2, "decoded greedily 34% [25, 44], corrected p 0.200."),
     ],
 )
-def test_a_difference_seen_in_greedy_decoding_alone_is_said_where_it_outlasts_the_correction(p_holm, expected):
+def test_a_difference_only_in_greedy_decoding_is_reported_if_it_survives_the_correction(p_holm, expected):
     found = run_of(
         ["sft", "dpo"], "sft", [pair_of("dpo", "sft", 0.32, 0.52, 0.3)], [pair_of("dpo", "sft", 0.25, 0.435, p_holm)]
     )
     assert sentence(found, found.model("dpo")).endswith(f"; {expected}")
 
 
-def test_base_is_held_to_the_correction_too():
+def test_the_correction_applies_to_base_too():
     """base stands second in its pair with sft; seen from its side 0.55 to 0.75 is 0.25 to 0.45."""
     for p_holm, expected in ((0.02, "sft beats base"), (0.09, "base: no difference from sft shown")):
         found = run_of(["base", "sft"], "sft", [pair_of("sft", "base", 0.55, 0.75, p_holm)])
@@ -740,7 +740,7 @@ def test_base_is_held_to_the_correction_too():
     ("half", "ruled_out"),
     [(2.4, False), (0.1, True)],  # gold +0.3: perhaps 2.7 more, or no more than 0.4, which a tie of 0.5 is not worth
 )
-def test_a_gain_is_ruled_out_by_the_interval_of_the_gold_difference_and_not_by_an_unclear_test(half, ruled_out):
+def test_a_gain_is_ruled_out_only_by_the_interval_of_the_gold_difference(half, ruled_out):
     pair = pair_of("ppo", "sft", 0.46, 0.61, 0.4, difference=interval(0.3, half))
     found = run_of(["sft", "ppo"], "sft", [pair], reward={"sft": interval(0.0, 0.1), "ppo": interval(1.0, 0.1)})
     said = "The reward model scores ppo above sft with disjoint intervals, a gain that the gold scorer rules out."
@@ -755,7 +755,7 @@ def test_a_difference_seen_from_the_other_side_changes_its_sign():
     assert "gold score −3.0 [−4.0, −2.0]" in sentences(found)[0]
 
 
-def test_without_an_sft_model_policies_are_held_against_base():
+def test_without_an_sft_model_policies_are_compared_with_base():
     reward = {"base": interval(0.0, 0.1), "dpo": interval(1.0, 0.1), "ppo": interval(1.0, 0.1)}
     pairs = [pair_of("dpo", "base", 0.55, 0.75, 0.02), pair_of("ppo", "base", 0.51, 0.7, 0.2)]
     found = run_of(["base", "dpo", "ppo"], "base", pairs, reward=reward)
@@ -799,7 +799,7 @@ def test_a_page_without_an_sft_model_names_none(tmp_path):
     assert not re.findall(r"\b(?:against|from|to|than) sft\b", page)
 
 
-def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp_path):
+def test_models_with_another_tokenizer_are_not_compared_token_by_token(made, tmp_path):
     """The other cuts the sentence into more tokens, of which it tells more positions than the first has."""
     other = Fixture(tmp_path / "other", seed=1).whole()
     for path in other.root.glob("**/probes.json"):
@@ -824,7 +824,7 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     assert {shift["after"].name.partition("-")[0] for row in found for shift in row["shifts"]} == {"first"}
 
 
-def test_a_run_whose_head_to_head_was_not_held_has_a_page(made):
+def test_a_run_without_a_head_to_head_comparison_has_a_page(made):
     roles = {role: path for role, path in made[0].roles.items() if role != "head_to_head"}
     page = words(
         render(
@@ -885,7 +885,7 @@ def test_equal_inputs_give_equal_bytes(made):
     assert before == after
 
 
-def test_what_models_write_is_escaped(tmp_path, draw_only):
+def test_model_outputs_are_escaped(tmp_path, draw_only):
     draw_only()
     attack = "<script>alert('x')</script><img src=https://example.org/a.png>"
     code, folder = Fixture(tmp_path).whole(completion=attack).report(title="A <b>title</b>")
@@ -904,13 +904,13 @@ def test_what_models_write_is_escaped(tmp_path, draw_only):
         ({"recorded": {}}, []),
     ],
 )
-def test_labels_by_people_are_said_to_be(labelers, said):
+def test_human_labels_are_reported_as_such(labelers, said):
     ranked = Artifact("comparisons", Path("c"), "c/", "0" * 64, {"labelers": labelers}, None)
     run = Run("r", {"comparisons": ranked}, {}, [], False, [])
     assert [text for text, _ in banners([run]) if text.startswith("Labels")] == said
 
 
-def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
+def test_warnings_about_steps_and_missing_measurements_come_before_the_numbers():
     metrics = {"reward": {"steps": 30}, "dpo": {"steps": 1}, "ppo": {"steps": 9, "optimizer_steps": 4}}
     roles = {"reward": "reward", "dpo": "policy.d", "ppo": "policy.p"}
     artifacts = {
@@ -927,7 +927,7 @@ def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
 
 
 @pytest.mark.parametrize("ptx", [0.0, 0.5])
-def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, draw_only, ptx):
+def test_the_page_says_how_the_runs_stages_use_every_row(tmp_path, draw_only, ptx):
     draw_only()
     fixture = Fixture(tmp_path)
     use = {"source": "p.jsonl", "kind": "preferences", "also_in": None}
@@ -950,7 +950,7 @@ def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, 
     assert lines in page
 
 
-def test_missing_measurements_say_so(tmp_path, draw_only):
+def test_missing_measurements_are_marked(tmp_path, draw_only):
     draw_only("gold", "win_rates")
     code, folder = Fixture(tmp_path).whole(gold=False, labeler="recorded").report()
     page = words((folder / "report.html").read_text())
@@ -972,7 +972,7 @@ def test_missing_measurements_say_so(tmp_path, draw_only):
     assert "0 / 0 / 0" not in page
 
 
-def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
+def test_a_run_with_only_base_and_data_has_every_figure(tmp_path):
     fixture = Fixture(tmp_path)
     fixture.artifact("base", "base", {"source": {"source": "random"}, "parameters": 4096})
     fixture.artifact("data", "data", {})
@@ -1005,7 +1005,7 @@ def test_the_audit_is_on_the_page(made, text):
     assert re.search(r"warning \S+/sft: dirty-tree: the code differed from commit fde7df5d8a2d", found)
 
 
-def test_a_fault_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
+def test_a_problem_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
     draw_only()
     fixture = Fixture(tmp_path).whole()
     (tmp_path / "completions/0/metrics.json").write_text("{}")
@@ -1016,7 +1016,7 @@ def test_a_fault_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
     assert re.search(r"error \S+/completions/0: file-changed: metrics.json has 2 bytes", found)
 
 
-def test_boilerplate_is_what_all_prompts_share():
+def test_boilerplate_is_the_text_that_all_prompts_share():
     start, end = boilerplate([PROMPT.format("def a(): pass"), PROMPT.format("def b(): pass")])
     assert f"{start}{{}}{end}" == PROMPT
     assert boilerplate(["only one\nprompt"]) == ("", "")

@@ -161,7 +161,7 @@ def test_a_copied_reward_model_gives_the_scores_that_were_measured(folder, stran
 
 
 @pytest.mark.slow
-def test_nothing_that_is_published_names_a_path(folder):
+def test_published_files_name_no_path(folder):
     for path in folder.glob("*/*/*.json"):
         assert str(folder) not in path.read_text(), path
     for path in folder.rglob("*config.json"):
@@ -194,7 +194,7 @@ def test_evaluation_says_how_a_model_was_trained(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
-def test_an_adapter_on_its_parent_is_the_published_model(folder, name):
+def test_an_adapter_on_its_parent_equals_the_published_model(folder, name):
     rows = [[5, 6, 7, 8, 9, 10]]
     (published,) = answers(load_causal_lm(folder / name / "model"), rows)
     (adapted,) = answers(with_adapter(folder / "sft/model", folder / name / "adapter"), rows)
@@ -254,7 +254,7 @@ def split_otherwise(folder):
         (split_otherwise, "its tokenizer splits text differently"),
     ],
 )
-def test_a_folder_that_loads_as_another_model_is_not_published(folder, monkeypatch, capfd, damage, message):
+def test_a_folder_that_loads_as_a_different_model_is_not_published(folder, monkeypatch, capfd, damage, message):
     def copy_tokenizer(source, target):
         copied(source, target)
         damage(target)
@@ -272,7 +272,7 @@ def test_a_folder_that_loads_as_another_model_is_not_published(folder, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA["lora"]])
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
-def test_what_was_trained_in_bf16_is_compared_in_float32(folder, monkeypatch, name, lora):
+def test_models_trained_in_bf16_are_compared_in_float32(folder, monkeypatch, name, lora):
     """Trainers leave autocast around the forward pass, and bf16 alone would be off by more than the tolerance."""
     monkeypatch.setattr(saving, "TOLERANCE", 1e-5)
     assert run(name, f"{name}-bf16-{bool(lora)}", precision="bf16", lora=lora) == 0
@@ -293,7 +293,7 @@ def own(tmp_path, monkeypatch):
     return {"base": ("base", {"source": "local", "path": "own", "licence": "MIT"}, {}, {})}
 
 
-def test_a_base_model_of_ones_own_is_written_as_ours_are(own):
+def test_a_users_base_model_is_written_like_any_other(own):
     assert run("base", of=own) == 0
     written, tokenizer = (json.loads(Path(f"base/model/{name}config.json").read_text()) for name in ("", "tokenizer_"))
     assert written["use_cache"] is True
@@ -309,7 +309,7 @@ def test_a_base_model_of_ones_own_is_written_as_ours_are(own):
     assert identity(Path("elsewhere/again")) == identity(Path("base"))
 
 
-def test_an_adapter_is_no_base_model(own, capfd):
+def test_an_adapter_is_refused_as_a_base_model(own, capfd):
     """The weights it sits on are at another path, and may be an adapter themselves."""
     save_adapter(with_lora(load_causal_lm(Path("own")), Lora(r=2), seed=0), Path("adapter"))
     config = json.loads(Path("adapter/adapter_config.json").read_text())
@@ -354,12 +354,12 @@ def test_rotary_embeddings_by_type_of_layer_stay_as_they_are():
     assert portable_config(config) == config
 
 
-def test_traces_of_training_and_of_this_machine_are_not_written():
+def test_no_traces_of_training_or_of_this_machine_are_written():
     config = {"_name_or_path": "/home/a/b", "_model_name_or_path": "b", "use_cache": False, "hidden_size": 8}
     assert portable_config(config) == {"use_cache": True, "hidden_size": 8}
 
 
-def test_a_tokenizer_says_what_its_model_reads_and_loads_in_both_versions(tmp_path):
+def test_a_tokenizer_names_its_models_limit_and_loads_in_both_versions(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|end of turn|>"]})
     tokenizer.save_pretrained(tmp_path / "first")

@@ -100,7 +100,7 @@ def test_default_shares_follow_the_stages(data, blocks, expected):
         ),
     ],
 )
-def test_a_share_that_is_given_wins_and_the_rest_fills_up(given, expected):
+def test_a_given_share_wins_and_the_rest_is_distributed(given, expected):
     found = shares(OWN_PAIRS | {"shares": given}, policies={"d": DPO})["preferences"]
     assert found == pytest.approx(expected)
     assert sum(found.values()) == pytest.approx(1)
@@ -136,7 +136,7 @@ def test_every_reader_of_a_split_is_named():
     assert found["demonstrations"] == {"sft": [], "rl": ["policies.p"], "evaluation": ["evaluation"], "heldout": []}
 
 
-def test_what_a_needed_split_lacks_is_said():
+def test_a_needed_split_without_rows_is_reported():
     with pytest.raises(ConfigError) as raised:
         shares(OWN_PAIRS | {"shares": {"rl": 0.8, "evaluation": 0.1, "heldout": 0.1}}, policies={"d": DPO})
     assert str(raised.value) == "x.yaml: data.shares.reward: is 0, but comparisons are to be trained on"
@@ -170,7 +170,7 @@ def test_the_first_ppo_reruns_the_data_unless_its_share_was_given():
     assert data_config(policies=ppo, data=given) == data_config(data=given)
 
 
-def test_writing_down_the_shares_as_they_are_reruns_nothing():
+def test_writing_the_default_shares_into_the_config_reruns_nothing():
     found = data_config()["shares"]["demonstrations"]
     assert data_config(data=RUN["data"] | {"shares": found}) == data_config()
     assert set(found) == set(SPLITS) - {"rl"}

@@ -34,7 +34,7 @@ def test_bootstrap_of_groups_equals_brute_force_over_all_resamples_of_groups():
     assert [interval["low"], interval["high"]] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
 
 
-def test_bootstrap_depends_on_its_seed_only():
+def test_bootstrap_depends_only_on_its_seed():
     values = np.random.default_rng(0).normal(size=30)
     assert stats.bootstrap(values, 500, seed=3) == stats.bootstrap(values, 500, seed=3)
     assert stats.bootstrap(values, 500, seed=3) != stats.bootstrap(values, 500, seed=4)
@@ -58,7 +58,7 @@ def test_interval_covers_the_true_mean_95_times_in_100():
     assert 0.93 <= _coverage(lambda r: r.normal(3, 2, size=60), 3) <= 0.97
 
 
-def test_group_interval_covers_clustered_data_where_rows_alone_do_not():
+def test_the_group_interval_covers_clustered_data_and_the_row_interval_does_not():
     groups = np.repeat(np.arange(80), 5)
 
     def clustered(random):
@@ -212,7 +212,7 @@ def test_sign_flip_is_the_sign_test(wins, losses, ties):
     assert p == pytest.approx(binomtest(wins, wins + losses).pvalue, abs=0.01 if wins + losses > 12 else 1e-9)
 
 
-def test_sign_flip_of_groups_is_one_flip_a_group():
+def test_sign_flip_of_groups_is_one_flip_per_group():
     """Five groups of ten that all agree: 2 of 32 flips are as far from balance."""
     outcome, groups = np.ones(50), np.repeat(np.arange(5), 10)
     assert stats.sign_flip_p(outcome, groups) == pytest.approx(2 / 32)
@@ -221,7 +221,7 @@ def test_sign_flip_of_groups_is_one_flip_a_group():
     assert stats.sign_flip_p(outcome, ["a"] * 50) == 1  # one group shows nothing
 
 
-def test_sign_flip_is_uniform_where_nobody_is_better():
+def test_sign_flip_is_uniform_if_nobody_is_better():
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 2)
     outcomes = random.choice([1, 0], size=(150, 40))[:, groups]
@@ -275,7 +275,7 @@ def test_minimum_detectable_difference_grows_with_the_groups():
     assert grouped == pytest.approx(2 * alone, rel=0.02)
 
 
-def test_too_few_groups_can_show_nothing():
+def test_too_few_groups_cannot_show_anything():
     """Five groups that all agree have p = 2/32; six have 2/64, which is not enough for two tests."""
     five, six = (np.repeat(np.arange(k), 4) for k in (5, 6))
     assert stats.sign_flip_p(np.ones(20), five) > 0.05

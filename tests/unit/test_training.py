@@ -99,7 +99,7 @@ def test_collator_masks_missing_completions():
     assert batch["response_mask"].tolist() == [[True, n == 2] for n in (1, 2, 1, 2, 1)]
 
 
-def test_kwise_scores_are_those_of_each_sequence_alone():
+def test_kwise_scores_do_not_depend_on_the_batch():
     model = initialise(tiny_model(16, 2, 2, 30, seed=0), seed=1).eval()
     model.config.pad_token_id = 0
     scores = kwise_scores(model, KWiseCollator(0)(EXAMPLES))
@@ -156,7 +156,7 @@ def planted(random, prompts: int, strength: float) -> tuple[list, list]:
     return states, targets
 
 
-def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
+def test_the_probe_finds_linear_preferences_and_nothing_in_noise():
     def accuracy(strength: float, seed: int) -> tuple[float, float]:
         random = np.random.default_rng(seed)
         states, targets = planted(random, 200, strength)
@@ -178,7 +178,7 @@ def test_the_probe_of_one_group_is_fitted_without_cross_validation():
     assert np.isfinite(fit_probe(states, targets, ["g", "g", "g"])).all()
 
 
-def test_frozen_states_are_those_of_each_sequence_alone():
+def test_frozen_states_do_not_depend_on_the_batch():
     model = tiny_model(16, 2, 2, 30, seed=0).eval()
     for pooling in ("last", "mean"):
         found = frozen_states(model, EXAMPLES, 0, "fp32", pooling)
@@ -232,7 +232,7 @@ def test_the_interval_of_a_gain_covers_the_true_one_where_groups_differ():
     assert 0.9 <= covered / 200 <= 0.985
 
 
-def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
+def test_every_bin_and_the_calibration_error_have_an_interval():
     """A model that is right as often as it says, and one that is twice as sure as it may be."""
     random = np.random.default_rng(0)
     margins = random.exponential(1.0, size=4000)
@@ -274,7 +274,7 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_0():
     assert np.mean(reached) >= 0.9
 
 
-def test_the_ceiling_is_what_labelers_agree_on():
+def test_the_ceiling_follows_from_the_agreement_of_labelers():
     def row(name, *ranks):
         return {"id": name, "rankings": [{"labeler": str(i), "ranks": list(r)} for i, r in enumerate(ranks)]}
 
@@ -290,7 +290,7 @@ def test_the_ceiling_is_what_labelers_agree_on():
     assert ceiling([row("a", [1, 2], [2, 1])], seed=0)["at_most"] is None
 
 
-def test_where_pairs_differ_in_difficulty_the_true_order_lies_between_the_bounds():
+def test_a_perfect_model_is_between_the_bounds_if_pairs_differ_in_difficulty():
     """A labeler is right on a pair with chance 0.55 to 1: the true order agrees with 0.775, the bound says more."""
     random = np.random.default_rng(1)
     right = random.random((2000, 3)) < random.uniform(0.55, 1, size=2000)[:, None]
@@ -304,7 +304,7 @@ def test_where_pairs_differ_in_difficulty_the_true_order_lies_between_the_bounds
     assert found["at_most"]["mean"] == pytest.approx((1 + 0.37**0.5) / 2, abs=0.015)
 
 
-def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
+def test_the_ceiling_of_noisy_labelers_follows_from_their_noise():
     """Each is wrong on one pair in five: two agree on 0.8² + 0.2², one with nine others as often as it is right."""
     random = np.random.default_rng(0)
     wrong = random.random((600, 10)) < 0.2
@@ -325,7 +325,7 @@ def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
     )  # nine others are wrong 2% of the time
 
 
-def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
+def test_the_order_has_full_batches_of_similar_length_and_uses_every_row():
     lengths = [i % 10 for i in range(43)]
     order = epoch_order(lengths, 8, 3, seed=1)
     assert len(order) == 3 * 40
@@ -394,7 +394,7 @@ def test_learning_rates_by_hand():
     assert rates(1, 1, "cosine") == [1]
 
 
-def test_rows_that_fill_no_batch_are_told(caplog):
+def test_rows_that_do_not_fill_a_batch_are_reported(caplog):
     with caplog.at_level("INFO", "tunetrail"):
         assert rows_left_out("dpo", 43, 8) == 3
         assert rows_left_out("dpo", 40, 8) == 0
@@ -421,12 +421,12 @@ def test_sft_labels_only_the_completion_and_all_of_raw_text():
         tokenize(rows, tokenizer, 3, "sft")
 
 
-def test_history_has_nothing_a_clock_decides():
+def test_history_does_not_depend_on_the_clock():
     log = [{"loss": 1.0, "step": 1, "train_runtime": 3.0}, {"train_runtime": 5.0, "train_loss": 1.0}]
     assert history(log) == [{"loss": 1.0, "step": 1}]
 
 
-def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
+def test_an_interrupted_save_is_skipped_and_the_previous_one_used(tmp_path):
     noted = {}
     stage = Stage(Request("s", {}, {}, tmp_path), {}, Attempt(tmp_path, tmp_path, stop=None, note=noted.__setitem__))  # type: ignore[arg-type]
     for step in (1, 2, 3):
@@ -628,7 +628,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
-def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
+def test_the_first_and_the_last_step_train(run_stage, workspace, name):
     """An optimizer step with a learning rate of 0 would be a batch that teaches nothing."""
     code, error, output = run_stage(
         name, "rates", config={"epochs": 1, "warmup": 0.4, "batch_size": 5, "micro_batch_size": 5}
@@ -689,7 +689,7 @@ def test_one_changed_value_of_one_weight_is_a_change():
             check_learnt("s", bit_sums(trained_weights(model)), bit_sums(trained_weights(model)), 1)
 
 
-def test_too_few_steps_are_told_of_at_the_start(run_stage, caplog):
+def test_too_few_steps_are_reported_at_the_start(run_stage, caplog):
     code, error, _ = run_stage("dpo", "few", config={"checkpoints": 0})
     assert code == 0, error
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
@@ -703,7 +703,7 @@ def test_too_few_steps_are_told_of_at_the_start(run_stage, caplog):
 
 
 @pytest.mark.parametrize("name", ["sft", "reward"])
-def test_held_out_prompts_without_answers_are_passed_over(run_stage, workspace, name):
+def test_held_out_prompts_without_answers_are_ignored(run_stage, workspace, name):
     data = workspace / "data"
     rows = {split: read_jsonl(data / f"{split}.jsonl") for split in ("heldout", "reward")}
     for split in rows.values():
@@ -715,7 +715,7 @@ def test_held_out_prompts_without_answers_are_passed_over(run_stage, workspace, 
         assert json.loads(output.with_name("metrics.json").read_text())["eval_loss"]["n"] == len(rows["heldout"]) - 1
 
 
-def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
+def test_the_audit_finds_a_checkpoint_of_another_run(run_stage, workspace):
     """State swapped between attempts: whole and loadable, but not what the attempt before left."""
     for name in ("mine", "theirs"):
         assert run_stage("sft", name, time_limit="0")[0] == 75
@@ -743,7 +743,7 @@ def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
-def test_logits_where_labels_are_give_what_trls_head_gives(tmp_path, lora):
+def test_scoring_only_labels_equals_trls_head(tmp_path, lora):
     """Every number TRL reads from its fused head, and the gradients, on a batch of uneven prompts."""
     from datasets import Dataset
     from trl import DPOConfig
@@ -914,7 +914,7 @@ def test_kto_makes_liked_responses_likelier_than_disliked_ones(run_stage):
     assert metrics["margin"] > 0.05
 
 
-def test_feedback_of_one_sort_teaches_nothing(run_stage, workspace):
+def test_feedback_with_only_one_label_is_refused(run_stage, workspace):
     rows = [
         row | {"ratings": [rating for rating in row["ratings"] if rating["label"]]}
         for row in read_jsonl(workspace / "data/feedback.jsonl")
@@ -927,7 +927,7 @@ def test_feedback_of_one_sort_teaches_nothing(run_stage, workspace):
     )
 
 
-def test_unbalanced_feedback_is_told_of(caplog):
+def test_unbalanced_feedback_causes_a_warning(caplog):
     def said(liked: int, disliked: int, **weights: float) -> list[str]:
         caplog.clear()
         check_labels(liked, disliked, KtoConfig(method="kto", **weights))
@@ -940,7 +940,7 @@ def test_unbalanced_feedback_is_told_of(caplog):
         "balance them"]  # fmt: skip
 
 
-def test_a_batch_of_ratings_is_paired_within_itself():
+def test_ratings_are_paired_within_their_batch():
     examples = [{"completion_ids": [i]} for i in range(8)]
     found = [e["KL_completion_ids"][0] for e in with_mismatched(examples, 4)]
     assert found == [2, 3, 0, 1, 6, 7, 4, 5]
@@ -965,7 +965,7 @@ def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage
 
 
 @pytest.mark.parametrize("name", ["reward-probe", "reward-lora"])
-def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_stage, workspace, name):
+def test_a_reward_model_that_starts_from_the_probe_scores_like_it(run_stage, workspace, name):
     config = {"learning_rate": 1e-12, "head_learning_rate": None, "pooling": "mean"}
     code, error, output = run_stage(name, "first", config=config)
     assert code == 0, error
@@ -991,7 +991,7 @@ def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_sta
         ("dpo", {"max_length": 5}, "dpo: 54 of 54 examples have more tokens than max_length (5): "),
     ],
 )  # fmt: skip
-def test_data_that_does_not_fit_is_one_clear_line(run_stage, name, config, message):
+def test_the_error_for_unsuitable_data_is_one_line(run_stage, name, config, message):
     code, error, output = run_stage(name, "bad", config=config)
     assert code == 65
     assert message in error
@@ -1003,7 +1003,7 @@ def test_sft_config_has_a_default_learning_rate():
     assert SftConfig().learning_rate == 5e-5
 
 
-def test_a_batch_is_shared_equally_among_processes():
+def test_a_batch_is_divided_equally_among_processes():
     def at_once(batch: int, processes: int, micro: int | None = None) -> int:
         return rows_at_once("sft", SftConfig(batch_size=batch, micro_batch_size=micro), processes)
 
@@ -1015,7 +1015,7 @@ def test_a_batch_is_shared_equally_among_processes():
         at_once(12, 5)
 
 
-def test_what_is_sampled_is_what_has_no_completions_yet(workspace, monkeypatch):
+def test_only_prompts_without_completions_are_sampled(workspace, monkeypatch):
     """Not the prompts of preference rows; a prompt alone has no reference."""
     from tunetrail.stages import completions
 
@@ -1035,7 +1035,7 @@ def test_what_is_sampled_is_what_has_no_completions_yet(workspace, monkeypatch):
     assert sampled[reward[2]["id"]]["reference"] == reward[2]["completion"]
 
 
-def test_sampling_goes_on_with_the_batches_it_would_have_had(workspace, monkeypatch):
+def test_a_resumed_shard_samples_the_same_batches(workspace, monkeypatch):
     """A killed attempt may have written one of two rows of a batch: both are sampled again, together."""
     from tunetrail.stages import completions
 
