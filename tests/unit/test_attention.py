@@ -1,4 +1,4 @@
-"""Attention as plain products gives what torch's fused attention gives, values and gradients."""
+"""Attention by plain products gives the same values and gradients as torch's fused attention."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tunetrail.models.tree import share_prefixes, shares_prefixes
 
 
 class Layer(torch.nn.Module):
-    """What transformers hands over as the layer."""
+    """The layer that transformers passes to attention."""
 
     is_causal = True
     num_key_value_groups = 3
@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_the_fused_attention(t, s, masked):
 
 
 def test_a_token_that_attends_to_nothing_affects_no_other():
-    """Left padding of a prompt: its rows are read by nobody."""
+    """As left padding of a prompt, whose rows are not used."""
     query, key, value = parts(4, 4)
     seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     seen[0, :, :2] = False

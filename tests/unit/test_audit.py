@@ -1,4 +1,4 @@
-"""The audit finds all kinds of damage, by name, and raises no false alarm. The run is made up; its records are real."""
+"""The audit finds and names all kinds of damage, without false alarms. The run is made up; its records are real."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_a_parent_that_was_moved_within_the_run_is_found_by_its_digest(run):
 def test_a_rerun_with_the_same_bytes_raises_no_alarm(run):
     attempts = [ATTEMPT | {"start": "2026-02-02T00:00:00+00:00"}]
     seal_folder(run / "sft", "sft", {"base": run / "base", "data": run / "data"}, {"learning_rate": 5e-5}, attempts)
-    assert names(verify(run)) == {"record-changed", "parent-record-changed"}  # nobody vouches for it yet
+    assert names(verify(run)) == {"record-changed", "parent-record-changed"}  # it is not sealed yet
     assert names(verify(run, ledger=False)) == {"parent-record-changed"}
     seal(run)
     assert verify(run).findings == []
@@ -123,7 +123,7 @@ def swap_with_another_run(run):
 
 
 def edit_and_recompute(run):
-    """As somebody would who knows how manifests are made."""
+    """Edits a file as somebody would who knows how manifests are made."""
     path = run / "reward/model/config.json"
     path.write_text('{"seed": 9}')
     edit_json(run / "reward/manifest.json", lambda m: m.update(build(run / "reward")))
@@ -315,7 +315,7 @@ def test_it_catches(run, case):
 
 
 def test_only_the_anchored_head_reveals_that_an_older_entry_was_removed(run):
-    """The entry is of an artifact that was made again later."""
+    """The removed entry is about an artifact that was made again later."""
     retrain_parent(run)
     head = read_ledger(run).head
     ledger_lines(lambda x: x.pop())(run)
@@ -328,7 +328,7 @@ def test_a_rewritten_ledger_does_not_lead_to_the_anchored_head(run):
     edit_record(run)
     (run / "ledger.jsonl").unlink()
     seal(run)
-    assert names(verify(run)) == set()  # whoever can write the run can do this
+    assert names(verify(run)) == set()  # possible for anyone with write access to the run
     result = verify(run, anchor=head)
     assert names(result) == {"ledger-not-anchored"}
     assert result.exit_code() == 1
@@ -385,7 +385,7 @@ def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run)
 
 
 def test_config_drift_is_found_for_every_stage(tmp_path):
-    """Each artifact against the config file that its rule reads: shards share one, subjects have one each."""
+    """Each artifact is compared with the config file that its rule reads: shards share one, subjects have one each."""
     for stage, info in STAGES.items():
         artifact = info.pattern.replace(f"{{{info.wildcard}}}", "1-of-2" if info.wildcard == "shard" else "x")
         run = tmp_path / stage
@@ -401,7 +401,7 @@ def test_config_drift_is_found_for_every_stage(tmp_path):
 
 
 def test_two_threads_may_cache_two_links_to_one_file(tmp_path, monkeypatch):
-    """Models that training kept are links. Both entries are written before either is renamed."""
+    """Models kept during training are links. Both entries are written before either is renamed."""
     (tmp_path / "model").write_bytes(b"weights")
     (tmp_path / "link").hardlink_to(tmp_path / "model")
     both, write = threading.Barrier(2, timeout=20), Path.write_text
@@ -427,7 +427,7 @@ def test_a_quick_check_finds_an_edit_whose_times_were_set_back(run, tmp_path):
             and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl")
         }
     )
-    for entry in (tmp_path / "digests").iterdir():  # it is the cache that answers: a wrong entry is believed
+    for entry in (tmp_path / "digests").iterdir():  # the answer comes from the cache: a wrong entry is believed
         if entry.read_text().split()[1] == str((run / "sft/model/config.json").stat().st_ino):
             right = entry.read_text()
             entry.write_text(right[:-64] + "0" * 64)
@@ -518,7 +518,7 @@ def test_signatures(run, keys, capsys):
     (run / "reward/provenance.dsse.json").write_bytes(right)
     assert forge(lambda e: e.update(payload=other["payload"])) == ["the envelope holds another record"]
     (run / "reward/provenance.dsse.json").write_bytes(b"{")
-    assert "signature-false" in names(verify(run))  # with no policy, too
+    assert "signature-false" in names(verify(run))  # even without a policy
     capsys.readouterr()
 
 
@@ -561,7 +561,7 @@ def replaced(name: str, old: bytes, new: bytes):
 
 
 def one_line(**entry):
-    """Damage: a ledger with this line only."""
+    """Damage: a ledger with only this line."""
     line = canonical({"manifest": "a", "record": "b", "previous": "0" * 64} | entry)
     return lambda run: (run / "ledger.jsonl").write_bytes(line + b"\n")
 

@@ -1,4 +1,4 @@
-"""The config: what it refuses and in which words, sweeps, and what each stage gets to see."""
+"""The config: what it refuses and with which messages, sweeps, and what each stage gets to see."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ GOOD = {
 
 
 def changed(key: str | int, value) -> dict:
-    """GOOD with one key (a dotted path; a number is a place in a list) set, or removed where value is `...`."""
+    """GOOD with one key (a dotted path; numbers index lists) set, or removed if the value is `...`."""
     content = copy.deepcopy(GOOD)
     if isinstance(key, int):
         return content | {key: value}
@@ -269,7 +269,7 @@ def test_bad_configs_get_one_clear_line(key, value, message):
     assert error.value.exit_code == 78
 
 
-# What goes with no completions is another run: preferences come with the data.
+# A run without completions is different: its preferences come with the data.
 FROM_FILE = {
     "run": "x",
     "base": {"source": "random"},
@@ -468,7 +468,7 @@ def test_a_list_of_losses_is_one_policy():
 
 
 def test_policies_of_a_sweep_have_the_same_names_however_numbers_were_parsed():
-    """Snakemake's YAML reads 1e-2 as a text, ours as a number."""
+    """Snakemake's YAML parser reads 1e-2 as a string, ours as a number."""
     as_text = expand_sweeps({"d": {"method": "dpo", "beta": ["1e-2", 0.1]}})
     assert (
         list(as_text)

@@ -1,4 +1,5 @@
-"""The contract of a stage: whole artifacts or none, verified inputs, state by fingerprint, one writer, clear errors."""
+"""The contract of a stage: complete artifacts or none, verified inputs, state by fingerprint, one writer, clear
+errors."""
 
 import hashlib
 import importlib.metadata
@@ -33,7 +34,7 @@ from tunetrail.launch.time_limit import stage_environment
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.provenance.record import Record, dependency, read_record
 
-# A stage in n steps that keeps in its state how far it is. What it makes depends on config and input alone.
+# A stage of n steps that keeps its progress in its state. Its result depends only on config and input.
 SCRIPT = """
 import sys, time
 from tunetrail.contract.runner import main
@@ -86,7 +87,7 @@ class Workspace:
     def start(
         self, *options: str, environment: dict | None = None, limit: int | None = None, **config
     ) -> subprocess.Popen:
-        """The stage as a process; `limit`: bytes that no file it writes may exceed."""
+        """Starts the stage as a process; `limit`: the most bytes that a file it writes may have."""
         surroundings = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TUNETRAIL_"))}
         return subprocess.Popen(
             [sys.executable, "stage.py", *self.arguments(**config), *options],
@@ -103,7 +104,7 @@ class Workspace:
         return process.returncode, error
 
     def started(self, **config) -> subprocess.Popen:
-        """The stage as a process that has begun to work."""
+        """Starts the stage as a process and waits until it works."""
         before = self.steps_done()
         process = self.start(**config)
         deadline = time.monotonic() + 30
@@ -206,7 +207,7 @@ def test_killed_at_random_moments_leaves_nothing_that_looks_finished(space):
         process.kill()
         process.communicate()
         if space.manifest.exists():
-            verify(space.manifest)  # it ended before the kill, and then it is whole
+            verify(space.manifest)  # it ended before the kill, so it is complete
         assert space.run(pause=0.05)[0] == 0
         assert space.manifest.read_bytes() == expected
 
@@ -241,7 +242,7 @@ def forked(space: Workspace, run: Callable[[Stage], dict], value: int, kill_at: 
 
 
 def test_killed_before_any_change_of_the_disk_the_artifact_is_whole_or_absent(space):
-    """Every moment that matters, one by one: while working, while publishing, between the renames."""
+    """At every moment that matters: while working, while publishing, between the renames."""
 
     def run(stage: Stage) -> dict:
         for name in ("a", "b"):
@@ -269,7 +270,7 @@ def test_killed_before_any_change_of_the_disk_the_artifact_is_whole_or_absent(sp
         verify(space.manifest)
         assert space.leftovers() == []
     assert killed >= changes
-    assert whole < killed  # some moments did fall between the old artifact and the new
+    assert whole < killed  # some moments were between the old artifact and the new one
 
 
 def test_sigterm_saves_and_exits_with_75(space):
@@ -325,7 +326,7 @@ def test_a_stage_that_ignores_sigterm_still_completes(space):
 
 @pytest.fixture
 def clock(monkeypatch) -> Iterator[list[float]]:
-    """A clock that goes when told to; SIGTERM's handler is put back."""
+    """A clock that advances only when told to; restores SIGTERM's handler."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "time", lambda: 1e9 + now[0])
@@ -337,7 +338,7 @@ def clock(monkeypatch) -> Iterator[list[float]]:
 
 @pytest.mark.parametrize(("limit", "leaves_after"), [("100", 95), ("50", 45), ("20", 18), ("1", 0.9)])
 def test_it_leaves_before_the_time_limit(clock, monkeypatch, limit, leaves_after):
-    """Five minutes before, or a tenth of a short limit."""
+    """Five minutes before it, or a tenth of a short limit."""
     monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
     stop = Stop()
     clock[0] += 60 * leaves_after - 1
@@ -351,7 +352,7 @@ def test_it_leaves_before_the_time_limit(clock, monkeypatch, limit, leaves_after
 
 @pytest.mark.parametrize(("slow_start", "leaves_after"), [(0, 95), (20, 75), (110, 0)])
 def test_a_slow_start_does_not_shorten_the_margin(clock, monkeypatch, slow_start, leaves_after):
-    """The launcher says when the job ends: five minutes before, however long it took to start the stage."""
+    """The launcher says when the job ends: the stage leaves five minutes before, however long its start took."""
     monkeypatch.delenv("TUNETRAIL_TIME_LIMIT", raising=False)
     monkeypatch.setattr(time_limit, "minutes_left", lambda: 100)
     monkeypatch.setattr(os, "environ", stage_environment())
@@ -376,7 +377,7 @@ def test_the_earlier_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_
 
 
 def test_a_signal_during_an_agreement_takes_effect_at_the_next_one(monkeypatch):
-    """By all of them alike: the others have not heard of it."""
+    """In all processes alike: the others did not get the signal."""
 
     def agree(value):
         signal.raise_signal(signal.SIGTERM)
@@ -414,7 +415,7 @@ def test_saves_are_spaced(clock, monkeypatch):
 def test_a_changed_input_stops_the_stage(space):
     mend = "delete the folder and run its stage again, or restore the file"
     text = space.folder / "parent/text.txt"
-    text.write_text("jello")  # as long as before
+    text.write_text("jello")  # the same length
     assert space.run() == (65, f"copy: error: parent/text.txt: differs from its manifest; {mend}\n")
     text.write_text("hello!")
     assert space.run() == (65, f"copy: error: parent/text.txt: differs from its manifest; {mend}\n")
@@ -422,7 +423,7 @@ def test_a_changed_input_stops_the_stage(space):
     assert space.run() == (65, f"copy: error: parent/text.txt: listed in the manifest but missing; {mend}\n")
     assert not space.manifest.exists()
     text.write_text("hello")
-    os.utime(text, (1, 1))  # a touched file is the same file
+    os.utime(text, (1, 1))  # touching a file does not change it
     assert space.run() == (0, "")
 
 
@@ -494,7 +495,7 @@ def test_a_second_writer_is_kept_out(space):
         f"copy: interrupted: state/{state}/lock: in use by process {first.pid} on {os.uname().nodename}; "
         "wait for it to end, then run again\n"
     )
-    assert space.run(pause=0.0)[0] == 0  # the lock of a killed process is no lock
+    assert space.run(pause=0.0)[0] == 0  # a killed process holds no lock
 
 
 def test_checkpoints_are_removed_once_the_artifact_exists(space):
@@ -558,7 +559,7 @@ def test_a_full_disk_is_one_line_and_the_old_artifact_stays(small_disk):
     assert space.manifest.read_bytes() == before
     verify(space.manifest)
     assert space.leftovers() == []
-    assert space.run(value=2) == (0, "")  # with room again, it works again
+    assert space.run(value=2) == (0, "")  # with free space it works again
 
 
 def test_metrics_must_be_numbers(space, monkeypatch):
@@ -570,7 +571,7 @@ def test_metrics_must_be_numbers(space, monkeypatch):
 
 
 def in_process(run: Callable[[Stage], dict]) -> int:
-    """A stage in the current folder, without inputs. SIGTERM's handler is put back."""
+    """Runs a stage in the current folder, without inputs. Restores SIGTERM's handler."""
     Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {}}))
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -604,7 +605,7 @@ def test_errors_keep_their_exit_codes(tmp_path, monkeypatch, capfd):
     for fault in (
         ZeroDivisionError(),
         FileNotFoundError(2, "No such file", "x"),
-    ):  # a fault of ours keeps its traceback
+    ):  # a bug keeps its traceback
         with pytest.raises(type(fault)):
             fails(fault)
     ends = [
@@ -725,7 +726,7 @@ def test_a_process_group_is_destroyed_unless_others_may_wait_in_it(tmp_path, mon
 
 
 def with_input(run: Callable[[Stage], dict], output: str) -> int:
-    """As `in_process`, with the folder `first` as input."""
+    """Like `in_process`, with the folder `first` as input."""
     Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {"output": output}}))
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -780,7 +781,8 @@ def test_unchanged_files_are_hashed_once_per_run(tmp_path, monkeypatch):
 
 
 def test_an_artifact_published_before_the_kill_is_not_made_again(tmp_path, monkeypatch):
-    """Killed while it tidied up: Snakemake takes the manifest away, the checkpoints are gone, the artifact is whole."""
+    """Killed while it cleaned up: Snakemake removes the manifest, the checkpoints are gone, the artifact is
+    complete."""
     monkeypatch.chdir(tmp_path)
     runs = []
 
@@ -798,7 +800,7 @@ def test_an_artifact_published_before_the_kill_is_not_made_again(tmp_path, monke
     assert in_process(run) == 0
     assert (len(runs), Path("out/manifest.json").read_bytes()) == (1, manifest)
     assert Path("out/provenance.json").read_bytes() == record
-    assert in_process(run) == 0  # told to run when nothing was interrupted, it does
+    assert in_process(run) == 0  # an explicit rerun without an interruption runs
     assert len(runs) == 2
     killed()
     Path("out/big").write_text("y" * 1000)
@@ -807,7 +809,7 @@ def test_an_artifact_published_before_the_kill_is_not_made_again(tmp_path, monke
 
 
 def test_an_edited_user_file_is_read_again(tmp_path, monkeypatch):
-    """Snakemake takes the manifest away before it runs a stage again, as if the stage had been killed at the end."""
+    """Snakemake removes the manifest before it reruns a stage, as if the stage had been killed at the end."""
     monkeypatch.chdir(tmp_path)
 
     def run(stage: Stage) -> dict:

@@ -1,4 +1,4 @@
-"""Readers on rows as real files hold them: what they must understand, and what they must refuse, naming the line."""
+"""Readers on rows as in real files: what they must understand, and what they must refuse, naming the line."""
 
 import datetime
 import gzip
@@ -54,7 +54,7 @@ def parquet(rows: list[dict]) -> bytes:
 
 
 def one_of(rows: int, name: str = "d.jsonl") -> str:
-    """The last line where one row of a file is bad."""
+    """The last line of the message if one row of a file is bad."""
     return f"\n{name}: 1 of {rows} rows is invalid; fix them, or leave them out with data.invalid: drop"
 
 
@@ -366,7 +366,7 @@ def test_parquet_cells_become_plain_values(file, name):
     ranking = {"labeler": "0", "ranks": [1, 2], "order": [1, 0], "time": "2026-01-02T03:04:05+00:00", "scores": None}
     assert first["rankings"] == [ranking]
     assert second["rankings"] == [ranking | {"labeler": "1", "order": [0, 1], "time": None}]
-    json.dumps([first, second])  # nothing of numpy is left
+    json.dumps([first, second])  # no numpy types are left
     chat = parquet([{"messages": [user("Q"), assistant("A")]}])
     assert (
         rows_of(demonstrations, file(gzip.compress(chat) if name.endswith("gz") else chat, name))[0]["completion"]

@@ -1,4 +1,4 @@
-"""The data stage end to end: what no split may share, what may not be lost, and what it tells the user."""
+"""The data stage end to end: what splits must not share, what must not get lost, and what it tells the user."""
 
 import json
 from collections import Counter
@@ -148,7 +148,7 @@ def test_raw_text_is_not_lost():
 
 
 def largely(i: int) -> dict:
-    """Fifty prompts with 14 words of their own; the last 9 with an ending that the others have too, 24 words long."""
+    """Fifty prompts with 14 words of their own, and an ending of 24 words that the last 9 share with the others."""
     own = " ".join(f"{WORDS[k]}{i}" for k in range(10)) + f" {i}a {i}b {i}c {i}d"
     ending = " ".join(f"e{k}" for k in range(24)) if i >= 41 else f"{i}e"
     return {"prompt": f"{own} {ending}", "completion": f"{i}", "group": f"{i}"}
@@ -193,7 +193,7 @@ def test_evaluation_prompts_that_training_texts_contain_are_reported_and_left_ou
 
 
 def test_a_contaminated_prompt_counts_once():
-    """Though it has three answers; the rows are counted beside it."""
+    """Although it has three answers; rows are counted separately."""
     rows = [largely(i) | {"completion": f"{i} {k}"} for i in range(50) for k in range(3)]
     source = file("d.jsonl", rows, group="group")
     done = Prepared(DataConfig(demonstrations=[source], near_duplicate=1.0, overlap_words=8, duplicates="drop"))
@@ -224,7 +224,7 @@ def test_one_file_per_labeler():
 
 
 def test_each_prompt_is_evaluated_once():
-    """Else its interval over prompts would be too narrow. A demonstration is the better reference."""
+    """Otherwise intervals over prompts would be too narrow. A demonstration is the better reference."""
     pairs = [{"prompt": prompt(i), "chosen": f"good {n}", "rejected": "bad"} for i in range(60) for n in range(4)]
     demonstrations = [{"prompt": prompt(i), "completion": "expert"} for i in range(0, 60, 2)]
     done = Prepared(
@@ -253,14 +253,14 @@ def test_preferences_and_demonstrations_of_a_prompt_go_together():
     assert done.code == 0
     groups = [{row["group"] for row in done[split]} for split in SPLITS if split != "sft"]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 60
-    # sft trains on the demonstrations of the reward split: else they would be of no use to anyone.
+    # sft trains on the demonstrations of the reward split, which nothing else would use.
     assert {row["group"] for row in done["sft"]} == {row["group"] for row in done["reward"]}
     assert {row["completion"] for row in done["sft"]} == {"expert"}
     assert {row["split"] for row in done["comparisons"]} == {"reward", "heldout"}
 
 
 def test_weights_are_on_training_rows_and_in_the_table_of_uses():
-    """Splits and what is measured are those of a run without it."""
+    """Splits and test data are the same as without weights."""
 
     def prepared(weight: float) -> Prepared:
         return Prepared(
@@ -301,7 +301,7 @@ RATED = {"feedback": {"reward": 0.4, "rl": 0.2, "evaluation": 0.2, "heldout": 0.
 
 
 def test_feedback_is_split_by_prompt_and_used_only_by_kto():
-    """What may be a bad response is nobody's demonstration, reference or training text."""
+    """A response that may be bad is never a demonstration, a reference or training text."""
     people = ("ann.jsonl", "ann", True), ("bob.jsonl", "bob", False)
     config = DataConfig(
         feedback=[
@@ -320,7 +320,7 @@ def test_feedback_is_split_by_prompt_and_used_only_by_kto():
     groups = [{row["group"] for row in done[split]} for split in SPLITS if split != "sft"]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 60
     demonstrated = {row["group"] for split in SPLITS for row in done[split] if "completion" in row}
-    assert demonstrated == {prompt(i) for i in range(40, 60)}  # the author's, and no rated one
+    assert demonstrated == {prompt(i) for i in range(40, 60)}  # the author's, not a rated one
     assert {row["completion"] for row in done["sft"]} <= {f"{i} 0" for i in range(40, 60)}
     for split in ("rl", "evaluation"):
         assert max(Counter(row["prompt"] for row in done[split]).values()) == 1
@@ -360,7 +360,7 @@ def test_too_little_feedback_is_reported(capfd):
 
 
 def test_too_few_comparisons_are_reported(capfd):
-    """Though there are demonstrations enough to fill the split."""
+    """Although there are enough demonstrations to fill the split."""
     demonstrations = [{"prompt": prompt(i), "completion": "a"} for i in range(60)]
     pairs = [{"prompt": f"one question of {i}", "chosen": "good", "rejected": "bad"} for i in range(2)]
     done = Prepared(DataConfig(preferences=[file("p.jsonl", pairs)], demonstrations=[file("d.jsonl", demonstrations)]))
@@ -373,7 +373,7 @@ def test_too_few_comparisons_are_reported(capfd):
 
 
 def test_every_row_is_accounted_for():
-    """Each is in the table of its split or left out for one reason, and sft's are from demonstrations alone."""
+    """Each row is in the table of its split or left out for one reason, and sft has only demonstrations."""
     pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(148)]
     answers = [{"prompt": prompt(i + 500), "completion": "a"} for i in range(80)]
     answers += [{"prompt": f"long {i}", "completion": "x" * 90} for i in range(7)] + answers[:3]
@@ -420,7 +420,7 @@ def test_sft_trains_on_chosen_responses_only_if_asked():
 
 
 def test_data_too_small_to_split_can_be_pinned_and_used_completely():
-    """One paragraph and two pairs, as a course has them; what nothing reads may be empty."""
+    """One paragraph and two pairs, as in a course; splits that nothing reads may be empty."""
     pairs = [{"prompt": prompt(i), "chosen": "yes", "rejected": "no"} for i in range(2)]
     questions = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(3)]
     config = DataConfig(
@@ -451,13 +451,13 @@ def test_a_pinned_source_keeps_the_checks_for_leaks(capfd):
 
 
 TRAINED_AND_TESTED = {"demonstrations": {"sft": 0.9, "heldout": 0.1}}
-"""The shares of an unpinned source beside a test set."""
+"""The shares of an unpinned source next to a test set."""
 
 
 @pytest.mark.parametrize("split", ["sft", None])
 @pytest.mark.parametrize("duplicate", ["prompt", "text"])
 def test_a_duplicate_of_a_test_row_is_removed_from_training(capfd, split, duplicate):
-    """Whether it is one by its group (here the prompt) or by what it says, and whether its source is pinned or not."""
+    """Whether it has the same group (here the prompt) or the same text, and whether its source is pinned or not."""
     tests = [{"prompt": prompt(i), "completion": f"test {i}", "user": f"t{i}"} for i in range(12)]
     train = [{"prompt": prompt(i), "completion": f"train {i}", "user": f"u{i}"} for i in range(8, 60)]
     group = "user" if duplicate == "text" else None
@@ -490,7 +490,7 @@ def test_a_duplicate_of_a_test_row_is_removed_from_training(capfd, split, duplic
 
 
 def test_training_texts_that_contain_a_test_prompt_are_dropped_and_the_prompt_stays():
-    """A prompt of one's own split would go instead: then nothing says that the test set is whole."""
+    """Without a given test set the prompt would be dropped instead."""
     tests = [{"prompt": prompt(i) + " " + " ".join(f"own{i}{k}" for k in range(12)), "completion": "a"}
              for i in range(6)]  # fmt: skip
     leak = {"prompt": "recall this", "completion": "once more: " + tests[0]["prompt"]}
@@ -546,7 +546,7 @@ def test_bare_prompts_go_only_to_splits_that_use_prompts(capfd):
 
 
 def test_a_split_with_a_share_may_not_be_empty(capfd):
-    """Here of a second source, which holds one row."""
+    """Here because of a second source with a single row."""
     sources = [
         file("t.jsonl", [{"text": "one paragraph"}], split="sft"),
         file("d.jsonl", [{"prompt": "p", "completion": "a"}]),
@@ -598,7 +598,7 @@ def test_all_rows_that_are_too_long_are_counted_and_the_first_three_named(capfd,
 
 
 def test_rows_longer_than_the_model_can_read_are_refused_whatever_the_limits(capfd):
-    """Past its positions a rotary model goes on and gets worse without a word."""
+    """Beyond its positions a rotary model silently gets worse."""
     save_base(positions=70)
     rows = [*ROWS, {"prompt": "p" * 60, "completion": "x" * 9}, {"prompt": "p" * 60, "completion": "x" * 10}]
     assert refused(capfd, rows, chat=False) == [
@@ -668,7 +668,7 @@ def test_a_conversation_without_chat(capfd):
 
 @needs_shared
 def test_annotators_and_experts_side_by_side():
-    """PandaLM's prompts are self-instruct's: 993 pairs over 170 prompts beside 427 demonstrations."""
+    """PandaLM's prompts are from self-instruct: 993 pairs over 170 prompts, and 427 demonstrations."""
     done = Prepared(DataConfig(
         demonstrations=[FileSource(source="file", path=SHARED / "self-instruct/demonstrations.jsonl.gz")],
         preferences=[FileSource(source="file", path=SHARED / "pandalm/pairs.jsonl.gz")],
@@ -680,7 +680,7 @@ def test_annotators_and_experts_side_by_side():
     assert shares["heldout"] > 0.07 * 939
     assert done.card["comparisons"]["labelers"] == ["annotator-0", "annotator-1", "annotator-2"]
     prompts = {split: {row["prompt"] for row in done[split] if "prompt" in row} for split in SPLITS}
-    prompts["sft"] -= prompts["reward"]  # demonstrations that went there with the preferences of their prompt
+    prompts["sft"] -= prompts["reward"]  # demonstrations that are there because of their prompt's preferences
     assert sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
     for split in ("rl", "evaluation"):
         assert len(done[split]) == len({row["prompt"] for row in done[split]})

@@ -1,4 +1,4 @@
-"""config/README.md and the JSON schema say what the code does: they cannot go stale."""
+"""config/README.md and the JSON schema agree with the code, so they cannot go stale."""
 
 import json
 import re
@@ -23,7 +23,7 @@ TABLES = README.partition(KEYS_START)[2].partition(KEYS_END)[0]
 
 
 def blocks(annotation) -> set[type[Block]]:
-    """Every block that a key of this type may hold, and those inside it."""
+    """Every block that a key of this type may have, and the blocks inside it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         inside = (blocks(field.annotation) for field in annotation.model_fields.values())
         return {annotation}.union(*inside)
@@ -95,7 +95,7 @@ def fenced(language: str) -> list[str]:
 
 
 def test_every_example_row_can_be_read(tmp_path):
-    """Each example of a row goes through the readers as it stands."""
+    """The readers accept every example row as it is."""
     shown = fenced("json")
     assert len(shown) == 10
     for i, row in enumerate(shown):

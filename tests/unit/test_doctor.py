@@ -1,4 +1,4 @@
-"""The doctor's findings, each with its fix. Slurm's commands are stand-ins here; tests/slurm has the real ones."""
+"""The doctor's findings, each with its fix. Slurm's commands are stand-ins; tests/slurm uses the real ones."""
 
 import dataclasses
 import json
@@ -174,7 +174,7 @@ def test_a_file_that_does_not_show_up(written, monkeypatch):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A site whose commands do what the test says; srun runs the command here."""
+    """A site whose commands do what the test says; srun runs its command locally."""
     monkeypatch.chdir(tmp_path)
     commands = tmp_path / "bin"
     commands.mkdir()

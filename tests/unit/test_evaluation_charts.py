@@ -1,4 +1,4 @@
-"""The specs of the evaluation's figures: every number drawn is one of the metrics, and what is missing is None."""
+"""The specs of the evaluation's figures: every number drawn is in the metrics, and missing figures are None."""
 
 import json
 
@@ -19,7 +19,7 @@ def interval(mean, half=0.1):
 
 
 def rows_of(spec):
-    """All rows of data of a spec, in order."""
+    """All data rows of a spec, in order."""
     found = []
 
     def walk(node):
@@ -137,7 +137,7 @@ def test_dots_are_the_metrics_intervals(match):
 
 
 def test_the_diagram_starts_at_the_lowest_bound():
-    """At 0 too: that is a bound as any other, and a bin without one begins at its accuracy."""
+    """Including 0, which is a bound like any other; a bin without a bound starts at its accuracy."""
 
     def begin(low, accuracy):
         row = {"confidence": 0.6, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": 0.9, "n": 2}

@@ -1,4 +1,4 @@
-"""What is said of a run before it starts: its splits, its rows, its steps, and rows that would move."""
+"""The forecast of a run before it starts: its splits, its rows, its steps, and rows that would move."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ DPO = {"method": "dpo", "batch_size": 16}
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
-    """148 pairs, as the group had whose DPO was one step at a learning rate of 0."""
+    """148 pairs, as in a group's run whose DPO was a single step at a learning rate of 0."""
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(148)]
     Path("p.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""SFT and reward models that were trained elsewhere, here by TRL's own trainers: imported, used, refused."""
+"""SFT and reward models that were trained elsewhere, here by TRL's own trainers: how they are imported, used,
+refused."""
 
 import importlib
 import json
@@ -37,7 +38,7 @@ GOOD_ANSWERS, BAD_ANSWERS = ("aaaa", "aaab", "abaa"), ("zzzz", "zzzy", "zyzz")
 
 
 def chat_rows(n: int, split: str) -> list[dict]:
-    """Demonstrations as the data stage writes them, by the tiny template."""
+    """Demonstrations as the data stage writes them, with the tiny template."""
     return [
         {
             "id": f"{split}-{i}",
@@ -131,7 +132,7 @@ REWARD = {"policy": "base", "data": "data", "comparisons": "comparisons"}
 
 
 def copied(made: Path, name: str, folder: Path, auto_class=AutoModelForSequenceClassification, **config) -> Path:
-    """A copy of a model to change, its config changed."""
+    """A copy of a model with changes in its config."""
     shutil.copytree(made / name, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -190,7 +191,7 @@ def test_without_comparisons_it_is_tested_on_answers_to_other_prompts(run_stage,
     metrics = json.loads(output.with_name("metrics.json").read_text())
     assert metrics["direction"]["pairs"] == 60
     assert "accuracy" not in metrics
-    # It learnt nothing about prompts, and is said to.
+    # It learnt nothing about prompts, and a warning says so.
     assert "may not tell better responses from worse: the better one scores higher in" in caplog.text
     assert "60 pairs of an author's answer and one written for another prompt, p " in caplog.text
 

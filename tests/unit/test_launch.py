@@ -1,4 +1,4 @@
-"""Launching a stage: what Slurm is asked for, what signals do, when a job goes back into the queue."""
+"""Launching a stage: what is requested from Slurm, what signals do, when a job is requeued."""
 
 import json
 import os
@@ -58,14 +58,14 @@ def test_output_goes_to_the_log_and_the_exit_code_is_the_stages(tmp_path):
 
 
 def test_a_stage_that_fails_leaves_its_exit_code_for_the_head(tmp_path):
-    """It is no progress: else a job that saves nothing would be requeued for it."""
+    """The code is no progress: otherwise a job that saves nothing would be requeued."""
     launch(tmp_path, "2").wait()
     assert (tmp_path / "state" / EXIT_CODE).read_text() == "3"
     assert progress(tmp_path / "state") == set()
     (tmp_path / "log").unlink()
     process = launch(tmp_path)
     while not ((tmp_path / "log").exists() and (tmp_path / "log").read_text()):
-        time.sleep(0.02)  # a stage that is killed before it works leaves no code
+        time.sleep(0.02)  # a stage that is killed before it works leaves no exit code
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert (tmp_path / "state" / EXIT_CODE).read_text() == "75"
@@ -82,7 +82,7 @@ def test_signals_reach_the_stage_as_sigterm_and_it_saves(tmp_path, signum):
 
 
 def stand_ins(folder: Path, **scripts: str) -> str:
-    """A PATH on which these programs come first."""
+    """Puts these programs first on the PATH."""
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
@@ -90,9 +90,9 @@ def stand_ins(folder: Path, **scripts: str) -> str:
 
 
 @pytest.mark.parametrize(("state", "saved", "requeued", "waits"), [
-    ("RUNNING", True, True, True),  # the time limit: back into the queue
-    ("RUNNING", False, False, False),  # nothing saved: it would go round forever
-    ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm has decided
+    ("RUNNING", True, True, True),  # the time limit: requeued
+    ("RUNNING", False, False, False),  # nothing was saved: it would loop forever
+    ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm decides
     ("", True, False, True),
 ])  # fmt: skip
 def test_when_a_job_is_requeued(tmp_path, monkeypatch, state, saved, requeued, waits):
@@ -150,7 +150,7 @@ def test_processes_of_a_node(stage, resources, n):
 
 
 def test_the_launcher_imports_no_torch():
-    """It waits beside a hundred others on a login node."""
+    """There may be a hundred of them on a login node."""
     script = (
         "import sys, tunetrail.launch.__main__, tunetrail.launch.submit; print(sorted({'torch', 'transformers', "
         "'pandas'} & sys.modules.keys()))"
@@ -164,7 +164,7 @@ def test_training_stages_may_use_several_nodes():
 
 
 def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.CompletedProcess:
-    """Runs a command as srun would one of four processes on two nodes."""
+    """Runs a command as srun would run one of four processes on two nodes."""
     path = stand_ins(tmp_path, scontrol="printf 'gpu3\\ngpu4\\n'")
     variables = {
         "SLURM_STEP_NODELIST": "gpu[3-4]",
@@ -203,7 +203,8 @@ def test_each_of_several_processes_reports_its_rank(tmp_path):
     [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)],
 )
 def test_srun_kills_the_other_processes_only_after_a_failure(tmp_path, monkeypatch, rank, code, told):
-    """With --kill-on-bad-exit. A failing process gives the first one time to exit, which gives it to the others."""
+    """With --kill-on-bad-exit. A failing process gives the first one time to exit, which does the same for the
+    others."""
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
     end = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
@@ -286,14 +287,14 @@ def test_a_signal_while_it_submits_waits_until_the_id_is_written(tmp_path, slurm
 
 
 def left(folder: Path, task: int, value: object) -> None:
-    """The result that submitit keeps of one process of job 7."""
+    """The result that submitit keeps for one process of job 7."""
     (folder / f"7_{task}_result.pkl").write_bytes(pickle.dumps(value))
 
 
 def test_the_first_process_says_how_a_job_ended_or_another_does_if_it_was_killed(tmp_path):
     job = submit.submitit.SlurmJob(tmp_path, "7", tasks=[0, 1])
     assert submit._outcome(job) is None
-    left(tmp_path, 1, ("success", 75))  # it left with the others, who were requeued
+    left(tmp_path, 1, ("success", 75))  # it left with the others, which were requeued
     assert submit._outcome(job) is None
     left(tmp_path, 1, ("success", 137))
     with pytest.raises(TunetrailError, match=r"process 1 of job 7 ended with 137, .*; see \S*7_1_log.out"):
@@ -329,7 +330,7 @@ def test_slurm_time_left(text, minutes):
 
 @pytest.fixture
 def in_job(monkeypatch, tmp_path):
-    """A Slurm job, whose squeue prints what the test says."""
+    """A Slurm job; squeue prints what the test says."""
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     for variable in ("TUNETRAIL_TIME_LIMIT", "TUNETRAIL_DEADLINE"):
         monkeypatch.delenv(variable, raising=False)
@@ -346,7 +347,10 @@ def test_a_stage_learns_when_its_job_ends(in_job, monkeypatch):
     in_job("exit 1")
     assert "TUNETRAIL_DEADLINE" not in stage_environment()
     in_job("echo 1:00:00")
-    for variable in ("TUNETRAIL_TIME_LIMIT", "TUNETRAIL_DEADLINE"):  # what the user or an outer launcher says holds
+    for variable in (
+        "TUNETRAIL_TIME_LIMIT",
+        "TUNETRAIL_DEADLINE",
+    ):  # what the user or an outer launcher sets has priority
         with monkeypatch.context() as patched:
             patched.setenv(variable, "10")
             assert stage_environment() == dict(os.environ)

@@ -1,4 +1,4 @@
-"""Who may write to a folder: one, and when another may take its place."""
+"""Only one process may write to a folder; when another may take over."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ with hold(Path(sys.argv[1]), give_up=lambda: False, say=print) as lease:
 
 @pytest.fixture
 def other(tmp_path, monkeypatch):
-    """Starts another process that holds the lease until it is asked for it."""
+    """Starts another process that holds the lease until it is requested."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(lease_module, "POLL_SECONDS", 0.05)
     started = []
@@ -76,7 +76,7 @@ def test_a_second_writer_is_refused_and_learns_who_holds_the_lease(other, tmp_pa
     process.kill()
     process.wait()
     assert holder(path) is None
-    with hold(path, never, print) as lease:  # the lease of a killed process is none
+    with hold(path, never, print) as lease:  # a killed process holds no lease
         assert (lease.generation, lease.lost(), lease.requested_by()) == (1, False, None)
 
 
@@ -97,7 +97,7 @@ def test_a_later_job_requests_the_lease_and_waits(other, tmp_path, monkeypatch):
     with hold(tmp_path / "lock", never, said.append) as lease:
         assert process.wait(10) == 0
         assert process.stdout.read() == f"asked by process {os.getpid()} on {os.uname().nodename}, job 9\n"
-        assert lease.requested_by() is None  # the wish is fulfilled
+        assert lease.requested_by() is None  # the request is fulfilled
     assert said == [
         f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and "
         "leave"
@@ -124,7 +124,7 @@ def test_a_waiting_process_gives_up_when_told_to(other, tmp_path, monkeypatch):
 
 def test_a_silent_writer_is_superseded_and_notices_before_it_writes(other, tmp_path, monkeypatch):
     process = other("5", seconds="0.6")
-    process.send_signal(signal.SIGSTOP)  # as a node that has lost the file server: its lock is still held
+    process.send_signal(signal.SIGSTOP)  # like a node that lost the file server: its lock is still held
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("TUNETRAIL_LEASE_SECONDS", "0.6")
     said: list[str] = []
@@ -150,7 +150,7 @@ def test_an_active_writer_keeps_its_lease(other, tmp_path, monkeypatch):
 
 
 def test_only_one_of_two_processes_can_take_over(tmp_path):
-    """Generations are made by exclusive creation."""
+    """Generations are created exclusively."""
     first = tmp_path / "lock"
     Path(first).touch()
     (tmp_path / "lock.2").touch()
@@ -164,7 +164,7 @@ def test_only_one_of_two_processes_can_take_over(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_the_error_for_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
-    """Lustre without -o flock says ENOSYS, NFS whose lock server is away ENOLCK."""
+    """Lustre without -o flock reports ENOSYS, NFS without its lock server ENOLCK."""
 
     def lockf(*_):
         raise OSError(number, os.strerror(number))

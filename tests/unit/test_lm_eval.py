@@ -1,5 +1,5 @@
-"""The evaluation harness as a stage: what it says without the package, its table, and (where installed) a task of one's
-own.
+"""The evaluation harness as a stage: its message without the package, its table, and (if installed) a task of the
+user's own.
 """
 
 import importlib.util

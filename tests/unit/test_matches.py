@@ -1,4 +1,4 @@
-"""Bradley-Terry, win rates at equal lengths and matches: against scipy's optimiser, by hand and by simulation."""
+"""Bradley-Terry, win rates at equal lengths and matches, compared with scipy's optimiser, by hand and by simulation."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tunetrail.evaluation import matches, stats
 
 
 def simulated(strengths, n, seed=0):
-    """Outcomes of n prompts on which everyone meets everyone."""
+    """Outcomes on n prompts, all against all."""
     random, names = np.random.default_rng(seed), list(strengths)
     return {
         (a, b): (random.random(n) < expit(strengths[a] - strengths[b])).astype(float)
@@ -58,7 +58,7 @@ def test_bradley_terry_scores_cover_the_true_strengths():
 
 
 def long_winded(n, quality, bias, seed=0):
-    """Outcomes and length gaps of a judge who likes length: the first is longer on most prompts."""
+    """Outcomes and length gaps of a judge that likes length; the first is longer on most prompts."""
     random = np.random.default_rng(seed)
     gap = random.normal(8, 10, size=n)
     chance = expit(quality + bias * np.tanh(gap / gap.std()))
@@ -66,7 +66,7 @@ def long_winded(n, quality, bias, seed=0):
 
 
 def test_length_control_removes_the_effect_of_length():
-    """Equally good, but longer and liked for it: wins 67% of the time, and 50% at equal lengths."""
+    """Equally good, but longer and preferred for it: it wins 67% of the time, and 50% at equal lengths."""
     outcome, gap = long_winded(50_000, quality=0.0, bias=1.5)
     assert outcome.mean() > 0.65
     ones = np.ones((1, len(outcome)))
@@ -140,7 +140,7 @@ def test_a_match_by_hand():
     assert pairs["ppo", "sft"]["significant"]
     assert not pairs["dpo", "sft"]["significant"]
     assert pairs["dpo", "sft"]["p_holm"] == pytest.approx(max(pairs["dpo", "sft"]["p"], 2 * pairs["ppo", "sft"]["p"]))
-    assert pairs["ppo", "dpo"]["p_holm"] == pairs["ppo", "dpo"]["p"]  # alone in its family
+    assert pairs["ppo", "dpo"]["p_holm"] == pairs["ppo", "dpo"]["p"]  # the only one in its family
     assert [row["name"] for row in found["scores"]] == names
     assert found["scores"][3]["score"]["low"] > 0
     assert found["scores"][0]["score"]["high"] < 0
@@ -153,7 +153,7 @@ def test_a_match_without_the_reference_has_no_scores():
 
 
 def test_unknown_outcomes_affect_only_their_pair():
-    """As if those prompts had not been asked of that pair; all else is as it was."""
+    """As if that pair had not been compared on those prompts; everything else stays the same."""
     names, groups = ["base", "sft", "dpo"], [i // 2 for i in range(40)]
     outcome_of = simulated({"base": -0.5, "sft": 0.0, "dpo": 0.5}, 40)
     lengths = {name: np.random.default_rng(i).integers(5, 20, size=40) for i, name in enumerate(names)}

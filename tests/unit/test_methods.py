@@ -1,4 +1,4 @@
-"""Ways of fine-tuning, side by side: losses against sums over the vocabulary, training against a loop by hand."""
+"""Comparing methods of fine-tuning: losses against sums over the vocabulary, training against a separate loop."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def run(block: dict, state: str = "state", output: str = "methods") -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished comparison, and the current folder for as long as the tests last."""
+    """A finished comparison; its folder is the current one during the tests."""
     folder = tmp_path_factory.mktemp("methods")
     write_workspace(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def test_losses_do_not_depend_on_the_batch(folder):
 
 
 def test_a_tuned_prompt_precedes_every_row(folder):
-    """Its vectors put in front of the words' own, by hand."""
+    """Compared with prepending its vectors to those of the text."""
     model = built(folder, prompt_tokens=3)
     vectors = model.get_prompt(1)[0]
     assert vectors.shape == (3, 16)
@@ -83,7 +83,7 @@ def test_a_tuned_prompt_precedes_every_row(folder):
 
 
 def test_a_step_is_adamw_on_the_mean_over_learnt_tokens(folder):
-    """Against AdamW's first step by hand: each weight moves by the learning rate against its gradient's sign."""
+    """Compared with AdamW's first step: each weight moves by the learning rate against its gradient's sign."""
     model, other = built(folder), built(folder)
     train(model, [EXAMPLES], 1e-3, 0, "fp32", Cost(), lambda step: None)
     losses = [
@@ -107,7 +107,7 @@ def test_every_method_starts_from_the_same_model_and_learns(folder):
         assert points[-1]["learnt"] == method["learnt"] < points[0]["learnt"], name
     for name in ("full", "lora"):
         assert found["methods"][name]["points"][0] == {"step": 0, "learnt": found["base"]["learnt"], "forgotten": 0.0}
-    assert found["methods"]["prompt"]["points"][0]["learnt"] != found["base"]["learnt"]  # its vectors are new
+    assert found["methods"]["prompt"]["points"][0]["learnt"] != found["base"]["learnt"]  # its vectors are new weights
 
 
 def test_trained_parameters_are_counted(folder):
@@ -159,7 +159,7 @@ class Stopped(Exception):
 
 
 def interrupted(folder):
-    """The stage's run without the runner, in a state folder of its own."""
+    """Runs the stage without the runner, in its own state folder."""
     from tunetrail.contract.stage import Attempt, Input, Request, Stage
 
     for name in ("again", "again-work"):

@@ -1,4 +1,4 @@
-"""What a rerun would cost: from records, else benchmarks, and unknown is said as unknown."""
+"""The cost of a rerun, from records or else benchmarks; unknown costs are reported as unknown."""
 
 from pathlib import Path
 

@@ -79,7 +79,8 @@ def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
 
 
 def test_the_log_ratio_in_the_reward_has_the_gradient_of_the_kl():
-    """Over all tokens of a softmax: E[estimate * grad log p] is grad KL for k1, and hardly any of it for k2 and k3."""
+    """Over all tokens of a softmax: E[estimate * grad log p] is grad KL for k1, and hardly related to it for k2 and
+    k3."""
     logits = torch.tensor([0.2, -0.3, 0.05], requires_grad=True)
     log_q = torch.tensor([0.0, 0.1, -0.2]).log_softmax(0)
     log_p = logits.log_softmax(0)
@@ -158,7 +159,7 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     policy = share_prefixes(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0))
     policy = with_lora(policy, config.lora, seed=0)
     classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1)
-    start = list(range(2, 10))  # what all begin with is computed once
+    start = list(range(2, 10))  # their common prefix is computed once
     prompts = [start + [2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
     return PPOTrainer(
         config, policy, classifier if config.uses_reward_model else None, prompts, [str(i) for i in range(12)],
@@ -264,7 +265,7 @@ def test_leave_one_out_and_group_advantages_by_hand():
 
 
 def test_grpo_does_not_turn_noise_of_the_kl_into_advantages_if_scores_tie():
-    """Four responses to a prompt that were all cut off, with KLs of a fresh policy: nothing there is worth learning."""
+    """Four cut-off responses to a prompt, with the KLs of a fresh policy: there is nothing to learn from them."""
     trainer = make_trainer(advantage="grpo", completions_per_prompt=4, missing_eos_score=-1.0, kl_coef=0.05)
     rollout = trainer.rollout()
     rollout.finished[:4] = False
@@ -284,7 +285,7 @@ def test_scores_are_shaped_by_hand():
     assert shaped_scores(scores, lengths, finished, clip=2.0).tolist() == [2.0, -2.0, 0.5]
     assert shaped_scores(scores, lengths, finished, length_penalty=0.5).tolist() == [2.0, -11.0, -2.5]
     assert shaped_scores(scores, lengths, finished, missing_eos_penalty=4.0).tolist() == [3.0, -9.0, -3.5]
-    # the fixed score stands for the whole, whatever the penalties
+    # the fixed score replaces everything, including penalties
     assert shaped_scores(scores, lengths, finished, missing_eos_score=-1.0, length_penalty=0.5).tolist() == [
         2.0,
         -11.0,
@@ -353,7 +354,9 @@ def test_an_update_ends_once_the_policy_has_moved_far_enough():
     free = make_trainer(minibatch_size=2, learning_rate=1e-2)
     assert free.iterate()["minibatches"] == 8
     stopped = make_trainer(minibatch_size=2, learning_rate=1e-2, stop_kl=1e-6)
-    assert stopped.iterate()["minibatches"] == 2  # the first has not moved yet, the second has
+    assert (
+        stopped.iterate()["minibatches"] == 2
+    )  # before the first minibatch nothing has moved, before the second it has
 
 
 def test_the_entropy_bonus_keeps_the_entropy_high(monkeypatch):
@@ -380,13 +383,13 @@ def test_ptx_keeps_the_demonstrations_likely():
         make_trainer(ptx_coef=1.0, demonstrations=[])
     trainer = make_trainer(ptx_coef=1.0, demonstrations=demonstrations, learning_rate=1e-2, steps=8)
     losses = [trainer.iterate()["ptx_loss"] for _ in range(8)]
-    assert losses[0] > 2.5  # of a random model about log 20 = 3.0
+    assert losses[0] > 2.5  # a random model has about log 20 = 3.0
     assert losses[-1] < losses[0] / 2
     assert make_trainer().iterate()["ptx_loss"] == 0
 
 
 def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
-    """The gradient after `_ptx` against autograd on plain forward passes."""
+    """The gradient after `_ptx`, compared with autograd on plain forward passes."""
     demonstrations = [([5, 6], [7, 8, EOS])]
     trainer = make_trainer(ptx_coef=0.25, demonstrations=demonstrations, micro_batch_size=2)
     loss = trainer._ptx(0)
@@ -448,7 +451,7 @@ def test_it_learns_from_scorers_without_a_reward_model(advantage):
 
 
 class StandIn:
-    """In the place of TRL's VLLMGeneration: gives prompts back as responses, each with a number of its own."""
+    """Replaces TRL's VLLMGeneration: returns prompts as responses, each with its own number."""
 
     REAL = VLLMGeneration
 

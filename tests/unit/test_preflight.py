@@ -1,4 +1,4 @@
-"""What is told before any job starts."""
+"""The checks before any job starts."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_packages_that_the_config_needs_must_be_installed():
         "remove the method",
         "c.yaml: policies.p.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null",
     ]
-    assert preflight.check(given, packages=False) == []  # conda or a container has its own
+    assert preflight.check(given, packages=False) == []  # conda environments and containers have their own
 
 
 BAD_BASES = [

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines in a log, and the same as rows in the stage's state folder."""
+"""Progress: a bar on a terminal, lines in a log, and rows in the stage's state folder."""
 
 import io
 import logging

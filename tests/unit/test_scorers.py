@@ -1,4 +1,4 @@
-"""Scorers: each against values by hand, sums and ranges, and every way in which a user's own can go wrong."""
+"""Scorers: each against hand-computed values, sums and ranges, and every way in which a user's scorer can fail."""
 
 import pytest
 

@@ -48,7 +48,7 @@ def test_bootstrap_in_blocks_covers_every_resample(monkeypatch):
 
 
 def _coverage(draw, truth, **options):
-    """How many of 2,000 intervals hold the truth."""
+    """The share of 2,000 intervals that contain the truth."""
     random = np.random.default_rng(7)
     intervals = (stats.bootstrap(draw(random), 400, seed=i, **options) for i in range(2000))
     return np.mean([interval["low"] <= truth <= interval["high"] for interval in intervals])
@@ -69,7 +69,7 @@ def test_the_group_interval_covers_clustered_data_and_the_row_interval_does_not(
 
 
 def test_an_undefined_resample_does_not_count():
-    """The mean of the first of three rows, of those resamples that have it."""
+    """The mean of the first of three rows, over the resamples that contain it."""
 
     def first(counts):
         with np.errstate(invalid="ignore"):
@@ -121,7 +121,7 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_told_apart():
         expected.append(np.mean(pairs))
     found = stats.auc_of(values, positive)(counts)
     assert found[:2, 0] == pytest.approx(expected)
-    assert np.isnan(found[2, 0])  # none of the other sort was drawn
+    assert np.isnan(found[2, 0])  # none of the other label was drawn
 
 
 def test_dpo_against_ppo_on_256_prompts_is_not_significant():
@@ -148,14 +148,16 @@ def test_bootstrap_of_rows_of_one_group_resamples_rows():
 
 
 def test_win_rate_intervals_cover_95_times_in_100():
-    """With ties, and with prompts that come in groups, as if each were a group of its own and as they are."""
+    """With ties, and with prompts in groups, both over prompts and over groups."""
     random, trials, n = np.random.default_rng(3), 4000, 200
     chances, groups = [0.5, 0.2, 0.3], np.repeat(np.arange(50), 4)
     alone = random.choice([1, 0.5, 0], size=(trials, n), p=chances)
     together = random.choice([1, 0.5, 0], size=(trials, 50), p=chances)[:, groups]
 
     def coverage(outcomes, units):
-        found = stats.bootstrap_of(lambda counts: counts @ outcomes.T / n, units, 2000, seed=1)  # of all trials at once
+        found = stats.bootstrap_of(
+            lambda counts: counts @ outcomes.T / n, units, 2000, seed=1
+        )  # for all trials at once
         return np.mean([interval["low"] <= 0.6 <= interval["high"] for interval in found])
 
     assert 0.93 <= coverage(alone, range(n)) <= 0.97
@@ -258,7 +260,7 @@ def test_minimum_detectable_difference_is_found_four_times_in_five(n, wins, test
 
 
 def test_minimum_detectable_difference_does_not_grow_with_the_effect():
-    """Prompts of 33 modules, correlated within each, won by 50% or by 90%: they show the same difference."""
+    """Prompts of 33 modules, correlated within each, with a win rate of 50% or 90%: they show the same difference."""
     random, groups = np.random.default_rng(4), np.repeat(np.arange(33), 3)
 
     def smallest(p):
@@ -280,7 +282,7 @@ def test_too_few_groups_cannot_show_anything():
     five, six = (np.repeat(np.arange(k), 4) for k in (5, 6))
     assert stats.sign_flip_p(np.ones(20), five) > 0.05
     assert stats.minimum_detectable(np.array([1.0, 0] * 10), five) is None
-    assert stats.minimum_detectable(np.ones(24), six) == 0.5  # nothing less than winning everything
+    assert stats.minimum_detectable(np.ones(24), six) == 0.5  # only winning everything
     assert stats.minimum_detectable(np.ones(24), six, tests=2) is None
     assert stats.minimum_detectable(np.array([0.0, 1.0]), ["a", "a"]) is None
     assert stats.minimum_detectable(np.full(20, 0.5), range(20)) is None
@@ -309,7 +311,7 @@ def test_standard_error_equals_scipy_and_that_of_groups_their_sums():
     deviations = values - values.mean()
     assert stats.standard_error(deviations, range(30)) == pytest.approx(sem(values))
     assert stats.standard_error([1.0], ["a"]) is None
-    # every value four times in a group of its own: nothing was learnt from the copies
+    # every value four times in its own group: copies add no information
     assert stats.standard_error(np.repeat(deviations, 4), np.repeat(np.arange(30), 4)) == pytest.approx(sem(values))
 
 
@@ -353,7 +355,7 @@ def test_best_of_n_kl_golden(n, nats):
 
 
 def test_best_of_n_kl_equals_brute_force():
-    """KL of the best of 3 of a uniform choice among 2,000 against that choice."""
+    """KL from best-of-3 of a uniform choice among 2,000 to that choice."""
     size, n = 2000, 3
     best = (np.arange(1, size + 1) / size) ** n - (np.arange(size) / size) ** n
     assert stats.best_of_n_kl(n) == pytest.approx(float((best * np.log(best * size)).sum()), abs=1e-3)

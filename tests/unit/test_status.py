@@ -1,4 +1,4 @@
-"""Where a stage stands, from what a run leaves on disk. The runs are made up; the lease is a real one."""
+"""The status of stages, from what a run leaves on disk. The runs are made up; the lease is real."""
 
 import json
 import os
@@ -21,7 +21,7 @@ START = "2026-01-02T03:04:05+00:00"
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Makes a Job in a folder of its own, with parents and output as told."""
+    """Makes a Job in its own folder, with the given parents and output."""
     monkeypatch.chdir(tmp_path)
 
     def make(name: str = "reward", made: bool = False, needed: bool = True, **changes) -> Job:
@@ -44,7 +44,7 @@ def ended(outcome: str, message: str | None = None) -> dict:
 
 
 def progress(done: int, written: datetime, note: str = "") -> dict:
-    """A row of progress.jsonl, of 100 steps at one in two seconds."""
+    """A row of progress.jsonl for 100 steps of two seconds each."""
     return {
         "time": written.astimezone().isoformat(timespec="seconds"), "label": "ppo", "done": done, "total": 100,
         "unit": "steps", "rate": 0.5, "left": (100 - done) * 2.0, "values": {}, "note": note,
@@ -153,7 +153,7 @@ def test_the_last_error_of_a_log(tmp_path, log, line):
 
 
 def code(j: Job, number: int) -> None:
-    """As the launcher leaves it."""
+    """Writes the exit code as the launcher does."""
     j.state.mkdir(parents=True, exist_ok=True)
     (j.state / EXIT_CODE).write_text(str(number))
 
@@ -190,7 +190,7 @@ def test_a_run_exits_with_the_code_that_all_its_failures_share(job, codes, expec
 
 
 def test_sealing_a_failed_run_gives_no_advice_about_tags(original, tmp_path, capsys):
-    """Nor is there one where nothing was made yet, as when the first stage fails."""
+    """Nothing is sealed if nothing was made yet, as when the first stage fails."""
     failure.seal(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     failure.seal(tmp_path / "empty")
@@ -214,7 +214,7 @@ def test_a_failure_before_the_first_attempt_is_one(job):
 
 
 def test_the_log_of_a_successful_stage_reports_no_failure(job):
-    """Its artifact was deleted since, and is to be made again."""
+    """Its artifact was deleted since and must be made again."""
     j = job()
     say(j, "a warning\n")
     assert look(j).state == "waiting"
@@ -235,7 +235,7 @@ def test_a_killed_stage_leaves_no_message(job):
     found = look(j)
     assert found.state == "failed"
     assert found.detail.startswith("killed without a word")
-    (place / "attempts.jsonl").open("a").write('{"start": "20')  # its writer is at it
+    (place / "attempts.jsonl").open("a").write('{"start": "20')  # its writer is running
     assert look(j) == found
 
 

@@ -1,4 +1,4 @@
-"""Where training is watched: names that the libraries know, one clear error, and numbers that arrive."""
+"""Trackers of training: names that the libraries know, one clear error, and numbers that arrive."""
 
 import os
 from contextlib import suppress
@@ -64,7 +64,7 @@ def test_the_trainers_options_name_run_and_project(tmp_path, monkeypatch):
     monkeypatch.setenv(trackers.VARIABLE, "tensorboard")
     options = trackers.trainer_options(tmp_path / "results/demo/sft", tmp_path / "state/demo/sft/f00")
     assert options == {"report_to": ["tensorboard"], "run_name": "demo/sft", "project": "tunetrail"}
-    assert os.environ["WANDB_RUN_ID"] == "f00"  # an attempt that resumes goes on in the same run
+    assert os.environ["WANDB_RUN_ID"] == "f00"  # an attempt that resumes continues the same run
     monkeypatch.setenv(trackers.VARIABLE, "")
     assert trackers.trainer_options(tmp_path / "sft", tmp_path)["report_to"] == []
 

@@ -1,4 +1,4 @@
-"""The stages on Hugging Face trainers: losses, data order, exact resumption, broken checkpoints."""
+"""The stages with Hugging Face trainers: losses, data order, exact resumption, broken checkpoints."""
 
 import importlib
 import json
@@ -92,7 +92,7 @@ EXAMPLES = [
 
 def test_collator_masks_missing_completions():
     batch = KWiseCollator(0)(EXAMPLES)
-    assert batch["input_ids"].shape == (5, 5)  # K sequences a prompt, not K(K-1)
+    assert batch["input_ids"].shape == (5, 5)  # K sequences per prompt, not K(K-1)
     assert batch["mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["targets"][1, 0, 1] == 1
     assert batch["input_ids"][:, 3:].tolist() == [[6, 0], [7, 8], [9, 0], [6, 1], [7, 0]]
@@ -131,7 +131,7 @@ def test_the_head_has_its_own_learning_rate(tmp_path, lora):
 
 
 def test_the_probe_is_where_its_gradient_is_0():
-    """One feature, three pairs with soft targets; and the root found by bisection."""
+    """One feature and three pairs with soft targets, compared with the root found by bisection."""
     x, y, weights = np.array([[1.0], [2.0], [-0.5]]), np.array([1.0, 0.25, 0.5]), np.array([0.5, 0.25, 0.25])
 
     def slope(w: float) -> float:
@@ -145,7 +145,7 @@ def test_the_probe_is_where_its_gradient_is_0():
 
 
 def planted(random, prompts: int, strength: float) -> tuple[list, list]:
-    """States of 3 responses to each prompt, of very different scales; labelers prefer a large sum of all features."""
+    """States of 3 responses per prompt, on very different scales; labelers prefer a large sum of all features."""
     scale = np.geomspace(0.01, 100, 12)
     states, targets = [], []
     for _ in range(prompts):
@@ -168,9 +168,9 @@ def test_the_probe_finds_linear_preferences_and_nothing_in_noise():
         return float(found), float(np.std([s @ probe for s in unseen]))
 
     (clear, wide), (nothing, narrow) = accuracy(1.0, 0), accuracy(0.0, 1)
-    assert clear > 0.85  # noise of the labelers alone allows about 0.88
+    assert clear > 0.85  # the labelers' noise allows about 0.88
     assert 0.45 < nothing < 0.55
-    assert narrow < wide / 5  # the ridge chosen by cross-validation lets it say little
+    assert narrow < wide / 5  # the ridge chosen by cross-validation keeps it small
 
 
 def test_the_probe_of_one_group_is_fitted_without_cross_validation():
@@ -209,7 +209,7 @@ def test_reward_metrics_by_hand():
     gains = {name: gain["mean"] for name, gain in metrics["gain_over"].items()}
     assert gains == pytest.approx({"longer_wins": 0.5 / 3, "shorter_wins": 0.5 / 3, "probe": -0.5 / 3})
     assert metrics["accuracy_longer_preferred"]["mean"] == 1  # a
-    assert metrics["accuracy_shorter_preferred"]["mean"] == 0  # b; in c they are of one length
+    assert metrics["accuracy_shorter_preferred"]["mean"] == 0  # b; in c they have equal lengths
     assert metrics["accuracy_by_labeler"]["m"]["mean"] == 1
     assert metrics["accuracy_by_labeler"]["l"]["mean"] == 0.5
     assert metrics["accuracy_by_source"]["web"]["mean"] == 1
@@ -217,7 +217,7 @@ def test_reward_metrics_by_hand():
 
 
 def test_the_interval_of_a_gain_covers_the_true_one_where_groups_differ():
-    """30 groups of 10 pairs; in some groups the model is the better one, in others the baseline."""
+    """30 groups of 10 pairs; in some groups the model is better, in others the baseline."""
     covered = 0
     for seed in range(200):
         random = np.random.default_rng(seed)
@@ -233,7 +233,7 @@ def test_the_interval_of_a_gain_covers_the_true_one_where_groups_differ():
 
 
 def test_every_bin_and_the_calibration_error_have_an_interval():
-    """A model that is right as often as it says, and one that is twice as sure as it may be."""
+    """A calibrated model, and one that is twice as sure as it should be."""
     random = np.random.default_rng(0)
     margins = random.exponential(1.0, size=4000)
     right = random.random(4000) < 1 / (1 + np.exp(-margins))
@@ -256,7 +256,7 @@ def test_every_bin_and_the_calibration_error_have_an_interval():
 
 
 def test_the_calibration_error_of_a_calibrated_model_reaches_0():
-    """Of few pairs it lies far above 0 itself, and its plain percentiles never reach it."""
+    """With few pairs it is far above 0 itself, and its plain percentiles never reach 0."""
     reached, errors = [], []
     for seed in range(30):
         random = np.random.default_rng(seed)
@@ -278,20 +278,20 @@ def test_the_ceiling_follows_from_the_agreement_of_labelers():
     def row(name, *ranks):
         return {"id": name, "rankings": [{"labeler": str(i), "ranks": list(r)} for i, r in enumerate(ranks)]}
 
-    # Three labelers on one pair: two agree, one does not. A fourth prompt's tie decides nothing.
+    # Three labelers on one pair: two agree, one does not. The tie on the fourth prompt decides nothing.
     rows = [row("a", [1, 2], [1, 2], [2, 1]), row("b", [1, 2], [1, 1], [1, 2])]
     found = ceiling(rows, seed=0)
     assert found["labelers"] == 3
     assert found["agreement"]["mean"] == pytest.approx((1 + 0 + 0 + 1) / 4)
-    # a: each of the two meets a split vote, the third a majority against it; b: both are seconded.
+    # a: for two of them the others' vote is split, the third has a majority against it; b: both are confirmed.
     assert found["majority"]["mean"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
     assert ceiling([row("a", [1, 2])], seed=0) is None
-    assert found["at_most"]["mean"] == found["at_most"]["low"] == 0.5  # half is what coins agree on
+    assert found["at_most"]["mean"] == found["at_most"]["low"] == 0.5  # coin flips agree half of the time
     assert ceiling([row("a", [1, 2], [2, 1])], seed=0)["at_most"] is None
 
 
 def test_a_perfect_model_is_between_the_bounds_if_pairs_differ_in_difficulty():
-    """A labeler is right on a pair with chance 0.55 to 1: the true order agrees with 0.775, the bound says more."""
+    """A labeler is right on a pair with probability 0.55 to 1: the true order agrees in 0.775, the bound is higher."""
     random = np.random.default_rng(1)
     right = random.random((2000, 3)) < random.uniform(0.55, 1, size=2000)[:, None]
     rows = [
@@ -305,7 +305,8 @@ def test_a_perfect_model_is_between_the_bounds_if_pairs_differ_in_difficulty():
 
 
 def test_the_ceiling_of_noisy_labelers_follows_from_their_noise():
-    """Each is wrong on one pair in five: two agree on 0.8² + 0.2², one with nine others as often as it is right."""
+    """Each is wrong on one pair in five: two agree on 0.8² + 0.2²; one agrees with nine others as often as it is
+    right."""
     random = np.random.default_rng(0)
     wrong = random.random((600, 10)) < 0.2
     rows = [
@@ -317,7 +318,7 @@ def test_the_ceiling_of_noisy_labelers_follows_from_their_noise():
     ]
     found = ceiling(rows, seed=0)
     assert found["agreement"]["mean"] == pytest.approx(0.68, abs=0.015)
-    # A model that knows what is right agrees with each of them more often than they do with each other.
+    # A perfect model agrees with each of them more often than they agree with each other.
     assert found["at_most"]["mean"] == pytest.approx(1 - wrong.mean(), abs=0.015)
     assert found["at_most"]["low"] > found["agreement"]["high"]
     assert found["majority"]["mean"] == pytest.approx(
@@ -342,7 +343,7 @@ def test_the_order_has_full_batches_of_similar_length_and_uses_every_row():
 def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
     weights = [1.0] * 10 + [2.5] * 10 + [0.5] * 10
     assert rows_per_epoch(weights) == 10 + 25 + 5
-    assert rows_per_epoch([0.4]) == 1  # not in no epoch at all
+    assert rows_per_epoch([0.4]) == 1  # at least one row per epoch
     order = epoch_order([5] * 30, 8, 2, seed=1, weights=weights)
     thirds = []
     for epoch in (Counter(order[:40]), Counter(order[40:])):
@@ -350,13 +351,13 @@ def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
         assert Counter(epoch[i] for i in range(10, 20)) == {2: 5, 3: 5}
         assert Counter(epoch[i] for i in range(20, 30)) == {0: 5, 1: 5}
         thirds.append({i for i in range(10, 30) if epoch[i] in (1, 3)})
-    assert thirds[0] != thirds[1]  # drawn anew
+    assert thirds[0] != thirds[1]  # drawn afresh for each epoch
     assert epoch_order(list(range(30)), 8, 2, 1, [1.0] * 30) == epoch_order(list(range(30)), 8, 2, 1)
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_rows_with_a_weight_are_trained_on_that_often(run_stage, workspace, name):
-    """Half of the rows 2.5 times: and what is held out has no weight."""
+    """Half of the rows 2.5 times; held-out rows have no weight."""
     folder, table = {"sft": ("data", "sft"), "kto": ("data", "feedback")}.get(name, ("comparisons", "comparisons"))
     rows = read_jsonl(workspace / folder / f"{table}.jsonl")
     rows = [row | ({"weight": 2.5} if i % 2 else {}) for i, row in enumerate(rows)]
@@ -385,7 +386,7 @@ def test_learning_rates_by_hand():
     def rates(steps: int, warmup: int, schedule: str) -> list[float]:
         return [learning_rate_scale(step, steps, warmup, schedule) for step in range(1, steps + 1)]
 
-    # Two steps up, then three down in fourths.
+    # Two steps up, then three down in quarters.
     assert rates(5, 2, "linear") == pytest.approx([0.5, 1, 0.75, 0.5, 0.25])
     half = math.sqrt(0.5) / 2
     assert rates(5, 2, "cosine") == pytest.approx([0.5, 1, 0.5 + half, 0.5, 0.5 - half])
@@ -435,7 +436,7 @@ def test_an_interrupted_save_is_skipped_and_the_previous_one_used(tmp_path):
         (folder / "weights.safetensors").write_bytes(b"x" * 100)
         if step < 3:
             mark_complete(stage, folder)
-    (tmp_path / "checkpoint-2/weights.safetensors").write_bytes(b"x" * 99)  # cut short by a crash of the machine
+    (tmp_path / "checkpoint-2/weights.safetensors").write_bytes(b"x" * 99)  # truncated by a crash of the machine
     assert not is_complete(tmp_path / "checkpoint-2")
     assert [state["name"] for state in noted["states_out"]] == ["checkpoint-1", "checkpoint-2"]
     first = noted["states_out"][0]
@@ -600,7 +601,7 @@ def run_stage(workspace, monkeypatch, capfd):
 def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     code, error, straight = run_stage(name, "straight")
     assert code == 0, error
-    for _ in range(2):  # a time limit that is over at once: the attempt saves after one step and leaves with 75
+    for _ in range(2):  # a time limit that expires at once: the attempt saves after one step and exits with 75
         code, error, stopped = run_stage(name, "stopped", time_limit="0")
         assert code == 75, error
         assert "stopped by time limit at step" in error
@@ -611,15 +612,15 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     if "checkpoints" in STAGES[name][0]:
         kept = sorted(int(path.name) for path in (stopped.parent / "checkpoints").iterdir())
         assert kept == (list(range(1, 9)) if name == "dpo" else [4])  # in the middle
-        part = "adapter" if name.endswith("-lora") else "model"  # a hundredth of the space
+        part = "adapter" if name.endswith("-lora") else "model"  # a hundredth of the size
         assert [path.name for path in (stopped.parent / "checkpoints" / str(kept[-1])).iterdir()] == [part]
         folders = (stopped.parent / "checkpoints" / str(kept[-1]), stopped.parent)
         weights = (load_file(next((folder / part).glob("*.safetensors"))).values() for folder in folders)
         assert not all(torch.equal(kept, last) for kept, last in zip(*weights, strict=True))
-    # Neither what was resumed nor an adapter alarms the audit.
+    # Neither a resumption nor an adapter alarms the audit.
     verdict = Verifier().run([stopped.parent])
     assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}
-    if name == "sft-lora":  # peft has them in a set
+    if name == "sft-lora":  # peft keeps them in a set
         adapter = json.loads((stopped.parent / "adapter/adapter_config.json").read_text())
         assert adapter["target_modules"] == sorted(adapter["target_modules"])
         assert adapter["base_model_name_or_path"] is None
@@ -629,7 +630,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_the_first_and_the_last_step_train(run_stage, workspace, name):
-    """An optimizer step with a learning rate of 0 would be a batch that teaches nothing."""
+    """An optimizer step with a learning rate of 0 would waste a batch."""
     code, error, output = run_stage(
         name, "rates", config={"epochs": 1, "warmup": 0.4, "batch_size": 5, "micro_batch_size": 5}
     )
@@ -645,7 +646,7 @@ def test_the_first_and_the_last_step_train(run_stage, workspace, name):
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_training_that_changes_no_weight_fails(run_stage, name):
-    """Though it ends with a finite loss: the artifact would be its parent's copy, and look like a result."""
+    """Even with a finite loss: the artifact would be a copy of its parent that looks like a result."""
     code, error, output = run_stage(name, "still", config={"learning_rate": 1e-30})
     assert code == 78
     steps = {"sft": 12, "reward": 9, "dpo": 9, "kto": 8}[name]
@@ -658,7 +659,7 @@ def test_training_that_changes_no_weight_fails(run_stage, name):
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 def test_ppo_that_learns_nothing_fails(run_stage, monkeypatch, lora):
-    """Where all episodes score alike, no gradient reaches the adapter; without one, the steps are too small."""
+    """If all episodes score the same, no gradient reaches the adapter; without an adapter, the steps are too small."""
     block = {
         "method": "ppo", "steps": 2, "batch_size": 4, "epochs": 1, "max_new_tokens": 3, "lora": lora, "gold": None,
         "reward": {"always": 1.0}, "missing_eos_score": None, "kl_coef": 0.0, "advantage": "rloo",
@@ -684,7 +685,7 @@ def test_one_changed_value_of_one_weight_is_a_change():
             torch.nextafter(value.float(), torch.tensor(9.0)) if dtype == torch.float32 else -value
         )
         check()
-        model.weight.requires_grad = False  # frozen: the bias alone counts
+        model.weight.requires_grad = False  # frozen: only the bias counts
         with pytest.raises(ConfigError):
             check_learnt("s", bit_sums(trained_weights(model)), bit_sums(trained_weights(model)), 1)
 
@@ -716,7 +717,7 @@ def test_held_out_prompts_without_answers_are_ignored(run_stage, workspace, name
 
 
 def test_the_audit_finds_a_checkpoint_of_another_run(run_stage, workspace):
-    """State swapped between attempts: whole and loadable, but not what the attempt before left."""
+    """State swapped between attempts: complete and loadable, but not what the previous attempt left."""
     for name in ("mine", "theirs"):
         assert run_stage("sft", name, time_limit="0")[0] == 75
     mine, theirs = (next((workspace / f"state-{name}/sft").glob("*/checkpoint-*")) for name in ("mine", "theirs"))
@@ -731,7 +732,7 @@ def test_the_audit_finds_a_checkpoint_of_another_run(run_stage, workspace):
 
 
 def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
-    """The first logged loss against plain forward passes, one row at a time."""
+    """The first logged loss, compared with plain forward passes, one row at a time."""
     code, error, output = run_stage("sft", "one", config={"batch_size": 24, "micro_batch_size": 8, "epochs": 1})
     assert code == 0, error
     tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
@@ -796,7 +797,7 @@ def test_dpo_starts_at_log_2_and_margin_0(run_stage):
 
 
 def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
-    """TRL's first chosen log-probs against a plain forward pass over the same pairs."""
+    """TRL's first chosen log-probs, compared with a plain forward pass over the same pairs."""
     from tunetrail.models.batching import collate, encode, encode_response
     from tunetrail.models.scoring import response_logprobs
 
@@ -815,7 +816,7 @@ def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
 
 
 def test_the_sft_term_is_the_mean_nll_of_preferred_tokens(run_stage, workspace):
-    """The first loss is log 2 from the pairs, as policy and reference are still one, and the term by plain passes."""
+    """The first loss is log 2, since policy and reference are still equal, plus the term by plain forward passes."""
     config = {"batch_size": 54, "micro_batch_size": 54, "loss": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]}
     code, error, output = run_stage("dpo", "one", config=config)
     assert code == 0, error
@@ -831,7 +832,7 @@ def test_the_sft_term_is_the_mean_nll_of_preferred_tokens(run_stage, workspace):
 
 
 def test_with_the_sft_term_preferred_responses_become_likelier(run_stage, workspace):
-    """The same pairs of nearly equal responses, with the term and without."""
+    """The same pairs of nearly equal responses, with and without the term."""
     rows = read_jsonl(workspace / "comparisons/comparisons.jsonl")
     rows = [row | {"completions": ["abcdefgh", "abcdefgi", "abcdefgj"]} for row in rows]
     digest = json.loads((workspace / "comparisons/manifest.json").read_text())["tokenizer"]
@@ -860,7 +861,7 @@ def test_every_dpo_loss_trains(run_stage):
 
 
 def logp(model, prompt: list[int], response: list[int]) -> float:
-    """Of a response, by a plain forward pass."""
+    """The log-prob of a response, by a plain forward pass."""
     logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     return sum(logprobs[len(prompt) + n - 1, token].item() for n, token in enumerate(response))
 
@@ -1016,7 +1017,7 @@ def test_a_batch_is_divided_equally_among_processes():
 
 
 def test_only_prompts_without_completions_are_sampled(workspace, monkeypatch):
-    """Not the prompts of preference rows; a prompt alone has no reference."""
+    """Not the prompts of preference rows; a bare prompt has no reference."""
     from tunetrail.stages import completions
 
     data = workspace / "data"
@@ -1036,7 +1037,7 @@ def test_only_prompts_without_completions_are_sampled(workspace, monkeypatch):
 
 
 def test_a_resumed_shard_samples_the_same_batches(workspace, monkeypatch):
-    """A killed attempt may have written one of two rows of a batch: both are sampled again, together."""
+    """A killed attempt may have written only one of a batch's two rows: both are sampled again together."""
     from tunetrail.stages import completions
 
     batches = []

@@ -1,4 +1,4 @@
-"""Prefix trees: what sequences share is computed once, and no value or gradient tells."""
+"""Prefix trees: common prefixes are computed once, without changing any value or gradient."""
 
 import copy
 import random
@@ -102,7 +102,7 @@ def test_sharing_changes_no_value_and_no_gradient(side):
             with tokens_computed(model) as counted:
                 values = function(model, batch)
             if values.dim() == 2:
-                values = values * batch.response_mask  # the values of padding are nobody's
+                values = values * batch.response_mask  # values on padding do not matter
             assert (counted[0] < batch.input_ids.numel()) == shared
             (values * torch.linspace(1, 2, values.numel()).view_as(values)).sum().backward()
             found += [values.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
@@ -113,7 +113,7 @@ def test_sharing_changes_no_value_and_no_gradient(side):
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2)])
 def test_trainers_share_prefixes_too(lora, tmp_path):
-    """Through the whole models that the trainers call, which pass their trunks arguments of their own."""
+    """Through the whole models that the trainers call, which pass additional arguments to their trunks."""
     examples = [
         {"prompt": p, "responses": [[9, 1], [10, 1]], "targets": torch.full((2, 2), 0.5).tolist()} for p in PROMPTS
     ]
@@ -236,7 +236,7 @@ def test_other_architectures_share_only_where_it_changes_nothing(make, shares):
     [
         {"use_cache": True},
         {"position_ids": BATCH.position_ids + 3},
-        {"position_ids": None},  # counted in columns then, while the prompts are padded on the left
+        {"position_ids": None},  # positions then count columns, while prompts are padded on the left
         {"input_ids": torch.arange(5)[:, None] + torch.arange(10), "attention_mask": None, "position_ids": None},
     ],
 )

@@ -1,4 +1,4 @@
-"""What is said of results that another version of tunetrail made."""
+"""What is reported about results of another version of tunetrail."""
 
 import json
 

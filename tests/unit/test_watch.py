@@ -26,7 +26,7 @@ def publish(stage: Job, history: list[dict]) -> None:
 
 
 def start(stage: Job, values: list[dict[str, float]]) -> None:
-    """An attempt that has begun and reported its progress."""
+    """An attempt that has started and reported progress."""
     folder = stage.state / ("f" * 16)
     folder.mkdir(parents=True)
     (folder / "attempts.jsonl").write_text(json.dumps({"start": "2026-01-02T03:04:05+00:00", "job_id": "77"}) + "\n")
