@@ -22,8 +22,8 @@ class Project:
 
     def __init__(self, folder: Path, path: str = str(Path(sys.executable).parent)):
         """
-            Args:
-        path: the folders for commands; it decides which `python` runs everything.
+        Args:
+            path: the PATH on which to find commands, such as the `python` that runs everything.
         """
         self.folder, self.path = folder, path
         self.python = shutil.which("python", path=path)
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_whole_run" not in item.nodeid)
 
 
-class Together(LoadScopeScheduling):
+class TestGroups(LoadScopeScheduling):
     """Groups the tests that one of several processes runs: a file, or all that use the finished tiny run."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -68,8 +68,8 @@ class Together(LoadScopeScheduling):
         return "tiny" if file.split("/")[-2] in ("workflow", "browser") else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Together:
-    return Together(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> TestGroups:
+    return TestGroups(config, log)
 
 
 @pytest.fixture(scope="session")
