@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_whole_run" not in item.nodeid)
 
 
-class TestGroups(LoadScopeScheduling):
+class GroupedScheduling(LoadScopeScheduling):
     """Groups the tests that one of several processes runs: a file, or all that use the finished tiny run."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -68,8 +68,8 @@ class TestGroups(LoadScopeScheduling):
         return "tiny" if file.split("/")[-2] in ("workflow", "browser") else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> TestGroups:
-    return TestGroups(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> GroupedScheduling:
+    return GroupedScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
