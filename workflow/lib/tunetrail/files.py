@@ -1,4 +1,4 @@
-"""Files as everything here reads and writes them: JSON, JSON lines, and getting them onto the disk."""
+"""Reading and writing files: JSON, JSON lines, and syncing to disk."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_finished_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is cut off."""
+    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is removed from it."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -30,7 +30,7 @@ def read_finished_rows(path: Path) -> list[dict]:
 
 
 def whole_rows(lines: Iterable[str]) -> list[Any]:
-    """The rows of JSON lines that another process writes; one that is being written, or was cut short, is left out."""
+    """The rows of JSON lines that another process writes, without rows that are incomplete."""
     rows = []
     for line in lines:
         with suppress(ValueError):
