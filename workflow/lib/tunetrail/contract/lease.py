@@ -6,9 +6,8 @@ and renews its time every few seconds. A later attempt
 - takes over the file at once if its lock is free: the writer died;
 - creates the next file if the lock is held but the time was not renewed for `lease_seconds()`: the writer hangs, or its
   node has lost the file server, which keeps the lock for it. If it comes back, `Lease.lost` stops it before it writes;
-- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits, since its
-job
-  was requeued or submitted again and should run.
+- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits: its
+  own job was requeued or submitted again.
 
 Times are those of the file server, since the clocks of two nodes may differ. Tested only on local file systems.
 """
