@@ -100,7 +100,7 @@ BAD = [
         "kto"),
     ("data.demonstrations.0.weight", 0, "data.demonstrations[0].weight: must be greater than 0, got 0"),
     ("data.demonstrations", [{"source": "file", "path": "f.jsonl", "split": "heldout", "weight": 2}],
-        "data.demonstrations[0]: weight has no effect with split: heldout, of which rows count once; remove it"),
+        "data.demonstrations[0]: weight has no effect with split: heldout, whose rows count once; remove it"),
     ("data.feedback", [{"source": "file", "path": "f.jsonl", "split": "sft"}], "data.feedback[0].split: responses that "
         "may be bad are of no use in sft; choose another split"),
     ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', "
@@ -120,8 +120,8 @@ BAD = [
                                                       "'docstrings'}"),
     ("data.demonstrations", ["docstrings"], "data.demonstrations[0]: must be a block of keys, got 'docstrings'"),
     ("base", {"source": "local", "path": 5}, "base.path: must be a path, got 5"),
-    ("policies", None, "policies: is empty; give it keys, or remove it where it is optional"),
-    ("data", None, "data: is empty; give it keys, or remove it where it is optional"),
+    ("policies", None, "policies: is empty; give it keys, or remove it if it is optional"),
+    ("data", None, "data: is empty; give it keys, or remove it if it is optional"),
     ("evaluation.sentence", "", "evaluation.sentence: must not be empty, got ''"),
     ("head_to_head.judge", {"model": "m"}, "head_to_head.judge: give either endpoint (with model) or path (a local "
                                            "model)"),
