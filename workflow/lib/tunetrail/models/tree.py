@@ -68,21 +68,18 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 def prefix_tree(
     sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS, worth: float = float("inf")
 ) -> PrefixTree | None:
-    """The prefix tree of the sequences, or None if it would be too large.
-
-    In sorted order every sequence has its longest common prefix with the one before it. That order is cut into rows of
-    about equal length.
+    """Sorts the sequences, so that each shares most with the one before, and cuts them into rows of about equal length.
 
     Args:
         row_tokens: the most tokens per row, unless a single sequence is longer.
-        worth: the most tokens that a tree may have, padding included.
+        worth: the most tokens that a tree may have, padding included; None is returned if it would have more.
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[i] for i in order]
     kept = [0, *(_shared(a, b) for a, b in pairwise(ordered))]
 
     def cut(limit: int) -> dict[int, int]:
-        """The rows if none may have more than `limit` tokens: the sequence that starts each -> its number of tokens."""
+        """Rows of at most `limit` tokens: the sequence that starts each -> its number of tokens."""
         lengths, first = {0: len(ordered[0])}, 0
         for n in range(1, len(ordered)):
             new = len(ordered[n]) - kept[n]
