@@ -1,9 +1,9 @@
 # tunetrail: post-training of a language model as one DAG.
 #
-#   snakemake --profile profiles/local                                  the config/config.yaml run
+#   snakemake --profile profiles/local                                  the run in config/config.yaml
 #   snakemake --profile profiles/local --configfile config/examples/tiny.yaml
 #
-# Naming: a stage <s> is workflow/lib/tunetrail/stages/<s>.py, the block <s> of the config, and the rule <s>.
+# Naming: a stage <s> has the module workflow/lib/tunetrail/stages/<s>.py, the block <s> in the config and the rule <s>.
 # Paths: results/<run>/<s>/manifest.json, logs/<run>/<s>.log, benchmarks/<run>/<s>.tsv, state/<run>/<s>/.
 from snakemake.utils import min_version
 
@@ -13,7 +13,7 @@ min_version("9.0")
 include: "workflow/rules/library.smk"
 
 
-# No --configfile given: a second file would be merged into this one, key by key.
+# Only without --configfile: Snakemake would merge the two files key by key.
 if not MODULE and "base" not in config:
 
     configfile: default_config()
@@ -30,7 +30,7 @@ include: "workflow/rules/report.smk"
 report: "workflow/report/workflow.rst"
 
 
-# One head a run. It ends with the process, unlike Snakemake's own lock, which after a crash wants --unlock.
+# One head process per run. The lease ends with the process; Snakemake's own lock needs --unlock after a crash.
 onstart:
     from tunetrail.monitor.head import hold_run
 
@@ -38,7 +38,7 @@ onstart:
     link_library()
 
 
-# The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
+# The head process writes the run's ledger, not a job, and it does so whether the workflow succeeds or fails.
 onsuccess:
     from tunetrail.monitor.dag import has_made
     from tunetrail.monitor.head import end_if_superseded
@@ -57,7 +57,7 @@ onerror:
 
     end_if_superseded()
     code = after_failure(workflow, Path(RUN), sys.argv[1:])
-    if code != FAULT:  # Snakemake's own
+    if code != FAULT:  # which is Snakemake's own exit code
         sys.exit(code)
 
 

@@ -84,7 +84,7 @@ def make_run(root: Path, seed: int = 0) -> Path:
 
 
 def flip(path: Path, place: int = -5) -> None:
-    """One bit, size and times as they were."""
+    """Flips one bit; size and times stay as they were."""
     stat, content = path.stat(), bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""A copy of the project in a folder of its own, to run Snakemake in."""
+"""A copy of the project in its own folder, to run Snakemake in."""
 
 import os
 import re
@@ -23,7 +23,7 @@ class Project:
     def __init__(self, folder: Path, path: str = str(Path(sys.executable).parent)):
         """
         Args:
-            path: where `python` is, which all is run with.
+            path: the PATH on which to find commands, such as the `python` that runs everything.
         """
         self.folder, self.path = folder, path
         self.python = shutil.which("python", path=path)
@@ -56,20 +56,20 @@ class Project:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first."""
+    """Starts the slowest tests first."""
     items.sort(key=lambda item: "test_whole_run" not in item.nodeid)
 
 
-class Together(LoadScopeScheduling):
-    """What one process runs where there are several: a file, or all that uses the finished tiny run."""
+class GroupedScheduling(LoadScopeScheduling):
+    """Groups the tests that one of several processes runs: a file, or all that use the finished tiny run."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return "tiny" if file.split("/")[-2] in ("workflow", "browser") else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Together:
-    return Together(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> GroupedScheduling:
+    return GroupedScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def stage_server(tmp_path_factory) -> Iterator[StageServer]:
 
 @pytest.fixture(scope="session")
 def tiny_run(stage_server, tmp_path_factory) -> Project:
-    """The tiny random model through every rule."""
+    """A finished run of the tiny random model through every rule."""
     project = Project(tmp_path_factory.mktemp("tiny"), stage_server.path)
     project.run()
     return project
@@ -94,5 +94,5 @@ def project(stage_server, tmp_path) -> Project:
 
 @pytest.fixture
 def edited_project(tmp_path) -> Project:
-    """One whose library a test changes: its stages import it again."""
+    """A project whose library a test changes; its stages import it afresh."""
     return Project(tmp_path)

@@ -1,6 +1,6 @@
-"""Stages killed at chosen moments, each attempt in a process of its own.
+"""Stages killed at chosen moments, each attempt in its own process.
 
-Moments are Python calls, counted by a trace hook from the beginning of a phase: the same ones in every run of the
+Moments are Python calls, counted by a trace hook from the start of a phase, so they are the same in every run of the
 tests. SIGKILL leaves what was written to files and nothing else.
 """
 
@@ -23,29 +23,29 @@ from typing import Any
 from tunetrail.contract.runner import main
 
 PHASES = {
-    # of transformers' Trainer: sft, reward, dpo and kto
+    # phases of transformers' Trainer: sft, reward, dpo and kto
     ("trainer.py", "training_step"): "step",
     ("trainer.py", "_save_checkpoint"): "save",
     ("trainer.py", "_load_optimizer_and_scheduler"): "load",
     ("training.py", "history"): "evaluate",
-    # of PPOTrainer
+    # phases of PPOTrainer
     ("trainer.py", "rollout"): "step",
     ("trainer.py", "update"): "update",
     ("trainer.py", "save"): "save",
     ("trainer.py", "load"): "load",
     ("sharding.py", "whole_state"): "evaluate",
-    # of both
+    # phases of both
     ("checkpoints.py", "mark_complete"): "mark",
     ("checkpoints.py", "keep_newest"): "tidy",
-    # of sampling
+    # phases of sampling
     ("sampling.py", "sample"): "sample",
     ("completions.py", "unique_completions"): "row",
     ("artifact.py", "publish"): "publish",
     ("artifact.py", "declare_finished"): "finish",
 }
-"""(file, function) -> the phase that a call of it begins; it lasts until the next one begins.
+"""(file, function) -> the phase that a call of it starts; it lasts until the next one starts.
 
-Of publishing the last, "over", begins when nothing is left that another attempt could go on from.
+The last phase of publishing, "over", starts when no state is left that another attempt could resume.
 """
 NAMES = {name for _, name in PHASES}
 
@@ -63,7 +63,7 @@ class Work:
         return self.folder / name / "manifest.json"
 
     def report(self, name: str, rank: int = 0) -> dict:
-        """Of the last attempt: its exit code, None where it was killed; [phase, call at which it began]; calls."""
+        """About the last attempt: its exit code, None if it was killed; [phase, call at which it started]; calls."""
         return json.loads((self.folder / f"{name}.{rank}.report").read_text())
 
     def error(self, name: str, rank: int = 0) -> str:
@@ -73,7 +73,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Moment:
-    """So many calls after the nth phase of that name began (counting from 0)."""
+    """A number of calls after the start of the nth phase of that name (counting from 0)."""
 
     phase: str
     nth: int
@@ -81,7 +81,7 @@ class Moment:
 
 
 def attempt(work: Work, name: str, moment: Moment | None, sent: int, environment: dict[str, str]) -> None:
-    """Runs the stage in this process, saving after every step; the process sends itself a signal at that moment."""
+    """Runs the stage in this process, saving after every step; at that moment the process sends itself a signal."""
     os.environ |= environment | {"TUNETRAIL_CHECKPOINT_MINUTES": "0"}
     os.chdir(work.folder)
     rank = os.environ.get("RANK", "0")
@@ -121,12 +121,12 @@ def attempt(work: Work, name: str, moment: Moment | None, sent: int, environment
 
 
 def together(target: Callable[..., None], arguments: list[tuple]) -> list[int | None]:
-    """Exit codes of a function in fresh processes over gloo, which do not pay for imports.
+    """Runs a function in new processes over gloo that need no imports, and returns their exit codes.
 
-    Where one process fails the others are killed, as launchers do; and all of them where none has ended in ten minutes.
+    If one process fails, the others are killed, as launchers do; if none ends within ten minutes, all are killed.
 
     Args:
-        arguments: of each process, which gets its environment variables as one more.
+        arguments: of each process, which gets its environment variables as an additional one.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
@@ -156,12 +156,12 @@ def together(target: Callable[..., None], arguments: list[tuple]) -> list[int | 
 def run(
     work: Work, name: str, moment: Moment | None = None, sent: int = signal.SIGKILL, processes: int = 1, rank: int = 0
 ) -> list[int | None]:
-    """Exit codes of an attempt, whose process of this rank sends itself the signal at the moment."""
+    """Runs an attempt and returns its exit codes; its process of this rank sends itself the signal at the moment."""
     return together(attempt, [(work, name, moment if i == rank else None, sent) for i in range(processes)])
 
 
 def lengths(report: dict) -> dict[tuple[str, int], int]:
-    """(phase, nth) -> calls until the next one began."""
+    """(phase, nth) -> the number of calls until the next one started."""
     seen: Counter[str] = Counter()
     found = {}
     for (phase, start), (_, end) in pairwise([*report["phases"], ("", report["calls"])]):

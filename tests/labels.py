@@ -1,4 +1,4 @@
-"""What the tests of the label server share: tasks, a served store, scripted labelers, a PostgreSQL."""
+"""Shared by the tests of the label server: tasks, a served store, scripted labelers, a PostgreSQL server."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""A world small enough to know the best policy: every response of a tiny model can be listed.
+"""A model so tiny that all its responses can be listed and the best policy is known.
 
 The policy that maximises E[r] - beta KL(policy || reference) is the reference tilted by exp(r / beta)
 (Ziegler et al. 2019; Rafailov et al. 2023, eq. 4). With all responses listed, its reward and KL, and
@@ -18,7 +18,7 @@ from tunetrail.reward.kwise import initialise
 
 VOCABULARY, PAD, EOS, WANTED = 6, 0, 1, 3
 LENGTH = 4
-"""Tokens of a response that no EOS ends."""
+"""Tokens of a response that does not end with EOS."""
 PROMPT = [2, 4]
 
 
@@ -27,7 +27,7 @@ def reference_model():
 
 
 def all_responses() -> list[list[int]]:
-    """Every response there is: closed by EOS, or cut off at LENGTH."""
+    """All possible responses: ending with EOS, or cut off at LENGTH."""
     others = [token for token in range(VOCABULARY) if token != EOS]
     closed = [[*tokens, EOS] for n in range(LENGTH) for tokens in product(others, repeat=n)]
     return closed + [list(tokens) for tokens in product(others, repeat=LENGTH)]
@@ -37,7 +37,7 @@ RESPONSES = all_responses()
 
 
 def reward(response: list[int]) -> float:
-    """How often the wanted token comes."""
+    """How often the wanted token occurs."""
     return float(response.count(WANTED))
 
 
@@ -45,12 +45,12 @@ REWARDS = torch.tensor([reward(response) for response in RESPONSES], dtype=torch
 
 
 def count_wanted(model, batch) -> torch.Tensor:
-    """The same reward of a batch, to stand in for `models.scoring.sequence_scores`."""
+    """The same reward for a batch, to replace `models.scoring.sequence_scores`."""
     return ((batch.responses == WANTED) & batch.response_mask).sum(1).float()
 
 
 def train_ppo(steps: int, **changes) -> PPOTrainer:
-    """PPO on the one prompt, against the reward model that its caller has put in place."""
+    """Runs PPO on the single prompt, against the reward model that the caller has put in place."""
     settings = {
         "method": "ppo", "steps": steps, "batch_size": 128, "completions_per_prompt": 128, "minibatch_size": 64,
         "max_new_tokens": LENGTH, "learning_rate": 5e-3, "missing_eos_score": None, "schedule": "linear",
@@ -83,7 +83,7 @@ def tilted(log_ref: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def best_of_n(log_ref: torch.Tensor, n: int) -> torch.Tensor:
-    """[S]: log of the distribution of the best of n, a draw among equals; exact with ties too.
+    """[S]: log of the distribution of best-of-n, with a random choice among equals; exact even with ties.
 
     P(best has reward r) = F(r)^n - F(r-)^n, shared among its responses as the reference shares it.
     """
@@ -97,7 +97,7 @@ def best_of_n(log_ref: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def best_reward_at(kl: float, log_ref: torch.Tensor) -> float:
-    """The most reward any policy can have at this KL: that of the tilt with this KL, found by bisection on beta."""
+    """The highest reward of any policy at this KL: that of the tilt with this KL, found by bisection on beta."""
     low, high = 1e-3, 1e3  # KL falls as beta rises
     for _ in range(100):
         beta = (low * high) ** 0.5

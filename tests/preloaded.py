@@ -1,4 +1,5 @@
-"""What stages import. The servers of `tests.killed` and `tests.stage_server` import it once and fork their children."""
+"""Imports what stages import. The servers of `tests.killed` and `tests.stage_server` do so once and fork their
+children."""
 
 import gc
 
@@ -28,4 +29,4 @@ get_checkpoint_conversion_mapping("llama")
 code_state()
 packages()
 gc.collect()
-gc.freeze()  # what a child collects, and copies from us, is then its own
+gc.freeze()  # so that garbage collection in a child does not copy our memory

@@ -7,7 +7,7 @@ from tunetrail.data.invalid import Invalid
 
 
 def rows_of(reader: Callable[..., Any], source: Any, invalid: list[Invalid] | None = None) -> list[Any]:
-    """The rows of a source, without where they stand in it.
+    """The rows of a source, without their places.
 
     Args:
         reader: one of `tunetrail.data.readers`, such as `demonstrations`.

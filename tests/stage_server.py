@@ -1,4 +1,4 @@
-"""Processes that tests start, forked from one that has imported everything: a stage takes 0.1 s of CPU instead of 6.
+"""Forks the processes that tests start from one that has imported everything: a stage takes 0.1 s of CPU instead of 6.
 
 `python` on the PATH of `StageServer.path` is a small shell script. It runs the real one, except for `python -m` of one
 of the PROGRAMS: then it is `client` below, which asks the server for a child and stands in for it. The child has the
@@ -23,14 +23,14 @@ import sys
 import time
 
 STREAMS = (0, 1, 2)
-NAMESPACES = ("pid", "uts", "mnt")  # the file system last: it hides /proc/<client>/ns
+NAMESPACES = ("pid", "uts", "mnt")  # the file system comes last, since it hides /proc/<client>/ns
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PROGRAMS = ("snakemake", "tests.slurm.head", "tunetrail", "tunetrail.*")
 PRELOADED = (
     "snakemake.cli", "snakemake.report.html_reporter", "snakemake.storage", "snakemake_executor_plugin_slurm",
     "snakemake_executor_plugin_slurm_jobstep", "tunetrail.launch.submit", "tunetrail.monitor.dag", "tests.preloaded",
 )  # fmt: skip
-"""What the PROGRAMS import; the stages last."""
+"""The modules that the PROGRAMS import; the stages come last."""
 SCRIPT = """#!/bin/sh
 case "$1 $2" in
     {patterns}) exec {python} -I -S {program} {address} "$@" ;;
@@ -40,7 +40,7 @@ exec {python} "$@"
 
 
 class StageServer:
-    """Starts the server, which ends with `stop` or with this process."""
+    """Starts the server, which ends on `stop` or with this process."""
 
     def __init__(self, folder):
         self.folder, self.address = folder, f"{folder}/socket"
@@ -52,8 +52,8 @@ class StageServer:
         )
         script.chmod(0o755)
         self.path = f"{script.parent}{os.pathsep}{os.path.dirname(sys.executable)}"
-        """What the PATH of commands begins with."""
-        # The title of a child replaces its arguments and environment in memory: room for a long command.
+        """The start of the PATH for commands."""
+        # A child's title replaces its arguments and environment in memory; this makes room for a long command.
         command = [sys.executable, "-c", "from tests.stage_server import serve; serve()", self.address, "." * 2000]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
         while not os.path.exists(self.address):
@@ -78,14 +78,14 @@ def serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     for finalizer in weakref.finalize._registry:
-        finalizer.atexit = False  # what was imported a child need not undo
-    getproctitle()  # finds our arguments in memory, which a child that has changed its environment no longer can
+        finalizer.atexit = False  # children need not collect what was imported
+    getproctitle()  # finds our arguments in memory, which a child with a changed environment no longer could
     listener = socket.socket(socket.AF_UNIX)
     address = sys.argv[1]
     listener.bind(address + ".new")
     listener.listen(64)
     os.rename(address + ".new", address)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guardians leave no zombies
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that guardians leave no zombies
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
@@ -109,7 +109,7 @@ def guard(connection: socket.socket) -> None:
     groups = control_groups(client)
     process_group = os.getpgid(client) if os.getsid(client) == os.getsid(0) else 0
     enter_namespaces(client)
-    child = os.fork()  # only a child is in another namespace of processes
+    child = os.fork()  # only a new child is in the other process namespace
     if not child:
         if process_group:
             os.setpgid(0, process_group)
@@ -124,13 +124,13 @@ def guard(connection: socket.socket) -> None:
         if ended in ready:
             break
         told = connection.recv(1)
-        if process_group and told == bytes([signal.SIGINT]):  # sent to the whole group
+        if process_group and told == bytes([signal.SIGINT]):  # it was sent to the whole group
             continue
         os.kill(child, told[0] if told else signal.SIGKILL)
         if not told:
             break
     _, status = os.waitpid(child, 0)
-    with contextlib.suppress(OSError):  # the client is gone
+    with contextlib.suppress(OSError):  # the client has exited
         connection.sendall(struct.pack("i", os.waitstatus_to_exitcode(status)))
     os._exit(0)
 
@@ -144,7 +144,7 @@ def control_groups(pid: int) -> list[str]:
 
 
 def enter_namespaces(pid: int) -> None:
-    """Those of another process, where they are not ours already."""
+    """Enters the namespaces of another process, unless they are already ours."""
     libc = ctypes.CDLL(None, use_errno=True)
     spaces = [f"/proc/{pid}/ns/{name}" for name in NAMESPACES]
     others = [os.open(path, os.O_RDONLY) for path in spaces if os.readlink(path) != own_namespace(path)]
@@ -200,7 +200,7 @@ def become(request: dict, streams: array.array, groups: list[str]) -> None:
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # its reader has exited, or it is closed
             stream.flush()
     os._exit(code or 0)
 
@@ -218,10 +218,10 @@ def client(address: str, arguments: list[str]) -> None:
     message = json.dumps(request).encode() + b"\n"
     sent = connection.sendmsg([message], streams)
     connection.sendall(message[sent:])
-    for number in set(FORWARDED) - set(ignored):  # until now they end us, as they end an interpreter that imports
+    for number in set(FORWARDED) - set(ignored):  # until now they killed us, as they kill an interpreter during imports
         signal.signal(number, lambda signum, _: connection.send(bytes([signum])))
     status = connection.recv(4)
-    code = struct.unpack("i", status)[0] if len(status) == 4 else -signal.SIGKILL  # with the server, or its node
+    code = struct.unpack("i", status)[0] if len(status) == 4 else -signal.SIGKILL  # when the server or its node ends
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

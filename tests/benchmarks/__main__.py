@@ -1,9 +1,9 @@
-"""How fast we are beside others, and beside what the machine could do: make bench [ONLY=ppo,sft]
+"""How fast we are compared with others, and with what the machine could do: make bench [ONLY=ppo,sft]
 
 Both sides of a ratio do the same work as fresh processes that alternate, so that a noisy machine disturbs
 both alike. Prints a table and writes `bench.json`. Each speed is also a share of the limit that the arithmetic of
-the work sets at the machine's best matrix product, every sequence counted whole: what is shared and computed once can
-take it above 100%. Of sampling, what reading all weights once a step would take is also shown as a share of its time.
+the work sets at the machine's best matrix product. Every sequence counts fully, so computing common prefixes once can
+take the share above 100%. For sampling, the time to read all weights once per step is also shown as a share.
 
 What keeps us from the limit. Sampling: products of few rows run at half of the best product's rate, and torch's
 attention of one token to its past takes a fifth of the time; at 64 rows and two cores the products alone take
@@ -32,7 +32,7 @@ from tunetrail.models.runtime import use_bf16
 TRL_PYTHON = Path(".venv-trl/bin/python")
 OURS = [sys.executable, "-m", "tests.benchmarks.peers"]
 TRL_PPO = [str(TRL_PYTHON), "-m", "tests.benchmarks.trl_ppo"]
-# case -> ({name of the other side: its precision, None for the one that we run in}, rounds)
+# case -> ({name of the other side: its precision, None for ours}, rounds)
 PEERS: dict[str, tuple[dict[str, str | None], int]] = {
     "sampling": ({"vs_generate_64": None}, 3),
     "sft": ({"vs_trl": None}, 3),
@@ -43,7 +43,7 @@ PEERS: dict[str, tuple[dict[str, str | None], int]] = {
 
 
 def run(command: list[str]) -> dict:
-    """What a side reports of itself on its last line."""
+    """What a side reports on its last line."""
     environment = os.environ | {"PYTHONPATH": ".", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -56,7 +56,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def rounds(case: str, precision: str) -> tuple[list[dict], dict[str, tuple[str, list[dict]]]]:
-    """Our runs, and of each other side its precision and its runs, in turns; without those that this CPU cannot do."""
+    """Our runs, and each other side's precision and runs, alternating; without those that this CPU cannot do."""
     others, n = PEERS[case]
     theirs = TRL_PPO if case == "ppo" else [*OURS, case, "stock"]
     found = {name: (other or precision, []) for name, other in others.items() if other != "bf16" or precision == "bf16"}
@@ -71,9 +71,9 @@ def rounds(case: str, precision: str) -> tuple[list[dict], dict[str, tuple[str, 
 def compare(
     case: str, ours: list[dict], precision: str, theirs: list[dict], other: str, peak: float, bandwidth: float
 ) -> dict:
-    """Ratio above 1: we are faster, round by round."""
+    """The ratio of each round; above 1 we are faster."""
     speeds = [[side["amount"] / side["seconds"] for side in pair] for pair in zip(ours, theirs, strict=True)]
-    # The same data for both, however each counts it; sampling ends where it ends, so there the tokens count.
+    # Both get the same data, however each counts it; sampling may end early, so there tokens count.
     same_work = case != "sampling"
     ratios = [
         b["seconds"] / a["seconds"] if same_work else s / t for a, b, (s, t) in zip(ours, theirs, speeds, strict=True)
@@ -98,7 +98,7 @@ def compare(
 
 
 def part(name: str, repeats: int = 3) -> dict[str, float]:
-    """One of our own measures against its absence."""
+    """One of our own optimisations, with and without."""
     command = [sys.executable, "-m", "tests.benchmarks.parts", name]
     return spread([run([*command, "without"])["seconds"] / run([*command, "with"])["seconds"] for _ in range(repeats)])
 
@@ -110,7 +110,7 @@ def said(x: dict[str, float], percent: bool = False) -> str:
 
 
 def against_peers(case: str, precision: str, peak: float, bandwidth: float) -> dict:
-    """Our training or sampling against each peer that this CPU can run, printed as it comes."""
+    """Compares our training or sampling with each peer that this CPU can run, and prints each result at once."""
     results: dict = {}
     ours, others = rounds(case, precision)
     for other in PEERS[case][0].keys() - others.keys():

@@ -1,4 +1,4 @@
-"""Speed of the audit: verifying beside sha256sum on all cores over the same bytes, tracing a lineage of 10,000
+"""Speed of the audit: verifying, compared with sha256sum on all cores over the same bytes; tracing a lineage of 10,000
 artifacts.
 """
 
@@ -28,7 +28,7 @@ def seconds(function: Callable[[], object]) -> float:
 def verifying(run: Path, repeats: int = 5) -> dict:
     """Ratio of `audit verify --deep --recursive` to sha256sum over the files of all manifests; above 1: we are faster.
 
-    Alternating, with the files in the page cache for both, without either's start.
+    They alternate, with the files in the page cache for both, and without start-up times.
     """
     files = [
         str(folder / entry["path"]) for folder in artifacts(run) for entry in read_manifest(folder / MANIFEST)["files"]

@@ -1,4 +1,4 @@
-"""Reward against KL of PPO, DPO and best-of-n beside the exact optimum: python -m tests.benchmarks.frontier FILE.svg
+"""Reward against KL of PPO, DPO and best-of-n, and the exact optimum: python -m tests.benchmarks.frontier FILE.svg
 
 The world of tests/optimum.py: every response can be listed, so every number here is a sum over all of
 them. DPO learns from pairs of reference samples whose labels follow the Bradley-Terry model of the
@@ -39,7 +39,7 @@ PAIRS = 16384
 
 
 def preference_pairs(log_ref: torch.Tensor) -> Dataset:
-    """Two reference samples each; the one with reward r wins against s with probability sigmoid(r - s)."""
+    """Pairs of reference samples; the one with reward r wins against s with probability sigmoid(r - s)."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(log_ref.exp(), 2 * PAIRS, True, generator=generator).view(-1, 2)
     wins = torch.rand(PAIRS, generator=generator) < torch.sigmoid(REWARDS[drawn[:, 0]] - REWARDS[drawn[:, 1]])
@@ -67,7 +67,7 @@ def train_dpo(pairs: Dataset, beta: float) -> torch.nn.Module:
 
 
 def points() -> pd.DataFrame:
-    """method, setting, kl, reward and the share of the best gain at that KL."""
+    """Rows of method, setting, kl, reward and the share of the best gain at that KL."""
     log_ref = log_distribution(reference_model())
     pairs = preference_pairs(log_ref)
     found = [("best of n", n, best_of_n(log_ref, n)) for n in (2, 4, 8, 16, 64)]

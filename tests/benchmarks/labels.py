@@ -4,7 +4,7 @@
 
 `paced`: each labeler rests about half a second before each page and again before each answer, which is many times
 faster than people rank. `flat_out`: nobody rests, so each request queues behind those of the other nineteen. PostgreSQL
-is measured only where it is installed.
+is measured only if it is installed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What single measures bring, against their absence: python -m tests.benchmarks.parts NAME {with|without}"""
+"""What single optimisations gain: python -m tests.benchmarks.parts NAME {with|without}"""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ def llama(layers: int, **changes: Any) -> Any:
 
 
 def seconds_a_step(step: Callable[[], None], n: int) -> float:
-    """Mean over n steps, after one that warms up."""
+    """The mean over n steps, after one to warm up."""
     step()
     start = time.perf_counter()
     for _ in range(n):
@@ -35,7 +35,7 @@ def forwards_and_backwards(model: Any, ids: Any) -> None:
 
 
 def training_steps(keep_memory: bool) -> float:
-    """Seconds a training step of a 30-layer Llama of SmolLM2's width."""
+    """Seconds per training step of a 30-layer Llama of SmolLM2's width."""
     import torch
 
     from tunetrail.models.cpu.memory import keep_freed_memory
@@ -55,7 +55,7 @@ def training_steps(keep_memory: bool) -> float:
 
 
 def fine_tuning(ours: bool) -> float:
-    """Seconds a step of SFT on 16 rows of 50 prompt and 14 response tokens, with our loss or TRL's."""
+    """Seconds per step of SFT on 16 rows of 50 prompt and 14 response tokens, with our loss or TRL's."""
     import tempfile
 
     from datasets import Dataset
@@ -89,7 +89,7 @@ def fine_tuning(ours: bool) -> float:
 
 
 def reward_steps(share_prompts: bool) -> float:
-    """Seconds a step of the K-wise loss on 4 prompts of 43 tokens with 4 responses of 14 each."""
+    """Seconds per step of the K-wise loss on 4 prompts of 43 tokens with 4 responses of 14 each."""
     import torch
 
     from tunetrail.models.tree import without_sharing
@@ -152,7 +152,7 @@ def attending(by_products: bool) -> float:
 
 
 def decoding(packed: bool) -> float:
-    """Seconds a decoding step of 30 layers in bf16 for 16 rows, weights packed or plain."""
+    """Seconds per decoding step of 30 layers in bf16 for 16 rows, with packed or plain weights."""
     import torch
 
     from tunetrail.models.sampling import inference_weights

@@ -1,8 +1,8 @@
-"""Our side of each comparison, and the stock side where it needs no other environment than ours.
+"""Our side of each comparison, and the stock side if it can run in our environment.
 
     python -m tests.benchmarks.peers {ppo|sampling|sft|reward|dpo} {ours|stock} {fp32|bf16}
 
-Prints what `workload.report` says. A stock trainer gets its own defaults but for what decides how much is to be
+Prints what `workload.report` says. A stock trainer gets its own defaults except for what decides how much is to be
 done: rows, batch size, one epoch, precision, activations kept. Our side also gets what every stage sets
 (`runtime.prepare`): freed memory is kept, kernels are deterministic. Loading models and data is not timed.
 """
@@ -28,7 +28,7 @@ SEED = 0
 
 @contextlib.contextmanager
 def timed() -> Iterator[Callable[[], float]]:
-    """Keeps what trainers print off standard output; gives the seconds from entering to leaving."""
+    """Keeps what trainers print off standard output; yields a function that returns the seconds spent inside."""
     with contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
         end: list[float] = []
@@ -37,17 +37,17 @@ def timed() -> Iterator[Callable[[], float]]:
 
 
 def arguments(batch_size: int, bf16: bool) -> dict[str, Any]:
-    """What both sides of a trainer are told."""
+    """The arguments of both sides' trainers."""
     return {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch_size, "num_train_epochs": 1,
         "bf16": bf16,
         "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-5,
-        "gradient_checkpointing": False,  # TRL's default computes activations twice: its stock scripts are slower still
+        "gradient_checkpointing": False,  # TRL's default computes activations twice and is even slower
     }  # fmt: skip
 
 
 def ours(batch_size: int, bf16: bool) -> dict[str, Any]:
-    """As `training.trainer_arguments` has it."""
+    """The arguments as in `training.trainer_arguments`."""
     return arguments(batch_size, bf16) | {
         "optim": "adamw_torch_fused", "logging_steps": 1, "train_sampling_strategy": "sequential",
     }  # fmt: skip
@@ -154,7 +154,7 @@ def sft(by_us: bool, bf16: bool) -> None:
 
 
 def reward(by_us: bool, bf16: bool) -> None:
-    """All six pairs of each prompt's four completions: ours K sequences a prompt, stock two a pair."""
+    """All six pairs of each prompt's four completions: ours with K sequences per prompt, stock with two per pair."""
     from transformers import AutoModelForSequenceClassification, TrainingArguments
     from trl import RewardConfig, RewardTrainer
 
@@ -194,7 +194,7 @@ def reward(by_us: bool, bf16: bool) -> None:
 
 
 def dpo(by_us: bool, bf16: bool) -> None:
-    """The best against the worst of each prompt's completions, the reference's pass included."""
+    """The best against the worst of each prompt's completions, including the reference's pass."""
     from trl import DPOConfig, DPOTrainer
 
     from tunetrail.stages.dpo import PretokenizedDpoTrainer
@@ -212,7 +212,7 @@ def dpo(by_us: bool, bf16: bool) -> None:
     ]
     if by_us:
         model = load_causal_lm(workload.MODEL)
-        start = time.perf_counter()  # the reference's pass comes when the trainer is made
+        start = time.perf_counter()  # making the trainer runs the reference's pass
         trainer: Any = PretokenizedDpoTrainer(
             model=model, args=DPOConfig(**ours(batch_size, bf16), max_length=None, precompute_ref_log_probs=True),
             train_dataset=Dataset.from_list(examples), processing_class=tokenizer,

@@ -1,8 +1,8 @@
-"""What planning costs: `tunetrail plan`, and the bare dry run under it, of 2,000 sampling shards and 50 policies.
+"""The cost of planning: `tunetrail plan`, and the bare dry run inside it, for 2,000 sampling shards and 50 policies.
 
     python -m tests.benchmarks.planning
 
-A process of its own, and a small one: the peak of a command is never told as less than that of who started it.
+A separate small process, since the reported peak of a command is never less than that of its parent process.
 """
 
 import json
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def measured(command: list[str], folder: Path) -> dict[str, float]:
-    """Seconds by the clock and of the processor, and peak bytes, of a command."""
+    """Wall-clock seconds, CPU seconds and peak bytes of a command."""
     start = time.perf_counter()
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
@@ -55,7 +55,7 @@ def large(folder: Path, shards: int, policies: int) -> None:
 def make(folder: Path) -> int:
     """Puts a made-up artifact with a record wherever the run would make one; returns how many.
 
-    All are of one time but that of sft, which is newer: whatever was made from it is to be made again.
+    All have the same time except sft, which is newer, so everything made from it must be made again.
     """
     command = [sys.executable, "-m", "snakemake", *RUN, "--summary"]
     summary = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -73,7 +73,8 @@ def make(folder: Path) -> int:
 
 
 def planning(shards: int = 2000, policies: int = 50) -> dict:
-    """Costs of both commands before anything is made (`new`), and with all made and most of it stale (`stale`)."""
+    """Costs of both commands before anything is made (`new`), and with everything made and most of it stale
+    (`stale`)."""
     found: dict = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""One save of the demo's SFT state, beside writing its bytes: python -m tests.benchmarks.saving
+"""One save of the demo's SFT state, compared with writing its bytes: python -m tests.benchmarks.saving
 
 Training waits for it once in $TUNETRAIL_CHECKPOINT_MINUTES.
 """
@@ -25,7 +25,7 @@ from tunetrail.models.training import StageCallback
 
 
 def trained(folder: Path) -> SFTTrainer:
-    """A trainer of the demo's model after a step, which gave its optimizer a state."""
+    """A trainer of the demo's model after one step, so that its optimizer has a state."""
     stage = Stage(Request("sft", {}, {}, folder), {}, Attempt(folder, folder, Stop()))
     trainer = SFTTrainer(
         model=load_causal_lm(MODEL),
@@ -41,7 +41,7 @@ def trained(folder: Path) -> SFTTrainer:
 
 
 def save(trainer: SFTTrainer) -> float:
-    """Seconds for which a step waits, until the checkpoint counts."""
+    """Seconds that a step waits until the checkpoint is complete."""
     start = time.perf_counter()
     trainer._save_checkpoint(trainer.model, None)
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
@@ -49,7 +49,7 @@ def save(trainer: SFTTrainer) -> float:
 
 
 def write(contents: list[bytes], folder: Path) -> float:
-    """Seconds to write these files and to have them on disk."""
+    """Seconds to write these files and sync them to disk."""
     folder.mkdir()
     start = time.perf_counter()
     for n, content in enumerate(contents):
@@ -61,9 +61,9 @@ def write(contents: list[bytes], folder: Path) -> float:
 
 
 def measure(repeats: int = 5) -> dict:
-    """Medians of saves and of plain writes that alternate; the median of their ratios; the size."""
+    """Medians of alternating saves and plain writes; the median of their ratios; the size."""
     saves, writes = [], []
-    with tempfile.TemporaryDirectory(dir=".") as name:  # on the disk of the results
+    with tempfile.TemporaryDirectory(dir=".") as name:  # on the same disk as the results
         trainer = trained(Path(name))
         for _ in range(repeats):
             saves.append(save(trainer))

@@ -1,6 +1,6 @@
-"""One iteration of TRL 1.12's PPO, the last it had: python -m tests.benchmarks.trl_ppo {fp32|bf16}
+"""One iteration of the PPO of TRL 1.12, the last version that had it: python -m tests.benchmarks.trl_ppo {fp32|bf16}
 
-Runs in an environment of its own (`make bench` builds it), and prints what `workload.report` says.
+Runs in its own environment (`make bench` builds it), and prints what `workload.report` says.
 """
 
 import contextlib

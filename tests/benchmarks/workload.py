@@ -1,4 +1,4 @@
-"""The work that both sides of a comparison do, and what it costs in arithmetic.
+"""The work that both sides of a comparison do, and its cost in arithmetic.
 
 The model and the texts are those of the embedded default: results/demo/base and results/demo/data.
 Nothing here imports the library, so that the peers' own environment can read it.
@@ -19,7 +19,7 @@ EPISODES = 32
 EPOCHS = 4
 SAMPLED_AT_ONCE = 64
 ROWS = 64
-"""Of supervised fine-tuning; a quarter as many prompts, of four completions each, train reward models and DPO."""
+"""Rows for supervised fine-tuning; reward models and DPO get a quarter as many prompts with four completions each."""
 
 
 def tokenizer(side: str = "right") -> Any:
@@ -47,20 +47,21 @@ def ranked(n: int) -> list[tuple[str, list[str]]]:
 
 
 class Arithmetic:
-    """FLOPs of a model's passes, by the parameters that each token meets; attention over other tokens is left out."""
+    """FLOPs of a model's passes, by the parameters used for each token; attention over other tokens is left out."""
 
     def __init__(self, model: Any):
         config = model.config
         self.head = config.hidden_size * config.vocab_size
-        self.trunk = sum(p.numel() for p in model.base_model.parameters()) - self.head  # less the embedding
+        self.trunk = sum(p.numel() for p in model.base_model.parameters()) - self.head  # without the embedding
 
     def forward(self, tokens: int, scored: int = 0) -> int:
-        """Of `tokens` through the trunk, `scored` of them through the head. With gradients it is three times that."""
+        """FLOPs for `tokens` through the trunk, `scored` of them through the head. With gradients it is three times as
+        much."""
         return 2 * (self.trunk * tokens + self.head * scored)
 
 
 def gemm_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """FLOP/s of products of two 2048 x 2048 matrices, of the fastest quarter the median."""
+    """FLOP/s of products of two 2048 x 2048 matrices, the median of the fastest quarter."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -71,7 +72,7 @@ def gemm_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that a sum over a gigabyte reads."""
+    """Bytes per second that a sum over a gigabyte reads."""
     block = torch.ones(2**28)
     times = []
     for _ in range(5):
@@ -83,7 +84,7 @@ def memory_bandwidth() -> float:
 
 def report(seconds: float, amount: int, flops: int | None = None, **more: Any) -> None:
     """Prints what a side did, for the driver to read."""
-    # Not ru_maxrss, which begins at that of the process that started this one.
+    # Not ru_maxrss, which starts at that of the parent process.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(json.dumps({"seconds": seconds, "amount": amount, "flops": flops, "peak_bytes": peak} | more), flush=True)

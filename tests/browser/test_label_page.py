@@ -1,4 +1,4 @@
-"""The labeling page in Debian's Chromium: keys, dragging, reloads, leases, several labelers, and what goes wrong."""
+"""The labeling page in Debian's Chromium: keys, dragging, reloads, leases, several labelers, and failures."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def address(store):
 
 
 class Desk:
-    """A labeler at a browser. Whatever the page's console says fails the test."""
+    """A labeler at a browser. Any message in the page's console fails the test."""
 
     def __init__(self, browser: Browser, store: Store, address: str, admin: bool = False, **context):
         self.pseudonym, self.token = access.add_labeler(store, "Ada", admin)
@@ -68,7 +68,7 @@ class Desk:
             self.page.keyboard.press(key)
 
     def tray(self) -> str:
-        """The ranking as it stands, such as "C AB | D": groups best first, then what is not placed."""
+        """The current ranking, such as "C AB | D": groups, best first, then outputs that are not placed."""
         groups = [
             "".join(group.locator(".chip").all_inner_texts()) for group in self.page.locator("#groups .group").all()
         ]
@@ -88,13 +88,13 @@ def ada(browser, store, address):
 
 
 def by_letters(row: dict) -> str:
-    """A stored ranking as letters of what was shown: "C AB"."""
+    """A stored ranking in the letters that were shown: "C AB"."""
     shown = {output: "ABCDEFGHI"[place] for place, output in enumerate(row["shown"])}
     groups = [sorted(shown[i] for i, r in enumerate(row["ranks"]) if r == rank) for rank in sorted(set(row["ranks"]))]
     return " ".join("".join(group) for group in groups)
 
 
-def test_ranking_by_keys_alone(ada, store):
+def test_ranking_with_keys_only(ada, store):
     ada.open()
     ada.press("Enter")
     expect(ada.page.locator("#alert")).to_have_text("Not placed yet: A, B, C, D.")
@@ -116,7 +116,7 @@ def test_ranking_by_keys_alone(ada, store):
     ada.press("r")
     expect(ada.page.locator("#status")).to_contain_text("D: rank 3")
     ada.press("7", "m", "Space", "Escape", "x", "w")
-    ada.page.keyboard.type("both A and b are fine")  # letters in a field are text
+    ada.page.keyboard.type("both A and b are fine")  # letters in a text field are text
     ada.press("Escape")
     expect(ada.page.locator("[data-rank='1']")).to_have_text("rank 2, tied with A")
     ada.submitted()
@@ -145,7 +145,7 @@ def test_help_and_skip_by_keys(ada, store):
     assert ada.page.locator(".output").count() == 2, "the next task"
 
 
-def test_undo_brings_the_answer_back_as_it_was(ada, store):
+def test_undo_restores_the_answer(ada, store):
     ada.open()
     ada.press("b", "a", "t", "d", "c", "3")
     ada.submitted()
@@ -168,7 +168,7 @@ def drag(page: Page, what: str, where: str) -> None:
     page.mouse.move(start["x"] + start["width"] / 2, start["y"] + start["height"] / 2)
     page.mouse.down()
     page.mouse.move(start["x"], start["y"] - 30, steps=3)
-    end = page.locator(where).bounding_box()  # gaps widen when a drag begins
+    end = page.locator(where).bounding_box()  # gaps widen when a drag starts
     page.mouse.move(end["x"] + end["width"] / 2, end["y"] + end["height"] / 2, steps=6)
     page.mouse.up()
 
@@ -205,7 +205,7 @@ def test_a_reload_keeps_the_order_shown_and_the_draft(ada):
     assert page.locator("#output-1 [data-rating]:checked").get_attribute("value") == "5"
 
 
-def test_two_labelers_at_once_and_a_lease_that_runs_out(ada, browser, store, address):
+def test_two_labelers_at_once_and_a_lease_that_expires(ada, browser, store, address):
     store.publish([ranking("a", 4), ranking("b", 2)], {"overlap": 1})
     ada.open()
     bob = Desk(browser, store, address)
@@ -229,9 +229,9 @@ def test_two_labelers_at_once_and_a_lease_that_runs_out(ada, browser, store, add
     bob.page.context.close()
 
 
-def test_a_server_that_went_away_is_told_and_nothing_is_lost_on_the_page(ada, store):
+def test_an_unreachable_server_is_reported_and_nothing_on_the_page_is_lost(ada, store):
     away = True
-    # Routed before the page is opened: a page that is open already may send one more request past a new route.
+    # Routed before the page is opened: a page that is already open may send another request past a new route.
     ada.page.context.route("**/submit", lambda route: route.abort() if away else route.continue_())
     page = ada.open()
     ada.press("a", "b", "c", "d")
@@ -243,7 +243,7 @@ def test_a_server_that_went_away_is_told_and_nothing_is_lost_on_the_page(ada, st
     assert [by_letters(row) for row in store.labels()] == ["A B C D"]
 
 
-def test_enter_pressed_twice_stores_once(ada, store):
+def test_pressing_enter_twice_stores_once(ada, store):
     ada.open()
     ada.press("a", "b", "c", "d")
     with ada.page.expect_navigation(url="**/task?stored=*"):
@@ -259,7 +259,7 @@ def test_writing_an_answer_and_editing_the_models(ada, store):
     page = ada.open()
     ada.press("Control+Enter")
     expect(page.locator("#alert")).to_have_text("Write an answer first, or skip the task.")
-    page.keyboard.type("Pairs items.\nsu?")  # keys of the page are text here
+    page.keyboard.type("Pairs items.\nsu?")  # the page's shortcut keys are text here
     expect(page.locator("#count")).to_have_text("3 words")
     expect(page.locator("#saved")).to_have_text("Draft saved")
     page.reload()
@@ -348,7 +348,7 @@ through.
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_wider_than_the_screen_and_dark_is_dark(browser, store, address, width, scheme):
+def test_nothing_is_wider_than_the_screen_and_dark_mode_is_dark(browser, store, address, width, scheme):
     long = "x" * 400
     outputs = [f"{n} {long}\n\n    {long}" for n in range(9)]
     wide = [ranking(name, prompt=f"{name} {long}") | {"completions": outputs} for name in ("g", "a", "l")]
@@ -414,7 +414,7 @@ def test_by_touch_on_a_phone(browser, store, address):
     page.context.close()
 
 
-def test_what_screen_readers_are_told(ada):
+def test_the_page_works_with_screen_readers(ada):
     page = ada.open()
     ada.press("c", "a", "t")
     chip = page.locator("#groups").get_by_role("button", name="Output A, rank 1, tied with C")

@@ -1,6 +1,6 @@
 """A run with labeler human: it waits, three people rank in a real browser, and the reward model's record names them.
 
-The tiny model goes this way with every `make test`; the demo, which takes ten minutes, with
+Every `make test` runs it with the tiny model; for the demo, which takes ten minutes:
 
     TUNETRAIL_DEMO=1 python -m pytest tests/browser/test_label_run.py
 """
@@ -40,22 +40,22 @@ class Case:
     project: Project
     config: str
     results: Path
-    """From the project's folder."""
+    """Relative to the project's folder."""
     store: str
     wanted: int
-    """Rankings."""
+    """How many rankings are needed."""
     worth: Callable[[str, list[str]], list[float]]
-    """What a labeler thinks of the outputs of a task: the higher the better, equal for a tie."""
+    """A labeler's scores for the outputs of a task: higher is better, equal is a tie."""
 
 
 def seen(text: str) -> str:
-    """What HTML keeps of a text: random models write any."""
+    """The characters of a text that survive HTML: random models write any."""
     return text.replace("\0", "").replace("\r\n", "\n")
 
 
 @pytest.fixture
 def tiny(tiny_run, tmp_path) -> Case:
-    """The finished run of the other tests, less what is to be made anew. Its labelers think that longer is better."""
+    """The finished run of the other tests, without the artifacts to make. Its labelers prefer longer outputs."""
     project = copy.copy(tiny_run)
     project.folder = tmp_path / "copy"
     shutil.copytree(tiny_run.folder, project.folder, symlinks=True)
@@ -69,10 +69,10 @@ def tiny(tiny_run, tmp_path) -> Case:
 
 @pytest.fixture
 def demo(project) -> Case:
-    """A real model. Its labelers know what the author wrote (chrF), in points and each with errors of their own."""
+    """A real model. Its labelers know the author's text (chrF) and score it in points, each with their own errors."""
     results = Path("results/human-labels")
 
-    @functools.cache  # once they are there, and not for each ranking
+    @functools.cache  # once they exist, and not for each ranking
     def sampled() -> list[dict]:
         shards = (project.folder / results).glob("completions/*/completions.jsonl")
         return [row for shard in shards for row in read_jsonl(shard)]
@@ -96,7 +96,7 @@ def case(request) -> Case:
 
 
 def rank(desk: Desk, case: Case) -> bool:
-    """Ranks the task before this labeler by keys. False where there is none."""
+    """Ranks this labeler's current task with keys. False if there is none."""
     page = desk.open()
     outputs = page.locator(".output .raw")
     if not (texts := outputs.all_text_contents()):
@@ -109,7 +109,7 @@ def rank(desk: Desk, case: Case) -> bool:
     return True
 
 
-def test_the_run_waits_for_three_people_and_its_reward_model_names_them(case, browser, monkeypatch, capsys):
+def test_a_run_waits_for_three_people_and_its_reward_model_names_them(case, browser, monkeypatch, capsys):
     project, results = case.project, case.results
     targets = [str(results / name / "manifest.json") for name in ("reward", "retention")]
 
@@ -119,12 +119,12 @@ def test_the_run_waits_for_three_people_and_its_reward_model_names_them(case, br
     assert last.startswith(f"comparisons waits for people: 0 of {case.wanted} rankings collected; start their page "
                            f"with `tunetrail label serve --store {case.store}`")  # fmt: skip
     assert waited.stderr.count("\nError in rule comparisons") == 1  # one attempt, whatever the profile's retries
-    assert (project.folder / results / "retention/manifest.json").exists()  # the other branch went on
+    assert (project.folder / results / "retention/manifest.json").exists()  # the other branch continued
     assert not (project.folder / results / "comparisons/manifest.json").exists()
 
     monkeypatch.chdir(project.folder)
     command = [project.python, "-m", "tunetrail", "status", "--json", "--configfile", case.config]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)  # Snakemake wants the only event loop
+    told = subprocess.run(command, capture_output=True, text=True, check=True)  # Snakemake needs the only event loop
     found = {standing["name"]: standing for standing in json.loads(told.stdout)}
     assert found["comparisons"]["state"] == "waiting"
     assert found["comparisons"]["detail"].startswith(f"for people: 0 of {case.wanted} rankings")

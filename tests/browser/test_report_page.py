@@ -1,4 +1,4 @@
-"""The report in a real browser: its script runs without errors, and it needs nothing from outside."""
+"""The report in a real browser: its script runs without errors, and it loads nothing from elsewhere."""
 
 import html
 import json
@@ -40,7 +40,7 @@ def test_the_page_opens_from_disk_without_an_error(tiny_run, tmp_path):
         assert text in reply.stdout
 
 
-# What is wider than the screen, the theme, and text whose contrast to the ground it stands on is below 4.5 (WCAG
+# Elements wider than the screen, the theme, and text whose contrast to its background is below 4.5 (WCAG
 # 1.4.3).
 LOOK = """<script>addEventListener('load', () => {
   const light = (colour) => colour.slice(0, 3).map((v) => v / 255)
@@ -70,7 +70,7 @@ LOOK = """<script>addEventListener('load', () => {
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 800, 1280])
-def test_nothing_is_wider_than_the_screen_and_all_text_stands_out(tiny_run, tmp_path, width, dark):
+def test_nothing_is_wider_than_the_screen_and_all_text_has_contrast(tiny_run, tmp_path, width, dark):
     page, probe = tiny_run.folder / "results/tiny/report/report.html", tmp_path / "probe.html"
     probe.write_text(page.read_text().replace("</body>", LOOK))
     size, theme = f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}"
@@ -101,7 +101,7 @@ def test_keys_and_tooltips(tiny_run, tmp_path):
 
 
 @needs_browser
-def test_it_prints_all_of_it_and_no_controls(tiny_run, tmp_path):
+def test_printing_includes_everything_but_the_controls(tiny_run, tmp_path):
     page, pdf = tiny_run.folder / "results/tiny/report/report.html", tmp_path / "page.pdf"
     chromium(f"--user-data-dir={tmp_path}/profile", f"--print-to-pdf={pdf}", "--no-pdf-header-footer", page.as_uri())
     assert 5 <= pdf.read_bytes().count(b"/Type /Page\n") <= 60

@@ -1,4 +1,4 @@
-"""What the tests of a cluster do and check in common."""
+"""Actions and checks that the tests on a cluster share."""
 
 import itertools
 import os
@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 
 def attempts_follow_each_other(project) -> None:
-    """No attempt began before the one before it had ended, by the times that the attempts themselves wrote."""
+    """No attempt started before the previous one had ended, by the times that the attempts recorded."""
     attempts = project.record("sft").attempts
     for a, b in itertools.pairwise(attempts):
         assert a["end"] is None or a["end"] <= b["start"]
 
 
 def goes_on_from(project, step: int) -> None:
-    """The last attempt began from the state saved after this step, or a later one."""
+    """The last attempt resumed from the state saved after this step, or a later one."""
     state = project.record("sft").attempts[-1]["state_in"]
     assert int(state["name"].rpartition("-")[2]) >= step
 
@@ -33,13 +33,13 @@ def ends_well(project, head: subprocess.Popen, expected: bytes, attempts: int | 
 
 
 def interrupt(head: subprocess.Popen) -> None:
-    """Ctrl-C: a terminal sends it to the head and all that it has started."""
+    """Ctrl-C: a terminal sends it to the head and everything that it has started."""
     os.killpg(head.pid, signal.SIGINT)
     head.wait(60)
 
 
 def kill_all(head: subprocess.Popen) -> None:
-    """The head and its launchers, as a login node that is switched off does."""
+    """Kills the head and its launchers, like a login node that is switched off."""
     os.killpg(head.pid, signal.SIGKILL)
     head.wait()
 

@@ -1,4 +1,4 @@
-"""A real Slurm cluster on this machine: slurmctld and a slurmd a node, each node in namespaces of its own.
+"""A real Slurm cluster on this machine: slurmctld and a slurmd per node, each node in its own namespaces.
 
 A node has its own host name, processes and mounts, so killing its first process is a loss of power, and nothing of the
 machine's own /etc is touched. Root is needed, and Debian's slurmctld, slurmd, slurm-client and munge.
@@ -26,11 +26,11 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "squeue", "unshare")
 KINDS = {"cpu": (2, 0), "gpu": (2, 2), "big": (1, 4)}
-"""Kind of node -> how many there are, GPUs of each."""
+"""Kind of node -> (number of nodes, GPUs per node)."""
 TYPES = {"big": "a100"}
 """Kind of node -> the type of its GPUs."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
-# Each a line of slurm.conf. A requeued job would wait two minutes; see `Cluster.start_now`.
+# Each is a line of slurm.conf. A requeued job would wait two minutes; see `Cluster.start_now`.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -71,7 +71,7 @@ ReturnToService=2
 
 
 def hindrance() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Why no cluster can be started here; None if one can."""
     lacking = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     if lacking:
         return f"not found: {', '.join(lacking)}; apt-get install slurmctld slurmd slurm-client munge"
@@ -89,7 +89,7 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 240) -> object:
-    """What `condition` gives once it is true. Raises AssertionError."""
+    """Waits until `condition` is true and returns its value. Raises AssertionError after the timeout."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > end:
@@ -119,7 +119,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         for name in ("etc", "munge", "state", "small", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True)
-        # A disk that tests make full: mounted now, so that the nodes have it too.
+        # A disk for tests to fill up: mounted now, so that the nodes have it too.
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "small", str(self.folder / "small")], check=True)
         self._configure()
         try:
@@ -183,7 +183,7 @@ class Cluster:
         subprocess.run(["munged", "--force", *files], env=self.environment, check=True, capture_output=True)
 
     def _start(self, name: str, program: str, namespaces: tuple[str, ...] = ()) -> None:
-        """Starts a program with our /etc/hosts and /etc/slurm in namespaces that end with it, and it with us."""
+        """Starts a program with our /etc/hosts and /etc/slurm, in namespaces that end with it; it ends with us."""
         etc = self.folder / "etc"
         setup = f"mkdir -p /etc/slurm && mount --bind {etc} /etc/slurm && mount --bind {etc}/hosts /etc/hosts"
         if name in self.nodes:
@@ -199,27 +199,28 @@ class Cluster:
         self._start("slurmctld", "exec slurmctld -D")
 
     def start_node(self, node: str) -> None:
-        # The first process of the node outlives slurmd: a node that the controller does not hear goes on working.
+        # The node's first process outlives slurmd: a node that the controller cannot reach keeps working.
         namespaces = ("--uts", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
         self._start(node, f"slurmd -D -N {node} & wait; exec sleep infinity", namespaces)
 
     def power_off(self, name: str) -> None:
-        """All processes of a node, or the controller, are gone at once."""
+        """Kills all processes of a node, or the controller, at once."""
         process = self.processes.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def cut_off(self, node: str) -> None:
-        """The controller hears nothing of the node any more, while its jobs go on and reach the files."""
+        """Cuts the node off from the controller; its jobs continue and reach the files."""
         [slurmd] = self.pids(node, "slurmd -D")
         os.kill(slurmd, signal.SIGKILL)
 
     def declare_down(self, node: str) -> None:
-        """What the controller does by itself half a minute after it heard a node last, and a health check at once."""
+        """Marks a node as down, as the controller does half a minute after last hearing from it, or a health check at
+        once."""
         self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=silent")
 
     def restore(self) -> None:
-        """Brings back what was powered off, cut off or drained."""
+        """Restores nodes that were powered off, cut off or drained."""
         for node in self.nodes:
             if node in self.processes and not self.pids(node, "slurmd -D"):
                 self.power_off(node)
@@ -241,7 +242,7 @@ class Cluster:
         return dict(line.split() for line in lines)
 
     def jobs(self, states: str = "all") -> list[dict[str, str]]:
-        """Every job that the controller remembers, as it shows them."""
+        """Every job that the controller remembers, as scontrol shows it."""
         fields = {
             "id": "JobID", "state": "State", "name": "Name", "comment": "Comment", "partition": "Partition",
             "nodes": "NodeList", "reason": "Reason", "restarts": "RestartCnt", "gres": "tres-per-node",
@@ -257,13 +258,13 @@ class Cluster:
         ]
 
     def start_now(self) -> None:
-        """Lets requeued jobs begin, which would wait two minutes."""
+        """Starts requeued jobs, which would otherwise wait two minutes."""
         for job in self.jobs("PENDING"):
             if job["reason"] == "BeginTime":
                 self.command("scontrol", "update", f"JobId={job['id']}", "StartTime=now", check=False)
 
     def pids(self, node: str, command: str) -> list[int]:
-        """Processes on a node (in its name space of host names) whose command begins like this regular expression."""
+        """Processes on a node (in its namespace of host names) whose command starts with this regular expression."""
         try:
             space = os.readlink(f"/proc/{self._inside(node)}/ns/uts")
         except (OSError, IndexError):  # it is off
@@ -275,11 +276,11 @@ class Cluster:
                     continue
                 if re.match(command, (entry / "cmdline").read_text().replace("\0", " ")):
                     found.append(int(entry.name))
-            except OSError:  # it ended meanwhile
+            except OSError:  # it has ended meanwhile
                 continue
         return found
 
     def _inside(self, node: str) -> int:
-        """The first process in a node's name spaces."""
+        """The first process in a node's namespaces."""
         pid = self.processes[node].pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

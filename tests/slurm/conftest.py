@@ -1,4 +1,4 @@
-"""A cluster, and the tiny pipeline on it, each once for all tests."""
+"""A cluster, and the tiny pipeline on it, each made once for all tests."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ from .cluster import Cluster, hindrance, until
 CONFIG = "slurm.yaml"
 RUN = "tiny"
 HEADS: list[subprocess.Popen] = []
-"""All that were started, so that a test that fails leaves none."""
+"""All heads that were started, so that a failing test leaves none running."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where no cluster can be started one line says why, and not one for each test. In CI they all fail."""
+    """If no cluster can be started, skips these tests and says why in one line; in CI they fail."""
     ours = [item for item in items if Path(__file__).parent in item.path.parents]
     if ours and not os.environ.get("CI") and (reason := hindrance()):
         ours[0].add_marker(pytest.mark.skip(reason=f"and with it all of tests/slurm: {reason}"))
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def cluster(stage_server, tmp_path_factory) -> Iterator[Cluster]:
     assert not (reason := hindrance()), reason
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")  # each has a cluster of its own
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")  # each process has its own cluster
     with Cluster(tmp_path_factory.mktemp("slurm") / "c", int(worker.removeprefix("gw"))) as up:
         up.environment["PATH"] = f"{stage_server.path}{os.pathsep}{up.environment['PATH']}"
         yield up
@@ -55,7 +55,7 @@ def end_heads() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left(cluster) -> Iterator[None]:
-    """After each test no head and no job is left, and all nodes are there."""
+    """After each test, no head and no job is running, and all nodes are up."""
     yield
     end_heads()
     for job in cluster.jobs("PENDING,RUNNING,SUSPENDED"):
@@ -78,7 +78,7 @@ class OnSlurm:
     # ------------------------------------------------------------------------- the head
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen:
-        """snakemake --profile slurm, in the background, at the head of a process group; it prints to head.log."""
+        """Starts snakemake --profile slurm in the background, as leader of a process group; it prints to head.log."""
         variables = self.variables(environment)
         command = [python_of(variables), "-m", "tests.slurm.head", "--profile", "slurm", "--configfile", CONFIG]
         with (self.folder / "head.log").open("ab") as log:
@@ -99,12 +99,12 @@ class OnSlurm:
         return self.cluster.environment | self.environment | more | ours
 
     def import_again(self) -> None:
-        """All is started by the interpreter, and not forked from the server."""
+        """From now on, starts everything with a new interpreter instead of forking the server."""
         path = self.cluster.environment["PATH"].partition(os.pathsep)[2]
         self.environment = self.environment | {"PATH": path}
 
     def wait(self, head: subprocess.Popen, seconds: float = 600) -> int:
-        """The head's exit code; requeued jobs need not wait the two minutes that Slurm has them wait."""
+        """Waits for the head and returns its exit code; requeued jobs need not wait Slurm's two minutes."""
         end = time.monotonic() + seconds
         while head.poll() is None:
             assert time.monotonic() < end, self.said()[-3000:]
@@ -120,7 +120,7 @@ class OnSlurm:
         return (self.folder / "head.log").read_text()
 
     def status(self) -> dict[str, dict]:
-        """What `tunetrail status` tells of each stage."""
+        """What `tunetrail status` reports for each stage."""
         variables = self.variables({})
         command = [python_of(variables), "-m", "tunetrail", "status", "--profile", "slurm", "--configfile", CONFIG]
         reply = subprocess.run([*command, "--json"], cwd=self.folder, env=variables, capture_output=True, text=True,
@@ -139,11 +139,11 @@ class OnSlurm:
         return read_record(self.artifact(name))
 
     def ends(self, name: str) -> list[str]:
-        """How each attempt ended: what it said, or else the outcome."""
+        """How each attempt ended: its message, or else the outcome."""
         return [attempt["ended"]["message"] or attempt["ended"]["outcome"] for attempt in self.record(name).attempts]
 
     def saved(self, stage: str = "sft") -> list[Path]:
-        """The whole checkpoints in a stage's state, oldest first."""
+        """The complete checkpoints in a stage's state, oldest first."""
         found = (self.folder / "state" / RUN / stage).glob("*/checkpoint-*/complete.json")
         return sorted((p.parent for p in found), key=lambda p: int(p.name.rpartition("-")[2]))
 
@@ -164,13 +164,13 @@ class OnSlurm:
         ]
 
     def preempt(self) -> None:
-        """Another job wants all GPUs of two nodes for three seconds, in a partition that goes before the others."""
+        """Submits a job that takes all GPUs of two nodes for three seconds, in a partition with higher priority."""
         urgent = self.cluster.command("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null",
             "--wrap", "sleep 3").strip()  # fmt: skip
         until(lambda: any(j["id"] == urgent and j["state"] == "COMPLETED" for j in self.cluster.jobs()), "it is done")
 
     def trainers(self, node: str, stage: str = "sft") -> list[int]:
-        """Processes of a stage on a node: the command itself, and not those that wait for it."""
+        """Processes of a stage on a node: the command itself, not those that wait for it."""
         return self.cluster.pids(node, rf"\S*python -m tunetrail\.stages\.{stage} ")
 
     def edit_profile(self, old: str, new: str) -> None:
@@ -180,7 +180,7 @@ class OnSlurm:
         path.write_text(content.replace(old, new))
 
     def resources(self, rule: str, **resources: object) -> None:
-        """Gives a rule these resources beside its own."""
+        """Gives a rule these resources in addition to its own."""
         lines = "".join(f"    {name}: {value}\n" for name, value in resources.items())
         self.edit_profile(f"  {rule}:\n    slurm_partition", f"  {rule}:\n{lines}    slurm_partition")
 
@@ -205,11 +205,11 @@ def on_slurm(cluster: Cluster, folder: Path) -> OnSlurm:
 
 @pytest.fixture(scope="session")
 def prepared(cluster, tmp_path_factory) -> OnSlurm:
-    """Base model and data, and the SFT of a run that nothing disturbed, which is kept in `undisturbed`.
+    """Base model and data, and the SFT of an undisturbed run, which is kept in `undisturbed`.
 
     The first process of the tests that wants it makes it for all.
     """
-    # Saves after every step, so that what is lost can be counted, and so that the training lasts.
+    # Saves after every step, so that lost steps can be counted and training takes long enough.
     environment = {"TUNETRAIL_CHECKPOINT_MINUTES": "0", "TUNETRAIL_LEASE_SECONDS": "300"}
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prepared"
@@ -217,7 +217,7 @@ def prepared(cluster, tmp_path_factory) -> OnSlurm:
         if not (shared / "undisturbed").exists():
             project = on_slurm(cluster, shared)
             project.environment = environment
-            # Short rows: it is to last in steps, not in work.
+            # Short rows: it should take many steps, but little work.
             project.configure(data__demonstrations=[{"source": "docstrings"}], sft__epochs=24)
             project.run("--until", "sft")
             for name in ("results", "state"):
@@ -228,7 +228,7 @@ def prepared(cluster, tmp_path_factory) -> OnSlurm:
 
 @pytest.fixture
 def project(prepared, tmp_path) -> OnSlurm:
-    """A run of its own whose SFT is still to come."""
+    """A separate run whose SFT has not been made yet."""
     folder = tmp_path / "p"
     shutil.copytree(
         prepared.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("undisturbed", "head.log", "sft.log")
@@ -238,7 +238,7 @@ def project(prepared, tmp_path) -> OnSlurm:
 
 @pytest.fixture
 def expected(prepared) -> bytes:
-    """The manifest of the SFT that nothing disturbed."""
+    """The manifest of the undisturbed SFT."""
     return (prepared.folder / "undisturbed/results" / RUN / "sft/manifest.json").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""tunetrail doctor on a real Slurm: no finding where all is well, and what is wrong by name."""
+"""tunetrail doctor on a real Slurm: no findings if all is well, and every problem by name."""
 
 import subprocess
 
@@ -27,7 +27,7 @@ def test_the_profile_fits_the_cluster(site):
     assert doctor(site, "--no-jobs") == (0, [])
 
 
-def test_nodes_share_the_folder_and_the_software_and_their_gpus_are_no_real_ones(site):
+def test_nodes_share_the_folder_and_the_software_and_have_no_real_gpus(site):
     code, lines = doctor(site)
     assert code == 1
     assert [line.partition(":")[0] for line in lines] == ["FINDING  node of gpu", "FINDING  node of gpu-large"]
@@ -35,7 +35,7 @@ def test_nodes_share_the_folder_and_the_software_and_their_gpus_are_no_real_ones
     assert not list(site.folder.glob(".doctor-*"))
 
 
-def test_a_profile_that_asks_for_what_is_not_there(site):
+def test_a_profile_that_requests_what_the_cluster_lacks(site):
     site.edit_profile("large: gpu-large", "large: nowhere")
     site.edit_profile('mem_mb: ?f"min(attempt * 4000, {memory})"', "mem_mb: attempt * 140000")
     code, lines = doctor(site, "--no-jobs")

@@ -1,4 +1,4 @@
-"""What clusters do to a training job, each on a real one: it always ends with the bytes of a run that was left alone.
+"""Everything that clusters do to a training job, on a real one: it always ends with the bytes of an undisturbed run.
 
 The stage is SFT of the tiny model, which saves after every step here.
 """
@@ -41,7 +41,7 @@ def test_preempted_by_a_higher_partition_it_is_requeued_under_its_id(project, ex
     assert [(j["id"], j["restarts"]) for j in project.jobs()] == [(job["id"], "1")]
 
 
-def test_the_time_limit_may_come_several_times(project, expected):
+def test_the_time_limit_may_be_reached_several_times(project, expected):
     head = project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.08")
     ends_well(project, head, expected)
     ends = project.ends("sft")
@@ -51,7 +51,7 @@ def test_the_time_limit_may_come_several_times(project, expected):
 
 
 def test_slurms_own_time_limit(project, expected):
-    """One minute, for most of which the trainer is stopped: it leaves before its end, by what squeue says is left."""
+    """One minute, for most of which the trainer is stopped: it leaves in time, by what squeue says is left."""
     project.resources("sft", runtime=1)
     project.edit_profile("    runtime: 720\n  completions", "  completions")
     head = project.start("--until", "sft")
@@ -63,7 +63,7 @@ def test_slurms_own_time_limit(project, expected):
         "%L").strip()) or 0) < 8 / 60, "nearly over")  # fmt: skip
     os.kill(trainer, signal.SIGCONT)
     ends_well(project, head, expected)
-    *stopped, last = project.ends("sft")  # more than two attempts where the machine is slow
+    *stopped, last = project.ends("sft")  # more than two attempts if the machine is slow
     assert stopped
     assert all(end.startswith("stopped by time limit at step ") for end in stopped)
     assert last == "done"
@@ -96,8 +96,8 @@ def test_a_trainer_killed_while_it_saves(project, expected):
     goes_on_from(project, step)
 
 
-def test_a_stage_that_never_gets_as_far_as_a_save_is_tried_three_times_in_all(project):
-    """`retries: 2`, and not more: neither the Snakemake inside the job nor Slurm adds its own."""
+def test_a_stage_that_never_saves_is_tried_three_times_in_total(project):
+    """`retries: 2` and no more: neither the Snakemake inside the job nor Slurm adds its own retries."""
     killed: list[int] = []
     head = project.start("--until", "sft", TUNETRAIL_CHECKPOINT_MINUTES="60")
     while head.poll() is None:
@@ -112,7 +112,7 @@ def test_a_stage_that_never_gets_as_far_as_a_save_is_tried_three_times_in_all(pr
     assert [j["state"] for j in project.jobs()] == ["FAILED"] * 3
 
 
-def test_out_of_memory_it_gets_more(project, expected):
+def test_after_running_out_of_memory_it_gets_more(project, expected):
     project.import_again()
     project.edit_profile('mem_mb: ?f"min(attempt * 32000, {memory})"', "mem_mb: attempt * attempt * 330")
     head = project.start("--until", "sft")
@@ -122,7 +122,7 @@ def test_out_of_memory_it_gets_more(project, expected):
     assert memory == [330 * n * n for n in range(1, len(memory) + 1)]
 
 
-def test_a_full_disk_keeps_the_save_before_and_room_lets_it_go_on(project, expected):
+def test_a_full_disk_keeps_the_previous_save_and_the_stage_continues_with_free_space(project, expected):
     small = project.cluster.folder / "small"
     subprocess.run(["mount", "-o", "remount,size=1300k", str(small)], check=True)
     state = project.folder / "state"
@@ -140,7 +140,7 @@ def test_a_full_disk_keeps_the_save_before_and_room_lets_it_go_on(project, expec
     goes_on_from(project, int(saved[-1].name.rpartition("-")[2]))
 
 
-def test_a_corrupted_checkpoint_is_left_out_for_the_one_before(project, expected):
+def test_a_corrupted_checkpoint_is_skipped_for_the_previous_one(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
     [trainer] = project.trainers(project.job()["nodes"])

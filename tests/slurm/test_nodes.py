@@ -1,4 +1,4 @@
-"""Nodes, the controller and heads that fail under a training job: it ends with the bytes of a run left alone."""
+"""Nodes, the controller and heads fail during a training job: it ends with the bytes of an undisturbed run."""
 
 import os
 import re
@@ -24,12 +24,12 @@ def test_a_node_without_power(project, expected):
     assert project.record("sft").attempts[1]["host"] != job["nodes"]
 
 
-def test_a_node_cut_off_whose_trainer_works_on_makes_way(project, expected):
+def test_the_trainer_on_a_cut_off_node_gives_way(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
     job = project.job()
     [old] = project.trainers(job["nodes"])
-    os.kill(old, signal.SIGSTOP)  # or it would be done before Slurm notices
+    os.kill(old, signal.SIGSTOP)  # otherwise it would finish before Slurm notices
     project.cluster.cut_off(job["nodes"])
     project.cluster.declare_down(job["nodes"])
     until(lambda: runs_elsewhere(project, job), "it runs elsewhere")
@@ -47,7 +47,7 @@ def runs_elsewhere(project, job: dict[str, str]) -> bool:
     return any(j["nodes"] not in ("", job["nodes"]) for j in project.jobs("sft", "RUNNING"))
 
 
-def test_a_node_cut_off_whose_trainer_is_silent_loses_its_lease(project, expected):
+def test_a_silent_trainer_on_a_cut_off_node_loses_its_lease(project, expected):
     head = project.start("--until", "sft", TUNETRAIL_LEASE_SECONDS="6")
     step = project.wait_for_saves()
     job = project.job()
@@ -66,7 +66,7 @@ def test_a_node_cut_off_whose_trainer_is_silent_loses_its_lease(project, expecte
     assert not list((project.folder / "state/tiny/sft").glob("*/attempts.jsonl"))  # the old one wrote nothing more
 
 
-def test_a_drained_node_finishes_what_it_has(project, expected):
+def test_a_drained_node_finishes_its_jobs(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
     job = project.job()
@@ -76,10 +76,10 @@ def test_a_drained_node_finishes_what_it_has(project, expected):
     assert project.cluster.node_states()[job["nodes"]] == "drain"
 
 
-def test_the_controller_restarted(project, expected):
+def test_a_restart_of_the_controller(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
-    # It saves what it knows every few seconds, and forgets a job that it had not saved.
+    # It saves its state every few seconds, and forgets jobs that it had not saved.
     state = project.cluster.folder / "state/job_state"
     until(lambda: bytes(project.folder) in state.read_bytes(), "the controller has saved the job")
     project.cluster.power_off("slurmctld")
@@ -89,12 +89,12 @@ def test_the_controller_restarted(project, expected):
 
 
 def kill(head: subprocess.Popen) -> None:
-    """The head alone, as a login node that is switched off does: its jobs go on."""
+    """Kills only the head, like a login node that is switched off: its jobs continue."""
     head.kill()
     head.wait()
 
 
-def test_the_head_killed_and_started_again(project, expected):
+def test_the_head_is_killed_and_started_again(project, expected):
     head = project.start("--until", "sft")
     step = project.wait_for_saves()
     first = project.job()
@@ -108,13 +108,13 @@ def test_the_head_killed_and_started_again(project, expected):
     ends_well(project, project.start("--until", "sft"), expected)
     assert "unlock" not in project.said()
     ends = project.ends("sft")
-    if len(ends) > 1:  # the first was still at work, and made way
+    if len(ends) > 1:  # the first was still working, and gave way
         assert ends[0].startswith("stopped for another attempt of this stage")
         goes_on_from(project, step)
     assert {j["id"] for j in project.jobs()} >= {first["id"]}
 
 
-def test_what_a_job_finished_after_its_head_was_killed_is_not_made_again(project, expected):
+def test_a_job_that_finished_after_its_head_was_killed_is_not_rerun(project, expected):
     head = project.start("--until", "sft")
     project.wait_for_saves()
     kill(head)
@@ -129,7 +129,7 @@ def test_two_heads_at_once(project, expected):
     second = project.start("--until", "sft")
     assert project.wait(second) == 75
     assert re.search(
-        r"^another snakemake works on this run: state/tiny/head: in use by process", project.said(), re.MULTILINE
+        r"^another snakemake is working on this run: state/tiny/head: in use by process", project.said(), re.MULTILINE
     )
     ends_well(project, first, expected, attempts=1)
     assert len(project.jobs()) == 1

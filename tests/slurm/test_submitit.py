@@ -1,4 +1,4 @@
-"""Stages of several processes, and stages that are jobs of their own through submitit, on a real cluster."""
+"""Stages with several processes, and stages as separate jobs through submitit, on a real cluster."""
 
 import os
 import re
@@ -18,15 +18,15 @@ from .conftest import CONFIG, OnSlurm
 
 
 def over_two_gpus(project: OnSlurm) -> None:
-    """SFT as a step of two processes on a node, whose GPUs have a type."""
+    """SFT as a step with two processes on a node whose GPUs have a type."""
     project.edit_profile("training: gpu", "training: gpu-large")
     project.edit_profile('type: ""', 'type: ":a100"')
     gres = '  sft:\n    slurm_partition: ?training\n    gres: ?f"gpu{type}:'
     project.edit_profile(f"{gres}1", f"{gres}2")
 
 
-def test_two_inline_processes_leave_together_and_are_requeued_under_their_id(project, prepared):
-    """Both are stopped until the time is over, which is long enough for an attempt that is not."""
+def test_two_inline_processes_stop_together_and_are_requeued_under_their_id(project, prepared):
+    """Both are stopped until the time limit, which is long enough for an attempt that is not stopped."""
     over_two_gpus(project)
     head = project.start("--until", "sft", TUNETRAIL_TIME_LIMIT="0.5")
     project.wait_for_saves()
@@ -54,13 +54,13 @@ def sft_gives_what_one_process_gives(project: OnSlurm, prepared: OnSlurm) -> Non
 
 
 @pytest.mark.parametrize("launcher", ["inline", "submitit"])
-def test_where_one_of_two_processes_dies_the_other_does_not_wait_for_it(project, prepared, launcher):
+def test_if_one_of_two_processes_dies_the_other_does_not_wait_for_it(project, prepared, launcher):
     """Inline: two on one node, with two GPUs of a type. Submitit: one on each of two nodes.
 
     The first is stopped, as if it waited in a collective for the second, which is killed. Both go on in another job,
     and give what one process gives.
     """
-    project.import_again()  # so that /proc tells the rank
+    project.import_again()  # so that /proc shows the rank
     if launcher == "inline":
         nodes = set(project.cluster.kinds["big"])
         over_two_gpus(project)
@@ -128,8 +128,9 @@ def test_ctrl_c_cancels_the_job_which_saves(project):
     assert int(project.saved()[-1].name.rpartition("-")[2]) >= step
 
 
-def test_a_job_that_is_preempted_for_good_is_submitted_again(project, expected):
-    """Where a partition's preempted jobs are cancelled. An inline one Snakemake would wait for: see the doctor."""
+def test_a_job_that_preemption_cancelled_is_submitted_again(project, expected):
+    """In a partition whose preempted jobs are cancelled. Snakemake would wait forever for an inline job: see the
+    doctor."""
     project.edit_profile("training: gpu", "training: spot")
     submitted(project)
     head = project.start("--until", "sft")
@@ -140,7 +141,7 @@ def test_a_job_that_is_preempted_for_good_is_submitted_again(project, expected):
     assert sorted(j["state"] for j in project.jobs()) == ["COMPLETED", "PREEMPTED"]
 
 
-def test_without_slurm_submitit_runs_it_here(project, tmp_path):
+def test_without_slurm_submitit_runs_locally(project, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for program in Path("/usr/bin").iterdir():

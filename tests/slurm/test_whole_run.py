@@ -1,4 +1,4 @@
-"""The whole pipeline on a real cluster: where its jobs land, over several nodes, as arrays."""
+"""The whole pipeline on a real cluster: where its jobs run, over several nodes, as arrays."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from .checks import gives_what_one_process_gives, interrupt, kill_all
 from .cluster import until
 from .conftest import OnSlurm
 
-# The profile's own partition of each rule, as its first lines name them.
+# The partition of each rule in the profile, as its first lines name them.
 PARTITIONS = {
     "base": "cpu", "data": "cpu", "comparisons": "cpu", "best_of_n": "cpu", "head_to_head": "cpu", "report": "cpu",
     "retention": "gpu", "sft": "gpu",
@@ -24,13 +24,13 @@ PARTITIONS = {
 
 
 def copy_of(whole, folder: Path) -> OnSlurm:
-    """The finished run in another folder, to lose and make again what a test wants."""
+    """A copy of the finished run, in which a test can delete artifacts and make them again."""
     shutil.copytree(whole.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("head.log"))
     return OnSlurm(whole.cluster, folder)
 
 
-def test_every_job_lands_where_the_profile_says(whole):
-    """By Slurm's own records, and by those of the artifacts."""
+def test_every_job_runs_where_the_profile_says(whole):
+    """According to Slurm's records and those of the artifacts."""
     seen = {}
     for job in whole.jobs(""):
         rule = job["comment"].removeprefix("rule_").partition("_wildcards")[0]
@@ -50,8 +50,8 @@ def test_every_job_lands_where_the_profile_says(whole):
         assert verify(whole.artifact(name) / "manifest.json")
 
 
-def test_a_branch_that_fails_for_good_stops_no_other(whole, tmp_path):
-    """What failed, where its log is and how to run it again are said at the end."""
+def test_a_branch_that_fails_does_not_stop_others(whole, tmp_path):
+    """The last lines say what failed, where its log is and how to run it again."""
     run = copy_of(whole, tmp_path / "copy")
     run.configure(policies__dpo={"method": "dpo", "batch_size": 8, "learning_rate": 1e30},
     **{"policies__best-of-2": {"method": "best_of_n", "n": 3}})  # fmt: skip
@@ -70,12 +70,12 @@ def test_a_branch_that_fails_for_good_stops_no_other(whole, tmp_path):
     ("dpo", "policies/dpo", "model/model.safetensors"),
     ("ppo", "policies/ppo", "model/model.safetensors"),
 ])  # fmt: skip
-def test_over_two_nodes_it_gives_what_one_process_gives(whole, tmp_path, rule, artifact, weights):
+def test_two_nodes_give_the_same_result_as_one_process(whole, tmp_path, rule, artifact, weights):
     """For SFT see the test below."""
     run = copy_of(whole, tmp_path / "copy")
     shutil.rmtree(run.artifact(artifact))
     shutil.rmtree(run.folder / "state/tiny" / artifact)
-    run.edit_profile("slurm_partition: ?large", "slurm_partition: ?gpu")  # of large nodes there is one
+    run.edit_profile("slurm_partition: ?large", "slurm_partition: ?gpu")  # there is only one large node
     run.resources(rule, launcher="submitit", nodes=2)
     run.run("--forcerun", rule, "--until", rule)
     job = max(run.jobs(f"{rule}-"), key=lambda j: int(j["id"]))
@@ -94,7 +94,7 @@ def test_over_two_nodes_it_gives_what_one_process_gives(whole, tmp_path, rule, a
 
 @pytest.fixture
 def sampling(whole, tmp_path) -> OnSlurm:
-    """A finished run whose completions, two shards, are lost. They are to be made again by one array."""
+    """A finished run whose completions (two shards) are lost; one array must make them again."""
     run = copy_of(whole, tmp_path / "copy")
     shutil.rmtree(run.artifact("completions"))
     shutil.rmtree(run.folder / "state/tiny/completions")
@@ -113,14 +113,14 @@ def elements(run: OnSlurm, stage: str = "completions", states: str = "all") -> l
 
 
 def sample(run: OnSlurm) -> subprocess.Popen:
-    """Starts a head, and waits until both elements run."""
+    """Starts a head and waits until both elements run."""
     head = run.start("--until", "completions", "--forcerun", "completions")
     until(lambda: len(elements(run, states="RUNNING")) == 2, "both run")
     return head
 
 
 def have_the_same_bytes(run: OnSlurm, whole: OnSlurm) -> None:
-    """Both shards, each by an element of the newest array."""
+    """Both shards have the same bytes, and each was made by an element of the newest array."""
     ids = {run.record(f"completions/{shard}").attempts[-1]["job_id"] for shard in SHARDS}
     assert ids == {j["id"] for j in elements(run)}
     for shard in SHARDS:
@@ -128,8 +128,8 @@ def have_the_same_bytes(run: OnSlurm, whole: OnSlurm) -> None:
     assert not run.jobs("", "PENDING,RUNNING,SUSPENDED")
 
 
-def test_ctrl_c_cancels_all_of_an_array_and_a_killed_head_finds_all_of_it_again(sampling, whole):
-    sampling.import_again()  # forked, an element may end before the other is seen
+def test_ctrl_c_cancels_a_whole_array_and_a_killed_heads_array_is_found_again(sampling, whole):
+    sampling.import_again()  # if forked, an element may end before the other is seen
     interrupt(sample(sampling))
     until(lambda: [j["state"] for j in elements(sampling)] == ["CANCELLED"] * 2, "both are cancelled")
     head = sample(sampling)
@@ -153,7 +153,7 @@ def test_ctrl_c_cancels_all_of_an_array_and_a_killed_head_finds_all_of_it_again(
     have_the_same_bytes(sampling, whole)
 
 
-def test_elements_of_an_array_are_requeued_each_under_its_id(sampling, whole):
+def test_each_element_of_an_array_is_requeued_under_its_id(sampling, whole):
     """Preempted, and then at their time limit after each batch."""
     sampling.edit_profile("training: gpu", "training: preempt")
     sampling.edit_profile("    array: 1\n    slurm_partition: ?gpu", "    array: 1\n    slurm_partition: ?training")
@@ -169,7 +169,7 @@ def test_elements_of_an_array_are_requeued_each_under_its_id(sampling, whole):
     have_the_same_bytes(sampling, whole)
 
 
-def test_evaluations_go_out_as_one_array_and_one_that_fails_stops_no_other(whole, tmp_path):
+def test_evaluations_are_one_array_and_a_failure_does_not_stop_the_others(whole, tmp_path):
     run = copy_of(whole, tmp_path / "copy")
     subjects = ("base", "dpo", "best-of-2")
     for subject in subjects:
@@ -189,5 +189,5 @@ def test_evaluations_go_out_as_one_array_and_one_that_fails_stops_no_other(whole
         assert run.manifest(f"evaluation/{subject}") == whole.manifest(f"evaluation/{subject}")
     weights.write_bytes(content)
     run.run("--", *lost)
-    assert len(run.jobs("evaluation")) == 4  # only what had failed
+    assert len(run.jobs("evaluation")) == 4  # only the failed one
     assert run.manifest("evaluation/dpo") == whole.manifest("evaluation/dpo")

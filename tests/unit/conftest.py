@@ -21,14 +21,14 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(original, tmp_path) -> Path:
-    """A copy to damage: records name raw data where the original has it."""
+    """A copy to damage; its records name raw data by the paths of the original."""
     shutil.copytree(original, tmp_path / "copy/r")
     return tmp_path / "copy/r"
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The URL of a PostgreSQL server for one test module; None where it is not installed."""
+    """The URL of a PostgreSQL server for one test module; None if it is not installed."""
     with postgres() if postgres_programs() else contextlib.nullcontext() as url:
         yield url
 
@@ -40,7 +40,7 @@ def lite(tmp_path) -> Store:
 
 @pytest.fixture
 def postgresql(cluster, request) -> Store:
-    """A store in a schema of its own."""
+    """A store in its own schema."""
     if cluster is None:
         pytest.skip("PostgreSQL is not installed")
     schema = f"t{sha256_bytes(request.node.name.encode())[:20]}"

@@ -1,4 +1,4 @@
-"""Attention as plain products gives what torch's fused attention gives, values and gradients."""
+"""Attention by plain products gives the same values and gradients as torch's fused attention."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tunetrail.models.tree import share_prefixes, shares_prefixes
 
 
 class Layer(torch.nn.Module):
-    """What transformers hands over as the layer."""
+    """The layer that transformers passes to attention."""
 
     is_causal = True
     num_key_value_groups = 3
@@ -47,8 +47,8 @@ def test_values_and_gradients_are_those_of_the_fused_attention(t, s, masked):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_token_that_sees_nothing_spoils_nothing():
-    """Left padding of a prompt: its rows are read by nobody."""
+def test_a_token_that_attends_to_nothing_affects_no_other():
+    """As left padding of a prompt, whose rows are not used."""
     query, key, value = parts(4, 4)
     seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     seen[0, :, :2] = False
@@ -61,7 +61,7 @@ def test_a_token_that_sees_nothing_spoils_nothing():
     ("t", "s", "options"),
     [(1, 9, {}), (4, LONGEST + 1, {}), (4, 4, {"dropout": 0.5}), (4, 4, {"is_causal": False})],
 )
-def test_what_it_is_not_for_is_left_to_the_fused_attention(monkeypatch, t, s, options):
+def test_other_cases_are_left_to_the_fused_attention(monkeypatch, t, s, options):
     asked = []
     monkeypatch.setattr(
         "tunetrail.models.cpu.attention.sdpa_attention_forward", lambda *a, **k: asked.append(k) or (0, None)
@@ -86,7 +86,7 @@ def test_a_model_gives_the_same_log_probs():
 
 
 @pytest.mark.skipif(not can_pack(), reason="this processor has no packed bf16 products")
-def test_packed_weights_give_the_products_of_plain_ones():
+def test_packed_weights_give_the_same_products():
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 300, dtype=torch.bfloat16)
     x = torch.randn(5, 3, 48, dtype=torch.bfloat16)
@@ -94,7 +94,7 @@ def test_packed_weights_give_the_products_of_plain_ones():
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=0, rtol=2**-7)
 
 
-def test_a_decoder_in_bf16_leaves_the_model_as_it_was():
+def test_a_decoder_in_bf16_leaves_the_model_unchanged():
     model = tiny_model(48, 2, 4, 300, seed=0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     decoder = decoding_weights(model, bf16=True)

@@ -1,4 +1,4 @@
-"""The audit finds all kinds of damage, by name, and raises no false alarm. The run is made up; its records are real."""
+"""The audit finds and names all kinds of damage, without false alarms. The run is made up; its records are real."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def edit_json(path: Path, change) -> dict:
 # ----------------------------------------------------------------------------- no false alarm
 
 
-def test_a_run_is_sound_where_it_was_made(original):
+def test_an_untouched_run_is_sound(original):
     result = verify(original)
     assert (result.findings, result.exit_code(), len(result.artifacts)) == ([], 0, 7)
     assert len(result.unsigned) == 7
@@ -73,17 +73,17 @@ def test_touched_moved_and_copied_runs_are_sound(run, tmp_path):
     assert len(verify(moved / "evaluation/dpo").artifacts) == 7  # down to the base
 
 
-def test_a_parent_is_found_by_its_digest_where_it_was_moved_within_the_run(run):
+def test_a_parent_that_was_moved_within_the_run_is_found_by_its_digest(run):
     (run / "policies/dpo").rename(run / "policies/kept")
     result = verify(run / "evaluation/dpo")
     assert names(result) == {"not-sealed"}  # under its new name
     assert result.exit_code() == 2
 
 
-def test_a_stage_that_ran_again_with_the_same_bytes_raises_no_alarm(run):
+def test_a_rerun_with_the_same_bytes_raises_no_alarm(run):
     attempts = [ATTEMPT | {"start": "2026-02-02T00:00:00+00:00"}]
     seal_folder(run / "sft", "sft", {"base": run / "base", "data": run / "data"}, {"learning_rate": 5e-5}, attempts)
-    assert names(verify(run)) == {"record-changed", "parent-record-changed"}  # nobody vouches for it yet
+    assert names(verify(run)) == {"record-changed", "parent-record-changed"}  # it is not sealed yet
     assert names(verify(run, ledger=False)) == {"parent-record-changed"}
     seal(run)
     assert verify(run).findings == []
@@ -96,7 +96,7 @@ def test_an_artifact_on_another_disk_linked_into_the_run_is_part_of_it(run, tmp_
     assert len(verify(run).artifacts) == 7
 
 
-def test_weights_that_were_saved_again_are_not_taken_for_changed_ones(run):
+def test_weights_that_were_saved_again_do_not_count_as_changed(run):
     path = run / "reward/model/model.safetensors"
     save_file(dict(reversed(load_file(path).items())), path, {"saved": "again", "format": "pt"})
     result = verify(run)
@@ -123,7 +123,7 @@ def swap_with_another_run(run):
 
 
 def edit_and_recompute(run):
-    """As somebody would who knows how manifests are made."""
+    """Edits a file as somebody would who knows how manifests are made."""
     path = run / "reward/model/config.json"
     path.write_text('{"seed": 9}')
     edit_json(run / "reward/manifest.json", lambda m: m.update(build(run / "reward")))
@@ -314,8 +314,8 @@ def test_it_catches(run, case):
     assert "\n" not in "".join(f.message for f in result.findings)
 
 
-def test_only_the_anchored_head_shows_that_an_older_entry_was_cut_off(run):
-    """The entry is of an artifact that was made again later."""
+def test_only_the_anchored_head_reveals_that_an_older_entry_was_removed(run):
+    """The removed entry is about an artifact that was made again later."""
     retrain_parent(run)
     head = read_ledger(run).head
     ledger_lines(lambda x: x.pop())(run)
@@ -328,13 +328,13 @@ def test_a_rewritten_ledger_does_not_lead_to_the_anchored_head(run):
     edit_record(run)
     (run / "ledger.jsonl").unlink()
     seal(run)
-    assert names(verify(run)) == set()  # whoever can write the run can do this
+    assert names(verify(run)) == set()  # possible for anyone with write access to the run
     result = verify(run, anchor=head)
     assert names(result) == {"ledger-not-anchored"}
     assert result.exit_code() == 1
 
 
-def test_correcting_labels_makes_everything_learnt_from_them_stale(tmp_path):
+def test_correcting_labels_makes_all_models_trained_on_them_stale(tmp_path):
     run = make_run(tmp_path)
     labels = tmp_path / "raw/labels.jsonl"
     original = labels.read_text()
@@ -384,8 +384,8 @@ def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run)
     assert (result.exit_code(), result.exit_code(strict=True)) == (3, 1)
 
 
-def test_a_config_that_drifted_is_found_for_every_stage(tmp_path):
-    """Each artifact against the config file that its rule reads: shards share one, subjects have one each."""
+def test_config_drift_is_found_for_every_stage(tmp_path):
+    """Each artifact is compared with the config file that its rule reads: shards share one, subjects have one each."""
     for stage, info in STAGES.items():
         artifact = info.pattern.replace(f"{{{info.wildcard}}}", "1-of-2" if info.wildcard == "shard" else "x")
         run = tmp_path / stage
@@ -400,8 +400,8 @@ def test_a_config_that_drifted_is_found_for_every_stage(tmp_path):
             assert [(f.name, f.artifact) for f in verify(run).findings] == findings
 
 
-def test_two_threads_may_note_two_links_to_one_file(tmp_path, monkeypatch):
-    """Models that training kept are links. Both entries are written before either is renamed."""
+def test_two_threads_may_cache_two_links_to_one_file(tmp_path, monkeypatch):
+    """Models kept during training are links. Both entries are written before either is renamed."""
     (tmp_path / "model").write_bytes(b"weights")
     (tmp_path / "link").hardlink_to(tmp_path / "model")
     both, write = threading.Barrier(2, timeout=20), Path.write_text
@@ -427,7 +427,7 @@ def test_a_quick_check_finds_an_edit_whose_times_were_set_back(run, tmp_path):
             and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl")
         }
     )
-    for entry in (tmp_path / "digests").iterdir():  # it is the cache that answers: a wrong entry is believed
+    for entry in (tmp_path / "digests").iterdir():  # the answer comes from the cache: a wrong entry is believed
         if entry.read_text().split()[1] == str((run / "sft/model/config.json").stat().st_ino):
             right = entry.read_text()
             entry.write_text(right[:-64] + "0" * 64)
@@ -518,7 +518,7 @@ def test_signatures(run, keys, capsys):
     (run / "reward/provenance.dsse.json").write_bytes(right)
     assert forge(lambda e: e.update(payload=other["payload"])) == ["the envelope holds another record"]
     (run / "reward/provenance.dsse.json").write_bytes(b"{")
-    assert "signature-false" in names(verify(run))  # with no policy, too
+    assert "signature-false" in names(verify(run))  # even without a policy
     capsys.readouterr()
 
 
@@ -561,7 +561,7 @@ def replaced(name: str, old: bytes, new: bytes):
 
 
 def one_line(**entry):
-    """Damage: a ledger with this line only."""
+    """Damage: a ledger with only this line."""
     line = canonical({"manifest": "a", "record": "b", "previous": "0" * 64} | entry)
     return lambda run: (run / "ledger.jsonl").write_bytes(line + b"\n")
 
@@ -591,7 +591,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_content_is_a_finding_and_no_traceback(run, case, capsys):
+def test_malformed_content_is_a_finding_and_not_a_traceback(run, case, capsys):
     ODD[case](run)
     lines.run_of.cache_clear()
     assert main(["audit", "verify", "--recursive", str(run)]) in (1, 2)
@@ -612,7 +612,7 @@ def test_a_record_of_another_manifest_is_not_sealed(run, capsys):
     assert "neither a head (64 digits) nor a file that begins with one" in capsys.readouterr().err
 
 
-def test_raw_data_that_is_not_at_hand_is_named(original, tmp_path, capsys):
+def test_missing_raw_data_is_named(original, tmp_path, capsys):
     shutil.copytree(original, tmp_path / "far/r")
     lines.run_of.cache_clear()
     assert main(["audit", "verify", "--recursive", str(tmp_path / "far/r")]) == 0
@@ -622,7 +622,7 @@ def test_raw_data_that_is_not_at_hand_is_named(original, tmp_path, capsys):
     )
 
 
-def test_a_scratch_folder_with_something_in_it_is_left_alone(run, tmp_path, capsys):
+def test_a_scratch_folder_that_is_not_empty_is_left_alone(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
     assert main(["audit", "reproduce", str(run / "sft"), "--scratch", str(tmp_path / "mine")]) == 2

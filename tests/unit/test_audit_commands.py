@@ -27,7 +27,7 @@ def trace(capsys, run, what) -> list[str]:
     return [Path(p).relative_to(run.resolve()).as_posix() for p in json.loads(capsys.readouterr().out)["retrain"]]
 
 
-def test_a_reverse_trace_lists_the_checkpoints_to_train_again(run, capsys):
+def test_a_reverse_trace_lists_the_checkpoints_to_retrain(run, capsys):
     everything = ["policies/dpo", "reward", "sft"]
     assert trace(capsys, run, "dataset:rows") == everything
     assert trace(capsys, run, "group:heapq") == everything
@@ -219,7 +219,7 @@ def test_export_model_card(run, capsys):
         ),
     ],
 )
-def test_a_card_says_how_to_load_the_model(run, capsys, config, line):
+def test_a_card_explains_how_to_load_the_model(run, capsys, config, line):
     folder = run / "policies/dpo"
     write_json(folder / "model/config.json", config)
     (folder / "adapter").mkdir()

@@ -1,4 +1,4 @@
-"""The comparisons stage, run as the pipeline runs it: manifests in, an artifact out."""
+"""The comparisons stage, run as in the pipeline: manifests in, an artifact out."""
 
 import hashlib
 import json
@@ -95,7 +95,7 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
         "ties": 0.0,
         "labelers": {"simulated-0": {"rankings": 5}, "simulated-1": {"rankings": 5}},
         "agreement": 1.0,
-        "longer_wins": pytest.approx((1 + 1 + 0.5) / 3),  # the two that miss are of one length
+        "longer_wins": pytest.approx((1 + 1 + 0.5) / 3),  # the missing two have equal lengths
         "duplicates_removed": 3,
         "left_out": 1,
         "from_data": 0,
@@ -106,7 +106,7 @@ def test_the_artifact_holds_rankings_metrics_and_a_record(compare):
     assert labels["annotations"]["labelers"] == ["simulated-0", "simulated-1"]
 
 
-def test_preferences_of_the_data_stand_beside_what_was_collected(compare):
+def test_preferences_from_the_data_are_added_to_collected_comparisons(compare):
     ranking = {"labeler": "ann", "ranks": [1, 2], "order": [0, 1], "time": None, "scores": None}
     own = [
         make_row(name, split=split, completions=["good", "bad"], ref=None) | {"rankings": [ranking]}
@@ -139,7 +139,10 @@ def test_bytes_depend_on_seed_and_noise_but_not_on_sharding(compare):
 def test_summary_by_hand():
     row = make_row("x", completions=["a", "bb", "cc", "dddd"])
     row["rankings"] = [
-        {"labeler": "ann", "ranks": [1, 1, 2, 3]},  # tied: a-bb; the shorter wins 4 pairs; bb-cc is of one length
+        {
+            "labeler": "ann",
+            "ranks": [1, 1, 2, 3],
+        },  # a-bb is tied; the shorter wins 4 pairs; bb and cc have equal lengths
         {"labeler": "bob", "ranks": [2, 1, 1, 1]},  # the longer wins 3 pairs, the others are tied
     ]
     # ann's five: a>cc, a>dddd, bb>dddd, cc>dddd go to the shorter, bb>cc counts half

@@ -1,4 +1,4 @@
-"""The config: what it refuses and in which words, sweeps, and what each stage gets to see."""
+"""The config: what it refuses and with which messages, sweeps, and what each stage gets to see."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ GOOD = {
 
 
 def changed(key: str | int, value) -> dict:
-    """GOOD with one key (a dotted path; a number is a place in a list) set, or removed where value is `...`."""
+    """GOOD with one key (a dotted path; numbers index lists) set, or removed if the value is `...`."""
     content = copy.deepcopy(GOOD)
     if isinstance(key, int):
         return content | {key: value}
@@ -52,7 +52,7 @@ def changed(key: str | int, value) -> dict:
     return content
 
 
-def test_the_good_one_is_good():
+def test_the_valid_config_is_valid():
     parse(GOOD)
 
 
@@ -101,7 +101,7 @@ BAD = [
         "kto"),
     ("data.demonstrations.0.weight", 0, "data.demonstrations[0].weight: must be greater than 0, got 0"),
     ("data.demonstrations", [{"source": "file", "path": "f.jsonl", "split": "heldout", "weight": 2}],
-        "data.demonstrations[0]: weight has no effect with split: heldout, of which rows count once; remove it"),
+        "data.demonstrations[0]: weight has no effect with split: heldout, whose rows count once; remove it"),
     ("data.feedback", [{"source": "file", "path": "f.jsonl", "split": "sft"}], "data.feedback[0].split: responses that "
         "may be bad are of no use in sft; choose another split"),
     ("comparisons.labeler", "crowd", "comparisons.labeler: must be one of 'simulated', 'recorded', "
@@ -121,8 +121,8 @@ BAD = [
                                                       "'docstrings'}"),
     ("data.demonstrations", ["docstrings"], "data.demonstrations[0]: must be a block of keys, got 'docstrings'"),
     ("base", {"source": "local", "path": 5}, "base.path: must be a path, got 5"),
-    ("policies", None, "policies: is empty; give it keys, or remove it where it is optional"),
-    ("data", None, "data: is empty; give it keys, or remove it where it is optional"),
+    ("policies", None, "policies: is empty; give it keys, or remove it if it is optional"),
+    ("data", None, "data: is empty; give it keys, or remove it if it is optional"),
     ("evaluation.sentence", "", "evaluation.sentence: must not be empty, got ''"),
     ("head_to_head.judge", {"model": "m"}, "head_to_head.judge: give either endpoint (with model) or path (a local "
                                            "model)"),
@@ -280,7 +280,7 @@ def test_bad_configs_get_one_clear_line(key, value, message):
     assert error.value.exit_code == 78
 
 
-# What goes with no completions is another run: preferences come with the data.
+# A run without completions is different: its preferences come with the data.
 FROM_FILE = {
     "run": "x",
     "base": {"source": "random"},
@@ -324,7 +324,7 @@ FROM_FILE = {
         ),
     ],
 )
-def test_blocks_must_fit_each_other(changes, lines):
+def test_blocks_must_be_consistent(changes, lines):
     content = FROM_FILE | changes
     if not lines:
         assert parse(content).completions is None
@@ -334,7 +334,7 @@ def test_blocks_must_fit_each_other(changes, lines):
     assert str(error.value).split("\n") == [f"x.yaml: {line}" for line in lines]
 
 
-def test_every_mistake_is_told_at_once():
+def test_all_mistakes_are_reported_together():
     content = changed("sft.lr", 1) | {"seed": -1}
     with pytest.raises(ConfigError) as error:
         parse(content, "x.yaml")
@@ -373,7 +373,7 @@ def test_bad_yaml_names_the_line(tmp_path, text, message):
     assert str(error.value) == f"{path}{message}"
 
 
-def test_what_is_no_text_file_is_said_to_be_none(tmp_path):
+def test_the_error_for_a_binary_file_says_so(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("run: é".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xe9"):
         read_yaml(tmp_path / "latin.yaml")
@@ -403,7 +403,7 @@ def test_missing_files_are_named_by_key(tmp_path):
         load(tmp_path / "y.yaml")
 
 
-def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path):
+def test_folders_and_files_are_told_apart(tmp_path):
     (tmp_path / "file").write_text("")
     content = changed("base", {"source": "local", "path": str(tmp_path / "file")})
     content["retention"] = {"source": "file", "path": str(tmp_path)}
@@ -478,8 +478,8 @@ def test_a_list_of_losses_is_one_policy():
     assert parse(changed("policies.dpo.loss", "ipo")).policies["dpo"].losses == ["ipo"]
 
 
-def test_a_policy_of_the_sweep_is_named_the_same_however_its_number_was_read():
-    """Snakemake's YAML reads 1e-2 as a text, ours as a number."""
+def test_policies_of_a_sweep_have_the_same_names_however_numbers_were_parsed():
+    """Snakemake's YAML parser reads 1e-2 as a string, ours as a number."""
     as_text = expand_sweeps({"d": {"method": "dpo", "beta": ["1e-2", 0.1]}})
     assert (
         list(as_text)
@@ -527,7 +527,7 @@ EVALUATIONS = [stage for stage in STAGES if stage.startswith("evaluation")]
         ("policies.new", {"method": "dpo"}, []),
     ],
 )
-def test_a_changed_key_reaches_the_stages_that_read_it_and_no_other(key, value, stages):
+def test_a_changed_key_reaches_only_the_stages_that_read_it(key, value, stages):
     before, after = parse(GOOD), parse(changed(key, value))
     assert [s for s in STAGES if stage_config(before, s) != stage_config(after, s)] == stages
 
@@ -556,7 +556,7 @@ def test_comments_and_the_order_of_keys_change_nothing(tmp_path):
         assert canonical_json(stage_config(load(plain), stage)) == canonical_json(stage_config(load(other), stage))
 
 
-def test_what_a_stage_is_told_of_itself():
+def test_the_resolved_config_names_its_subject():
     config = parse(GOOD)
     assert stage_config(config, "policies.dpo")["stage"] == "dpo"
     assert stage_config(config, "evaluation.bon")["subject"] == {"name": "bon", "method": "best_of_n"}
@@ -589,7 +589,7 @@ def test_examples_are_valid_by_code_and_by_schema(path):
     jsonschema.validate(content, SCHEMA)
 
 
-def test_every_example_is_a_run_of_its_own():
+def test_every_example_has_its_own_run_name():
     runs = [read_yaml(path)["run"] for path in EXAMPLES]
     assert len(set(runs)) == len(runs)
 
@@ -604,7 +604,7 @@ def test_the_hacked_policy_may_be_added_to_the_demo_itself():
 
 
 @pytest.mark.parametrize("name", ["demo-lora", "dpo-beta-sweep"])
-def test_variants_of_the_demo_differ_where_they_say_so_only(name):
+def test_variants_of_the_demo_differ_only_where_they_say_so(name):
     demo, variant = (parse(read_yaml(ROOT / "config" / path)) for path in ("config.yaml", f"examples/{name}.yaml"))
     for block in ("seed", "base", "data", "completions", "comparisons", "evaluation"):
         assert getattr(variant, block) == getattr(demo, block), (
@@ -612,13 +612,13 @@ def test_variants_of_the_demo_differ_where_they_say_so_only(name):
         )
 
 
-def test_the_example_with_people_is_the_demo_but_for_the_labelers():
+def test_the_example_with_people_differs_from_the_demo_only_in_its_labelers():
     demo, people = (parse(read_yaml(ROOT / "config" / p)) for p in ("config.yaml", "examples/human-labels.yaml"))
     differing = {key for key in type(demo).model_fields if getattr(demo, key) != getattr(people, key)}
     assert differing == {"run", "comparisons"}
 
 
-def test_the_lora_example_trains_no_full_weights():
+def test_the_lora_example_trains_only_adapters():
     config = parse(read_yaml(ROOT / "config/examples/demo-lora.yaml"))
     trained = [config.sft, config.reward, *(p for p in config.policies.values() if p.method != "best_of_n")]
     assert len(trained) >= 4
@@ -649,7 +649,7 @@ def test_the_schema_is_a_schema():
         ("run", ..., False),
     ],
 )
-def test_schema_and_code_agree_also_on_sweeps(key, value, valid):
+def test_schema_and_code_agree_on_sweeps(key, value, valid):
     content = changed(key, value)
     assert jsonschema.Draft202012Validator(SCHEMA).is_valid(content) == valid
     if valid:

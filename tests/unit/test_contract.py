@@ -1,4 +1,5 @@
-"""The contract of a stage: whole artifacts or none, verified inputs, state by fingerprint, one writer, clear errors."""
+"""The contract of a stage: complete artifacts or none, verified inputs, state by fingerprint, one writer, clear
+errors."""
 
 import hashlib
 import importlib.metadata
@@ -36,7 +37,7 @@ from tunetrail.models.checkpoints import keep, latest_checkpoint, mark_complete
 from tunetrail.provenance.manifest import list_files, sha256_file
 from tunetrail.provenance.record import Record, dependency, read_record
 
-# A stage in n steps that keeps in its state how far it is. What it makes depends on config and input alone.
+# A stage of n steps that keeps its progress in its state. Its result depends only on config and input.
 SCRIPT = """
 import sys, time
 from tunetrail.contract.runner import main
@@ -89,7 +90,7 @@ class Workspace:
     def start(
         self, *options: str, environment: dict | None = None, limit: int | None = None, **config
     ) -> subprocess.Popen:
-        """The stage as a process; `limit`: bytes that no file it writes may exceed."""
+        """Starts the stage as a process; `limit`: the most bytes that a file it writes may have."""
         surroundings = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TUNETRAIL_"))}
         return subprocess.Popen(
             [sys.executable, "stage.py", *self.arguments(**config), *options],
@@ -106,7 +107,7 @@ class Workspace:
         return process.returncode, error
 
     def started(self, **config) -> subprocess.Popen:
-        """The stage as a process that has begun to work."""
+        """Starts the stage as a process and waits until it works."""
         before = self.steps_done()
         process = self.start(**config)
         deadline = time.monotonic() + 30
@@ -149,7 +150,7 @@ def test_an_artifact_lists_its_files_and_records_its_origin(space):
     assert json.loads((space.folder / "out/metrics.json").read_text()) == {"n": 5, "value": None}
 
 
-def test_the_record_says_how_it_came_to_be(space):
+def test_the_record_says_how_the_artifact_was_made(space):
     start = int(time.time())
     assert space.run()[0] == 0
     record = space.record()
@@ -184,7 +185,7 @@ def test_equal_runs_give_equal_manifests(space):
     assert space.manifest.read_bytes() != first
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(space):
+def test_files_have_the_permissions_of_the_umask(space):
     old = os.umask(0o027)
     try:
         space.run()
@@ -209,7 +210,7 @@ def test_killed_at_random_moments_leaves_nothing_that_looks_finished(space):
         process.kill()
         process.communicate()
         if space.manifest.exists():
-            verify(space.manifest)  # it ended before the kill, and then it is whole
+            verify(space.manifest)  # it ended before the kill, so it is complete
         assert space.run(pause=0.05)[0] == 0
         assert space.manifest.read_bytes() == expected
 
@@ -243,8 +244,8 @@ def forked(space: Workspace, run: Callable[[Stage], dict], value: int, kill_at: 
         os._exit(code)
 
 
-def test_killed_before_any_change_of_the_disk_it_is_whole_or_absent(space):
-    """Every moment that matters, one by one: while working, while publishing, between the renames."""
+def test_killed_before_any_change_of_the_disk_the_artifact_is_whole_or_absent(space):
+    """At every moment that matters: while working, while publishing, between the renames."""
 
     def run(stage: Stage) -> dict:
         for name in ("a", "b"):
@@ -272,10 +273,10 @@ def test_killed_before_any_change_of_the_disk_it_is_whole_or_absent(space):
         verify(space.manifest)
         assert space.leftovers() == []
     assert killed >= changes
-    assert whole < killed  # some moments did fall between the old artifact and the new
+    assert whole < killed  # some moments were between the old artifact and the new one
 
 
-def test_sigterm_saves_and_leaves_with_75(space):
+def test_sigterm_saves_and_exits_with_75(space):
     process = space.started(pause=0.05, n=100)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=20)[1]
@@ -290,7 +291,7 @@ def test_sigterm_saves_and_leaves_with_75(space):
     assert space.leftovers() == []
 
 
-def test_the_next_attempt_goes_on_where_the_last_one_stopped(space):
+def test_the_next_attempt_continues_where_the_last_one_stopped(space):
     environment = {"TUNETRAIL_TIME_LIMIT": "0"}
     for step in (1, 2, 3):
         assert space.run(environment=environment)[0] == 75
@@ -316,7 +317,7 @@ def test_a_killed_attempt_is_in_the_record(space):
     ]
 
 
-def test_a_stage_that_does_not_listen_to_sigterm_still_ends_whole(space):
+def test_a_stage_that_ignores_sigterm_still_completes(space):
     process = space.started(pause=0.05, n=10, deaf=True)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
@@ -328,7 +329,7 @@ def test_a_stage_that_does_not_listen_to_sigterm_still_ends_whole(space):
 
 @pytest.fixture
 def clock(monkeypatch) -> Iterator[list[float]]:
-    """A clock that goes when told to; SIGTERM's handler is put back."""
+    """A clock that advances only when told to; restores SIGTERM's handler."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "time", lambda: 1e9 + now[0])
@@ -339,8 +340,8 @@ def clock(monkeypatch) -> Iterator[list[float]]:
 
 
 @pytest.mark.parametrize(("limit", "leaves_after"), [("100", 95), ("50", 45), ("20", 18), ("1", 0.9)])
-def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_after):
-    """Five minutes before, or a tenth of a short limit."""
+def test_it_leaves_before_the_time_limit(clock, monkeypatch, limit, leaves_after):
+    """Five minutes before it, or a tenth of a short limit."""
     monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
     stop = Stop()
     clock[0] += 60 * leaves_after - 1
@@ -353,8 +354,8 @@ def test_it_leaves_before_the_time_is_over(clock, monkeypatch, limit, leaves_aft
 
 
 @pytest.mark.parametrize(("slow_start", "leaves_after"), [(0, 95), (20, 75), (110, 0)])
-def test_a_slow_start_costs_nothing_of_the_margin(clock, monkeypatch, slow_start, leaves_after):
-    """The launcher says when the job ends: five minutes before, however long it took to start the stage."""
+def test_a_slow_start_does_not_shorten_the_margin(clock, monkeypatch, slow_start, leaves_after):
+    """The launcher says when the job ends: the stage leaves five minutes before, however long its start took."""
     monkeypatch.delenv("TUNETRAIL_TIME_LIMIT", raising=False)
     monkeypatch.setattr(time_limit, "minutes_left", lambda: 100)
     monkeypatch.setattr(os, "environ", stage_environment())
@@ -368,7 +369,7 @@ def test_a_slow_start_costs_nothing_of_the_margin(clock, monkeypatch, slow_start
 
 
 @pytest.mark.parametrize(("limit", "end", "leaves_after"), [("20", 100, 18), ("200", 100, 95)])
-def test_the_first_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_after):
+def test_the_earlier_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_after):
     monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", limit)
     monkeypatch.setenv("TUNETRAIL_DEADLINE", str(time.time() + 60 * end))
     stop = Stop()
@@ -378,8 +379,8 @@ def test_the_first_of_two_limits_holds(clock, monkeypatch, limit, end, leaves_af
     assert stop.requested()
 
 
-def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(monkeypatch):
-    """By all of them alike: the others have not heard of it."""
+def test_a_signal_during_an_agreement_takes_effect_at_the_next_one(monkeypatch):
+    """In all processes alike: the others did not get the signal."""
 
     def agree(value):
         signal.raise_signal(signal.SIGTERM)
@@ -417,7 +418,7 @@ def test_saves_are_spaced(clock, monkeypatch):
 def test_a_changed_input_stops_the_stage(space):
     mend = "delete the folder and run its stage again, or restore the file"
     text = space.folder / "parent/text.txt"
-    text.write_text("jello")  # as long as before
+    text.write_text("jello")  # the same length
     assert space.run() == (65, f"copy: error: parent/text.txt: differs from its manifest; {mend}\n")
     text.write_text("hello!")
     assert space.run() == (65, f"copy: error: parent/text.txt: differs from its manifest; {mend}\n")
@@ -425,7 +426,7 @@ def test_a_changed_input_stops_the_stage(space):
     assert space.run() == (65, f"copy: error: parent/text.txt: listed in the manifest but missing; {mend}\n")
     assert not space.manifest.exists()
     text.write_text("hello")
-    os.utime(text, (1, 1))  # a touched file is the same file
+    os.utime(text, (1, 1))  # touching a file does not change it
     assert space.run() == (0, "")
 
 
@@ -457,7 +458,7 @@ def test_inputs_of_different_tokenizers_are_refused(space):
     assert verify(space.manifest)["tokenizer"] == "t"
 
 
-def test_a_missing_or_broken_config_is_told(space):
+def test_a_missing_or_broken_config_is_reported(space):
     arguments = space.arguments()
     command = [sys.executable, "stage.py", "--config=none.json", *arguments[1:]]
     reply = subprocess.run(command, cwd=space.folder, capture_output=True, text=True, check=False)
@@ -472,7 +473,7 @@ def test_a_missing_or_broken_config_is_told(space):
 # ----------------------------------------------------------------------------- state
 
 
-def test_state_goes_by_config_inputs_and_part(space):
+def test_state_depends_on_config_inputs_and_part(space):
     space.run()
     assert len(first := space.states()) == 1
     space.run()
@@ -497,7 +498,7 @@ def test_a_second_writer_is_kept_out(space):
         f"copy: interrupted: state/{state}/lock: in use by process {first.pid} on {os.uname().nodename}; "
         "wait for it to end, then run again\n"
     )
-    assert space.run(pause=0.0)[0] == 0  # the lock of a killed process is no lock
+    assert space.run(pause=0.0)[0] == 0  # a killed process holds no lock
 
 
 def test_an_attempt_that_was_stopped_ends_with_76_and_its_successors_artifact_stays(space):
@@ -524,7 +525,7 @@ def test_an_attempt_that_was_stopped_ends_with_76_and_its_successors_artifact_st
     assert (space.folder / "out/manifest.json").read_bytes() == published
 
 
-def test_checkpoints_go_when_the_artifact_is_there(space):
+def test_checkpoints_are_removed_once_the_artifact_exists(space):
     (space.folder / "stage.py").write_text(
         "import sys\nfrom tunetrail.contract.runner import main\n\ndef run(stage):\n"
         "    for name in ('checkpoint-1', 'tensorboard'):\n        (stage.state / name).mkdir()\n"
@@ -540,7 +541,7 @@ def test_checkpoints_go_when_the_artifact_is_there(space):
     ]
 
 
-def test_half_written_rows_are_cut_off(tmp_path):
+def test_half_written_rows_are_discarded(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a":1}\n{"a":2}\n{"a":')
     assert read_finished_rows(path) == [{"a": 1}, {"a": 2}]
@@ -585,7 +586,7 @@ def test_a_full_disk_is_one_line_and_the_old_artifact_stays(small_disk):
     assert space.manifest.read_bytes() == before
     verify(space.manifest)
     assert space.leftovers() == []
-    assert space.run(value=2) == (0, "")  # with room again, it works again
+    assert space.run(value=2) == (0, "")  # with free space it works again
 
 
 def test_metrics_must_be_numbers(space, monkeypatch):
@@ -597,7 +598,7 @@ def test_metrics_must_be_numbers(space, monkeypatch):
 
 
 def in_process(run: Callable[[Stage], dict]) -> int:
-    """A stage in the current folder, without inputs. SIGTERM's handler is put back."""
+    """Runs a stage in the current folder, without inputs. Restores SIGTERM's handler."""
     Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {}}))
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -631,7 +632,7 @@ def test_errors_keep_their_exit_codes(tmp_path, monkeypatch, capfd):
     for fault in (
         ZeroDivisionError(),
         FileNotFoundError(2, "No such file", "x"),
-    ):  # a fault of ours keeps its traceback
+    ):  # a bug keeps its traceback
         with pytest.raises(type(fault)):
             fails(fault)
     ends = [
@@ -685,7 +686,7 @@ def test_a_second_writer_with_another_config_is_kept_out_of_the_same_output(spac
     assert json.loads((space.folder / "out/metrics.json").read_text())["value"] is None
 
 
-def test_a_torn_record_of_attempts_stops_nothing(space):
+def test_a_truncated_record_of_attempts_stops_nothing(space):
     space.run(environment={"TUNETRAIL_TIME_LIMIT": "0"})
     record = next(space.folder.glob("state/*/attempts.jsonl"))
     record.write_text(record.read_text() + '{"start": "20')
@@ -798,7 +799,7 @@ def test_state_and_caches_follow_the_umask_too(tmp_path, monkeypatch, umask):
     ],
 )
 @pytest.mark.parametrize("value", ["soon", "nan", "-5", "inf"])
-def test_what_is_no_number_is_refused(clock, monkeypatch, variable, unit, value):
+def test_metrics_that_are_no_numbers_are_refused(clock, monkeypatch, variable, unit, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError) as error:
         Stop()
@@ -806,13 +807,13 @@ def test_what_is_no_number_is_refused(clock, monkeypatch, variable, unit, value)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": [{"path": "text.txt"}]}', '{"files": 3}'])
-def test_what_is_no_manifest_is_told(space, content):
+def test_a_file_that_is_no_manifest_is_reported(space, content):
     (space.folder / "parent/manifest.json").write_text(content)
     line = "copy: error: parent/manifest.json: is no manifest; delete the folder and run its stage again\n"
     assert space.run() == (65, line)
 
 
-def test_a_file_more_stops_the_stage(space):
+def test_an_extra_file_stops_the_stage(space):
     (space.folder / "parent/model").mkdir()
     (space.folder / "parent/model/chat_template.jinja").write_text("{{ messages }}")
     assert space.run() == (
@@ -822,7 +823,7 @@ def test_a_file_more_stops_the_stage(space):
     )
 
 
-def test_a_file_that_a_stage_forgot_is_a_fault(tmp_path, monkeypatch):
+def test_a_file_that_a_stage_did_not_write_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
         in_process(lambda stage: {"a": len(Path("nowhere").read_text())})
@@ -831,7 +832,7 @@ def test_a_file_that_a_stage_forgot_is_a_fault(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("end", "code", "left"), [(None, 0, False), (Interrupted("later"), 75, False), (DataError("bad"), 65, True)]
 )
-def test_a_process_group_is_ended_unless_others_may_wait_in_it(tmp_path, monkeypatch, end, code, left):
+def test_a_process_group_is_destroyed_unless_others_may_wait_in_it(tmp_path, monkeypatch, end, code, left):
     import torch.distributed as distributed
 
     def run(stage: Stage) -> dict:
@@ -848,7 +849,7 @@ def test_a_process_group_is_ended_unless_others_may_wait_in_it(tmp_path, monkeyp
 
 
 def with_input(run: Callable[[Stage], dict], output: str) -> int:
-    """As `in_process`, with the folder `first` as input."""
+    """Like `in_process`, with the folder `first` as input."""
     Path("c.json").write_text(json.dumps({"stage": "c", "seed": 1, "config": {"output": output}}))
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -870,7 +871,7 @@ def write_big(stage: Stage) -> dict:
     return {}
 
 
-def test_an_input_replaced_while_a_stage_runs_is_recorded_as_it_was_read(tmp_path, monkeypatch):
+def test_an_input_replaced_while_a_stage_runs_is_recorded_as_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert in_process(write_big) == 0
     Path("out").rename("first")
@@ -925,7 +926,7 @@ def test_what_nfs_leaves_of_a_removed_file_is_no_part_of_an_artifact(tmp_path, m
         verify(Path("out/manifest.json"))
 
 
-def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):
+def test_unchanged_files_are_hashed_once_per_run(tmp_path, monkeypatch):
     import tunetrail.provenance.manifest as module
 
     monkeypatch.chdir(tmp_path)
@@ -943,8 +944,9 @@ def test_unchanged_files_are_hashed_once_in_a_run(tmp_path, monkeypatch):
     assert with_input(lambda stage: {}, "fourth") == 65
 
 
-def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypatch):
-    """Killed while it tidied up: Snakemake takes the manifest away, the checkpoints are gone, the artifact is whole."""
+def test_an_artifact_published_before_the_kill_is_not_made_again(tmp_path, monkeypatch):
+    """Killed while it cleaned up: Snakemake removes the manifest, the checkpoints are gone, the artifact is
+    complete."""
     monkeypatch.chdir(tmp_path)
     runs = []
 
@@ -962,7 +964,7 @@ def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypa
     assert in_process(run) == 0
     assert (len(runs), Path("out/manifest.json").read_bytes()) == (1, manifest)
     assert Path("out/provenance.json").read_bytes() == record
-    assert in_process(run) == 0  # told to run when nothing was interrupted, it does
+    assert in_process(run) == 0  # an explicit rerun without an interruption runs
     assert len(runs) == 2
     killed()
     Path("out/big").write_text("y" * 1000)
@@ -970,8 +972,8 @@ def test_what_was_published_before_the_kill_is_not_made_again(tmp_path, monkeypa
     assert (len(runs), Path("out/manifest.json").read_bytes()) == (3, manifest)
 
 
-def test_an_edited_file_of_the_users_is_read_again(tmp_path, monkeypatch):
-    """Snakemake takes the manifest away before it runs a stage again, as if the stage had been killed at the end."""
+def test_an_edited_user_file_is_read_again(tmp_path, monkeypatch):
+    """Snakemake removes the manifest before it reruns a stage, as if the stage had been killed at the end."""
     monkeypatch.chdir(tmp_path)
 
     def run(stage: Stage) -> dict:
@@ -1009,7 +1011,7 @@ def test_stages_that_train_run_in_several_processes(name, monkeypatch):
     assert told == [{"distributed": name in ("sft", "reward", "dpo", "kto", "ppo")}]
 
 
-def test_a_scorer_of_the_users_own_is_in_the_record_and_must_be_the_one_that_was_planned(space):
+def test_a_users_scorer_is_in_the_record_and_must_not_change_after_planning(space):
     mine = space.folder / "mine.py"
     mine.write_text("def score(*_): return 1\n")
     digest = sha256_file(mine)

@@ -123,7 +123,7 @@ def test_preference_shapes(tmp_path):
     ]
 
 
-def test_transcripts_keep_what_is_said():
+def test_transcripts_keep_their_text():
     turns = parse_transcript("\n\nHuman: Hi: there\n\nsecond paragraph\n\nAssistant: Yes.")
     assert turns == [
         {"role": "user", "content": "Hi: there\n\nsecond paragraph"},
@@ -496,7 +496,7 @@ def test_real_data_reads():
     invalid = []
     hh = rows_of(preferences, source(SHARED / "hh-harmless-base/comparisons.jsonl.gz"), invalid)
     assert len(hh) + len(invalid) >= 1790  # a few pairs come twice
-    assert len(invalid) == 6  # three empty turns, three conversations that part early
+    assert len(invalid) == 6  # three empty turns, three conversations that diverge early
     assert all(row["messages"][-1]["role"] == "user" for row in hh)
     pandalm = rows_of(preferences, source(SHARED / "pandalm/pairs.jsonl.gz"), [])  # some outputs are empty
     assert {r["labeler"] for row in pandalm for r in row["rankings"]} >= {"annotator-0", "annotator-1", "annotator-2"}

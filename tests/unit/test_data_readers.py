@@ -1,4 +1,4 @@
-"""Readers on rows as real files hold them: what they must understand, and what they must refuse, naming the line."""
+"""Readers on rows as in real files: what they must understand, and what they must refuse, naming the line."""
 
 import datetime
 import gzip
@@ -54,7 +54,7 @@ def parquet(rows: list[dict]) -> bytes:
 
 
 def one_of(rows: int, name: str = "d.jsonl") -> str:
-    """The last line where one row of a file is bad."""
+    """The last line of the message if one row of a file is bad."""
     return f"\n{name}: 1 of {rows} rows is invalid; fix them, or leave them out with data.invalid: drop"
 
 
@@ -272,7 +272,7 @@ def test_a_row_without_a_mapped_column_can_be_left_out(file):
     assert invalid == [("d.jsonl:2", message)]
 
 
-def test_a_file_with_only_invalid_rows_is_refused_even_where_they_may_be_left_out(file):
+def test_a_file_with_only_invalid_rows_is_refused_even_if_they_may_be_left_out(file):
     with pytest.raises(DataError) as error:
         rows_of(demonstrations, file([{"prompt": "", "completion": "A"}] * 2), [])
     assert str(error.value).splitlines() == [
@@ -309,7 +309,7 @@ def test_lines_that_are_no_rows_can_be_left_out(file):
     check_sources(DataConfig(demonstrations=[file(bad_lines())], invalid="drop"))
 
 
-def test_the_mistakes_of_all_sources_are_told_together(file):
+def test_the_mistakes_of_all_sources_are_reported_together(file):
     with pytest.raises(DataError) as error:
         check_sources(
             DataConfig(
@@ -387,7 +387,7 @@ def test_parquet_cells_become_plain_values(file, name):
     ranking = {"labeler": "0", "ranks": [1, 2], "order": [1, 0], "time": "2026-01-02T03:04:05+00:00", "scores": None}
     assert first["rankings"] == [ranking]
     assert second["rankings"] == [ranking | {"labeler": "1", "order": [0, 1], "time": None}]
-    json.dumps([first, second])  # nothing of numpy is left
+    json.dumps([first, second])  # no numpy types are left
     chat = parquet([{"messages": [user("Q"), assistant("A")]}])
     assert (
         rows_of(demonstrations, file(gzip.compress(chat) if name.endswith("gz") else chat, name))[0]["completion"]
@@ -533,7 +533,7 @@ MODULES_OF_LATER_STEPS = (
 @pytest.mark.parametrize(
     "module", ["data.readers", "preferences.formats", "preferences.pairs", "preferences.ranks", "preferences.summary"]
 )
-def test_readers_and_rankings_import_nothing_of_later_steps(module):
+def test_readers_and_rankings_import_nothing_from_later_layers(module):
     names = {*PACKAGES_OF_LATER_STEPS, *MODULES_OF_LATER_STEPS}
     code = f"import sys, tunetrail.{module}; print(sorted({names!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Splits and leaks: every kind of row in every split, no group in two, every near duplicate found and fast."""
+"""Splits and leaks: every kind of row in every split, no group in two, every near duplicate found quickly."""
 
 import random
 import time
@@ -29,7 +29,7 @@ def row(group: str, kind: str, pinned: str | None = None) -> dict:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdefghij"), KINDS), min_size=1, max_size=150), st.integers(0, 3))
-def test_no_group_straddles_splits_whatever_it_holds(drawn, seed):
+def test_no_group_straddles_splits_whatever_its_rows(drawn, seed):
     rows = [row(group, kind) for group, kind in drawn]
     assigned = assign_splits(rows, SHARES, seed)
     assert set(assigned) == {group for group, _ in drawn}
@@ -39,8 +39,8 @@ def test_no_group_straddles_splits_whatever_it_holds(drawn, seed):
     assert {assigned[g] for g in only_text} <= {"sft", "heldout"}
 
 
-def test_one_kind_is_split_as_before():
-    """Golden: a seed keeps giving the splits it gave."""
+def test_splits_of_a_single_kind_stay_the_same():
+    """Golden: a seed always gives the same splits."""
     groups = [f"g{i}" for i in range(12) for _ in range(i % 3 + 1)]
     assigned = assign_splits([row(group, "demonstrations") for group in groups], SHARES, 17)
     assert assigned == assign_groups(groups, EVEN, 17)
@@ -51,7 +51,7 @@ def test_one_kind_is_split_as_before():
 
 
 def test_each_kind_has_its_share_of_every_split():
-    """The bigger groups of one kind do not crowd another out."""
+    """Large groups of one kind do not crowd out another."""
     rows = [row(f"p{i}", "preferences") for i in range(100) for _ in range(6)]
     rows += [row(f"d{i}", "demonstrations") for i in range(400)]
     rows += [row(f"t{i}", "text") for i in range(120)]
@@ -75,7 +75,7 @@ def test_a_group_of_prompts_and_text_follows_its_prompts():
     assert assign_splits(rows, SHARES, 0) == assign_groups([r["group"] for r in rows], EVEN, 0)
 
 
-def test_pinned_rows_stay_whole_and_take_their_group_along():
+def test_pinned_rows_stay_together_and_take_their_group_along():
     rows = [row(f"p{i}", "preferences", "reward") for i in range(9)] + [row("p0", "demonstrations")]
     rows += [row(f"d{i}", "demonstrations") for i in range(20)]
     assigned = assign_splits(rows, SHARES, 0)
@@ -90,13 +90,13 @@ def test_pinned_rows_stay_whole_and_take_their_group_along():
      "demonstrations:a and preferences:a are in one group ('a'), but their sources are pinned to evaluation and "
      "reward; pin both to one split or remove one row"),
 ])  # fmt: skip
-def test_pins_that_cannot_be_kept_are_refused(rows, message):
+def test_contradictory_pins_are_refused(rows, message):
     with pytest.raises(DataError) as raised:
         assign_splits(rows, SHARES, 0)
     assert str(raised.value) == message
 
 
-def test_rows_without_a_split_to_go_to_are_refused():
+def test_rows_that_no_split_can_use_are_refused():
     with pytest.raises(DataError) as raised:
         assign_splits([row("a", "demonstrations"), row("b", "text"), row("c", "text")], SHARES | {"text": {}}, 0)
     assert str(raised.value) == (
@@ -135,7 +135,7 @@ def distinct_words(n: int, start: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
 def test_pairs_just_over_the_threshold_are_found(threshold):
-    """100 pairs of 50 words whose last words differ: s of 48 shingles shared, s / (96 - s) >= threshold."""
+    """100 pairs of 50 words that differ in their last words: s of 48 shingles shared, s / (96 - s) >= threshold."""
     shared = next(s for s in range(48) if s / (96 - s) >= threshold)
     texts, splits = [], []
     for pair in range(100):
@@ -147,14 +147,14 @@ def test_pairs_just_over_the_threshold_are_found(threshold):
     assert len(found) >= 97
 
 
-def test_a_crowd_of_near_duplicates_hides_none():
-    """80 rows alike in sft and one in evaluation: all 80 leak."""
+def test_many_near_duplicates_are_all_found():
+    """80 similar rows in sft and one in evaluation: all 80 leak."""
     words = distinct_words(30)
     texts = [" ".join([*words, f"end{i}"]) for i in range(81)]
     assert duplicates_across(texts, ["sft"] * 80 + ["evaluation"], 0.9) == [(80, i) for i in range(80)]
 
 
-def test_what_trains_is_dropped_before_what_measures():
+def test_training_rows_are_dropped_before_test_rows():
     text = " ".join(distinct_words(30))
     order = ["sft", "rl", "reward", "heldout", "evaluation"]
     assert duplicates_across([text] * 5, order, 0.9) == [(4, 0), (4, 1), (4, 2), (4, 3)]
@@ -182,8 +182,8 @@ def test_overlap_is_the_share_of_n_grams_in_training_texts():
     ]  # fmt: skip
 
 
-def test_a_short_prompt_is_looked_for_as_a_whole():
-    """In one piece and in order, from three words on."""
+def test_a_short_prompt_must_occur_as_a_whole():
+    """In one piece and in order, if it has at least three words."""
     trained = {"sft": ["we know how to count to ten by heart", "ten to count"], "reward": [], "rl": []}
     prompts = ["How to count?", "to ten", "count to", "ten by now", "count ten by heart", "to count to ten by heart"]
     assert overlaps(prompts, trained, 8) == [
@@ -195,7 +195,7 @@ def test_overlap_equals_brute_force():
     rng, words = random.Random(0), "abcdef"
     prompts, texts = ([" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(60)] for _ in range(2))
     for prompt, (share, split) in zip(prompts, overlaps(prompts, {"sft": texts, "rl": []}, 4), strict=True):
-        size = min(7, max(5, len(prompt)))  # of four words of a letter, or of three where there are no more
+        size = min(7, max(5, len(prompt)))  # of four one-letter words, or of three if there are no more
         grams = {prompt[i : i + size] for i in range(0, len(prompt) - size + 1, 2)}
         found = [any(gram in text for text in texts) for gram in grams]
         assert share == (sum(found) / len(grams) if grams else None)

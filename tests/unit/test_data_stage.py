@@ -1,4 +1,4 @@
-"""The data stage end to end: what no split may share, what may not be lost, and what it tells the user."""
+"""The data stage end to end: what splits must not share, what must not get lost, and what it tells the user."""
 
 import json
 from collections import Counter
@@ -105,7 +105,7 @@ def test_conversations_do_not_straddle_splits():
     assert [len(splits) for splits in splits_of.values()] == [1] * 60
 
 
-def test_a_shared_system_message_makes_no_near_duplicates():
+def test_a_shared_system_message_does_not_make_near_duplicates():
     system = {"role": "system", "content": " ".join(f"rule{i}" for i in range(200))}
     chats = [
         {"messages": [system, {"role": "user", "content": prompt(i)}, {"role": "assistant", "content": "a"}]}
@@ -114,7 +114,7 @@ def test_a_shared_system_message_makes_no_near_duplicates():
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", chats)], max_prompt_tokens=2000)).code == 0
 
 
-def test_who_wrote_demonstrations_is_in_the_rows_and_the_record():
+def test_the_authors_of_demonstrations_are_in_the_rows_and_the_record():
     rows = [
         {"prompt": prompt(i), "completion": "a"} | ({"labeler": f"human-{i % 2}"} if i % 3 else {}) for i in range(60)
     ]
@@ -148,7 +148,7 @@ def test_raw_text_is_not_lost():
 
 
 def largely(i: int) -> dict:
-    """Fifty prompts with 14 words of their own; the last 9 with an ending that the others have too, 24 words long."""
+    """Fifty prompts with 14 words of their own, and an ending of 24 words that the last 9 share with the others."""
     own = " ".join(f"{WORDS[k]}{i}" for k in range(10)) + f" {i}a {i}b {i}c {i}d"
     ending = " ".join(f"e{k}" for k in range(24)) if i >= 41 else f"{i}e"
     return {"prompt": f"{own} {ending}", "completion": f"{i}", "group": f"{i}"}
@@ -193,7 +193,7 @@ def test_evaluation_prompts_that_training_texts_contain_are_reported_and_left_ou
 
 
 def test_a_contaminated_prompt_counts_once():
-    """Though it has three answers; the rows are counted beside it."""
+    """Although it has three answers; rows are counted separately."""
     rows = [largely(i) | {"completion": f"{i} {k}"} for i in range(50) for k in range(3)]
     source = file("d.jsonl", rows, group="group")
     done = Prepared(DataConfig(demonstrations=[source], near_duplicate=1.0, overlap_words=8, duplicates="drop"))
@@ -211,7 +211,7 @@ def ranked(i: int, labeler: str, ranks: list[int]) -> dict:
     return {"prompt": prompt(i), "completions": ["x", "y"], "ranks": ranks, "labeler": labeler}
 
 
-def test_a_file_for_each_labeler():
+def test_one_file_per_labeler():
     done = Prepared(DataConfig(preferences=[
         file("ann.jsonl", [ranked(i, "ann", [1, 2]) for i in range(60)]),
         file("bob.jsonl", [ranked(i, "bob", [2, 1]) for i in range(60)]),
@@ -223,8 +223,8 @@ def test_a_file_for_each_labeler():
     )
 
 
-def test_a_prompt_is_evaluated_once():
-    """Else its interval over prompts would be too narrow. A demonstration is the better reference."""
+def test_each_prompt_is_evaluated_once():
+    """Otherwise intervals over prompts would be too narrow. A demonstration is the better reference."""
     pairs = [{"prompt": prompt(i), "chosen": f"good {n}", "rejected": "bad"} for i in range(60) for n in range(4)]
     demonstrations = [{"prompt": prompt(i), "completion": "expert"} for i in range(0, 60, 2)]
     done = Prepared(
@@ -253,14 +253,14 @@ def test_preferences_and_demonstrations_of_a_prompt_go_together():
     assert done.code == 0
     groups = [{row["group"] for row in done[split]} for split in SPLITS if split != "sft"]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 60
-    # sft trains on the demonstrations of the reward split: else they would be of no use to anyone.
+    # sft trains on the demonstrations of the reward split, which nothing else would use.
     assert {row["group"] for row in done["sft"]} == {row["group"] for row in done["reward"]}
     assert {row["completion"] for row in done["sft"]} == {"expert"}
     assert {row["split"] for row in done["comparisons"]} == {"reward", "heldout"}
 
 
-def test_a_weight_is_on_what_is_trained_on_and_in_the_table_of_uses():
-    """Splits and what is measured are those of a run without it."""
+def test_weights_are_on_training_rows_and_in_the_table_of_uses():
+    """Splits and test data are the same as without weights."""
 
     def prepared(weight: float) -> Prepared:
         return Prepared(
@@ -300,8 +300,8 @@ def test_a_weight_is_on_what_is_trained_on_and_in_the_table_of_uses():
 RATED = {"feedback": {"reward": 0.4, "rl": 0.2, "evaluation": 0.2, "heldout": 0.2}}
 
 
-def test_feedback_is_split_by_prompt_and_learnt_by_kto_alone():
-    """What may be a bad response is nobody's demonstration, reference or training text."""
+def test_feedback_is_split_by_prompt_and_used_only_by_kto():
+    """A response that may be bad is never a demonstration, a reference or training text."""
     people = ("ann.jsonl", "ann", True), ("bob.jsonl", "bob", False)
     config = DataConfig(
         feedback=[
@@ -320,7 +320,7 @@ def test_feedback_is_split_by_prompt_and_learnt_by_kto_alone():
     groups = [{row["group"] for row in done[split]} for split in SPLITS if split != "sft"]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 60
     demonstrated = {row["group"] for split in SPLITS for row in done[split] if "completion" in row}
-    assert demonstrated == {prompt(i) for i in range(40, 60)}  # the author's, and no rated one
+    assert demonstrated == {prompt(i) for i in range(40, 60)}  # the author's, not a rated one
     assert {row["completion"] for row in done["sft"]} <= {f"{i} 0" for i in range(40, 60)}
     for split in ("rl", "evaluation"):
         assert max(Counter(row["prompt"] for row in done[split]).values()) == 1
@@ -350,7 +350,7 @@ def test_a_rated_response_that_repeats_a_test_prompt_is_a_leak(capfd):
     assert done.card["dropped"] == {"duplicates": 1}
 
 
-def test_too_little_feedback_is_told_of(capfd):
+def test_too_little_feedback_is_reported(capfd):
     rated = [{"prompt": prompt(i), "completion": "a", "label": True} for i in range(2)]
     demonstrations = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
     config = DataConfig(feedback=[file("f.jsonl", rated)], demonstrations=[file("d.jsonl", demonstrations)])
@@ -359,8 +359,8 @@ def test_too_little_feedback_is_told_of(capfd):
     assert "no feedback is left for this split; 2 feedback rows are too few for these shares and limits: " in said
 
 
-def test_too_few_comparisons_are_told_of(capfd):
-    """Though there are demonstrations enough to fill the split."""
+def test_too_few_comparisons_are_reported(capfd):
+    """Although there are enough demonstrations to fill the split."""
     demonstrations = [{"prompt": prompt(i), "completion": "a"} for i in range(60)]
     pairs = [{"prompt": f"one question of {i}", "chosen": "good", "rejected": "bad"} for i in range(2)]
     done = Prepared(DataConfig(preferences=[file("p.jsonl", pairs)], demonstrations=[file("d.jsonl", demonstrations)]))
@@ -373,7 +373,7 @@ def test_too_few_comparisons_are_told_of(capfd):
 
 
 def test_every_row_is_accounted_for():
-    """Each is in the table of its split or left out for one reason, and sft's are from demonstrations alone."""
+    """Each row is in the table of its split or left out for one reason, and sft has only demonstrations."""
     pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(148)]
     answers = [{"prompt": prompt(i + 500), "completion": "a"} for i in range(80)]
     answers += [{"prompt": f"long {i}", "completion": "x" * 90} for i in range(7)] + answers[:3]
@@ -404,7 +404,7 @@ def test_every_row_is_accounted_for():
     assert "d.jsonl  demonstrations  left out    too long                      7\n" in said
 
 
-def test_chosen_responses_are_for_sft_only_when_told():
+def test_sft_trains_on_chosen_responses_only_if_asked():
     pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(60)]
     config = DataConfig(preferences=[file("p.jsonl", pairs)])
     shares = {"preferences": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}}
@@ -419,8 +419,8 @@ def test_chosen_responses_are_for_sft_only_when_told():
 # ----------------------------------------------------------------------------- pinned sources
 
 
-def test_data_too_small_to_split_is_used_whole_where_it_is_pinned():
-    """One paragraph and two pairs, as a course has them; what nothing reads may be empty."""
+def test_data_too_small_to_split_can_be_pinned_and_used_completely():
+    """One paragraph and two pairs, as in a course; splits that nothing reads may be empty."""
     pairs = [{"prompt": prompt(i), "chosen": "yes", "rejected": "no"} for i in range(2)]
     questions = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(3)]
     config = DataConfig(
@@ -451,13 +451,13 @@ def test_a_pinned_source_keeps_the_checks_for_leaks(capfd):
 
 
 TRAINED_AND_TESTED = {"demonstrations": {"sft": 0.9, "heldout": 0.1}}
-"""The shares of an unpinned source beside a test set."""
+"""The shares of an unpinned source next to a test set."""
 
 
 @pytest.mark.parametrize("split", ["sft", None])
 @pytest.mark.parametrize("duplicate", ["prompt", "text"])
-def test_a_duplicate_of_a_test_set_leaves_training_and_not_the_test_set(capfd, split, duplicate):
-    """Whether it is one by its group (here the prompt) or by what it says, and whether its source is pinned or not."""
+def test_a_duplicate_of_a_test_row_is_removed_from_training(capfd, split, duplicate):
+    """Whether it has the same group (here the prompt) or the same text, and whether its source is pinned or not."""
     tests = [{"prompt": prompt(i), "completion": f"test {i}", "user": f"t{i}"} for i in range(12)]
     train = [{"prompt": prompt(i), "completion": f"train {i}", "user": f"u{i}"} for i in range(8, 60)]
     group = "user" if duplicate == "text" else None
@@ -489,8 +489,8 @@ def test_a_duplicate_of_a_test_set_leaves_training_and_not_the_test_set(capfd, s
     assert (out["source"], out["reason"], out["rows"]) == ("train.jsonl", reason, 4)
 
 
-def test_training_texts_that_hold_a_test_prompt_go_and_the_prompt_stays():
-    """A prompt of one's own split would go instead: then nothing says that the test set is whole."""
+def test_training_texts_that_contain_a_test_prompt_are_dropped_and_the_prompt_stays():
+    """Without a given test set the prompt would be dropped instead."""
     tests = [{"prompt": prompt(i) + " " + " ".join(f"own{i}{k}" for k in range(12)), "completion": "a"}
              for i in range(6)]  # fmt: skip
     leak = {"prompt": "recall this", "completion": "once more: " + tests[0]["prompt"]}
@@ -514,7 +514,7 @@ def test_training_texts_that_hold_a_test_prompt_go_and_the_prompt_stays():
     assert done.card["contamination"]["max"] == pytest.approx(2 / 12)  # nine words are two of its twelve sequences
 
 
-def test_a_heldout_test_set_is_kept_before_other_evaluation_rows():
+def test_a_heldout_test_set_has_priority_over_other_evaluation_rows():
     rows = [{"prompt": prompt(i), "completion": "a", "user": f"u{i}"} for i in range(40)]
     tests = [{"prompt": prompt(i), "completion": "b", "user": f"t{i}"} for i in range(40)]
     config = DataConfig(
@@ -530,7 +530,7 @@ def test_a_heldout_test_set_is_kept_before_other_evaluation_rows():
     assert len(done["sft"]) + len(done["evaluation"]) == 20
 
 
-def test_prompts_alone_go_where_prompts_are_of_use(capfd):
+def test_bare_prompts_go_only_to_splits_that_use_prompts(capfd):
     prompts = [{"prompt": prompt(i)} for i in range(60)]
     answers = [{"prompt": prompt(i + 100), "completion": "a"} for i in range(60)]
     config = DataConfig(
@@ -546,7 +546,7 @@ def test_prompts_alone_go_where_prompts_are_of_use(capfd):
 
 
 def test_a_split_with_a_share_may_not_be_empty(capfd):
-    """Here of a second source, which holds one row."""
+    """Here because of a second source with a single row."""
     sources = [
         file("t.jsonl", [{"text": "one paragraph"}], split="sft"),
         file("d.jsonl", [{"prompt": "p", "completion": "a"}]),
@@ -597,8 +597,8 @@ def test_all_rows_that_are_too_long_are_counted_and_the_first_three_named(capfd,
     assert left_out[0].endswith("; 43 would fit 99%, 44 all")
 
 
-def test_rows_longer_than_the_model_reads_are_refused_whatever_the_limits(capfd):
-    """Past its positions a rotary model goes on and gets worse without a word."""
+def test_rows_longer_than_the_model_can_read_are_refused_whatever_the_limits(capfd):
+    """Beyond its positions a rotary model silently gets worse."""
     save_base(positions=70)
     rows = [*ROWS, {"prompt": "p" * 60, "completion": "x" * 9}, {"prompt": "p" * 60, "completion": "x" * 10}]
     assert refused(capfd, rows, chat=False) == [
@@ -633,7 +633,7 @@ def test_a_model_without_chat_template(capfd):
     assert Prepared(DataConfig(demonstrations=[file("d.jsonl", ROWS)], chat=False)).code == 0
 
 
-def test_a_template_that_refuses_a_conversation(capfd):
+def test_a_conversation_that_the_template_refuses(capfd):
     save_base(
         template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x{{ "
         "messages[0].content }}"
@@ -668,7 +668,7 @@ def test_a_conversation_without_chat(capfd):
 
 @needs_shared
 def test_annotators_and_experts_side_by_side():
-    """PandaLM's prompts are self-instruct's: 993 pairs over 170 prompts beside 427 demonstrations."""
+    """PandaLM's prompts are from self-instruct: 993 pairs over 170 prompts, and 427 demonstrations."""
     done = Prepared(DataConfig(
         demonstrations=[FileSource(source="file", path=SHARED / "self-instruct/demonstrations.jsonl.gz")],
         preferences=[FileSource(source="file", path=SHARED / "pandalm/pairs.jsonl.gz")],
@@ -680,7 +680,7 @@ def test_annotators_and_experts_side_by_side():
     assert shares["heldout"] > 0.07 * 939
     assert done.card["comparisons"]["labelers"] == ["annotator-0", "annotator-1", "annotator-2"]
     prompts = {split: {row["prompt"] for row in done[split] if "prompt" in row} for split in SPLITS}
-    prompts["sft"] -= prompts["reward"]  # demonstrations that went there with the preferences of their prompt
+    prompts["sft"] -= prompts["reward"]  # demonstrations that are there because of their prompt's preferences
     assert sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
     for split in ("rl", "evaluation"):
         assert len(done[split]) == len({row["prompt"] for row in done[split]})

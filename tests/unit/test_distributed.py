@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def two_iterations(path: Path, changes: dict, environment: dict[str, str]) -> None:
-    """As one of several processes; the first writes what came out."""
+    """Runs as one of several processes; the first writes the result."""
     os.environ |= environment | {"ACCELERATE_USE_CPU": "true"}
     trainer = make_trainer(**changes)
     mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())

@@ -1,4 +1,4 @@
-"""config/README.md and the JSON schema say what the code does: they cannot go stale."""
+"""config/README.md and the JSON schema agree with the code, so they cannot go stale."""
 
 import json
 import re
@@ -23,7 +23,7 @@ TABLES = README.partition(KEYS_START)[2].partition(KEYS_END)[0]
 
 
 def blocks(annotation) -> set[type[Block]]:
-    """Every block that a key of this type may hold, and those inside it."""
+    """Every block that a key of this type may have, and the blocks inside it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         inside = (blocks(field.annotation) for field in annotation.model_fields.values())
         return {annotation}.union(*inside)
@@ -94,8 +94,8 @@ def fenced(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.partition(KEYS_START)[0], re.DOTALL)
 
 
-def test_every_shape_shown_is_read(tmp_path):
-    """Each example of a row goes through the readers as it stands."""
+def test_every_example_row_can_be_read(tmp_path):
+    """The readers accept every example row as it is."""
     shown = fenced("json")
     assert len(shown) == 10
     for i, row in enumerate(shown):
@@ -111,7 +111,7 @@ def test_every_shape_shown_is_read(tmp_path):
         assert len(list(read(source))) == 1, row
 
 
-def test_the_sweep_shown_has_the_names_shown():
+def test_the_documented_sweep_has_the_documented_names():
     import yaml
 
     (shown,) = (text for text in fenced("yaml") if "beta: [" in text)
@@ -119,7 +119,7 @@ def test_the_sweep_shown_has_the_names_shown():
     assert names == re.findall(r"dpo-beta-[\d.]*\d", shown)
 
 
-def test_every_split_exit_code_and_variable_is_told():
+def test_every_split_exit_code_and_variable_is_documented():
     for split in SPLITS:
         assert f"| `{split}` | " in README
     for error in (errors.DataError, errors.ConfigError, errors.DiskError, errors.Interrupted, errors.Superseded):
@@ -130,7 +130,7 @@ def test_every_split_exit_code_and_variable_is_told():
     assert "| `TUNETRAIL_CHECKPOINT_MINUTES` | minutes | 10 |" in README
 
 
-def test_every_file_named_exists():
+def test_every_mentioned_file_exists():
     for path in re.findall(r"`((?:config|workflow|profiles)/[\w./-]*)`", README):
         assert (ROOT / path).exists(), path
 

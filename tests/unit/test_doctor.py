@@ -1,4 +1,4 @@
-"""The doctor's findings, each with its fix. Slurm's commands are stand-ins here; tests/slurm has the real ones."""
+"""The doctor's findings, each with its fix. Slurm's commands are stand-ins; tests/slurm uses the real ones."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_sinfo_is_read():
     assert next(n for n in NODES if n.partition == "large").minutes == float("inf")
 
 
-def test_what_fits_is_no_finding():
+def test_a_request_that_fits_is_no_finding():
     assert findings(wish(gres="gpu:a100:4", cpus_per_gpu=8, mem_mb=128000, runtime=720)) == []
     assert findings(wish(gres="gpu:2")) == []  # of any type
 
@@ -60,7 +60,7 @@ def test_what_fits_is_no_finding():
         ({"gres": "gpu:1", "slurm_partition": "cpu"}, "asks for 1 GPUs per node, those of cpu have none"),
     ],
 )
-def test_what_no_node_has_is_a_finding(resources, text):
+def test_a_request_that_no_node_can_serve_is_a_finding(resources, text):
     assert findings(wish(**resources)) == [text]
 
 
@@ -79,7 +79,7 @@ def test_partitions_that_cannot_be_used():
     assert found["partition nowhere"].fix == "name one of broken, cpu, gpu, large at the top of the profile"
 
 
-def test_a_profile_without_partitions_is_none_for_slurm():
+def test_a_profile_without_partitions_is_not_for_slurm():
     with pytest.raises(ConfigError, match="no rule has a slurm_partition"):
         wish(slurm_partition=None)
 
@@ -91,7 +91,7 @@ PartitionName=again Nodes=g1 PreemptMode=REQUEUE PriorityTier=1
 """
 
 
-def test_only_a_partition_below_another_on_its_nodes_loses_jobs_and_only_without_submitit():
+def test_only_a_lower_partition_on_shared_nodes_loses_jobs_and_only_without_submitit():
     on = "cpu|c1\ncpu|c2\ngpu|g1\nscavenger|g1\nagain|g1\n"
     asked = [wish(f"of_{name}", slurm_partition=name) for name in ("cpu", "gpu", "scavenger", "again")]
     [found] = site_checks.check_preemption(asked, PARTITIONS, on)
@@ -103,7 +103,7 @@ def test_only_a_partition_below_another_on_its_nodes_loses_jobs_and_only_without
 
 
 @pytest.mark.parametrize(("age", "sacct", "n"), [("60 sec", True, 0), ("59 sec", True, 1), ("59 sec", False, 0)])
-def test_a_controller_that_forgets_soon(monkeypatch, age, sacct, n):
+def test_a_controller_that_forgets_jobs_too_soon(monkeypatch, age, sacct, n):
     monkeypatch.setattr(site_checks.shutil, "which", lambda name: "/usr/bin/sacct" if sacct else None)
     found = site_checks.check_job_age(f"Configuration data\nMinJobAge               = {age}\n")
     assert [check.level for check in found] == [FINDING] * n
@@ -138,7 +138,7 @@ def read(written: Path, with_gpu: bool = True, **told) -> list[str]:
     return [check.text for check in checks if check.level]
 
 
-def test_a_node_that_has_all(written):
+def test_a_node_that_has_everything(written):
     assert read(written) == []
     assert read(written, with_gpu=False, visible="", torch_gpus=0) == []
 
@@ -174,7 +174,7 @@ def test_a_file_that_does_not_show_up(written, monkeypatch):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A site whose commands do what the test says; srun runs the command here."""
+    """A site whose commands do what the test says; srun runs its command locally."""
     monkeypatch.chdir(tmp_path)
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -259,7 +259,7 @@ def test_a_node_without_this_environment(cluster):
     assert "does not run there" in check.text
 
 
-def test_a_gpu_is_asked_for_where_a_rule_has_one(cluster):
+def test_a_gpu_is_requested_if_a_rule_has_one(cluster):
     cluster(
         "srun", 'echo "$@" > asked; echo "TOLD {}"; exit 0'.format(json.dumps(TOLD | {"head": "x"}).replace('"', '\\"'))
     )
@@ -267,6 +267,6 @@ def test_a_gpu_is_asked_for_where_a_rule_has_one(cluster):
     assert "--gres=gpu:a100:1 " in Path("asked").read_text()
 
 
-def test_the_command_says_what_is_wrong_with_its_arguments(capsys):
+def test_the_command_reports_wrong_arguments(capsys):
     assert main(["doctor", "--profile", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("tunetrail: error: --profile nowhere: no such profile;")

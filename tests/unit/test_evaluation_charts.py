@@ -1,4 +1,4 @@
-"""The specs of the evaluation's figures: every number drawn is one of the metrics, and what is missing is None."""
+"""The specs of the evaluation's figures: every number drawn is in the metrics, and missing figures are None."""
 
 import json
 
@@ -19,7 +19,7 @@ def interval(mean, half=0.1):
 
 
 def rows_of(spec):
-    """All rows of data of a spec, in order."""
+    """All data rows of a spec, in order."""
     found = []
 
     def walk(node):
@@ -97,7 +97,7 @@ def test_a_spec_can_be_drawn(match, name):
         assert "<svg" in vl_convert.vegalite_to_svg(DRAWN[name](match, narrow))
 
 
-def test_what_was_not_measured_has_no_spec():
+def test_missing_measurements_have_no_spec():
     assert charts.win_matrix(None, False) is None
     assert charts.strengths(None, SERIES, False) is None
     assert charts.length_controlled(None, "sft", SERIES, False) is None
@@ -136,8 +136,8 @@ def test_dots_are_the_metrics_intervals(match):
     assert len(rows_of(charts.reward_accuracy(REWARD | {"gain_over": None}, False))) == len(accuracies) + 1
 
 
-def test_the_diagram_begins_where_a_bin_does():
-    """At 0 too: that is a bound as any other, and a bin without one begins at its accuracy."""
+def test_the_diagram_starts_at_the_lowest_bound():
+    """Including 0, which is a bound like any other; a bin without a bound starts at its accuracy."""
 
     def begin(low, accuracy):
         row = {"confidence": 0.6, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": 0.9, "n": 2}
@@ -153,7 +153,7 @@ def test_the_diagram_begins_where_a_bin_does():
     assert begin(0.55, 0.7) == 0.5
 
 
-def test_a_win_rate_that_lengths_do_not_allow_reads_so(match):
+def test_a_missing_length_controlled_win_rate_is_shown_as_such(match):
     pairs = [pair | {"length_controlled": None} for pair in match["pairs"]]
     rows = rows_of(charts.length_controlled(match | {"pairs": pairs}, "sft", SERIES, False))
     assert [row["text"] for row in rows if "equal length" in str(row.get("label"))] == [NOT_MEASURED] * 2
@@ -170,7 +170,7 @@ def test_the_frontier_marks_the_chosen_point_and_the_yardstick():
     ]  # fmt: skip
 
 
-def test_probes_are_side_by_side_what_rose_on_top():
+def test_probes_are_side_by_side_with_the_largest_gains_on_top():
     rows = rows_of(charts.probe_shift(PROBES, False))
     assert [(r["token"], r["when"], r["prob"]) for r in rows if "when" in r] == [
         ("→ ␣a", "before", 0.1), ("→ ␣a", "after", 0.5), ("c", "after", 0.3),

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 EVALUATION = {"max_new_tokens": 6, "bootstrap": 100, "frontier_prompts": 3, "samples": 2,
     "gold": ["chrf", "length"]}  # fmt: skip
-RUNS = {  # stage of each artifact, its config block, its inputs by role, and what else it is told
+RUNS = {  # artifact: its stage, its config block, its inputs by role, and the shared keys
     "reward": ("reward", {"learning_rate": 1e-3, "batch_size": 2}, {"policy": "base", "data": "data",
         "comparisons": "comparisons"}, {}),
     "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base",
@@ -68,7 +68,7 @@ RUNS = {  # stage of each artifact, its config block, its inputs by role, and wh
 
 
 def run(folder, name, state="state", **changes):
-    """Runs one of RUNS in this process; gives its exit code."""
+    """Runs one of RUNS in this process; returns its exit code."""
     stage, block, inputs, shared = RUNS[name]
     content = {"stage": stage, "seed": 5, "precision": "fp32", "config": block} | shared | changes
     write_json(folder / "config.json", content)
@@ -80,7 +80,7 @@ def run(folder, name, state="state", **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All of RUNS, and the current folder for as long as the tests last."""
+    """The artifacts of all RUNS; it is the current folder during the tests."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_workspace(folder)
     (folder / "text.txt").write_text("a text of one's own, and not a short one")
@@ -95,8 +95,8 @@ def metrics(folder, name):
     return json.loads((folder / name / "metrics.json").read_text())
 
 
-def test_kl_is_that_of_the_whole_distributions(folder):
-    """Against a sum over the vocabulary at every prefix, at a temperature."""
+def test_kl_compares_whole_distributions(folder):
+    """Compared with a sum over the vocabulary at every prefix, at a temperature."""
     model, reference = load_causal_lm(folder / "dpo/model"), load_causal_lm(folder / "base/model")
     examples = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12, 13])]
     found = kl_divergences(model, reference, examples, 0, "fp32", temperature=0.7)
@@ -137,7 +137,7 @@ def test_kl_has_the_mean_of_other_estimates_and_less_variance(folder):
         assert full.std() < other.std()
 
 
-def test_a_win_rate_is_of_gold_scores_prompt_by_prompt(folder):
+def test_a_win_rate_compares_gold_scores_prompt_by_prompt(folder):
     rows, theirs = (read_jsonl(folder / f"evaluation/{name}/samples.jsonl") for name in ("dpo", "base"))
     assert [row["id"] for row in rows] == [row["id"] for row in theirs]
     outcome = stats.outcomes([r["gold"] for r in rows], [r["gold"] for r in theirs])
@@ -158,7 +158,7 @@ def test_a_win_rate_is_of_gold_scores_prompt_by_prompt(folder):
     assert [row["name"] for row in metrics(folder, "head_to_head")["greedy"]["scores"]] == [
         "base",
         "dpo",
-    ]  # best has none
+    ]  # best-of-n has none
     assert metrics(folder, "head_to_head")["judge"] is None
 
 
@@ -191,8 +191,8 @@ def evaluator(folder, name, rows):
     )
 
 
-def test_what_needs_the_authors_text_is_named_where_prompts_have_none(folder, caplog):
-    """The rest is measured; the second scorer does not become the one that counts."""
+def test_scorers_without_reference_answers_are_named(folder, caplog):
+    """The rest is measured; the second scorer does not become the main one."""
     data = folder / "prompts-only"
     shutil.copytree(folder / "data", data)
     rows = read_jsonl(data / "evaluation.jsonl")
@@ -211,8 +211,8 @@ def test_what_needs_the_authors_text_is_named_where_prompts_have_none(folder, ca
     assert metrics(folder, "evaluation/dpo")["not_measured"] is None
 
 
-def test_best_of_n_does_not_choose_among_what_it_is_compared_to(folder):
-    """Else it could not lose: of 4 samples of a perfect proxy one is the opponent's, and 80% of wins become 87%."""
+def test_best_of_n_does_not_choose_among_its_opponents_samples(folder):
+    """Otherwise it could not lose to them: one of 4 samples would be the opponent's, and 80% wins would become 87%."""
     rows = read_jsonl(folder / "data/evaluation.jsonl")
 
     def drawn(name, k):
@@ -237,7 +237,7 @@ def test_best_of_n_is_what_the_reward_model_prefers(folder):
 
 
 def test_best_of_n_has_no_weights_to_probe(folder):
-    """What it remembers and prefers would be its model's, once more and with noise."""
+    """Its forgetting and preferences would be those of its model, measured again with noise."""
     found = metrics(folder, "evaluation/best")
     assert found["retention"] is found["comparisons"] is None
     assert not (folder / "evaluation/best/probes.json").exists()
@@ -246,7 +246,7 @@ def test_best_of_n_has_no_weights_to_probe(folder):
     assert {row["first"] for row in head_to_head["forgetting"]} == {"dpo"}
 
 
-def test_a_kl_that_is_a_bound_has_no_interval_but_what_the_bound_says(folder):
+def test_a_kl_bound_has_no_estimated_interval(folder):
     found = metrics(folder, "evaluation/best")["kl_to_sft"]
     assert found == {
         "mean": stats.best_of_n_kl(3),
@@ -265,7 +265,7 @@ def test_prompts_of_a_source_group_are_resampled_together(folder):
     assert grouped.over_prompts(values) == stats.bootstrap(values, 100, 5, groups)
     divergence = grouped.divergence(Samples(1, [], [], kl=values))
     assert divergence["low"] == grouped.over_prompts(values)["low"]
-    # two groups, whose sums lie 1 below and 1 above what they would be: sqrt(2/1 * (1 + 1)) / 4
+    # two groups, whose sums are 1 below and 1 above their expectation: sqrt(2/1 * (1 + 1)) / 4
     assert divergence["se"] == pytest.approx(0.5)
     assert sem(values) < 0.3
     one = evaluator(folder, "base", [row | {"group": "a"} for row in rows])
@@ -288,7 +288,7 @@ def test_the_frontier_has_every_checkpoint_and_the_last_model_on_the_same_prompt
 
 
 def test_a_checkpoint_is_scored_as_its_own_model_would_be(folder):
-    """One prompt of the middle checkpoint, sampled, scored and compared by hand."""
+    """One prompt of the middle checkpoint, sampled, scored and compared separately."""
     tokenizer, row = load_tokenizer(folder / "base/model"), read_jsonl(folder / "data/evaluation.jsonl")[0]
     model = load_causal_lm(folder / "dpo/checkpoints/6/model").eval()
     points = []
@@ -341,22 +341,22 @@ def test_forgetting_is_a_difference_text_by_text(folder):
     assert pairs["dpo", "base"]["adapters"] == ["full", None]
 
 
-def test_a_text_of_ones_own_is_in_the_record(folder):
+def test_the_users_text_is_in_the_record(folder):
     (source,) = read_record(folder / "text").of_role("text")
     assert source["annotations"]["files"] == {"../text.txt": sha256_file(folder / "text.txt")}
 
 
-def test_preferred_and_dispreferred_move_apart_pair_by_pair(folder):
+def test_preference_shifts_are_measured_pair_by_pair(folder):
     (found,) = [row for row in metrics(folder, "head_to_head")["preferences"] if row["after"] == "dpo"]
     before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
     for name in ("chosen", "rejected"):
         changes = [b[f"{name}_logp"] - a[f"{name}_logp"] for a, b in zip(before, after, strict=True)]
         assert found[name]["mean"] == pytest.approx(np.mean(changes))
     assert found["margin"]["mean"] == pytest.approx(found["chosen"]["mean"] - found["rejected"]["mean"])
-    assert found["margin"]["mean"] > 0  # that is what was trained
+    assert found["margin"]["mean"] > 0  # as training intended
 
 
-def test_held_out_accuracy_is_of_the_implicit_reward_over_all_decided_pairs(folder):
+def test_held_out_accuracy_uses_the_implicit_reward_over_all_decided_pairs(folder):
     rows = [r for r in read_jsonl(folder / "comparisons/comparisons.jsonl") if r["split"] == "heldout"]
     decided = [len(decided_pairs(preference_targets(row["rankings"]))) for row in rows]
     before, after = (read_jsonl(folder / f"evaluation/{name}/pairs.jsonl") for name in ("base", "dpo"))
@@ -369,8 +369,8 @@ def test_held_out_accuracy_is_of_the_implicit_reward_over_all_decided_pairs(fold
         assert (found["accuracy"]["mean"], found["measure"]) == (pytest.approx(expected), measure)
 
 
-def test_held_out_feedback_is_told_apart_by_the_implicit_reward(folder):
-    """Against all pairs of a liked and a disliked response, by plain passes."""
+def test_held_out_feedback_accuracy_uses_the_implicit_reward(folder):
+    """Compared with all pairs of a liked and a disliked response, by plain forward passes."""
     tokenizer = load_tokenizer(folder / "base/model")
     rows = [r for r in read_jsonl(folder / "data/feedback.jsonl") if r["split"] == "heldout"]
     examples = [(encode(tokenizer, r["prompt"]), encode_response(tokenizer, r["completion"])) for r in rows]
@@ -418,10 +418,10 @@ def test_shift_by_hand():
         {"id": 3, "token": "x", "before": 0.2, "after": 0.6},
         {"id": 1, "token": "a", "before": 0.5, "after": 0.3},
         {"id": 2, "token": "b", "before": 0.3, "after": None},
-    ]  # what rose most first; c is among the two likeliest of neither
+    ]  # the largest gain first; c is not among the two likeliest of either
 
 
-def test_multiple_choice_has_the_answer_once_and_others_answers():
+def test_multiple_choice_has_the_answer_once_among_other_answers():
     import random
 
     examples = [([i], [10 + i]) for i in range(6)] + [([9], [10])]  # two prompts share an answer
@@ -434,7 +434,7 @@ def test_multiple_choice_has_the_answer_once_and_others_answers():
     assert multiple_choice(examples[:3], [1], random.Random(0)) == []
 
 
-def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
+def test_evaluations_of_different_prompts_are_not_compared(folder, capfd, monkeypatch):
     real = Evaluations.rows
 
     def one_prompt_less(evaluations, name):
@@ -448,7 +448,7 @@ def test_evaluations_of_other_prompts_do_not_meet(folder, capfd, monkeypatch):
 
 
 def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
-    """One that always likes what it reads first decides nothing; one that likes length decides everything."""
+    """A judge that always prefers the first response decides nothing; one that prefers length decides everything."""
     from tunetrail.labeling import llm
 
     def judge(verdict):
@@ -487,7 +487,7 @@ def test_a_judge_is_asked_in_both_orders(folder, monkeypatch):
     assert run(folder, "head_to_head", "plain") == 0
 
 
-def test_a_verdict_that_cannot_be_read_is_no_tie():
+def test_an_unreadable_verdict_is_no_tie():
     verdicts = [["A", "B"], ["B", "A"], [None, "A"], ["A", "A"], ["B", None]]
     answers = [{"verdicts": [[0, 1, *both], [0, 2, None, "A"], [1, 2, "A", "B"]]} for both in verdicts]
     found = verdict_outcomes(["base", "sft", "dpo"], answers)
@@ -496,8 +496,8 @@ def test_a_verdict_that_cannot_be_read_is_no_tie():
     assert found["dpo", "sft"].tolist() == [0] * 5
 
 
-def test_the_right_choice_is_what_the_question_makes_likelier(folder):
-    """By brute force; what is likely whatever was asked does not count."""
+def test_the_model_chooses_the_answer_that_the_question_makes_likelier(folder):
+    """Compared with brute force; texts that are likely whatever the question do not count."""
     model = load_causal_lm(folder / "base/model").eval()
     prompt, neutral = [5, 6, 7], [9]
     given, bare = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, neutral))

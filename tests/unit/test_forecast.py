@@ -1,4 +1,4 @@
-"""What is said of a run before it starts: its splits, its rows, its steps, and rows that would move."""
+"""The forecast of a run before it starts: its splits, its rows, its steps, and rows that would move."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ DPO = {"method": "dpo", "batch_size": 16}
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
-    """148 pairs, as the group had whose DPO was one step at a learning rate of 0."""
+    """148 pairs, as in a group's run whose DPO was a single step at a learning rate of 0."""
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(148)]
     Path("p.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
@@ -66,7 +66,7 @@ def test_the_standard_library_is_counted_without_being_parsed(monkeypatch):
     assert len(tables["evaluation"]) > 300
 
 
-def test_a_step_of_kto_is_counted_in_ratings():
+def test_steps_of_kto_are_counted_in_ratings():
     rated = [{"prompt": prompt(i), "completion": "a", "label": n == 0} for i in range(150) for n in range(2)]
     write_jsonl(Path("f.jsonl"), rated)
     data = {"preferences": [], "feedback": [{"source": "file", "path": "f.jsonl"}]}
@@ -84,13 +84,13 @@ def test_a_step_of_kto_is_counted_in_ratings():
     assert steps_of(collected, tables)["reward"] == sampled // 8  # nothing is sampled for rated prompts
 
 
-def test_a_weight_makes_more_steps():
+def test_weights_add_steps():
     weighted = {"preferences": [{"source": "file", "path": "p.jsonl", "weight": 2.5}]}
     found = config(weighted)
     assert steps_of(found, expected_tables(found)) == {"policies.d": int(118 * 2.5) // 16}
 
 
-def test_too_few_steps_are_noted_and_enough_are_not():
+def test_only_too_few_steps_are_noted():
     few = forecast(config(policies={"d": DPO}), Path("none"), is_made=False)
     assert few.notes == [
         "policies.d: at most 7 optimizer steps, fewer than 10: next to nothing can be learnt; raise epochs, lower "
@@ -118,7 +118,7 @@ def test_rows_that_no_stage_reads_are_noted():
     assert notes[0] == "heldout: demonstrations are pinned there, but no stage reads them"
 
 
-def test_finished_data_is_counted_exactly_and_moved_rows_are_told_of():
+def test_finished_data_is_counted_exactly_and_moved_rows_are_reported():
     folder = Path("data")
     folder.mkdir()
     rankings = [{"labeler": "a", "ranks": [1, 2]}]

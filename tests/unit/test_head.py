@@ -67,7 +67,7 @@ def test_head_logprobs_are_those_of_a_softmax_over_all_chunks(temperature, monke
     torch.testing.assert_close(entropy, expected)
 
 
-def test_a_token_that_is_almost_certain_keeps_its_gradient_in_bf16():
+def test_an_almost_certain_token_keeps_its_gradient_in_bf16():
     hidden = torch.tensor([[9.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -94,7 +94,7 @@ def test_chunked_log_probs_are_those_of_the_models_logits(bf16, tolerance):
         assert (gradient - expected_gradients[name]).norm() <= tolerance * expected_gradients[name].norm(), name
 
 
-def test_log_probs_that_are_compared_have_their_head_in_float32_under_autocast():
+def test_comparable_log_probs_use_a_float32_head_under_autocast():
     model = mark_plain_head(llama())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found, coarse = comparable_logprobs(model, BATCH), policy_pass(model, BATCH, 1.0)[0]
@@ -107,7 +107,7 @@ def test_log_probs_that_are_compared_have_their_head_in_float32_under_autocast()
     assert not torch.allclose(coarse, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_that_are_more_than_a_product_are_left_to_the_model():
+def test_a_head_that_is_not_a_plain_product_is_left_to_the_model():
     torch.manual_seed(0)
     model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
     expected = policy_pass(copy.deepcopy(model), BATCH, 1.0)[0]

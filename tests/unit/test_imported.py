@@ -1,4 +1,5 @@
-"""SFT and reward models that were trained elsewhere, here by TRL's own trainers: imported, used, refused."""
+"""SFT and reward models that were trained elsewhere, here by TRL's own trainers: how they are imported, used,
+refused."""
 
 import importlib
 import json
@@ -37,7 +38,7 @@ GOOD_ANSWERS, BAD_ANSWERS = ("aaaa", "aaab", "abaa"), ("zzzz", "zzzy", "zyzz")
 
 
 def chat_rows(n: int, split: str) -> list[dict]:
-    """Demonstrations as the data stage writes them, by the tiny template."""
+    """Demonstrations as the data stage writes them, with the tiny template."""
     return [
         {
             "id": f"{split}-{i}",
@@ -131,7 +132,7 @@ REWARD = {"policy": "base", "data": "data", "comparisons": "comparisons"}
 
 
 def copied(made: Path, name: str, folder: Path, auto_class=AutoModelForSequenceClassification, **config) -> Path:
-    """A copy of a model to change, its config changed."""
+    """A copy of a model with changes in its config."""
     shutil.copytree(made / name, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -183,14 +184,14 @@ def test_a_trl_reward_model_is_measured_and_ppo_learns_from_it(run_stage, made, 
     assert len(read_jsonl(output.with_name("history.jsonl"))) == 3
 
 
-def test_without_comparisons_answers_written_for_other_prompts_are_its_test(run_stage, made, caplog):
+def test_without_comparisons_it_is_tested_on_answers_to_other_prompts(run_stage, made, caplog):
     inputs = {"policy": "base", "data": "data"}
     code, error, output = run_stage("reward", {"path": str(made / "trl-reward")}, inputs)
     assert code == 0, error
     metrics = json.loads(output.with_name("metrics.json").read_text())
     assert metrics["direction"]["pairs"] == 60
     assert "accuracy" not in metrics
-    # It learnt nothing about prompts, and is said to.
+    # It learnt nothing about prompts, and a warning says so.
     assert "may not tell better responses from worse: the better one scores higher in" in caplog.text
     assert "60 pairs of an author's answer and one written for another prompt, p " in caplog.text
 
@@ -198,7 +199,7 @@ def test_without_comparisons_answers_written_for_other_prompts_are_its_test(run_
 # ----------------------------------------------------------------------------- what is refused
 
 
-def test_a_model_that_prefers_the_worse_response_is_refused_with_the_figures(run_stage, made, tmp_path):
+def test_a_model_that_prefers_worse_responses_is_refused_with_the_numbers(run_stage, made, tmp_path):
     folder = copied(made, "trl-reward", tmp_path / "flipped")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.score.weight.data.neg_()
@@ -257,7 +258,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_another_tokenizer_is_one_line_that_says_how_to_fix_it(run_stage, made, tmp_path, stage, name):
+def test_the_error_for_another_tokenizer_is_one_line_with_a_fix(run_stage, made, tmp_path, stage, name):
     change, message = TOKENIZERS[name]
     folder = copied(made, f"trl-{stage}", tmp_path / "other")
     change(folder)
@@ -309,7 +310,7 @@ def test_a_model_that_the_pipeline_would_read_wrongly_is_refused(run_stage, made
     assert not output.exists()
 
 
-def test_a_language_model_is_no_reward_model_and_an_adapter_no_model(run_stage, made, tmp_path):
+def test_language_models_and_adapters_are_refused_as_reward_models(run_stage, made, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     code, error, _ = run_stage("reward", {"path": str(made / "trl-sft")}, REWARD)
@@ -355,7 +356,7 @@ def test_a_folder_that_changed_since_the_run_was_planned_is_refused(run_stage, m
 # ----------------------------------------------------------------------------- the config
 
 
-def test_a_block_with_a_path_is_an_import_and_keeps_the_runs_other_stages(tmp_path):
+def test_a_block_with_a_path_is_an_import_and_changes_no_other_stage(tmp_path):
     (tmp_path / "weights").write_text("1")
     content = changed("reward", {"path": str(tmp_path)}) | {"sft": {"path": str(tmp_path), "licence": "MIT"}}
     for policy in content["policies"].values():

@@ -1,4 +1,4 @@
-"""Every stage that saves progress, killed with SIGKILL and run again, ends with the bytes of an undisturbed run."""
+"""Every stage that saves progress ends with the same bytes after SIGKILL and a rerun as an undisturbed run."""
 
 import json
 import random
@@ -81,14 +81,14 @@ def work_of(folder: Path, kind: str) -> Work:
 
 
 def finish(work: Work, name: str, processes: int = 1) -> bytes:
-    """Runs it to its end, left alone; returns its manifest."""
+    """Runs it undisturbed to its end; returns its manifest."""
     assert run(work, name, processes=processes) == [0] * processes, work.error(name)
     assert work.report(name)["code"] == 0, work.error(name)
     return work.manifest(name).read_bytes()
 
 
 def undisturbed(work: Work, processes: int = 1) -> bytes:
-    """The manifest of a run that was left alone from its beginning, `KIND-straight` or `KIND-two`; made once."""
+    """The manifest of an undisturbed run, `KIND-straight` or `KIND-two`; made once."""
     name = f"{work.kind}-{'two' if processes > 1 else 'straight'}"
     manifest = work.manifest(name)
     return manifest.read_bytes() if manifest.exists() else finish(work, name, processes)
@@ -97,20 +97,20 @@ def undisturbed(work: Work, processes: int = 1) -> bytes:
 # ----------------------------------------------------------------------------- one process
 
 AT_WORK = 14
-# In this order: what was done is not repeated.
+# In this order, so that no work is repeated.
 AFTER_WORK = ("evaluate", "evaluate", "publish", "publish")
 
 
 def saved(phases: list[str]) -> int:
-    """Steps, or batches sampled, that an attempt added to what the next one begins with."""
+    """The steps, or sampled batches, that an attempt saved for the next one."""
     if "row" in phases:
         return phases.count("sample") - (phases[-1] in ("sample", "row"))
     return phases.count("tidy")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "sharded" not in kind])
-def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder, kind):
-    """Fourteen attempts in a row are killed at work, and six after it, in what is left to do then: to publish."""
+def test_a_stage_killed_at_twenty_random_moments_ends_with_the_same_bytes(folder, kind):
+    """Fourteen attempts in a row are killed while they work, and six more while they publish."""
     work, rng = work_of(folder, kind), random.Random(1)
     straight, name = f"{kind}-straight", f"{kind}-killed"
     expected = undisturbed(work)
@@ -126,10 +126,10 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
             phase = AFTER_WORK[n - AT_WORK]
             moment = moment_in(report, phase if phase in phases else "publish", 0, rng)
         elif n == 19:
-            moment = Moment("finish", 0, rng.randint(2, 60))  # while it tidies up
+            moment = Moment("finish", 0, rng.randint(2, 60))  # while it cleans up
         elif done and rng.random() < 0.1 and "tidy" in phases:
             moment = Moment("load", 0, rng.randint(1, 300))
-        elif steps - done - uncertain > 2:  # the first or the second of its kind, so that work is left for all
+        elif steps - done - uncertain > 2:  # the first or second of its kind, so that there is work left for all
             moment = moment_in(
                 report, rng.choice(sorted(phases - {*AFTER_WORK, "finish", "over"})), rng.randrange(2), rng
             )
@@ -139,7 +139,7 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
         assert not work.manifest(name).exists() or (n == 19 and work.manifest(name).read_bytes() == expected)
         seen = [phase for phase, _ in work.report(name)["phases"]]
         done += saved(seen)
-        uncertain += seen[-1] in ("mark", "row")  # it had been saved, or nearly
+        uncertain += seen[-1] in ("mark", "row")  # it was saved, or nearly
         assert done <= steps, moment
         assert done + uncertain >= steps or n < AT_WORK, moment
     assert finish(work, name) == expected
@@ -152,11 +152,11 @@ def test_killed_at_twenty_random_moments_a_stage_ends_with_the_same_bytes(folder
 
 IN_TWO = ("sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "kto", "kto-lora", "ppo", "ppo-sharded")
 TOLERANCE = 1e-4
-"""Of every logged number, metric and weight, which are of the order of 1: sums are added up in another order."""
+"""For all logged numbers, metrics and weights, which are of the order of 1: sums have another order."""
 
 
 def close(a: Any, b: Any) -> bool:
-    """Whether two values of JSON are of one form and their numbers within the tolerance."""
+    """Whether two JSON values have the same structure and their numbers agree within the tolerance."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -164,7 +164,7 @@ def close(a: Any, b: Any) -> bool:
     return a == (pytest.approx(b, abs=TOLERANCE) if isinstance(b, float) else b)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in IN_TWO if "ppo" not in kind])  # for ppo see test_distributed.py
+@pytest.mark.parametrize("kind", [kind for kind in IN_TWO if "ppo" not in kind])  # test_distributed.py has ppo
 def test_two_processes_equal_one(folder, kind):
     work = work_of(folder, kind)
     undisturbed(work)
@@ -181,8 +181,8 @@ def test_two_processes_equal_one(folder, kind):
         torch.testing.assert_close(weight, others[name], atol=TOLERANCE, rtol=0)
 
 
-def test_a_sharded_policy_is_published_whole_and_merged(folder):
-    """No process has it whole: the stage gathers it to compare with what it wrote."""
+def test_a_sharded_policy_is_gathered_and_merged_before_publishing(folder):
+    """No process holds all of it: the stage gathers it to compare it with what was written."""
     undisturbed(work_of(folder, "ppo-sharded-lora"), processes=2)
     artifact = folder / "ppo-sharded-lora-two"
     base = load_file(folder / "base/model/model.safetensors")
@@ -196,14 +196,15 @@ def test_a_sharded_policy_is_published_whole_and_merged(folder):
 
 
 @pytest.mark.parametrize("kind", IN_TWO)
-def test_two_processes_of_which_one_is_told_or_killed_end_with_the_same_bytes(folder, kind):
-    """SIGTERM to one of two: both save and leave with 75. Then one after the other is killed."""
+def test_two_processes_end_with_the_same_bytes_after_one_is_stopped_or_killed(folder, kind):
+    """SIGTERM to one of two: both save and exit with 75. Then one after the other is killed."""
     work = work_of(folder, kind)
     expected, rng, name = undisturbed(work, processes=2), random.Random(2), f"{kind}-two-killed"
     moment = moment_in(work.report(f"{kind}-two", 1), "step", 1, rng)
     assert run(work, name, moment, signal.SIGTERM, processes=2, rank=1) == [0, 0]
     assert [work.report(name, rank)["code"] for rank in (0, 1)] == [75, 75]
-    # Told in the second step: at its end, or of the third where the processes had already agreed to go on.
+    # The signal comes in the second step; they stop at its end, or at the next one's if they had already agreed to go
+    # on.
     assert re.search(r"stopped by SIGTERM at step [23] of", work.error(name))
     for rank, phase in ((1, "step"), (0, "mark"), (1, "save"), (0, "publish")):
         moment = moment_in(work.report(f"{kind}-two", rank), phase, 0, rng)

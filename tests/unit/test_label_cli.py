@@ -38,7 +38,7 @@ def test_adding_renewing_listing_and_forgetting(store, capsys):
     assert capsys.readouterr().err == "tunetrail: error: human-9: no such labeler; tunetrail label list shows them\n"
 
 
-def test_serving_says_where_and_how_and_ends_well(store, tmp_path, capfd):
+def test_serving_prints_its_address_and_exits_cleanly(store, tmp_path, capfd):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps(ranking("a")) + "\n\n")
     guidelines = tmp_path / "guidelines.md"
@@ -149,14 +149,14 @@ def test_the_command_line_loads_without_the_page(store):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_wrong_usage_is_told_and_ends_with_2(capsys):
+def test_wrong_usage_is_reported_and_exits_with_2(capsys):
     assert main(["label", "export"]) == 2
     assert "--format" in capsys.readouterr().err
     assert main(["no-such-area"]) == 2
     assert "no-such-area" in capsys.readouterr().err
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     from tunetrail import __version__
 
     assert main(["--version"]) == 0

@@ -96,7 +96,7 @@ def test_alpha_equals_that_of_a_matrix_with_missing_values():
 
 
 def test_alpha_by_hand_and_where_it_is_undefined():
-    # Coincidences of two pairs both ways round, ++ --, +- -+: observed disagreement 4 of 8, expected 2*4*4/(8*7).
+    # Coincidences of two pairs in both orders, ++ --, +- -+: observed disagreement 4 of 8, expected 2*4*4/(8*7).
     rows = [label("x", "a", [1, 2]), label("x", "b", [1, 2]), label("y", "a", [1, 2]), label("y", "b", [2, 1])]
     assert quality.alpha(rows)["mean"] == pytest.approx(1 - (4 / 8) / (32 / 56))
     assert quality.alpha(rows)["n"] == 2
@@ -129,7 +129,7 @@ def test_bias_by_hand():
     ]
     tasks = {"x": task("x", "long", "s", "long"), "y": task("y", "a", "bb")}
     assert quality.first_shown_wins(rows)["mean"] == pytest.approx(2 / 3)
-    assert quality.longer_wins(rows, tasks)["mean"] == pytest.approx(1)  # 0 and 2 of x are of one length
+    assert quality.longer_wins(rows, tasks)["mean"] == pytest.approx(1)  # 0 and 2 of x have equal lengths
     assert quality.longer_wins(rows, tasks)["n"] == 2
 
 
@@ -168,7 +168,7 @@ def test_the_quality_page_has_its_figures_and_says_what_was_not_measured():
     assert page["remaining"]["answers"] == 2
     assert page["figures"].keys() == {"agreement", "bias", "speed", "progress"}
     assert "InstructGPT" in page["figures"]["agreement"]
-    assert "not measured" in page["figures"]["progress"]  # all at one moment
+    assert "not measured" in page["figures"]["progress"]  # all at the same time
     for svg in page["figures"].values():
         assert svg.startswith("<svg")
         assert " style=" not in svg  # a strict content security policy would drop it

@@ -1,4 +1,4 @@
-"""Launching a stage: what Slurm is asked for, what signals do, when a job goes back into the queue."""
+"""Launching a stage: what is requested from Slurm, what signals do, when a job is requeued."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def launch(folder: Path, *command: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_output_goes_to_the_log_and_the_code_is_the_stages(tmp_path):
+def test_output_goes_to_the_log_and_the_exit_code_is_the_stages(tmp_path):
     process = launch(tmp_path, "2")
     assert process.communicate(timeout=60)[1] == "working\n"
     assert process.returncode == 3
@@ -58,14 +58,14 @@ def test_output_goes_to_the_log_and_the_code_is_the_stages(tmp_path):
 
 
 def test_a_stage_that_fails_leaves_its_exit_code_for_the_head(tmp_path):
-    """It is no progress: else a job that saves nothing would be requeued for it."""
+    """The code is no progress: otherwise a job that saves nothing would be requeued."""
     launch(tmp_path, "2").wait()
     assert (tmp_path / "state" / EXIT_CODE).read_text() == "3"
     assert progress(tmp_path / "state") == set()
     (tmp_path / "log").unlink()
     process = launch(tmp_path)
     while not ((tmp_path / "log").exists() and (tmp_path / "log").read_text()):
-        time.sleep(0.02)  # a stage that is killed before it works leaves no code
+        time.sleep(0.02)  # a stage that is killed before it works leaves no exit code
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert (tmp_path / "state" / EXIT_CODE).read_text() == "75"
@@ -82,7 +82,7 @@ def test_signals_reach_the_stage_as_sigterm_and_it_saves(tmp_path, signum):
 
 
 def stand_ins(folder: Path, **scripts: str) -> str:
-    """A PATH on which these programs come first."""
+    """Puts these programs first on the PATH."""
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
@@ -90,12 +90,12 @@ def stand_ins(folder: Path, **scripts: str) -> str:
 
 
 @pytest.mark.parametrize(("state", "saved", "requeued", "waits"), [
-    ("RUNNING", True, True, True),  # the time limit: back into the queue
-    ("RUNNING", False, False, False),  # nothing saved: it would go round forever
-    ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm has decided
+    ("RUNNING", True, True, True),  # the time limit: requeued
+    ("RUNNING", False, False, False),  # nothing was saved: it would loop forever
+    ("COMPLETING", True, False, True),  # cancelled or preempted: Slurm decides
     ("", True, False, True),
 ])  # fmt: skip
-def test_when_a_job_goes_back_into_the_queue(tmp_path, monkeypatch, state, saved, requeued, waits):
+def test_when_a_job_is_requeued(tmp_path, monkeypatch, state, saved, requeued, waits):
     monkeypatch.setenv("PATH", stand_ins(tmp_path, squeue=f"echo {state}", scontrol=f'echo "$@" > {tmp_path}/told'))
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
@@ -112,7 +112,7 @@ def test_a_job_that_slurm_does_not_requeue_ends(tmp_path, monkeypatch, capfd):
     assert "scontrol requeue 42: not allowed" in capfd.readouterr().err
 
 
-def test_progress_is_what_could_be_gone_on_from(tmp_path):
+def test_progress_is_state_that_can_be_resumed(tmp_path):
     state = tmp_path / "f"
     (state / "tensorboard").mkdir(parents=True)
     for name in ("log.txt", "attempts.jsonl", "lock", "lock.2", "tensorboard/events.out.tfevents.1"):
@@ -146,7 +146,7 @@ def test_a_damaged_file_of_a_job_is_set_aside(tmp_path, capsys, damage):
     ({"gpu": 8, "gpu_model": "h100", "slurm_account": "lab 7", "slurm_extra": "--exclusive"}, {"account": "lab 7",
         "cpus-per-task": "3", "exclusive": "", "gpus": "h100:8"}),
 ])  # fmt: skip
-def test_resources_become_the_options_that_the_plugin_gives(resources, options):
+def test_resources_become_the_same_options_as_with_the_plugin(resources, options):
     assert asked.sbatch_options(resources, threads=3) == options
 
 
@@ -161,7 +161,7 @@ def test_processes_of_a_node(stage, resources, n):
 
 
 def test_the_launcher_imports_no_torch():
-    """It waits beside a hundred others on a login node."""
+    """There may be a hundred of them on a login node."""
     script = (
         "import sys, tunetrail.launch.__main__, tunetrail.launch.submit; print(sorted({'torch', 'transformers', "
         "'pandas'} & sys.modules.keys()))"
@@ -170,12 +170,12 @@ def test_the_launcher_imports_no_torch():
     assert reply.stdout.strip() == "[]"
 
 
-def test_the_stages_that_train_may_be_spread():
+def test_training_stages_may_use_several_nodes():
     assert {name for name, stage in STAGES.items() if stage.distributed} == {"sft", "reward", "dpo", "kto", "ppo"}
 
 
 def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.CompletedProcess:
-    """Runs a command as srun would one of four processes on two nodes."""
+    """Runs a command as srun would run one of four processes on two nodes."""
     path = stand_ins(tmp_path, scontrol="printf 'gpu3\\ngpu4\\n'")
     variables = {
         "SLURM_STEP_NODELIST": "gpu[3-4]",
@@ -194,7 +194,7 @@ def one_of_several(tmp_path: Path, rank: int, *command: str) -> subprocess.Compl
     )
 
 
-def test_one_of_several_processes_says_who_it_is(tmp_path):
+def test_each_of_several_processes_reports_its_rank(tmp_path):
     show = (
         "import os, json; print(json.dumps({k: os.environ[k] for k in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', "
         "'WORLD_SIZE', 'LOCAL_RANK')}))"
@@ -213,8 +213,9 @@ def test_one_of_several_processes_says_who_it_is(tmp_path):
     ("rank", "code", "told"),
     [(0, 0, 0), (0, 75, 75), (0, 1, 1), (2, 0, 0), (2, 75, 0), (2, 76, 0), (2, 1, 1), (2, -9, 137)],
 )
-def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path, monkeypatch, rank, code, told):
-    """With --kill-on-bad-exit. A failing process gives the first one time to exit, which gives it to the others."""
+def test_srun_kills_the_other_processes_only_after_a_failure(tmp_path, monkeypatch, rank, code, told):
+    """With --kill-on-bad-exit. A failing process gives the first one time to exit, which does the same for the
+    others."""
     slept: list[float] = []
     monkeypatch.setattr(supervising.time, "sleep", slept.append)
     end = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
@@ -223,7 +224,7 @@ def test_srun_ends_the_others_where_one_failed_and_not_where_they_leave(tmp_path
     assert bool(slept) == (told > 0 if rank else told == 75)
 
 
-def test_what_one_of_several_ends_with_is_its_commands(tmp_path):
+def test_each_process_exits_with_its_commands_code(tmp_path):
     assert one_of_several(tmp_path, 0, "raise SystemExit(3)").returncode == 3
 
 
@@ -261,7 +262,7 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
     return found
 
 
-def test_an_array_has_those_who_ask_and_wait_and_none_whose_launcher_was_killed(tmp_path, slurm):
+def test_an_array_has_all_waiting_requests_except_those_of_killed_launchers(tmp_path, slurm):
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     dead, waiting = (
         subprocess.Popen([sys.executable, "launcher.py", name], cwd=tmp_path) for name in ("dead", "waiting")
@@ -297,14 +298,14 @@ def test_a_signal_while_it_submits_waits_until_the_id_is_written(tmp_path, slurm
 
 
 def left(folder: Path, task: int, value: object) -> None:
-    """The result that submitit keeps of one process of job 7."""
+    """The result that submitit keeps for one process of job 7."""
     (folder / f"7_{task}_result.pkl").write_bytes(pickle.dumps(value))
 
 
-def test_the_first_process_tells_how_a_job_ended_and_where_it_was_ended_another_does(tmp_path):
+def test_the_first_process_says_how_a_job_ended_or_another_does_if_it_was_killed(tmp_path):
     job = submit.submitit.SlurmJob(tmp_path, "7", tasks=[0, 1])
     assert submit._outcome(job) is None
-    left(tmp_path, 1, ("success", 75))  # it left with the others, who were requeued
+    left(tmp_path, 1, ("success", 75))  # it left with the others, which were requeued
     assert submit._outcome(job) is None
     left(tmp_path, 1, ("success", 137))
     with pytest.raises(TunetrailError, match=r"process 1 of job 7 ended with 137, .*; see \S*7_1_log.out"):
@@ -340,7 +341,7 @@ def test_slurm_time_left(text, minutes):
 
 @pytest.fixture
 def in_job(monkeypatch, tmp_path):
-    """A Slurm job, whose squeue prints what the test says."""
+    """A Slurm job; squeue prints what the test says."""
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     for variable in ("TUNETRAIL_TIME_LIMIT", "TUNETRAIL_DEADLINE"):
         monkeypatch.delenv(variable, raising=False)
@@ -351,13 +352,16 @@ def in_job(monkeypatch, tmp_path):
     return squeue
 
 
-def test_a_stage_is_told_when_its_job_ends(in_job, monkeypatch):
+def test_a_stage_learns_when_its_job_ends(in_job, monkeypatch):
     in_job('[ "$*" = "-h -j 42 -o %L" ] && echo 1:00:00')
     assert float(stage_environment()["TUNETRAIL_DEADLINE"]) == pytest.approx(time.time() + 3600, abs=60)
     in_job("exit 1")
     assert "TUNETRAIL_DEADLINE" not in stage_environment()
     in_job("echo 1:00:00")
-    for variable in ("TUNETRAIL_TIME_LIMIT", "TUNETRAIL_DEADLINE"):  # what the user or an outer launcher says holds
+    for variable in (
+        "TUNETRAIL_TIME_LIMIT",
+        "TUNETRAIL_DEADLINE",
+    ):  # what the user or an outer launcher sets has priority
         with monkeypatch.context() as patched:
             patched.setenv(variable, "10")
             assert stage_environment() == dict(os.environ)

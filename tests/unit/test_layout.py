@@ -1,4 +1,4 @@
-"""The house rules that a linter does not know: layers, sizes, and what importing a module may load."""
+"""House rules that no linter knows: layers, sizes, and what importing a module may load."""
 
 import ast
 import subprocess
@@ -24,14 +24,14 @@ LAYERS = (
     {"monitor"},
     {"cli"},
 )
-"""From the ground up: a package imports what stands above it here, and what stands beside it."""
+"""From the ground up: a package imports packages above it in this list, and those on the same line."""
 TABLE = "tunetrail.stages.registry"
-"""The table of stages knows the config and nothing else, so that every layer above the config may read it."""
+"""The table of stages imports only the config, so every layer above the config may read it."""
 MODULES = sorted(LIBRARY.rglob("*.py"))
 
 
 def layer(module: str) -> int:
-    """The layer of `tunetrail.<package>.…`; the package itself stands below all."""
+    """The layer of `tunetrail.<package>.…`; the package `tunetrail` itself is below all."""
     package = module.split(".")[1] if "." in module else ""
     return next((n for n, packages in enumerate(LAYERS) if package in packages), -1)
 
@@ -41,7 +41,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module of ours that a module imports, wherever in it."""
+    """Every module of the library that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tunetrail"):
@@ -54,7 +54,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_package_uses_only_what_stands_above_it(path):
+def test_a_package_imports_only_lower_layers(path):
     own = layer(name_of(path))
     used = imports(path) - {TABLE}
     assert [module for module in sorted(used) if own >= 0 and layer(module) > own] == []
@@ -94,7 +94,7 @@ def test_importing_loads_only_what_is_used(module):
 
 
 def test_the_head_process_loads_nothing_heavy():
-    """Every start of Snakemake pays for what the rules import and for validating a config with local files."""
+    """Every start of Snakemake pays for the rules' imports and for validating a config with local files."""
     rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
     lines = [line.strip() for line in rules.splitlines() if line.strip().startswith("from tunetrail")]
     assert any("preflight" in line for line in lines)

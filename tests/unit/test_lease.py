@@ -1,4 +1,4 @@
-"""Who may write to a folder: one, and when another may take its place."""
+"""Only one process may write to a folder; when another may take over."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ with hold(Path(sys.argv[1]), give_up=lambda: False, say=print) as lease:
 
 @pytest.fixture
 def other(tmp_path, monkeypatch):
-    """Starts another process that holds the lease until it is asked for it."""
+    """Starts another process that holds the lease until it is requested."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(lease_module, "POLL_SECONDS", 0.05)
     started = []
@@ -62,7 +62,7 @@ def never() -> bool:
     return False
 
 
-def test_a_second_writer_is_refused_and_told_who_has_it(other, tmp_path):
+def test_a_second_writer_is_refused_and_learns_who_holds_the_lease(other, tmp_path):
     process = other()
     path = tmp_path / "lock"
     assert holder(path) == f"process {process.pid} on {os.uname().nodename}"
@@ -76,12 +76,12 @@ def test_a_second_writer_is_refused_and_told_who_has_it(other, tmp_path):
     process.kill()
     process.wait()
     assert holder(path) is None
-    with hold(path, never, print) as lease:  # the lease of a killed process is none
+    with hold(path, never, print) as lease:  # a killed process holds no lease
         assert (lease.generation, lease.lost(), lease.requested_by()) == (1, False, None)
 
 
 @pytest.mark.parametrize(("theirs", "mine"), [(None, "7"), ("7", None)])
-def test_only_jobs_of_a_cluster_ask(other, tmp_path, monkeypatch, theirs, mine):
+def test_only_cluster_jobs_request_a_lease(other, tmp_path, monkeypatch, theirs, mine):
     other(theirs)
     if mine:
         monkeypatch.setenv("SLURM_JOB_ID", mine)
@@ -90,21 +90,21 @@ def test_only_jobs_of_a_cluster_ask(other, tmp_path, monkeypatch, theirs, mine):
     assert not (tmp_path / "lock.wanted").exists()
 
 
-def test_a_later_job_asks_the_earlier_to_leave_and_waits(other, tmp_path, monkeypatch):
+def test_a_later_job_requests_the_lease_and_waits(other, tmp_path, monkeypatch):
     process = other("5")
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     said: list[str] = []
     with hold(tmp_path / "lock", never, said.append) as lease:
         assert process.wait(10) == 0
         assert process.stdout.read() == f"asked by process {os.getpid()} on {os.uname().nodename}, job 9\n"
-        assert lease.requested_by() is None  # the wish is fulfilled
+        assert lease.requested_by() is None  # the request is fulfilled
     assert said == [
         f"{tmp_path}: process {process.pid} on {os.uname().nodename}, job 5 works on this; it was asked to save and "
         "leave"
     ]
 
 
-def test_a_request_that_nobody_renews_expires(tmp_path):
+def test_a_request_that_is_not_renewed_expires(tmp_path):
     with hold(tmp_path / "lock", never, print) as lease:
         lease.request_file.write_text("process 1 on nowhere, job 3")
         assert lease.requested_by() == "process 1 on nowhere, job 3"
@@ -113,7 +113,7 @@ def test_a_request_that_nobody_renews_expires(tmp_path):
         assert lease.requested_by() is None
 
 
-def test_who_waits_gives_up_when_told_to(other, tmp_path, monkeypatch):
+def test_a_waiting_process_gives_up_when_told_to(other, tmp_path, monkeypatch):
     process = other("5")
     process.send_signal(signal.SIGSTOP)
     monkeypatch.setenv("SLURM_JOB_ID", "9")
@@ -122,9 +122,9 @@ def test_who_waits_gives_up_when_told_to(other, tmp_path, monkeypatch):
         pass
 
 
-def test_a_silent_writer_is_displaced_and_learns_of_it_before_it_writes(other, tmp_path, monkeypatch):
+def test_a_silent_writer_is_superseded_and_notices_before_it_writes(other, tmp_path, monkeypatch):
     process = other("5", seconds="0.6")
-    process.send_signal(signal.SIGSTOP)  # as a node that has lost the file server: its lock is still held
+    process.send_signal(signal.SIGSTOP)  # like a node that lost the file server: its lock is still held
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("TUNETRAIL_LEASE_SECONDS", "0.6")
     said: list[str] = []
@@ -138,7 +138,7 @@ def test_a_silent_writer_is_displaced_and_learns_of_it_before_it_writes(other, t
         assert holder(tmp_path / "none") is None
 
 
-def test_a_writer_that_is_heard_keeps_its_lease(other, tmp_path, monkeypatch):
+def test_an_active_writer_keeps_its_lease(other, tmp_path, monkeypatch):
     process = other("5", "0.6", "deaf")
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("TUNETRAIL_LEASE_SECONDS", "0.6")
@@ -149,8 +149,8 @@ def test_a_writer_that_is_heard_keeps_its_lease(other, tmp_path, monkeypatch):
     assert list(tmp_path.glob("lock.[0-9]*")) == []
 
 
-def test_of_two_that_take_over_one_gets_it(tmp_path):
-    """Generations are made by exclusive creation."""
+def test_only_one_of_two_processes_can_take_over(tmp_path):
+    """Generations are created exclusively."""
     first = tmp_path / "lock"
     Path(first).touch()
     (tmp_path / "lock.2").touch()
@@ -163,8 +163,8 @@ def test_of_two_that_take_over_one_gets_it(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_in_one_line(tmp_path, monkeypatch, number):
-    """Lustre without -o flock says ENOSYS, NFS whose lock server is away ENOLCK."""
+def test_the_error_for_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
+    """Lustre without -o flock reports ENOSYS, NFS without its lock server ENOLCK."""
 
     def lockf(*_):
         raise OSError(number, os.strerror(number))

@@ -1,5 +1,5 @@
-"""The evaluation harness as a stage: what it says without the package, its table, and (where installed) a task of one's
-own.
+"""The evaluation harness as a stage: its message without the package, its table, and (if installed) a task of the
+user's own.
 """
 
 import importlib.util
@@ -78,7 +78,7 @@ def test_the_table_has_a_row_for_each_task_and_metric():
     ]  # fmt: skip
 
 
-def test_files_of_ones_own_tasks_are_all_but_caches(tmp_path):
+def test_the_files_of_user_tasks_exclude_caches(tmp_path):
     for name in ("b/own.yaml", "a.py", "b/__pycache__/a.pyc"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
@@ -87,7 +87,7 @@ def test_files_of_ones_own_tasks_are_all_but_caches(tmp_path):
     assert LmEvalConfig(tasks=["arc_easy"]).own_files() == []
 
 
-def test_a_task_of_ones_own(run, tmp_path, monkeypatch):
+def test_a_user_task(run, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     (tmp_path / "tasks").mkdir()

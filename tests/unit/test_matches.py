@@ -1,4 +1,4 @@
-"""Bradley-Terry, win rates at equal lengths and matches: against scipy's optimiser, by hand and by simulation."""
+"""Bradley-Terry, win rates at equal lengths and matches, compared with scipy's optimiser, by hand and by simulation."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tunetrail.evaluation import matches, stats
 
 
 def simulated(strengths, n, seed=0):
-    """Outcomes of n prompts on which everyone meets everyone."""
+    """Outcomes on n prompts, all against all."""
     random, names = np.random.default_rng(seed), list(strengths)
     return {
         (a, b): (random.random(n) < expit(strengths[a] - strengths[b])).astype(float)
@@ -36,7 +36,7 @@ def test_bradley_terry_is_the_maximum_of_the_likelihood(prior):
     assert np.delete(found, 2) == pytest.approx(expected, abs=1e-5)
 
 
-def test_bradley_terry_of_two_is_the_log_odds_and_finite_where_one_never_lost():
+def test_bradley_terry_of_two_is_the_log_odds_and_finite_if_one_never_lost():
     assert matches.bradley_terry(np.array([[[0, 30], [10, 0]]]), 1, prior=0.0)[0, 0] == pytest.approx(np.log(3))
     assert matches.bradley_terry(np.array([[[0, 40], [0, 0]]]), 1)[0, 0] == pytest.approx(np.log(40.5 / 0.5))
 
@@ -58,15 +58,15 @@ def test_bradley_terry_scores_cover_the_true_strengths():
 
 
 def long_winded(n, quality, bias, seed=0):
-    """Outcomes and length gaps of a judge who likes length: the first is longer on most prompts."""
+    """Outcomes and length gaps of a judge that likes length; the first is longer on most prompts."""
     random = np.random.default_rng(seed)
     gap = random.normal(8, 10, size=n)
     chance = expit(quality + bias * np.tanh(gap / gap.std()))
     return (random.random(n) < chance).astype(float), gap
 
 
-def test_length_control_takes_out_what_length_did():
-    """Equally good, but longer and liked for it: wins 67% of the time, and 50% at equal lengths."""
+def test_length_control_removes_the_effect_of_length():
+    """Equally good, but longer and preferred for it: it wins 67% of the time, and 50% at equal lengths."""
     outcome, gap = long_winded(50_000, quality=0.0, bias=1.5)
     assert outcome.mean() > 0.65
     ones = np.ones((1, len(outcome)))
@@ -89,14 +89,14 @@ def test_length_control_equals_the_likelihoods_maximum_and_weights_are_copies():
     assert matches.length_controlled(outcome, gap, counts[None])[0, 0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_length_control_changes_nothing_where_lengths_are_equal():
+def test_length_control_changes_nothing_if_lengths_are_equal():
     outcome = np.array([1.0] * 30 + [0.5] * 6 + [0.0] * 12)
     found = matches.length_controlled(outcome, np.zeros(48), np.ones((1, 48)))[0, 0]
     assert logit(found) == pytest.approx(logit(outcome.mean()), abs=1e-3)
     assert 0.99 < matches.length_controlled(np.ones(48), np.arange(48.0), np.ones((1, 48)))[0, 0] < 1
 
 
-def test_there_is_no_win_rate_at_equal_lengths_where_no_lengths_are_equal():
+def test_there_is_no_win_rate_at_equal_lengths_if_one_side_is_always_longer():
     """One side is longer by 20 tokens on nearly all prompts; that says nothing about a gap of 0."""
     random = np.random.default_rng(0)
     gaps = {
@@ -140,7 +140,7 @@ def test_a_match_by_hand():
     assert pairs["ppo", "sft"]["significant"]
     assert not pairs["dpo", "sft"]["significant"]
     assert pairs["dpo", "sft"]["p_holm"] == pytest.approx(max(pairs["dpo", "sft"]["p"], 2 * pairs["ppo", "sft"]["p"]))
-    assert pairs["ppo", "dpo"]["p_holm"] == pairs["ppo", "dpo"]["p"]  # alone in its family
+    assert pairs["ppo", "dpo"]["p_holm"] == pairs["ppo", "dpo"]["p"]  # the only one in its family
     assert [row["name"] for row in found["scores"]] == names
     assert found["scores"][3]["score"]["low"] > 0
     assert found["scores"][0]["score"]["high"] < 0
@@ -152,8 +152,8 @@ def test_a_match_without_the_reference_has_no_scores():
     assert matches.match(["base", "dpo"], "sft", outcome_of, lengths, range(20), 100, 0)["scores"] == []
 
 
-def test_unknown_outcomes_are_left_out_of_their_pair_alone():
-    """As if those prompts had not been asked of that pair; all else is as it was."""
+def test_unknown_outcomes_affect_only_their_pair():
+    """As if that pair had not been compared on those prompts; everything else stays the same."""
     names, groups = ["base", "sft", "dpo"], [i // 2 for i in range(40)]
     outcome_of = simulated({"base": -0.5, "sft": 0.0, "dpo": 0.5}, 40)
     lengths = {name: np.random.default_rng(i).integers(5, 20, size=40) for i, name in enumerate(names)}

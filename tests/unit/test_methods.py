@@ -1,4 +1,4 @@
-"""Ways of fine-tuning, side by side: losses against sums over the vocabulary, training against a loop by hand."""
+"""Comparing methods of fine-tuning: losses against sums over the vocabulary, training against a separate loop."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def run(block: dict, state: str = "state", output: str = "methods") -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished comparison, and the current folder for as long as the tests last."""
+    """A finished comparison; its folder is the current one during the tests."""
     folder = tmp_path_factory.mktemp("methods")
     write_workspace(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +61,7 @@ def built(folder, **method):
     return build(folder / "base/model", MethodConfig(learning_rate=1, **method), "fp32", 3)
 
 
-def test_losses_are_those_of_each_row_alone(folder):
+def test_losses_do_not_depend_on_the_batch(folder):
     model = built(folder)
     for (given, learnt), losses in zip(EXAMPLES, token_losses(model, EXAMPLES, 0, "fp32"), strict=True):
         ids = torch.tensor([given + learnt])
@@ -69,8 +69,8 @@ def test_losses_are_those_of_each_row_alone(folder):
         torch.testing.assert_close(losses, expected)
 
 
-def test_a_tuned_prompt_stands_before_every_row(folder):
-    """Its vectors put in front of the words' own, by hand."""
+def test_a_tuned_prompt_precedes_every_row(folder):
+    """Compared with prepending its vectors to those of the text."""
     model = built(folder, prompt_tokens=3)
     vectors = model.get_prompt(1)[0]
     assert vectors.shape == (3, 16)
@@ -83,7 +83,7 @@ def test_a_tuned_prompt_stands_before_every_row(folder):
 
 
 def test_a_step_is_adamw_on_the_mean_over_learnt_tokens(folder):
-    """Against AdamW's first step by hand: each weight moves by the learning rate against its gradient's sign."""
+    """Compared with AdamW's first step: each weight moves by the learning rate against its gradient's sign."""
     model, other = built(folder), built(folder)
     train(model, [EXAMPLES], 1e-3, 0, "fp32", Cost(), lambda step: None)
     losses = [
@@ -98,7 +98,7 @@ def test_a_step_is_adamw_on_the_mean_over_learnt_tokens(folder):
         torch.testing.assert_close(moved, expected, atol=2e-6, rtol=0)
 
 
-def test_every_method_learns_what_it_is_trained_on_from_the_same_start(folder):
+def test_every_method_starts_from_the_same_model_and_learns(folder):
     found = metrics(folder)
     assert list(found["methods"]) == sorted(COMPARE)
     for name, method in found["methods"].items():
@@ -107,10 +107,10 @@ def test_every_method_learns_what_it_is_trained_on_from_the_same_start(folder):
         assert points[-1]["learnt"] == method["learnt"] < points[0]["learnt"], name
     for name in ("full", "lora"):
         assert found["methods"][name]["points"][0] == {"step": 0, "learnt": found["base"]["learnt"], "forgotten": 0.0}
-    assert found["methods"]["prompt"]["points"][0]["learnt"] != found["base"]["learnt"]  # its vectors are new
+    assert found["methods"]["prompt"]["points"][0]["learnt"] != found["base"]["learnt"]  # its vectors are new weights
 
 
-def test_what_is_trained_is_counted(folder):
+def test_trained_parameters_are_counted(folder):
     found = metrics(folder)["methods"]
     linear = [m for m in built(folder).modules() if isinstance(m, torch.nn.Linear)]
     sizes = [m.in_features + m.out_features for m in linear if m.out_features != found["full"]["parameters"]]
@@ -121,7 +121,7 @@ def test_what_is_trained_is_counted(folder):
     assert {name: m["kind"] for name, m in found.items()} == {"full": "full", "lora": "LoRA", "prompt": "prompt tuning"}
 
 
-def test_what_is_forgotten_is_the_rise_of_the_loss_text_by_text(folder):
+def test_forgetting_is_the_rise_of_the_loss_text_by_text(folder):
     texts = [(row["prompt_ids"], row["response_ids"]) for row in read_jsonl(folder / "retention/retention.jsonl")]
     before = [row["base_nll"] for row in read_jsonl(folder / "retention/retention.jsonl")]
     assert mean_losses(built(folder), texts, 0, "fp32", 3) == pytest.approx(before, rel=1e-5)
@@ -131,7 +131,7 @@ def test_what_is_forgotten_is_the_rise_of_the_loss_text_by_text(folder):
     assert forgotten["mean"] == pytest.approx(metrics(folder)["methods"]["full"]["points"][-1]["forgotten"])
 
 
-def test_what_depends_on_the_machine_is_in_the_record_and_not_in_the_artifact(folder):
+def test_machine_dependent_measurements_are_in_the_record_and_not_in_the_artifact(folder):
     [attempt] = read_record(folder / "methods").attempts
     assert list(attempt["measurements"]) == sorted(COMPARE)
     for cost in attempt["measurements"].values():
@@ -159,7 +159,7 @@ class Stopped(Exception):
 
 
 def interrupted(folder):
-    """The stage's run without the runner, in a state folder of its own."""
+    """Runs the stage without the runner, in its own state folder."""
     from tunetrail.contract.stage import Attempt, Input, Request, Stage
 
     for name in ("again", "again-work"):
@@ -175,7 +175,7 @@ def test_fewer_rows_than_a_batch_are_refused(folder, capfd):
     assert "24 rows are fewer than one batch (methods.batch_size: 25); lower it" in capfd.readouterr().err
 
 
-def test_a_method_that_changed_no_weight_is_refused_and_few_steps_are_told_of(folder, caplog, capfd):
+def test_a_method_that_changed_no_weight_is_refused_and_few_steps_are_reported(folder, caplog, capfd):
     block = BLOCK | {"compare": {"still": {"learning_rate": 1e-30}}, "steps": 2}
     assert run(block, "state4", "methods4") == 78
     assert capfd.readouterr().err.splitlines()[-1] == (

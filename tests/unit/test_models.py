@@ -101,7 +101,7 @@ def test_a_pooled_score_is_the_heads_mean_over_the_response():
     assert not torch.allclose(scores, sequence_scores(classifier, ours))
 
 
-def test_a_saved_reward_model_is_read_as_it_was_trained(tmp_path):
+def test_a_saved_reward_model_scores_as_it_did_in_training(tmp_path):
     classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1, pooling="mean").eval()
     classifier.save_pretrained(tmp_path)
     ours = collate(PROMPTS, RESPONSES, PAD)
@@ -157,7 +157,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(model):
     apart = [sample(model, [p], [k], batch_size=2, **settings)[0] for p, k in zip(PROMPTS, keys, strict=True)]
     assert together == apart
     assert together != sample(model, PROMPTS, keys, batch_size=9, **(settings | {"seed": 5}))
-    assert len({tuple(c) for c in together[0]}) == 3  # each completion has a stream of its own
+    assert len({tuple(c) for c in together[0]}) == 3  # each completion has its own stream
 
 
 def test_a_greedy_response_can_lead_and_changes_no_sample(model):
@@ -199,7 +199,7 @@ def test_sampling_follows_the_tempered_softmax(model):
 
 
 def test_picking_follows_the_softmax_across_blocks():
-    """A vocabulary of several blocks that are not full, with whole blocks and single tokens ruled out."""
+    """A vocabulary of several blocks, the last not full, with whole blocks and single tokens ruled out."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2 * BLOCK + 88, generator=generator)
     logits[BLOCK : 2 * BLOCK] = logits[::7] = -torch.inf
@@ -220,7 +220,7 @@ def test_picking_at_the_ends_of_the_distribution():
     logits[:, 5], logits[:, BLOCK + 9] = 0.0, 1.0
     uniforms = torch.tensor([0.0, 1 - 2**-53, torch.nan], dtype=torch.float64)
     tokens, logprobs = pick(logits, uniforms, 2.0)
-    assert tokens.tolist() == [5, BLOCK + 9, BLOCK + 9]  # NaN: the likeliest
+    assert tokens.tolist() == [5, BLOCK + 9, BLOCK + 9]  # NaN: greedy
     torch.testing.assert_close(logprobs, (logits / 2).log_softmax(-1)[range(3), tokens])
     tokens, logprobs = pick(logits, uniforms, 0)
     assert tokens.tolist() == [BLOCK + 9] * 3
@@ -247,7 +247,7 @@ def test_responses_end_at_eos(model):
 
 
 def test_prompts_that_leave_no_room_are_refused_before_sampling(model):
-    """A rotary model would go on past its positions, and get worse without a word."""
+    """Beyond its positions a rotary model would silently get worse."""
     prompts = [[5] * n for n in (3, 4089, 4090, 4096)]
     settings = {"temperature": 0, "seed": 0, "batch_size": 4, "eos_id": EOS, "pad_id": PAD}
     with pytest.raises(DataError) as error:
@@ -258,7 +258,7 @@ def test_prompts_that_leave_no_room_are_refused_before_sampling(model):
     )
 
 
-def test_examples_longer_than_what_a_stage_trains_on_are_counted():
+def test_examples_longer_than_max_length_are_counted():
     check_lengths("sft", [("a", 5)], 5)
     with pytest.raises(DataError) as error:
         check_lengths("sft", [(name, 5 + n) for n, name in enumerate("abcde")], 5)
@@ -274,21 +274,21 @@ def test_text_may_not_be_cut_into_blocks_longer_than_the_model_reads(model):
         check_blocks(model.config, [[5] * 4097], "sft.max_length")
 
 
-def test_eos_closes_a_finished_response_only():
+def test_only_finished_responses_end_with_eos():
     tokenizer = tiny_tokenizer()
     assert encode_response(tokenizer, "ab")[-1] == tokenizer.eos_token_id
     assert encode_response(tokenizer, "ab", finished=False) == encode_response(tokenizer, "ab")[:-1]
 
 
 def test_sampled_ids_are_kept_and_trained_on():
-    """White space before EOS and two tokens where the encoder has one: what is learnt from is what was sampled."""
+    """White space before EOS, and two tokens where the encoder gives one: training uses what was sampled."""
     tokenizer = tiny_tokenizer()
     eos = tokenizer.eos_token_id
     said, padded, cut = encode(tokenizer, "yes"), encode(tokenizer, "yes\n"), encode(tokenizer, "no ")
     blank = encode(tokenizer, " ")
     row = {"id": "1", "group": "g", "split": "reward", "prompt": "p", "messages": [], "completion": "r"}
     kept = sampled_row(row, [[*padded, eos], [*said, eos], [*blank, eos], cut], tokenizer)
-    assert kept["completions"] == ["yes", "no"]  # what labelers see; the second and third say nothing new
+    assert kept["completions"] == ["yes", "no"]  # what labelers see; the second and third repeat it
     assert kept["completion_ids"] == [[*padded, eos], cut]
     assert kept["finished"] == [True, False]
     prompt, responses = encode_comparison(tokenizer, dict(kept))
@@ -298,7 +298,7 @@ def test_sampled_ids_are_kept_and_trained_on():
     assert encode_comparison(tokenizer, dict(kept))[1] == [[*said, eos], encode(tokenizer, "no")]
 
 
-def test_tokenizer_without_a_pad_of_its_own_is_refused(tmp_path):
+def test_a_tokenizer_without_its_own_pad_token_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
@@ -322,7 +322,7 @@ def test_unknown_lora_modules_are_a_config_error():
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_one_of_two_tied_matrices_is_a_config_error(module):
-    """Merged, it would change the other one too."""
+    """Merging it would also change the other."""
     tied, untied = (tiny_model(16, 1, 2, VOCABULARY, seed=0) for _ in range(2))
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     lora = Lora(target_modules=["q_proj", module])
@@ -340,7 +340,7 @@ def test_preference_targets_average_labelers_and_split_ties():
     np.testing.assert_allclose(targets, [[0.5, 0.5, 1.0], [0.5, 0.5, 0.75], [0.0, 0.25, 0.5]])
 
 
-def test_pairs_go_by_majority_and_widest_first():
+def test_pairs_follow_the_majority_and_the_widest_come_first():
     assert decided_pairs(preference_targets([ranking(1, 2, 2)])) == [(0, 1), (0, 2)]
     assert widest_pairs([ranking(3, 1, 2)], None) == [(1, 0), (1, 2), (2, 0)]
     assert widest_pairs([ranking(3, 1, 2)], 1) == [(1, 0)]

@@ -1,4 +1,4 @@
-"""What a rerun would cost: from records, else benchmarks, and unknown is said as unknown."""
+"""The cost of a rerun, from records or else benchmarks; unknown costs are reported as unknown."""
 
 from pathlib import Path
 
@@ -33,19 +33,19 @@ def test_core_hours_are_seconds_times_the_cores_of_the_job(tmp_path):
     assert (found.hours, found.unit, found.at_least) == (pytest.approx(8), "core-hours", False)
 
 
-def test_gpu_hours_are_of_every_process(tmp_path):
+def test_gpu_hours_count_every_process(tmp_path):
     found = plan.cost(make(tmp_path, "ppo", [HOUR | {"gpus": ["H100", "H100"], "world_size": 2}]))
     assert (found.hours, found.unit) == (pytest.approx(2), "GPU-hours")
 
 
-def test_what_a_killed_attempt_took_is_not_known(tmp_path):
+def test_the_duration_of_a_killed_attempt_is_unknown(tmp_path):
     found = plan.cost(
         make(tmp_path, "sft", [HOUR | {"seconds": None, "ended": {"outcome": "killed", "message": None}}, HOUR])
     )
     assert (found.hours, found.at_least) == (pytest.approx(4), True)
 
 
-def test_the_benchmark_tells_where_no_record_does(tmp_path):
+def test_the_benchmark_is_used_if_there_is_no_record(tmp_path):
     found = plan.cost(make(tmp_path, "sft", benchmark=BENCHMARK))
     assert (found.hours, found.unit, found.at_least) == (pytest.approx(2), "core-hours", True)
     found = plan.cost(make(tmp_path, "ppo", benchmark=BENCHMARK, resources={"gres": "gpu:h100:4"}))
@@ -53,14 +53,14 @@ def test_the_benchmark_tells_where_no_record_does(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark", [None, "", "s\th:m:s\nNA\tNA\n", "x\n1\n"])
-def test_unknown_is_unknown_and_not_nothing(tmp_path, benchmark):
+def test_unknown_costs_are_not_counted_as_zero(tmp_path, benchmark):
     steps = plan.plan([make(tmp_path, "sft", benchmark=benchmark)])
     assert steps[0].cost.hours is None
     assert plan.total(steps) == {"hours": {}, "stages": 1, "unknown": 1, "at_least": False}
     assert "unknown" in plan.as_text(steps).splitlines()[0]
 
 
-def test_only_what_is_there_is_at_stake(tmp_path):
+def test_only_existing_artifacts_are_at_stake(tmp_path):
     jobs = [
         make(tmp_path, "sft", [HOUR]),
         make(tmp_path, "reward", benchmark=BENCHMARK),
@@ -84,6 +84,6 @@ def test_nothing_to_do():
     assert plan.as_text([]) == "Nothing to do: all is made, and up to date."
 
 
-def test_shards_are_one_line(tmp_path):
+def test_shards_share_one_line(tmp_path):
     steps = plan.plan([make(tmp_path, f"completions/{i}-of-9", [HOUR], rule="completions") for i in range(9)])
     assert plan.as_text(steps).splitlines()[0] == "completions (9)  again  36.00 core-hours  forced"

@@ -79,7 +79,8 @@ def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
 
 
 def test_the_log_ratio_in_the_reward_has_the_gradient_of_the_kl():
-    """Over all tokens of a softmax: E[estimate * grad log p] is grad KL for k1, and hardly any of it for k2 and k3."""
+    """Over all tokens of a softmax: E[estimate * grad log p] is grad KL for k1, and hardly related to it for k2 and
+    k3."""
     logits = torch.tensor([0.2, -0.3, 0.05], requires_grad=True)
     log_q = torch.tensor([0.0, 0.1, -0.2]).log_softmax(0)
     log_p = logits.log_softmax(0)
@@ -142,7 +143,7 @@ def test_adaptive_controller_by_hand():
     assert fixed.value == 0.3
 
 
-def test_prompts_are_passed_over_before_they_repeat():
+def test_all_prompts_are_used_before_any_repeats():
     batches = prompt_batches(n=6, batch_size=4, steps=3, seed=0)
     stream = list(itertools.chain(*batches))
     assert sorted(stream[:6]) == sorted(stream[6:12]) == list(range(6))
@@ -158,7 +159,7 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     policy = share_prefixes(policy or tiny_model(16, 2, 2, VOCABULARY, seed=0))
     policy = with_lora(policy, config.lora, seed=0)
     classifier = initialise(tiny_model(16, 2, 2, VOCABULARY, seed=0), seed=1)
-    start = list(range(2, 10))  # what all begin with is computed once
+    start = list(range(2, 10))  # their common prefix is computed once
     prompts = [start + [2 + (i + j) % 18 for j in range(3 + i % 4)] for i in range(12)]
     return PPOTrainer(
         config, policy, classifier if config.uses_reward_model else None, prompts, [str(i) for i in range(12)],
@@ -167,7 +168,7 @@ def make_trainer(policy=None, demonstrations=(([5, 6], [7, 8, 1]),), gold=None, 
     )  # fmt: skip
 
 
-def test_ppo_refuses_prompts_that_leave_no_room_before_it_begins():
+def test_ppo_refuses_prompts_that_leave_no_room_before_it_starts():
     with pytest.raises(DataError, match="12 of 12 prompts leave no room for 4090 tokens in the model's 4096 positions"):
         make_trainer(max_new_tokens=4090)
 
@@ -263,8 +264,8 @@ def test_leave_one_out_and_group_advantages_by_hand():
     torch.testing.assert_close(grpo(rewards, penalties, 3), expected - less, atol=1e-5, rtol=0)
 
 
-def test_where_scores_tie_grpo_does_not_turn_noise_of_the_kl_into_advantages():
-    """Four responses to a prompt that were all cut off, with KLs of a fresh policy: nothing there is worth learning."""
+def test_grpo_does_not_turn_noise_of_the_kl_into_advantages_if_scores_tie():
+    """Four cut-off responses to a prompt, with the KLs of a fresh policy: there is nothing to learn from them."""
     trainer = make_trainer(advantage="grpo", completions_per_prompt=4, missing_eos_score=-1.0, kl_coef=0.05)
     rollout = trainer.rollout()
     rollout.finished[:4] = False
@@ -284,7 +285,7 @@ def test_scores_are_shaped_by_hand():
     assert shaped_scores(scores, lengths, finished, clip=2.0).tolist() == [2.0, -2.0, 0.5]
     assert shaped_scores(scores, lengths, finished, length_penalty=0.5).tolist() == [2.0, -11.0, -2.5]
     assert shaped_scores(scores, lengths, finished, missing_eos_penalty=4.0).tolist() == [3.0, -9.0, -3.5]
-    # the fixed score stands for the whole, whatever the penalties
+    # the fixed score replaces everything, including penalties
     assert shaped_scores(scores, lengths, finished, missing_eos_score=-1.0, length_penalty=0.5).tolist() == [
         2.0,
         -11.0,
@@ -295,7 +296,7 @@ def test_scores_are_shaped_by_hand():
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_without_a_critic_an_episode_is_compared_with_its_prompts_others(advantage):
+def test_without_a_critic_episodes_of_a_prompt_are_compared_with_each_other(advantage):
     trainer = make_trainer(advantage=advantage, completions_per_prompt=4, missing_eos_score=None, kl_coef=0.0)
     assert trainer.actor_critic.critic is None
     assert trainer.actor_critic.value_head is None
@@ -349,14 +350,16 @@ def test_the_linear_schedule_ends_near_zero():
         assert critic == pytest.approx(4e-3 * share)
 
 
-def test_an_update_ends_where_it_has_moved_far_enough():
+def test_an_update_ends_once_the_policy_has_moved_far_enough():
     free = make_trainer(minibatch_size=2, learning_rate=1e-2)
     assert free.iterate()["minibatches"] == 8
     stopped = make_trainer(minibatch_size=2, learning_rate=1e-2, stop_kl=1e-6)
-    assert stopped.iterate()["minibatches"] == 2  # the first has not moved yet, the second has
+    assert (
+        stopped.iterate()["minibatches"] == 2
+    )  # before the first minibatch nothing has moved, before the second it has
 
 
-def test_the_entropy_bonus_keeps_the_policy_unsure(monkeypatch):
+def test_the_entropy_bonus_keeps_the_entropy_high(monkeypatch):
     monkeypatch.setattr("tunetrail.ppo.trainer.sequence_scores", lambda model, batch: torch.zeros(len(batch.input_ids)))
     sharp = tiny_model(16, 2, 2, VOCABULARY, seed=0)
     torch.nn.init.normal_(sharp.model.embed_tokens.weight, std=0.4, generator=torch.Generator().manual_seed(0))
@@ -380,13 +383,13 @@ def test_ptx_keeps_the_demonstrations_likely():
         make_trainer(ptx_coef=1.0, demonstrations=[])
     trainer = make_trainer(ptx_coef=1.0, demonstrations=demonstrations, learning_rate=1e-2, steps=8)
     losses = [trainer.iterate()["ptx_loss"] for _ in range(8)]
-    assert losses[0] > 2.5  # of a random model about log 20 = 3.0
+    assert losses[0] > 2.5  # a random model has about log 20 = 3.0
     assert losses[-1] < losses[0] / 2
     assert make_trainer().iterate()["ptx_loss"] == 0
 
 
 def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
-    """The gradient after `_ptx` against autograd on plain forward passes."""
+    """The gradient after `_ptx`, compared with autograd on plain forward passes."""
     demonstrations = [([5, 6], [7, 8, EOS])]
     trainer = make_trainer(ptx_coef=0.25, demonstrations=demonstrations, micro_batch_size=2)
     loss = trainer._ptx(0)
@@ -400,7 +403,7 @@ def test_ptx_adds_the_gradient_of_the_demonstrations_loss():
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=0)
 
 
-def test_the_gold_score_is_watched_and_changes_nothing():
+def test_the_gold_score_is_logged_and_changes_nothing():
     seen = []
 
     def gold(prompts: list[int], responses: list[list[int]]) -> list[float]:
@@ -433,7 +436,7 @@ def test_it_learns_from_scorers_and_the_reward_model_by_their_weights():
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_it_learns_from_scorers_alone(advantage):
+def test_it_learns_from_scorers_without_a_reward_model(advantage):
     """Short responses are rewarded, and responses get shorter."""
 
     def brevity(_: list[int], responses: list[list[int]]) -> list[float]:
@@ -448,7 +451,7 @@ def test_it_learns_from_scorers_alone(advantage):
 
 
 class StandIn:
-    """In the place of TRL's VLLMGeneration: gives prompts back as responses, each with a number of its own."""
+    """Replaces TRL's VLLMGeneration: returns prompts as responses, each with its own number."""
 
     REAL = VLLMGeneration
 
@@ -486,7 +489,7 @@ def test_episodes_can_come_from_vllm(monkeypatch):
     assert alone.generation.settings["mode"] == "colocate"
 
 
-def test_vllm_that_is_not_there_is_said_in_one_line(monkeypatch):
+def test_the_error_for_missing_vllm_is_one_line(monkeypatch):
     monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: False)
     config = PpoConfig(method="ppo", steps=1, vllm={})
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""PPO against the exact optimum of a world where every response can be listed (tests/optimum.py)."""
+"""PPO compared with the exact optimum of a model whose responses can all be listed (tests/optimum.py)."""
 
 import math
 
@@ -39,8 +39,8 @@ def test_the_list_of_responses_is_complete(log_ref):
     assert log_ref.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_tilt_is_the_best_there_is(log_ref):
-    """No distribution near it has more of E[r] - beta KL, and no other has more reward at its KL."""
+def test_the_tilted_reference_is_optimal(log_ref):
+    """No distribution near it has a higher E[r] - beta KL, and none has more reward at its KL."""
     beta = 0.7
     best = tilted(log_ref, beta)
 
@@ -75,7 +75,7 @@ def test_best_of_n_by_simulation(log_ref):
 def test_it_reaches_nine_tenths_of_the_best_reward_at_its_kl(log_ref, changes):
     trainer = train_ppo(steps=40, kl_coef=0.5, **changes)
     log_p = log_distribution(trainer.actor_critic.policy)
-    assert reward_and_kl(log_p, log_ref)[1] > 0.3  # it went somewhere
+    assert reward_and_kl(log_p, log_ref)[1] > 0.3  # it has moved
     assert 0.9 <= share_of_optimum(log_p, log_ref) <= 1 + 1e-6
 
 

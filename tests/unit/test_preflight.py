@@ -1,4 +1,4 @@
-"""What is told before any job starts."""
+"""The checks before any job starts."""
 
 import json
 from pathlib import Path
@@ -55,11 +55,11 @@ def told(given: Config, error: type[Exception] = ConfigError, **options) -> list
     return str(raised.value).splitlines()
 
 
-def test_a_config_in_order_says_nothing():
+def test_a_valid_config_prints_nothing():
     assert preflight.check(config(sft={})) == []
 
 
-def test_packages_that_the_config_needs_must_be_there_where_jobs_run():
+def test_packages_that_the_config_needs_must_be_installed():
     vllm = {"method": "ppo", "steps": 1, "reward": {"length": 1}, "missing_eos_score": 0, "vllm": {}}
     small = {"learning_rate": 1e-3, "lora": {}, "four_bit": True}
     given = config(lm_eval={"tasks": ["arc_easy"]}, policies={"p": vllm}, methods={"compare": {"small": small}})
@@ -70,7 +70,7 @@ def test_packages_that_the_config_needs_must_be_there_where_jobs_run():
         "remove the method",
         "c.yaml: policies.p.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null",
     ]
-    assert preflight.check(given, packages=False) == []  # conda or a container has its own
+    assert preflight.check(given, packages=False) == []  # conda environments and containers have their own
 
 
 BAD_BASES = [
@@ -95,14 +95,14 @@ def test_pad_eos_and_template_of_a_local_base(tokens, base, line, tmp_path, monk
     assert preflight.check(config(base=mended)) == []
 
 
-def test_a_class_of_tokenizers_that_may_have_a_pad_of_its_own_is_left_to_the_stage():
+def test_a_tokenizer_class_that_may_have_a_default_pad_is_left_to_the_stage():
     save_base({"tokenizer_config.json": {"eos_token": "<|eos|>", "tokenizer_class": "T5Tokenizer"}})
     assert preflight.check(config()) == []
     save_base({"tokenizer_config.json": {"eos_token": {"content": "<|eos|>"}, "tokenizer_class": "GPT2Tokenizer"}})
     assert told(config())[0].startswith("c.yaml: base.pad_token: the tokenizer has no pad token")
 
 
-def test_a_folder_that_holds_no_model():
+def test_a_folder_without_a_model():
     Path("base/config.json").unlink()
     assert told(config()) == ["c.yaml: base.path: base has no config.json; name a folder that from_pretrained can load"]
 
@@ -124,7 +124,7 @@ def test_lengths_are_measured_on_a_sample_with_the_files_of_a_local_base(monkeyp
     )
 
 
-def test_rows_longer_than_a_local_base_reads():
+def test_rows_longer_than_a_local_base_can_read():
     save_base(positions=20)
     (line,) = told(config([*ROWS, {"prompt": "p" * 12, "completion": "x" * 8}]), DataError)
     assert line.startswith(
@@ -132,7 +132,7 @@ def test_rows_longer_than_a_local_base_reads():
     )
 
 
-def test_config_and_data_are_told_together():
+def test_mistakes_in_config_and_data_are_reported_together():
     rows = [*ROWS, {"prompt": "", "completion": "x"}]
     lines = told(config(rows, lm_eval={"tasks": ["arc_easy"]}))
     assert [line.split(": ")[0] for line in lines] == ["c.yaml", "d.jsonl:41", "d.jsonl"]
@@ -158,13 +158,13 @@ def test_recorded_rankings_of_other_prompts_are_refused():
     )
 
 
-def test_recorded_rankings_that_may_not_suffice_are_warned_of():
+def test_recorded_rankings_that_may_not_suffice_cause_a_warning():
     (warning,) = preflight.check(recorded([row["prompt"] for row in ROWS[:30]], [write("d.jsonl", ROWS)]))
     assert warning.startswith("comparisons.path: ranked.jsonl ranks no completions of 10 of 40 prompts")
     assert "the first at d.jsonl:31; the run stops at comparisons if one of them falls to reward or heldout" in warning
 
 
-def test_recorded_rankings_are_needed_where_prompts_are_pinned_and_only_there():
+def test_recorded_rankings_are_needed_only_in_splits_where_prompts_are_pinned():
     others = write("others.jsonl", [{"prompt": f"other {i}", "completion": "no"} for i in range(20)])
     ranked = [row["prompt"] for row in ROWS]
     asked = [write("d.jsonl", ROWS[:20]) | {"split": "reward"}, write("e.jsonl", ROWS[20:]) | {"split": "heldout"}]
@@ -172,7 +172,7 @@ def test_recorded_rankings_are_needed_where_prompts_are_pinned_and_only_there():
     assert "10 of 40 prompts" in told(recorded(ranked[10:], [*asked, others | {"split": "evaluation"}]), DataError)[0]
 
 
-def test_prompts_that_were_recorded_as_the_model_is_shown_them_are_taken_as_they_are():
+def test_recorded_prompts_that_are_already_rendered_are_accepted():
     shown = [f"<|user|>{row['prompt']}<|eos|><|assistant|>" for row in ROWS]
     assert preflight.check(recorded(shown, [write("d.jsonl", ROWS)])) == []
 
@@ -186,7 +186,7 @@ def test_all_bad_lines_of_recorded_rankings_are_counted():
     assert lines[-1] == "ranked.jsonl: 3 of 4 rows are invalid"
 
 
-def test_config_check_looks_at_all_of_it(capsys):
+def test_config_check_makes_all_these_checks(capsys):
     Path("c.yaml").write_text(
         "run: r\nbase: {source: random}\ndata: {demonstrations: [{source: file, path: d.jsonl}]}\n"
     )

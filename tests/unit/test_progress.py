@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines in a log, and the same as rows in the stage's state folder."""
+"""Progress: a bar on a terminal, lines in a log, and rows in the stage's state folder."""
 
 import io
 import logging
@@ -44,14 +44,14 @@ def test_a_bar_on_a_terminal_draws_logs_nothing_and_writes_rows(rows, monkeypatc
     assert [row["done"] for row in read_progress(rows)] == [4]
 
 
-def test_pieces_that_come_fast_share_a_row(rows):
+def test_pieces_in_quick_succession_share_a_row(rows):
     with ProgressBar("sft", 100, "steps", every_seconds=1000) as bar:
         for _ in range(100):
             bar.advance()
     assert [row["done"] for row in read_progress(rows)] == [100]
 
 
-def test_a_row_that_is_being_written_is_left_out(rows):
+def test_a_row_that_is_still_being_written_is_ignored(rows):
     with ProgressBar("sft", 1, "steps") as bar:
         bar.advance()
     with rows.open("a") as f:
@@ -60,7 +60,7 @@ def test_a_row_that_is_being_written_is_left_out(rows):
     assert read_progress(rows.with_name("none.jsonl")) == []
 
 
-def test_a_row_that_a_full_disk_cut_short_costs_itself_and_the_one_glued_to_it(rows):
+def test_a_row_truncated_by_a_full_disk_loses_only_itself_and_the_next(rows):
     with ProgressBar("sft", 4, "steps", every_seconds=0) as bar:
         bar.advance()
         with rows.open("a") as f:

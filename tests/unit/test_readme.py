@@ -1,4 +1,4 @@
-"""What the READMEs name is there: commands, links, folders, configs, messages."""
+"""Everything that the READMEs mention exists: commands, links, folders, configs, messages."""
 
 import math
 import re
@@ -61,7 +61,7 @@ def test_config_commands_of_the_docs(command):
     assert not reply.stderr
 
 
-def test_every_folder_the_architecture_names_exists_or_is_made():
+def test_every_folder_in_the_architecture_exists_or_is_made():
     page = ROOT / "workflow/lib/tunetrail/README.md"
     named = re.findall(r"(?<= )([a-z]+(?:/[a-z]+)*)/(?= )", page.read_text().partition("\n## ")[0])
     roots = (ROOT, page.parent)
@@ -70,7 +70,7 @@ def test_every_folder_the_architecture_names_exists_or_is_made():
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The lines of a page that call tunetrail, in words."""
+    """The lines of a page that call tunetrail, split into words."""
     lines = re.findall(r"^    (tunetrail .+)$", path.read_text(), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -78,8 +78,8 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize(
     "words", [words for path in DOCS for words in commands(path) if "|" not in words], ids=" ".join
 )
-def test_commands_of_the_pages_are_understood(words):
-    """The command is there and takes these options and arguments; it is not run."""
+def test_commands_in_the_documentation_are_valid(words):
+    """The command exists and accepts these options and arguments; it is not run."""
     command, words = typer.main.get_command(app), words[1:]
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
@@ -101,11 +101,11 @@ def test_configs_of_the_tutorial_are_valid(text):
     parse(yaml.safe_load(text))
 
 
-def test_messages_that_the_tutorial_explains_are_those_of_the_code():
+def test_messages_that_the_tutorial_explains_are_in_the_code():
     section = OWN_DATA.read_text().partition("## What a message means")[2].partition("\n## ")[0]
     messages = re.findall(r"^\| (?:… )?(?:rows )?(.+?) \|", section, re.MULTILINE)[1:]
     code = [path.read_text() for path in (ROOT / "workflow").rglob("*") if path.suffix in (".py", ".smk")]
-    joined = re.sub(r'"\s+f?"', "", "\n".join(code))  # a message may be cut into several lines
+    joined = re.sub(r'"\s+f?"', "", "\n".join(code))  # a message may be split over several lines
     assert len(messages) == 10
     assert [message for message in messages if message not in joined] == []
 
@@ -115,8 +115,8 @@ def test_the_tutorial_lists_every_example():
     assert sorted(listed) == sorted(path.name for path in OWN_DATA.parent.glob("*.yaml"))
 
 
-def test_how_many_prompts_show_what():
-    """Outcomes are 0 and 1, half each, of independent prompts."""
+def test_the_documented_numbers_of_prompts_are_right():
+    """For outcomes of 0 and 1, half each, on independent prompts."""
     stated = re.search(
         r"100 show .* about (\d+) points,\s+400 by about (\d+), 1,600 by about (\d+) ", OWN_DATA.read_text()
     )

@@ -1,4 +1,4 @@
-"""tunetrail model: a run's model as one folder to take away, its way to a hub, and talking with it."""
+"""tunetrail model: exporting a run's model as one folder, pushing it to a hub, and chatting with it."""
 
 import io
 import os
@@ -123,7 +123,7 @@ print(model.dtype, tokenizer.model_max_length, model(torch.tensor([[5, 6, 7]])).
 
 
 @pytest.mark.slow
-def test_export_writes_one_folder_that_loads_for_a_stranger(run, tmp_path, capsys):
+def test_export_writes_one_folder_that_loads_by_itself(run, tmp_path, capsys):
     out = tmp_path / "taken/away"
     assert main(["model", "export", str(run / "policies/dpo"), str(out)]) == 0
     assert "fp32" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def current_umask():
     return umask
 
 
-def test_the_exported_card_says_what_it_is_of_and_no_path(run, tmp_path):
+def test_the_exported_card_names_its_model_and_no_path(run, tmp_path):
     assert main(["model", "export", str(run / "policies/dpo"), str(tmp_path / "my-dpo")]) == 0
     text = (tmp_path / "my-dpo/README.md").read_text()
     card = ModelCard(text)
@@ -200,7 +200,7 @@ def test_a_kept_adapter_is_merged_into_the_model_that_the_record_names(run, tmp_
     assert (ours - base).abs().max() > 0.05
     text = (out / "README.md").read_text()
     assert "kept at step 4, before training ended" in text
-    assert "Not measured: no evaluation of this model is in its run." in text  # what was measured is of the final model
+    assert "Not measured: no evaluation of this model is in its run." in text  # measurements are of the final model
 
 
 def test_a_kept_whole_model_has_the_results_of_its_step(run, tmp_path):
@@ -247,7 +247,7 @@ def test_an_adapter_is_not_merged_into_another_model(damaged, capsys):
     assert "the model that this adapter was trained on (../../base) is gone or has changed" in capsys.readouterr().err
 
 
-def test_what_loads_as_another_model_is_not_kept(run, tmp_path, monkeypatch, capsys):
+def test_an_export_that_loads_as_another_model_is_not_kept(run, tmp_path, monkeypatch, capsys):
     def save(model, folder):
         save_weights(model_of(7), folder)
 
@@ -268,14 +268,14 @@ def test_what_loads_as_another_model_is_not_kept(run, tmp_path, monkeypatch, cap
         ("policies/dpo/checkpoints/3", 65, "checkpoints/3: no such model"),
     ],
 )
-def test_what_is_no_model_is_one_clear_line(run, tmp_path, capsys, path, code, message):
+def test_the_error_for_a_path_without_a_model_is_one_line(run, tmp_path, capsys, path, code, message):
     assert main(["model", "export", str(run / path), str(tmp_path / "out")]) == code
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_export_spoils_nothing_that_is_there(run, tmp_path, capsys):
+def test_export_overwrites_nothing(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert main(["model", "export", str(run / "policies/dpo"), str(tmp_path / "out")]) == 78
     assert "already exists" in capsys.readouterr().err
@@ -286,7 +286,7 @@ def test_export_spoils_nothing_that_is_there(run, tmp_path, capsys):
 # ----------------------------------------------------------------------------- the card in a model folder
 
 
-def test_the_card_that_a_stage_writes_names_no_place_time_or_commit(run, tmp_path):
+def test_a_stages_card_names_no_place_time_or_commit(run, tmp_path):
     """It is part of the artifact: equal models must have equal cards, wherever and whenever they were made."""
     metrics = {
         "train_loss": 0.25,
@@ -330,7 +330,7 @@ pathlib.Path(out).write_text(kind)
 
 
 def converter(tmp_path, monkeypatch, code):
-    """A stand-in for llama.cpp's: the real one was never run here."""
+    """A stand-in for llama.cpp's converter, which was never run here."""
     path = tmp_path / "bin/convert_hf_to_gguf.py"
     path.parent.mkdir()
     path.write_text(code)
@@ -338,7 +338,7 @@ def converter(tmp_path, monkeypatch, code):
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
 
 
-def test_gguf_by_the_converter(run, tmp_path, monkeypatch):
+def test_the_converter_writes_gguf(run, tmp_path, monkeypatch):
     converter(tmp_path, monkeypatch, CONVERTED)
     assert main(["model", "export", str(run / "policies/dpo"), str(tmp_path / "out"), "--gguf", "--dtype=bf16"]) == 0
     assert (tmp_path / "out/model.gguf").read_text() == "bf16"
@@ -373,7 +373,7 @@ def test_without_a_working_converter_there_is_a_clear_line(
 
 
 class FakeHub:
-    """HfApi, as far as push uses it."""
+    """The part of HfApi that push uses."""
 
     calls: list
     error: Exception | None = None
@@ -415,7 +415,7 @@ def test_push_uploads_what_export_wrote(hub, exported, capsys):
     assert hub.calls[2][2]["private"] is False
 
 
-def test_a_dry_run_asks_nobody(hub, exported, capsys):
+def test_a_dry_run_contacts_nobody(hub, exported, capsys):
     assert main(["model", "push", str(exported), "ann/my-dpo", "--dry-run"]) == 0
     assert hub.calls == []
     out = capsys.readouterr().out
@@ -424,7 +424,7 @@ def test_a_dry_run_asks_nobody(hub, exported, capsys):
     assert "8 files would go to ann/my-dpo (private if it is new); nothing was sent" in out
 
 
-def test_only_what_export_wrote_is_pushed(hub, run, exported, capsys):
+def test_only_exported_folders_are_pushed(hub, run, exported, capsys):
     assert main(["model", "push", str(run / "policies/dpo"), "ann/x"]) == 65
     assert "has no SHA256SUMS; write a folder for a hub with `tunetrail model export`" in capsys.readouterr().err
     (exported / "notes.txt").write_text("secret")
@@ -437,7 +437,7 @@ def test_only_what_export_wrote_is_pushed(hub, run, exported, capsys):
     assert hub.calls == []
 
 
-def test_what_the_hub_refuses_is_one_line(hub, exported, monkeypatch, capsys):
+def test_the_error_for_a_refusal_of_the_hub_is_one_line(hub, exported, monkeypatch, capsys):
     monkeypatch.setattr(FakeHub, "error", LocalTokenNotFoundError("Token is required, but no token found.\nmore"))
     assert main(["model", "push", str(exported), "ann/x"]) == 1
     error = capsys.readouterr().err
@@ -450,14 +450,14 @@ def test_what_the_hub_refuses_is_one_line(hub, exported, monkeypatch, capsys):
 
 
 def talk(monkeypatch, capsys, text, *options):
-    """What a chat says to these lines: (exit code, stdout, stderr)."""
+    """A chat's answers to these lines: (exit code, stdout, stderr)."""
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     code = main(["model", "chat", "--max-new-tokens", "12", *options])
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
-def test_chat_gives_what_the_runs_sampler_draws(run, monkeypatch, capsys):
+def test_chat_draws_the_same_tokens_as_the_runs_sampler(run, monkeypatch, capsys):
     """The same tokens as `sample` draws for the rendered conversation, turn by turn."""
     folder = run / "policies/dpo/model"
     model, tokenizer = load_causal_lm(folder), load_tokenizer(folder)
@@ -488,7 +488,7 @@ def test_two_models_answer_the_same_prompt(run, monkeypatch, capsys):
     assert alone[0] != alone[1]
 
 
-def test_the_same_seed_says_the_same_and_a_new_conversation_forgets(run, monkeypatch, capsys):
+def test_the_same_seed_gives_the_same_answers_and_a_new_conversation_forgets(run, monkeypatch, capsys):
     def said(text, *options):
         return talk(monkeypatch, capsys, text, "--model", str(run / "policies/dpo"), *options)[1]
 
@@ -496,7 +496,7 @@ def test_the_same_seed_says_the_same_and_a_new_conversation_forgets(run, monkeyp
     assert said("Hi\n") != said("Hi\n", "--seed", "4")
 
 
-def test_a_conversation_remembers_until_a_new_one_begins(run):
+def test_a_conversation_is_remembered_until_a_new_one_starts(run):
     speaker = Speaker.load(run / "policies/dpo")
 
     def last(*lines):
@@ -530,21 +530,21 @@ def test_plain_text_is_continued_as_it_is(run, monkeypatch, capsys):
     assert "--plain, --system: choose one" in err
 
 
-def test_a_full_context_is_said_and_does_not_end_the_chat(run, monkeypatch, capsys):
+def test_a_full_context_is_reported_and_does_not_end_the_chat(run, monkeypatch, capsys):
     code, out, err = talk(monkeypatch, capsys, "x" * 300 + "\n/new\nHi\n", "--model", str(run / "policies/dpo"))
     assert code == 0
     assert "and the model reads 256; /new starts another" in err
     assert out.count("\n") >= 1
 
 
-def test_nobody_talks_with_a_reward_model(run, monkeypatch, capsys):
+def test_a_reward_model_cannot_chat(run, monkeypatch, capsys):
     code, _, err = talk(monkeypatch, capsys, "Hi\n", "--model", str(run / "reward"))
     assert code == 65
     assert "a reward model scores text and writes none" in err
 
 
 @pytest.mark.slow
-def test_chat_reads_a_pipe_in_a_process_of_its_own(run):
+def test_chat_reads_a_pipe_in_a_separate_process(run):
     command = [
         sys.executable,
         "-m",

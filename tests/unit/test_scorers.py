@@ -1,4 +1,4 @@
-"""Scorers: each against values by hand, sums and ranges, and every way in which a user's own can go wrong."""
+"""Scorers: each against hand-computed values, sums and ranges, and every way in which a user's scorer can fail."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_a_sum_weighs_its_parts_and_knows_its_range():
     assert parts == pytest.approx({"quality": 140, "exact": 1, "total": 60})
 
 
-def test_rows_without_a_reference_are_refused_where_one_is_needed():
+def test_rows_without_a_reference_are_refused_if_one_is_needed():
     rows = [of("a"), of("b", None, "r7"), of("c", None, "r8")]
     assert build("length", {}).scores(rows) == [1, 1, 1]
     with pytest.raises(DataError, match=r"scorers.chrf: 2 of 3 completions have no reference text .* row r7"):
@@ -81,7 +81,7 @@ def own(tmp_path, code: str, **options):
     return build("mine", {"mine": {"scorer": "python", "path": str(path), **options}})
 
 
-def test_a_function_of_ones_own_sees_everything_and_keeps_the_order(tmp_path):
+def test_a_users_function_sees_everything_and_keeps_the_order(tmp_path):
     code = "def score(prompt, text, reference, row):\n    print('hello')\n    return len(text) + row['id'] / 100\n"
     rows = [Completion("p", "x" * n, None, {"id": n}) for n in range(7)]
     assert own(tmp_path, code).scores(rows) == [n + n / 100 for n in range(7)]
@@ -103,13 +103,13 @@ def test_a_function_of_ones_own_sees_everything_and_keeps_the_order(tmp_path):
      r"score: took longer than 1 s on row 17; speed it up or raise timeout_seconds"),
     ("import os\ndef score(*_):\n    os._exit(3)\n", r"its process ended on row \d+, exit code 3"),
 ])  # fmt: skip
-def test_each_way_to_go_wrong_is_one_line(tmp_path, code, message):
+def test_every_error_is_one_line(tmp_path, code, message):
     with pytest.raises(DataError, match=message) as error:
         own(tmp_path, code, timeout_seconds=1).scores([Completion("p", "x", None, {"id": n}) for n in range(20)])
     assert "\n" not in str(error.value)
 
 
-def test_a_signature_begins_with_the_outer_functions_name():
+def test_a_signature_starts_with_the_outer_functions_name():
     nested = "def outer(a):\n    def inner(b):\n        return b\n    return inner(a)\n"
     [kept] = build("guideline", {}).parts([Completion(nested, "outer(a) gives a.", None, {})])
     assert not kept["no_signature"]
@@ -118,7 +118,7 @@ def test_a_signature_begins_with_the_outer_functions_name():
 # ----------------------------------------------------------------------------- in the config
 
 
-def test_only_what_is_used_is_in_a_stages_config(tmp_path):
+def test_a_stages_config_has_only_the_scorers_that_it_uses(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("def score(*_):\n    return 1\n")
     scorers = {
@@ -157,7 +157,7 @@ def test_mistakes_are_named(changes, message):
         parse(GOOD | changes, "c.yaml")
 
 
-def test_a_sum_names_all_that_it_needs():
+def test_a_sum_names_all_its_parts():
     defined = {"a": SumScorer(scorer="sum", of={"b": 1, "chrf": 2}), "b": SumScorer(scorer="sum", of={"exact": 1})}
     assert list(needed(["a"], defined)) == ["a", "b", "chrf", "exact"]
 
@@ -211,5 +211,5 @@ def test_a_default_that_would_reward_responses_for_being_cut_off_is_refused(rewa
         ({"mine": 1.0}, {"score_clip": 1.0}),
     ],
 )
-def test_scorers_that_give_whole_responses_no_less_keep_the_default(reward, more):
+def test_scorers_that_never_go_below_the_default_keep_it(reward, more):
     assert parse(ppo(reward, **more)).policies["p"].missing_eos_score == -1

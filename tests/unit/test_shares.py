@@ -1,4 +1,4 @@
-"""Shares follow the stages that are there, a key given by the user wins, and no policy moves rows unasked."""
+"""Shares follow the configured stages, a key given by the user wins, and no policy moves rows unasked."""
 
 import copy
 
@@ -46,7 +46,7 @@ OWN_PAIRS = {"preferences": [FILE]}
             {"sft": {}, "reward": {}, "policies": {"d": DPO, "p": PPO}} | SAMPLED,
             {"demonstrations": {"sft": 0.5, "reward": 0.15, "rl": 0.15, "evaluation": 0.1, "heldout": 0.1}},
         ),
-        # Both kinds: neither gives rows to what only the other serves.
+        # Both kinds: neither gives rows to splits that only the other is for.
         (
             OWN_PAIRS | {"demonstrations": [{"source": "docstrings"}, {"source": "topics"}]},
             {"sft": {}, "policies": {"d": DPO}},
@@ -56,23 +56,23 @@ OWN_PAIRS = {"preferences": [FILE]}
                 "text": {"sft": 8 / 9, "heldout": 1 / 9},
             },
         ),
-        # Thumbs up and down are for kto alone, and their prompts for who reads prompts.
+        # Ratings are only for kto, and their prompts for all stages that read prompts.
         (
             {"feedback": [FILE]},
             {"policies": {"k": {"method": "kto"}}},
             {"feedback": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}},
         ),
         ({"feedback": [FILE]}, {}, {"feedback": {"evaluation": 0.5, "heldout": 0.5}}),
-        # No stage is trained: all that is read is evaluated.
+        # No stage trains: all rows are for evaluation.
         ({"demonstrations": [{"source": "docstrings"}]}, {}, {"demonstrations": {"evaluation": 1.0}}),
-        # A test set, and prompts to practise on, were given: the others keep out.
+        # A test set and training prompts are given: other rows go elsewhere.
         (
             {"demonstrations": [{"source": "docstrings"}, FILE | {"split": "evaluation"}],
              "prompts": [FILE | {"split": "rl"}]},
             {"sft": {}, "policies": {"p": PPO}},
             {"demonstrations": {"sft": 0.9, "heldout": 0.1}},
         ),
-        # Of a kind whose sources are all pinned there is nothing to share out.
+        # A kind whose sources are all pinned has nothing to distribute.
         (
             OWN_PAIRS | {"demonstrations": [FILE | {"split": "evaluation"}]},
             {"policies": {"d": DPO}},
@@ -92,7 +92,7 @@ def test_default_shares_follow_the_stages(data, blocks, expected):
     [
         ({"evaluation": 0.2}, {"reward": 0.72, "evaluation": 0.2, "heldout": 0.08}),
         ({"rl": 0.15}, {"reward": 0.68, "rl": 0.15, "evaluation": 0.085, "heldout": 0.085}),
-        ({"sft": 0.5}, {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}),  # no row of this kind goes there
+        ({"sft": 0.5}, {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}),  # rows of this kind never go there
         ({"heldout": 0}, {"reward": 0.9, "evaluation": 0.1}),
         (
             {"sft": 0.5, "reward": 0.25, "rl": 0, "evaluation": 0.125, "heldout": 0.125},
@@ -100,14 +100,14 @@ def test_default_shares_follow_the_stages(data, blocks, expected):
         ),
     ],
 )
-def test_a_share_that_is_given_wins_and_the_rest_fills_up(given, expected):
+def test_a_given_share_wins_and_the_rest_is_distributed(given, expected):
     found = shares(OWN_PAIRS | {"shares": given}, policies={"d": DPO})["preferences"]
     assert found == pytest.approx(expected)
     assert sum(found.values()) == pytest.approx(1)
 
 
 def test_shares_that_add_up_to_1_leave_nothing_for_other_splits():
-    """Not even of a kind that cannot go to one of those that were given."""
+    """Not even for a kind that none of the given splits can use."""
     given = {"sft": 0.5, "reward": 0.3, "evaluation": 0.1, "heldout": 0.1}
     data = OWN_PAIRS | {"shares": given, "prompts": [FILE | {"split": "rl"}]}
     found = shares(data, policies={"d": DPO, "p": PPO})["preferences"]
@@ -136,7 +136,7 @@ def test_every_reader_of_a_split_is_named():
     assert found["demonstrations"] == {"sft": [], "rl": ["policies.p"], "evaluation": ["evaluation"], "heldout": []}
 
 
-def test_what_a_needed_split_lacks_is_said():
+def test_a_needed_split_without_rows_is_reported():
     with pytest.raises(ConfigError) as raised:
         shares(OWN_PAIRS | {"shares": {"rl": 0.8, "evaluation": 0.1, "heldout": 0.1}}, policies={"d": DPO})
     assert str(raised.value) == "x.yaml: data.shares.reward: is 0, but comparisons are to be trained on"
@@ -170,7 +170,7 @@ def test_the_first_ppo_reruns_the_data_unless_its_share_was_given():
     assert data_config(policies=ppo, data=given) == data_config(data=given)
 
 
-def test_writing_down_the_shares_as_they_are_reruns_nothing():
+def test_writing_the_default_shares_into_the_config_reruns_nothing():
     found = data_config()["shares"]["demonstrations"]
     assert data_config(data=RUN["data"] | {"shares": found}) == data_config()
     assert set(found) == set(SPLITS) - {"rl"}

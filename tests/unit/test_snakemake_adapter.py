@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 PRIVATE = re.compile(r"\b(?:workflow|dag|persistence|api)\._[a-z]\w+|workflow_api\._workflow")
 
 
-def test_it_was_written_against_the_locked_version():
-    """When the lock moves: look at every call in the adapter again, run tests/workflow, and then change VERSION."""
+def test_the_adapter_is_for_the_locked_version():
+    """When the lock changes: review every call in the adapter, run tests/workflow, and then change VERSION."""
     locked = re.search(r"^snakemake==(\S+)", (ROOT / "envs/requirements.txt").read_text(), re.MULTILINE)
     assert locked
     assert VERSION == locked[1] == snakemake.__version__

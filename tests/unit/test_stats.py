@@ -34,7 +34,7 @@ def test_bootstrap_of_groups_equals_brute_force_over_all_resamples_of_groups():
     assert [interval["low"], interval["high"]] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
 
 
-def test_bootstrap_depends_on_its_seed_only():
+def test_bootstrap_depends_only_on_its_seed():
     values = np.random.default_rng(0).normal(size=30)
     assert stats.bootstrap(values, 500, seed=3) == stats.bootstrap(values, 500, seed=3)
     assert stats.bootstrap(values, 500, seed=3) != stats.bootstrap(values, 500, seed=4)
@@ -48,7 +48,7 @@ def test_bootstrap_in_blocks_covers_every_resample(monkeypatch):
 
 
 def _coverage(draw, truth, **options):
-    """How many of 2,000 intervals hold the truth."""
+    """The share of 2,000 intervals that contain the truth."""
     random = np.random.default_rng(7)
     intervals = (stats.bootstrap(draw(random), 400, seed=i, **options) for i in range(2000))
     return np.mean([interval["low"] <= truth <= interval["high"] for interval in intervals])
@@ -58,7 +58,7 @@ def test_interval_covers_the_true_mean_95_times_in_100():
     assert 0.93 <= _coverage(lambda r: r.normal(3, 2, size=60), 3) <= 0.97
 
 
-def test_group_interval_covers_clustered_data_where_rows_alone_do_not():
+def test_the_group_interval_covers_clustered_data_and_the_row_interval_does_not():
     groups = np.repeat(np.arange(80), 5)
 
     def clustered(random):
@@ -69,7 +69,7 @@ def test_group_interval_covers_clustered_data_where_rows_alone_do_not():
 
 
 def test_an_undefined_resample_does_not_count():
-    """The mean of the first of three rows, of those resamples that have it."""
+    """The mean of the first of three rows, over the resamples that contain it."""
 
     def first(counts):
         with np.errstate(invalid="ignore"):
@@ -121,7 +121,7 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_told_apart():
         expected.append(np.mean(pairs))
     found = stats.auc_of(values, positive)(counts)
     assert found[:2, 0] == pytest.approx(expected)
-    assert np.isnan(found[2, 0])  # none of the other sort was drawn
+    assert np.isnan(found[2, 0])  # none of the other label was drawn
 
 
 def test_dpo_against_ppo_on_256_prompts_is_not_significant():
@@ -148,14 +148,16 @@ def test_bootstrap_of_rows_of_one_group_resamples_rows():
 
 
 def test_win_rate_intervals_cover_95_times_in_100():
-    """With ties, and with prompts that come in groups, as if each were a group of its own and as they are."""
+    """With ties, and with prompts in groups, both over prompts and over groups."""
     random, trials, n = np.random.default_rng(3), 4000, 200
     chances, groups = [0.5, 0.2, 0.3], np.repeat(np.arange(50), 4)
     alone = random.choice([1, 0.5, 0], size=(trials, n), p=chances)
     together = random.choice([1, 0.5, 0], size=(trials, 50), p=chances)[:, groups]
 
     def coverage(outcomes, units):
-        found = stats.bootstrap_of(lambda counts: counts @ outcomes.T / n, units, 2000, seed=1)  # of all trials at once
+        found = stats.bootstrap_of(
+            lambda counts: counts @ outcomes.T / n, units, 2000, seed=1
+        )  # for all trials at once
         return np.mean([interval["low"] <= 0.6 <= interval["high"] for interval in found])
 
     assert 0.93 <= coverage(alone, range(n)) <= 0.97
@@ -212,7 +214,7 @@ def test_sign_flip_is_the_sign_test(wins, losses, ties):
     assert p == pytest.approx(binomtest(wins, wins + losses).pvalue, abs=0.01 if wins + losses > 12 else 1e-9)
 
 
-def test_sign_flip_of_groups_is_one_flip_a_group():
+def test_sign_flip_of_groups_is_one_flip_per_group():
     """Five groups of ten that all agree: 2 of 32 flips are as far from balance."""
     outcome, groups = np.ones(50), np.repeat(np.arange(5), 10)
     assert stats.sign_flip_p(outcome, groups) == pytest.approx(2 / 32)
@@ -221,7 +223,7 @@ def test_sign_flip_of_groups_is_one_flip_a_group():
     assert stats.sign_flip_p(outcome, ["a"] * 50) == 1  # one group shows nothing
 
 
-def test_sign_flip_is_uniform_where_nobody_is_better():
+def test_sign_flip_is_uniform_if_nobody_is_better():
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 2)
     outcomes = random.choice([1, 0], size=(150, 40))[:, groups]
@@ -258,7 +260,7 @@ def test_minimum_detectable_difference_is_found_four_times_in_five(n, wins, test
 
 
 def test_minimum_detectable_difference_does_not_grow_with_the_effect():
-    """Prompts of 33 modules, correlated within each, won by 50% or by 90%: they show the same difference."""
+    """Prompts of 33 modules, correlated within each, with a win rate of 50% or 90%: they show the same difference."""
     random, groups = np.random.default_rng(4), np.repeat(np.arange(33), 3)
 
     def smallest(p):
@@ -275,12 +277,12 @@ def test_minimum_detectable_difference_grows_with_the_groups():
     assert grouped == pytest.approx(2 * alone, rel=0.02)
 
 
-def test_too_few_groups_can_show_nothing():
+def test_too_few_groups_cannot_show_anything():
     """Five groups that all agree have p = 2/32; six have 2/64, which is not enough for two tests."""
     five, six = (np.repeat(np.arange(k), 4) for k in (5, 6))
     assert stats.sign_flip_p(np.ones(20), five) > 0.05
     assert stats.minimum_detectable(np.array([1.0, 0] * 10), five) is None
-    assert stats.minimum_detectable(np.ones(24), six) == 0.5  # nothing less than winning everything
+    assert stats.minimum_detectable(np.ones(24), six) == 0.5  # only winning everything
     assert stats.minimum_detectable(np.ones(24), six, tests=2) is None
     assert stats.minimum_detectable(np.array([0.0, 1.0]), ["a", "a"]) is None
     assert stats.minimum_detectable(np.full(20, 0.5), range(20)) is None
@@ -309,7 +311,7 @@ def test_standard_error_equals_scipy_and_that_of_groups_their_sums():
     deviations = values - values.mean()
     assert stats.standard_error(deviations, range(30)) == pytest.approx(sem(values))
     assert stats.standard_error([1.0], ["a"]) is None
-    # every value four times in a group of its own: nothing was learnt from the copies
+    # every value four times in its own group: copies add no information
     assert stats.standard_error(np.repeat(deviations, 4), np.repeat(np.arange(30), 4)) == pytest.approx(sem(values))
 
 
@@ -353,7 +355,7 @@ def test_best_of_n_kl_golden(n, nats):
 
 
 def test_best_of_n_kl_equals_brute_force():
-    """KL of the best of 3 of a uniform choice among 2,000 against that choice."""
+    """KL from best-of-3 of a uniform choice among 2,000 to that choice."""
     size, n = 2000, 3
     best = (np.arange(1, size + 1) / size) ** n - (np.arange(size) / size) ** n
     assert stats.best_of_n_kl(n) == pytest.approx(float((best * np.log(best * size)).sum()), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Where a stage stands, from what a run leaves on disk. The runs are made up; the lease is a real one."""
+"""The status of stages, from what a run leaves on disk. The runs are made up; the lease is real."""
 
 import json
 import os
@@ -21,7 +21,7 @@ START = "2026-01-02T03:04:05+00:00"
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Makes a Job in a folder of its own, with parents and output as told."""
+    """Makes a Job in its own folder, with the given parents and output."""
     monkeypatch.chdir(tmp_path)
 
     def make(name: str = "reward", made: bool = False, needed: bool = True, **changes) -> Job:
@@ -44,7 +44,7 @@ def ended(outcome: str, message: str | None = None) -> dict:
 
 
 def progress(done: int, written: datetime, note: str = "") -> dict:
-    """A row of progress.jsonl, of 100 steps at one in two seconds."""
+    """A row of progress.jsonl for 100 steps of two seconds each."""
     return {
         "time": written.astimezone().isoformat(timespec="seconds"), "label": "ppo", "done": done, "total": 100,
         "unit": "steps", "rate": 0.5, "left": (100 - done) * 2.0, "values": {}, "note": note,
@@ -93,21 +93,21 @@ def hold():
         holder.communicate()
 
 
-def test_made_and_not_needed_is_done(job):
+def test_a_current_artifact_is_done(job):
     assert look(job(made=True, needed=False)).state == "done"
 
 
-def test_made_and_needed_is_stale_and_says_why(job):
+def test_an_outdated_artifact_is_stale_and_says_why(job):
     found = look(job(made=True, why="config: beta: 0.1 -> 0.7"))
     assert (found.state, found.detail) == ("stale", "config: beta: 0.1 -> 0.7")
 
 
-def test_a_stage_waits_for_those_before_it(job):
+def test_a_stage_waits_for_its_parents(job):
     assert look(job(after=("sft", "data"))).detail == "for data, sft"
     assert look(job()) == status.StageStatus("reward", "reward", "waiting", "ready to run")
 
 
-def test_an_artifact_that_nothing_needs_and_that_is_gone_is_told(job):
+def test_a_missing_artifact_that_nothing_needs_is_reported(job):
     found = look(job(needed=False))
     assert found.state == "stale"
     assert found.rerun == f"{RERUN} -- results/r/reward/manifest.json"
@@ -153,7 +153,7 @@ def test_the_last_error_of_a_log(tmp_path, log, line):
 
 
 def code(j: Job, number: int) -> None:
-    """As the launcher leaves it."""
+    """Writes the exit code as the launcher does."""
     j.state.mkdir(parents=True, exist_ok=True)
     (j.state / EXIT_CODE).write_text(str(number))
 
@@ -175,7 +175,7 @@ def test_after_bad_data_or_config_the_next_step_is_to_fix_it(job):
     ("codes", "expected"),
     [([65], 65), ([78, 78], 78), ([75], 75), ([65, 78], 1), ([65, None], 1), ([None], 1), ([75, "people"], 75)],
 )
-def test_a_run_ends_with_the_exit_code_that_all_its_failures_share(job, codes, expected):
+def test_a_run_exits_with_the_code_that_all_its_failures_share(job, codes, expected):
     found = []
     for i, number in enumerate(codes):
         j = job(f"evaluation/{i}")
@@ -189,8 +189,8 @@ def test_a_run_ends_with_the_exit_code_that_all_its_failures_share(job, codes, e
     assert ("evaluation/1 waits for people: 0 of 3 rankings" in last) == ("people" in codes)
 
 
-def test_a_failed_run_is_sealed_without_a_word_about_tags(original, tmp_path, capsys):
-    """Nor is there one where nothing was made yet, as when the first stage fails."""
+def test_sealing_a_failed_run_gives_no_advice_about_tags(original, tmp_path, capsys):
+    """Nothing is sealed if nothing was made yet, as when the first stage fails."""
     failure.seal(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     failure.seal(tmp_path / "empty")
@@ -213,8 +213,8 @@ def test_a_failure_before_the_first_attempt_is_one(job):
     assert "differs from its manifest" in look(j).detail
 
 
-def test_the_log_of_a_stage_that_ended_well_tells_no_failure(job):
-    """Its artifact was deleted since, and is to be made again."""
+def test_the_log_of_a_successful_stage_reports_no_failure(job):
+    """Its artifact was deleted since and must be made again."""
     j = job()
     say(j, "a warning\n")
     assert look(j).state == "waiting"
@@ -222,25 +222,25 @@ def test_the_log_of_a_stage_that_ended_well_tells_no_failure(job):
     assert look(j).state == "failed"
 
 
-def test_failing_once_does_not_matter_when_it_is_made_now(job):
+def test_an_earlier_failure_does_not_matter_once_the_artifact_is_made(job):
     j = job(made=True, needed=False)
     attempt(j, ended=ended("failed", "ValueError"))
     assert look(j).state == "done"
 
 
-def test_killed_without_a_word(job):
+def test_a_killed_stage_leaves_no_message(job):
     j = job()
     say(j, "")
     place = attempt(j)
     found = look(j)
     assert found.state == "failed"
     assert found.detail.startswith("killed without a word")
-    (place / "attempts.jsonl").open("a").write('{"start": "20')  # its writer is at it
+    (place / "attempts.jsonl").open("a").write('{"start": "20')  # its writer is running
     assert look(j) == found
 
 
 @pytest.mark.parametrize("outcome", ["interrupted", "superseded"])
-def test_an_interrupted_stage_failed_nothing(job, outcome):
+def test_an_interrupted_stage_has_not_failed(job, outcome):
     j = job()
     attempt(j, ended=ended(outcome, "stopped by SIGTERM after step 3; progress is saved, run the same command again"))
     found = look(j)
@@ -248,7 +248,7 @@ def test_an_interrupted_stage_failed_nothing(job, outcome):
     assert found.detail.startswith("stopped by SIGTERM")
 
 
-def test_a_stage_that_waits_for_people_has_not_failed_and_says_how_far_they_are(job):
+def test_a_stage_that_waits_for_people_has_not_failed_and_reports_their_progress(job):
     j = job(made=True, begun=True)
     attempt(j, ended=ended("waiting", "for people: 3 of 28 rankings are there; start …"))
     found = look(j)
@@ -258,7 +258,7 @@ def test_a_stage_that_waits_for_people_has_not_failed_and_says_how_far_they_are(
     assert upstream.detail == "for sft"
 
 
-def test_a_running_stage_tells_how_far_it_is(job, hold):
+def test_a_running_stage_reports_its_progress(job, hold):
     j = job("policies/ppo", rule="ppo")
     rows = progress(90, datetime(2026, 1, 1)), progress(40, datetime.now(), "kl 0.1")
     attempt(j, rows=rows, job_id="77")
@@ -279,7 +279,7 @@ def test_a_running_stage_whose_time_left_is_unknown_does_not_claim_to_be_nearly_
     assert look(j).detail == "0/100 steps"
 
 
-def test_a_progress_row_that_was_cut_short_hides_nothing(job, hold):
+def test_a_truncated_progress_row_hides_nothing(job, hold):
     j = job()
     place = attempt(j, rows=(progress(40, datetime.now()),))
     with (place / "progress.jsonl").open("a") as f:
@@ -288,7 +288,7 @@ def test_a_progress_row_that_was_cut_short_hides_nothing(job, hold):
     assert look(j).progress["done"] == 40
 
 
-def test_progress_of_an_earlier_attempt_is_none_of_this_one(job, hold):
+def test_progress_of_an_earlier_attempt_does_not_count(job, hold):
     j = job()
     later = datetime.fromtimestamp(time.time() + 60, UTC).isoformat(timespec="seconds")
     attempt(j, rows=(progress(40, datetime.now()),), start=later)
@@ -319,7 +319,7 @@ def test_a_job_of_submitit_is_found_by_its_id(job):
     assert look(j, {"90": "CONFIGURING"}).detail == "CONFIGURING"
 
 
-def test_a_job_that_began_just_now_starts_and_one_long_silent_failed(job):
+def test_a_recent_job_is_starting_and_a_long_silent_one_failed(job):
     j = job(begun=True)
     say(j, "")
     assert (look(j).state, look(j).detail) == ("running", "starting")
@@ -327,13 +327,13 @@ def test_a_job_that_began_just_now_starts_and_one_long_silent_failed(job):
     assert look(j).state == "failed"
 
 
-def test_a_shard_is_told_from_its_neighbours(job):
+def test_shards_are_distinguished(job):
     one, two = (job(f"completions/{i}-of-2") for i in (0, 1))
     attempt(one, ended=ended("failed", "ValueError"))
     assert (look(one).state, look(two).state) == ("failed", "waiting")
 
 
-def test_squeue_is_read_where_there_is_one(tmp_path, monkeypatch):
+def test_squeue_is_read_if_it_exists(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert status.slurm_queue() == {}
     (tmp_path / "squeue").write_text("#!/bin/sh\necho '5|RUNNING|None'\necho '6_[1-3]|PENDING|Priority'\n")
@@ -341,7 +341,7 @@ def test_squeue_is_read_where_there_is_one(tmp_path, monkeypatch):
     assert status.slurm_queue() == {"5": "RUNNING", "6_[1-3]": "PENDING (Priority)"}
 
 
-def test_a_change_of_config_is_told_by_key(tmp_path):
+def test_config_changes_are_reported_by_key(tmp_path):
     old = tmp_path / "c.json"
     old.write_text('{"config": {"beta": 0.1, "lora": {"r": 4}}, "seed": 3}')
     new = '{"config": {"beta": 0.7, "lora": {"r": 4}, "n": 2}, "seed": 4}'
@@ -349,7 +349,7 @@ def test_a_change_of_config_is_told_by_key(tmp_path):
     assert config_changes(tmp_path / "none", new) == []
 
 
-def test_many_are_one_line():
+def test_many_changes_share_one_line():
     members = [status.StageStatus(f"completions/{i}-of-9", "completions", "done", "") for i in range(9)]
     few = [status.StageStatus("sft", "sft", "stale", "a"), status.StageStatus("dpo", "dpo", "stale", "b")]
     groups = status.grouped([*members, *few], lambda s: (s.rule, s.state))
@@ -360,7 +360,7 @@ def test_many_are_one_line():
     assert sorted(["s/10", "s/9", "b"], key=_natural) == ["b", "s/9", "s/10"]
 
 
-def test_the_screen_has_every_stage_and_says_how_to_go_on(job, capsys):
+def test_the_screen_has_every_stage_and_the_next_command(job, capsys):
     failing = job()
     attempt(failing, ended=ended("failed", "ValueError"))
     status.print_status(

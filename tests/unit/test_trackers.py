@@ -1,4 +1,4 @@
-"""Where training is watched: names that the libraries know, one clear error, and numbers that arrive."""
+"""Trackers of training: names that the libraries know, one clear error, and numbers that arrive."""
 
 import os
 from contextlib import suppress
@@ -27,11 +27,11 @@ def environment(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-def test_every_choice_is_one_of_both_libraries():
+def test_both_libraries_know_every_choice():
     assert set(EVERY) <= INTEGRATION_TO_CALLBACK.keys() & LOGGER_TYPE_TO_CLASS.keys()
 
 
-def test_a_package_that_is_missing_is_one_clear_error():
+def test_the_error_for_a_missing_package_is_one_line():
     with pytest.raises(
         ConfigError, match=r"^my.yaml: report_to: no_such_tracker is not installed; pip install no_such_tracker, or"
     ):
@@ -39,7 +39,7 @@ def test_a_package_that_is_missing_is_one_clear_error():
     trackers.check(["tensorboard"])
 
 
-def test_another_place_to_look_trains_nothing_again():
+def test_another_tracker_retrains_nothing():
     path = ROOT / "config/examples/tiny.yaml"
     config = load(path)
     other = config.model_copy(update={"report_to": ["wandb"]})
@@ -64,12 +64,12 @@ def test_the_trainers_options_name_run_and_project(tmp_path, monkeypatch):
     monkeypatch.setenv(trackers.VARIABLE, "tensorboard")
     options = trackers.trainer_options(tmp_path / "results/demo/sft", tmp_path / "state/demo/sft/f00")
     assert options == {"report_to": ["tensorboard"], "run_name": "demo/sft", "project": "tunetrail"}
-    assert os.environ["WANDB_RUN_ID"] == "f00"  # an attempt that resumes goes on in the same run
+    assert os.environ["WANDB_RUN_ID"] == "f00"  # an attempt that resumes continues the same run
     monkeypatch.setenv(trackers.VARIABLE, "")
     assert trackers.trainer_options(tmp_path / "sft", tmp_path)["report_to"] == []
 
 
-def test_ppos_numbers_arrive_also_when_it_is_interrupted(tmp_path, monkeypatch):
+def test_ppos_numbers_arrive_even_if_it_is_interrupted(tmp_path, monkeypatch):
     monkeypatch.setenv(trackers.VARIABLE, "tensorboard")
     accelerator = Accelerator(cpu=True, **trackers.accelerator_options(tmp_path))
     with suppress(KeyboardInterrupt), trackers.tracking(accelerator, tmp_path / "ppo", tmp_path):

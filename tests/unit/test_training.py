@@ -1,4 +1,4 @@
-"""The stages on Hugging Face trainers: losses, data order, exact resumption, broken checkpoints."""
+"""The stages with Hugging Face trainers: losses, data order, exact resumption, broken checkpoints."""
 
 import importlib
 import json
@@ -92,14 +92,14 @@ EXAMPLES = [
 
 def test_collator_masks_missing_completions():
     batch = KWiseCollator(0)(EXAMPLES)
-    assert batch["input_ids"].shape == (5, 5)  # K sequences a prompt, not K(K-1)
+    assert batch["input_ids"].shape == (5, 5)  # K sequences per prompt, not K(K-1)
     assert batch["mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["targets"][1, 0, 1] == 1
     assert batch["input_ids"][:, 3:].tolist() == [[6, 0], [7, 8], [9, 0], [6, 1], [7, 0]]
     assert batch["response_mask"].tolist() == [[True, n == 2] for n in (1, 2, 1, 2, 1)]
 
 
-def test_kwise_scores_are_those_of_each_sequence_alone():
+def test_kwise_scores_do_not_depend_on_the_batch():
     model = initialise(tiny_model(16, 2, 2, 30, seed=0), seed=1).eval()
     model.config.pad_token_id = 0
     scores = kwise_scores(model, KWiseCollator(0)(EXAMPLES))
@@ -131,7 +131,7 @@ def test_the_head_has_its_own_learning_rate(tmp_path, lora):
 
 
 def test_the_probe_is_where_its_gradient_is_0():
-    """One feature, three pairs with soft targets; and the root found by bisection."""
+    """One feature and three pairs with soft targets, compared with the root found by bisection."""
     x, y, weights = np.array([[1.0], [2.0], [-0.5]]), np.array([1.0, 0.25, 0.5]), np.array([0.5, 0.25, 0.25])
 
     def slope(w: float) -> float:
@@ -145,7 +145,7 @@ def test_the_probe_is_where_its_gradient_is_0():
 
 
 def planted(random, prompts: int, strength: float) -> tuple[list, list]:
-    """States of 3 responses to each prompt, of very different scales; labelers prefer a large sum of all features."""
+    """States of 3 responses per prompt, on very different scales; labelers prefer a large sum of all features."""
     scale = np.geomspace(0.01, 100, 12)
     states, targets = [], []
     for _ in range(prompts):
@@ -156,7 +156,7 @@ def planted(random, prompts: int, strength: float) -> tuple[list, list]:
     return states, targets
 
 
-def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
+def test_the_probe_finds_linear_preferences_and_nothing_in_noise():
     def accuracy(strength: float, seed: int) -> tuple[float, float]:
         random = np.random.default_rng(seed)
         states, targets = planted(random, 200, strength)
@@ -168,9 +168,9 @@ def test_the_probe_finds_what_is_linear_and_nothing_where_there_is_nothing():
         return float(found), float(np.std([s @ probe for s in unseen]))
 
     (clear, wide), (nothing, narrow) = accuracy(1.0, 0), accuracy(0.0, 1)
-    assert clear > 0.85  # noise of the labelers alone allows about 0.88
+    assert clear > 0.85  # the labelers' noise allows about 0.88
     assert 0.45 < nothing < 0.55
-    assert narrow < wide / 5  # the ridge chosen by cross-validation lets it say little
+    assert narrow < wide / 5  # the ridge chosen by cross-validation keeps it small
 
 
 def test_the_probe_of_one_group_is_fitted_without_cross_validation():
@@ -178,7 +178,7 @@ def test_the_probe_of_one_group_is_fitted_without_cross_validation():
     assert np.isfinite(fit_probe(states, targets, ["g", "g", "g"])).all()
 
 
-def test_frozen_states_are_those_of_each_sequence_alone():
+def test_frozen_states_do_not_depend_on_the_batch():
     model = tiny_model(16, 2, 2, 30, seed=0).eval()
     for pooling in ("last", "mean"):
         found = frozen_states(model, EXAMPLES, 0, "fp32", pooling)
@@ -209,7 +209,7 @@ def test_reward_metrics_by_hand():
     gains = {name: gain["mean"] for name, gain in metrics["gain_over"].items()}
     assert gains == pytest.approx({"longer_wins": 0.5 / 3, "shorter_wins": 0.5 / 3, "probe": -0.5 / 3})
     assert metrics["accuracy_longer_preferred"]["mean"] == 1  # a
-    assert metrics["accuracy_shorter_preferred"]["mean"] == 0  # b; in c they are of one length
+    assert metrics["accuracy_shorter_preferred"]["mean"] == 0  # b; in c they have equal lengths
     assert metrics["accuracy_by_labeler"]["m"]["mean"] == 1
     assert metrics["accuracy_by_labeler"]["l"]["mean"] == 0.5
     assert metrics["accuracy_by_source"]["web"]["mean"] == 1
@@ -217,7 +217,7 @@ def test_reward_metrics_by_hand():
 
 
 def test_the_interval_of_a_gain_covers_the_true_one_where_groups_differ():
-    """30 groups of 10 pairs; in some groups the model is the better one, in others the baseline."""
+    """30 groups of 10 pairs; in some groups the model is better, in others the baseline."""
     covered = 0
     for seed in range(200):
         random = np.random.default_rng(seed)
@@ -232,8 +232,8 @@ def test_the_interval_of_a_gain_covers_the_true_one_where_groups_differ():
     assert 0.9 <= covered / 200 <= 0.985
 
 
-def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
-    """A model that is right as often as it says, and one that is twice as sure as it may be."""
+def test_every_bin_and_the_calibration_error_have_an_interval():
+    """A calibrated model, and one that is twice as sure as it should be."""
     random = np.random.default_rng(0)
     margins = random.exponential(1.0, size=4000)
     right = random.random(4000) < 1 / (1 + np.exp(-margins))
@@ -256,7 +256,7 @@ def test_reliability_has_an_interval_a_bin_and_the_calibration_error_one():
 
 
 def test_the_calibration_error_of_a_calibrated_model_reaches_0():
-    """Of few pairs it lies far above 0 itself, and its plain percentiles never reach it."""
+    """With few pairs it is far above 0 itself, and its plain percentiles never reach 0."""
     reached, errors = [], []
     for seed in range(30):
         random = np.random.default_rng(seed)
@@ -274,24 +274,24 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_0():
     assert np.mean(reached) >= 0.9
 
 
-def test_the_ceiling_is_what_labelers_agree_on():
+def test_the_ceiling_follows_from_the_agreement_of_labelers():
     def row(name, *ranks):
         return {"id": name, "rankings": [{"labeler": str(i), "ranks": list(r)} for i, r in enumerate(ranks)]}
 
-    # Three labelers on one pair: two agree, one does not. A fourth prompt's tie decides nothing.
+    # Three labelers on one pair: two agree, one does not. The tie on the fourth prompt decides nothing.
     rows = [row("a", [1, 2], [1, 2], [2, 1]), row("b", [1, 2], [1, 1], [1, 2])]
     found = ceiling(rows, seed=0)
     assert found["labelers"] == 3
     assert found["agreement"]["mean"] == pytest.approx((1 + 0 + 0 + 1) / 4)
-    # a: each of the two meets a split vote, the third a majority against it; b: both are seconded.
+    # a: for two of them the others' vote is split, the third has a majority against it; b: both are confirmed.
     assert found["majority"]["mean"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
     assert ceiling([row("a", [1, 2])], seed=0) is None
-    assert found["at_most"]["mean"] == found["at_most"]["low"] == 0.5  # half is what coins agree on
+    assert found["at_most"]["mean"] == found["at_most"]["low"] == 0.5  # coin flips agree half of the time
     assert ceiling([row("a", [1, 2], [2, 1])], seed=0)["at_most"] is None
 
 
-def test_where_pairs_differ_in_difficulty_the_true_order_lies_between_the_bounds():
-    """A labeler is right on a pair with chance 0.55 to 1: the true order agrees with 0.775, the bound says more."""
+def test_a_perfect_model_is_between_the_bounds_if_pairs_differ_in_difficulty():
+    """A labeler is right on a pair with probability 0.55 to 1: the true order agrees in 0.775, the bound is higher."""
     random = np.random.default_rng(1)
     right = random.random((2000, 3)) < random.uniform(0.55, 1, size=2000)[:, None]
     rows = [
@@ -304,8 +304,9 @@ def test_where_pairs_differ_in_difficulty_the_true_order_lies_between_the_bounds
     assert found["at_most"]["mean"] == pytest.approx((1 + 0.37**0.5) / 2, abs=0.015)
 
 
-def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
-    """Each is wrong on one pair in five: two agree on 0.8² + 0.2², one with nine others as often as it is right."""
+def test_the_ceiling_of_noisy_labelers_follows_from_their_noise():
+    """Each is wrong on one pair in five: two agree on 0.8² + 0.2²; one agrees with nine others as often as it is
+    right."""
     random = np.random.default_rng(0)
     wrong = random.random((600, 10)) < 0.2
     rows = [
@@ -317,7 +318,7 @@ def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
     ]
     found = ceiling(rows, seed=0)
     assert found["agreement"]["mean"] == pytest.approx(0.68, abs=0.015)
-    # A model that knows what is right agrees with each of them more often than they do with each other.
+    # A perfect model agrees with each of them more often than they agree with each other.
     assert found["at_most"]["mean"] == pytest.approx(1 - wrong.mean(), abs=0.015)
     assert found["at_most"]["low"] > found["agreement"]["high"]
     assert found["majority"]["mean"] == pytest.approx(
@@ -325,7 +326,7 @@ def test_the_ceiling_of_noisy_labelers_is_what_their_noise_allows():
     )  # nine others are wrong 2% of the time
 
 
-def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
+def test_the_order_has_full_batches_of_similar_length_and_uses_every_row():
     lengths = [i % 10 for i in range(43)]
     order = epoch_order(lengths, 8, 3, seed=1)
     assert len(order) == 3 * 40
@@ -342,7 +343,7 @@ def test_order_has_full_batches_of_similar_length_and_every_row_in_turn():
 def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
     weights = [1.0] * 10 + [2.5] * 10 + [0.5] * 10
     assert rows_per_epoch(weights) == 10 + 25 + 5
-    assert rows_per_epoch([0.4]) == 1  # not in no epoch at all
+    assert rows_per_epoch([0.4]) == 1  # at least one row per epoch
     order = epoch_order([5] * 30, 8, 2, seed=1, weights=weights)
     thirds = []
     for epoch in (Counter(order[:40]), Counter(order[40:])):
@@ -350,13 +351,13 @@ def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
         assert Counter(epoch[i] for i in range(10, 20)) == {2: 5, 3: 5}
         assert Counter(epoch[i] for i in range(20, 30)) == {0: 5, 1: 5}
         thirds.append({i for i in range(10, 30) if epoch[i] in (1, 3)})
-    assert thirds[0] != thirds[1]  # drawn anew
+    assert thirds[0] != thirds[1]  # drawn afresh for each epoch
     assert epoch_order(list(range(30)), 8, 2, 1, [1.0] * 30) == epoch_order(list(range(30)), 8, 2, 1)
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_rows_with_a_weight_are_trained_on_that_often(run_stage, workspace, name):
-    """Half of the rows 2.5 times: and what is held out has no weight."""
+    """Half of the rows 2.5 times; held-out rows have no weight."""
     folder, table = {"sft": ("data", "sft"), "kto": ("data", "feedback")}.get(name, ("comparisons", "comparisons"))
     rows = read_jsonl(workspace / folder / f"{table}.jsonl")
     rows = [row | ({"weight": 2.5} if i % 2 else {}) for i, row in enumerate(rows)]
@@ -385,7 +386,7 @@ def test_learning_rates_by_hand():
     def rates(steps: int, warmup: int, schedule: str) -> list[float]:
         return [learning_rate_scale(step, steps, warmup, schedule) for step in range(1, steps + 1)]
 
-    # Two steps up, then three down in fourths.
+    # Two steps up, then three down in quarters.
     assert rates(5, 2, "linear") == pytest.approx([0.5, 1, 0.75, 0.5, 0.25])
     half = math.sqrt(0.5) / 2
     assert rates(5, 2, "cosine") == pytest.approx([0.5, 1, 0.5 + half, 0.5, 0.5 - half])
@@ -394,7 +395,7 @@ def test_learning_rates_by_hand():
     assert rates(1, 1, "cosine") == [1]
 
 
-def test_rows_that_fill_no_batch_are_told(caplog):
+def test_rows_that_do_not_fill_a_batch_are_reported(caplog):
     with caplog.at_level("INFO", "tunetrail"):
         assert rows_left_out("dpo", 43, 8) == 3
         assert rows_left_out("dpo", 40, 8) == 0
@@ -421,12 +422,12 @@ def test_sft_labels_only_the_completion_and_all_of_raw_text():
         tokenize(rows, tokenizer, 3, "sft")
 
 
-def test_history_has_nothing_a_clock_decides():
+def test_history_does_not_depend_on_the_clock():
     log = [{"loss": 1.0, "step": 1, "train_runtime": 3.0}, {"train_runtime": 5.0, "train_loss": 1.0}]
     assert history(log) == [{"loss": 1.0, "step": 1}]
 
 
-def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
+def test_an_interrupted_save_is_skipped_and_the_previous_one_used(tmp_path):
     noted = {}
     stage = Stage(Request("s", {}, {}, tmp_path), {}, Attempt(tmp_path, tmp_path, stop=None, note=noted.__setitem__))  # type: ignore[arg-type]
     for step in (1, 2, 3):
@@ -435,7 +436,7 @@ def test_an_interrupted_save_is_skipped_and_the_one_before_used(tmp_path):
         (folder / "weights.safetensors").write_bytes(b"x" * 100)
         if step < 3:
             mark_complete(stage, folder)
-    (tmp_path / "checkpoint-2/weights.safetensors").write_bytes(b"x" * 99)  # cut short by a crash of the machine
+    (tmp_path / "checkpoint-2/weights.safetensors").write_bytes(b"x" * 99)  # truncated by a crash of the machine
     assert not is_complete(tmp_path / "checkpoint-2")
     assert [state["name"] for state in noted["states_out"]] == ["checkpoint-1", "checkpoint-2"]
     first = noted["states_out"][0]
@@ -600,7 +601,7 @@ def run_stage(workspace, monkeypatch, capfd):
 def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     code, error, straight = run_stage(name, "straight")
     assert code == 0, error
-    for _ in range(2):  # a time limit that is over at once: the attempt saves after one step and leaves with 75
+    for _ in range(2):  # a time limit that expires at once: the attempt saves after one step and exits with 75
         code, error, stopped = run_stage(name, "stopped", time_limit="0")
         assert code == 75, error
         assert "stopped by time limit at step" in error
@@ -611,15 +612,15 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     if "checkpoints" in STAGES[name][0]:
         kept = sorted(int(path.name) for path in (stopped.parent / "checkpoints").iterdir())
         assert kept == (list(range(1, 9)) if name == "dpo" else [4])  # in the middle
-        part = "adapter" if name.endswith("-lora") else "model"  # a hundredth of the space
+        part = "adapter" if name.endswith("-lora") else "model"  # a hundredth of the size
         assert [path.name for path in (stopped.parent / "checkpoints" / str(kept[-1])).iterdir()] == [part]
         folders = (stopped.parent / "checkpoints" / str(kept[-1]), stopped.parent)
         weights = (load_file(next((folder / part).glob("*.safetensors"))).values() for folder in folders)
         assert not all(torch.equal(kept, last) for kept, last in zip(*weights, strict=True))
-    # Neither what was resumed nor an adapter alarms the audit.
+    # Neither a resumption nor an adapter alarms the audit.
     verdict = Verifier().run([stopped.parent])
     assert {finding.name for finding in verdict.findings} <= {"not-sealed", "dirty-tree"}
-    if name == "sft-lora":  # peft has them in a set
+    if name == "sft-lora":  # peft keeps them in a set
         adapter = json.loads((stopped.parent / "adapter/adapter_config.json").read_text())
         assert adapter["target_modules"] == sorted(adapter["target_modules"])
         assert adapter["base_model_name_or_path"] is None
@@ -628,8 +629,8 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
-def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
-    """An optimizer step with a learning rate of 0 would be a batch that teaches nothing."""
+def test_the_first_and_the_last_step_train(run_stage, workspace, name):
+    """An optimizer step with a learning rate of 0 would waste a batch."""
     code, error, output = run_stage(
         name, "rates", config={"epochs": 1, "warmup": 0.4, "batch_size": 5, "micro_batch_size": 5}
     )
@@ -645,7 +646,7 @@ def test_the_first_step_and_the_last_one_learn(run_stage, workspace, name):
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
 def test_training_that_changes_no_weight_fails(run_stage, name):
-    """Though it ends with a finite loss: the artifact would be its parent's copy, and look like a result."""
+    """Even with a finite loss: the artifact would be a copy of its parent that looks like a result."""
     code, error, output = run_stage(name, "still", config={"learning_rate": 1e-30})
     assert code == 78
     steps = {"sft": 12, "reward": 9, "dpo": 9, "kto": 8}[name]
@@ -658,7 +659,7 @@ def test_training_that_changes_no_weight_fails(run_stage, name):
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 def test_ppo_that_learns_nothing_fails(run_stage, monkeypatch, lora):
-    """Where all episodes score alike, no gradient reaches the adapter; without one, the steps are too small."""
+    """If all episodes score the same, no gradient reaches the adapter; without an adapter, the steps are too small."""
     block = {
         "method": "ppo", "steps": 2, "batch_size": 4, "epochs": 1, "max_new_tokens": 3, "lora": lora, "gold": None,
         "reward": {"always": 1.0}, "missing_eos_score": None, "kl_coef": 0.0, "advantage": "rloo",
@@ -684,12 +685,12 @@ def test_one_changed_value_of_one_weight_is_a_change():
             torch.nextafter(value.float(), torch.tensor(9.0)) if dtype == torch.float32 else -value
         )
         check()
-        model.weight.requires_grad = False  # frozen: the bias alone counts
+        model.weight.requires_grad = False  # frozen: only the bias counts
         with pytest.raises(ConfigError):
             check_learnt("s", bit_sums(trained_weights(model)), bit_sums(trained_weights(model)), 1)
 
 
-def test_too_few_steps_are_told_of_at_the_start(run_stage, caplog):
+def test_too_few_steps_are_reported_at_the_start(run_stage, caplog):
     code, error, _ = run_stage("dpo", "few", config={"checkpoints": 0})
     assert code == 0, error
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
@@ -703,7 +704,7 @@ def test_too_few_steps_are_told_of_at_the_start(run_stage, caplog):
 
 
 @pytest.mark.parametrize("name", ["sft", "reward"])
-def test_held_out_prompts_without_answers_are_passed_over(run_stage, workspace, name):
+def test_held_out_prompts_without_answers_are_ignored(run_stage, workspace, name):
     data = workspace / "data"
     rows = {split: read_jsonl(data / f"{split}.jsonl") for split in ("heldout", "reward")}
     for split in rows.values():
@@ -715,8 +716,8 @@ def test_held_out_prompts_without_answers_are_passed_over(run_stage, workspace, 
         assert json.loads(output.with_name("metrics.json").read_text())["eval_loss"]["n"] == len(rows["heldout"]) - 1
 
 
-def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
-    """State swapped between attempts: whole and loadable, but not what the attempt before left."""
+def test_the_audit_finds_a_checkpoint_of_another_run(run_stage, workspace):
+    """State swapped between attempts: complete and loadable, but not what the previous attempt left."""
     for name in ("mine", "theirs"):
         assert run_stage("sft", name, time_limit="0")[0] == 75
     mine, theirs = (next((workspace / f"state-{name}/sft").glob("*/checkpoint-*")) for name in ("mine", "theirs"))
@@ -731,7 +732,7 @@ def test_a_checkpoint_of_another_run_is_told_by_the_audit(run_stage, workspace):
 
 
 def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
-    """The first logged loss against plain forward passes, one row at a time."""
+    """The first logged loss, compared with plain forward passes, one row at a time."""
     code, error, output = run_stage("sft", "one", config={"batch_size": 24, "micro_batch_size": 8, "epochs": 1})
     assert code == 0, error
     tokenizer, model = tiny_tokenizer(), load_causal_lm(workspace / "base/model")
@@ -743,7 +744,7 @@ def test_sft_loss_is_the_mean_nll_of_the_labelled_tokens(run_stage, workspace):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
-def test_logits_where_labels_are_give_what_trls_head_gives(tmp_path, lora):
+def test_scoring_only_labels_equals_trls_head(tmp_path, lora):
     """Every number TRL reads from its fused head, and the gradients, on a batch of uneven prompts."""
     from datasets import Dataset
     from trl import DPOConfig
@@ -796,7 +797,7 @@ def test_dpo_starts_at_log_2_and_margin_0(run_stage):
 
 
 def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
-    """TRL's first chosen log-probs against a plain forward pass over the same pairs."""
+    """TRL's first chosen log-probs, compared with a plain forward pass over the same pairs."""
     from tunetrail.models.batching import collate, encode, encode_response
     from tunetrail.models.scoring import response_logprobs
 
@@ -815,7 +816,7 @@ def test_dpo_logprobs_are_sums_over_the_response(run_stage, workspace):
 
 
 def test_the_sft_term_is_the_mean_nll_of_preferred_tokens(run_stage, workspace):
-    """The first loss is log 2 from the pairs, as policy and reference are still one, and the term by plain passes."""
+    """The first loss is log 2, since policy and reference are still equal, plus the term by plain forward passes."""
     config = {"batch_size": 54, "micro_batch_size": 54, "loss": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]}
     code, error, output = run_stage("dpo", "one", config=config)
     assert code == 0, error
@@ -831,7 +832,7 @@ def test_the_sft_term_is_the_mean_nll_of_preferred_tokens(run_stage, workspace):
 
 
 def test_with_the_sft_term_preferred_responses_become_likelier(run_stage, workspace):
-    """The same pairs of nearly equal responses, with the term and without."""
+    """The same pairs of nearly equal responses, with and without the term."""
     rows = read_jsonl(workspace / "comparisons/comparisons.jsonl")
     rows = [row | {"completions": ["abcdefgh", "abcdefgi", "abcdefgj"]} for row in rows]
     digest = json.loads((workspace / "comparisons/manifest.json").read_text())["tokenizer"]
@@ -860,7 +861,7 @@ def test_every_dpo_loss_trains(run_stage):
 
 
 def logp(model, prompt: list[int], response: list[int]) -> float:
-    """Of a response, by a plain forward pass."""
+    """The log-prob of a response, by a plain forward pass."""
     logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     return sum(logprobs[len(prompt) + n - 1, token].item() for n, token in enumerate(response))
 
@@ -914,7 +915,7 @@ def test_kto_makes_liked_responses_likelier_than_disliked_ones(run_stage):
     assert metrics["margin"] > 0.05
 
 
-def test_feedback_of_one_sort_teaches_nothing(run_stage, workspace):
+def test_feedback_with_only_one_label_is_refused(run_stage, workspace):
     rows = [
         row | {"ratings": [rating for rating in row["ratings"] if rating["label"]]}
         for row in read_jsonl(workspace / "data/feedback.jsonl")
@@ -927,7 +928,7 @@ def test_feedback_of_one_sort_teaches_nothing(run_stage, workspace):
     )
 
 
-def test_unbalanced_feedback_is_told_of(caplog):
+def test_unbalanced_feedback_causes_a_warning(caplog):
     def said(liked: int, disliked: int, weight: float = 1.0, **weights: float) -> list[str]:
         caplog.clear()
         examples = [{"label": True, "weight": weight}] * liked + [{"label": False}] * disliked
@@ -943,7 +944,7 @@ def test_unbalanced_feedback_is_told_of(caplog):
         said(16, 0, weight=3.0)
 
 
-def test_a_batch_of_ratings_is_paired_within_itself():
+def test_ratings_are_paired_within_their_batch():
     examples = [{"completion_ids": [i]} for i in range(8)]
     found = [e["KL_completion_ids"][0] for e in with_mismatched(examples, 4)]
     assert found == [2, 3, 0, 1, 6, 7, 4, 5]
@@ -968,7 +969,7 @@ def test_reward_scores_reload_the_same_and_demonstrations_average_zero(run_stage
 
 
 @pytest.mark.parametrize("name", ["reward-probe", "reward-lora"])
-def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_stage, workspace, name):
+def test_a_reward_model_that_starts_from_the_probe_scores_like_it(run_stage, workspace, name):
     config = {"learning_rate": 1e-12, "head_learning_rate": None, "pooling": "mean"}
     code, error, output = run_stage(name, "first", config=config)
     assert code == 0, error
@@ -994,7 +995,7 @@ def test_a_reward_model_that_starts_from_the_probe_is_the_probe_at_first(run_sta
         ("dpo", {"max_length": 5}, "dpo: 54 of 54 examples have more tokens than max_length (5): "),
     ],
 )  # fmt: skip
-def test_data_that_does_not_fit_is_one_clear_line(run_stage, name, config, message):
+def test_the_error_for_unsuitable_data_is_one_line(run_stage, name, config, message):
     code, error, output = run_stage(name, "bad", config=config)
     assert code == 65
     assert message in error
@@ -1006,7 +1007,7 @@ def test_sft_config_has_a_default_learning_rate():
     assert SftConfig().learning_rate == 5e-5
 
 
-def test_a_batch_is_shared_equally_among_processes():
+def test_a_batch_is_divided_equally_among_processes():
     def at_once(batch: int, processes: int, micro: int | None = None) -> int:
         return rows_at_once("sft", SftConfig(batch_size=batch, micro_batch_size=micro), processes)
 
@@ -1018,8 +1019,8 @@ def test_a_batch_is_shared_equally_among_processes():
         at_once(12, 5)
 
 
-def test_what_is_sampled_is_what_has_no_completions_yet(workspace, monkeypatch):
-    """Not the prompts of preference rows; a prompt alone has no reference."""
+def test_only_prompts_without_completions_are_sampled(workspace, monkeypatch):
+    """Not the prompts of preference rows; a bare prompt has no reference."""
     from tunetrail.stages import completions
 
     data = workspace / "data"
@@ -1038,8 +1039,8 @@ def test_what_is_sampled_is_what_has_no_completions_yet(workspace, monkeypatch):
     assert sampled[reward[2]["id"]]["reference"] == reward[2]["completion"]
 
 
-def test_sampling_goes_on_with_the_batches_it_would_have_had(workspace, monkeypatch):
-    """A killed attempt may have written one of two rows of a batch: both are sampled again, together."""
+def test_a_resumed_shard_samples_the_same_batches(workspace, monkeypatch):
+    """A killed attempt may have written only one of a batch's two rows: both are sampled again together."""
     from tunetrail.stages import completions
 
     batches = []

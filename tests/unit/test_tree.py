@@ -1,4 +1,4 @@
-"""Prefix trees: what sequences share is computed once, and no value or gradient tells."""
+"""Prefix trees: common prefixes are computed once, without changing any value or gradient."""
 
 import copy
 import random
@@ -55,7 +55,7 @@ def test_a_tree_by_hand():
 
 
 @pytest.mark.parametrize("row_tokens", [1, 12, 40, 1000])
-def test_every_token_sees_its_own_sequence_and_nothing_else(row_tokens):
+def test_every_token_attends_only_to_its_own_sequence(row_tokens):
     rng = random.Random(row_tokens)
     sequences = [[rng.choice([1, 1, 1, 2]) for _ in range(rng.randint(1, 15))] for _ in range(40)]
     tree = prefix_tree(sequences, row_tokens)
@@ -71,7 +71,7 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(row_tokens):
             assert sorted(seen.tolist()) == sorted(places[: depth + 1])
 
 
-def test_rows_are_about_equally_long():
+def test_rows_have_similar_lengths():
     sequences = [[n, *range(9)] for n in range(9)]
     assert prefix_tree(sequences, row_tokens=80).input_ids.shape == (2, 50)  # not 80 and 10
 
@@ -102,7 +102,7 @@ def test_sharing_changes_no_value_and_no_gradient(side):
             with tokens_computed(model) as counted:
                 values = function(model, batch)
             if values.dim() == 2:
-                values = values * batch.response_mask  # the values of padding are nobody's
+                values = values * batch.response_mask  # values on padding do not matter
             assert (counted[0] < batch.input_ids.numel()) == shared
             (values * torch.linspace(1, 2, values.numel()).view_as(values)).sum().backward()
             found += [values.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
@@ -113,7 +113,7 @@ def test_sharing_changes_no_value_and_no_gradient(side):
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2)])
 def test_trainers_share_prefixes_too(lora, tmp_path):
-    """Through the whole models that the trainers call, which pass their trunks arguments of their own."""
+    """Through the whole models that the trainers call, which pass additional arguments to their trunks."""
     examples = [
         {"prompt": p, "responses": [[9, 1], [10, 1]], "targets": torch.full((2, 2), 0.5).tolist()} for p in PROMPTS
     ]
@@ -143,7 +143,7 @@ def test_trainers_share_prefixes_too(lora, tmp_path):
     assert counted[0] < ids.numel()
 
 
-def test_an_adapter_added_later_acts_and_can_be_switched_off():
+def test_an_adapter_added_later_works_and_can_be_switched_off():
     model = with_lora(share_prefixes(llama()), Lora(r=4), seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -167,14 +167,14 @@ def test_a_copy_runs_its_own_weights():
         torch.testing.assert_close(response_logprobs(model, BATCH), response_logprobs(llama(0), BATCH))
 
 
-def test_a_model_nobody_holds_is_freed_at_once():
+def test_an_unused_model_is_freed_at_once():
     model = share_prefixes(llama())
     trunk = weakref.ref(model.base_model)
     del model
     assert trunk() is None
 
 
-def test_no_tree_is_grown_that_is_not_worth_it():
+def test_no_tree_is_built_that_saves_too_little():
     assert prefix_tree([[1, 2], [3, 4]], worth=3.6) is None
     assert prefix_tree([[1, 2], [1, 4]], worth=3.6).input_ids.tolist() == [[1, 2, 4]]
 
@@ -236,11 +236,11 @@ def test_other_architectures_share_only_where_it_changes_nothing(make, shares):
     [
         {"use_cache": True},
         {"position_ids": BATCH.position_ids + 3},
-        {"position_ids": None},  # counted in columns then, while the prompts are padded on the left
+        {"position_ids": None},  # positions then count columns, while prompts are padded on the left
         {"input_ids": torch.arange(5)[:, None] + torch.arange(10), "attention_mask": None, "position_ids": None},
     ],
 )
-def test_what_a_tree_cannot_give_is_run_plainly(change):
+def test_requests_that_a_tree_cannot_serve_run_without_one(change):
     inputs = BATCH.inputs | change
     expected = llama()(**inputs)
     model = share_prefixes(llama())

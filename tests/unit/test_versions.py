@@ -1,4 +1,4 @@
-"""What is said of results that another version of tunetrail made."""
+"""What is reported about results of another version of tunetrail."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_items_are_read_by_version_and_stage():
     ]
 
 
-def test_our_changelog_names_stages_that_there_are():
+def test_our_changelog_names_existing_stages():
     changes = versions.read_changes(versions.CHANGELOG.read_text(encoding="utf-8"))
     assert set().union(*(change.stages for change in changes)) <= STAGES.keys()
     section = (
@@ -74,7 +74,7 @@ def test_our_changelog_names_stages_that_there_are():
     assert len(changes) == section.count("\n- ") > 5
 
 
-def test_verify_says_what_has_changed_since_and_finds_nothing_wrong(run, changelog, capsys):
+def test_verify_lists_changes_since_and_finds_nothing_wrong(run, changelog, capsys):
     assert main(["audit", "verify", "--recursive", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["findings"] == []
@@ -102,7 +102,7 @@ def test_verify_says_what_has_changed_since_and_finds_nothing_wrong(run, changel
         ("0.0.9+ours", "newer than this one, which does not know what has changed"),
     ],
 )
-def test_only_versions_between_count(run, changelog, monkeypatch, capsys, installed, said):
+def test_only_versions_in_between_count(run, changelog, monkeypatch, capsys, installed, said):
     monkeypatch.setattr(tunetrail, "__version__", installed)
     changelog.write_text(CHANGELOG.replace("## Unreleased", "## 0.3.0"))
     assert main(["audit", "verify", str(run)]) == 0

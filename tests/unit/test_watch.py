@@ -26,7 +26,7 @@ def publish(stage: Job, history: list[dict]) -> None:
 
 
 def start(stage: Job, values: list[dict[str, float]]) -> None:
-    """An attempt that has begun and reported its progress."""
+    """An attempt that has started and reported progress."""
     folder = stage.state / ("f" * 16)
     folder.mkdir(parents=True)
     (folder / "attempts.jsonl").write_text(json.dumps({"start": "2026-01-02T03:04:05+00:00", "job_id": "77"}) + "\n")
@@ -73,7 +73,7 @@ def test_an_unknown_time_left_is_a_question_mark():
     assert "0:00" not in line
 
 
-def test_a_stage_made_since_is_done_and_nobody_waits_for_it_any_more():
+def test_a_stage_that_was_made_since_is_done_and_no_longer_awaited():
     sft, dpo = job("sft"), job("policies/dpo", after=("sft",))
     seen = watch.Watch([sft, dpo], "again")
     assert "for sft" in shown(seen)
@@ -85,7 +85,7 @@ def test_a_stage_made_since_is_done_and_nobody_waits_for_it_any_more():
     assert "ready to run" in text
 
 
-def test_a_stage_that_is_stale_stays_so_until_it_is_made_again():
+def test_a_stale_stage_stays_stale_until_it_is_rerun():
     sft = job("sft")
     publish(sft, [])
     seen = watch.Watch([replace(sft, why="config: seed: 0 -> 1")], "again")
@@ -95,7 +95,7 @@ def test_a_stage_that_is_stale_stays_so_until_it_is_made_again():
     assert shown(seen).startswith("1 done")
 
 
-def test_what_failed_is_told_with_its_log():
+def test_failures_are_reported_with_their_logs():
     sft = job("sft")
     folder = sft.state / ("f" * 16)
     folder.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_what_failed_is_told_with_its_log():
     assert "again  snakemake -- results/r/sft/manifest.json" in text
 
 
-def test_more_stages_than_lines_have_the_done_ones_in_one():
+def test_if_lines_are_scarce_finished_stages_share_one():
     jobs = [job(f"stage{i}", needed=False) for i in range(30)]
     for stage in jobs:
         publish(stage, [])
@@ -117,7 +117,7 @@ def test_more_stages_than_lines_have_the_done_ones_in_one():
     assert "stage7" not in text
 
 
-def test_slurm_is_asked_seldom(monkeypatch):
+def test_slurm_is_queried_rarely(monkeypatch):
     asked = []
     monkeypatch.setattr(watch, "slurm_queue", lambda: asked.append(1) or {})
     seen = watch.Watch([job("sft")], "again")

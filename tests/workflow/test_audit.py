@@ -1,4 +1,4 @@
-"""The audit of a whole run on the tiny model: sealed by the head process, sound, and every random edit caught."""
+"""The audit of a whole run with the tiny model: sealed by the head process, sound, and every random edit is found."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from ..conftest import ROOT
 
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
-    """A copy of the finished run in another place, as on another machine."""
+    """A copy of the finished run in another folder, as on another machine."""
     folder = tmp_path_factory.mktemp("elsewhere") / "tiny"
     shutil.copytree(tiny_run.folder / "results/tiny", folder)
     return folder
@@ -34,7 +34,7 @@ def test_the_head_process_sealed_the_run_and_the_copy_is_sound(run):
     assert result.bytes_read > 5e6
 
 
-def test_records_have_what_an_auditor_asks_for(run):
+def test_records_have_what_an_auditor_needs(run):
     reward = read_record(run / "reward")
     assert reward.of_role("labels")
     assert reward.annotations("labels")["labelers"] == ["simulated-0", "simulated-1"]
@@ -94,7 +94,7 @@ def test_a_stage_is_reproduced_from_its_record(tiny_run, artifact, tmp_path, mon
     assert json.loads(out[out.index("{\n") :])["tier"] == "same file bytes"
 
 
-def test_a_stage_whose_input_is_gone_cannot_be_reproduced(run, tmp_path, capsys):
+def test_a_stage_with_a_missing_input_cannot_be_reproduced(run, tmp_path, capsys):
     copy = tmp_path / "tiny"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "sft")
@@ -114,15 +114,17 @@ COMMANDS = sorted(
 )
 
 
-def test_the_commands_of_the_docs(tiny_run, tmp_path, monkeypatch, capfd):
-    """As they stand, on the tiny run in the demo's place."""
+def test_the_commands_in_the_docs_work(tiny_run, tmp_path, monkeypatch, capfd):
+    """As documented, but with the tiny run instead of the demo."""
     shutil.copytree(tiny_run.folder, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", "lab.pem"], check=True)
     subprocess.run(["openssl", "pkey", "-in", "lab.pem", "-pubout", "-out", "lab.pub"], check=True)
     (tmp_path / "copy/policy.yaml").write_text("keys: {lab: lab.pub}\nrequire_signature: true\n")
     assert len(COMMANDS) > 9
-    for command in sorted(COMMANDS, key=lambda c: ("--policy" in c, "seal" not in c)):  # signed before it must be
+    for command in sorted(
+        COMMANDS, key=lambda c: ("--policy" in c, "seal" not in c)
+    ):  # signed before signatures are required
         lineage.run_of.cache_clear()
         code = main(command.replace("results/demo", "results/tiny").split()[1:])
         assert code == (1 if " diff " in command else 0), command

@@ -1,4 +1,5 @@
-"""SFT, reward and scoring models of one's own through Snakemake: all that follows runs, and their weights count."""
+"""Imported SFT, reward and scoring models through Snakemake: all later stages run, and a change of weights reruns
+them."""
 
 import json
 import subprocess
@@ -47,7 +48,7 @@ def reward_model(seed: int) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(config)
 
 
-def test_models_from_elsewhere_feed_everything_after_them(project: Project):
+def test_imported_models_are_used_by_all_later_stages(project: Project):
     rows = [{"prompt": f"question {i} of {i * 37}", "completion": f"answer {i}"} for i in range(80)]
     write_jsonl(project.folder / "answers.jsonl", rows)
     (project.folder / "own.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -65,10 +66,10 @@ def test_models_from_elsewhere_feed_everything_after_them(project: Project):
         assert found["reward"]["n"] > 0
         assert found["scores"]["judge"]["n"] == found["reward"]["n"]
     cards = {name: (results / name / "model/README.md").read_text() for name in ("sft", "reward", "policies/ppo")}
-    for name in ("sft", "policies/ppo"):  # the base is of no licence, and not what they were made from
+    for name in ("sft", "policies/ppo"):  # the base has no licence, and they were not made from it
         assert "license: mit" in cards[name]
         assert "taken from the local folder my-sft, sha256 `" in cards[name]
-    assert "answers.jsonl" not in cards["sft"]  # it only tested the import
+    assert "answers.jsonl" not in cards["sft"]  # it was only used to test the import
     assert "answers.jsonl" in cards["policies/ppo"]
     assert "license:" not in cards["reward"]
     assert 'AutoModelForSequenceClassification.from_pretrained(".")' in cards["reward"]
@@ -80,7 +81,7 @@ def test_models_from_elsewhere_feed_everything_after_them(project: Project):
     assert torch.equal(exported.score.weight, own.score.weight)
 
     page = (results / "report/report.html").read_text(encoding="utf-8")
-    assert "0 by its bias" not in page
+    assert "made 0 by its bias" not in page
     command = [sys.executable, "-m", "tunetrail", "audit", "verify", "--recursive", "results/own"]
     said = subprocess.run(command, cwd=project.folder, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout + said.stderr

@@ -1,4 +1,4 @@
-"""tunetrail as a module of another workflow: the same guarantees, under other names and in other folders."""
+"""tunetrail as a module of another workflow: the same guarantees, with other names and folders."""
 
 import json
 import os
@@ -51,7 +51,7 @@ RUN = f"{PREFIX}/results/tiny"
 
 
 class Outer:
-    """Another repository, whose workflow has the project's as a module."""
+    """Another repository, whose workflow uses the project's as a module."""
 
     def __init__(self, folder: Path, project: Project):
         self.folder, self.project = folder, project
@@ -83,7 +83,7 @@ def outer(project, tmp_path) -> Outer:
     return Outer(tmp_path / "outer", project)
 
 
-def test_a_run_below_a_prefix_is_sealed_and_sound_and_leaves_the_outer_rules_alone(outer, monkeypatch):
+def test_a_run_below_a_prefix_is_sealed_and_sound_and_does_not_affect_the_outer_rules(outer, monkeypatch):
     outer.write(TINY, "sft")
     said = outer.run("own")
     assert re.search("SOUND.*: 3 artifacts", said)
@@ -96,7 +96,7 @@ def test_a_run_below_a_prefix_is_sealed_and_sound_and_leaves_the_outer_rules_alo
     assert given.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
     assert "Nothing to be done" in outer.run("own")
 
-    # What looks at runs knows the stages by their names.
+    # Commands that look at runs know the stages by their own names.
     monkeypatch.chdir(outer.folder)
     config, jobs = dag.read_run(f"{outer.project.folder}/profiles/local", [], Path("workflow/Snakefile"))
     assert config.run == "tiny"
@@ -113,17 +113,17 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_one_head_works_on_a_run(outer):
+def test_only_one_head_works_on_a_run(outer):
     with hold(outer.folder / PREFIX / "state/tiny/head", give_up=lambda: True, say=print):
         reply = outer.snakemake("own")
     assert reply.returncode == 75
-    assert "another snakemake works on this run" in reply.stderr
+    assert "another snakemake is working on this run" in reply.stderr
     assert "outer starts" not in reply.stderr
     assert not (outer.folder / RUN).exists()
 
 
-def test_a_failed_stage_decides_the_exit_code_after_the_outer_workflow_had_its_word(outer):
-    """And what was made before is sealed; the user's files are where the config says, whatever the prefix."""
+def test_a_failed_stage_sets_the_exit_code_after_the_outer_workflows_handlers(outer):
+    """Earlier artifacts are sealed, and the user's files are where the config says, whatever the prefix."""
     rows = [{"prompt": f"question {i}", "completion": "x" * (10 + i)} for i in range(40)]
     (outer.folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"demonstrations": [{"source": "file", "path": "d.jsonl"}], "max_completion_tokens": 48}
@@ -134,7 +134,7 @@ def test_a_failed_stage_decides_the_exit_code_after_the_outer_workflow_had_its_w
     assert f"{PREFIX}/logs/tiny/data.log" in reply.stderr
     assert len(read(outer.folder / RUN / "ledger.jsonl")) == 1
 
-    # Where a rule of the outer workflow fails too, the exit code is nobody's.
+    # If a rule of the outer workflow fails too, no stage sets the exit code.
     snakefile = SNAKEFILE + 'rule bad:\n    output: "bad.txt"\n    shell: "false"\n'
     outer.write({"run": "tiny", "base": TINY["base"], "data": data}, "data", snakefile)
     reply = outer.snakemake("own", "bad.txt")
@@ -142,7 +142,7 @@ def test_a_failed_stage_decides_the_exit_code_after_the_outer_workflow_had_its_w
     assert "data failed (attempt 2, exit code 65): " in reply.stderr
 
 
-def test_the_profile_holds_for_renamed_rules_and_their_own_names_go_first(outer, monkeypatch):
+def test_the_profile_applies_to_renamed_rules_and_their_new_names_win(outer, monkeypatch):
     monkeypatch.chdir(outer.folder)
     jobs = {job.rule: job for job in dag.read_run(f"{outer.project.folder}/profiles/local", [])[1]}
     assert (jobs["tt_sft"].threads, jobs["tt_sft"].resources["mem_mb"]) == (2, 5000)
@@ -158,7 +158,7 @@ def test_the_profile_holds_for_renamed_rules_and_their_own_names_go_first(outer,
     assert launched["dpo"] == {"mem_mb": 8}
 
 
-def test_a_rule_read_again_to_change_it_runs_its_handlers_once(outer):
+def test_redefining_a_rule_runs_the_handlers_only_once(outer):
     again = "use rule base from tunetrail as tt_base with:\n    resources: marker=7\n"
     outer.write(TINY, "base", SNAKEFILE + again)
     said = outer.run("own")
@@ -166,8 +166,8 @@ def test_a_rule_read_again_to_change_it_runs_its_handlers_once(outer):
     assert re.search(r"rule tt_base:(\n    .*)*\n    resources: .*marker=7", said)
 
 
-def test_two_runs_as_modules_are_sealed_each(outer):
-    """Nothing that one of them sets, such as where digests are kept, reaches the other."""
+def test_two_runs_as_modules_are_both_sealed(outer):
+    """No setting of one, such as the place of its digests, affects the other."""
     second = SNAKEFILE.replace("module tunetrail:", "module second:").replace('"results/llm"', '"results/second"')
     second = second[second.index("module second:") : second.index("rule own:")]
     second = second.replace("from tunetrail as tt_*", "from second as second_*")
@@ -181,7 +181,7 @@ def test_two_runs_as_modules_are_sealed_each(outer):
     }  # fmt: skip
 
 
-def test_a_module_without_a_config_of_tunetrail_is_one_line(outer):
+def test_the_error_for_a_module_without_a_config_is_one_line(outer):
     outer.write({"samples": 3})
     reply = outer.snakemake("own", "--dry-run")
     assert reply.returncode == 78
@@ -196,7 +196,7 @@ def test_a_module_without_a_config_of_tunetrail_is_one_line(outer):
     assert "config/config.yaml (module tunetrail): sft.batchsize: unknown key" in reply.stderr
 
 
-def test_the_snakefiles_that_the_page_shows_run(outer):
+def test_the_snakefiles_in_the_documentation_run(outer):
     page = (ROOT / "workflow/README.md").read_text()
     snakefile, change = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     hosted = 'github("<owner>/tunetrail", path="workflow/Snakefile", tag="<tag>")'
@@ -220,7 +220,7 @@ REPOSITORY = "https://github.com/example/tunetrail"
 
 @pytest.fixture
 def repository(outer, tmp_path) -> dict[str, str]:
-    """The project with a tag v1 at an address on the web: the variables with which git finds it there."""
+    """The project with a tag v1 at an address on the web; returns the variables with which git finds it."""
     origin = tmp_path / "origin"
     shutil.copytree(outer.project.folder, origin, ignore=shutil.ignore_patterns("outer", "origin"), symlinks=True)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(origin)]
@@ -230,8 +230,8 @@ def repository(outer, tmp_path) -> dict[str, str]:
     return instead | {"GIT_CONFIG_VALUE_0": REPOSITORY, "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
-def test_snakedeploy_makes_a_repository_that_runs(outer, repository, tmp_path):
-    """Rules come from the tag; the library is the one that is installed, alone on the jobs' path."""
+def test_a_repository_made_by_snakedeploy_runs(outer, repository, tmp_path):
+    """Rules come from the tag; the library is the installed one, alone on the jobs' path."""
     snakedeploy = shutil.which("snakedeploy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if not snakedeploy:
         pytest.skip("snakedeploy is not installed")
@@ -261,11 +261,11 @@ def test_rules_of_another_version_than_the_library_are_refused(outer, repository
     reply = outer.snakemake("own", "--dry-run", **repository)
     assert reply.returncode == 78
     line = reply.stderr.splitlines()[-1]
-    assert "is installed, and the workflow is 9.9.9; install it into this environment: " in line
+    assert "is installed, but the workflow is version 9.9.9; install it into this environment: " in line
     assert line.endswith(f'pip install "git+{REPOSITORY}@v1"')
 
 
-def test_the_catalog_has_what_it_asks_for():
+def test_the_catalogs_requirements_are_met():
     """https://github.com/snakemake/snakemake-workflow-catalog#standardized-usage-workflows"""
     usage = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())["usage"]
     assert usage.keys() == {"mandatory-flags", "software-stack-deployment", "report"}

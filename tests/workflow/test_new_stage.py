@@ -1,4 +1,4 @@
-"""What a new stage takes: its module, its block of the config, its rule and its line in the table. Nothing else."""
+"""A new stage needs a module, a block in the config, a rule and a line in the table, and nothing else."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_a_new_stage_is_known_everywhere(edited_project, monkeypatch):
         command = [sys.executable, *words]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
 
-    # The report gets it, the audit knows its config, a key of its block reruns it alone.
+    # The report gets it, the audit knows its config, and a key of its block reruns only this stage.
     code = (
         "from tunetrail.config.loading import load; from pathlib import Path\n"
         "from tunetrail.stages.registry import STAGES, config_name, enabled\n"

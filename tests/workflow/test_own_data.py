@@ -1,4 +1,4 @@
-"""A group's own data through Snakemake: a test set, preferences beside collected comparisons, and prompts alone."""
+"""A group's own data through Snakemake: a test set, preferences next to collected comparisons, and bare prompts."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ def test_an_edited_file_is_read_again(own):
     assert "answer 30" not in completions
 
 
-def test_own_preferences_and_collected_ones_train_together_and_the_test_set_stays(own):
+def test_own_and_collected_preferences_are_used_together_and_the_test_set_stays(own):
     own.run(config="own.yaml")
     results = own.folder / "results/own"
 
@@ -98,11 +98,11 @@ def test_own_preferences_and_collected_ones_train_together_and_the_test_set_stay
     assert metrics("policies/dpo")["pairs"] >= sum(row["rankings"][0]["labeler"] == "recorded" for row in trained)
 
     page = (results / "report/report.html").read_text(encoding="utf-8")
-    assert "What each row is used for" in page
-    assert "Too few optimizer steps to learn in" in page
+    assert "How rows are used" in page
+    assert "Too few optimizer steps to learn from" in page
 
 
-def test_the_plan_says_who_reads_what_before_anything_runs(own):
+def test_the_plan_says_which_stage_reads_what_before_anything_runs(own):
     reply = subprocess.run(
         [sys.executable, "-m", "tunetrail", "plan", "--configfile", "own.yaml"],
         cwd=own.folder, capture_output=True, text=True, check=False,
@@ -116,8 +116,8 @@ def test_the_plan_says_who_reads_what_before_anything_runs(own):
     assert not (own.folder / "results").exists()
 
 
-def test_thumbs_up_and_down_train_a_policy(project):
-    """With nothing else: from a file of feedback to a report that says how well the policy tells them apart."""
+def test_a_policy_can_be_trained_on_feedback_alone(project):
+    """From a file of feedback to a report that says how well the policy tells liked from disliked responses."""
     rows = [{"prompt": prompt(i), "completion": "good" if i % 2 else "bad", "label": bool(i % 2)} for i in range(120)]
     write_jsonl(project.folder / "thumbs.jsonl", rows)
     policy = {"method": "kto", "learning_rate": 1.0e-2, "batch_size": 8, "epochs": 2, "checkpoints": 1}

@@ -1,4 +1,4 @@
-"""The DAG: every rule on a tiny random model, what reruns and what does not, and real human data."""
+"""The DAG: every rule with a tiny random model, what reruns and what does not, and real human data."""
 
 import copy
 import gzip
@@ -60,7 +60,7 @@ def test_models_load_with_from_pretrained(tiny_run):
     assert config.num_labels == 1
 
 
-def test_splits_share_no_group_and_stages_no_prompt(tiny_run):
+def test_splits_share_no_groups_and_no_prompts(tiny_run):
     data = tiny_run.folder / TINY / "data"
     groups = {
         split: {row["group"] for row in read_jsonl(data / f"{split}.jsonl")}
@@ -72,7 +72,7 @@ def test_splits_share_no_group_and_stages_no_prompt(tiny_run):
     assert not ranked & evaluated
 
 
-def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run):
+def test_evaluations_use_the_same_prompts_and_say_what_they_measured(tiny_run):
     ids = [row["id"] for row in read_jsonl(tiny_run.folder / TINY / "evaluation/sft/samples.jsonl")]
     for name in ("base", "sft", "dpo", "ppo", "ppo-lora", "best-of-2"):
         assert [row["id"] for row in read_jsonl(tiny_run.folder / TINY / f"evaluation/{name}/samples.jsonl")] == ids
@@ -94,7 +94,7 @@ def test_evaluations_are_of_the_same_prompts_and_say_what_they_measured(tiny_run
     )
 
 
-def test_checkpoints_are_on_the_frontier_and_load(tiny_run):
+def test_checkpoints_are_on_the_frontier_and_can_be_loaded(tiny_run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -115,7 +115,7 @@ def test_checkpoints_are_on_the_frontier_and_load(tiny_run):
     assert [p["n"] for p in metrics(tiny_run, "evaluation/sft")["best_of_n"]["points"]] == [1, 2, 4, 8]
 
 
-def test_everyone_met_everyone(tiny_run):
+def test_all_models_are_compared_with_each_other(tiny_run):
     found = metrics(tiny_run, "head_to_head")
     assert found["subjects"] == ["base", "sft", "best-of-2", "dpo", "ppo", "ppo-lora"]
     assert len(found["sampled"]["pairs"]) == 15
@@ -126,19 +126,19 @@ def test_everyone_met_everyone(tiny_run):
 
 @pytest.fixture
 def lm_eval(monkeypatch, tmp_path):
-    """As if the package were installed."""
+    """Pretends that the package is installed."""
     (tmp_path / "packages/lm_eval").mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/packages", prepend=os.pathsep)
 
 
-def test_tasks_of_the_harness_are_a_node_for_each_model_with_weights(tiny_run, lm_eval):
+def test_every_model_with_weights_has_a_node_for_harness_tasks(tiny_run, lm_eval):
     found = tiny_run.pending(edited(tiny_run, lm_eval={"tasks": ["arc_easy"]}))
     assert (found["lm_eval"], found["report"]) == (5, 1)
     assert not found.keys() & {"evaluation", "head_to_head", "dpo"}
 
 
-def test_files_that_are_measured_on_are_inputs(project, lm_eval):
-    """Else an edited one would keep its old numbers."""
+def test_files_of_tasks_are_inputs(project, lm_eval):
+    """Otherwise an edited file would keep its old numbers."""
     (project.folder / "tasks").mkdir()
     for name in ("text.txt", "tasks/own.yaml"):
         (project.folder / name).write_text("text")
@@ -183,13 +183,13 @@ def edited(project: Project, **changes) -> str:
     return "edited.yaml"
 
 
-def test_a_new_beta_reruns_that_policy_its_evaluation_and_the_report(tiny_run):
+def test_a_new_beta_reruns_only_that_policy_its_evaluation_and_the_report(tiny_run):
     assert tiny_run.pending(edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7})) == {
         "stage_config": 1, "dpo": 1, "evaluation": 1, "head_to_head": 1, "report": 1, "all": 1,
     }  # fmt: skip
 
 
-def test_a_new_sample_size_in_the_report_reruns_the_report(tiny_run):
+def test_a_new_sample_size_in_the_report_reruns_only_the_report(tiny_run):
     assert tiny_run.pending(edited(tiny_run, report={"samples": 3})) == {"stage_config": 1, "report": 1, "all": 1}
 
 
@@ -205,8 +205,8 @@ def test_the_page_is_one_small_file(tiny_run):
     assert 20_000 < page.stat().st_size < 5_000_000
 
 
-def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
-    """One shard failed, so nothing after it was made. Of the shards only that one runs again."""
+def test_a_lost_shard_reruns_only_that_shard(tiny_run, tmp_path):
+    """One shard failed, so nothing after it was made. Only that shard runs again."""
     project = copy.copy(tiny_run)
     project.folder = tmp_path / "copy"
     shutil.copytree(tiny_run.folder, project.folder, symlinks=True)
@@ -215,7 +215,7 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
         results / f"{name}/manifest.json" for name in ("completions/1-of-2", "comparisons", "completions/0-of-2")
     )
     before, kept_time = [lost.read_bytes(), ranked.read_bytes()], kept.stat().st_mtime_ns
-    shutil.rmtree(project.folder / "state/tiny/completions")  # or the shard would find its samples there
+    shutil.rmtree(project.folder / "state/tiny/completions")  # otherwise the shard would find its samples there
     for name in ("completions/1-of-2", "comparisons", "reward", "policies", "evaluation", "head_to_head", "report"):
         shutil.rmtree(results / name)
     pending = project.pending()
@@ -227,7 +227,7 @@ def test_a_lost_shard_is_one_shards_work(tiny_run, tmp_path):
 
 
 def test_a_killed_stage_ends_with_the_same_bytes(tiny_run, tmp_path):
-    """kill -9 in the middle of PPO through the rule's own command, then again: the manifest is that of the run."""
+    """kill -9 in the middle of PPO through the rule's own command, then a rerun: the manifest is that of the run."""
     expected = (tiny_run.folder / TINY / "policies/ppo/manifest.json").read_bytes()
     inputs = [
         f"--input={role}={TINY}/{folder}/manifest.json"
@@ -288,7 +288,7 @@ def test_mistakes_stop_before_any_job(project, changes, message):
         (None, "config/config.yaml: no such config file"),
     ],
 )
-def test_a_default_config_that_cannot_be_read_is_one_line(project, content, line):
+def test_the_error_for_an_unreadable_default_config_is_one_line(project, content, line):
     path = project.folder / "config/config.yaml"
     path.write_text(content) if content else path.unlink()
     for options in ((), ("--config", "seed=3")):
@@ -299,13 +299,13 @@ def test_a_default_config_that_cannot_be_read_is_one_line(project, content, line
 
 
 def snakemake(project: Project, *options: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Started in another folder than the workflow's, or with another environment."""
+    """Runs Snakemake in another folder than the workflow's, or with another environment."""
     command = [sys.executable, "-m", "snakemake", *options]
     environment = os.environ | environment
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_jobs_run_in_the_environment_of_snakemake_whether_it_was_activated_or_not(project):
+def test_jobs_run_in_snakemakes_environment_even_if_it_is_not_activated(project):
     options = ("--cores", "1", "--configfile", "config/examples/tiny.yaml", "--dry-run", "--printshellcmds")
     activated = f"{Path(sys.executable).parent}{os.pathsep}/usr/bin:/bin"
     for path, python in (("/usr/bin:/bin", sys.executable), (activated, "python")):
@@ -326,7 +326,7 @@ def test_a_snakemake_that_lacks_the_library_says_so(project, tmp_path):
     assert f"pip install -r {project.folder}/envs/requirements.txt -e {project.folder}" in line
 
 
-def test_a_workflow_in_another_folder_runs_where_it_was_started_or_sent(project, tmp_path):
+def test_a_workflow_in_another_folder_runs_in_the_current_or_the_given_folder(project, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     workflow = ("--snakefile", f"{project.folder}/Snakefile", "--profile", f"{project.folder}/profiles/local")
@@ -351,8 +351,8 @@ def test_a_workflow_in_another_folder_runs_where_it_was_started_or_sent(project,
     assert (reply.returncode, "base" in reply.stdout) == (0, True), reply.stderr
 
 
-def test_a_stage_that_finds_bad_data_decides_the_exit_code_and_has_the_last_word(project):
-    """Lengths are known to a stage alone where the base is not a local folder."""
+def test_a_stage_that_finds_bad_data_sets_the_exit_code_and_the_last_message(project):
+    """Only the stage knows lengths if the base is not a local folder."""
     rows = [{"prompt": f"question {i}", "completion": "x" * (10 + i)} for i in range(40)]
     (project.folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"source": "file", "path": "d.jsonl"}
@@ -412,7 +412,7 @@ def test_people_are_given_tasks(project):
     assert "tasks" not in project.pending()
 
 
-def test_where_people_answer_is_this_machine_whatever_the_profile_submits(project):
+def test_people_answer_on_this_machine_whatever_the_profile_submits(project):
     submitted = [f"{rule}:launcher='submitit'" for rule in ("tasks", "comparisons", "reward")]
     said = project.run(
         "--dry-run", "--printshellcmds", "--set-resources", *submitted, config="config/examples/human-labels.yaml"

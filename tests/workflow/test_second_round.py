@@ -1,4 +1,4 @@
-"""A run whose base is a model that another run made: what makes it stale, and its lineage through both."""
+"""A run whose base is a model from another run: what makes it stale, and its lineage through both."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def round1(stage_server, tmp_path_factory) -> Project:
 
 @pytest.fixture
 def project(round1, tmp_path, monkeypatch) -> Project:
-    """A copy of it, which is the current folder."""
+    """A copy of it as the current folder."""
     lineage.run_of.cache_clear()
     shutil.copytree(round1.folder, tmp_path / "copy", symlinks=True)
     copy = Project.__new__(Project)
@@ -67,7 +67,7 @@ def project(round1, tmp_path, monkeypatch) -> Project:
 
 
 def begin_with(path: str, run: str = "round2") -> str:
-    """The config of a run that begins with this folder."""
+    """The config of a run whose base is this folder."""
     config = FIRST | {"run": run, "base": {"source": "local", "path": path}}
     Path(f"{run}.yaml").write_text(yaml.safe_dump(config))
     return f"{run}.yaml"
@@ -78,7 +78,7 @@ def make(project: Project, config: str, artifact: str = "base") -> str:
 
 
 def why_base(config: str) -> str:
-    """Why `base` would be made again; empty where it would not."""
+    """Why `base` would be made again; empty if it would not."""
     return next(job.why for job in read_run("profiles/local", [Path(config)])[1] if job.name == "base")
 
 
@@ -92,7 +92,7 @@ def told(capsys, *arguments: str, code: int = 0) -> dict | list:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_lineage_goes_through_both_runs(project, capsys):
+def test_the_lineage_spans_both_runs(project, capsys):
     config = begin_with(f"{POLICY}/model")
     make(project, config, "data")
     record = read_record(Path("results/round2/base"))
@@ -117,7 +117,9 @@ def test_the_lineage_goes_through_both_runs(project, capsys):
     assert f"- dpo: manifest `{sha256_file(Path(POLICY) / MANIFEST)}`" in card
     spdx = json.loads(exports.export(Path("results/round2/base"), "spdx"))["@graph"]
     kinds = [each["relationshipType"] for each in spdx if each["type"] == "Relationship"]
-    assert kinds.count("descendantOf") == 3  # round2/base of the policy, that of round1/base, that of random weights
+    assert (
+        kinds.count("descendantOf") == 3
+    )  # round2/base from the policy, that from round1/base, that from random weights
 
 
 def test_a_policy_is_not_measured_on_what_another_run_trained_it_on(project):
@@ -133,7 +135,7 @@ def test_a_policy_is_not_measured_on_what_another_run_trained_it_on(project):
     )
 
 
-def test_base_is_stale_where_the_artifact_was_made_again_and_refuses_one_that_was_edited(project):
+def test_base_becomes_stale_with_the_artifact_and_refuses_an_edited_one(project):
     config = begin_with(f"{POLICY}/model")
     make(project, config)
     assert why_base(config) == ""
@@ -168,7 +170,7 @@ def test_base_is_stale_where_the_artifact_was_made_again_and_refuses_one_that_wa
     assert made_from == sha256_file(Path(POLICY, "manifest.json"))
 
 
-def test_a_copy_of_the_artifact_brings_its_record(project, capsys):
+def test_a_copy_of_the_artifact_keeps_its_record(project, capsys):
     shutil.copytree(POLICY, "models/taken")
     config = begin_with("models/taken/model")
     make(project, config)
@@ -194,7 +196,7 @@ def newer_in_place(path: Path) -> None:
 
 
 @pytest.mark.parametrize("set_time", [older, newer_in_place])
-def test_a_folder_without_a_record_is_a_source_and_other_weights_make_base_stale(
+def test_a_folder_without_a_record_is_a_source_and_new_weights_make_base_stale(
     project, set_time: Callable[[Path], None]
 ):
     shutil.copytree(f"{POLICY}/model", "models/plain")
@@ -229,7 +231,7 @@ def test_a_run_cannot_replace_its_own_base(project):
     assert f"base.path: {POLICY} has no config.json; its model is in {POLICY}/model\n" in reply.stderr
 
 
-def test_another_version_is_told_and_reruns_nothing(project, capsys):
+def test_another_version_is_reported_and_reruns_nothing(project, capsys):
     target = f"{POLICY}/manifest.json"
     for path in Path("results/round1").rglob("provenance.json"):
         content, builder = path.read_text(), f'"tunetrail":"{tunetrail.__version__}"}}'  # not the installed package

@@ -1,4 +1,4 @@
-"""What profiles/slurm asks Slurm for, rule by rule, as it is and as a site would change it."""
+"""What profiles/slurm requests from Slurm, rule by rule, as it is and as a site would change it."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ PROFILE = ROOT / "profiles/slurm/config.yaml"
 
 
 def options(path: Path, attempt: int = 1) -> dict[str, dict[str, str]]:
-    """Rule -> sbatch's options, through Snakemake's own reading of the profile."""
+    """Rule -> sbatch's options, as Snakemake itself reads the profile."""
     with path.open() as f:
         read = ProfileConfigFileParser().parse(f)
 
@@ -39,7 +39,7 @@ def options(path: Path, attempt: int = 1) -> dict[str, dict[str, str]]:
 
 
 def evaluated(value: str, attempt: int) -> str | int:
-    """As Snakemake does: an expression where it is one, else the text."""
+    """Evaluates a value as Snakemake does: an expression if it is one, else the text."""
     try:
         result = eval(value, {"attempt": attempt})
     except (NameError, SyntaxError):
@@ -48,7 +48,7 @@ def evaluated(value: str, attempt: int) -> str | int:
 
 
 def edited(tmp_path: Path, **variables: str) -> Path:
-    """The profile with other values at its top, as a site would write them."""
+    """The profile with other values at its top, as a site would set them."""
     content = PROFILE.read_text()
     for name, value in variables.items():
         content, n = re.subn(rf"^  {name}: \S+", f"  {name}: {value}", content, count=1, flags=re.MULTILINE)
@@ -59,7 +59,7 @@ def edited(tmp_path: Path, **variables: str) -> Path:
 
 
 def test_both_profiles_name_every_stage_and_nothing_else():
-    """All but `tasks`, which runs where snakemake does. Snakemake ignores a name that is no rule."""
+    """All but `tasks`, which runs where snakemake runs. Snakemake ignores names that are no rules."""
     rules = {
         name
         for path in (ROOT / "workflow/rules").glob("*.smk")
@@ -102,7 +102,7 @@ def line(options: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("rule", EXPECTED)
-def test_what_sbatch_is_told(rule):
+def test_the_options_of_sbatch(rule):
     assert line(options(PROFILE)[rule]) == EXPECTED[rule]
 
 
@@ -114,14 +114,14 @@ def test_a_site_with_accounts_typed_gpus_and_a_preemptible_partition(tmp_path):
     assert line(found["base"]) == "account=lab7 partition=cpu time=60 mem=16000 ntasks=1 cpus-per-task=2"
 
 
-def test_another_attempt_gets_more_memory():
-    """But not more than a node has, or sbatch would refuse the last try of a job that was only cancelled."""
+def test_a_retry_gets_more_memory():
+    """But not more than a node has, or sbatch would refuse the last retry of a job that was only cancelled."""
     first, third = options(PROFILE), options(PROFILE, attempt=3)
     assert all(int(third[rule]["mem"]) == min(3 * int(first[rule]["mem"]), 128000) for rule in first)
     assert third["ppo"]["mem"] == "128000"
 
 
-def test_the_table_in_the_readme_is_the_profile():
+def test_the_table_in_the_readme_matches_the_profile():
     rows = re.findall(
         r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$",
         (ROOT / "config/README.md").read_text(),
@@ -141,8 +141,8 @@ def test_the_table_in_the_readme_is_the_profile():
     assert told == {}
 
 
-def test_the_profile_is_found_by_its_name_alone():
+def test_the_profile_is_found_by_its_name():
     """Snakemake looks for `--profile slurm` in ./slurm."""
     assert (ROOT / "slurm").resolve() == ROOT / "profiles/slurm"
     assert yaml.safe_load((ROOT / "slurm/config.yaml").read_text())["executor"] == "slurm"
-    assert not (ROOT / "profiles/default").exists()  # Snakemake would lay it over every other
+    assert not (ROOT / "profiles/default").exists()  # Snakemake would merge it into every other profile

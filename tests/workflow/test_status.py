@@ -1,4 +1,4 @@
-"""tunetrail status and plan beside a real Snakemake: what it would do, while it works, and after it failed."""
+"""tunetrail status and plan with a real Snakemake: before it runs, while it runs, and after it failed."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_finished_run_is_done_and_looking_changes_nothing(tiny_run):
+def test_a_finished_run_is_done_and_status_changes_nothing(tiny_run):
     before = files(tiny_run.folder)
     found = states(tiny_run)
     assert {name: s["state"] for name, s in found.items()} == dict.fromkeys(ARTIFACTS, "done")
@@ -49,7 +49,7 @@ def test_a_finished_run_is_done_and_looking_changes_nothing(tiny_run):
     assert files(tiny_run.folder) == before
 
 
-def test_a_changed_key_makes_stale_what_reads_it_and_says_so(tiny_run):
+def test_a_changed_key_makes_its_readers_stale_and_says_so(tiny_run):
     config = edited(tiny_run, policies__dpo={"method": "dpo", "batch_size": 8, "beta": 0.7, "checkpoints": 1})
     stale = {name: s["detail"] for name, s in states(tiny_run, config).items() if s["state"] == "stale"}
     assert stale.keys() == {"policies/dpo", "evaluation/dpo", "head_to_head", "report"}
@@ -68,7 +68,7 @@ def test_a_changed_key_makes_stale_what_reads_it_and_says_so(tiny_run):
     assert found["at_stake"]["hours"]["core-hours"] == pytest.approx(seconds / 3600)
 
 
-def test_each_shard_has_the_state_folder_that_its_stage_gave_it(tiny_run, tmp_path, monkeypatch):
+def test_each_shard_is_found_in_its_own_state_folder(tiny_run, tmp_path, monkeypatch):
     shutil.copytree(tiny_run.folder, tmp_path / "copy", symlinks=True)
     monkeypatch.chdir(tmp_path / "copy")
     for place in Path("state/tiny/completions").glob("*/*/attempts.published.jsonl"):
@@ -77,7 +77,7 @@ def test_each_shard_has_the_state_folder_that_its_stage_gave_it(tiny_run, tmp_pa
     assert len({status.state_folder(job) for job in shards} - {None}) == len(shards) == 2
 
 
-def test_before_anything_is_made_all_waits_and_the_cost_is_unknown(project):
+def test_before_the_first_run_all_stages_wait_and_the_cost_is_unknown(project):
     found = states(project)
     assert {s["state"] for s in found.values()} == {"waiting"}
     assert found["base"]["detail"] == "ready to run"
@@ -87,7 +87,7 @@ def test_before_anything_is_made_all_waits_and_the_cost_is_unknown(project):
     assert not (project.folder / "results").exists()
 
 
-def test_a_bad_config_is_its_own_error(project):
+def test_a_bad_config_is_reported_as_by_snakemake(project):
     (project.folder / "bad.yaml").write_text("run: x\nbase: {source: random}\nsfd: {}\n")
     reply = tunetrail(project, "status", config="bad.yaml")
     assert reply.returncode == 78
@@ -103,7 +103,7 @@ def test_a_bad_config_is_its_own_error(project):
         (None, "bad.yaml: no such config file"),
     ],
 )
-def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, command, content, line):
+def test_the_error_for_an_unreadable_config_file_is_one_line(tmp_path, monkeypatch, capsys, command, content, line):
     monkeypatch.chdir(tmp_path)
     if content:
         Path("bad.yaml").write_text(content)
@@ -111,8 +111,8 @@ def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, ca
     assert capsys.readouterr() == ("", f"{line}\n")
 
 
-def test_a_stage_is_seen_running_and_then_failed_while_another_branch_goes_on(tiny_run, tmp_path):
-    """The reward model waits for a word and then fails; DPO, which does not need it, is made all the same."""
+def test_a_stage_is_seen_running_and_then_failed_while_another_branch_continues(tiny_run, tmp_path):
+    """The reward model waits for a signal and then fails; DPO, which does not need it, is still made."""
     project = copy.copy(tiny_run)
     project.folder = tmp_path / "copy"
     shutil.copytree(tiny_run.folder, project.folder, symlinks=True)

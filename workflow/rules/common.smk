@@ -1,4 +1,4 @@
-# Shared by all: the validated config, the paths, and who feeds whom.
+# Shared by all rules: the validated config, the paths, and the functions that give each stage its inputs.
 import json
 import os
 import re
@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-# Snakemake runs its own code in this namespace, where a name like `parse` would shadow its own.
+# Snakemake runs its own code in this namespace, so a name like `parse` would shadow Snakemake's.
 from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.launch.interpreter import job_python
 from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
@@ -15,19 +15,19 @@ from tunetrail.monitor import snakemake_adapter
 from tunetrail.files import canonical_json
 from tunetrail.stages.registry import STAGES, artifacts_of_others, has_people, own_files, stage_config, stage_of
 
-# Whether jobs run in conda environments or containers of their own.
+# Whether jobs run in their own conda environments or containers.
 IS_DEPLOYED = bool(workflow.deployment_settings.deployment_method)
 PYTHON = "python" if IS_DEPLOYED else job_python()
 
 
 def validated(raw):
-    """The typed config; on a mistake one clear line each, and exit code 78 before any job starts."""
+    """The typed config. Prints one clear line per mistake and exits with 78 before any job starts."""
     source = ", ".join(os.path.relpath(path) for path in workflow.configfiles) or "config"
     if MODULE:
         source += f" (module {MODULE})"
     try:
         for path in workflow.configfiles:
-            # Finds what a loaded mapping no longer shows: keys given twice.
+            # Finds duplicate keys, which a loaded mapping no longer shows.
             loading.read_yaml(Path(path))
         if MODULE and "base" not in raw:
             raise ConfigError(
@@ -47,11 +47,11 @@ def validated(raw):
 
 
 CONFIG = validated(config)
-# As rules name them, and with the prefix that a module may have.
+# The paths in rules, to which Snakemake adds the prefix that a module may have.
 RESULTS = f"results/{CONFIG.run}"
 LOGS = f"logs/{CONFIG.run}"
 BENCHMARKS = f"benchmarks/{CONFIG.run}"
-# As all else names them: the run's folder, and where its state is.
+# The paths for everything else, with that prefix: the run's folder and its state folder.
 RUN = snakemake_adapter.located(workflow, RESULTS)
 STATE = snakemake_adapter.located(workflow, f"state/{CONFIG.run}")
 ENVIRONMENT = "../../envs/tunetrail.yaml"
@@ -60,9 +60,9 @@ if IS_CLONE and {"{", "}"} & set(str(WORKFLOW.resolve())):  # Snakemake reads th
 
 HUMAN = has_people(CONFIG)
 
-# The library is importable in every environment, also where it was not pip-installed (conda, apptainer).
+# Makes the library importable in every environment, even if it is not installed there (conda, apptainer).
 LIBRARY = library(f"{STATE}/lib")
-# Not as a shell.prefix, which the rules of a workflow that has this as a module would get too.
+# Not set by shell.prefix, which would also affect other rules of a workflow that uses this one as a module.
 VARIABLES = (
     f"export PYTHONPATH={shlex.quote(str(LIBRARY))} TUNETRAIL_DIGESTS={shlex.quote(STATE)}/.digests"
     f" {REPORT_TO}={','.join(CONFIG.report_to)}; "
@@ -72,7 +72,7 @@ snakemake_adapter.keep_what_is_published()
 
 
 def is_submitted(rule):
-    """Whether the profile says so (`launcher: submitit`). The rule is then a local one that submits a job of its own."""
+    """Whether the profile sets `launcher: submitit` for a rule, which is then a local rule that submits its own job."""
     launcher = snakemake_adapter.launcher_of(workflow, rule)
     if launcher not in (None, *LAUNCHERS):
         print(f"the profile: launcher of {rule}: {launcher!r} is none of {', '.join(LAUNCHERS)}", file=sys.stderr)
@@ -85,22 +85,22 @@ def artifact_of(output):
 
 
 def made_by(output):
-    """The name of the stage that makes this artifact."""
+    """The name of the stage that makes the artifact of this output."""
     return stage_of(CONFIG, artifact_of(output)).name
 
 
 def python(wildcards, resources):
-    """What runs a stage. A parameter that depends on resources reruns nothing when it changes."""
+    """The Python that runs a stage. It takes `resources`, since params that depend on them do not trigger reruns."""
     return shlex.quote(PYTHON)
 
 
 def launcher(wildcards, output, resources, threads):
-    """What stands before a stage's command, see `tunetrail.launch`; it depends on resources too."""
+    """The start of a stage's command line, see `tunetrail.launch`. It depends on resources too."""
     stage = made_by(output)
     given = {name: resources.get(name) for name in (*SLURM, *LAUNCH) if resources.get(name) is not None}
-    if HUMAN and stage in ("tasks", "comparisons"):  # people's answers are on this machine, whatever the profile says
+    if HUMAN and stage in ("tasks", "comparisons"):  # people's answers are on this machine, so they run here
         given.pop("launcher", None)
-    # exec: as a child of the shell it would die of a signal to the job before the stage has saved.
+    # exec: as a child of the shell, it would be killed by a signal to the job before the stage has saved.
     return VARIABLES + shlex.join(
         ["exec", PYTHON, "-m", "tunetrail.launch", "--stage", stage, "--jobs", f"{STATE}/jobs"]
         + ["--threads", str(threads), "--resources", json.dumps(given)]
@@ -115,15 +115,15 @@ wildcard_constraints:
 
 
 def policies_by(method):
-    """The artifacts of the policies with this method, as a pattern; it matches nothing where there are none."""
+    """A pattern for the artifacts of the policies with this method; it matches nothing if there are none."""
     names = [re.escape(name) for name, policy in CONFIG.policies.items() if policy.method == method]
     return f"policies/{{policy,{'|'.join(names) or '(?!)'}}}"
 
 
 def reads(stage):
-    """An input function: role -> manifest of every parent, and under `config` and `files` the user's own."""
+    """An input function: role -> manifest of each parent, and the resolved `config` and the user's own `files`."""
     info = STAGES[stage]
-    # local: a module's prefix is not for them.
+    # local: a module's prefix must not be added to the user's files.
     has_files = info.files or stage == "lm_eval"
     files = {"files": [local(str(path)) for path in own_files(CONFIG, stage)]} if has_files else {}
 

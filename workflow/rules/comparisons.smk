@@ -9,7 +9,7 @@ use rule stage as completions with:
         part=lambda wildcards: f" --part {wildcards.shard.replace('-of-', '/')}",
 
 
-# What people are to rank, where they do.
+# The tasks to rank, if people do that.
 use rule stage as tasks with:
     input:
         unpack(reads("tasks")),
@@ -18,12 +18,12 @@ use rule stage as tasks with:
     localrule: True
 
 
-# Gather: a labeler ranks the completions of every prompt best to worst.
+# Gather: a labeler ranks the completions of every prompt from best to worst.
 use rule stage as comparisons with:
     input:
         unpack(reads("comparisons")),
     pathvars:
         artifact="comparisons",
     retries: 0 if HUMAN else None
-    # People's answers are on this machine, and while they rank there is nothing to queue or to retry.
+    # People's answers are on this machine, and waiting for them needs no queue and no retries.
     localrule: HUMAN or is_submitted("comparisons")

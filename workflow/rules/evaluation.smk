@@ -1,4 +1,4 @@
-# Text unrelated to the task: what must not be forgotten.
+# Text unrelated to the task, to measure forgetting.
 use rule stage as retention with:
     input:
         unpack(reads("retention")),
@@ -7,7 +7,7 @@ use rule stage as retention with:
     localrule: is_submitted("retention")
 
 
-# Ways of fine-tuning the base model, side by side, where the config names some.
+# Compares methods of fine-tuning the base model, if the config names any.
 use rule stage as methods with:
     input:
         unpack(reads("methods")),
@@ -24,7 +24,7 @@ use rule stage as evaluation with:
     localrule: is_submitted("evaluation")
 
 
-# Every model against every other.
+# Compares every model with every other.
 use rule stage as head_to_head with:
     input:
         unpack(reads("head_to_head")),
@@ -33,8 +33,8 @@ use rule stage as head_to_head with:
     localrule: is_submitted("head_to_head")
 
 
-# Tasks of the evaluation harness, where the config names some.
-# A single model: snakemake results/<run>/lm_eval/<subject>/manifest.json
+# Tasks of the evaluation harness, if the config names any.
+# For a single model: snakemake results/<run>/lm_eval/<subject>/manifest.json
 use rule stage as lm_eval with:
     input:
         unpack(reads("lm_eval")),

@@ -1,4 +1,4 @@
-# What the head process needs before it can read a config: the library, in the environment that Snakemake runs in.
+# Finds the library, which the head process needs to read a config, in the environment that Snakemake runs in.
 import os
 import re
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 RULES = workflow.current_basedir
 WORKFLOW = Path(RULES.get_path_or_uri(secret_free=True)).parent
-IS_CLONE = WORKFLOW.is_dir()  # else Snakemake reads these rules from a repository, without the library
+IS_CLONE = WORKFLOW.is_dir()  # else Snakemake reads these rules from a remote repository, without the library
 
 
 def how_to_install():
@@ -33,26 +33,26 @@ try:
 except ModuleNotFoundError as error:
     give_up(f"{sys.executable}: {error}; {how_to_install()}")
 
-# As a module from a tag on the web, these rules are of another version than the library in this environment may be.
+# Used as a module from a tag on the web, these rules may have another version than the installed library.
 with workflow.sourcecache.open(RULES.join("../lib/tunetrail/__init__.py")) as file:
     version = re.search('__version__ = "(.+)"', file.read())[1]
 if version != tunetrail.__version__:
     give_up(
-        f"{sys.executable}: tunetrail {tunetrail.__version__} is installed, and the workflow is {version}; "
+        f"{sys.executable}: tunetrail {tunetrail.__version__} is installed, but the workflow is version {version}; "
         f"{how_to_install()}"
     )
 
 MODULE = module_name(workflow)
-"""As which module of another workflow these rules are read; None where they are the workflow."""
+"""The name under which another workflow uses these rules as a module; None if they are the workflow itself."""
 
 
 def library(link):
-    """The folder to put on a job's PYTHONPATH: the one next to the rules, or one with a link to the installed library."""
+    """The folder for a job's PYTHONPATH: the one next to the rules, or one with a link to the installed library."""
     return WORKFLOW.resolve() / "lib" if IS_CLONE else Path(link).absolute()
 
 
 def link_library():
-    """Makes that link: the installed library's own folder has all other packages of this environment too."""
+    """Makes that link. The installed library's own folder would add all other packages of this environment too."""
     if not IS_CLONE:
         link = Path(LIBRARY, "tunetrail")
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,10 @@ def link_library():
 
 
 def default_config():
-    """config/config.yaml where Snakemake runs, else the one that comes with the workflow; it can be read."""
+    """config/config.yaml in the folder where Snakemake runs, else the one that comes with the workflow.
+
+    Exits with a message if it cannot be read.
+    """
     path = Path("config/config.yaml")
     if not path.exists():
         path = Path(os.path.relpath(Path(workflow.current_basedir.get_path_or_uri(secret_free=True), path)))

@@ -1,7 +1,7 @@
-# The template of every stage's rule. `use rule stage as <name> with:` says what is its own:
+# The template for the rules of all stages. `use rule stage as <name> with:` adds what differs:
 #   pathvars: artifact, its folder below results/<run>/
 #   input:    unpack(reads("<name>")): its resolved config, the manifests of its parents, the user's files
-# A small file per stage: a stage reruns when the keys it reads change, and only then.
+# Each stage has its own small config file, so it reruns only when keys that it reads change.
 rule stage_config:
     output:
         config=f"{RESULTS}/config/{{stage}}.json",

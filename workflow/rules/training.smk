@@ -31,7 +31,7 @@ use rule stage as reward with:
     localrule: is_submitted("reward")
 
 
-# One artifact per policy; its method chooses the rule. (A rule's own wildcard_constraints do not reach pathvars.)
+# One artifact per policy; its method selects the rule. (A rule's wildcard_constraints do not apply to pathvars.)
 use rule stage as dpo with:
     input:
         unpack(reads("dpo")),

@@ -1,7 +1,7 @@
 """Errors that a user can fix, and their exit codes.
 
 Every error that a stage raises on purpose is a `TunetrailError`: its message is one line that names the file, line or
-key, what is wrong and how to fix it. Anything else is a fault of ours and keeps its traceback.
+key, what is wrong and how to fix it. Anything else is a bug and keeps its traceback.
 """
 
 
@@ -32,13 +32,13 @@ class Interrupted(TunetrailError):
 
 
 class Waiting(Interrupted):
-    """People have not finished. Nothing was lost, and nothing can be done before they have."""
+    """People have not finished ranking. Nothing is lost, and nothing can be done until they have."""
 
     word = "waiting"
 
 
 class Superseded(Interrupted):
-    """Another attempt of the same stage has taken over. It goes on; nothing needs to be run again."""
+    """Another attempt of the same stage has taken over and continues; nothing needs to be run again."""
 
     exit_code = 76
 

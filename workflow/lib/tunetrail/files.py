@@ -1,4 +1,4 @@
-"""Files as everything here reads and writes them: JSON, JSON lines, and getting them onto the disk."""
+"""Reading and writing files: JSON, JSON lines, and syncing to disk."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _row(line: bytes | str, keys: Iterable[str]) -> dict | None:
-    """The JSON object in a line; None where there is none, or it lacks a key."""
+    """The JSON object in a line; None if there is none, or if it lacks a key."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -31,10 +31,10 @@ def _row(line: bytes | str, keys: Iterable[str]) -> dict | None:
 
 
 def read_finished_rows(path: Path, *keys: str) -> list[dict]:
-    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is cut off.
+    """The rows of a JSONL file that a killed stage was appending to; a half-written last line is removed from it.
 
-    A power failure or a bad disk may have damaged it: the rows before the first that is no object with these keys
-    count, and the file as it was is kept next to it.
+    A power failure or a bad disk may have damaged the file. Then the rows before the first that is not an object with
+    these keys count, and the damaged file is kept next to it.
     """
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Seeds derived from values, so that no result depends on the order in which things are done."""
+"""Seeds derived from values, so that no result depends on the order of computations."""
 
 import hashlib
 

@@ -6,8 +6,8 @@
     audit    verify, trace, diff, show, seal, reproduce, export, card
     model    export, push, chat
 
-Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only what a policy may forbid. A bad config ends
-config, status, plan, doctor and model with 78, bad data with 65. status and plan end with 0 whatever they report.
+Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only warnings, which a policy may forbid. A bad config
+ends config, status, plan, doctor and model with 78, bad data with 65. status and plan end with 0 whatever they report.
 """
 
 import sys

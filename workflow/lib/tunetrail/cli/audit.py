@@ -1,4 +1,4 @@
-"""tunetrail audit: where a checkpoint came from, and whether it is still what it was."""
+"""tunetrail audit: where a checkpoint came from, and whether it has changed since."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def _folder(path: Path) -> Path:
 
 
 def _anchor(given: str | None) -> str | None:
-    """The head that --anchor gives, itself or in a file. Raises ConfigError."""
+    """The head that --anchor gives, directly or in a file. Raises ConfigError."""
     head = given
     if head is not None and Path(head).is_file():
         head = (Path(head).read_text().split() or [""])[0]
@@ -50,7 +50,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Compare files, records and ledger; report what does not hold."""
+    """Compare files, records and ledger; report all differences."""
     from tunetrail.provenance.manifest import DigestCache
     from tunetrail.provenance.signing import read_policy
     from tunetrail.provenance.verify import Verifier
@@ -108,7 +108,7 @@ def trace(
     svg: Annotated[Path | None, typer.Option(help="Also draw it.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Show the tree of what an artifact was made from, or of what was made from something."""
+    """Show the tree of what an artifact was made from, or (--reverse) what was made from something."""
     if reverse:
         return _trace_reverse(path, runs or [Path("results")], svg, as_json)
     from tunetrail.provenance import lineage as lines

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, options, output."""
+"""Shared by the commands: exit codes, options, output."""
 
 import json
 from pathlib import Path

@@ -28,7 +28,7 @@ def _load(path: Path, use: Callable[[Any], None]) -> int:
 
 @app.command()
 def check(path: ConfigFile) -> int:
-    """Validate a config file and what it names: exit code 0 and what its data is used for; else 78, or 65 for bad data,
+    """Validate a config file and what it names: exit code 0 and a forecast; else 78, or 65 for bad data,
     with one line per mistake."""
     from tunetrail.launch import preflight
     from tunetrail.monitor.forecast import share_table, unread

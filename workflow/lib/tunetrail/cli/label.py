@@ -96,7 +96,7 @@ def _read_guidelines(path: Path) -> str:
 
 
 def _quality(labels: Any) -> dict[str, Any]:
-    from tunetrail.reporting.label_quality import page_values  # what draws takes seconds to import
+    from tunetrail.reporting.label_quality import page_values  # the drawing libraries take seconds to import
 
     return page_values(labels)
 
@@ -134,7 +134,7 @@ def list_labelers(store: StoreName = STORE) -> int:
 
 @app.command()
 def renew(pseudonym: Pseudonym, store: StoreName = STORE) -> int:
-    """Give a labeler another link; the old one stops working."""
+    """Give a labeler a new link; the old one stops working."""
     from tunetrail.labeling.app.access import renew_token
 
     labels = _open(store)
@@ -154,7 +154,7 @@ def forget(pseudonym: Pseudonym, store: StoreName = STORE) -> int:
 
 @app.command()
 def verify(store: StoreName = STORE) -> int:
-    """Check that the chain of events is whole; print its head."""
+    """Check that the chain of events is intact; print its head."""
     labels = _open(store)
     fault = labels.fault()
     print(f"{labels.database.shown}: {fault or 'the chain is whole'}, head {labels.head()}")

@@ -51,7 +51,7 @@ def export(
         bool, typer.Option("--gguf", help="Also write model.gguf with llama.cpp's convert_hf_to_gguf.py.")
     ] = False,
 ) -> int:  # fmt: skip
-    """Write one plain folder to take away: weights, tokenizer, chat template, full card, checksums.
+    """Write a model as one plain folder: weights, tokenizer, chat template, full card, checksums.
 
     The artifact is compared with its manifest first, and the folder is loaded back before it gets its name.
     """
@@ -71,7 +71,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and send nothing.")] = False,
 ) -> int:
-    """Upload an exported folder to the Hugging Face hub, as whoever `hf auth login` signed in."""
+    """Upload an exported folder to the Hugging Face hub, with the account of `hf auth login`."""
     with _one_line():
         from tunetrail.models import release
 
@@ -95,7 +95,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.7,
     seed: Annotated[int, typer.Option(help="The same seed and lines give the same responses.")] = 17,
 ) -> int:
-    """Talk with models of a run, one line a message; /new begins a new conversation, Ctrl-D ends."""
+    """Chat with models of a run, one line per message; /new starts a new conversation, Ctrl-D ends."""
     with _one_line():
         if plain and system is not None:
             raise ConfigError("--plain, --system: choose one; plain text has no place for a system message")
@@ -125,7 +125,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """Standard input, with a prompt where somebody types."""
+    """Standard input, with a prompt if somebody types."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -135,7 +135,7 @@ def _lines() -> Iterator[str]:
 
 
 def _plainly(names: list[str], replies: Iterator[list[str]]) -> None:
-    """One model's response as it comes; of several one after the other, each under its name."""
+    """One model's response as it comes; several models one after the other, each under its name."""
     said = [""] * len(names)
     for now in replies:
         if len(names) == 1:
@@ -148,7 +148,7 @@ def _plainly(names: list[str], replies: Iterator[list[str]]) -> None:
 
 
 def _columns(names: list[str], replies: Iterator[list[str]]) -> None:
-    """Responses beside one another, as they come."""
+    """Responses side by side, as they come."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""tunetrail status, plan, doctor, compare: looking at runs."""
+"""tunetrail status, plan, doctor, compare."""
 
 import os
 import sys
@@ -42,7 +42,7 @@ def _run(profile: str, configfiles: list[Path], snakefile: Path | None) -> "tupl
 
 
 def _other_versions(jobs: "list[Job]") -> "list[OtherVersion]":
-    """Those artifacts that are made, and by another version of tunetrail."""
+    """The artifacts that another version of tunetrail made."""
     from tunetrail.provenance.versions import other_versions, records_of
 
     return other_versions(records_of({job.name: job.manifest.parent for job in jobs if job.manifest.exists()}))
@@ -83,7 +83,7 @@ def plan(
     snakefile: Snakefile = None,
     as_json: Json = False,
 ) -> int:
-    """Show what would run and why, what it took to make what would be made again, and what the data is used for."""
+    """Show what would run and why, the past cost of what would be made again, and how the data is used."""
     from tunetrail.monitor import plan as monitor
     from tunetrail.monitor.forecast import Forecast, forecast
     from tunetrail.provenance import versions
@@ -92,7 +92,7 @@ def plan(
     steps = monitor.plan(jobs)
     data = next((job for job in jobs if job.name == "data"), None)
     known = Forecast([], [])
-    if config and data:  # not so where the workflow has several runs as modules
+    if config and data:  # there is none if the workflow has several runs as modules
         known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
     others = _other_versions(jobs)
     if as_json:
@@ -111,7 +111,8 @@ def doctor(
     jobs: Annotated[bool, typer.Option(help="Also run a small job in each partition.")] = True,
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long such a job may take to begin.")] = 120,
 ) -> int:
-    """Check whether this site's Slurm can run what the profile asks for: 0 all well, 1 findings, 2 could not look."""
+    """Check whether this site's Slurm can run what the profile requests: 0 yes, 1 findings, 2 could not check
+    everything."""
     from tunetrail.monitor import doctor as monitor
 
     report = (lambda check: None) if as_json else (lambda check: print(check, flush=True))
@@ -126,7 +127,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
     samples: Annotated[int, typer.Option(help="Prompts shown side by side.")] = 20,
 ) -> int:
-    """Write the report's page across runs, with what they differ in."""
+    """Write one report page for several runs, with their differences."""
     from tunetrail.provenance.manifest import DigestCache
     from tunetrail.reporting.collect import collect, inputs_of, together
     from tunetrail.reporting.figures import FIGURES

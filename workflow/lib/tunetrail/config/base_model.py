@@ -9,15 +9,15 @@ from tunetrail.config.fields import Block, Count, Integer, Package, Repo, Sha256
 
 
 class AnyModel(Block):
-    """What every source of a model shares."""
+    """Shared by all sources of a model."""
 
     pad_token: str | None = Field(
         default=None,
-        description="a token of the vocabulary other than eos; null: the tokenizer's own. Set it where that is eos",
+        description="a token of the vocabulary other than eos; null: the tokenizer's own. Set it if that is eos",
     )
     chat_template: str | None = Field(
         default=None,
-        description="Jinja text that replaces the model's own template; needed where a base model has none",
+        description="Jinja text that replaces the model's own template; needed if a base model has none",
     )
     licence: str | None = Field(default=None, description="SPDX name, recorded with every checkpoint")
 
@@ -38,7 +38,7 @@ class HubModel(AnyModel):
 
     source: Literal["hub"]
     repo: Repo = Field(description="owner/name")
-    revision: Text = Field(description="a commit hash or tag; a branch moves, and then a rerun gets other weights")
+    revision: Text = Field(description="a commit hash or tag; a branch may move, and then a rerun gets other weights")
 
 
 class LocalModel(AnyModel):
@@ -46,8 +46,8 @@ class LocalModel(AnyModel):
 
     source: Literal["local"]
     path: Path = Field(
-        description="the folder, relative to where Snakemake runs. A model that another run made (`model/` in an "
-        "artifact, or in a copy of the whole artifact) brings its lineage with it"
+        description="the folder, relative to where Snakemake runs. A model from another run (`model/` in an "
+        "artifact, or in a copy of the whole artifact) keeps its lineage"
     )
 
 
@@ -56,10 +56,10 @@ class RandomModel(AnyModel):
 
     source: Literal["random"]
     hidden_size: Annotated[Integer, Field(ge=8, multiple_of=8)] = Field(
-        default=32, description="units of a layer, a multiple of 2 x heads"
+        default=32, description="units per layer, a multiple of 2 x heads"
     )
     layers: Count = Field(default=2, description="transformer layers")
-    heads: Count = Field(default=4, description="attention heads of a layer")
+    heads: Count = Field(default=4, description="attention heads per layer")
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self):

@@ -28,27 +28,27 @@ class Sampling(Block):
         default=1.0, description="of the softmax, also for log-probs; lower values give safer, more similar samples"
     )
     max_new_tokens: Count = Field(default=64, description="tokens; longer responses are cut off")
-    batch_size: Count = Field(default=64, description="sequences decoded at once; lower it where memory runs out")
+    batch_size: Count = Field(default=64, description="sequences decoded at once; lower it if memory runs out")
 
 
 class CompletionsConfig(Sampling):
-    """K responses of the SFT model to each prompt of the reward and held-out splits, to be compared."""
+    """Samples K responses of the SFT model to each prompt of the reward and held-out splits, for comparison."""
 
     per_prompt: Annotated[Integer, Field(ge=2, le=9)] = Field(
-        default=4, description="K, responses to each prompt; they make K (K - 1) / 2 pairs"
+        default=4, description="K, the number of responses per prompt; they make K (K - 1) / 2 pairs"
     )
     shards: Annotated[Integer, Field(ge=1, le=9999)] = Field(
         default=2,
-        description="jobs that sample side by side; as many as there are machines to use. Results do not depend on it",
+        description="parallel sampling jobs; as many as there are machines to use. Results do not depend on it",
     )
 
 
 class SimulatedLabeler(Block):
-    """Ranks by a scorer, and errs."""
+    """Ranks by a scorer, with noise."""
 
     labeler: Literal["simulated"]
     scorer: Name = Field(default="chrf", description="what it ranks by: a built-in scorer, or one of `scorers`")
-    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
+    labelers: Count = Field(default=1, description="simulated labelers, each with its own noise")
     noise: NonNegative = Field(
         default=0.0, description="units of the score; standard deviation of the noise added to each score"
     )
@@ -65,7 +65,7 @@ class RecordedLabeler(Block):
 
     labeler: Literal["recorded"]
     path: Path = Field(description="a JSONL file of rankings, relative to where Snakemake runs")
-    columns: dict[str, str] = Field(default={}, description="our column: the file's column, where the names differ")
+    columns: dict[str, str] = Field(default={}, description="our column: the file's column, if the names differ")
 
 
 class LlmJudge(Block):
@@ -94,12 +94,12 @@ class LlmLabeler(LlmJudge):
     """A language model ranks by judging pairs, each in both orders: give `endpoint` and `model`, or `path`."""
 
     labeler: Literal["llm"]
-    labelers: Count = Field(default=1, description="simulated labelers, each with noise of its own")
+    labelers: Count = Field(default=1, description="simulated labelers, each with its own noise")
     noise: Fraction = Field(default=0.0, description="share of the verdicts replaced by a coin flip")
 
 
 class HumanLabeler(Block):
-    """People rank the outputs on a page of their own, `tunetrail label serve`; the run waits for them."""
+    """People rank the outputs on the page of `tunetrail label serve`; the run waits for them."""
 
     labeler: Literal["human"]
     store: Text = Field(
@@ -110,7 +110,7 @@ class HumanLabeler(Block):
     overlap: Count = Field(default=1, description="labelers per task: every task needs this many rankings")
     per_labeler: Count | None = Field(default=None, description="the most rankings of one labeler; null: no limit")
     skips: Count = Field(
-        default=2, description="once this many labelers skipped a task, no one else gets it; its answers are kept"
+        default=2, description="once this many labelers skipped a task, nobody else gets it; its answers are kept"
     )
     lease_minutes: Positive = Field(default=30, description="how long an untouched task stays with its labeler")
     guidelines: Path | None = Field(default=None, description="a Markdown file that labelers read; null: none")

@@ -1,4 +1,4 @@
-"""`data`: what to learn from and how it is split."""
+"""`data`: what to learn from, and how it is split."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,38 +9,38 @@ from tunetrail.config.fields import Block, Count, Flag, Fraction, Positive, Repo
 
 SPLITS = ("sft", "reward", "rl", "evaluation", "heldout")
 KINDS = ("preferences", "feedback", "demonstrations", "prompts", "text")
-"""Of rows. A group that holds several kinds is split as the first of them."""
+"""Kinds of rows. A group with several kinds is split as the first of them."""
 UNPACKED_MB = 1024
 """The most MB that a data file may hold once it is unpacked: all of it is read into memory."""
 TOLERANCE = 1e-3
-"""By which a sum of shares may miss 1: they are printed with four digits."""
+"""How far a sum of shares may differ from 1, since shares are printed with four digits."""
 Split = Literal["sft", "reward", "rl", "evaluation", "heldout"]
 
 
 class Source(Block):
-    """What every source shares."""
+    """Shared by all sources."""
 
     split: Split | None = Field(
         default=None,
-        description="the split that all its rows go to, whatever the shares; null: they are split by the shares. A "
-        "source pinned to evaluation or heldout is a test set: what it shares with other sources is refused or left "
-        "out of these. Only the probes of `evaluation` may ask about what was trained on",
+        description="the split for all its rows, whatever the shares; null: they are split by the shares. "
+        "A source pinned to evaluation or heldout is a test set: rows of other sources that it shares are refused or "
+        "left out. Only the probes of `evaluation` may be about training data",
     )
     weight: Positive = Field(
         default=1.0,
-        description="how often sft, reward, dpo and kto see its rows in an epoch; of 2.5 half the rows come a third "
-        "time, drawn anew for each epoch. Nothing is measured on a row twice",
+        description="how often sft, reward, dpo and kto see its rows per epoch; with 2.5, half of the rows come a "
+        "third time, drawn afresh for each epoch. Test rows count once",
     )
 
     @model_validator(mode="after")
     def _weight_counts(self):
         if self.weight != 1 and self.split in ("rl", "evaluation", "heldout"):
-            raise ValueError(f"weight has no effect with split: {self.split}, of which rows count once; remove it")
+            raise ValueError(f"weight has no effect with split: {self.split}, whose rows count once; remove it")
         return self
 
 
 class DocstringSource(Source):
-    """Functions of the machine's own Python standard library; the answer is the docstring's first sentence."""
+    """Functions of the local Python standard library; the answer is the first sentence of the docstring."""
 
     source: Literal["docstrings"]
     max_code_tokens: Count = Field(
@@ -51,21 +51,21 @@ class DocstringSource(Source):
 
 
 class TopicsSource(Source):
-    """The prose of `pydoc_data.topics`, which every CPython carries: raw text."""
+    """Raw text: the prose of `pydoc_data.topics`, which is in every CPython."""
 
     source: Literal["topics"]
 
 
 class Rows(Source):
-    """What every table of rows shares."""
+    """Shared by all tables of rows."""
 
     columns: dict[str, str] = Field(
-        default={}, description="our column: the source's column, where the names differ, as `{prompt: question}`"
+        default={}, description="our column: the source's column, if the names differ, such as `{prompt: question}`"
     )
     group: str | None = Field(
         default=None,
-        description="column; rows with one value of it stay in one split. null: the prompt. Name the user, document or "
-        "conversation that rows come from, or what was learnt from one row is tested on its sibling",
+        description="column; rows with the same value stay in one split. null: the prompt. Name the user, document or "
+        "conversation that rows come from; otherwise models are tested on siblings of training rows",
     )
     licence: str | None = Field(default=None, description="SPDX name, recorded in the data card")
 
@@ -87,9 +87,9 @@ class HubSource(Rows):
 
     source: Literal["hub"]
     repo: Repo = Field(description="owner/name")
-    revision: Text = Field(description="a commit hash or tag; a branch moves")
+    revision: Text = Field(description="a commit hash or tag; a branch may move")
     hub_split: Text = Field(default="train", description="which split of the data set to read")
-    subset: str | None = Field(default=None, description="the data set's configuration, where it has several")
+    subset: str | None = Field(default=None, description="the data set's configuration, if it has several")
 
     @field_validator("split", mode="before")
     @classmethod
@@ -118,26 +118,25 @@ FeedbackSource = Annotated[FileSource | HubSource, Field(discriminator="source")
 
 
 class Shares(Block):
-    """Share of the groups that each split gets. null follows the stages: a split that none reads gets nothing."""
+    """The share of the groups in each split. null follows the stages: a split that no stage reads gets nothing."""
 
-    sft: Fraction | None = Field(default=None, description="share of the groups; what sft trains on")
+    sft: Fraction | None = Field(default=None, description="share of the groups; sft's training data")
     reward: Fraction | None = Field(
         default=None,
         description="share of the groups; prompts whose responses are compared or rated, for reward, dpo and kto",
     )
-    rl: Fraction | None = Field(default=None, description="share of the groups; prompts that ppo practises on")
+    rl: Fraction | None = Field(default=None, description="share of the groups; prompts that ppo trains on")
     evaluation: Fraction | None = Field(
-        default=None, description="share of the groups; prompts every model is evaluated on; null: 0.1"
+        default=None, description="share of the groups; prompts that all models are evaluated on; null: 0.1"
     )
     heldout: Fraction | None = Field(
         default=None,
-        description="share of the groups; comparisons the reward model is tested on, and sft's held-out loss; "
-        "null: 0.1",
+        description="share of the groups; comparisons to test the reward model on, and sft's held-out loss; null: 0.1",
     )
 
     @property
     def given(self) -> dict[str, float]:
-        """The shares that the config says itself."""
+        """The shares that the config sets."""
         return {split: share for split in SPLITS if (share := getattr(self, split)) is not None}
 
     @model_validator(mode="after")
@@ -149,7 +148,8 @@ class Shares(Block):
 
 
 class Limits(Block):
-    """The most rows to keep in each split, drawn by the seed, evenly over groups; null: all. Fewer save time."""
+    """The most rows to keep in each split, drawn by the seed and evenly over groups; null: all. Fewer rows save
+    time."""
 
     sft: Count | None = Field(default=None, description="rows")
     reward: Count | None = Field(default=None, description="rows; each is sampled K times")
@@ -166,13 +166,13 @@ class DataConfig(Block):
     )
     preferences: list[PreferenceSource] = Field(
         default=[],
-        description="sources of comparisons that exist already; reward and dpo learn from them, and from those that "
+        description="sources of existing comparisons; reward and dpo learn from them, and from those that "
         "`completions` collects",
     )
     feedback: list[FeedbackSource] = Field(
         default=[],
-        description="sources of single responses with a thumb up or down, as `prompt, completion, label`; kto learns "
-        "from them",
+        description="sources of single responses that were liked or disliked, as `prompt, completion, label`; kto "
+        "learns from them",
     )
     prompts: list[PromptSource] = Field(
         default=[], description="sources of prompts without answers, for `completions`, `ppo` and the evaluation"
@@ -185,40 +185,40 @@ class DataConfig(Block):
         default=True, description="render prompts with the chat template; false: plain text, for models without one"
     )
     system: str | None = Field(default=None, description="system message put before every prompt; null: none")
-    max_prompt_tokens: Count = Field(default=512, description="tokens of a rendered prompt, at most")
-    max_completion_tokens: Count = Field(default=512, description="tokens of an answer, at most")
+    max_prompt_tokens: Count = Field(default=512, description="the most tokens of a rendered prompt")
+    max_completion_tokens: Count = Field(default=512, description="the most tokens of an answer")
     invalid: Literal["error", "drop"] = Field(
         default="error",
-        description="a row that cannot be read, lacks what it needs, or that the chat template refuses: stop and name "
-        "them all by kind, or leave them out and count them",
+        description="rows that cannot be read, lack something, or are refused by the chat template: stop and report "
+        "all of them by kind, or leave them out and count them",
     )
     too_long: Literal["error", "drop"] = Field(
         default="error",
-        description="a row over the two limits above, or longer than the base model's positions: stop and say how many "
-        "there are and what would fit them, or leave them out and count them",
+        description="rows over the two limits above, or longer than the base model's positions: stop and say how many "
+        "there are and which limit would fit them, or leave them out and count them",
     )
     shares: Shares = Field(default=Shares(), description="share of the groups in each split")
     limits: Limits = Field(default=Limits(), description="cap on the rows of each split")
     max_per_group: Count | None = Field(
-        default=None, description="rows of one group in a split, at most; null: as many as the limits leave"
+        default=None, description="the most rows of one group in a split; null: no limit of its own"
     )
     near_duplicate: Fraction = Field(
         default=0.9,
-        description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1: exact ones only",
+        description="Jaccard similarity of word 3-grams that counts as a near duplicate; 1: only exact duplicates",
     )
     duplicates: Literal["error", "drop"] = Field(
-        default="error", description="duplicates across splits: stop, or leave out the one that would be trained on"
+        default="error", description="duplicates across splits: stop, or leave out the training row"
     )
     overlap_words: Count = Field(
         default=8,
-        description="length of the word n-grams by which evaluation and held-out prompts are looked for in training "
+        description="length of the word n-grams of evaluation and held-out prompts that are searched for in training "
         "texts; "
-        "shorter prompts are looked for as a whole",
+        "shorter prompts are searched for as a whole",
     )
     max_overlap: Fraction = Field(
         default=0.5,
-        description="share of such a prompt's n-grams that training texts may have; above it `duplicates` says "
-        "whether to stop or to leave the prompt out. 1: all are kept, and reported",
+        description="share of a prompt's n-grams that training texts may contain; above it `duplicates` decides "
+        "whether to stop or to leave the prompt out. 1: all are kept and reported",
     )
 
     @model_validator(mode="after")
@@ -232,7 +232,7 @@ class DataConfig(Block):
         return [*self.demonstrations, *self.preferences, *self.feedback, *self.prompts]
 
     def pins(self, kind: str) -> set[str | None]:
-        """The splits that sources of this kind of row are pinned to; None among them where one is not pinned.
+        """The splits that sources of this kind of row are pinned to, including None if one is not pinned.
 
         A file of demonstrations may hold raw text as well.
         """

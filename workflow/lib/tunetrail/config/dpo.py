@@ -14,7 +14,7 @@ DpoLoss = Literal[
 
 
 def _known_losses(value: Any) -> Any:
-    """One message for what is neither a loss nor a list of losses."""
+    """Gives one message for a value that is neither a loss nor a list of losses."""
     *names, last = (f"'{name}'" for name in get_args(DpoLoss))
     for name in value if isinstance(value, list) and value else [value]:
         if name not in get_args(DpoLoss):
@@ -23,36 +23,36 @@ def _known_losses(value: Any) -> Any:
 
 
 class FromReference(Epochs):
-    """What policies share that learn from people's choices without sampling."""
+    """Shared by policies that learn from people's choices without sampling."""
 
     learning_rate: Positive = Field(default=1e-5, description="peak; about 10 times more with LoRA")
     start: Literal["sft", "base"] | None = Field(
-        default=None, description="model to train, and the reference; null: sft, or base where none is trained"
+        default=None, description="model to train, also the reference; null: sft, or base if there is none"
     )
     beta: Positive = Field(
-        default=0.1, description="pull to the reference; lower: further from the SFT model for more reward"
+        default=0.1, description="pull towards the reference; lower values move further from it for more reward"
     )
     checkpoints: Checkpoints = 0
 
 
 class DpoConfig(FromReference):
-    """Direct preference optimisation (Rafailov et al. 2023) by TRL's DPOTrainer."""
+    """Direct preference optimisation (Rafailov et al. 2023) with TRL's DPOTrainer."""
 
     method: Literal["dpo"]
     batch_size: Count = Field(default=16, description="pairs per optimizer step")
     loss: Annotated[DpoLoss | Annotated[list[DpoLoss], Field(min_length=1)], BeforeValidator(_known_losses)] = Field(
         default="sigmoid",
-        description="one of TRL's, or a list whose sum is the loss. sft is the mean loss per token of the preferred "
+        description="one of TRL's losses, or a list to add up. sft is the mean loss per token of the preferred "
         "responses: `[sigmoid, sft]` keeps them from becoming less likely",
     )
     loss_weights: list[NonNegative] | None = Field(
-        default=None, description="a weight for each of the losses, in their order; null: 1 for each"
+        default=None, description="a weight for each loss, in the same order; null: 1 for each"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), no_flags] = Field(
         default=0.0, description="assumed share of wrong labels; for the losses sigmoid, robust and exo_pair"
     )
     pairs_per_prompt: Count | None = Field(
-        default=None, description="pairs per prompt at most, the widest gaps in rank first; null: all"
+        default=None, description="the most pairs per prompt, those with the widest gaps in rank first; null: all"
     )
 
     @property

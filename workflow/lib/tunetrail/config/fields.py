@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _no_flag(value: Any) -> Any:
-    """Python takes true for 1; in a config it is a slip."""
+    """Refuses booleans: Python takes true for 1, but in a config it is a mistake."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, got {value}")
     return value
@@ -19,7 +19,7 @@ def module_names(value: Any) -> Any:
     return value
 
 
-# A number may come as a text: Snakemake's YAML 1.1 reads 1e-5 as one.
+# A number may come as a string: Snakemake's YAML 1.1 reads 1e-5 as one.
 no_flags = BeforeValidator(_no_flag)
 Fraction = Annotated[float, Field(ge=0, le=1), no_flags]
 OpenFraction = Annotated[float, Field(ge=0, lt=1), no_flags]
@@ -30,7 +30,7 @@ Count = Annotated[Integer, Field(ge=1)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 
-# What a text must look like, and how a message says so.
+# Patterns for texts, and the messages about them.
 _PACKAGE, _VERSION = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$"
 _NAME, _SHA256, _REPO, _URL = r"^[a-z0-9][a-z0-9._-]*$", r"^[0-9a-f]{64}$", r"^[\w.-]+/[\w.-]+$", r"^https?://"
 PATTERNS = {
@@ -58,5 +58,5 @@ class Block(BaseModel):
 
 Checkpoints = Annotated[
     NonNegativeInt,
-    Field(description="models kept at equal distances along the way and evaluated like the last; each takes its room"),
+    Field(description="models kept at regular intervals and evaluated like the last; each takes disk space"),
 ]

@@ -19,13 +19,14 @@ class ImportedModel(Block):
     )
     repo: Repo | None = Field(default=None, description="or a repository on the Hugging Face hub, owner/name")
     revision: Text | None = Field(
-        default=None, description="with repo: a commit hash or tag; a branch moves, and then a rerun gets other weights"
+        default=None,
+        description="with repo: a commit hash or tag; a branch may move, and then a rerun gets other weights",
     )
-    licence: str | None = Field(default=None, description="SPDX name, recorded with what is made from the model")
+    licence: str | None = Field(default=None, description="SPDX name, recorded with everything made from the model")
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return str(self.path or self.repo)
 
     @model_validator(mode="after")
@@ -40,6 +41,6 @@ class ImportedModel(Block):
 
 
 def trained_or_imported(block: Any) -> Literal["trained", "imported"]:
-    """Which of the two a block of `sft` or `reward` is."""
+    """Whether a block of `sft` or `reward` trains a model or imports one."""
     keys = block.keys() if isinstance(block, Mapping) else type(block).model_fields if isinstance(block, Block) else ()
     return "imported" if {"path", "repo", "revision"} & set(keys) else "trained"

@@ -9,7 +9,7 @@ from tunetrail.config.fields import Integer, Positive
 
 
 class KtoConfig(FromReference):
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) by TRL's KTOTrainer: from single responses that were liked
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) with TRL's KTOTrainer, on single responses that were liked
     or disliked, `data.feedback`.
     """
 
@@ -18,11 +18,11 @@ class KtoConfig(FromReference):
         default=16, description="responses per optimizer step; the KL to the reference is estimated from them"
     )
     loss: Literal["kto", "apo_zero_unpaired"] = Field(
-        default="kto", description="one of TRL's; apo_zero_unpaired has no KL term, and takes less time"
+        default="kto", description="one of TRL's losses; apo_zero_unpaired has no KL term and takes less time"
     )
     desirable_weight: Positive = Field(
         default=1.0,
-        description="weight of liked responses. Where there are fewer of one sort, raise its weight: weight times "
+        description="weight of liked responses. If there are fewer of one kind, raise its weight: weight times "
         "number should be 1 to 4/3 times as much for liked responses as for disliked ones",
     )
     undesirable_weight: Positive = Field(default=1.0, description="weight of disliked responses")

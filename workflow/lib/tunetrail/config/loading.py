@@ -1,4 +1,4 @@
-"""Reading a config file: YAML, sweeps, validation, and the files it names."""
+"""Reads a config file: YAML, sweeps, validation, and the files it names."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from tunetrail.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML would silently keep the last."""
+    """A YAML loader that refuses duplicate keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -33,7 +33,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# 1e-5 is a float in YAML 1.2 and in every reader's mind; PyYAML's YAML 1.1 calls it a string.
+# 1e-5 is a float in YAML 1.2 and for every reader; PyYAML's YAML 1.1 reads a string.
 _FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _UniqueKeyLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
@@ -59,13 +59,13 @@ def read_yaml(path: Path) -> dict:
 
 NEVER_SWEPT = ("method", "lora", "vllm")
 LISTS = ("loss", "loss_weights")
-"""Keys of a policy where a list is one value."""
+"""Keys of a policy for which a list is a single value."""
 
 
 def expand_sweeps(policies: Any) -> Any:
-    """A list where a policy takes one value is a sweep: one policy for each combination, named after it.
+    """Expands sweeps: a list where a policy takes one value gives one policy per combination, named after it.
 
-    A list of losses is one value: they are added up.
+    A list of losses is a single value: they are added up.
 
     >>> sorted(expand_sweeps({"dpo": {"method": "dpo", "beta": [0.1, 0.5]}}))
     ['dpo-beta-0.1', 'dpo-beta-0.5']
@@ -84,7 +84,7 @@ def expand_sweeps(policies: Any) -> Any:
                     f"policies.{name}.{key}: cannot be swept; give each policy a name and a block of its own"
                 )
         for combination in itertools.product(*swept.values()):
-            # As a text, 1e-5 would give a policy another name than as a number.
+            # As a string, 1e-5 would give a policy another name than as a number.
             chosen = {
                 k: float(v) if isinstance(v, str) and _FLOAT.match(v) else v
                 for k, v in zip(swept, combination, strict=True)
@@ -114,7 +114,7 @@ def parse(content: dict, source: str = "config") -> Config:
 
 
 def check_files(config: Config, source: str = "config") -> None:
-    """Raises ConfigError for every path in the config that does not exist, or is a folder where a file is due."""
+    """Raises ConfigError for every path in the config that does not exist, or is a folder instead of a file."""
     models = {"base.path", "sft.path", "reward.path", "head_to_head.judge.path", "lm_eval.include_path"}
     models |= {f"scorers.{name}.path" for name, s in config.scorers.items() if isinstance(s, RewardModelScorer)}
     models |= set() if isinstance(config.comparisons, RecordedLabeler) else {"comparisons.path"}

@@ -25,8 +25,8 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _variants(annotation: Any) -> dict[str, type[Block]]:
-    """The blocks of a union by the value of `source`, `labeler`, `method` or `scorer` that tells them apart, or by tags
-    that no file has."""
+    """The blocks of a union by the value of `source`, `labeler`, `method` or `scorer` that distinguishes them, or by
+    tags that no file has."""
     found: dict[str, type[Block]] = {
         tag.tag: get_args(part)[0]
         for part in get_args(annotation)
@@ -43,7 +43,7 @@ def _variants(annotation: Any) -> dict[str, type[Block]]:
 
 
 def _locate(loc: tuple) -> tuple[str, Any]:
-    """(key in the file's own words, type of what is there) of pydantic's path, which also names variants of unions."""
+    """(key as in the file, its type) of pydantic's path, which also names variants of unions."""
     key = ""
     place: Any = Config
     for part in loc:
@@ -61,7 +61,7 @@ def _locate(loc: tuple) -> tuple[str, Any]:
 
 
 RENAMED = {"tournament": "head_to_head"}
-"""Key of an earlier version -> its name now."""
+"""Key of an earlier version -> its current name."""
 RENAMED_VALUES = {
     "comparisons.labeler": {
         "reference": "was renamed to simulated",
@@ -69,13 +69,13 @@ RENAMED_VALUES = {
         "`labeler: simulated` with its name as `scorer`",
     }
 }
-"""Key -> a value of an earlier version -> what has become of it."""
+"""Key -> value of an earlier version -> what replaced it."""
 REMOVED = {
     "export_merged": "is always done: model/ has the merged weights, adapter/ the adapter",
     "dropout": "is always off: log-probs must be functions of the text alone",
     "kl_estimator": "is always k1: k2 and k3 in the reward do not have the gradient of the KL",
 }
-"""Key of an earlier version -> why it is gone."""
+"""Key of an earlier version -> why it was removed."""
 _WORDS = {
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
@@ -116,7 +116,7 @@ def error_lines(error: Any, source: str) -> list[str]:
             what = f"{tag} {RENAMED_VALUES[key][tag]}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         what = (
-            "is empty; give it keys, or remove it where it is optional"
+            "is empty; give it keys, or remove it if it is optional"
             if error["input"] is None
             else f"must be a block of keys, got {given}"
         )

@@ -1,4 +1,4 @@
-"""`methods`: ways of fine-tuning the base model, side by side."""
+"""`methods`: compares methods of fine-tuning the base model."""
 
 from typing import Annotated, ClassVar
 
@@ -9,10 +9,10 @@ from tunetrail.config.training import Lora
 
 
 class MethodConfig(Block):
-    """One way of fine-tuning: every weight, unless `lora` or `prompt_tokens` says otherwise."""
+    """One method of fine-tuning: all weights, unless `lora` or `prompt_tokens` is set."""
 
     learning_rate: Positive = Field(
-        description="constant; about 10 times more with LoRA than with every weight, and 1000 times more for a prompt"
+        description="constant; about 10 times more with LoRA than for all weights, and 1000 times more for a prompt"
     )
     lora: Lora | None = Field(default=None, description="train a LoRA adapter (Hu et al. 2021)")
     prompt_tokens: Count | None = Field(
@@ -25,7 +25,7 @@ class MethodConfig(Block):
 
     @property
     def kind(self) -> str:
-        """In words."""
+        """The method in words."""
         if self.lora is None:
             return "prompt tuning" if self.prompt_tokens else "full"
         return "4-bit LoRA" if self.four_bit else "LoRA"
@@ -40,12 +40,14 @@ class MethodConfig(Block):
 
 
 class MethodsConfig(Block):
-    """Fine-tunes the base model on the sft split in several ways and measures what each learns and forgets."""
+    """Fine-tunes the base model on the sft split by several methods and measures what each learns and forgets."""
 
     more_steps: ClassVar[str] = "raise steps"
 
-    compare: Annotated[dict[Name, MethodConfig], Field(min_length=1)] = Field(description="name: how it trains")
+    compare: Annotated[dict[Name, MethodConfig], Field(min_length=1)] = Field(
+        description="name: block; how each method trains"
+    )
     steps: Count = Field(default=12, description="optimizer steps of each method")
-    points: Count = Field(default=4, description="times that both losses are measured, at equal distances")
+    points: Count = Field(default=4, description="how often both losses are measured, at regular intervals")
     batch_size: Count = Field(default=4, description="rows per optimizer step, and per forward pass when measuring")
-    max_length: Count = Field(default=1024, description="tokens of a row; raw text is cut into blocks")
+    max_length: Count = Field(default=1024, description="the most tokens of a row; raw text is cut into blocks")

@@ -1,4 +1,4 @@
-"""The whole config of a run, and how its blocks must fit together."""
+"""The whole config of a run, and the checks that its blocks are consistent."""
 
 import math
 from collections.abc import Iterator
@@ -41,16 +41,16 @@ class Config(Block):
     """A run. Only `run`, `base` and `data` must be given."""
 
     run: Name = Field(
-        description="names the run and its folder `results/<run>/`; change it to keep another run's results"
+        description="names the run and its folder `results/<run>/`; change it to keep the results of an earlier run"
     )
-    seed: NonNegativeInt = Field(default=0, description="of everything random: splits, order, sampling, labelers")
+    seed: NonNegativeInt = Field(default=0, description="seed of everything random: splits, order, sampling, labelers")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="bf16: autocast over fp32 weights; auto: where the hardware has it"
+        default="auto", description="bf16: autocast over fp32 weights; auto: bf16 if the hardware supports it"
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=["tensorboard"],
-        description="where to watch training while it goes on; nothing is read back, and changing it trains nothing "
-        "again. All but the first are packages to install",
+        description="where to watch training while it runs; nothing is read back, and changing it retrains nothing. "
+        "All but the first need their packages installed",
     )
     base: BaseModelConfig = Field(description="the model to start from")
     data: DataConfig = Field(description="what to learn from")
@@ -67,7 +67,7 @@ class Config(Block):
     )
     scorers: dict[Name, ScorerConfig] = Field(
         default={},
-        description="name: block; what labelers, policies and the evaluation may score by. `chrf`, `exact`, "
+        description="name: block; scorers for labelers, policies and the evaluation. `chrf`, `exact`, "
         "`guideline` and `length` are built in",
     )
     reward: RewardBlock | None = Field(
@@ -75,17 +75,19 @@ class Config(Block):
         description="the reward model, for ppo and best_of_n, trained here or imported; null: none",
     )
     policies: dict[Name, PolicyConfig] = Field(
-        default={}, description="name: block, as many as you like; a list where one value is due is a sweep"
+        default={}, description="name: block, as many as you like; a list instead of a single value is a sweep"
     )
     retention: RetentionConfig | None = Field(
-        default=RetentionConfig(), description="unrelated text that must not be forgotten; null: not measured"
+        default=RetentionConfig(), description="unrelated text, to measure forgetting; null: not measured"
     )
     methods: MethodsConfig | None = Field(
-        default=None, description="ways of fine-tuning the base model, compared on the sft split; null: not"
+        default=None, description="methods of fine-tuning the base model, compared on the sft split; null: none"
     )
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="of base, sft and every policy")
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="evaluation of base, sft and every policy"
+    )
     head_to_head: HeadToHeadConfig = Field(
-        default=HeadToHeadConfig(), description="every model against every other, where all evaluations meet"
+        default=HeadToHeadConfig(), description="comparison of every model with every other"
     )
     lm_eval: LmEvalConfig | None = Field(
         default=None, description="tasks of the evaluation harness on every model; null: none"
@@ -120,12 +122,12 @@ class Config(Block):
 
     @property
     def trained_sft(self) -> SftConfig | None:
-        """None where there is none, or it is imported."""
+        """None if there is none, or it is imported."""
         return self.sft if isinstance(self.sft, SftConfig) else None
 
     @property
     def trained_reward(self) -> RewardConfig | None:
-        """None where there is none, or it is imported."""
+        """None if there is none, or it is imported."""
         return self.reward if isinstance(self.reward, RewardConfig) else None
 
     def files(self) -> dict[str, Path]:
@@ -149,11 +151,11 @@ class Config(Block):
         return found
 
 
-# Each yields what does not fit together, a line per mistake.
+# Each check yields a line per mistake.
 
 
 def _has_comparisons(config: Config) -> bool:
-    # A comparisons block without completions is a mistake of its own; the stages that need comparisons need not repeat
+    # A comparisons block without completions is a separate mistake, which other stages need not repeat.
     # it.
     return config.completions is not None or config.comparisons is not None or bool(config.data.preferences)
 
@@ -232,7 +234,7 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
 def _share_problems(config: Config) -> Iterator[str]:
     for key, split, kinds, why in _needs(config):
         found = [share_of(config, kind, split) for kind in kinds if config.data.pins(kind)]
-        if any(found) or not found:  # what lacks a source is a mistake of its own
+        if any(found) or not found:  # a missing source is a separate mistake
             continue
         if any(share is not None for share in found):
             yield f"{key}: {why}"
@@ -289,8 +291,8 @@ def _unknown_scorers(config: Config) -> Iterator[str]:
 
 
 def _least_score(policy: PpoConfig, config: Config) -> float:
-    """The least that scorers and an imported reward model may make of a whole response, as PPO learns from it; infinite
-    where there are none: the scores of a reward model that is trained here lie around 0."""
+    """The lowest score that scorers and an imported reward model may give a complete response in PPO; infinite
+    if there are none: the scores of a reward model trained here are around 0."""
     of = {name: weight for name, weight in policy.reward.items() if name != REWARD_MODEL}
     is_imported = policy.uses_reward_model and config.reward is not config.trained_reward
     if not of and not is_imported:
@@ -301,7 +303,7 @@ def _least_score(policy: PpoConfig, config: Config) -> float:
 
 
 def _cut_off_problems(config: Config) -> Iterator[str]:
-    """The default score of a response that was cut off is made for reward models: scorers may give whole ones less."""
+    """The default score of a cut-off response is meant for reward models: scorers may give complete responses less."""
     for name, policy in config.policies.items():
         if policy.method != "ppo" or "missing_eos_score" in policy.model_fields_set:
             continue

@@ -1,4 +1,4 @@
-"""`scorers`: what scores a completion, by name."""
+"""`scorers`: named scorers of completions."""
 
 import difflib
 import math
@@ -16,12 +16,12 @@ Weight = Annotated[float, no_flags]
 
 
 class ChrfScorer(Block):
-    """Overlap of character n-grams with the author's own text (Popović 2015), 0 to 100."""
+    """Overlap of character n-grams with the author's text (Popović 2015), 0 to 100."""
 
     range: ClassVar[tuple[float, float]] = (0, 100)
     scorer: Literal["chrf"]
     beta: Positive = Field(
-        default=1.0, description="how many times recall counts as much as precision; above 1 longer texts win"
+        default=1.0, description="recall counts beta times as much as precision; above 1, longer texts win"
     )
 
 
@@ -33,14 +33,14 @@ class GuidelineScorer(Block):
 
 
 class ExactScorer(Block):
-    """1 where the completion is the author's text but for case, spaces and punctuation at its ends; else 0."""
+    """1 if the completion is the author's text, except for case, spaces and punctuation at its ends; else 0."""
 
     range: ClassVar[tuple[float, float]] = (0, 1)
     scorer: Literal["exact"]
 
 
 class RegexScorer(Block):
-    """1 where a regular expression is found in the completion, else 0."""
+    """1 if a regular expression is found in the completion, else 0."""
 
     range: ClassVar[tuple[float, float]] = (0, 1)
     scorer: Literal["regex"]
@@ -71,13 +71,15 @@ class PythonScorer(Block):
     scorer: Literal["python"]
     path: Path = Field(description="the Python file; an edit reruns what used it")
     function: Text = Field(default="score", description="its name in the file")
-    timeout_seconds: Positive = Field(default=10.0, description="of one call; a call that takes longer ends the stage")
-    needs_reference: bool = Field(default=False, description="whether rows without the author's text are refused")
+    timeout_seconds: Positive = Field(
+        default=10.0, description="time limit per call; a call that takes longer ends the stage"
+    )
+    needs_reference: bool = Field(default=False, description="refuse rows without the author's text")
 
 
 class RewardModelScorer(ImportedModel):
-    """The score of any sequence-classification model with one label, or with two: the second logit less the first. It
-    reads the conversation by its own tokenizer and chat template: give `path`, or `repo` and `revision`.
+    """The score of any sequence-classification model with one label, or with two (the second logit less the first). It
+    reads the conversation with its own tokenizer and chat template: give `path`, or `repo` and `revision`.
     """
 
     range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
@@ -112,30 +114,30 @@ BUILT_IN: Mapping[str, ScorerConfig] = {
 
 
 def known(defined: Mapping[str, ScorerConfig]) -> dict[str, ScorerConfig]:
-    """Every scorer that a name may stand for."""
+    """All scorers by name, including the built-in ones."""
     return {**BUILT_IN, **defined}
 
 
 def terms(scorer: ScorerConfig | None) -> list[str]:
-    """The names that a sum adds up; nothing for other scorers."""
+    """The names of a sum's parts; empty for other scorers."""
     return list(scorer.of) if isinstance(scorer, SumScorer) else []
 
 
 def needed(names: Iterable[str], defined: Mapping[str, ScorerConfig]) -> dict[str, ScorerConfig]:
-    """The scorers of these names and all that they are sums of, by name. The names must be known."""
+    """The scorers with these names and, if they are sums, all their parts, by name. The names must be known."""
     scorers = known(defined)
     return {name: scorers[name] for name in sorted(_reached(names, scorers))}
 
 
 def unknown(name: str, scorers: Iterable[str]) -> str:
-    """What is wrong with a name that none of these scorers has."""
+    """The message about a name that no scorer has."""
     near = difflib.get_close_matches(name, scorers, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"there is no scorer {name!r}, only {', '.join(sorted(scorers))}{hint}"
 
 
 def weighted_range(of: Mapping[str, float], scorers: Mapping[str, ScorerConfig]) -> tuple[float, float]:
-    """The least and the most that scorers with these weights add up to. No sum may contain itself.
+    """The lowest and the highest sum of scorers with these weights. No sum may contain itself.
 
     >>> weighted_range({"guideline": 1.0, "exact": -2.0}, BUILT_IN)
     (-2.0, 5.0)
@@ -150,7 +152,7 @@ def weighted_range(of: Mapping[str, float], scorers: Mapping[str, ScorerConfig])
 
 
 def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
-    """A line for each sum of what does not exist, or of itself."""
+    """A line for each sum with an unknown part, or that contains itself."""
     scorers = known(defined)
     for name, scorer in defined.items():
         for part in terms(scorer):
@@ -162,7 +164,7 @@ def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
 
 
 def _reached(names: Iterable[str], scorers: Mapping[str, ScorerConfig]) -> set[str]:
-    """These names, those that they add up, and so on; unknown ones too."""
+    """These names, the names of their parts, and so on; including unknown ones."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:

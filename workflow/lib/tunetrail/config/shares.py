@@ -1,6 +1,6 @@
-"""Who reads which rows, and what share of the rows each split gets: the config's, else what the stages read.
+"""Which stages read which rows, and the share of the rows in each split: the config's, else what the stages need.
 
-The data stage sees the shares and not the stages: a policy that reads a split that has rows already reruns nothing.
+The data stage sees shares, not stages: adding a policy that reads a split with rows does not rerun it.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from tunetrail.config.run import Config
 
 MEASURED = {"evaluation": 0.1, "heldout": 0.1}
-"""What the splits that something is measured on get."""
+"""The shares of the test splits."""
 TRAINED = {"sft": 10, "reward": 3, "rl": 3}
-"""In what proportion the splits that something is trained on share the rest."""
+"""The proportions in which training splits share the rest."""
 
 PTX = "ppo (ptx)"
 """PPO that keeps demonstrations likely (`ptx_coef`)."""
@@ -35,7 +35,7 @@ READ_BY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "text": {"sft": ("sft", "methods"), "heldout": ("sft",)},
 }  # fmt: skip
-"""Kind of row -> table of a split -> who reads such rows there, in a run that has them.
+"""Kind of row -> table of a split -> the stages that read such rows there, in a run that has them.
 
 No preference row belongs to the sft split: `sft_on_chosen` copies those of the reward split into the sft table."""
 
@@ -44,9 +44,9 @@ Readers = dict[str, dict[str, list[str]]]
 
 
 def _names(config: "Config", reader: str, split: str) -> list[str]:
-    """What this run has of one of READ_BY's readers: a stage, or the policies that one trains.
+    """This run's stage, or policies, for one of READ_BY's readers.
 
-    An imported model is not trained; an imported reward model is tested all the same.
+    An imported model is not trained, but an imported reward model is still tested.
     """
     policies = {f"policies.{name}": policy for name, policy in config.policies.items()}
     if reader == PTX:
@@ -61,8 +61,8 @@ def _names(config: "Config", reader: str, split: str) -> list[str]:
 
 
 def readers(config: "Config") -> Readers:
-    """Who reads which rows. A split that rows of this kind are of no use in is left out; one that nobody reads now is
-    an empty list."""
+    """Which stages read which rows. Splits that cannot use rows of a kind are left out; those that nothing reads now
+    are empty lists."""
     found = {
         kind: {
             split: [name for reader in by for name in _names(config, reader, split)]
@@ -78,14 +78,14 @@ def readers(config: "Config") -> Readers:
 
 
 def _is_given_apart(data: DataConfig, kind: str, split: str) -> bool:
-    """Whether a source is pinned to the split so that the others keep out: a test set, or prompts to practise on."""
+    """Whether a source is pinned to the split so that other sources stay out: a test set, or training prompts."""
     if split in ("evaluation", "rl"):
         return any(split in data.pins(other) for other in KINDS)
     return split == "heldout" and split in data.pins(kind)
 
 
 def _follow(open_splits: list[str]) -> dict[str, float]:
-    """The shares of splits of which the config says nothing; they add up to 1."""
+    """The shares of splits that the config does not set; they add up to 1."""
     measured = {split: share for split, share in MEASURED.items() if split in open_splits}
     trained = {split: n for split, n in TRAINED.items() if split in open_splits}
     rest = 1 - sum(measured.values())
@@ -95,16 +95,16 @@ def _follow(open_splits: list[str]) -> dict[str, float]:
 
 
 def _spread(given: Mapping[str, float], read: Mapping[str, list[str]], closed: list[str]) -> dict[str, float]:
-    """The shares of one kind of row, over the splits that it is of use in; empty if there are none.
+    """The shares of one kind of row over the splits that can use it; empty if there are none.
 
     Args:
         given: split -> share, of the config.
-        read: split -> its readers, of the splits that this kind is of use in.
-        closed: splits that other sources were given for.
+        read: split -> its readers, for the splits that can use this kind.
+        closed: splits that are reserved for other sources.
     """
     found = {split: share for split, share in given.items() if split in read}
     follow = _follow([split for split, by in read.items() if by and split not in found and split not in closed])
-    if follow and sum(given.values()) < 1 - TOLERANCE:  # else the config leaves nothing for the others
+    if follow and sum(given.values()) < 1 - TOLERANCE:  # otherwise the config leaves nothing for other splits
         rest = 1 - sum(found.values())
         return found | {split: share * rest for split, share in follow.items()}
     total = sum(found.values())
@@ -113,12 +113,12 @@ def _spread(given: Mapping[str, float], read: Mapping[str, list[str]], closed: l
 
 
 def shares(config: "Config") -> dict[str, dict[str, float]]:
-    """Kind -> split -> share of that kind's groups, of the kinds that an unpinned source may hold."""
+    """Kind -> split -> share of that kind's groups, for the kinds that an unpinned source may have."""
     data, found = config.data, {}
     for kind, read in readers(config).items():
         if None not in data.pins(kind):
             continue
-        like = "demonstrations" if kind == "text" else kind  # text in the proportion that demonstrations have
+        like = "demonstrations" if kind == "text" else kind  # text is split in the proportions of demonstrations
         closed = [split for split in SPLITS if _is_given_apart(data, kind, split)]
         spread = _spread(data.shares.given, readers(config)[like], closed)
         spread = {split: share for split, share in spread.items() if split in read}
@@ -128,7 +128,7 @@ def shares(config: "Config") -> dict[str, dict[str, float]]:
 
 
 def share_of(config: "Config", kind: str, split: str) -> float | None:
-    """The share of a kind's groups in a split; 1 where a source is pinned to it; None if there is no such source."""
+    """The share of a kind's groups in a split; 1 if a source is pinned to it; None if there is no such source."""
     pins = config.data.pins(kind)
     if split in pins:
         return 1.0

@@ -1,4 +1,4 @@
-"""`sft`, `reward` and what every trained stage shares."""
+"""`sft`, `reward`, and the settings that all trained stages share."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -17,34 +17,34 @@ from tunetrail.config.imported import ImportedModel, trained_or_imported
 
 
 class Lora(Block):
-    """A low-rank adapter (Hu et al. 2021) by PEFT: less memory in training and small checkpoints. Takes about 10 times
-    the learning rate. `model/` gets full weights with the adapter merged in, `adapter/` the adapter alone.
+    """A low-rank adapter (Hu et al. 2021) with PEFT: less memory in training and small checkpoints. Needs about 10
+    times the learning rate. `model/` gets full weights with the adapter merged in, `adapter/` the adapter alone.
     """
 
-    r: Count = Field(default=16, description="rank; raise it where the adapter cannot follow")
+    r: Count = Field(default=16, description="rank; raise it if the adapter cannot learn enough")
     alpha: Positive = Field(default=32.0, description="scale; the update is multiplied by alpha / r")
     target_modules: Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(module_names)] = Field(
-        default="all-linear", description="names of the linear layers that get an adapter, as `[q_proj, v_proj]`"
+        default="all-linear", description="names of the linear layers that get an adapter, such as `[q_proj, v_proj]`"
     )
 
 
 FEWEST_STEPS = 10
-"""Optimizer steps below which a stage hardly learns. Adam averages gradients over about 1 / (1 - 0.9) = 10 steps, and
-a step moves no weight further than about the learning rate: before the tenth, little has moved, and the first batches
-alone say where to."""
+"""A stage with fewer optimizer steps hardly learns. Adam averages gradients over about 1 / (1 - 0.9) = 10 steps, and
+a step moves no weight further than about the learning rate: before the tenth, little has moved, and only the first
+batches determine where to."""
 
 
 class Training(Block):
-    """What every trained stage shares."""
+    """Shared by all trained stages."""
 
     more_steps: ClassVar[str]
-    """What a user does to have it take more optimizer steps."""
+    """How the user can make it take more optimizer steps."""
 
-    lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train every weight")
+    lora: Lora | None = Field(default=None, description="train a LoRA adapter; null: train all weights")
     learning_rate: Positive = Field(description="peak learning rate; lower it if the loss is unstable")
     batch_size: Count = Field(default=16, description="rows per optimizer step")
     micro_batch_size: Count | None = Field(
-        default=None, description="rows per forward pass, a divisor of the batch; lower it where memory runs out"
+        default=None, description="rows per forward pass, a divisor of the batch; lower it if memory runs out"
     )
     max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this L2 norm")
 
@@ -58,7 +58,7 @@ class Training(Block):
 
 
 class Epochs(Training):
-    """Training that passes over a fixed data set."""
+    """Training over a fixed data set."""
 
     more_steps: ClassVar[str] = "raise epochs, lower batch_size, or add data"
 
@@ -69,16 +69,17 @@ class Epochs(Training):
     )
     weight_decay: NonNegative = Field(default=0.0, description="of AdamW, per unit of learning rate")
     max_length: Count = Field(
-        default=1024, description="tokens of prompt and response; a longer row is an error, raw text is cut into blocks"
+        default=1024,
+        description="the most tokens of prompt and response; longer rows are an error, raw text is cut into blocks",
     )
 
 
 def few_steps(name: str, steps: int, more_steps: str, at_most: str = "") -> str | None:
-    """What to say of a stage that takes too few optimizer steps to learn in; None if they are enough.
+    """The warning about a stage with too few optimizer steps to learn from; None if they are enough.
 
     Args:
-        more_steps: what to do, as its block says.
-        at_most: put before the number, where it is a bound.
+        more_steps: what to do about it, from its block.
+        at_most: put before the number if it is a bound.
     """
     if steps >= FEWEST_STEPS:
         return None
@@ -89,26 +90,26 @@ def few_steps(name: str, steps: int, more_steps: str, at_most: str = "") -> str 
 
 
 class SftConfig(Epochs):
-    """Fine-tuning on demonstrations by TRL's SFTTrainer; the loss is on answers, and on all of raw text."""
+    """Fine-tuning on demonstrations with TRL's SFTTrainer; the loss is on answers, and on all of raw text."""
 
     learning_rate: Positive = Field(default=5e-5, description="peak; about 10 times more with LoRA")
     batch_size: Count = Field(default=16, description="demonstrations per optimizer step")
 
 
 class RewardConfig(Epochs):
-    """The K-wise reward model (Ouyang et al. 2022), started from the SFT model."""
+    """The K-wise reward model (Ouyang et al. 2022), which starts from the SFT model."""
 
     learning_rate: Positive = Field(default=2e-5, description="peak; about 10 times more with LoRA")
     head_learning_rate: Positive | None = Field(
-        default=None, description="peak, of the score head, which starts from nothing; null: learning_rate"
+        default=None, description="peak for the score head, which starts from scratch; null: learning_rate"
     )
     warm_start: Literal["probe"] | None = Field(
         default=None,
         description="probe: the head starts as the best linear predictor of the rankings from the SFT model's hidden "
-        "states; null: at random",
+        "states; null: random",
     )
     pooling: Literal["last", "mean"] = Field(
-        default="last", description="the score is read from the last token's state, or from the mean over the response"
+        default="last", description="read the score from the last token's state, or from the mean over the response"
     )
     batch_size: Count = Field(default=8, description="prompts per optimizer step, each with its K responses")
 

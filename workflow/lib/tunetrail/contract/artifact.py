@@ -1,4 +1,4 @@
-"""Artifacts: inputs are verified, outputs are published whole or not at all."""
+"""Artifacts: verifies inputs, and publishes outputs completely or not at all."""
 
 import os
 import shutil
@@ -65,7 +65,7 @@ def check_files(manifest_path: Path, manifest: dict, cache: DigestCache) -> None
 
 
 def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
-    """Turns `stage.work` into the artifact at `stage.output`, whole or not at all."""
+    """Turns `stage.work` into the artifact at `stage.output`, completely or not at all."""
     write_json(stage.work / METRICS, metrics)
     if (stage.work / "model/config.json").exists():
         _write_card(stage, metrics)
@@ -80,12 +80,12 @@ def publish(stage: Stage, metrics: dict, attempts: list[dict]) -> None:
         stage.output.rename(previous)
     stage.work.rename(stage.output)
     declare_finished(stage.output, manifest)
-    for entry in content["files"]:  # so that the stage that reads it next need not hash it again
+    for entry in content["files"]:  # so that the next stage need not hash it again
         stage.attempt.digests.remember(stage.output / entry["path"], entry["sha256"])
 
 
 def _write_card(stage: Stage, metrics: dict) -> None:
-    """The card of a model, in its folder: whoever copies that takes it along."""
+    """Writes a model's card into its folder, so that it is copied along."""
     from tunetrail.provenance.exports.model_card import of_stage
 
     inputs = {role: parent.folder for role, parent in stage.inputs.items()}
@@ -96,7 +96,7 @@ def _write_card(stage: Stage, metrics: dict) -> None:
 def _record(stage: Stage, manifest: bytes, attempts: list[dict]) -> bytes:
     """The provenance record."""
     parents, draft = {role: parent.origin for role, parent in stage.inputs.items()}, stage.draft
-    # What was learnt from labels names them, however far upstream they were collected.
+    # Everything trained on labels names them, however far upstream they were collected.
     inherited = [d for parent in parents.values() if parent["labels"] for d in parent["labels"]]
     own = [d for d in draft.dependencies if d not in inherited]
     unique = [d for n, d in enumerate(inherited) if d not in inherited[:n]]
@@ -130,12 +130,12 @@ def _manifest(stage: Stage, content: dict) -> bytes:
 
 
 def _previous(output: Path) -> Path:
-    """Where the previous artifact stays until the new one is whole."""
+    """Where the previous artifact stays until the new one is complete."""
     return output.with_name(f".{output.name}.old")
 
 
 def declare_finished(output: Path, manifest: bytes) -> None:
-    """Writes the manifest, which is what says "finished": it comes last, by a rename of its own."""
+    """Writes the manifest, which marks the artifact as finished; it comes last, with its own rename."""
     pending = output / f".{MANIFEST}"
     pending.write_bytes(manifest)
     rename_durably(pending, output / MANIFEST)
@@ -144,19 +144,19 @@ def declare_finished(output: Path, manifest: bytes) -> None:
 
 
 def _reads_other_files(record: Record, folder: Path, digests: DigestCache) -> bool:
-    """Whether a file from outside the run, as far as it is there, is not what the record says was read."""
+    """Whether an existing file from outside the run differs from what the record says was read."""
     named = [item for d in record.dependencies for item in d["annotations"].get("files", {}).items()]
     files = [(Path(os.path.normpath(folder / name)), digest) for name, digest in named]
     return any(path.is_file() and digests.sha256(path) != digest for path, digest in files)
 
 
 def finished(stage: Stage, declare: bool = True) -> bool:
-    """Whether the artifact is already there, made by this code from this config, these inputs and the user's files.
+    """Whether the artifact already exists, made by this code from this config, these inputs and the user's files.
 
     Its record says so; its files and the user's are hashed again.
 
     Args:
-        declare: also write the manifest where it is missing.
+        declare: also write the manifest if it is missing.
     """
     try:
         record = read_record(stage.output)

@@ -17,13 +17,13 @@ def is_main_process() -> bool:
 
 
 def process_group() -> Any:
-    """torch.distributed where this stage has several processes, else None; stages without torch do not import it."""
+    """torch.distributed if this stage has several processes, else None; stages without torch do not import it."""
     distributed = sys.modules.get("torch.distributed")
     return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
 
 
 def of_all_processes(value: Any) -> list[Any]:
-    """What every process of the stage calls this with, by rank."""
+    """Gathers the values with which the processes of the stage call this, by rank."""
     if not (group := process_group()):
         return [value]
     values = [None] * group.get_world_size()
@@ -32,11 +32,11 @@ def of_all_processes(value: Any) -> list[Any]:
 
 
 def end_process_group() -> None:
-    """Ends the process group that the stage began, if any: one left to the interpreter's exit may abort it.
+    """Destroys the stage's process group, if any: leaving that to the interpreter's exit may abort it.
 
-    "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when
-    a stage failed, since the other processes may be waiting in a collective, where this would wait with them. Nothing
-    may hold the model any more, an exception neither: where its reducer is the last to hold the group it ends it with
+    "terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489. Not called when a
+    stage failed, since the other processes may be waiting in a collective, where this would wait with them. Nothing may
+    hold the model any more, not even an exception: if its reducer is the last to hold the group, it destroys it with
     Python's lock, and waits forever for a thread of the group that wants this lock to let a tensor go.
     """
     if group := process_group():

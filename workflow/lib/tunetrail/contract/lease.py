@@ -5,12 +5,11 @@ and renews its time every few seconds. A later attempt
 
 - takes over the file at once if its lock is free: the writer died;
 - creates the next file if the lock is held but the time was not renewed for `lease_seconds()`: the writer hangs, or its
-  node has lost the file server, which keeps the lock for it. If it comes back, `Lease.lost` tells it before it writes;
-- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits: somebody
-waits
-  for the job that was requeued or submitted again.
+  node has lost the file server, which keeps the lock for it. If it comes back, `Lease.lost` stops it before it writes;
+- is refused otherwise. But if both are jobs of a cluster, it asks the writer to save and leave, and waits: its
+  own job was requeued or submitted again.
 
-Times are the file server's own, since the clocks of two nodes may differ. This was tested on local file systems only.
+Times are those of the file server, since the clocks of two nodes may differ. Tested only on local file systems.
 """
 
 import errno
@@ -28,7 +27,7 @@ from tunetrail.errors import DiskError, Interrupted, Superseded
 
 POLL_SECONDS = 1.0
 REQUEST_SECONDS = 30.0
-"""A request to take over counts while it is renewed: whoever made it may have been cancelled."""
+"""A request to take over counts only while it is renewed: the process that made it may have been cancelled."""
 
 
 def lease_seconds() -> float:
@@ -37,13 +36,13 @@ def lease_seconds() -> float:
 
 
 def myself() -> str:
-    """How a writer is named to others."""
+    """The name of this writer for others."""
     job = os.environ.get("SLURM_JOB_ID")
     return f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
 
 
 def _newest(path: Path) -> tuple[int, Path]:
-    """(generation, file) of the newest lease file; the first where there is none yet."""
+    """(generation, file) of the newest lease file, or the first one if there is none yet."""
     files = {1: path}
     for other in path.parent.glob(f"{path.name}.*"):
         if (number := other.name.rpartition(".")[2]).isdigit():
@@ -53,7 +52,7 @@ def _newest(path: Path) -> tuple[int, Path]:
 
 
 def _server_time(path: Path) -> float:
-    """Seconds since the epoch by the clock of the server that has the folder."""
+    """Seconds since the epoch by the clock of the folder's file server."""
     probe = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     probe.touch()
     now = probe.stat().st_mtime
@@ -62,7 +61,7 @@ def _server_time(path: Path) -> float:
 
 
 def _lock(handle: IO[str]) -> bool:
-    """Whether nobody else has it. Raises DiskError on a file system without locks, which will not have them later."""
+    """Tries to lock; returns whether nobody else has the lock. Raises DiskError on a file system without locks."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -78,13 +77,14 @@ def _lock(handle: IO[str]) -> bool:
 
 
 def _lock_after_probe(handle: IO[str]) -> bool:
-    """Tries again in a moment: `holder` has the lock while it looks."""
+    """Like `_lock`, but tries again after a moment: `holder` has the lock while it looks."""
     time.sleep(0.2)
     return _lock(handle)
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lease; None if nobody does. Not to be asked by the holder: closing the file would free it."""
+    """Who holds the lease; None if nobody does. The holder must not call it: closing the file would release the
+    lock."""
     _, newest = _newest(path)
     try:
         with newest.open("r+", errors="replace") as handle:
@@ -94,7 +94,7 @@ def holder(path: Path) -> str | None:
 
 
 class Lease:
-    """What the writer holds. Made by `hold`."""
+    """The lease that a writer holds. Made by `hold`."""
 
     def __init__(self, path: Path, generation: int, file: Path, handle: IO[str]):
         self.path, self.generation, self.file, self.handle = path, generation, file, handle
@@ -111,7 +111,7 @@ class Lease:
         while not self.ended.wait(lease_seconds() / 6):
             try:
                 os.utime(self.file)
-            except OSError:  # the file server is away: others decide by our silence
+            except OSError:  # the file server is unreachable: others decide by our silence
                 continue
 
     def lost(self) -> bool:
@@ -120,7 +120,7 @@ class Lease:
         return _newest(self.path)[0] != self.generation
 
     def requested_by(self) -> str | None:
-        """Who asks this writer to leave, if anyone does."""
+        """Who requests that this writer leaves, if anyone does."""
         try:
             requested_at = self.request_file.stat().st_mtime
             return (
@@ -181,10 +181,10 @@ def hold(path: Path, give_up: Callable[[], bool], say: Callable[[str], None]) ->
     """Holds the lease on `path`'s folder.
 
     Args:
-        give_up: asked while waiting for another writer to leave.
-        say: told why it waits.
+        give_up: called while waiting for another writer to leave; True gives up.
+        say: called with the reason for waiting.
 
-    Raises Interrupted when another writer has it and is not to be asked, or does not leave in time.
+    Raises Interrupted if another writer has it and cannot be asked to leave, or does not leave in time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lease = _acquire(path, give_up, say)

@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress(TypedDict):
-    """How far a stage is: a row of `progress.jsonl` in its state folder."""
+    """The progress of a stage: a row of `progress.jsonl` in its state folder."""
 
     time: str
     """ISO 8601 with time zone."""
@@ -52,13 +52,13 @@ _file: Path | None = None
 
 
 def write_to(path: Path | None) -> None:
-    """Where progress is written in this process; None: nowhere. The contract says so."""
+    """Sets where this process writes progress; None: nowhere. The contract calls it."""
     global _file
     _file = path
 
 
 def read_progress(path: Path) -> list[Progress]:
-    """The whole rows of a progress file, oldest first: a full disk may have cut one short."""
+    """The complete rows of a progress file, oldest first; a full disk may have truncated some."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         return whole_rows(lines, *Progress.__required_keys__)
@@ -138,5 +138,5 @@ class ProgressBar:
         try:
             with _file.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-        except OSError:  # a full disk: the stage will say so where it matters
+        except OSError:  # a full disk: the stage will report it where it matters
             return

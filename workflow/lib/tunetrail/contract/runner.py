@@ -7,9 +7,8 @@ A stage is a module with `run(stage) -> metrics`, called as
 
 and `main(run)` does the rest:
 
-1. It checks every input folder against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS it
-does
-   not hash files again that have not changed, by size, inode and times, since they were hashed last.
+1. It checks every input folder against its manifest; a byte that differs stops the stage. With $TUNETRAIL_DIGESTS,
+   files whose size, inode and times have not changed since they were last hashed are not hashed again.
 2. It works in the state folder `STATE/<fingerprint>`, the digest of the config and the input manifests: a changed
    hyperparameter never loads an old optimizer state. A lease keeps a second writer out.
 3. `run` fills `stage.work`, a sibling of the output folder, with files.
@@ -65,7 +64,7 @@ log = logging.getLogger("tunetrail")
 
 
 def how_it_ended(error: BaseException | None) -> Ended:
-    """The end of an attempt that raised this, or nothing."""
+    """The end of an attempt that raised this, or None for an attempt that raised nothing."""
     if error is None:
         return {"outcome": "done", "message": None}
     if isinstance(error, Waiting):
@@ -117,7 +116,7 @@ def _tokenizer_of(parents: dict[str, dict]) -> str | None:
 
 
 def _of_this_run(parents: dict[str, dict], stage: str) -> dict[str, dict]:
-    """All but a model that another run made: importing compares what its tokenizer does, not the bytes of its files."""
+    """The inputs without models of other runs: importing compares what their tokenizers do, not the bytes of files."""
     return {role: m for role, m in parents.items() if not (role == "model" and stage in ("sft", "reward"))}
 
 
@@ -126,20 +125,20 @@ def _now() -> str:
 
 
 def _write_attempts(path: Path, attempts: list[dict]) -> None:
-    """Whole or not at all: a full disk or a kill must not cost the history."""
+    """Writes the attempts atomically: a full disk or a kill must not lose the history."""
     pending = path.with_suffix(".new")
     write_jsonl(pending, attempts)
     rename_durably(pending, path)
 
 
 def _earlier_attempts(path: Path) -> list[dict]:
-    """The attempts in this state folder; one that was killed could not write its own end."""
+    """The attempts in this state folder; a killed one could not write its end."""
     attempts = read_finished_rows(path, "start")
     for attempt in attempts:
         if "outcome" not in (attempt.get("ended") or {}):
             attempt["ended"] = {"outcome": "killed", "message": None}
         attempt.setdefault("end", None)
-    # One that only found people at work did nothing, and there may be one an hour.
+    # An attempt that only found people at work did nothing, and there may be many of them.
     return [attempt for attempt in attempts if attempt["ended"]["outcome"] != "waiting"]
 
 
@@ -164,7 +163,7 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
     finally:
         now = energy_joules()
         this |= environment() | {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
-        # The counter wraps around; then the difference says nothing.
+        # If the counter has wrapped around, the difference means nothing.
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
         this["ended"] = how_it_ended(error)
         if not stage.attempt.is_superseded():
@@ -176,18 +175,18 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
 
 
 def _clean_up(stage: Stage) -> None:
-    """Leaves in the state of a published artifact only what somebody may want to read."""
+    """Removes everything from the state of a published artifact that nobody will want to read."""
     for checkpoint in stage.state.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.rmtree(stage.state / KEPT, ignore_errors=True)
     path = stage.state / ATTEMPTS
     if path.exists():
-        # The record has them now; what this state folder makes another time begins a history of its own.
+        # The record has them now; if this state folder is used again, it starts a new history.
         path.rename(path.with_name("attempts.published.jsonl"))
 
 
 def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
-    """What a stage's command names, its inputs verified."""
+    """The stage that the command describes, with verified inputs."""
     content = _read_stage_config(args.config)
     inputs = dict(item.split("=", 1) for item in args.input)
     cache = DigestCache(Path(folder) if (folder := os.environ.get("TUNETRAIL_DIGESTS")) else None)
@@ -208,7 +207,7 @@ def _stage(args: argparse.Namespace, stop: Stop | None) -> Stage:
             part=(part[0], part[1]),
         ),
         {
-            # The report shows a record that does not match; all others would learn from it.
+            # The report shows records that do not match; all other stages would use them.
             role: Input(Path(path).parent, parents[role], parent_entry(Path(path).parent, content["stage"] != "report"))
             for role, path in inputs.items()
         },
@@ -241,13 +240,13 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
         waits.append(text)
         log.info("%s: %s", name, text)
 
-    # Neither two attempts in one state folder nor two in one output, whatever their configs.
+    # Two attempts may share neither a state folder nor an output, whatever their configs.
     with ExitStack() as stack:
         for path in (state / "lock", args.state / f"{output.name}.lock"):
             stage.attempt.leases.append(stack.enter_context(hold(path, stage.stop.requested, say)))
         stage.stop.leases = stage.attempt.leases
         stack.enter_context(_logging_to(state))
-        for abandoned in output.parent.glob(f".{output.name}~*.work"):  # by attempts that were killed
+        for abandoned in output.parent.glob(f".{output.name}~*.work"):  # left by attempts that were killed
             shutil.rmtree(abandoned, ignore_errors=True)
         stack.callback(shutil.rmtree, stage.work, ignore_errors=True)
         # Skip hashing unless a finished artifact is plausible: an explicit rerun must rebuild.
@@ -255,7 +254,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
             waits or not args.output.exists() or (state / ATTEMPTS).exists() or "SLURM_RESTART_COUNT" in os.environ
         )
         if plausible and finished(stage):
-            if processes() > 1:  # the others have begun and would wait for this one; a launcher looks beforehand
+            if processes() > 1:  # the others have started and would wait for this one; a launcher checks beforehand
                 raise Interrupted(f"{output} was finished by another attempt; run the same command again")
             log.info("%s: %s is finished; nothing to do", name, output)
             _clean_up(stage)
@@ -309,7 +308,7 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
         return 74  # EX_IOERR: a full disk, a missing permission
     except Exception as e:
-        if "No space left on device" not in str(e):  # safetensors and torch wrap the system's error in their own
+        if "No space left on device" not in str(e):  # safetensors and torch wrap the system's error
             raise
         print(f"{name}: error: {args.output.parent}: No space left on device", file=sys.stderr)
         return 74

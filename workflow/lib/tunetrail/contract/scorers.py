@@ -1,4 +1,4 @@
-"""The user's own files and models that a stage reads: as they were planned, and as its record names them."""
+"""The user's own files and models that a stage reads: checks that they have not changed, and records them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from tunetrail.provenance.schema import Dependency
 
 
 def check_unchanged(key: str, path: Path, planned: str | None, cache: DigestCache | None = None) -> None:
-    """Raises DataError for a file or folder of the user's that is not as it was when the run was planned."""
+    """Raises DataError if a file or folder of the user's has changed since the run was planned."""
     digest = digest_of(path, cache)
     if digest is None or digest != planned:
         what = "differs from what it was when this run was planned" if digest else "is missing"
@@ -35,7 +35,7 @@ def own_scorers(scorers: Mapping[str, Mapping[str, Any]], cache: DigestCache) ->
 
 
 def hub_scorers(scorers: Mapping[str, Mapping[str, Any]]) -> list[Dependency]:
-    """The models from the hub among a stage's scorers. Ask once they were loaded: then their commits are known."""
+    """The models from the hub among a stage's scorers. Call it after they were loaded: then their commits are known."""
     return [
         hub_model(
             "scorer", scorer["repo"], scorer["revision"], scorer["licence"], "the hub has the digests of its files"

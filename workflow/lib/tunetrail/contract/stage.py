@@ -1,4 +1,4 @@
-"""What a stage's `run` gets: what is asked, its verified inputs, where this attempt works, what the record will say."""
+"""What a stage's `run` gets: the request, its verified inputs, this attempt, and a draft of the record."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from tunetrail.provenance.schema import Dependency, ParentEntry
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made, as the stage's command and its config file say."""
+    """What to make, according to the stage's command and its config file."""
 
     name: str
     config: dict[str, Any]
@@ -35,12 +35,12 @@ class Input:
     """Verified against its manifest."""
     manifest: dict[str, Any]
     origin: ParentEntry
-    """What the record will say of it, as it was when the stage began."""
+    """What the record will say about it, as it was when the stage started."""
 
 
 @dataclass
 class Attempt:
-    """Where this process works, and what tells it to save and leave."""
+    """The work of this process: its folders, its leases, and when to save and leave."""
 
     work: Path
     """An empty folder that becomes the artifact."""
@@ -51,9 +51,9 @@ class Attempt:
     check_inputs: Callable[[], None] = lambda: None
     """Compares the inputs with their manifests as they were read; a file that was not touched is not read again."""
     leases: list[Lease] = field(default_factory=list)
-    """On state and output, in the process that writes."""
+    """On state and output, held by the process that writes."""
     saves: list[dict[str, Any]] = field(default_factory=list)
-    """Name and digest of the last two states this attempt could be resumed from, newest last."""
+    """Name and digest of the last two states that this attempt could be resumed from, newest last."""
     note: Callable[[str, Any], None] = lambda key, value: None
     """Writes something into the record of this attempt at once: a killed attempt cannot do so later."""
 
@@ -81,7 +81,7 @@ class RecordDraft:
     """What only the stage knows about the artifact's origin, for its provenance record."""
 
     dependencies: list[Dependency] = field(default_factory=list)
-    """Data sources, packages, labels, made by `provenance.record.dependency`."""
+    """Data sources, packages and labels, made by `provenance.record.dependency`."""
     about: tuple[str, ...] = ()
     """Roles of the inputs that the artifact is a statement about: the model of an evaluation."""
     training_flops: float | None = None
@@ -132,6 +132,6 @@ class Stage:
         return self.attempt.stop
 
     def rows(self, role: str, name: str, optional: bool = False) -> list[dict[str, Any]]:
-        """The rows of a JSONL file in an input folder; of an `optional` one that is not there, none."""
+        """The rows of a JSONL file in an input folder; empty if the file is `optional` and missing."""
         path = self.inputs[role].folder / name
         return [] if optional and not path.exists() else read_jsonl(path)

@@ -1,4 +1,4 @@
-"""When a stage saves and when it leaves."""
+"""Decides when a stage saves and when it leaves."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from tunetrail.contract.lease import Lease, lease_seconds
 from tunetrail.errors import ConfigError, Interrupted, Superseded
 
 TIME_LIMIT = "TUNETRAIL_TIME_LIMIT"
-"""Environment variable: minutes that a stage may take, from its own start."""
+"""Environment variable: how many minutes a stage may take, from its start."""
 DEADLINE = "TUNETRAIL_DEADLINE"
 """Environment variable: when the allocation ends, in seconds since 1970."""
 TAKEOVER = "another attempt of this stage"
@@ -32,9 +32,9 @@ def number_from(variable: str, unit: str) -> float | None:
 
 
 def seconds_left() -> float | None:
-    """Seconds until the first of $TUNETRAIL_TIME_LIMIT and $TUNETRAIL_DEADLINE; None without either.
+    """Seconds until the earlier of $TUNETRAIL_TIME_LIMIT and $TUNETRAIL_DEADLINE; None without either.
 
-    The deadline is of the wall clock, which processes and nodes share: how long the interpreter, its imports or srun
+    The deadline is in wall-clock time, which processes and nodes share: the time that the interpreter, imports or srun
     took to start counts against it.
     """
     minutes, end = number_from(TIME_LIMIT, "minutes"), number_from(DEADLINE, "seconds since 1970")
@@ -49,8 +49,8 @@ class Stop:
     the saves; saving never changes a result, and neither does the spacing. A stage leaves five minutes before
     `seconds_left` are over, or a tenth of them if that is less. `tunetrail.launch` sets `$TUNETRAIL_DEADLINE`.
 
-    The processes of a stage answer alike, since they save and leave together: what one was told holds for all. Where
-    another attempt has taken over, asking raises Superseded in all of them before anything is saved.
+    All processes of a stage give the same answer, since they save and leave together: a signal to one holds for all. If
+    another attempt has taken over, `requested` raises Superseded in all of them before anything is saved.
     """
 
     def __init__(self) -> None:
@@ -76,13 +76,13 @@ class Stop:
             self.last_request_check = now
             if who := next(filter(None, (lease.requested_by() for lease in self.leases)), None):
                 self.reason = f"{TAKEOVER} ({who})"
-        # No more often than the lease is renewed: each look costs the file server a new file.
+        # Not more often than the lease is renewed: each check costs the file server a new file.
         if self.leases and now - self.last_lease_check >= lease_seconds() / 6:
             self.last_lease_check = now
             if any(lease.lost() for lease in self.leases):
                 self.reason = LEASE_LOST
         agreed = next((reason for reason in of_all_processes(self.reason) if reason), None)
-        if agreed:  # a signal that came in the meantime is answered by all processes the next time
+        if agreed:  # a signal that came in the meantime takes effect in all processes the next time
             self.reason = agreed
         if agreed == LEASE_LOST:
             raise Superseded("another attempt has taken over while this one was silent; it goes on, this one ends")

@@ -14,5 +14,5 @@ from tunetrail.preferences.rows import SampledRow
 
 
 def rank(labeler: str, rows: list[SampledRow], config: Any, stage: Stage) -> Labels:
-    """The rankings of sampled rows by the labeler of this name."""
+    """The rankings of sampled rows by the labeler with this name."""
     return importlib.import_module(f"tunetrail.labeling.{labeler}").rank(rows, config, stage)

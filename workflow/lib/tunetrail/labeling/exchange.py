@@ -89,7 +89,7 @@ def as_tasks(items: Iterable[Item]) -> list[Row]:
 
 
 def _joined(items: Iterable[Item]) -> list[Item]:
-    """Items with the same id and texts as one, in order of their first appearance."""
+    """Joins items with the same id and texts, in the order of their first appearance."""
     first: dict[tuple, Item] = {}
     for item in items:
         key = item["id"], item["prompt"], *item["completions"]
@@ -101,7 +101,7 @@ def _joined(items: Iterable[Item]) -> list[Item]:
 
 
 class _BadRow(Exception):
-    """What is wrong with which row; the reader adds the file."""
+    """Says what is wrong with which row; the reader adds the file."""
 
 
 def _each(rows: Iterable[tuple[int, Any]], parse: Callable[[Any, int], Any]) -> Iterator[Any]:

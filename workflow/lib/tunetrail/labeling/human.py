@@ -1,4 +1,4 @@
-"""People who rank on a page of their own: `tunetrail label serve`.
+"""People rank on the page of `tunetrail label serve`.
 
 The tasks that the stage `tasks` wrote are published in the store; publishing the current tasks again does nothing. Once
 every task has its quota of rankings the answers are exported, and the artifact holds, next to its comparisons,
@@ -45,7 +45,7 @@ def claim(store: Store, run: str) -> None:
 
 
 def snapshot(store: Store) -> tuple[str, list[Event], list[Label], Progress]:
-    """(head, events, labels, progress), all of one moment while people go on ranking."""
+    """(head, events, labels, progress), all from the same moment while people keep ranking."""
     while True:
         head = store.head()
         current = head, list(store.events()), store.labels(), store.progress()

@@ -15,9 +15,9 @@ class Labels:
     """The rankings of some rows and what else the labeler knows about them."""
 
     rankings: list[list[Ranking]]
-    """For each row its rankings; none if the row was left out."""
+    """The rankings of each row; empty if the row was left out."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Goes into the stage's metrics."""
+    """Added to the stage's metrics."""
     source: dict[str, Any] = field(default_factory=dict)
     """Where the labels come from (file, model, endpoint), for the provenance record."""
 
@@ -53,7 +53,7 @@ class _Answer(TypedDict):
     labeler: str
     """A pseudonym."""
     ratings: list[int | None] | None
-    """[K], from 1 to 7 where the labeler rated."""
+    """[K], from 1 to 7 if the labeler rated."""
     flags: list[list[str]]
     """[K], keys of `answers.FLAGS`."""
     all_bad: bool

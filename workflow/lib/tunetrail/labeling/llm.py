@@ -65,7 +65,7 @@ class Answer(TypedDict):
     """All verdicts on one row: a line of `verdicts.jsonl` in the state folder."""
 
     id: str
-    """Of the row."""
+    """The id of the row."""
     verdicts: list[tuple[int, int, Verdict, Verdict]]
     """(i, j, verdict with i first, verdict with j first) for every pair of completions i < j."""
     time: str
@@ -88,7 +88,7 @@ def parse_verdict(answer: str) -> Verdict:
 
 
 def pair_outcome(forward: Verdict, backward: Verdict) -> int:
-    """Verdicts on (i, j) and on (j, i) -> 1 where both name i, -1 where both name j, else 0."""
+    """Verdicts on (i, j) and on (j, i) -> 1 if both name i, -1 if both name j, else 0."""
     return {("A", "B"): 1, ("B", "A"): -1}.get((forward, backward), 0)  # type: ignore[arg-type]
 
 
@@ -105,7 +105,7 @@ def scores_from_outcomes(outcomes: dict[tuple[int, int], int], k: int) -> list[f
 
 
 def _send(request: urllib.request.Request) -> bytes:
-    """The reply to a request. Raises _Unavailable where it makes sense to try again, else _Refused."""
+    """The reply to a request. Raises _Unavailable if it makes sense to try again, else _Refused."""
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
             return reply.read()

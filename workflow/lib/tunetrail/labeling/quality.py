@@ -1,12 +1,12 @@
 """How good labels are: agreement, bias, speed, and how far labeling is.
 
 All numbers are computed from `Label` rows. Only answers that count are compared: no skips, no training, and a labeler's
-first answer where a task came twice. A value that cannot be measured is None, never 0. Intervals are 95% by bootstrap
+first answer if a task came twice. A value that cannot be measured is None, never 0. Intervals are 95% by bootstrap
 over tasks, since pairs of one task are not independent.
 
 InstructGPT (Ouyang et al. 2022, section 3.4) reports how often labelers agree with each other, 72.6% among those whose
 labels it was trained on and 77.3% among held-out ones, and does not say how a tie counts. Here `agreement` counts one
-half where only one of two labelers sees a tie, and `agreement_decided` leaves out pairs that either of them tied.
+half if only one of two labelers sees a tie, and `agreement_decided` leaves out pairs that either of them tied.
 """
 
 import math
@@ -30,7 +30,7 @@ SEED = 0
 OUTLIER = 3.5
 """Robust z beyond which an answer was unusually fast or slow (Iglewicz and Hoaglin 1993)."""
 Interval = dict[str, Any] | None
-"""{"mean", "low", "high", "n"} as `stats.bootstrap` gives it."""
+"""{"mean", "low", "high", "n"}, from `stats.bootstrap`."""
 
 
 class Couple(NamedTuple):
@@ -122,7 +122,8 @@ def between_labelers(labels: Iterable[Label]) -> list[Couple]:
 
 
 def tau_b(couples: Iterable[Couple]) -> Interval:
-    """Mean of Kendall's tau-b; it is undefined, and left out, where one of two rankings ties everything."""
+    """The mean of Kendall's tau-b; pairs of rankings are left out if one of them ties everything, where it is
+    undefined."""
     values = ((task, float(kendalltau(a, b).statistic)) for task, a, b in couples)
     return _over_tasks((task, value) for task, value in values if not math.isnan(value))
 
@@ -138,7 +139,7 @@ def outcome_counts(labels: Iterable[Label]) -> list[np.ndarray]:
 
 def _alpha(counts: list[np.ndarray]) -> float:
     pooled = np.concatenate([both for c in counts for both in (c, c[:, ::-1])])
-    # A pair that one labeler saw says nothing, and where all outcomes are the same, none is expected to differ.
+    # A pair that only one labeler saw says nothing, and if all outcomes are the same, none is expected to differ.
     if not (pooled.sum(1) > 1).any() or (pooled[pooled.sum(1) > 1].sum(0) > 0).sum() < 2:
         return math.nan
     return float(krippendorff.alpha(value_counts=pooled, level_of_measurement="nominal"))
@@ -148,7 +149,7 @@ def alpha(labels: Iterable[Label]) -> Interval:
     """Krippendorff's alpha (2004), nominal, over the outcomes of pairs: 1 is perfect, 0 is agreement by chance.
 
     It copes with labelers who did not see a task and with tasks of different size. Which completion of a pair comes
-    first is arbitrary, so each pair counts both ways round; else alpha would depend on the order of the file.
+    first is arbitrary, so each pair counts in both orders; otherwise alpha would depend on the order of the file.
     """
     counts = outcome_counts(labels)
     if not counts or math.isnan(value := _alpha(counts)):
@@ -160,7 +161,7 @@ def alpha(labels: Iterable[Label]) -> Interval:
 
 
 def with_gold(labels: Iterable[Label], tasks: Mapping[str, Task]) -> list[Couple]:
-    """Every answer to a gold task with the gold ranking, training left out."""
+    """Every answer to a gold task with the gold ranking, without training."""
     return [
         Couple(row["task"], row["ranks"], gold["ranks"])
         for row in labels
@@ -216,7 +217,7 @@ def longer_wins(labels: Iterable[Label], tasks: Mapping[str, Task]) -> Interval:
 def robust_z(values: Sequence[float]) -> list[float] | None:
     """Distances from the median in units of the median absolute deviation, scaled to a normal's standard deviation.
 
-    None where more than half of the values are the same.
+    None if more than half of the values are the same.
     """
     x = np.asarray(values, dtype=float)
     away = x - np.median(x) if len(x) else x

@@ -69,7 +69,7 @@ def read_rankings(path: Path, columns: dict[str, str]) -> dict[str, list[Recorde
     """The rankings of a file by prompt.
 
     Args:
-        columns: our name of a column -> the file's name, where they differ.
+        columns: our name of a column -> the file's name, if they differ.
 
     Raises DataError that names the bad lines.
     """

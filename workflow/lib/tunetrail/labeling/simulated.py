@@ -8,7 +8,7 @@ from tunetrail.scorers.build import Completion, build
 
 
 def rank(rows: list[SampledRow], config: SimulatedLabeler, stage: Stage) -> Labels:
-    """Raises DataError for rows without a reference where the scorer needs one, and what the user's own raises."""
+    """Raises DataError for rows without a reference if the scorer needs one, and whatever a user's scorer raises."""
     scorer = build(config.scorer, stage.shared.get("scorers", {}))
     completions = [
         Completion(row["prompt"], text, row["reference"], row, finished)

@@ -31,7 +31,7 @@ class Task(TypedDict):
     draft: str | None
     """For a demonstration: an answer to edit."""
     gold: Gold | None
-    """For a ranking: how it should be ranked, where that is known."""
+    """For a ranking: the known ranking, if there is one."""
     split: str
     """The split that its prompt is from, or empty."""
 

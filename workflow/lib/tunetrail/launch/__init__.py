@@ -1,6 +1,6 @@
-"""How a stage's command is started: here, as a step of its Slurm job, or as a job of its own through submitit.
+"""Starts a stage's command: here, as a step of its Slurm job, or as a separate job through submitit.
 
     python -m tunetrail.launch --stage S --jobs J --resources '{…}' --log L -- python -m tunetrail.stages.S …
 
-The stages know nothing of it. No torch is imported here: a launcher that waits for a job is small.
+Stages know nothing about it. Nothing here imports torch, so that a launcher that waits for a job stays small.
 """

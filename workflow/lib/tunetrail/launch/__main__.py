@@ -1,4 +1,4 @@
-"""See `tunetrail.launch`. Exit code: the stage's, which the head process of a run finds in the file EXIT_CODE too."""
+"""See `tunetrail.launch`. Exits with the stage's code, which is also in the file EXIT_CODE for the head process."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from tunetrail.launch.supervise import EXIT_CODE, option, supervise
 
 
 def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> list[str]:
-    """The command as a step of the Slurm job around us: only a step is told by SIGTERM that the job ends."""
+    """The command as a step of the Slurm job around us: only a step gets SIGTERM when the job ends."""
     n = processes(stage, resources)
     if int(resources.get("nodes") or 1) > 1:
         raise ConfigError(
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TunetrailError as e:
         print(f"{args.stage}: error: {e}", file=sys.stderr)
         code = e.exit_code
-    if code:  # one that is killed leaves none
+    if code:  # a killed one leaves none
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(str(code), encoding="utf-8")
     return code

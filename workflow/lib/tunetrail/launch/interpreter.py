@@ -1,4 +1,4 @@
-"""Which Python runs the jobs."""
+"""Decides which Python runs the jobs."""
 
 import shutil
 import subprocess
@@ -6,10 +6,10 @@ import sys
 
 
 def job_python() -> str:
-    """`python` where PATH has this environment's, else this interpreter: `.venv/bin/snakemake` needs no activation."""
-    found = shutil.which("python")
-    if found is None:
+    """`python` if the PATH has this environment's, else this interpreter: `.venv/bin/snakemake` needs no activation."""
+    python = shutil.which("python")
+    if python is None:
         return sys.executable
-    command = [found, "-c", "import sys; print(sys.prefix)"]
+    command = [python, "-c", "import sys; print(sys.prefix)"]
     reply = subprocess.run(command, capture_output=True, text=True, check=False)
     return "python" if reply.stdout.strip() == sys.prefix else sys.executable

@@ -1,7 +1,7 @@
 """Reports before any job starts what is bound to fail: files, rows, packages, the base model, recorded rankings.
 
-Nothing heavy is imported, since each start of Snakemake comes through here: a local base is judged by its files. What
-these do not say, the stage that loads the model finds out.
+Nothing heavy is imported, since every start of Snakemake runs this: a local base is checked by its files. The rest is
+left to the stage that loads the model.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from tunetrail.models.trackers import check as check_trackers
 from tunetrail.provenance.manifest import MANIFEST, artifact_around
 
 SAMPLE = 1000
-"""Rows of local files whose lengths are measured."""
+"""How many rows of local files are measured."""
 Result = TypeVar("Result")
 
 
@@ -29,10 +29,10 @@ def check(config: Config, source: str = "config", packages: bool = True, folder:
 
     Args:
         source: names the config in messages.
-        packages: whether jobs run in this environment, so that a package that is not here is missing there.
-        folder: of the run, below a module's prefix; None: results/<run>.
+        packages: whether jobs run in this environment, so that packages must be installed in it.
+        folder: the run's folder, including a module's prefix; None: results/<run>.
 
-    Raises ConfigError, or DataError where only data are bad, with a line for each mistake.
+    Raises ConfigError, or DataError if only data are bad, with a line for each mistake.
     """
     check_files(config, source)
     mistakes: list[TunetrailError] = []
@@ -86,7 +86,7 @@ def missing_packages(config: Config) -> Iterator[str]:
 
 
 def wrong_artifacts(config: Config, run: Path) -> Iterator[str]:
-    """A line for each model of the user's that lies in an artifact which it cannot be taken from.
+    """A line for each imported model inside an artifact that it cannot be taken from.
 
     Args:
         run: the run's own folder.
@@ -106,7 +106,7 @@ def wrong_artifacts(config: Config, run: Path) -> Iterator[str]:
 
 
 def check_base(base: LocalModel, data: DataConfig, rows: Sequence[dict], source: str) -> None:
-    """Raises ConfigError for a model that the run cannot use, and DataError for rows that are too long for certain."""
+    """Raises ConfigError for a model that the run cannot use, and DataError for rows that are certainly too long."""
     from tunetrail.models import tokenizer_files
 
     refuse(f"{source}: {line}" for line in tokenizer_files.problems(base.path, base, data.chat))
@@ -131,11 +131,11 @@ def check_lengths(folder: Path, data: DataConfig, rows: Sequence[dict]) -> None:
 
 
 def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[dict]) -> list[str]:
-    """Warns of prompts that may be ranked and are not in the file.
+    """Warns about prompts that may need rankings and are not in the file.
 
-    Says nothing where not all prompts are in local files, or where the file names prompts as the model is shown them.
+    Says nothing if not all prompts are in local files, or if the file has rendered prompts.
 
-    Raises DataError if none is in it, or one is missing that will be ranked.
+    Raises DataError if the file has none of the prompts, or lacks one that will certainly be ranked.
     """
     from tunetrail.labeling.recorded import read_rankings
 

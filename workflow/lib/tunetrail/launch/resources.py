@@ -1,4 +1,4 @@
-"""What a rule asks of Slurm, from the resources that the profile gives it."""
+"""Turns the resources that the profile gives a rule into requests to Slurm."""
 
 import shlex
 from collections.abc import Mapping
@@ -14,24 +14,24 @@ SLURM = (
 )  # fmt: skip
 """Resources that decide where and with what a job runs."""
 LAUNCH = ("launcher", "array")
-"""Resources of ours: `launcher` inline or submitit, `array` 1 where jobs that start together go out as one array."""
+"""Our own resources: `launcher` inline or submitit; `array` 1 if jobs that start together become one array."""
 LAUNCHERS = ("inline", "submitit")
 SRUN = ("--kill-on-bad-exit=1", "--wait=300")
 """Of several processes: where one fails the others, which may wait for it in a collective, are ended; where it is done
 the first, which publishes, has this many seconds more."""
 _SHORT = {"-A": "account", "-p": "partition", "-t": "time", "-C": "constraint", "-D": "chdir"}
 _OTHERS = {"parsable", "job-name", "output", "export", "comment", "chdir"}
-"""Of the plugin's command: what says nothing of resources."""
+"""Options in the plugin's command that are not about resources."""
 
 
 class _Resources(dict):
-    """As the plugin reads them: by key and by attribute."""
+    """Resources as the plugin reads them: by key and by attribute."""
 
     __getattr__ = dict.__getitem__
 
 
 def gpus(resources: Mapping[str, Any]) -> int:
-    """GPUs of the whole job, by `gpu`, or by `gres` (gpu:4, gpu:a100:4: of each node)."""
+    """GPUs of the whole job: `gpu`, or `gres` (gpu:4, gpu:a100:4) times the nodes."""
     gres = str(resources.get("gres") or "")
     if gres.startswith("gpu"):
         last = gres.rpartition(":")[2]
@@ -40,7 +40,7 @@ def gpus(resources: Mapping[str, Any]) -> int:
 
 
 def processes(stage: str, resources: Mapping[str, Any]) -> int:
-    """Of one node: `tasks_per_node`, or one per GPU; 1 for stages that cannot be spread."""
+    """Processes per node: `tasks_per_node`, or one per GPU; 1 for stages that cannot be distributed."""
     if stage not in STAGES or not STAGES[stage].distributed:
         return 1
     nodes = int(resources.get("nodes") or 1)
@@ -50,10 +50,10 @@ def processes(stage: str, resources: Mapping[str, Any]) -> int:
 def sbatch_options(resources: Mapping[str, Any], threads: int) -> dict[str, str]:
     """Long options of sbatch, as the Slurm executor plugin would give them to a rule with these resources.
 
-    The plugin's own functions write them, so that a stage gets the same from either launcher. An option without a value
+    The plugin's own functions make them, so that both launchers request the same. An option without a value
     has "".
     """
-    # Here, since they bring pandas along.
+    # Imported here, since they import pandas.
     from snakemake_executor_plugin_slurm.submit_string import get_submit_command
     from snakemake_executor_plugin_slurm.utils import set_gres_string
 

@@ -1,4 +1,4 @@
-"""A stage as a Slurm job of its own through submitit: several nodes, one id through all its attempts, found again.
+"""Runs a stage as a separate Slurm job through submitit: on several nodes, with one id for all its attempts.
 
 The launcher is one of Snakemake's local jobs. It submits with the resources that the profile gives the rule, writes the
 job's id into the state folder, passes the job's output on and ends with the stage's exit code. If the head process died
@@ -35,7 +35,7 @@ from tunetrail.provenance.manifest import sha256_json
 
 POLL_SECONDS = 2.0
 GATHER_SECONDS = 3.0
-"""How long a launcher waits for others of its stage, to submit them as one array."""
+"""How long a launcher waits for other launchers of its stage, to submit all of them as one array."""
 SIGNAL_SECONDS = 60
 """How long before a time limit Slurm signals the job; the stage's own clock is earlier (`contract.stop`)."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -54,7 +54,7 @@ ALIVE = {
     "STAGE_OUT",
     "SPECIAL_EXIT",
 }
-"""States of a job that is not over."""
+"""States of a job that has not ended."""
 
 
 class StageCommand:
@@ -66,15 +66,15 @@ class StageCommand:
     def __call__(self) -> int:
         os.chdir(self.folder)
         environment = submitit.JobEnvironment()
-        environment.paths.result_pickle.unlink(missing_ok=True)  # of this job before it was requeued
+        environment.paths.result_pickle.unlink(missing_ok=True)  # from before this job was requeued
         if environment.num_tasks > 1:
-            # A node may have failed when all was published, and nothing would be left to go on from.
+            # A node may have failed after everything was published, so that no state is left to resume from.
             if "SLURM_RESTART_COUNT" in os.environ and is_finished(self.command[3:], environment.global_rank == 0):
                 return 0
-            # runtime.device counts the GPUs of a node: all are to be visible
+            # runtime.device counts the GPUs of a node: all must be visible
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         code = supervise(self.command, None, option(self.command, "--state"), requeues=environment.global_rank == 0)
-        # submitit ends with 0 whatever this returns, and srun would not see that a process has failed.
+        # submitit exits with 0 whatever this returns, so srun would not notice that a process failed.
         atexit.register(os._exit, for_srun(code, environment.global_rank))
         return code
 
@@ -83,8 +83,8 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
     on_each_node = processes(stage, resources)
     if shutil.which("srun") is None:
         local = submitit.LocalExecutor(folder)
-        minutes = int(resources.get("runtime") or 10**6)  # without a scheduler nobody limits the time
-        # Without a number submitit hides the GPUs.
+        minutes = int(resources.get("runtime") or 10**6)  # without a scheduler there is no time limit
+        # Without a number, submitit hides the GPUs.
         local.update_parameters(timeout_min=minutes, tasks_per_node=on_each_node, gpus_per_node=gpus(resources))
         return local
     options = sbatch_options(resources, threads)
@@ -109,13 +109,13 @@ def _executor(folder: Path, name: str, stage: str, resources: Mapping[str, Any],
 
 
 def _is_alive(job: Job) -> bool:
-    if isinstance(job, submitit.LocalJob):  # its id is that of submitit's process, of this launcher or of one before
+    if isinstance(job, submitit.LocalJob):  # its id is that of submitit's process, whichever launcher started it
         return (job._process is None or job._process.poll() is None) and _process(job.job_id) is not None
     reply = subprocess.run(
         ["squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False
     )
     if reply.returncode and "Invalid job id" not in reply.stderr:
-        return True  # the controller is away: nothing is known
+        return True  # the controller is unreachable: nothing is known
     return any(line.strip() in ALIVE for line in reply.stdout.splitlines())
 
 
@@ -133,7 +133,7 @@ def _process(pid: str) -> str | None:
 
 
 def _cancel(job: Job) -> None:
-    """Ends the job, which saves first, and waits for that."""
+    """Cancels the job, which saves first, and waits until it has ended."""
     if isinstance(job, submitit.LocalJob):
         os.kill(int(job.job_id), signal.SIGINT)
     else:
@@ -157,7 +157,7 @@ class Jobs:
         rename_durably(pending, self.folder / f"{name}.json")
 
     def read(self, name: str) -> tuple[Job, str] | None:
-        """(the job, what it was submitted for) of this name; None if there is none."""
+        """(the job with this name, what it was submitted for); None if there is none."""
         path = self.folder / f"{name}.json"
         try:
             found = whole_rows([path.read_text(errors="replace")], "job", "key", "local", "tasks")
@@ -168,26 +168,26 @@ class Jobs:
             return None
         content = found[0]
         if content["local"] and content["local"] != _process(content["job"]):
-            return None  # it is over, and another process may have its number
+            return None  # it has ended, and another process may have its number
         kind = submitit.LocalJob if content["local"] else submitit.SlurmJob
         return kind(self.folder, content["job"], tasks=list(range(content["tasks"]))), content["key"]
 
     def forget(self, name: str, job: Job) -> None:
-        """Unless another launcher has submitted another job under this name meanwhile."""
+        """Forgets the job, unless another launcher has meanwhile submitted another one under this name."""
         found = self.read(name)
         if found is None or found[0].job_id == job.job_id:
             (self.folder / f"{name}.json").unlink(missing_ok=True)
 
 
 def _key(command: Sequence[str]) -> str:
-    """Says of two commands whether they do the same: their words, and what their config and inputs hold."""
+    """Equal for two commands that do the same: their words, and the content of their config and inputs."""
     files = [command[n + 1].rpartition("=")[2] for n, word in enumerate(command) if word in ("--config", "--input")]
     return sha256_json({"command": list(command), "files": {name: Path(name).read_text() for name in files}})
 
 
 @contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Signals wait for the end of this block: a job whose id was not written down yet could not be cancelled."""
+    """Defers signals to the end of this block: a job whose id is not yet written down could not be cancelled."""
     pending: list[int] = []
     before = {signum: signal.signal(signum, lambda n, _: pending.append(n)) for signum in STOPPING}
     try:
@@ -229,7 +229,7 @@ def _submit(
         if (requests / name).exists():  # otherwise another launcher has submitted it with its own
             paths = [path for path in sorted(requests.iterdir()) if path.name[0] != "."]
             pending_requests = whole_rows((path.read_text(errors="replace") for path in paths), "name", "launcher")
-            # Nobody would wait for the job of a launcher that was killed. One on another host submits its own.
+            # Nobody would wait for the job of a killed launcher. A launcher on another host submits its own.
             gathered = [r for r in pending_requests if _process(r["launcher"][0]) == r["launcher"][1]]
             executor = _executor(jobs.folder, stage, stage, resources, threads)
             for submitted, job in zip(
@@ -245,7 +245,7 @@ def _submit(
 
 
 def _withdraw(jobs: Jobs, stage: str, name: str) -> None:
-    """Takes a request back; one that another launcher is just submitting is a job once this returns."""
+    """Withdraws a request; if another launcher is just submitting it, it is a job once this returns."""
     for request in jobs.folder.glob(f"{stage}.*/{name}"):
         with _exclusive(request.parent):
             request.unlink(missing_ok=True)
@@ -291,7 +291,7 @@ def _follow(job: Job, log: Path) -> int:
             if not alive and (code := _outcome(job)) is not None:
                 return code
             if not alive:
-                # A result may be on its way through the file server.
+                # The result may still be on its way through the file server.
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > 10:
                     raise TunetrailError(
@@ -302,7 +302,7 @@ def _follow(job: Job, log: Path) -> int:
 
 
 def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads: int, folder: Path, log: Path) -> int:
-    """Submits the stage, or finds the job that was, and waits. Returns the stage's exit code.
+    """Submits the stage, or finds the job that already was, and waits. Returns the stage's exit code.
 
     Raises TunetrailError if the job ended without one.
     """
@@ -317,7 +317,7 @@ def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads
 
     def cancel(signum: int, _: object) -> None:
         _withdraw(jobs, stage, name)
-        mine = jobs.read(name)  # also one that another launcher has submitted with its own
+        mine = jobs.read(name)  # also if another launcher has submitted it with its own
         if mine and mine[1] == key and _is_alive(mine[0]):
             print(f"{stage}: cancelling job {mine[0].job_id}", file=sys.stderr)
             _cancel(mine[0])

@@ -21,12 +21,12 @@ from tunetrail.launch.time_limit import stage_environment
 
 INTERRUPTED = Interrupted.exit_code
 CLEAN_EXITS = (0, INTERRUPTED, Superseded.exit_code)
-"""Exit codes of a stage whose processes leave together, none of them having failed."""
+"""Exit codes of a stage whose processes stop together without a failure."""
 EXIT_GRACE_SECONDS = 10
 """Grace period for rank 0 to exit after another rank fails (mostly of the same error), and for the other ranks to exit
-when rank 0 leaves: srun would end them and change their exit codes."""
+when rank 0 leaves: srun would kill them and change their exit codes."""
 SLURM_DECISION_SECONDS = 300
-"""How long a job that was told to end waits for Slurm, which knows whether to requeue or to kill it."""
+"""How long a job that got a signal to end waits for Slurm, which knows whether to requeue or kill it."""
 EXIT_CODE = "exit_code"
 """File in an artifact's state folder: the exit code of the last attempt that failed."""
 _NO_PROGRESS = (EXIT_CODE, "log.txt", "attempts.jsonl", "progress.jsonl", "lock", "events.out")
@@ -52,7 +52,7 @@ def progress(state: Path) -> set[tuple[str, int, int]]:
 
 
 def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:
-    """Passes output on as it comes; a full disk under the log must not stop the stage."""
+    """Passes output on as it comes; a full disk for the log must not stop the stage."""
     while chunk := source.read1(65536):  # type: ignore[attr-defined]
         for sink in (sys.stderr.buffer, log):
             if sink:
@@ -64,7 +64,7 @@ def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:
 
 
 def _slurm(*command: str) -> str | None:
-    """What one of Slurm's commands prints; None if it fails."""
+    """The output of one of Slurm's commands; None if it fails."""
     reply = subprocess.run(command, capture_output=True, text=True, check=False)
     if reply.returncode:
         print(f"{' '.join(command)}: {reply.stderr.strip()}", file=sys.stderr)
@@ -73,7 +73,7 @@ def _slurm(*command: str) -> str | None:
 
 
 def this_job() -> str | None:
-    """The id of the Slurm job around us: of an array's task its own, and not the whole array's."""
+    """The id of the Slurm job around us; for a task of an array its own id, not the array's."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
@@ -95,7 +95,7 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
     SIGTERM, SIGINT and SIGUSR2 reach it as SIGTERM: it saves and leaves.
 
     Args:
-        log: gets the output, beside standard error; None: the output stays as it is.
+        log: gets the output, as does standard error; None: the output stays as it is.
         state: the stage's state folder.
         requeues: whether to put the Slurm job around us back into the queue when the stage left with progress saved.
     """
@@ -106,7 +106,7 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
         env=stage_environment(),
         stdout=subprocess.PIPE if sink else None,
         stderr=subprocess.STDOUT if sink else None,
-        # A terminal sends Ctrl-C to all its processes, and the stage shall save first.
+        # A terminal sends Ctrl-C to all its processes, but the stage must save first.
         # Slurm may signal all processes of a job: only what is passed on counts.
         preexec_fn=lambda: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGUSR2)],
     )
@@ -129,9 +129,9 @@ def supervise(command: Sequence[str], log: Path | None, state: Path, requeues: b
 
 
 def for_srun(code: int, rank: int) -> int:
-    """The exit code with which one of a stage's processes tells srun whether to end the others.
+    """The exit code with which one of a stage's processes tells srun whether to kill the others.
 
-    Rank 0 decides for all; another rank ends them only if it failed.
+    Rank 0 decides for all; another rank has them killed only if it failed.
     """
     if rank and code in CLEAN_EXITS:
         return 0

@@ -1,6 +1,6 @@
 """One of several processes of a stage, started by srun: python -m tunetrail.launch.task COMMAND…
 
-Says to torch.distributed who and how many they are, runs the command, and tells srun how it ended.
+Gives torch.distributed the rank and the number of processes, runs the command, and tells srun how it ended.
 """
 
 import os
@@ -11,7 +11,7 @@ from tunetrail.launch.supervise import for_srun, option, supervise
 
 
 def distributed_environment() -> dict[str, str]:
-    """What torch.distributed reads (env://), from what srun says of this step."""
+    """The variables that torch.distributed reads (env://), from those that srun sets for this step."""
     nodes = os.environ["SLURM_STEP_NODELIST"]
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
     step = int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])

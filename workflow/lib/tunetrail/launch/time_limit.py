@@ -1,4 +1,4 @@
-"""How long the Slurm job around a stage may still run."""
+"""Finds out how long the Slurm job around a stage may still run."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def minutes_left() -> float | None:
         reply = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):  # in a container there may be no squeue
         return None
-    # The id of an array names all its tasks: the shortest time is safe.
+    # The id of an array stands for all its tasks: the shortest time is safe.
     left = [parse_time_left(line.strip()) for line in reply.stdout.splitlines()] if reply.returncode == 0 else []
     return min((minutes for minutes in left if minutes is not None), default=None)
 

@@ -85,14 +85,11 @@ def _cut(ordered: Sequence[list[int]], kept: Sequence[int], limit: int) -> dict[
 def prefix_tree(
     sequences: Sequence[list[int]], row_tokens: int = ROW_TOKENS, worth: float = float("inf")
 ) -> PrefixTree | None:
-    """The prefix tree of the sequences, or None if it would be too large.
-
-    In sorted order every sequence has its longest common prefix with the one before it. That order is cut into rows of
-    about equal length.
+    """Sorts the sequences, so that each shares most with the one before, and cuts them into rows of about equal length.
 
     Args:
         row_tokens: the most tokens per row, unless a single sequence is longer.
-        worth: the most tokens that a tree may have, padding included.
+        worth: the most tokens that a tree may have, padding included; None is returned if it would have more.
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[i] for i in order]

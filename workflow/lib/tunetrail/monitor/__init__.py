@@ -1,1 +1,1 @@
-"""Looking at runs without touching them: the DAG, `status`, `plan`, `--watch`, and the doctor of a Slurm site."""
+"""Inspects runs without changing them: the DAG, `status`, `plan`, `--watch`, and the doctor for a Slurm site."""

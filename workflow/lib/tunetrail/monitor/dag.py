@@ -33,9 +33,9 @@ class Job:
     after: tuple[str, ...] = ()
     """Names of the stages it waits for."""
     begun: bool = False
-    """Snakemake has started it, and has not seen it end: it runs, or its head process died."""
+    """Snakemake has started it and has not seen it end: it runs, or its head process died."""
     submitted: tuple[str, ...] = ()
-    """Ids that the cluster gave it, of a run that has not ended or was killed."""
+    """Ids that the cluster gave it, if the run has not ended or was killed."""
 
 
 def artifact_name(manifest: str | Path, run: Path) -> str:
@@ -47,7 +47,7 @@ def artifact_name(manifest: str | Path, run: Path) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """The names in one line; many of one kind are counted.
+    """The names in one line; several of a kind are counted.
 
     >>> listed(["sft", *(f"completions/{i}-of-9" for i in range(9))])
     'completions (9), sft'
@@ -66,7 +66,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def config_changes(old: Path, new: str) -> list[str]:
     """Keys whose values differ between a stage's config file and what it will be, as `key: old -> new`.
 
-    A stage's own block is named by its keys alone.
+    Keys of the stage's own block have no prefix.
     """
     try:
         before, after = flatten(json.loads(old.read_text(encoding="utf-8"))), flatten(json.loads(new))
@@ -79,7 +79,7 @@ def config_changes(old: Path, new: str) -> list[str]:
 
 
 def _why(reason: Any, changes: dict[str, list[str]], names: dict[str, str]) -> str:
-    """What Snakemake gives as the reason of a job, in terms of stages.
+    """Snakemake's reason for a job, in terms of stages.
 
     Args:
         changes: config file -> its keys that change.
@@ -114,7 +114,7 @@ def _why(reason: Any, changes: dict[str, list[str]], names: dict[str, str]) -> s
 def jobs_of(workflow: Any) -> list[Job]:
     """The stages of a loaded workflow, parents first. Stage configs are left out, but `why` names their changes.
 
-    Where the workflow has modules, the jobs of others are left out too.
+    If the workflow has modules, the jobs of others are left out too.
     """
     dag = workflow.dag
     ours = {job: run for job in dag.jobs if (run := snakemake_adapter.run_of(job))}
@@ -153,10 +153,10 @@ def jobs_of(workflow: Any) -> list[Job]:
 
 
 def forget_failed(workflow: Any) -> None:
-    """Makes Snakemake forget the jobs of a workflow that failed or never began, and whose artifact is not there.
+    """Makes Snakemake forget the jobs of a workflow that failed or never started, and whose artifact is missing.
 
-    Of a job that failed it removes the manifest and keeps the checksums of its inputs. Where what was made from an
-    earlier artifact is there still, it would say the next time that nothing is to be done, whatever has changed
+    After a failure Snakemake removes the manifest and keeps the checksums of inputs. If artifacts that were made from
+    an earlier version still exist, it would next time report that there is nothing to do, whatever has changed
     upstream.
     """
     dag = workflow.dag
@@ -176,14 +176,14 @@ def has_made(workflow: Any, run: Path) -> bool:
 
 
 def others_failed(workflow: Any) -> bool:
-    """Whether a job of another workflow, of which this is a module, had all it needs and did not succeed."""
+    """Whether a job of another workflow, of which this is a module, had all its inputs and did not succeed."""
     dag = workflow.dag
     left = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
     return any(snakemake_adapter.run_of(job) is None and not left.intersection(dag.dependencies[job]) for job in left)
 
 
 def read_run(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> tuple[Any, list[Job]]:
-    """(validated config, stages) of the workflow in this folder. Raises ConfigError or TunetrailError where there is
+    """(validated config, stages) of the workflow in this folder. Raises ConfigError or TunetrailError if there is
     none to see.
 
     Args:

@@ -1,7 +1,7 @@
-"""Whether a site's Slurm can run the workflow, before it does: what the profile asks for against what the site has.
+"""Checks in advance whether a site's Slurm can run the workflow: what the profile requests against what the site has.
 
-Each check ends as one `Check`; what does not hold comes with its fix. What a rule asks for is what Snakemake evaluates
-from the profile, turned into sbatch options by the code that submits it; `sbatch --test-only` has the last word.
+Each check gives one `Check`; problems come with their fixes. The requests of a rule are those that Snakemake evaluates
+from the profile, turned into sbatch options by the code that submits it; `sbatch --test-only` decides in the end.
 """
 
 import fcntl
@@ -63,7 +63,7 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
         if request.partition in there:
             add(misfits(request, nodes) or [check_request(request)])
     if with_jobs:
-        # The rule that asks for most in each partition stands for it: one with a GPU, where there is one.
+        # The rule with the largest request in each partition represents it: one with a GPU, if there is one.
         chosen = {
             request.partition: request
             for request in sorted(asked, key=lambda request: len(request.gpus))
@@ -73,7 +73,7 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
             folder = Path(name)
             (folder / "head").write_text(f"{time.time_ns()}")
             with (folder / "lock").open("w") as lock:
-                with suppress(OSError):  # without locks the nodes tell
+                with suppress(OSError):  # without locks the nodes report it
                     fcntl.lockf(lock, fcntl.LOCK_EX)
                 for partition in sorted(chosen):
                     add(check_node(chosen[partition], folder, wait_seconds))
@@ -81,6 +81,6 @@ def diagnose(jobs: list[Job], with_jobs: bool, wait_seconds: float, tell: Callab
 
 
 def exit_code(found: list[Check]) -> int:
-    """1 where something is to fix, 2 where something could not be looked at, else 0."""
+    """1 if there is something to fix, 2 if something could not be checked, else 0."""
     levels = {check.level for check in found}
     return FINDING if FINDING in levels else UNKNOWN if UNKNOWN in levels else SOUND

@@ -1,4 +1,4 @@
-"""The last words of a run that failed: what failed, why, and the next command."""
+"""The summary of a failed run: what failed, why, and the next command."""
 
 import shlex
 import sys
@@ -11,20 +11,20 @@ from tunetrail.monitor.status import StageStatus, failed, failure_lines, statuse
 from tunetrail.provenance import ledger
 
 FAULT = 1
-"""Exit code where stages failed for different reasons, or one without saying why."""
+"""Exit code if stages failed for different reasons, or one did not say why."""
 
 
 def common_code(found: list[StageStatus]) -> int:
-    """The exit code on which all stages that failed agree, or that waits for people; else FAULT."""
+    """The exit code that all failed stages share, or that of waiting for people; else FAULT."""
     codes = {s.exit_code or FAULT for s in failed(found)} | {Waiting.exit_code for s in found if s.waits_for_people}
     return codes.pop() if len(codes) == 1 else FAULT
 
 
 def summary(found: list[StageStatus], arguments: list[str]) -> str:
-    """What failed or waits for people, and how to go on.
+    """What failed or waits for people, and how to continue.
 
     Args:
-        arguments: what snakemake was started with.
+        arguments: those that snakemake was started with.
     """
     people = [f"{s.name} waits {s.detail}" for s in found if s.waits_for_people]
     again = f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"
@@ -32,7 +32,7 @@ def summary(found: list[StageStatus], arguments: list[str]) -> str:
 
 
 def seal(run: Path) -> None:
-    """Appends what was made to the run's ledger; where that is impossible, says why."""
+    """Appends new artifacts to the run's ledger; if that is impossible, says why."""
     try:
         if run.is_dir() and ledger.artifacts(run):
             ledger.seal(run)
@@ -41,7 +41,7 @@ def seal(run: Path) -> None:
 
 
 def after_failure(workflow: Any, run: Path, arguments: list[str]) -> int:
-    """What the head process does when a workflow with this run failed. Returns the exit code that is due."""
+    """What the head process does after a workflow with this run failed. Returns the exit code to use."""
     seal(run)
     forget_failed(workflow)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments

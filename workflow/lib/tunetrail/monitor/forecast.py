@@ -1,4 +1,4 @@
-"""What is known of a run before it starts: who reads which split, how many rows there are, and where steps are too few.
+"""Forecasts a run before it starts: which stages read which split, how many rows there are, and too few steps.
 
 Rows are counted in the finished data, else in the sources: then there are at most that many, since only the data stage
 finds rows that are too long or repeat others.
@@ -50,7 +50,7 @@ def made_tables(folder: Path) -> Tables:
 
 
 def _docstring_rows(source: DocstringSource) -> list[dict[str, Any]]:
-    """As many rows as the standard library has at most, without their text: parsing it takes long."""
+    """Placeholders for at most as many rows as the standard library has, without text, since parsing it takes long."""
     about: dict[str, Any] = {"kind": "demonstrations", "source": "docstrings", "completion": ""}
     about |= {"pinned": source.split, "weight": source.weight}
     return [
@@ -61,9 +61,9 @@ def _docstring_rows(source: DocstringSource) -> list[dict[str, Any]]:
 
 
 def expected_tables(config: Config) -> Tables | None:
-    """The tables that the data stage would write if no row were too long, and none repeated another split's.
+    """The tables that the data stage would write if no row were too long and none repeated a row of another split.
 
-    None where a source is on the hub: it is not fetched. Raises DataError for a bad row.
+    None if a source is on the hub, since it is not fetched. Raises DataError for a bad row.
     """
     data = config.data
     if any(isinstance(source, HubSource) for source in data.sources):
@@ -82,7 +82,7 @@ def expected_tables(config: Config) -> Tables | None:
 
 
 def steps_of(config: Config, tables: Tables) -> dict[str, int]:
-    """Stage or policy -> the optimizer steps that it takes at most, of those that train."""
+    """Stage or policy that trains -> its maximum number of optimizer steps."""
 
     def of(block: Epochs, *counted: tuple[dict, int]) -> int:
         """Of (row, examples that are made of it)."""
@@ -96,7 +96,7 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
     k = config.completions.per_prompt if config.completions else 0
     found = {}
     if sft := config.trained_sft:
-        # A token has a byte at least.
+        # A token has at least one byte.
         blocks = [
             (row, math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1)
             for row in tables["sft"]
@@ -119,11 +119,11 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
 
 
 def unread(config: Config) -> list[str]:
-    """A line for each split that gets rows, by a given share or a pin, though nobody reads them."""
+    """A line for each split that gets rows, by a given share or a pin, although no stage reads them."""
     found = []
     for kind, by_split in readers(config).items():
         for split in SPLITS:
-            # A file of demonstrations may hold no raw text.
+            # A file of demonstrations may have no raw text.
             if kind == "text" or by_split.get(split) or not (share := share_of(config, kind, split)):
                 continue
             sent = (
@@ -134,7 +134,7 @@ def unread(config: Config) -> list[str]:
 
 
 def without_reference(config: Config) -> list[str]:
-    """A line for each scorer that compares with the author's text and meets prompts that have none."""
+    """A line for each scorer that needs reference answers and has prompts without one."""
     users: dict[str, list[tuple[str, str]]] = {"evaluation": [], "reward": [], "rl": []}
     users["evaluation"] = [(f"evaluation.{key}", name) for key, name in config.evaluation.scorer_keys.items()]
     if config.comparisons:
@@ -155,7 +155,7 @@ def without_reference(config: Config) -> list[str]:
 
 
 def moved(config: Config, finished: Path) -> list[str]:
-    """A line where the shares are no longer those of the finished data."""
+    """A line if the shares are no longer those of the finished data."""
     try:
         before = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))["shares"]
     except (OSError, ValueError, KeyError):
@@ -175,7 +175,7 @@ def moved(config: Config, finished: Path) -> list[str]:
 
 
 def share_table(config: Config, rows: Mapping[str, str] | None = None) -> list[str]:
-    """Split by split the share of each kind of row, who reads it and, where known, how many rows there are."""
+    """The lines of a table: for each split the shares of each kind of row, its readers and, if known, its rows."""
     by_kind = readers(config)
     kinds = [kind for kind in KINDS if config.data.pins(kind)]
     counted = ["rows"] if rows else []
@@ -195,16 +195,16 @@ def share_table(config: Config, rows: Mapping[str, str] | None = None) -> list[s
 
 
 def forecast(config: Config, data: Path, is_made: bool) -> Forecast:
-    """What is known before the run.
+    """The forecast of a run.
 
     Args:
         data: the folder of the data stage's artifact.
-        is_made: whether it is there and up to date.
+        is_made: whether it exists and is up to date.
     """
     notes = unread(config) + without_reference(config) + moved(config, data)
     try:
         tables = made_tables(data) if is_made else expected_tables(config)
-    except DataError as error:  # which stops the run, and not this look at it
+    except DataError as error:  # which stops the run, but not this forecast
         tables = None
         notes.append(f"data: {error}")
     at_most = "" if is_made else "at most "

@@ -26,7 +26,7 @@ def hold_run(state: Path) -> None:
     try:
         _leases.append(_until_the_end.enter_context(hold(state / "head", give_up=lambda: True, say=print)))
     except TunetrailError as error:
-        print(f"another snakemake works on this run: {error}" if error.exit_code == 75 else error, file=sys.stderr)
+        print(f"another snakemake is working on this run: {error}" if error.exit_code == 75 else error, file=sys.stderr)
         sys.exit(error.exit_code)
     look_before_acting(end_if_superseded)
 

@@ -1,4 +1,4 @@
-"""Checks from a node, with a small job: the shared folder and its locks, the software, the GPUs."""
+"""Checks made on a node by a small job: the shared folder and its locks, the software, the GPUs."""
 
 import json
 import sys
@@ -45,14 +45,14 @@ report["torch_gpus"] = torch.cuda.device_count() if torch and hasattr(torch, "cu
 report["cuda"] = getattr(torch.version, "cuda", None) if torch and hasattr(torch, "version") else None
 print("REPORT " + json.dumps(report))
 """
-"""What runs on a node: publishes a file as a stage does, and looks for the lock that the doctor holds, as leases are.
+"""The program for a node: publishes a file as a stage does, and looks for the lock that the doctor holds like a lease.
 
-Python's own library will do, since whether ours is there is the question.
+It uses only Python's standard library, since the question is whether ours is available.
 """
 
 
 def check_node(request: ResourceRequest, folder: Path, wait_seconds: float) -> list[Check]:
-    """Looks from a node of the rule's partition, with a small job: the shared folder, the software, the GPUs."""
+    """Checks the shared folder, the software and the GPUs on a node of the rule's partition, with a small job."""
     name = f"node of {request.partition}"
     kind = next(iter(request.gpus), None)
     gres = [f"--gres=gpu{f':{kind}' if kind else ''}:1"] if kind is not None else []
@@ -106,7 +106,7 @@ def _shows_up(path: Path, content: str, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with suppress(FileNotFoundError):
-            # Listing a folder makes a file server's client look again.
+            # Listing a folder makes a file server's client refresh it.
             if all(p in p.parent.iterdir() for p in (path.parent, path)) and path.read_text() == content:
                 return True
         time.sleep(0.5)
@@ -114,7 +114,7 @@ def _shows_up(path: Path, content: str, seconds: float) -> bool:
 
 
 def read_report(name: str, report: dict[str, Any], written: Path, content: str, with_gpu: bool) -> list[Check]:
-    """The checks of what the job on a node reports.
+    """The checks from the report of the job on a node.
 
     Args:
         written: the file that it wrote in the shared folder, which then has `content`.

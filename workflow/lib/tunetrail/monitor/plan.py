@@ -1,4 +1,5 @@
-"""What a run would do, and what it would cost to make again what is there: a dry run with the runtimes recorded."""
+"""What a run would do, and the cost of existing artifacts that it would make again: a dry run with recorded
+runtimes."""
 
 import csv
 from dataclasses import asdict, dataclass
@@ -15,16 +16,16 @@ from tunetrail.provenance.record import read_record
 
 @dataclass(frozen=True)
 class Cost:
-    """What making an artifact took. Unknown is None."""
+    """The cost of making an artifact. None is unknown."""
 
     hours: float | None
-    """GPU-hours, or core-hours where no GPU was used."""
+    """GPU-hours, or core-hours if no GPU was used."""
     unit: str
     """GPU-hours or core-hours."""
     source: str
-    """Where this is known from, or why it is not."""
+    """Where the number comes from, or why it is unknown."""
     at_least: bool = False
-    """An attempt was killed, and what it took is not known."""
+    """An attempt was killed, so its duration is unknown."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class Step:
     rule: str
     why: str
     remakes: bool
-    """Whether its artifact is there: the work in it would be done again."""
+    """Whether its artifact exists, so that its work would be done again."""
     cost: Cost
-    """Of the artifact that is there, or was."""
+    """The cost of the artifact that exists, or existed."""
 
 
 def cost(job: Job) -> Cost:
-    """What the artifact in place took, from its record; else what the benchmark of its last run says.
+    """The cost of the existing artifact, from its record, else from the benchmark of its last run.
 
-    A job's cores are those that it would get now, since a record does not hold them.
+    A job's cores are those that it would get now, since records do not have them.
     """
     try:
         attempts = read_record(job.manifest.parent).attempts
@@ -77,7 +78,7 @@ def plan(jobs: list[Job]) -> list[Step]:
 
 
 def total(steps: list[Step]) -> dict[str, Any]:
-    """Hours by unit, the number of stages they are of, and the number of those whose hours are not known."""
+    """Hours by unit, the number of their stages, and the number of stages whose hours are unknown."""
     known = [step.cost for step in steps if step.cost.hours is not None]
     hours: dict[str, float] = {}
     for c in known:
@@ -97,7 +98,7 @@ def _hours(hours: float | None, unit: str, at_least: bool) -> str:
 
 
 def said(t: dict[str, Any]) -> str:
-    """A total in words: the hours known, and of how many stages they are not."""
+    """A total in words: the known hours, and for how many stages they are unknown."""
     if not t["hours"]:
         return "unknown"
     hours = " and ".join(_hours(n, unit, t["at_least"]) for unit, n in sorted(t["hours"].items()))
@@ -105,7 +106,7 @@ def said(t: dict[str, Any]) -> str:
 
 
 def as_text(steps: list[Step]) -> str:
-    """What would run and why, and what is at stake. Many stages of one rule are one line."""
+    """What would run and why, and what is at stake. Several stages of one rule share a line."""
     if not steps:
         return "Nothing to do: all is made, and up to date."
     rows = [

@@ -1,4 +1,4 @@
-"""What rules ask of Slurm and what a site has: both read into data that can be compared."""
+"""Reads what rules request from Slurm and what a site has into data that can be compared."""
 
 import math
 import re
@@ -18,7 +18,7 @@ class Check:
 
     name: str
     level: int
-    """SOUND, FINDING, or UNKNOWN where it could not be looked."""
+    """SOUND, FINDING, or UNKNOWN if it could not be checked."""
     text: str
     fix: str = ""
 
@@ -37,12 +37,12 @@ def unknown(name: str, text: str, fix: str) -> Check:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of one kind in a partition, as sinfo tells."""
+    """The nodes of one kind in a partition, from sinfo."""
 
     partition: str
     up: bool
     minutes: float
-    """The partition's time limit; infinite where there is none."""
+    """The partition's time limit; infinite if there is none."""
     mem_mb: int
     cpus: int
     gpus: dict[str, int]
@@ -89,7 +89,7 @@ def read_sinfo(text: str) -> list[Nodes]:
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What a rule asks of each node."""
+    """What a rule requests from each node."""
 
     rule: str
     partition: str
@@ -103,7 +103,7 @@ class ResourceRequest:
 
 
 def requests(jobs: list[Job]) -> list[ResourceRequest]:
-    """One for each rule. Raises ConfigError if no rule names a partition: the profile is none for Slurm."""
+    """The requests of all rules. Raises ConfigError if no rule names a partition: then the profile is not for Slurm."""
     found: dict[str, ResourceRequest] = {}
     for job in jobs:
         given = {name: job.resources[name] for name in SLURM if job.resources.get(name) not in (None, "", "<TBD>")}

@@ -1,4 +1,4 @@
-"""Checks that need no job: commands, partitions, preemption, limits, and what sbatch says."""
+"""Checks that need no job: commands, partitions, preemption, limits, and sbatch's own test."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from tunetrail.monitor.site import SOUND, Check, Nodes, ResourceRequest, finding
 
 COMMANDS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 UP = ("idle", "mixed", "allocated", "completing", "reserved", "planned")
-"""States of a node that runs jobs, or will once others end."""
+"""States of a node that runs jobs, or will once other jobs end."""
 MIN_JOB_AGE = 60
 """Seconds; three times the profile's slurm-init-seconds-before-status-checks."""
 
@@ -27,7 +27,7 @@ def check_commands() -> list[Check]:
 
 
 def run(command: list[str], seconds: float) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr); 124 where it took too long."""
+    """(exit code, stdout, stderr); 124 if it took too long."""
     try:
         reply = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -45,7 +45,7 @@ def _holds(kind: str, n: int, nodes: Nodes) -> bool:
 
 
 def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
-    """What a rule asks for that no node of its partition has."""
+    """What a rule requests that no node of its partition has."""
     own, name = [n for n in nodes if n.partition == request.partition], f"rule {request.rule}"
     if not own:
         return []  # reported once, for the partition
@@ -90,7 +90,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
 
 
 def check_partitions(asked: list[ResourceRequest], nodes: list[Nodes]) -> list[Check]:
-    """Whether each partition that rules name is there, is up, and has a node that works."""
+    """Whether each partition that rules name exists, is up, and has a working node."""
     found = []
     known = sorted({n.partition for n in nodes})
     for name in sorted({request.partition for request in asked}):
@@ -127,7 +127,7 @@ def check_partitions(asked: list[ResourceRequest], nodes: list[Nodes]) -> list[C
 
 
 def check_preemption(asked: list[ResourceRequest], partitions: str, nodes: str) -> list[Check]:
-    """Partitions where a job that is preempted is not requeued: nothing tells Snakemake that it is gone.
+    """Finds partitions in which preempted jobs are not requeued: Snakemake would never learn that they are gone.
 
     Args:
         partitions: `scontrol -o show partition`.
@@ -158,7 +158,7 @@ def check_preemption(asked: list[ResourceRequest], partitions: str, nodes: str) 
 
 
 def check_job_age(config: str) -> list[Check]:
-    """Whether the controller remembers jobs that are over for long enough (`scontrol show config`), where sacct is
+    """Whether the controller remembers ended jobs for long enough (`scontrol show config`), if sacct is
     there.
     """
     age = re.match(r"\d+", read_settings(config).get("MinJobAge", ""))
@@ -176,7 +176,7 @@ def check_job_age(config: str) -> list[Check]:
 
 
 def check_request(request: ResourceRequest) -> Check:
-    """What Slurm itself says of the rule's sbatch line. Nothing is submitted."""
+    """What Slurm itself says about the rule's sbatch line. Nothing is submitted."""
     options = [f"--{name}={value}" if value else f"--{name}" for name, value in request.options.items()]
     code, _, said = run(["sbatch", "--test-only", *options, "--wrap=true"], 60)
     name = f"rule {request.rule}"

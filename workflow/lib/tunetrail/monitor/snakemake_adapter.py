@@ -1,8 +1,8 @@
 """Every private call into Snakemake, in one place.
 
-Snakemake's public API runs a workflow but does not say what its jobs are, which of them have begun, or under which id
+Snakemake's public API runs a workflow but does not say what its jobs are, which of them have started, or under which id
 the cluster runs them; `--summary` and the executor plugins use the same calls as these. They were written against the
-version in envs/requirements.txt: a test fails when the lock moves, and then each has to be looked at again.
+version in envs/requirements.txt: a test fails when the lock changes, and then each call must be reviewed.
 """
 
 import warnings
@@ -16,9 +16,9 @@ from tunetrail.config.run import Config
 from tunetrail.errors import ConfigError, TunetrailError
 
 VERSION = "9.27.1"
-"""Of Snakemake, that this was written against."""
+"""The version of Snakemake that this was written for."""
 EVERY_CORE = 2**20
-"""Cores enough for any rule: threads are then what the profile asks for, not what one machine has."""
+"""Enough cores for any rule, so that threads are what the profile requests and not what one machine has."""
 
 
 def has_begun(workflow: Any, manifest: str) -> bool:
@@ -27,7 +27,7 @@ def has_begun(workflow: Any, manifest: str) -> bool:
 
 
 def _names(rule: Any) -> dict[str, Any]:
-    """What the Snakefile that has this rule defines, if it is tunetrail's; else nothing."""
+    """The names defined by this rule's Snakefile, if it is tunetrail's; else empty."""
     names = rule.module_globals
     return names if isinstance(names.get("CONFIG"), Config) else {}
 
@@ -127,7 +127,7 @@ def planned_workflow(profile: str, configfiles: list[Path], snakefile: Path | No
         configfiles: none: the Snakefile's default.
         snakefile: None: the one in this folder.
 
-    Raises ConfigError or TunetrailError where there is none to see.
+    Raises ConfigError or TunetrailError if there is none.
     """
     from snakemake.api import SnakemakeApi
     from snakemake.exceptions import WorkflowError
@@ -135,7 +135,7 @@ def planned_workflow(profile: str, configfiles: list[Path], snakefile: Path | No
 
     args = _arguments(profile, configfiles, snakefile)
     with SnakemakeApi(OutputSettings(dryrun=True, quiet={Quietness.ALL}, log_level_override="ERROR")) as api:
-        # Of a resource that depends on the size of a file that is not there yet; Snakemake drops its own coroutine.
+        # For resources that depend on the size of a missing file, Snakemake drops its own coroutine.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             dag = api.workflow(
@@ -167,7 +167,7 @@ def module_name(workflow: Any) -> str | None:
 
 
 def located(workflow: Any, path: str) -> str:
-    """Where a rule's path lies: a module's `prefix` or `replace_prefix` moves it."""
+    """Where a rule's path is: a module's `prefix` or `replace_prefix` moves it."""
     return workflow.modifier.path_modifier.replace_prefix(path)
 
 
@@ -179,7 +179,7 @@ def renamed(workflow: Any, rule: str) -> str | None:
 def apply_profile(workflow: Any, rules: Iterable[str]) -> None:
     """Gives renamed rules the threads and resources that the profile sets for their own names.
 
-    What the profile sets for a rule's name here goes first.
+    What the profile sets for a rule's new name has priority.
     """
     threads = workflow.resource_settings._parsed_overwrite_threads
     resources = workflow.resource_settings._parsed_overwrite_resources
@@ -207,8 +207,8 @@ def launcher_of(workflow: Any, rule: str) -> str | None:
 def run_handlers(workflow: Any, run: str) -> None:
     """Makes Snakemake call `onstart`, `onsuccess` and `onerror` of the module that is being read, which it ignores.
 
-    They are called beside the main workflow's own, wherever these are defined, and once, however often `use rule` reads
-    the module.
+    They are called in addition to the main workflow's own, wherever these are defined, and once, however often `use
+    rule` reads the module.
 
     Args:
         run: the folder of the module's run.

@@ -30,12 +30,12 @@ STATES = {
     "failed": "red",
     "waiting": "dim",
 }
-"""State of a stage -> its colour. interrupted: it saved and left, and goes on when run again."""
+"""State of a stage -> its colour. interrupted: it saved and left, and will continue when run again."""
 STARTING_SECONDS = 180
-"""How long a job may import and verify before it takes its lease. One silent for longer has died."""
+"""How long a job may import and verify before it takes its lease. A job that is silent for longer has died."""
 TAIL_BYTES = 2**16
 LISTED = 5
-"""Stages of one rule in one state that are listed one by one; more are one line."""
+"""How many stages of the same rule and state are listed one by one; more share a line."""
 _ERROR = re.compile(r"(: error: )|^([\w.]*(Error|Exception|Interrupt|Exit)\b)")
 
 
@@ -48,7 +48,7 @@ class StageStatus:
     state: str
     """One of STATES."""
     detail: str
-    """Why it is stale, what it waits for, how far it is, or the error."""
+    """Why it is stale, what it waits for, its progress, or the error."""
     progress: Progress | None = None
     left: float | None = None
     """Seconds to the end, as of now."""
@@ -58,11 +58,11 @@ class StageStatus:
     rerun: str | None = None
     waits_for_people: bool = False
     exit_code: int | None = None
-    """Of the last attempt, where it failed or left; None if it was killed."""
+    """The exit code of the last attempt, if it failed or left; None if it was killed."""
 
 
 def slurm_queue() -> dict[str, str]:
-    """Id -> state (with the reason where it is pending) of this user's jobs; empty if there is no Slurm."""
+    """Id -> state (with the reason if pending) of this user's jobs; empty if there is no Slurm."""
     command = ["squeue", "-h", "--me", "-o", "%i|%T|%r"]
     try:
         reply = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -87,10 +87,10 @@ def _tail(path: Path | None) -> list[str]:
 
 
 def error_line(log: Path | None) -> str | None:
-    """The last line of a log that tells an error, else its last line; None if there is none.
+    """The last line of a log that reports an error, else its last line; None if there is none.
 
-    Where a stage reported several mistakes in a row it is the first, with how many others there are. What Slurm says of
-    a step that ended counts where the stage itself said nothing: out of memory, for one.
+    If a stage reported several mistakes in a row, it is the first, with the number of others. What Slurm says about
+    a step that ended (such as out of memory) counts only if the stage itself said nothing.
     """
     lines = _tail(log)
     errors = [line for line in reversed(lines) if _ERROR.search(line)]
@@ -127,9 +127,9 @@ def is_running_attempt(attempt: dict) -> bool:
 
 
 def latest_progress(folder: Path, since: str) -> tuple[Progress, float | None] | None:
-    """(the latest progress, seconds to the end as of now) of an attempt that began at `since` (ISO 8601).
+    """(the latest progress, seconds to the end as of now) of an attempt that started at `since` (ISO 8601).
 
-    The time left is None where it is not known.
+    The time left is None if unknown.
     """
     rows: list[Progress] = whole_rows(_tail(folder / PROGRESS_FILE), *Progress.__required_keys__)
     if not rows or datetime.fromisoformat(rows[-1]["time"]) < datetime.fromisoformat(since):
@@ -168,7 +168,7 @@ def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[st
 
 
 def _stopped(job: Job, attempts: list[dict], folder: Path | None, rerun: str) -> StageStatus | None:
-    """The status of a stage whose last attempt ended before the artifact was there; None if there was no attempt."""
+    """The status of a stage whose last attempt ended without an artifact; None if there was no attempt."""
     log = job.log if job.log and job.log.exists() else None
     error = error_line(log)
     # Without an attempt the log may be that of an artifact that was made successfully and deleted since.
@@ -270,7 +270,7 @@ def failed(found: list[StageStatus]) -> list[StageStatus]:
 
 
 def grouped(items: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    """Items of one key that are more than `LISTED` as one group, all others alone, in their order."""
+    """Groups the items of each key with more than `LISTED`; all others stay alone, in their order."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -278,7 +278,7 @@ def grouped(items: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
 
 
 def shared(reasons: list[str]) -> str:
-    """The first of the reasons that a group has, and how many others there are."""
+    """The first reason of a group, and the number of others."""
     others = len(set(reasons)) - 1
     return reasons[0] + (f" · {others} other reasons" if others > 1 else " · another reason" if others else "")
 

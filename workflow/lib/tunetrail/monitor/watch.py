@@ -1,6 +1,6 @@
 """`tunetrail status --watch`: the stages of a run on a screen that follows it, from what the stages write anyway.
 
-The DAG is built once, which takes Snakemake seconds; after that a look reads the state folders and asks for leases, a
+The DAG is built once, which takes Snakemake seconds; after that each update reads state folders and leases, in a
 few milliseconds, and asks Slurm every `QUEUE_SECONDS`. Curves of running stages come from `progress.jsonl`, those of
 ended ones from `history.jsonl`.
 """
@@ -39,7 +39,7 @@ from tunetrail.monitor.status import (
 QUEUE_SECONDS = 10
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = {"loss": "loss", "score": "reward", "kl": "KL"}
-"""What is drawn: its name in progress rows and histories -> its name on the screen."""
+"""The curves: name in progress rows and histories -> name on the screen."""
 Curve = dict[str, list[float]]
 
 
@@ -76,21 +76,21 @@ def published(history: Path) -> Curve:
 
 @dataclass
 class Watch:
-    """A run under watch."""
+    """A run that is being watched."""
 
     jobs: list[Job]
     rerun: str
     queue: dict[str, str] = field(default_factory=dict)
     _asked: float = -math.inf
     _seen: dict[str, int | None] = field(default_factory=dict)
-    """Stage -> when its manifest was written, as of the first look."""
+    """Stage -> when its manifest was written, as of the first update."""
     _ended: dict[tuple[str, int | None], Curve] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._seen = {job.name: _written(job.manifest) for job in self.jobs}
 
     def _now(self) -> list[Job]:
-        """The jobs less those whose artifact was made since, which nobody needs to make or waits for any more."""
+        """The jobs without those whose artifact was made since, which are neither needed nor awaited any more."""
         made = {
             job.name for job in self.jobs if job.needed and _written(job.manifest) not in (None, self._seen[job.name])
         }
@@ -100,7 +100,7 @@ class Watch:
         ]
 
     def look(self) -> list[tuple[StageStatus, Curve]]:
-        """Where every stage stands, with its curves."""
+        """The status of every stage, with its curves."""
         if time.monotonic() - self._asked > QUEUE_SECONDS:
             self.queue, self._asked = slurm_queue(), time.monotonic()
         found = []
@@ -138,7 +138,7 @@ def _curves(curve: Curve) -> Text:
 
 
 def screen(watch: Watch, found: list[tuple[StageStatus, Curve]], now: datetime, height: int = 40) -> Group:
-    """The screen. Where the stages are more than its lines, those that are done are one."""
+    """The screen. If there are more stages than lines, finished stages share one."""
     crowded = len(found) > height - 8
     groups = grouped(found, lambda item: (item[0].rule, item[0].state))
     if crowded:
@@ -199,7 +199,7 @@ def screen(watch: Watch, found: list[tuple[StageStatus, Curve]], now: datetime, 
 
 
 def follow(jobs: list[Job], rerun: str, seconds: float = 2.0) -> None:
-    """Shows the run until all of it is done or the reader has seen enough. Piped, it is shown once."""
+    """Shows the run until it is done or the user stops. If the output is piped, shows it once."""
     watch, console = Watch(jobs, rerun), Console()
     if not console.is_terminal:
         console.print(screen(watch, watch.look(), datetime.now(), height=10**6))

@@ -1,4 +1,4 @@
-"""What differs between two artifacts, on one screen: data, config, code, packages, hardware, seeds, labels, weights."""
+"""Compares two artifacts on one screen: data, config, code, packages, hardware, seeds, labels, weights."""
 
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from tunetrail.provenance.record import Record
 
 
 def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:
-    """Split -> how many rows both have, only A, only B."""
+    """Split -> the numbers of rows in both, only in A, and only in B."""
     found = {}
     names = {path.name for node in (a, b) if node for path in node.folder.glob("*.jsonl")}
     for name in sorted(names):
@@ -29,7 +29,7 @@ def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:
 
 
 def tensors(a: Path, b: Path) -> dict[str, Any]:
-    """Which tensors differ, and by how much: relative to A's norm where both have the same shape."""
+    """Which tensors differ, and by how much: relative to A's norm if both have the same shape."""
     before, now = (
         {(t["file"], t["name"]): t for t in read_manifest(folder / MANIFEST).get("tensors", [])} for folder in (a, b)
     )
@@ -104,7 +104,7 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any], limit: int = 8) -> str:
-    """One screen."""
+    """The differences as text for one screen."""
     lines = [
         f"A {found['a']['folder']}  {found['a']['manifest'][:16]}",
         f"B {found['b']['folder']}  {found['b']['manifest'][:16]}",

@@ -1,4 +1,5 @@
-"""Lays out a DAG in columns: parents to the left, short edges as curves, long ones on lanes below what they pass."""
+"""Lays out a DAG in columns: parents to the left, short edges as curves, long ones on lanes below the boxes they
+pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ class Sizes:
 
     width: int
     height: int
-    """Of a box."""
+    """The size of a box."""
     across: int
     down: int
-    """The pitch of columns and rows."""
+    """The distance between columns, and between rows."""
     lane: int = 9
-    """The pitch of lanes."""
+    """The distance between lanes."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Edge:
     source: int
     target: int
     path: str
-    """For an SVG path's `d`."""
+    """The `d` of an SVG path."""
     is_long: bool
     """Whether it passes other columns."""
 
@@ -44,7 +45,7 @@ def ordered(parents: Sequence[set[int]]) -> list[int]:
 
 
 def acyclic(parents: Sequence[set[int]]) -> list[set[int]]:
-    """Leaves out one edge of each cycle: a record that was tampered with may name its own artifact as an input."""
+    """Leaves out one edge of each cycle: a forged record may name its own artifact as an input."""
     found = [set(of) for of in parents]
     while True:
         try:
@@ -72,7 +73,7 @@ def columns(parents: Sequence[set[int]]) -> list[int]:
 
 
 def layout(cells: Sequence[tuple[int, int]], parents: Sequence[set[int]], sizes: Sizes) -> Layout:
-    """Positions and edges.
+    """Computes positions and edges.
 
     Args:
         cells: (column, row) of each box.
@@ -94,7 +95,7 @@ def layout(cells: Sequence[tuple[int, int]], parents: Sequence[set[int]], sizes:
 
 
 def _path(a: tuple[int, int], b: tuple[int, int], below: int, lane: int, sizes: Sizes) -> str:
-    """From the right of box `a` to the left of box `b`: straight on for neighbours, else along the height `below`."""
+    """From the right of box `a` to the left of box `b`: directly between neighbours, else along the height `below`."""
     x0, y0, x1, y1 = a[0] + sizes.width, a[1] + sizes.height // 2, b[0], b[1] + sizes.height // 2
     gap = sizes.across - sizes.width
     if not below:

@@ -1,4 +1,4 @@
-"""What a record says of code, software, hardware and energy."""
+"""Collects what a record says about code, software, hardware and energy."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ ENVIRONMENT = (
     "TUNETRAIL_TIME_LIMIT",
     "WORLD_SIZE",
 )
-"""Environment variables that a record may hold: an allowlist, so that no secret gets in."""
+"""Environment variables that a record may contain: an allowlist, so that no secret gets in."""
 
 
 def _git(*arguments: str) -> bytes | None:
@@ -49,7 +49,7 @@ def code_state() -> dict[str, Any]:
     files = {p.relative_to(library).as_posix(): sha256_file(p) for p in sorted(library.rglob("*.py"))}
     state: dict[str, Any] = {"commit": None, "dirty": None, "diff": None, "untracked": {}}
     commit, root = _git("rev-parse", "HEAD"), _git("rev-parse", "--show-toplevel")
-    # An environment that has this package installed may lie in somebody else's checkout.
+    # An environment with this package installed may be inside somebody else's checkout.
     tracked = _git("ls-files", "--error-unmatch", str(Path(__file__)))
     if commit is None or root is None or tracked is None:
         state["reason"] = "not a git checkout, or git is not installed"
@@ -91,7 +91,7 @@ def lock_file() -> dict | None:
 
 
 def environment() -> dict[str, Any]:
-    """Where this attempt runs: host, job, nodes, devices, software, determinism. No torch is imported for it."""
+    """Where this attempt runs: host, job, nodes, devices, software, determinism. Does not import torch."""
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
@@ -130,7 +130,7 @@ def _driver() -> str | None:
 
 
 def energy_joules() -> float | None:
-    """The processors' own counter, from an arbitrary start; None if there is none to read."""
+    """The processors' energy counter, from an arbitrary start; None if there is none to read."""
     total = 0
     for counter in Path("/sys/class/powercap").glob("intel-rapl:?"):
         try:
@@ -141,5 +141,5 @@ def energy_joules() -> float | None:
 
 
 def device_hours(attempts: Iterable[Mapping[str, Any]]) -> float:
-    """Hours of all attempts times their processes, without killed attempts: what they took is not known."""
+    """Hours of all attempts times their processes, without killed attempts, whose duration is unknown."""
     return sum((a.get("seconds") or 0) * a.get("world_size", 1) for a in attempts) / 3600

@@ -23,7 +23,7 @@ from tunetrail.provenance.schema import FileEntry, TensorEntry
 
 
 class ToHash(NamedTuple):
-    """A file that is there with the right size; its content is still to be compared."""
+    """An existing file with the right size, whose content must still be compared."""
 
     node: Node
     path: Path
@@ -38,7 +38,7 @@ class FileCheck:
         self.result, self.hashing = result, hashing
 
     def run(self, nodes: list[Node]) -> None:
-        """The files of all artifacts are hashed in parallel."""
+        """Checks the artifacts; all files are hashed in parallel."""
         todo = [file for node in nodes for file in self._listed(node)]
         self.result.bytes_read += sum(file.path.stat().st_size for file in todo)
         for file, digest in zip(todo, parallel(self._digest, [file.path for file in todo]), strict=True):
@@ -60,7 +60,7 @@ class FileCheck:
             return f"unreadable: {e.strerror}"
 
     def _listed(self, node: Node) -> list[ToHash]:
-        """Looks at the names, kinds and sizes of an artifact's files; returns those to hash."""
+        """Checks the names, kinds and sizes of an artifact's files; returns those to hash."""
         try:
             manifest = read_manifest(node.folder / MANIFEST)
         except DataError:

@@ -1,4 +1,4 @@
-"""What an audit can find, and the result of one."""
+"""The findings of an audit, and its result."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ def printable(path: Path | str) -> str:
 
 @dataclass
 class VerifyResult:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     findings: list[Finding] = field(default_factory=list)
     artifacts: list[str] = field(default_factory=list)
@@ -79,9 +79,9 @@ class VerifyResult:
     """ledger -> its head."""
     bytes_read: int = 0
     other_versions: list[OtherVersion] = field(default_factory=list)
-    """What another version of tunetrail made: no finding, but it may come out otherwise today."""
+    """Artifacts that another version of tunetrail made: no finding, but this version may give other results."""
     not_at_hand: set[str] = field(default_factory=set)
-    """Raw data and labels outside the run that are not where they were read, and were therefore not checked."""
+    """Raw data and labels outside the run that are no longer where they were read, so they were not checked."""
 
     def exit_code(self, strict: bool = False) -> int:
         severities = {f.severity for f in self.findings}
@@ -103,7 +103,7 @@ class VerifyResult:
         }
 
     def sort(self) -> None:
-        """The gravest first, then by artifact."""
+        """Sorts findings by severity, then by artifact."""
         gravity = ("error", "incomplete", "warning")
         self.findings.sort(key=lambda finding: (gravity.index(finding.severity), finding.artifact))
 
@@ -118,7 +118,7 @@ class VerifyResult:
             self.findings.append(finding)
 
     def withdraw(self, name: str, artifact: Node, start: str) -> None:
-        """Removes a finding about an artifact whose message begins like this."""
+        """Removes a finding about an artifact whose message starts with this text."""
         self.findings = [
             f
             for f in self.findings

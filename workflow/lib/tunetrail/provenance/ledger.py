@@ -2,7 +2,7 @@
 
 `results/<run>/ledger.jsonl`, one line of canonical JSON per artifact. Only the head process writes it, when jobs have
 ended. Whoever can write the run's folder can also write a ledger of their own. To prove anything, keep its head (the
-sha256 of the last line) elsewhere: `audit seal` prints it, and writes it to a file you name.
+sha256 of the last line) elsewhere: `audit seal` prints it, and writes it to a file that you name.
 """
 
 import fcntl
@@ -18,21 +18,21 @@ from tunetrail.provenance.schema import LedgerEntry
 
 LEDGER = "ledger.jsonl"
 START = "0" * 64
-"""What the first line is chained to."""
+"""The digest that the first line is chained to."""
 
 
 @dataclass
 class Ledger:
-    """The lines of a ledger that hold together."""
+    """The lines of a ledger as far as its chain is intact."""
 
     path: Path
     entries: list[LedgerEntry]
     hashes: list[str]
     """sha256 of each line."""
     fault: str | None = None
-    """What is wrong with the first line that does not hold; the lines from there on are not in `entries`."""
+    """What is wrong with the first broken line; the lines from there on are not in `entries`."""
     refused: list[str] = field(default_factory=list)
-    """Artifacts that were not sealed: their record is missing, or of another manifest."""
+    """Artifacts that were not sealed because their record is missing, or belongs to another manifest."""
 
     @property
     def head(self) -> str:
@@ -45,7 +45,7 @@ class Ledger:
 
 
 def read_ledger(run: Path) -> Ledger:
-    """Reads as far as the chain holds. A run without a ledger has an empty one."""
+    """Reads a ledger as far as its chain is intact. A run without a ledger has an empty one."""
     path = run / LEDGER
     ledger = Ledger(path, [], [])
     try:
@@ -96,7 +96,7 @@ def artifacts(run: Path) -> list[Path]:
 
 
 def seal(run: Path) -> Ledger:
-    """Appends a line for every artifact that is new or was made again. Raises DataError when the ledger is broken."""
+    """Appends a line for every artifact that is new or was made again. Raises DataError if the ledger is broken."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / LEDGER).open("ab") as f:
         fcntl.lockf(f, fcntl.LOCK_EX)
@@ -134,7 +134,7 @@ def seal(run: Path) -> Ledger:
 
 
 def _digests(folder: Path, name: str) -> tuple[str, str] | None:
-    """sha256 of an artifact's manifest and record; None if they do not agree, or its name is no UTF-8."""
+    """sha256 of an artifact's manifest and record; None if they do not match, or its name is not UTF-8."""
     try:
         name.encode()
         record, manifest = read_record(folder), identity(folder)

@@ -1,7 +1,7 @@
-"""Lineage: which artifacts an artifact was made from, and which were made from it, as their records say.
+"""Lineage: which artifacts an artifact was made from, and which were made from it, according to their records.
 
-A record names a parent by the way from folder to folder and by the digests of its manifest and its record, so that a
-run may be moved or copied. A parent that is not where it was is searched for in the run by its digest.
+A record names a parent by its relative path and by the digests of its manifest and record, so that a
+run may be moved or copied. A parent that has moved is searched for in the run by its digest.
 """
 
 import functools
@@ -21,16 +21,16 @@ from tunetrail.provenance.schema import LedgerEntry, RecordedParent
 
 @functools.cache
 def run_of(folder: Path) -> Path | None:
-    """The run an artifact belongs to: the nearest folder above it that holds a ledger."""
+    """The run that an artifact belongs to: the nearest folder above it with a ledger."""
     return next((above for above in folder.parents if (above / LEDGER).exists()), None)
 
 
 class Runs:
-    """The runs that an audit comes across, with their ledgers; each is read once."""
+    """The runs that an audit meets, with their ledgers; each is read once."""
 
     def __init__(self) -> None:
         self.named: list[Path] = []
-        """Those that the audit is of; others are runs of their parents."""
+        """The runs to audit; all others are runs of their parents."""
         self.ledgers: dict[Path, Ledger] = {}
         self._latest: dict[Path, dict[str, LedgerEntry]] = {}
 
@@ -60,13 +60,13 @@ class Node:
     fault: str | None = None
     """Why there is no record."""
     parents: dict[str, "Node | None"] = field(default_factory=dict)
-    """By role; None for one that is nowhere to be found."""
+    """By role; None for a parent that cannot be found."""
     runs: set[Path] = field(default_factory=set)
-    """Those of the lineage that it was read with."""
+    """The runs of the lineage that it was read with."""
 
     @property
     def name(self) -> str:
-        """Its path in its run, which comes first where the lineage has several; from the working directory where no
+        """Its path in its run, preceded by the run if the lineage has several; relative to the working directory if no
         ledger marks the run yet.
         """
         run = run_of(self.folder)
@@ -86,7 +86,7 @@ class Lineage:
 
     def add(self, folder: Path, recursive: bool = True) -> Node:
         """Reads an artifact and, if `recursive`, all it was made from. Raises DataError if there is no manifest."""
-        folder = Path(os.path.abspath(folder))  # not resolved: a folder linked into a run is part of it
+        folder = Path(os.path.abspath(folder))  # not resolved: a folder linked into a run is part of the run
         todo = [self._read(folder)]
         while recursive and todo:
             node = todo.pop()
@@ -119,7 +119,7 @@ class Lineage:
         return self.nodes[folder]
 
     def find(self, child: Path, parent: RecordedParent) -> Path | None:
-        """Where a parent is: where the record says, else wherever the run has it, else what is in its place now."""
+        """Finds a parent: where the record says, else anywhere in the run, else whatever is in its place now."""
         there = Path(os.path.normpath(child / parent["name"]))
         is_there = there in self.nodes or (there / MANIFEST).exists()
         if is_there and self._read(there).identity == parent["manifest"]:
@@ -156,7 +156,7 @@ class Lineage:
 def ancestors(node: Node) -> dict[str, Node]:
     """An artifact and all it was made from, nearest first, by stage; shards by stage and number.
 
-    In front of the stages of other runs stands their run.
+    Stages of other runs are preceded by their run.
     """
     found: dict[str, Node] = {}
     for at in nearest_first([node]):
@@ -180,7 +180,7 @@ def nearest_first(nodes: list[Node]) -> list[Node]:
 
 
 def made_by(record: Record) -> str:
-    """The stage, and which part where it is one of several."""
+    """The stage, and which part if it is one of several."""
     return record.stage if record.part == "0/1" else f"{record.stage} {record.part}"
 
 
@@ -193,7 +193,8 @@ SUBJECTS = (
 
 
 def artifacts_using(lineage: Lineage, what: str) -> list[Node]:
-    """The artifacts that hold or used `what`, one of SUBJECTS. Raises DataError when it is none, or nobody used it."""
+    """The artifacts that contain or used `what`, one of SUBJECTS. Raises DataError if it is none, or nothing used
+    it."""
     kind, _, name = what.partition(":")
     if kind in USES:
         uses = USES[kind]
@@ -213,7 +214,7 @@ def _read_dataset(node: Node, name: str) -> bool:
 
 
 def _has_group(node: Node, group: str) -> bool:
-    """Whether a split in this folder holds rows of this source group. Its files tell, with or without a record."""
+    """Whether a split in this folder contains rows of this source group, judged by its files, not its record."""
     needle = json.dumps(group, ensure_ascii=False)
     for path in node.folder.glob("*.jsonl"):
         with path.open(encoding="utf-8") as f:
@@ -238,7 +239,7 @@ USES = {"dataset": _read_dataset, "group": _has_group, "labeler": _has_labels_of
 
 
 def is_checkpoint(node: Node) -> bool:
-    """Whether weights were trained: what must be trained again when something it came from is withdrawn."""
+    """Whether weights were trained, so that they must be retrained if something they came from is withdrawn."""
     return (node.folder / "model").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Manifests: what an artifact is. Path, size and sha256 of every file; dtype, shape and sha256 of every tensor.
+"""Manifests identify artifacts: path, size and sha256 of every file; dtype, shape and sha256 of every tensor.
 
 `manifest.json` is canonical JSON (RFC 8785), so an artifact's identity is what `sha256sum manifest.json` prints, and
 equal content gives an equal identity. Equal tensors need not give equal safetensors files; the digests of tensors
@@ -27,7 +27,7 @@ SIGNATURE = "provenance.dsse.json"
 UNLISTED_FILES = (MANIFEST, PROVENANCE, SIGNATURE)
 """Files of an artifact that its manifest does not list."""
 CHUNK = 2**22
-"""Bytes read at once."""
+"""How many bytes are read at once."""
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -40,12 +40,12 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Of any JSON value, to compare within one run. Identities are `sha256_bytes` of canonical files."""
+    """sha256 of any JSON value, for comparisons within one run. Identities are `sha256_bytes` of canonical files."""
     return sha256_bytes(canonical_json(value).encode())
 
 
 def canonical(value: Any) -> bytes:
-    """JSON by RFC 8785. Raises ValueError for NaN, infinity and integers above 2^53."""
+    """JSON according to RFC 8785. Raises ValueError for NaN, infinity and integers above 2^53."""
     return rfc8785.dumps(value)
 
 
@@ -66,7 +66,7 @@ def identity(folder: Path) -> str:
 
 
 def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
-    """(header without its metadata, where the data begins) of an open safetensors file. Raises DataError when broken.
+    """(header without its metadata, where the data starts) of an open safetensors file. Raises DataError if broken.
 
     https://github.com/huggingface/safetensors#format
     """
@@ -128,7 +128,8 @@ def walk(folder: Path) -> list[Path]:
 
 
 def parallel(function: Any, paths: list[Path]) -> list[Any]:
-    """`function` of each path, in order, on all cores: hashing releases the interpreter. Large files start first."""
+    """Applies `function` to each path on all cores (hashing releases the GIL), large files first; results are in
+    order."""
     by_size = sorted(range(len(paths)), key=lambda i: -paths[i].lstat().st_size)
     results: list[Any] = [None] * len(paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -146,7 +147,7 @@ def list_files(folder: Path, cache: "DigestCache | None" = None, hidden: bool = 
 
     Args:
         cache: digests of files that have not changed since they were hashed; None: every byte is read.
-        hidden: whether hidden files count, such as those of git and of the hub's downloads.
+        hidden: whether to include hidden files, such as those of git and of the hub's downloads.
     """
     paths = _own_files(folder) if hidden else visible_files(folder)
     digests = parallel((cache or DigestCache(None)).sha256, paths)
@@ -168,7 +169,7 @@ def digest_of(path: Path, cache: "DigestCache | None" = None) -> str | None:
 
 
 def build(folder: Path) -> dict[str, list[dict]]:
-    """`files` and `tensors` of a folder. Raises DataError for a broken safetensors file or a name that is no UTF-8."""
+    """`files` and `tensors` of a folder. Raises DataError for a broken safetensors file or a name that is not UTF-8."""
     paths = _own_files(folder)
     for path in paths:
         try:
@@ -189,7 +190,7 @@ def build(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_manifest(path: Path) -> dict:
-    """Raises DataError if there is none, or the file is no manifest."""
+    """The manifest of a folder. Raises DataError if there is none, or the file is not a manifest."""
     try:
         manifest = json.loads(path.read_bytes())
         for entry in manifest["files"]:
@@ -210,7 +211,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a path of a manifest stays in its folder."""
+    """Whether a path in a manifest stays inside its folder."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
 
@@ -218,19 +219,19 @@ def is_inside(name: str) -> bool:
 # ----------------------------------------------------------------------------- folders from outside a run
 
 BLOCK, BLOCKS = 2**12, 256
-"""Bytes of a block, and blocks of a file, that `sample` reads."""
+"""How many bytes per block, and blocks per file, `sample` reads."""
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below `folder` but hidden ones, such as those of git and of the hub's downloads."""
+    """Every file below `folder` except hidden ones, such as those of git and of the hub's downloads."""
     return [path for path in walk(folder) if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def sample(folder: Path) -> str:
-    """A digest of names, sizes and evenly spaced blocks of a folder's files: it tells one model from another.
+    """A digest of names, sizes and evenly spaced blocks of a folder's files, to tell models apart quickly.
 
-    At most 1 MB of a file is read, so that each start of Snakemake can afford it. Training changes nearly every weight;
-    a file of up to 1 MB is read whole. This is no digest of the content: stages and audits read every byte.
+    At most 1 MB per file is read, so that each start of Snakemake can afford it. Training changes nearly every weight;
+    files of up to 1 MB are read completely. This is not a digest of the content: stages and audits read every byte.
     """
     digest = hashlib.sha256()
     for path in visible_files(folder):
@@ -245,7 +246,7 @@ def sample(folder: Path) -> str:
 
 
 def artifact_around(folder: Path) -> Path | None:
-    """The artifact that a folder is, or lies in: the nearest folder from there up that holds a record; else None.
+    """The artifact that a folder is or is inside of: the nearest folder, from there up, with a record; else None.
 
     A link into an artifact counts as the folder it points to.
     """
@@ -263,8 +264,8 @@ class DigestCache:
     """sha256 of files that have not changed since any process of the run hashed them; without a folder, this object.
 
     A file counts as unchanged while its device, inode, size, mtime and ctime are; ctime cannot be set back. An entry is
-    a small file, written whole by a rename. Stages and quick audits use the cache. Deep audits do not: bit rot changes
-    none of these.
+    a small file, written atomically by a rename. Stages and quick audits use the cache. Deep audits do not: bit rot
+    changes none of these.
     """
 
     def __init__(self, folder: Path | None):
@@ -290,7 +291,7 @@ class DigestCache:
         return digest
 
     def remember(self, path: Path, digest: str, stamp: tuple[int, ...] | None = None) -> None:
-        """Keeps a digest that was just computed. `stamp` is of the file before it was read."""
+        """Stores a digest that was just computed. `stamp` is that of the file before it was read."""
         stamp = stamp or _stamp(path)
         if stamp != _stamp(path):
             return

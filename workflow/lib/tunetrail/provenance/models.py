@@ -1,4 +1,4 @@
-"""Models on disk: what kind one is, and how records name those that were made elsewhere."""
+"""Models on disk: their kind, and how records name models that were made elsewhere."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from tunetrail.provenance.schema import Dependency
 
 
 def is_reward_model(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json is of a model that scores text instead of writing it, trained here or elsewhere."""
+    """Whether this config.json belongs to a model that scores text instead of writing it, trained here or elsewhere."""
     return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
@@ -33,7 +33,7 @@ def hub_model(
     """A model repository on the hub.
 
     Args:
-        reason: why this says nothing of its content.
+        reason: why this says nothing about its content.
     """
     return dependency(
         role,

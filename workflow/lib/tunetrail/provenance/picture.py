@@ -10,7 +10,7 @@ from tunetrail.provenance.lineage import Node
 SIZES = Sizes(width=150, height=40, across=190, down=56)
 MARGIN = 10
 DEPTH = 60
-"""Levels of a tree in the terminal."""
+"""How many levels of a tree the terminal shows."""
 
 
 def print_tree(node: Node) -> None:
@@ -53,7 +53,7 @@ def print_tree(node: Node) -> None:
 
 
 def svg(nodes: list[Node]) -> str:
-    """Boxes in columns, parents to the left; green where the record is of this manifest, red where not."""
+    """Boxes in columns, parents to the left; green if the record belongs to this manifest, else red."""
     nodes = sorted(nodes, key=lambda node: node.name)
     index = {node.folder: i for i, node in enumerate(nodes)}
     parents = acyclic([{index[p.folder] for p in n.parents.values() if p and p.folder in index} for n in nodes])

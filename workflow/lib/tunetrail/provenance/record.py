@@ -23,7 +23,7 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:tunetrail:stage:v1"
 MAX_DIFF = 2**20
-"""Bytes of a dirty tree's diff that a record keeps; of a larger one only the digest."""
+"""The most bytes of a dirty tree's diff that a record keeps; of a larger diff it keeps only the digest."""
 
 
 # ----------------------------------------------------------------------------- writing
@@ -51,7 +51,7 @@ def labels_dependency(path: Path, rows: Sequence[Mapping[str, Any]], source: dic
     """The exact set of labels: its export, how many rankings by whom (pseudonyms), and where they come from.
 
     Args:
-        rows: of the export, each with `rankings`.
+        rows: the rows of the export, each with `rankings`.
         source: what the labeler reports; `files` (path -> sha256) if the labels were read from files.
     """
     rankings = [ranking for row in rows for ranking in row["rankings"]]
@@ -71,7 +71,7 @@ def labels_dependency(path: Path, rows: Sequence[Mapping[str, Any]], source: dic
 def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:
     """The dependency with other paths for its files.
 
-    A record names files from its own folder, as it names inputs: a run and its raw data may be moved together.
+    A record names files relative to its own folder, like inputs: a run and its raw data may be moved together.
     """
     annotations = found["annotations"]
     if not annotations.get("files"):
@@ -81,9 +81,9 @@ def _renamed(found: Dependency, rename: Callable[[str], str]) -> Dependency:
 
 
 def parent_entry(folder: Path, must_match: bool = True) -> ParentEntry:
-    """What a record will say of the input in this folder, as it is now.
+    """What a record will say about the input in this folder, as it is now.
 
-    Raises DataError if its record is that of another manifest and `must_match`.
+    Raises DataError if its record belongs to another manifest and `must_match`.
     """
     path, manifest = folder / PROVENANCE, sha256_file(folder / MANIFEST)
     try:
@@ -125,10 +125,10 @@ def build(
         config: the stage's resolved config file.
         manifest: the bytes of manifest.json.
         parents: the inputs, by role.
-        dependencies: what else it was made from.
+        dependencies: everything else that it was made from.
         attempts: an `AttemptRecord` each, oldest first.
         metrics: sha256 of metrics.json.
-        byproducts: ResourceDescriptors of logs and the like.
+        byproducts: ResourceDescriptors of logs and similar files.
         also_about: further subjects, for instance an evaluation's model.
     """
     code, inputs = code_state(), _inputs(parents, output)
@@ -167,7 +167,7 @@ def build(
 
 
 def _inputs(parents: Mapping[str, ParentEntry], output: Path) -> list[Dependency]:
-    """The inputs, named by the way from folder to folder: a run may be moved."""
+    """The inputs, named by relative paths, since a run may be moved."""
     return [
         {
             "name": os.path.relpath(parent["path"], output),
@@ -196,7 +196,7 @@ def _software(code: dict[str, Any]) -> list[dict]:
 
 
 def _code_diff(code: dict[str, Any]) -> list[dict]:
-    """How the code differed from its commit; of a large diff only the digest."""
+    """How the code differed from its commit; only a digest if the diff is large."""
     diff = code["diff"]
     if diff is None:
         return []
@@ -205,7 +205,7 @@ def _code_diff(code: dict[str, Any]) -> list[dict]:
 
 
 def _usage(stage: str, attempts: Sequence[Mapping[str, Any]], training_flops: float | None) -> dict[str, Any]:
-    """What it cost to make; an unknown value is null with a reason."""
+    """The cost of making it; an unknown value is null with a reason."""
     energy = [attempt.get("energy_joules") for attempt in attempts]
     usage: dict[str, Any] = {
         "rule": stage,
@@ -235,7 +235,7 @@ def exact_integers(value: Any) -> Any:
 
 
 class Record:
-    """The content of provenance.json by name. Raises DataError if it is no record."""
+    """The content of provenance.json by name. Raises DataError if it is not a record."""
 
     def __init__(self, content: bytes, source: str = PROVENANCE):
         self.content, self.digest = content, sha256_bytes(content)
@@ -258,7 +258,7 @@ class Record:
             raise DataError(f"{source}: is no provenance record ({type(e).__name__}: {e})") from None
 
     def _check_types(self) -> None:
-        """Raises ValueError or TypeError where an audit would stumble over a value of the wrong type."""
+        """Raises ValueError or TypeError for values of the wrong type, which an audit could not handle."""
         for d in self.dependencies:
             for path, digest in d["annotations"].get("files", {}).items():
                 os.fspath(path), digest.encode()
@@ -297,7 +297,7 @@ class Record:
         return self.of_role(self.stage) if self.stage in ("sft", "reward") else []
 
     def annotations(self, role: str) -> dict:
-        """Of the first dependency with this role."""
+        """The annotations of the first dependency with this role."""
         found = self.of_role(role)
         return found[0]["annotations"] if found else {}
 
@@ -311,7 +311,7 @@ class Record:
 
     @property
     def version(self) -> str:
-        """Of tunetrail."""
+        """The version of tunetrail."""
         versions = (self.run.get("builder") or {}).get("version")
         return str((versions if isinstance(versions, dict) else {}).get("tunetrail", "an unknown version"))
 
@@ -329,7 +329,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """Raises DataError when there is none, or it cannot be read."""
+    """The record in a folder. Raises DataError if there is none, or it cannot be read."""
     path = folder / PROVENANCE
     try:
         return Record(path.read_bytes(), str(path))

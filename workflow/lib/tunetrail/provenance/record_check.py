@@ -1,4 +1,4 @@
-"""Compares every record with what it names: inputs, data from outside the run, saved states, the run's config."""
+"""Compares every record with everything that it names: inputs, outside data, saved states, the run's config."""
 
 import json
 import os
@@ -24,7 +24,7 @@ MACHINE = ("cpu", "gpus", "driver", "python", "torch", "world_size", "code", "pa
 
 
 class RecordCheck:
-    """Compares records with what they name and notes what differs.
+    """Compares records with everything that they name and notes differences.
 
     Args:
         recursive: also compare inputs, raw data and labels.
@@ -55,7 +55,7 @@ class RecordCheck:
     def _parent(self, node: Node, role: str, recorded: RecordedParent) -> None:
         parent, then = node.parents.get(role), f"manifest {recorded['manifest'][:16]}…"
         if parent is None and self.runs.of(node.folder) is None and not any(node.parents.values()):
-            # A copy of one artifact, taken out of its run.
+            # A copy of a single artifact, outside its run.
             self.result.not_at_hand.add(printable(os.path.normpath(node.folder / recorded["name"])))
         elif parent is None:
             message = f"{role} ({recorded['name']}, {then}) is not there; restore it from a copy"
@@ -69,7 +69,8 @@ class RecordCheck:
             self.result.add("parent-record-changed", node, message)
 
     def _has_record(self, parent: Node, recorded: RecordedParent) -> bool:
-        """Whether a parent's record is the recorded one, or both were sealed: its stage ran again with equal bytes."""
+        """Whether a parent's record is the recorded one, or both were sealed because its stage ran again with equal
+        bytes."""
         if parent.record is None:
             return False
         if parent.record.digest == recorded["record"]:
@@ -82,7 +83,7 @@ class RecordCheck:
         return {(recorded["manifest"], recorded["record"]), (parent.identity, parent.record.digest)} <= sealed
 
     def _outside_files(self, node: Node, record: Record) -> None:
-        """Raw data, labels, local models and scorers, as far as they are still where they were read."""
+        """Checks raw data, labels, local models and scorers that are still where they were read."""
         for role, finding in OUTSIDE.items():
             for dependency in record.of_role(role):
                 for name, expected in dependency["annotations"].get("files", {}).items():
@@ -126,7 +127,7 @@ class RecordCheck:
         self.result.add(finding, node, f"the code differed from commit {commit}{untracked}{diff}")
 
     def _states(self, node: Node, record: Record) -> None:
-        """Attempts must chain: each resumes from a state that one before it had saved."""
+        """Checks that attempts chain: each resumes from a state that an earlier one saved."""
         saved: set[str] = set()
         for attempt in record.attempts:
             state = attempt.get("state_in")
@@ -148,7 +149,7 @@ class RecordCheck:
                     self.result.add("mixed-environment", node, message)
 
     def _config(self, node: Node, record: Record) -> None:
-        """The config it was made with against the one that the run has now."""
+        """Compares the config that it was made with to the run's current one."""
         run = self.runs.of(node.folder)
         name = config_name(node.folder.relative_to(run).as_posix()) if run else None
         if run is None or name is None:

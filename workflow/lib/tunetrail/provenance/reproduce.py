@@ -17,9 +17,9 @@ from tunetrail.provenance.manifest import MANIFEST, canonical, identity, read_ma
 
 TIERS = ("same file bytes", "same tensors", "within tolerance", "same first losses", "different")
 MARK = ".reproduction"
-"""Tells a scratch folder that may be emptied."""
+"""Marks a scratch folder that may be emptied."""
 FIRST = 5
-"""Steps whose losses are compared."""
+"""How many steps' losses are compared."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ def compare(original: Path, again: Path, tolerance: float) -> Reproduction:
     """The first of TIERS that holds.
 
     Args:
-        tolerance: of weights, relative to each tensor's norm; of every number in metrics.json relative to itself.
+        tolerance: for weights relative to each tensor's norm, for numbers in metrics.json relative to themselves.
     """
     if identity(original) == identity(again):
         return Reproduction(TIERS[0], again)
@@ -110,7 +110,7 @@ def _losses(folder: Path) -> list[float | None]:
 
 
 def _gap(a: Any, b: Any) -> float:
-    """Largest relative difference of the numbers in two JSON values; infinity where anything else differs."""
+    """The largest relative difference between the numbers in two JSON values; infinity if anything else differs."""
     if isinstance(a, bool) or isinstance(b, bool) or a is None or isinstance(a, str):
         return 0.0 if a == b else float("inf")
     if isinstance(a, int | float) and isinstance(b, int | float):
@@ -130,7 +130,7 @@ def reproduce(folder: Path, scratch: Path, tolerance: float = 1e-3) -> Reproduct
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     (scratch / MARK).touch()
-    # As many threads as then: with another number, sums are taken in another order.
+    # With another number of threads, sums would have another order.
     last = node.record.attempts[-1].get("variables", {}) if node.record else {}
     threads = {name: value for name, value in last.items() if name.endswith("_NUM_THREADS")}
     reply = subprocess.run(command(node, scratch), env=os.environ | threads, check=False)

@@ -8,7 +8,7 @@ class FileEntry(TypedDict):
     """A file of a manifest."""
 
     path: str
-    """From the artifact's folder."""
+    """Relative to the artifact's folder."""
     size: int
     """Bytes."""
     sha256: str
@@ -21,7 +21,7 @@ class TensorEntry(TypedDict):
     dtype: str
     shape: list[int]
     sha256: str
-    """Of its bytes."""
+    """sha256 of its bytes."""
 
 
 class LedgerEntry(TypedDict):
@@ -34,7 +34,7 @@ class LedgerEntry(TypedDict):
     record: str
     """sha256 of its record."""
     number: int
-    """Of this line, from 0."""
+    """The number of this line, from 0."""
     previous: str
     """sha256 of the line before."""
 
@@ -45,13 +45,13 @@ class Dependency(TypedDict, total=False):
     name: str
     uri: str
     digest: dict[str, str]
-    """`sha256` or `gitCommit`; absent where none can be had."""
+    """`sha256` or `gitCommit`; absent if there is none."""
     annotations: dict[str, Any]
-    """`role`, and what else is known. `files` maps paths to sha256; a recursive audit compares them again."""
+    """`role`, and anything else that is known. `files` maps paths to sha256; a recursive audit compares them again."""
 
 
 class ParentEntry(TypedDict):
-    """What a record will say of an input."""
+    """What a record will say about an input."""
 
     path: Path
     """Its folder."""
@@ -60,14 +60,14 @@ class ParentEntry(TypedDict):
     record: str | None
     """sha256 of its record; None if there is none."""
     labels: list[Dependency]
-    """The labels it was made from, and its own."""
+    """The labels that it was made from, and its own."""
 
 
 class RecordedParent(TypedDict):
-    """What a record says of an input."""
+    """What a record says about an input."""
 
     name: str
-    """The way from the artifact's folder to the input's."""
+    """The input's folder, relative to the artifact's."""
     manifest: str
     record: str | None
 
@@ -84,7 +84,7 @@ class Ended(TypedDict):
 
     outcome: Literal["done", "interrupted", "waiting", "superseded", "failed", "killed"]
     message: str | None
-    """What the error said; None if there was none, or nobody could write it."""
+    """The error's message; None if there was no error, or it could not be written."""
 
 
 class AttemptRecord(TypedDict, total=False):
@@ -98,11 +98,11 @@ class AttemptRecord(TypedDict, total=False):
     pid: int
     ended: Ended
     state_in: SavedState
-    """What it resumed from; absent for one that began from nothing."""
+    """The state that it resumed from; absent for a fresh start."""
     states_out: list[SavedState]
-    """The last two states it saved, newest last."""
+    """The last two states that it saved, newest last."""
     measurements: dict[str, dict[str, float | None]]
-    """What a stage measured of the machine, by what it was doing; see the stage."""
+    """What a stage measured on this machine, by task; see the stage."""
     energy_joules: float | None
     host: str
     job_id: str | None

@@ -1,7 +1,7 @@
 """Signatures: a DSSE envelope around the record, ed25519, offline.
 
-Optional. What is unsigned is legal and always shown as UNSIGNED; a policy file says whose keys count and what must be
-signed. https://github.com/secure-systems-lab/dsse
+Signatures are optional: unsigned artifacts are legal and always shown as UNSIGNED. A policy file says whose keys count
+and what must be signed. https://github.com/secure-systems-lab/dsse
 """
 
 import json
@@ -19,7 +19,7 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
 class TrustPolicy(Block):
-    """What `audit verify --policy FILE` requires beyond integrity."""
+    """What `audit verify --policy FILE` requires in addition to integrity."""
 
     keys: dict[str, Path] = Field(default={}, description="name of a signer -> PEM file of their ed25519 public key")
     require_signature: bool = Field(default=False, description="every record must be signed by one of `keys`")
@@ -30,7 +30,7 @@ class TrustPolicy(Block):
 
 
 def read_policy(path: Path) -> TrustPolicy:
-    """Raises ConfigError, one line per mistake."""
+    """Reads a policy file. Raises ConfigError with one line per mistake."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         policy = TrustPolicy.model_validate(content or {})
@@ -61,7 +61,7 @@ def _public_key(path: Path) -> Any:
 
 
 def sign(folder: Path, private_key: Path) -> Path:
-    """Writes the envelope of a folder's record beside it. Raises ConfigError for a key that is none."""
+    """Writes the envelope of a folder's record next to it. Raises ConfigError if the key is invalid."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.dsse import Envelope
@@ -85,9 +85,9 @@ def sign(folder: Path, private_key: Path) -> Path:
 
 
 def signers(folder: Path, policy: TrustPolicy) -> list[str]:
-    """Names of the policy's keys that signed this very record; none if there is no signature.
+    """Names of the policy's keys that signed exactly this record; empty if there is no signature.
 
-    Raises DataError when there is an envelope that is broken, holds another record, or has a signature that is false.
+    Raises DataError if the envelope is broken, contains another record, or has a wrong signature.
     """
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import VerificationError

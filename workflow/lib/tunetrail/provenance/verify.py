@@ -1,12 +1,13 @@
-"""Is an artifact still what it was, and did it come about as its record says?
+"""Checks whether an artifact is unchanged, and consistent with the record of how it was made.
 
 Every doubt is a finding with a name, a severity and one line that says what is wrong and how to fix it:
 
-    error       something is not what it was                              exit code 1
-    incomplete  something that would prove it is not there                exit code 2
+    error       something has changed                                     exit code 1
+    incomplete  something that would prove it is missing                  exit code 2
     warning     sound, but a policy may forbid it (1 with --strict)       exit code 3
 
-What passes has been consistent since it was sealed. Nothing here can prove that a job did what its record claims.
+An artifact that passes has been consistent since it was sealed. Nothing here can prove that a job did what its record
+claims.
 """
 
 import os
@@ -28,9 +29,9 @@ class Verifier:
 
     Args:
         cache: digests that a quick audit may trust; None: every byte is read.
-        recursive: also check everything the artifacts were made from, down to the raw data.
-        anchor: a ledger's head that was kept elsewhere.
-        ledger: False for a run that is not finished, and therefore not sealed.
+        recursive: also check everything that the artifacts were made from, down to the raw data.
+        anchor: the head of a ledger, kept elsewhere.
+        ledger: False for a run that is not finished and therefore not sealed.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Verifier:
         return sorted(self.lineage.nodes.values(), key=lambda node: node.folder)
 
     def _add(self, path: Path) -> None:
-        """What a path names. Raises DataError if it is neither an artifact nor a run."""
+        """Adds the artifact or run that a path names. Raises DataError if it is neither."""
         folder = Path(os.path.abspath(path.parent if path.name == MANIFEST else path))
         if (folder / LEDGER).exists():
             self.runs.named.append(folder)
@@ -104,7 +105,7 @@ class Verifier:
     # ------------------------------------------------------------------------- seals and signatures
 
     def _manifest(self, node: Node) -> None:
-        """The manifest against the record, and both against the ledger."""
+        """Compares the manifest with the record, and both with the ledger."""
         if node.record and node.record.manifest != node.identity:
             message = f"the record is of manifest {node.record.manifest[:16]}…, this is {node.identity[:16]}…"
             self.result.add("manifest-changed", node, message)
@@ -137,7 +138,7 @@ class Verifier:
         if ledger.fault:
             self.result.add("ledger-broken", LEDGER, f"{ledger.fault}; restore it from a copy")
             return
-        # An anchor is of a run that was asked for, not of the runs its parents come from.
+        # An anchor belongs to a run that was named, not to the runs of its parents.
         anchored = self.runs.named or list(self.runs.ledgers)[:1]
         if self.anchor is not None and ledger.path.parent in anchored and self.anchor not in ledger.hashes:
             message = f"no line has the anchored hash {self.anchor[:16]}…: the ledger was rewritten or its tail was cut"

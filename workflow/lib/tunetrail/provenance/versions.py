@@ -1,11 +1,11 @@
-"""Results of another version of tunetrail: which made them, and what has changed since in what their stages write.
+"""Results of other versions of tunetrail: which version made them, and what their stages write differently since.
 
-CHANGELOG.md says so, keyed by stage, in the section "Changed results" of each version:
+CHANGELOG.md has these changes by stage, in the section "Changed results" of each version:
 
     ### Changed results
     - `sft`, `dpo`: `model/` has the merged weights.
 
-A version by itself makes nothing stale. Whoever wants the new results asks for them.
+Another version by itself makes nothing stale; users who want the new results rerun the stages.
 """
 
 import re
@@ -21,7 +21,7 @@ from tunetrail.errors import DataError
 from tunetrail.provenance.record import Record, read_record
 
 CHANGELOG = Path(tunetrail.__file__).parents[3] / "CHANGELOG.md"
-"""Not there where the library was installed without the project."""
+"""Missing if the library was installed without the project."""
 UNRELEASED = "Unreleased"
 
 
@@ -33,7 +33,7 @@ class OtherVersion:
     stage: str
     made_by: str
     changed_since: tuple[str, ...]
-    """What the changelog says of its stage, from the version after `made_by` to this one, newest first."""
+    """The changelog's items about its stage, from the version after `made_by` to this one, newest first."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Change:
 
 
 def read_changes(text: str) -> list[Change]:
-    """The items of every "Changed results" in a changelog, as they stand there."""
+    """The items of every "Changed results" in a changelog, in order."""
     found = []
     for version, content in re.findall(r"^## \[?([^\s\]]+).*?\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         for section in re.findall(r"^### Changed results\n(.*?)(?=^### |\Z)", content, re.MULTILINE | re.DOTALL):
@@ -56,13 +56,13 @@ def read_changes(text: str) -> list[Change]:
 
 
 def _is_between(change: Change, before: Version, now: Version) -> bool:
-    """Whether a change came after one version and is in the other. What is unreleased is in this one."""
+    """Whether a change came after one version and is in the other. Unreleased changes are in this version."""
     version = now if change.version == UNRELEASED else Version(change.version)
     return before < version <= now
 
 
 def other_versions(records: Mapping[str, Record | None], changelog: Path | None = None) -> list[OtherVersion]:
-    """Those artifacts, by name, that a version other than this one made."""
+    """The artifacts, by name, that another version made."""
     others = {name: r for name, r in records.items() if r is not None and r.version != tunetrail.__version__}
     path = changelog or CHANGELOG
     changes = read_changes(path.read_text(encoding="utf-8")) if others and path.exists() else []
@@ -70,7 +70,7 @@ def other_versions(records: Mapping[str, Record | None], changelog: Path | None 
     for name, record in others.items():
         try:
             before, now = Version(record.version), Version(tunetrail.__version__)
-        except InvalidVersion:  # what a record says is anybody's text
+        except InvalidVersion:  # a record's version may be any text
             found.append(OtherVersion(name, record.stage, record.version, ()))
             continue
         since = [c.text for c in changes if record.stage in c.stages and _is_between(c, before, now)]
@@ -90,7 +90,7 @@ def records_of(folders: Mapping[str, Path]) -> dict[str, Record]:
 
 
 def as_lines(found: list[OtherVersion]) -> list[str]:
-    """What to print: a line for each stage and version, those with changes first."""
+    """The lines to print: one for each stage and version, those with changes first."""
     if not found:
         return []
     stages: dict[tuple[str, str], OtherVersion] = {}

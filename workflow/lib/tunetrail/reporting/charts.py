@@ -1,8 +1,8 @@
-"""The figures, as Altair charts turned into SVG without a browser.
+"""Building blocks of the figures: Altair charts, converted to SVG without a browser.
 
-A function of the runs of a page (mostly one) gives a Vega-Lite spec, or None if nothing was measured; `narrow` is
-for a phone. Colours are written literally, so that the page can turn them with CSS in dark mode; the bytes depend on
-the numbers only.
+A figure is a function of a page's runs (usually one) that returns a Vega-Lite spec, or None if nothing was measured;
+`narrow` is for a phone. Colours are literal, so that the page can change them with CSS in dark mode. The bytes depend
+only on the numbers.
 """
 
 import html
@@ -19,9 +19,9 @@ from tunetrail.reporting.numbers import NOT_MEASURED, interval
 
 Spec = dict[str, Any]
 Runs = Sequence[Run]
-Chart = Any  # Altair's kinds of charts share no base class with what is used here
+Chart = Any  # Altair's chart types have no common base class with the methods used here
 
-# Okabe and Ito's palette, told apart with any colour vision; page.css has the same with lighter twins for dark mode.
+# Okabe and Ito's palette, distinguishable with any colour vision; page.css has lighter versions for dark mode.
 COLOURS = {
     "base": "#7a828a",
     "sft": "#22272b",
@@ -34,6 +34,7 @@ COLOURS = {
 }
 INK, MUTED, LINE, PAPER, SHADE = "#22272b", "#66707a", "#dfe3e7", "#ffffff", "#e69f00"
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
+BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
 PLOT = {False: 500, True: 140}
 """Width of a plot in pixels, by `narrow` (a phone)."""
 
@@ -41,7 +42,7 @@ PLOT = {False: 500, True: 140}
 CONFIG = {
     "background": PAPER,
     "font": FONT,
-    "padding": {"left": 10, "top": 4, "right": 36, "bottom": 4},  # a browser without these fonts sets wider letters
+    "padding": {"left": 10, "top": 4, "right": 36, "bottom": 4},  # room for wider fonts, if a browser lacks these
     "view": {"stroke": None},
     "axis": {
         "domain": False,
@@ -61,7 +62,7 @@ CONFIG = {
 
 
 def svg(spec: Spec | None) -> str:
-    """SVG of a Vega-Lite spec, on white; for None one that says 'not measured'."""
+    """The SVG of a Vega-Lite spec on white; for None, one that says 'not measured'."""
     if spec is None:
         words = alt.Chart(inline_data([{}])).mark_text(text=NOT_MEASURED, color=MUTED, fontSize=13, fontStyle="italic")
         spec = grid([[words.properties(width=240, height=40)]])
@@ -72,7 +73,7 @@ _MARK = re.compile(
     r'<(path|line|text) aria-label="([^"]*)" role="graphics-symbol" aria-roledescription="([^"]*)"([^>]*?)(/?)>'
 )
 _WORDS = {"kl": "KL", "prob": "probability", "n": "pairs"}
-_UNSAID = (
+_HIDDEN = (
     "colour",
     "fill",
     "shape",
@@ -90,28 +91,29 @@ _UNSAID = (
 
 
 def _titled(mark: re.Match) -> str:
-    """A mark with what it shows as its title, which is the tooltip; Vega tells it as `field: value; field: value`."""
+    """A mark with its values as its title, which is the tooltip; Vega describes them as `field: value; field:
+    value`."""
     element, label, kind, rest, closed = mark.groups()
-    said = _said(html.unescape(label))
-    if kind == "line mark" or not said:  # of a line Vega tells the first point alone
+    tooltip = _tooltip(html.unescape(label))
+    if kind == "line mark" or not tooltip:  # of a line Vega describes only the first point
         return f"<{element}{rest}{closed}>"
-    title = html.escape(said)
+    title = html.escape(tooltip)
     end = f"<title>{title}</title>" + (f"</{element}>" if closed else "")
     return f'<{element} role="graphics-symbol" aria-label="{title}"{rest}>{end}'
 
 
-def _said(label: str) -> str:
+def _tooltip(label: str) -> str:
     """
-    >>> _said("mean: 58.333333%; label: dpo; fill: #0072b2"), _said("dpo, step 3: loss 0.61")
+    >>> _tooltip("mean: 58.333333%; label: dpo; fill: #0072b2"), _tooltip("dpo, step 3: loss 0.61")
     ('dpo: mean 58.3%', 'dpo, step 3: loss 0.61')
     """
-    found = dict(item.partition(": ")[::2] for item in label.split("; ") if ": " in item)
-    if not found or " " in next(iter(found)):  # a description of our own
+    fields = dict(item.partition(": ")[::2] for item in label.split("; ") if ": " in item)
+    if not fields or " " in next(iter(fields)):  # a description of our own
         return label
-    names = " ".join(found[key] for key in ("label", "token", "first") if found.get(key))
-    if found.get("text"):
-        return f"{names}: {found['text']}".removeprefix(": ")
-    values = [f"{_WORDS.get(k, k.replace('_', ' '))} {_short(v)}" for k, v in found.items() if k not in _UNSAID]
+    names = " ".join(fields[key] for key in ("label", "token", "first") if fields.get(key))
+    if fields.get("text"):
+        return f"{names}: {fields['text']}".removeprefix(": ")
+    values = [f"{_WORDS.get(k, k.replace('_', ' '))} {_short(v)}" for k, v in fields.items() if k not in _HIDDEN]
     return ": ".join(filter(None, [names, ", ".join(values)]))
 
 
@@ -127,26 +129,26 @@ def _short(value: str) -> str:
 
 
 def grid(rows: list[list[Chart]], across: int = 0, down: int = 0) -> Spec:
-    """Charts in rows, so many pixels apart. Altair's own concat does the same but copies every chart many times."""
-    read = {"validate": False, "context": {"top_level": False}}
+    """Charts in rows, `across` and `down` pixels apart. Altair's concat does the same but copies charts many times."""
+    options = {"validate": False, "context": {"top_level": False}}
     return {
-        "vconcat": [{"hconcat": [chart.to_dict(**read) for chart in row], "spacing": across} for row in rows],
+        "vconcat": [{"hconcat": [chart.to_dict(**options) for chart in row], "spacing": across} for row in rows],
         "spacing": down,
     }
 
 
 def side_by_side(panels: list[Chart], narrow: bool) -> Spec:
-    """Panels in a row; on a narrow screen one below the other."""
+    """Panels in a row, or below each other on a narrow screen."""
     return grid([[panel] for panel in panels] if narrow else [panels], across=30, down=30)
 
 
 def inline_data(rows: list[dict]) -> alt.Data:
-    """Rows as one string of JSON: Altair copies its charts again and again, and a string is copied for free."""
+    """Rows as one string of JSON: Altair copies charts repeatedly, and copying a string costs nothing."""
     return alt.Data(values=json.dumps(rows), format={"type": "json"})
 
 
 def wrap(name: str) -> str:
-    """A long name on two lines, broken after the space or else the hyphen nearest to its middle.
+    """A long name on two lines, broken after the space (or, without spaces, the hyphen) nearest to its middle.
 
     >>> wrap("dpo-beta-0.05-learning-rate-1e-05")
     'dpo-beta-0.05-\\nlearning-rate-1e-05'
@@ -161,7 +163,7 @@ def wrap(name: str) -> str:
 
 
 def panel_title(text: str, size: float = 12) -> Chart:
-    """A panel's title as a mark: real titles shift with the labels of the axis, and would not stand in line."""
+    """A panel's title as a mark: real titles shift with the labels of the axis and would not be aligned."""
     mark = alt.Chart(inline_data([{}])).mark_text(
         text=text, align="left", baseline="bottom", fontWeight="bold", fontSize=size, color=INK
     )
@@ -169,7 +171,7 @@ def panel_title(text: str, size: float = 12) -> Chart:
 
 
 def own_colour() -> alt.Color:
-    """Each row in the colour that it names."""
+    """Colours each row as its "colour" says."""
     return alt.Color("colour:N", scale=None)
 
 
@@ -180,18 +182,18 @@ def _names() -> alt.Y:
 
 
 def dot_row(label: str, value: dict | None, text: str, series: str, hollow: bool = False) -> dict:
-    """A row of `dots`; a value that was not measured has a text alone."""
-    place = {key: value[key] for key in ("mean", "low", "high")} if value else {}
+    """A row for `dots`; a value that was not measured has only a text."""
+    ends = {key: value[key] for key in ("mean", "low", "high")} if value else {}
     return {
         "label": wrap(label),
         "text": text,
         "colour": COLOURS[series],
         "fill": PAPER if hollow else COLOURS[series],
-    } | place
+    } | ends
 
 
 def dots(rows: list[dict], width: int, title: str, reference: float | None = None, **axis: Any) -> Chart | None:
-    """One row per model: a dot, its 95% interval as a line, the numbers to the right; a line at `reference`."""
+    """One row per model: a dot, its 95% interval as a line, and the numbers to its right; a rule at `reference`."""
     measured = [row for row in rows if "mean" in row]
     if not measured:
         return None
@@ -220,13 +222,13 @@ def dots(rows: list[dict], width: int, title: str, reference: float | None = Non
 
 
 def gold(runs: Runs, narrow: bool) -> Spec | None:
-    """Two panels, one below the other: sampled responses and greedy ones."""
+    """Two panels below each other: sampled and greedy responses."""
     keys = {"gold": "Sampled", "greedy_gold": "Decoded greedily"}
     models = [m for run in runs for m in run.models]
-    found = [value for key in keys for m in models if (value := m.interval(key))]
-    if not found:
+    intervals = [value for key in keys for m in models if (value := m.interval(key))]
+    if not intervals:
         return None
-    low, high = min(value["low"] for value in found), max(value["high"] for value in found)
+    low, high = min(value["low"] for value in intervals), max(value["high"] for value in intervals)
     margin = 0.06 * (high - low) or 0.5
     panels = []
     for key, title in keys.items():
@@ -241,7 +243,7 @@ def gold(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line ends to be seen; what cannot be printed, and no SVG may hold, as its code.
+    """A token with visible spaces and line ends; characters that cannot be printed, or be in SVG, as their code.
 
     >>> visible(" a\\n\\x06")
     '␣a⏎\\\\x06'
@@ -250,10 +252,44 @@ def visible(token: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token)
 
 
-def preferences(runs: Runs, narrow: bool) -> Spec | None:
-    """A panel a probe and one for the held-out pairs: log-probability of the preferred (full dot) and the other
-    response.
+def token_bars(
+    tokens: list[dict], own: str, title: str, *, width: int, bar: int, size: float, names: dict, axis: dict
+) -> Chart:
+    """A panel with two bars per token: its probability before training (grey) and after (blue).
+
+    Args:
+        tokens: from one position of `evaluation.probes.shift`, the topmost first; an unknown probability has no bar.
+        own: the sentence's own token, marked by an arrow.
+        width, bar: of the panel, and the height of a bar, in pixels.
+        size: of the title.
+        names, axis: options of the axes of tokens and of probabilities.
     """
+    labels = [f"{'→ ' if token['token'] == own else ''}{visible(token['token'])}" for token in tokens]
+    rows = [
+        {"place": i, "token": labels[i], "when": when, "prob": token[when], "colour": colour}
+        for i, token in enumerate(tokens)
+        for when, colour in (("before", BEFORE), ("after", AFTER))
+        if token[when] is not None
+    ]
+    name_axis = alt.Axis(
+        title=None, grid=False, labelColor=INK, labelExpr=f"{json.dumps(labels)}[datum.value]", **names
+    )
+    chart = (
+        alt.Chart(inline_data(rows))
+        .mark_bar(height=bar)
+        .encode(
+            y=alt.Y("place:O", axis=name_axis),
+            yOffset=alt.YOffset("when:N", sort=["before", "after"]),
+            x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", **axis)),
+            color=own_colour(),
+        )
+    )
+    return alt.layer(chart, panel_title(title, size)).properties(width=width, height=alt.Step(bar + 3))
+
+
+def preferences(runs: Runs, narrow: bool) -> Spec | None:
+    """One panel per probe and one for the held-out pairs: log-probs of the preferred (full dot) and the other
+    response."""
     panels: dict[str, list[dict]] = {}
 
     def add(panel: str, model: Model, preferred: float | None, dispreferred: float | None) -> None:

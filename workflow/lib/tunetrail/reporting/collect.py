@@ -1,4 +1,4 @@
-"""Reads everything the report shows: artifacts with their records, and the models that were evaluated."""
+"""Collects everything that the report shows: artifacts with their records, and the evaluated models."""
 
 import json
 import os
@@ -32,9 +32,9 @@ ORDER = (
 """The kinds of artifacts, upstream first."""
 SIMULATED_LABELERS = ("simulated", "reward_model", "llm")
 CHANGED = ("parent-changed", "parent-record-changed", "labels-changed", "source-changed", "base-moved", "import-moved")
-"""Findings of the audit that make an artifact stale, and not unsound."""
+"""Findings of the audit that make an artifact stale but not unsound."""
 POLICY_COLOURS = 6
-"""Distinct colours for policies in the palette; a seventh policy takes the first one again."""
+"""How many colours the palette has for policies; a seventh policy gets the first one again."""
 
 
 def read_json(path: Path) -> Any:
@@ -49,12 +49,12 @@ class Artifact:
     role: str
     folder: Path
     href: str
-    """From the page to the folder, relative."""
+    """Relative path from the page to the folder."""
     manifest: str
     """sha256 of manifest.json."""
     metrics: dict
     record: Record | None
-    """None where provenance.json is missing or no record."""
+    """None if provenance.json is missing or not a record."""
     unsound: bool = False
     """Whether the audit found an error."""
     stale: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Artifact:
 
     @property
     def seconds(self) -> float | None:
-        """Time of all attempts; a killed attempt could not write how long it took and counts for nothing."""
+        """The duration of all attempts, without killed ones, which could not write theirs."""
         known = [a["seconds"] for a in self.attempts if a.get("seconds") is not None]
         return sum(known) if known else None
 
@@ -93,7 +93,7 @@ class Artifact:
 
     @property
     def resumed_at(self) -> list[int]:
-        """Steps from which attempts after the first went on; one that found no saved state began at 0."""
+        """The steps from which attempts after the first resumed; 0 for an attempt that found no saved state."""
         states = [(a.get("state_in") or {}).get("name", "") for a in self.attempts[1:]]
         return [int(step) if (step := name.rpartition("-")[2]).isdigit() else 0 for name in states]
 
@@ -105,19 +105,19 @@ class Artifact:
 
 @dataclass
 class Model:
-    """A model that was evaluated."""
+    """An evaluated model."""
 
     name: str
-    """As it is shown: on a page of several runs the run's name stands before."""
+    """Its name on the page; on a page with several runs it starts with the run's name."""
     series: str
-    """`base`, `sft`, `p0` … `p5`: its colour everywhere."""
+    """`base`, `sft`, `p0` … `p5`: the name of its colour."""
     artifact: Artifact
     """Its evaluation."""
     samples: list[dict]
     sentence: list[dict]
     preferences: list[dict]
     sentence_in_sft_rows: int = 0
-    """Rows of the sft split that hold the probe sentence."""
+    """How many rows of the sft split contain the probe sentence."""
     trained: Artifact | None = None
     """The policy; None for base and sft."""
 
@@ -128,7 +128,7 @@ class Model:
 
     @property
     def best_of(self) -> int | None:
-        """n of best-of-n."""
+        """n, for best-of-n."""
         return self.trained.config.get("n") if self.trained else None
 
     @property
@@ -141,17 +141,17 @@ class Model:
 
 @dataclass
 class Run:
-    """All the report shows."""
+    """Everything that the report shows about a run."""
 
     name: str
     artifacts: dict[str, Artifact]
-    """By role, upstream first: the inputs, and what was found only through a record (completions shards)."""
+    """By role, upstream first: the report's inputs, and artifacts known only from records (shards of completions)."""
     parents: dict[str, dict[str, str]]
-    """Role -> the roles it was made from -> what they were to it."""
+    """Role -> role of each parent -> the role of that parent as the artifact's input."""
     audit: list[Finding]
-    """What does not hold, or may not please a policy."""
+    """The findings of the audit."""
     signed: bool
-    """Whether every artifact has a signature beside it."""
+    """Whether every artifact is signed."""
     models: list[Model]
     """base, sft, then the policies in the order of the config."""
 
@@ -168,26 +168,26 @@ class Run:
 
     @property
     def head_to_head(self) -> dict:
-        """What was measured where all evaluations met; empty if they did not."""
+        """The metrics of the head-to-head comparison; empty if there is none."""
         return self.metrics("head_to_head") or {}
 
     @property
     def reference(self) -> str:
-        """The model that every policy started from and is compared with: base where no sft was trained."""
+        """The model that policies start from and are compared with: sft, or base if no sft was trained."""
         return self.head_to_head.get("reference") or ("sft" if self.model("sft") else "base")
 
     def match_of(self, model: Model, kind: str = "sampled") -> dict | None:
-        """A pair of the head_to_head, the model against the reference; None if it was not held.
+        """The model against the reference, from the head-to-head comparison; None if they were not compared.
 
         Args:
-            kind: `sampled` or `greedy`, the responses that were compared.
+            kind: the compared responses, `sampled` or `greedy`.
         """
         for pair in (self.head_to_head.get(kind) or {}).get("pairs", []):
             sides = pair["first"], pair["second"]
             if sides == (model.subject, self.reference):
                 return pair
             if sides == (self.reference, model.subject):
-                return turned(pair)
+                return reversed_pair(pair)
         return None
 
     def forgotten(self, model: Model) -> dict:
@@ -197,13 +197,13 @@ class Run:
 
     @cached_property
     def shifts(self) -> list[dict]:
-        """Next-token probabilities of the probe sentence before and after, of each pair of models."""
+        """Next-token probabilities of the probe sentence before and after each training."""
         artifact = self.artifacts.get("head_to_head")
         return (read_json(artifact.folder / "probes.json") or {}).get("pairs", []) if artifact else []
 
     @property
     def labeler(self) -> str | None:
-        """What kind of labeler ranked the comparisons; None if none were collected."""
+        """The kind of labeler that ranked the comparisons; None if none were collected."""
         artifact = self.artifacts.get("comparisons")
         if artifact is None:
             return None
@@ -215,7 +215,7 @@ class Run:
         return next((kind for kind in (*SIMULATED_LABELERS, "human") if kind in kinds), "recorded")
 
     def findings(self, artifact: Artifact) -> list[Finding]:
-        """What the audit found about one artifact."""
+        """The audit's findings about one artifact."""
         return [finding for finding in self.audit if finding.folder == str(artifact.folder.resolve())]
 
     @property
@@ -229,35 +229,36 @@ class Run:
 
     @property
     def unknown_attempts(self) -> int:
-        """Attempts whose length nobody could write down."""
+        """How many attempts were killed, so that their duration is unknown."""
         return sum(a.get("seconds") is None for artifact in self.artifacts.values() for a in artifact.attempts)
 
 
 def reference_of(runs: Sequence[Run]) -> str:
-    """What the policies of a page are compared with, in words."""
+    """The models that a page's policies are compared with, in words."""
     return " or ".join(dict.fromkeys(run.reference for run in runs))
 
 
-def turned(pair: dict) -> dict:
-    """A pair of the head-to-head comparison seen from its other side; what is tested of it stays."""
+def reversed_pair(pair: dict) -> dict:
+    """A pair of the head-to-head comparison from the other model's side; its tests stay the same."""
     ends = {"mean": "mean", "low": "high", "high": "low"}
     counts = {"wins": "losses", "losses": "wins"}
 
-    def seen(value: dict | None, whole: int) -> dict | None:
+    def reverse(value: dict | None, whole: int) -> dict | None:
         if value is None:
             return None
-        turned_ends = {a: whole - value[b] for a, b in ends.items()}
-        return value | turned_ends | {a: value[b] for a, b in counts.items() if b in value}
+        reversed_ends = {a: whole - value[b] for a, b in ends.items()}
+        return value | reversed_ends | {a: value[b] for a, b in counts.items() if b in value}
 
-    found = {key: seen(pair[key], 1) for key in ("win_rate", "length_controlled")}
-    found["difference"] = seen(pair["difference"], 0)
-    return pair | found | {"first": pair["second"], "second": pair["first"]}
+    values = {key: reverse(pair[key], 1) for key in ("win_rate", "length_controlled")}
+    values["difference"] = reverse(pair["difference"], 0)
+    return pair | values | {"first": pair["second"], "second": pair["first"]}
 
 
 def load(role: str, folder: Path, page: Path) -> Artifact:
-    """
+    """Reads an artifact.
+
     Args:
-        page: folder the page will be in.
+        page: the folder that the page will be in.
     """
     try:
         record = read_record(folder)
@@ -274,10 +275,10 @@ def load(role: str, folder: Path, page: Path) -> Artifact:
 
 
 def link(artifacts: dict[str, Artifact], page: Path) -> dict[str, dict[str, str]]:
-    """The edges of the DAG as the records state them; adds the parents that are no inputs of the report.
+    """The edges of the DAG according to the records; adds parents that are not inputs of the report to `artifacts`.
 
-    A parent is known by its manifest digest (the run may have been moved), else by its path: then its
-    manifest is another by now, and the child is stale.
+    A parent is identified by its manifest digest, since the run may have been moved, or else by its path: then its
+    manifest has changed, and the child is stale.
     """
     parents: dict[str, dict[str, str]] = {}
     todo = list(artifacts)
@@ -286,24 +287,24 @@ def link(artifacts: dict[str, Artifact], page: Path) -> dict[str, dict[str, str]
         child, parents[role] = artifacts[role], {}
         for their_role, parent in sorted((child.record.parents if child.record else {}).items()):
             folder = child.folder / parent["name"]
-            there = next((a for a in artifacts.values() if a.folder.resolve() == folder.resolve()), None)
+            at_path = next((a for a in artifacts.values() if a.folder.resolve() == folder.resolve()), None)
             same = [a for a in artifacts.values() if a.manifest == parent["manifest"]]
-            found = there if there in same or not same else same[0]
-            if found is None and (folder / MANIFEST).exists():
-                found = load("", folder, page)
-                number = sum(a.stage == found.stage for a in artifacts.values())
-                found.role = f"{found.stage}.{number}"
-                artifacts[found.role] = found
-                todo.append(found.role)
-            if found is not None:
-                parents[role][found.role] = their_role
-                if found.manifest != parent["manifest"]:
-                    child.stale.append(found.role)
+            artifact = at_path if at_path in same or not same else same[0]
+            if artifact is None and (folder / MANIFEST).exists():
+                artifact = load("", folder, page)
+                number = sum(a.stage == artifact.stage for a in artifacts.values())
+                artifact.role = f"{artifact.stage}.{number}"
+                artifacts[artifact.role] = artifact
+                todo.append(artifact.role)
+            if artifact is not None:
+                parents[role][artifact.role] = their_role
+                if artifact.manifest != parent["manifest"]:
+                    child.stale.append(artifact.role)
     return parents
 
 
 def kind(role: str) -> str:
-    """The one of ORDER that a role belongs to."""
+    """The entry of ORDER that a role belongs to."""
     start = role.partition(".")[0]
     return {"retention": "data", "lm_eval": "head_to_head"}.get(start, start if start in ORDER else "policy")
 
@@ -312,8 +313,8 @@ def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) 
     """Reads a run.
 
     Args:
-        inputs: role -> folder of the artifacts the page is about.
-        page: folder the page will be in.
+        inputs: role -> folder of the artifacts that the page is about.
+        page: the folder that the page will be in.
         cache: digests of files that have not changed since they were hashed.
     """
     artifacts = {role: load(role, folder, page) for role, folder in inputs.items()}
@@ -338,7 +339,7 @@ def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) 
             )
         )
     artifacts = dict(sorted(artifacts.items(), key=lambda item: ORDER.index(kind(item[0]))))
-    # No ledger: the run is sealed when it has ended, and this page is of the run.
+    # Without the ledger: a run is sealed after it has ended, and this page is part of the run.
     audit = Verifier(cache=cache, recursive=True, ledger=False).run(list(inputs.values())).findings
     unsound = {f.folder for f in audit if f.severity == "error" and f.name not in CHANGED}
     for artifact in artifacts.values():
@@ -349,18 +350,18 @@ def collect(name: str, inputs: dict[str, Path], page: Path, cache: DigestCache) 
 
 def inputs_of(run: Path) -> dict[str, Path]:
     """Role -> folder of the artifacts below `results/<run>`, as the report's rule names them. Raises DataError."""
-    one = ("base", "data", "sft", "comparisons", "reward", "retention", "methods", "head_to_head")
-    found = {name: run / name for name in one}
+    single = ("base", "data", "sft", "comparisons", "reward", "retention", "methods", "head_to_head")
+    folders = {name: run / name for name in single}
     for role, name in (("policy", "policies"), ("evaluation", "evaluation"), ("lm_eval", "lm_eval")):
-        found |= {f"{role}.{path.name}": path for path in sorted((run / name).glob("*/"))}
-    found = {role: path for role, path in found.items() if (path / MANIFEST).exists()}
-    if not any(role.startswith("evaluation.") for role in found):
+        folders |= {f"{role}.{path.name}": path for path in sorted((run / name).glob("*/"))}
+    folders = {role: path for role, path in folders.items() if (path / MANIFEST).exists()}
+    if not any(role.startswith("evaluation.") for role in folders):
         raise DataError(f"{run}: no model of this run has been evaluated; name a folder such as results/demo")
-    return found
+    return folders
 
 
 def together(runs: list[Run]) -> list[Run]:
-    """The runs with names and colours that tell their models apart."""
+    """Gives the models of several runs names and colours that distinguish them; returns the runs."""
     policies = [model for run in runs for model in run.policies]
     for i, model in enumerate(policies):
         model.series = f"p{i % POLICY_COLOURS}"

@@ -1,7 +1,6 @@
-"""The three slides of the course: what one sentence does to the next token, what pairs of responses do, and what each
-way of fine-tuning learns and forgets. Drawn where a run compares ways of fine-tuning (`methods`)."""
+"""The three slides of the course: how training on text changes next-token probabilities, how training on pairs changes
+log-probs, and what each method of fine-tuning learns and forgets. They are drawn if a run has the stage `methods`."""
 
-import json
 from typing import Any
 
 import altair as alt
@@ -9,7 +8,6 @@ import altair as alt
 from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.charts import (
     COLOURS,
-    INK,
     MUTED,
     Runs,
     Spec,
@@ -18,18 +16,17 @@ from tunetrail.reporting.charts import (
     own_colour,
     panel_title,
     side_by_side,
-    visible,
+    token_bars,
 )
 from tunetrail.reporting.collect import POLICY_COLOURS, Artifact, Run
-from tunetrail.reporting.evaluation_charts import AFTER, BEFORE
 
 PALETTE = [COLOURS[f"p{i}"] for i in range(POLICY_COLOURS)]
 
 
 def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
-    """The positions of the probe sentence that begin its third word, its fourth, …, with what stands before each.
+    """The positions at which the third word of the probe sentence starts, the fourth, …, with the text before each.
 
-    Returns rows of `evaluation.probes.shift` from base to the first model trained on it, with "context".
+    Returns rows of `evaluation.probes.shift` from base to the first model trained from it, with "context".
     """
     pair = next(iter(run.shifts), None)
     model = pair and run.model(pair["after"])
@@ -37,45 +34,31 @@ def contexts(run: Run, count: int = 2) -> list[dict[str, Any]]:
         return []
     tokens = [position["token"] for position in model.sentence]
     words = [i for i, token in enumerate(tokens) if i and token[:1].isspace()]
-    wanted = words[1 : 1 + count]
+    chosen = words[1 : 1 + count]
     return [
-        row | {"context": "".join(tokens[: row["position"]])} for row in pair["positions"] if row["position"] in wanted
+        row | {"context": "".join(tokens[: row["position"]])} for row in pair["positions"] if row["position"] in chosen
     ]
 
 
 def next_tokens(runs: Runs, narrow: bool, top: int = 5) -> Spec | None:
-    """At two positions of the sentence the likeliest next tokens before training (grey) and after (blue)."""
+    """The likeliest next tokens at two positions of the sentence, before and after training."""
     panels = []
     for row in contexts(runs[0]):
-        # The sentence's own token is shown even where it is not among the likeliest.
-        own = {"token": row["token"], "before": row["before"], "after": row["after"], "own": True}
+        # The sentence's own token is shown even if it is not among the likeliest.
+        own = {key: row[key] for key in ("token", "before", "after")}
         others = [t for t in likeliest(row["tokens"]) if t["token"] != row["token"]]
-        shown = likeliest([own, *others[: top - 1]])
-        bars = [
-            {
-                "place": place,
-                "token": f"{'→ ' if 'own' in t else ''}{visible(t['token'])}",
-                "when": when,
-                "prob": t[when] or 0,
-                "colour": BEFORE if when == "before" else AFTER,
-            }
-            for place, t in enumerate(shown)
-            for when in ("before", "after")
-        ]
-        names = json.dumps([bar["token"] for bar in bars[::2]])
-        labels = alt.Axis(title=None, grid=False, labelFontSize=12, labelColor=INK, labelExpr=f"{names}[datum.value]")
-        bar = (
-            alt.Chart(inline_data(bars))
-            .mark_bar(height=9)
-            .encode(
-                y=alt.Y("place:O", axis=labels),
-                yOffset=alt.YOffset("when:N", sort=["before", "after"]),
-                x=alt.X("prob:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", tickCount=5)),
-                color=own_colour(),
+        panels.append(
+            token_bars(
+                likeliest([own, *others[: top - 1]]),
+                row["token"],
+                f"{row['context']} …",
+                width=230 if narrow else 300,
+                bar=9,
+                size=12,
+                names={"labelFontSize": 12},
+                axis={"tickCount": 5},
             )
         )
-        title = panel_title(f"{row['context']} …")
-        panels.append(alt.layer(bar, title).properties(width=230 if narrow else 300, height=alt.Step(13)))
     return side_by_side(panels, narrow) if panels else None
 
 
@@ -96,7 +79,7 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
             {"step": row["step"], "logp": row[f"logps/{key}"], "line": words, "colour": colour}
             for key, words, colour in (("chosen", "preferred", PALETTE[2]), ("rejected", "dispreferred", PALETTE[1]))
             for row in artifact.history
-            if f"logps/{key}" in row  # a batch of KTO may hold one sort alone
+            if f"logps/{key}" in row  # a batch of KTO may have only liked or only disliked responses
         ]
         last = max(row["step"] for row in rows)
         base = alt.Chart(inline_data(rows)).encode(
@@ -106,7 +89,7 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
             detail="line:N",
         )
         layers = [base.mark_line(strokeWidth=2), base.mark_point(filled=True, size=22, opacity=1)]
-        for words, dy in (("preferred", -12), ("dispreferred", 14)):  # a rising line leaves room above, a falling below
+        for words, dy in (("preferred", -12), ("dispreferred", 14)):  # above a rising line, below a falling one
             end = base.transform_filter((alt.datum.step == last) & (alt.datum.line == words))
             layers.append(end.mark_text(align="right", dy=dy, fontSize=11).encode(text="line:N"))
         chart = alt.layer(*layers, panel_title(name))
@@ -115,15 +98,15 @@ def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def methods(runs: Runs, narrow: bool) -> Spec | None:
-    """Each method's path: the loss on what it is trained on, falling to the right, and what it forgot on the way."""
+    """Each method's path: its training loss, which falls to the right, against what it forgot along the way."""
     rows: list[dict] = []
     for run in runs:
-        for i, (name, found) in enumerate(((run.metrics("methods") or {}).get("methods") or {}).items()):
-            shown = name if len(runs) == 1 else f"{run.name}-{name}"
-            last = found["points"][-1]["step"]
+        for i, (name, method) in enumerate(((run.metrics("methods") or {}).get("methods") or {}).items()):
+            line = name if len(runs) == 1 else f"{run.name}-{name}"
+            last = method["points"][-1]["step"]
             rows += [
-                point | {"line": shown, "colour": PALETTE[i % len(PALETTE)], "last": point["step"] == last}
-                for point in found["points"]
+                point | {"line": line, "colour": PALETTE[i % len(PALETTE)], "last": point["step"] == last}
+                for point in method["points"]
             ]
     if not rows:
         return None
@@ -154,15 +137,15 @@ def methods(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def method_rows(run: Run) -> list[dict[str, Any]]:
-    """The table of methods: each with its losses and, from the record of the attempt that trained it, what it took."""
+    """The table of methods: their losses and, from the record of the attempt that trained each, its time and memory."""
     artifact = run.artifacts.get("methods")
     if artifact is None:
         return []
     measured: dict[str, dict] = {}
     for attempt in artifact.attempts:
         measured |= attempt.get("measurements") or {}
-    nothing = {"seconds_per_step": None, "peak_bytes": None}
+    unknown = {"seconds_per_step": None, "peak_bytes": None}
     return [
-        {"name": name} | found | (measured.get(name) or nothing)
-        for name, found in (artifact.metrics.get("methods") or {}).items()
+        {"name": name} | method | (measured.get(name) or unknown)
+        for name, method in (artifact.metrics.get("methods") or {}).items()
     ]

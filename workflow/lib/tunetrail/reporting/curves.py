@@ -1,4 +1,4 @@
-"""Curves along training: what PPO's scores did as its KL grew, and every stage's learning curves."""
+"""Curves over training: PPO's scores against its KL, and the learning curves of every stage."""
 
 import itertools
 import math
@@ -23,9 +23,8 @@ from tunetrail.reporting.collect import Artifact, reference_of
 
 
 def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
-    """Two panels, reward-model score and gold score of PPO's episodes (where it was watched), along the way that
-    training took them.
-    """
+    """Two panels: the reward-model score of PPO's episodes against their KL over training, and their gold score if it
+    was logged."""
     learners = [m for run in runs for m in run.policies if m.metrics.get("method") == "ppo"]
     panels = []
     for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
@@ -71,7 +70,7 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
 
 # ----------------------------------------------------------------------------- learning curves
 
-# Stage -> what is drawn: (title, keys of history.jsonl, reference line).
+# Stage -> its curves: (title, keys of history.jsonl, reference line).
 CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
     "sft": [("loss", ("loss",), None), ("token accuracy", ("mean_token_accuracy",), None)],
     "reward": [("loss", ("loss",), None), ("accuracy", ("accuracy",), 0.5)],
@@ -97,17 +96,17 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
 
 
 MOST_POINTS = 300
-"""Of a curve; of more steps every second, third, … is drawn, so that a long run's page stays small."""
+"""Most points per curve; of longer histories only every second, third, … step is drawn, to keep the page small."""
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Mean of each value and up to `window` - 1 before it."""
+    """The mean of each value and up to `window` - 1 values before it."""
     sums = [0.0, *itertools.accumulate(values)]
     return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 
 def _means(values: list[float]) -> list[float]:
-    """The mean of each value and the tenth of the curve before it."""
+    """Values smoothed over a tenth of the curve."""
     return smooth(values, max(1, len(values) // 10))
 
 
@@ -116,7 +115,7 @@ def _thinned(points: list) -> list:
 
 
 HANDLES = 40
-"""Points of a curve that have a tooltip."""
+"""Most points per curve that have a tooltip."""
 
 
 def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...]) -> list[dict]:
@@ -142,14 +141,14 @@ def _curve_rows(artifact: Artifact, name: str, colour: str, keys: tuple[str, ...
 
 
 def _resumed(artifact: Artifact) -> list[dict]:
-    """The segments of a history that attempts after the first trained; the last goes to its end."""
+    """The segments of a history that were trained by attempts after the first; the last one extends to the end."""
     steps = [*artifact.resumed_at, artifact.history[-1]["step"]]
     spans = itertools.pairwise(steps)
     return [{"from": a, "to": b, "tip": f"resumed from step {a}"} for a, b in spans if a < b]
 
 
 def learning(runs: Runs, narrow: bool) -> Spec | None:
-    """Small multiples; policies of one method share their panels. What was trained after a resumption is shaded."""
+    """Small multiples; policies with the same method share panels. Training after a resumption is shaded."""
     by_stage: dict[str, list[tuple[Artifact, str, str]]] = {}
     for i, run in enumerate(runs):
         for role in ("sft", "reward"):
@@ -189,7 +188,7 @@ def _curve(title: str, rows: list[dict], reference: float | None, resumed: list[
             x=x, y=alt.Y("mean:Q"), color=own_colour(), detail="line:N", strokeDash=dash
         ),
         base.transform_filter(alt.datum.handle)
-        .mark_point(size=22, filled=True, opacity=1 if len(steps) <= 12 else 0)  # of few steps each is shown
+        .mark_point(size=22, filled=True, opacity=1 if len(steps) <= 12 else 0)  # visible only if there are few
         .encode(x=x, y=alt.Y("value:Q"), color=own_colour(), description="tip:N"),
     ]
     if reference is not None:

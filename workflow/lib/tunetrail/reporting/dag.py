@@ -1,4 +1,4 @@
-"""The DAG of the page: the main line on the top row, policies and evaluations below each other."""
+"""Lays out the DAG on the page: the main line in the top row, policies and evaluations below each other."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ SIZES = drawer.Sizes(width=118, height=46, across=144, down=62)
 
 @dataclass
 class Node:
-    """One or more artifacts of a stage (the shards of completions are one node)."""
+    """One or more artifacts of a stage; the shards of completions share a node."""
 
     label: str
     artifacts: list[Artifact]
@@ -22,12 +22,12 @@ class Node:
 
     @property
     def short(self) -> str:
-        """The label with its middle left out where it is too long for the box."""
+        """The label, with its middle left out if it is too long for the box."""
         return self.label if len(self.label) <= 15 else f"{self.label[:6]}…{self.label[-8:]}"
 
     @property
     def href(self) -> str:
-        """The folder; the one above for several."""
+        """The artifact's folder, or the folder that contains all of them."""
         href = self.artifacts[0].href
         return href if len(self.artifacts) == 1 else href.rstrip("/").rpartition("/")[0] + "/"
 
@@ -42,7 +42,7 @@ class Node:
 
     @property
     def state(self) -> str:
-        """The worst of its artifacts'."""
+        """The worst state of its artifacts."""
         states = {a.state for a in self.artifacts}
         return next(s for s in ("altered", "stale", "unrecorded", "resumed", "done") if s in states)
 
@@ -51,9 +51,9 @@ class Node:
 class Dag:
     nodes: list[Node]
     edges: list[tuple[str, bool]]
-    """SVG path and whether it is a long one, drawn fainter."""
+    """(SVG path, whether it is a long edge, which is drawn fainter)."""
     headings: list[tuple[int, str]]
-    """x and name of the columns that hold policies and their evaluations, which bear the same names."""
+    """(x, heading) of the columns with policies and evaluations, whose nodes have the same names."""
     width: int
     height: int
 
@@ -64,7 +64,7 @@ class Dag:
 
 
 def _nodes(run: Run) -> dict[str, Node]:
-    """Node of each role. Columns follow ORDER without its gaps; evaluations stand beside their policies."""
+    """Role -> node. Columns follow ORDER without gaps; evaluations are next to their policies."""
     columns = [column for column in ORDER if any(kind(role) == column for role in run.artifacts)]
     nodes: dict[str, Node] = {}
     for layer, column in enumerate(columns):
@@ -79,7 +79,7 @@ def _nodes(run: Run) -> dict[str, Node]:
 
 
 def layout(run: Run) -> Dag:
-    """Positions in pixels of nodes and edges."""
+    """The positions of nodes and edges in pixels."""
     by_role = _nodes(run)
     nodes = list({id(node): node for node in by_role.values()}.values())
     index = {id(node): i for i, node in enumerate(nodes)}
@@ -92,7 +92,7 @@ def layout(run: Run) -> Dag:
         node.x, node.y = x, y
     for edge in drawing.edges:
         nodes[edge.target].parents.append(nodes[edge.source])
-    named = {"policy": "policies", "evaluation": "evaluation of"}
-    headings = {by_role[role].x: named[kind(role)] for role in by_role if kind(role) in named}
+    heading_of = {"policy": "policies", "evaluation": "evaluation of"}
+    headings = {by_role[role].x: heading_of[kind(role)] for role in by_role if kind(role) in heading_of}
     edges = [(edge.path, edge.is_long) for edge in drawing.edges]
     return Dag(nodes, edges, sorted(headings.items()), drawing.width, drawing.height)

@@ -1,10 +1,9 @@
-"""The figures of `stages.head_to_head`, the frontier, the reward model and contamination, as Vega-Lite specs.
+"""The figures of the head-to-head comparison, the frontier, the reward model and contamination, as Vega-Lite specs.
 
-Each takes what a metrics file holds and gives a spec, or None if nothing was measured. `series` maps a model's name
-to its colour's name, as `reporting.collect.Model.series` has it; `narrow` is for a phone.
+Each takes the content of a metrics file and returns a spec, or None if nothing was measured. `series` maps a model's
+name to the name of its colour (`reporting.collect.Model.series`); `narrow` is for a phone.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,19 +26,19 @@ from tunetrail.reporting.charts import (
     own_colour,
     panel_title,
     side_by_side,
+    token_bars,
     visible,
     wrap,
 )
 from tunetrail.reporting.numbers import interval, number, percent, percent_interval
 
 Series = Mapping[str, str]
-BEFORE, AFTER = COLOURS["base"], COLOURS["p0"]
 ACROSS = {False: 4, True: 1}
-"""Positions of a sentence side by side, by `narrow`."""
+"""How many positions of a sentence are side by side, by `narrow`."""
 
 
 def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
-    """How often the row's model beats the column's; bold and starred where that is no chance."""
+    """How often the row's model beats the column's; significant results have a star."""
     if not match or not match["pairs"]:
         return None
     rows = []
@@ -84,17 +83,17 @@ def win_matrix(match: dict | None, narrow: bool) -> Spec | None:
 
 
 def strengths(match: dict | None, series: Series, narrow: bool) -> Spec | None:
-    """Bradley-Terry scores."""
+    """Bradley-Terry strengths."""
     rows = [
         dot_row(score["name"], score["score"], interval(score["score"], 2, sign=True), series[score["name"]])
         for score in (match or {}).get("scores", [])
     ]
-    chart = dots(rows, PLOT[narrow], "strength in log-odds, 0 is the model all started from", reference=0)
+    chart = dots(rows, PLOT[narrow], "strength in log-odds, 0 is the model that policies start from", reference=0)
     return chart and grid([[chart]])
 
 
 def length_controlled(match: dict | None, opponent: str, series: Series, narrow: bool) -> Spec | None:
-    """Win rates against one model, as counted (full) and at equal lengths (hollow)."""
+    """Win rates against one model: as counted (full dot) and at equal lengths (ring)."""
     rows = []
     for pair in (match or {}).get("pairs", []):
         if pair["second"] == opponent:
@@ -111,20 +110,20 @@ def length_controlled(match: dict | None, opponent: str, series: Series, narrow:
 
 
 def frontier(evaluations: Mapping[str, dict], reference: str, series: Series, narrow: bool) -> Spec | None:
-    """Reward-model and gold score over the KL to the reference: the checkpoints of each policy in the order of
-    training, the chosen one with its intervals, and best-of-n as the yardstick.
+    """Reward-model score and gold score against KL to the reference: the checkpoints of each policy in training order,
+    the final model with its intervals, and best-of-n as the yardstick.
 
     Args:
-        evaluations: metrics of each model's evaluation.
-        reference: what the policies started from, in words.
+        evaluations: the metrics of each model's evaluation.
+        reference: the model that policies start from, in words.
     """
     yardstick = next((m["best_of_n"] for m in evaluations.values() if m.get("best_of_n")), None)
     panels = []
     for key, title in (("reward", "Reward-model score"), ("gold", "Gold score")):
         rows: list[dict] = []
         for name, metrics in evaluations.items():
-            found = (metrics.get("frontier") or {}).get("points", [])
-            points, start = [p for p in found if p["kl"] and p[key]], metrics.get("start")
+            all_points = (metrics.get("frontier") or {}).get("points", [])
+            points, start = [p for p in all_points if p["kl"] and p[key]], metrics.get("start")
             rows += [
                 {
                     "line": name,
@@ -205,10 +204,10 @@ def _frontier_layers(rows: list[dict], reference: str) -> list[Chart]:
 
 
 def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -> Spec | None:
-    """Against one model: the change of loss on unrelated text, and of accuracy in the multiple-choice task."""
+    """The change, relative to one model, of the loss on unrelated text and of multiple-choice accuracy."""
     panels = []
     for key, title, axis, sign in (
-        ("nll", "Loss on unrelated text", "nats per token more than {} (right: forgotten)", 3),
+        ("nll", "Loss on unrelated text", "nats per token above {} (right: forgotten)", 3),
         ("choices", "Multiple choice", "accuracy less that of {} (left: forgotten)", 2),
     ):
         rows = []
@@ -232,7 +231,7 @@ def forgetting(pairs: list[dict], opponent: str, series: Series, narrow: bool) -
 
 
 def preference_shift(changes: list[dict], series: Series, narrow: bool) -> Spec | None:
-    """How far the log-probs of chosen (full) and rejected (hollow) responses to held-out prompts moved."""
+    """The change of the log-probs of chosen (full dot) and rejected (ring) responses to held-out prompts."""
     rows = []
     for change in changes:
         for key in ("chosen", "rejected"):
@@ -245,49 +244,27 @@ def preference_shift(changes: list[dict], series: Series, narrow: bool) -> Spec 
 
 
 def probe_shift(pair: dict | None, narrow: bool, top: int = 5) -> Spec | None:
-    """For each position of the sentence the likeliest next tokens before (grey) and after (blue), bars side by side;
-    what rose most on top. The token that is there is marked by an arrow."""
+    """The likeliest next tokens at each position of the sentence, before and after training; those that gained most
+    are on top."""
     positions = (pair or {}).get("positions") or []
     panels, across = [], ACROSS[narrow]
-    for place, position in enumerate(positions):
+    for i, position in enumerate(positions):
         tokens = likeliest(position["tokens"], top)
         tokens.sort(key=lambda t: (t["before"] or 0) - (t["after"] or 0))
-        rows = [
-            {
-                "place": i,
-                "token": f"{'→ ' if t['token'] == position['token'] else ''}{visible(t['token'])}",
-                "when": when,
-                "prob": t[when],
-            }
-            for i, t in enumerate(tokens)
-            for when in ("before", "after")
-            if t[when] is not None
-        ]
-        labels = {row["place"]: row["token"] for row in rows}
-        expression = f"{json.dumps(list(labels.values()))}[datum.value]"
-        axis = alt.Axis(title=None, grid=False, labelExpr=expression, labelFontSize=10, labelColor=INK, labelLimit=80)
-        chart = (
-            alt.Chart(inline_data(rows))
-            .mark_bar(height=5)
-            .encode(
-                y=alt.Y("place:O", axis=axis),
-                yOffset=alt.YOffset("when:N", sort=["before", "after"]),
-                x=alt.X(
-                    "prob:Q",
-                    scale=alt.Scale(domain=[0, 1]),
-                    axis=alt.Axis(title=None, format="%", values=[0, 0.5, 1], labels=place >= len(positions) - across),
-                ),
-                color=alt.Color(
-                    "when:N", legend=None, scale=alt.Scale(domain=["before", "after"], range=[BEFORE, AFTER])
-                ),
+        panels.append(
+            token_bars(
+                tokens,
+                position["token"],
+                f"{position['position']}. {visible(position['token'])}",
+                width=200 if narrow else 92,
+                bar=5,
+                size=10,
+                names={"labelFontSize": 10, "labelLimit": 80},
+                axis={"values": [0, 0.5, 1], "labels": i >= len(positions) - across},
             )
         )
-        title = f"{position['position']}. {visible(position['token'])}"
-        panels.append(
-            alt.layer(chart, panel_title(title, 10)).properties(width=200 if narrow else 92, height=alt.Step(8))
-        )
-    rows_of = [panels[i : i + across] for i in range(0, len(panels), across)]
-    return grid(rows_of, across=8, down=12) if panels else None
+    rows_of_panels = [panels[i : i + across] for i in range(0, len(panels), across)]
+    return grid(rows_of_panels, across=8, down=12) if panels else None
 
 
 # ----------------------------------------------------------------------------- reward model and data
@@ -298,8 +275,8 @@ REWARD_BASELINES = {"longer_wins": "the longer wins", "shorter_wins": "the short
 
 
 def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
-    """Accuracy of the reward model, by source, labeler and length, beside what the baselines get, how often labelers
-    agree, and the most that this allows; below, how far the model is above each baseline on the same pairs."""
+    """The reward model's accuracy, also by source, labeler and length, next to the baselines, the agreement of labelers
+    and the most that this allows; below, how much better the model is than each baseline on the same pairs."""
     if not metrics:
         return None
     ceiling = metrics.get("ceiling") or {}
@@ -314,8 +291,8 @@ def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
     for length in ("longer", "shorter"):
         measured.append((f"where the {length} is better", metrics.get(f"accuracy_{length}_preferred"), "p0"))
     for by, word in (("source", "on"), ("labeler", "by")):
-        found = metrics.get(f"accuracy_by_{by}") or {}
-        measured += [(f"{word} {name}", value, "p0") for name, value in sorted(found.items())]
+        values = metrics.get(f"accuracy_by_{by}") or {}
+        measured += [(f"{word} {name}", value, "p0") for name, value in sorted(values.items())]
     rows = [
         dot_row(label, value, percent_interval(value), series, hollow=i >= overall)
         for i, (label, value, series) in enumerate(measured)
@@ -331,7 +308,7 @@ def reward_accuracy(metrics: dict | None, narrow: bool) -> Spec | None:
 
 
 def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
-    """The reliability diagram with an interval a bin, and the expected calibration error."""
+    """The reliability diagram, with an interval per bin, and the expected calibration error."""
     bins = (metrics or {}).get("accuracy_by_confidence")
     if not metrics or not bins:
         return None
@@ -362,11 +339,11 @@ def calibration(metrics: dict | None, narrow: bool) -> Spec | None:
 
 
 def contamination(card: dict | None, narrow: bool) -> Spec | None:
-    """How many evaluation prompts share how much with the training texts."""
-    found = (card or {}).get("contamination")
-    if not found or not sum(found["histogram"]["counts"]):
+    """A histogram of how much evaluation prompts share with the training texts."""
+    overlap = (card or {}).get("contamination")
+    if not overlap or not sum(overlap["histogram"]["counts"]):
         return None
-    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+    edges, counts = overlap["histogram"]["edges"], overlap["histogram"]["counts"]
     rows = [{"low": a, "high": b, "prompts": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]
     bars = (
         alt.Chart(inline_data(rows))
@@ -377,7 +354,7 @@ def contamination(card: dict | None, narrow: bool) -> Spec | None:
                 bin="binned",
                 scale=alt.Scale(domain=[0, 1]),
                 axis=alt.Axis(
-                    title=f"share of a prompt's {found['words']}-word sequences in training texts",
+                    title=f"share of a prompt's {overlap['words']}-word sequences in training texts",
                     format="%",
                     tickCount=5,
                 ),
@@ -386,5 +363,6 @@ def contamination(card: dict | None, narrow: bool) -> Spec | None:
             y=alt.Y("prompts:Q", axis=alt.Axis(title="prompts", tickCount=4, format="d")),
         )
     )
-    limit = alt.Chart(inline_data([{"at": found["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="at:Q")
-    return grid([[alt.layer(bars, limit).properties(width=240 if narrow else 420, height=120)]])
+    limit = alt.Chart(inline_data([{"at": overlap["limit"]}])).mark_rule(color=MUTED, strokeDash=[4, 3])
+    chart = alt.layer(bars, limit.encode(x="at:Q"))
+    return grid([[chart.properties(width=240 if narrow else 420, height=120)]])

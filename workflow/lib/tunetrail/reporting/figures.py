@@ -1,7 +1,7 @@
-"""The figures of the page, by name: each a function of the runs it is about (mostly one) and the width.
+"""The figures of the page, by name: each is a function of the page's runs (usually one) and the width.
 
-A figure is drawn from the files of artifacts alone, metrics.json, history.jsonl and probes.json; of several runs it
-shows the models of all, under their names.
+A figure uses only files of artifacts: metrics.json, history.jsonl and probes.json. For several runs it shows the models
+of all of them, under their names.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _shown(run: Run) -> dict[str, str]:
 
 
 def _against(runs: Runs, name: str, opponent: Callable[[Run], str], narrow: bool) -> Spec | None:
-    """Win rates of sampled responses by gold score, against the model of each run that `opponent` names."""
+    """Win rates of sampled responses by gold score, against each run's `opponent`."""
     pairs = [
         pair | {"first": _shown(run)[pair["first"]], "second": name}
         for run in runs
@@ -55,7 +55,7 @@ def strengths(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def reward_kl(runs: Runs, narrow: bool) -> Spec | None:
-    """Of several runs the yardstick is the first one's."""
+    """With several runs, the yardstick is that of the first."""
     evaluations = {m.name: m.metrics for run in runs for m in run.models}
     return ec.frontier(evaluations, reference_of(runs), _series(runs), narrow)
 
@@ -74,7 +74,7 @@ def preference_shift(runs: Runs, narrow: bool) -> Spec | None:
 
 
 def reward_accuracy(runs: Runs, narrow: bool) -> Spec | None:
-    """Of several runs only the reward models as a whole, a row each."""
+    """With several runs, only the overall accuracy of each reward model."""
     if len(runs) == 1:
         return ec.reward_accuracy(runs[0].metrics("reward"), narrow)
     rows = []

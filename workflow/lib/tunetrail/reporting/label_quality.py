@@ -15,11 +15,12 @@ from tunetrail.reporting.numbers import duration, percent_interval
 from tunetrail.reporting.numbers import interval as interval_text
 
 INSTRUCT_GPT = (0.726, 0.773)
-"""How often its training labelers agreed with each other, and its held-out ones (Ouyang et al. 2022, section 3.4)."""
+"""How often InstructGPT's training labelers agreed with each other, and its held-out labelers (Ouyang et al. 2022,
+section 3.4)."""
 
 
 class QualityPage(Quality):
-    """What the quality page shows."""
+    """The content of the quality page."""
 
     remaining: Remaining | None
     figures: dict[str, str]
@@ -32,10 +33,10 @@ def quality_page(
     progress: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> QualityPage:
-    """Numbers and figures.
+    """The numbers and figures of the quality page.
 
     Args:
-        progress: as `Store.progress` gives it; with it and `now` the page has an outlook.
+        progress: from `Store.progress`; with it and `now` the page has a forecast.
     """
     quality = measure(labels, tasks)
     figures = {
@@ -52,7 +53,7 @@ def quality_page(
 
 
 def page_values(store: Store) -> dict[str, Any]:
-    """What the template of the quality page needs, as of now."""
+    """The current values for the template of the quality page."""
     head, progress = store.head(), store.progress()
     return {
         "quality": quality_page(store.labels(), store.tasks(), progress, datetime.now(UTC)),
@@ -74,13 +75,13 @@ def _panel(rows: list[dict], title: str, axis: str, **options: Any) -> charts.Ch
 
 
 def _stacked(*panels: charts.Chart | None) -> charts.Spec | None:
-    """Charts one below the other, with room at the left for browsers whose letters are wider."""
+    """Charts below each other, with room at the left for browsers with wider fonts."""
     kept = [[panel] for panel in panels if panel]
     return charts.grid(kept, down=34) | {"padding": {"left": 24, "top": 4, "right": 20, "bottom": 4}} if kept else None
 
 
 def agreement_figure(quality: Quality) -> charts.Spec | None:
-    """Agreement on pairs next to InstructGPT's, and the two coefficients."""
+    """Agreement on pairs, compared with InstructGPT's, and the two coefficients."""
     low, high = INSTRUCT_GPT
     reference = {"mean": (low + high) / 2, "low": low, "high": high}
     shares: list[tuple[str, Interval, str]] = [
@@ -102,7 +103,7 @@ def agreement_figure(quality: Quality) -> charts.Spec | None:
 
 
 def bias_figure(quality: Quality) -> charts.Spec | None:
-    """How often the completion shown first and the longer one win, for all labelers and for each."""
+    """How often the completion shown first wins, and the longer one, for all labelers together and for each."""
     panels = []
     by_name: dict[str, Any] = {"all": quality, **quality["labelers"]}
     for key, title in (("first_shown_wins", "Shown first"), ("longer_wins", "Longer")):
@@ -111,13 +112,13 @@ def bias_figure(quality: Quality) -> charts.Spec | None:
             for name, numbers in by_name.items()
         ]
         ends = [0.3, 0.7, *(row[end] for row in rows if "mean" in row for end in ("low", "high"))]
-        domain = [min(ends) - 0.02, max(ends) + 0.02]  # no narrower, or small differences would look large
+        domain = [min(ends) - 0.02, max(ends) + 0.02]  # at least 0.3 to 0.7, or small differences would look large
         panels.append(_panel(rows, title, "share of decided pairs it wins", reference=0.5, format="%", domain=domain))
     return _stacked(*panels)
 
 
 def speed_figure(labels: Sequence[Label], quality: Quality) -> charts.Spec | None:
-    """The seconds of every ranking, by labeler; outliers are orange."""
+    """The seconds per ranking, by labeler; outliers are orange."""
     unusual = {row["event"] for row in quality["outliers"]}
     rows = [
         {"label": row["labeler"], "seconds": max(row["seconds"], 0.1), "unusual": row["event"] in unusual}
@@ -145,9 +146,9 @@ def speed_figure(labels: Sequence[Label], quality: Quality) -> charts.Spec | Non
 
 
 def progress_figure(labels: Sequence[Label]) -> charts.Spec | None:
-    """All answers over time."""
+    """The number of answers over time."""
     answers = sorted((row for row in labels if row["skipped"] is None), key=lambda row: row["event"])
-    step = 1 + len(answers) // 400  # more points than pixels show nothing
+    step = 1 + len(answers) // 400  # no more points than pixels
     rows = [{"at": row["at"], "answers": n} for n, row in enumerate(answers, 1) if n % step == 0 or n == len(answers)]
     if len({row["at"] for row in rows}) < 2:
         return None

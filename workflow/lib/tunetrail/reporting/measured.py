@@ -1,4 +1,4 @@
-"""What a run measured: which sections its page has, and the probe sentence position by position."""
+"""Decides which sections a page has, depending on what its runs measured, and prepares the probe sentence."""
 
 import math
 from collections.abc import Container, Sequence
@@ -8,7 +8,7 @@ from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.collect import Model, Run
 
 TOP = 6
-"""Next tokens listed at each position of the probe sentence."""
+"""How many next tokens are listed at each position of the probe sentence."""
 
 SECTIONS: dict[str, tuple[str, str]] = {
     "results": ("win rates and gold scores", "evaluation.gold names a scorer, head_to_head.judge a judge"),
@@ -19,14 +19,14 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "forgetting": ("forgetting", "retention"),
     "labels": ("comparisons", ""),
 }
-"""Section -> what it is about, and the config key that has it measured. One without measurements is left out."""
+"""Section -> (its topic, the config key that makes it measured). Sections without measurements are left out."""
 
 
 def left_out(runs: Sequence[Run], drawn: Container[str]) -> set[str]:
-    """The sections that a page of these runs does without. The first has a table of all models whatever was measured.
+    """The sections that a page of these runs leaves out. The results stay in any case: they have a table of all models.
 
     Args:
-        drawn: names of the figures that have something to show.
+        drawn: the names of the figures with content.
     """
     has = {
         "course": any(run.metrics("methods") for run in runs),
@@ -48,13 +48,13 @@ def is_scored(runs: Sequence[Run]) -> bool:
 
 
 def sentence_sum(model: Model) -> float | None:
-    """Log-probability of the probe sentence in nats, of its measured positions."""
+    """The log-probability of the probe sentence in nats, over its measured positions."""
     probs = [p["prob"] for p in model.sentence if p.get("prob")]
     return sum(math.log(p) for p in probs) if probs else None
 
 
 def comparable(runs: Sequence[Run]) -> tuple[list[Model], list[Model]]:
-    """The models whose tokenizer cuts the probe sentence as the first one's does, and those whose does not."""
+    """(the models that tokenize the probe sentence like the first one, the others)."""
     probed = [m for run in runs for m in run.models if m.sentence]
     tokens = {m.name: [position["token"] for position in m.sentence] for m in probed}
     alike = [m for m in probed if tokens[m.name] == tokens[probed[0].name]]
@@ -62,13 +62,13 @@ def comparable(runs: Sequence[Run]) -> tuple[list[Model], list[Model]]:
 
 
 def positions(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The probe sentence: for each position the token, its probability under each model, and what training moved.
+    """The probe sentence: for each position its token, its probability under each model, and the effect of training.
 
-    A shift is of two models, before and after: the likeliest tokens of both, what rose most first. Of several runs only
-    `comparable` models are among them.
+    The effect of each training is a list of the likeliest tokens before and after it, those that gained most first.
+    With several runs only `comparable` models are included.
     """
     probed, others = comparable(runs)
-    found: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {"token": position["token"], "models": [(m, m.sentence[i].get("prob")) for m in probed], "shifts": []}
         for i, position in enumerate(probed[0].sentence if probed else [])
     ]
@@ -77,9 +77,10 @@ def positions(runs: Sequence[Run]) -> list[dict[str, Any]]:
             before, after = run.model(pair["before"]), run.model(pair["after"])
             if before in others or after in others:
                 continue
-            for row in pair["positions"]:
-                listed = likeliest(row["tokens"], TOP)
-                tokens = [token for token in row["tokens"] if token in listed]
-                probs = {"was": row["before"], "now": row["after"]}
-                found[row["position"]]["shifts"].append({"before": before, "after": after, "tokens": tokens} | probs)
-    return found
+            for position in pair["positions"]:
+                listed = likeliest(position["tokens"], TOP)
+                tokens = [token for token in position["tokens"] if token in listed]
+                probs = {"was": position["before"], "now": position["after"]}
+                shift = {"before": before, "after": after, "tokens": tokens} | probs
+                rows[position["position"]]["shifts"].append(shift)
+    return rows

@@ -1,15 +1,15 @@
-"""How numbers are written in the report. What was not measured reads so, and never 0.
+"""Formats numbers for the report. A value that was not measured is shown as such and never as 0.
 
 Intervals are the dicts of the metrics files, {"mean", "low", "high", "n"}, or None.
 """
 
 NOT_MEASURED = "not measured"
 MIN_PROMPTS = 10
-"""Below so many prompts a bootstrap interval is too narrow (all wins: zero width) to base a verdict on."""
+"""With fewer prompts a bootstrap interval is too narrow (zero width if all are wins) to base a verdict on."""
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A fixed number of decimals, a true minus sign, thousands apart; `sign` writes a plus too.
+    """A number with fixed decimals, a true minus sign and separated thousands; `sign` also writes a plus.
 
     >>> number(-1234.567, 1)
     '−1,234.6'
@@ -44,7 +44,7 @@ def p_value(value: float) -> str:
 
 
 def divergence(value: dict | None) -> str:
-    """A KL in nats; of best-of-n only a bound is known.
+    """A KL in nats; for best-of-n only a bound is known.
 
     >>> divergence({"mean": 0.636, "low": 0.0, "high": 0.636, "estimator": "analytic bound"})
     '≤ 0.64'
@@ -55,7 +55,7 @@ def divergence(value: dict | None) -> str:
 
 
 def percent(value: float | None, digits: int = 0, sign: bool = False) -> str:
-    """A share as percent.
+    """A share in percent.
 
     >>> percent(0.583)
     '58%'
@@ -64,7 +64,7 @@ def percent(value: float | None, digits: int = 0, sign: bool = False) -> str:
 
 
 def percent_interval(value: dict | None) -> str:
-    """A share as `58% [51, 65]`; with a decimal where rounding would put an end of the interval on 50.
+    """A share as `58% [51, 65]`, with a decimal if rounding would move an end of the interval onto 50.
 
     >>> percent_interval({"mean": 0.58, "low": 0.504, "high": 0.65})
     '58.0% [50.4, 65.0]'
@@ -94,7 +94,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """A count in words short enough for a headline.
+    """A count, short enough for a headline.
 
     >>> size(134515008), size(43963), size(512)
     ('135 M', '44.0 k', '512')

@@ -1,7 +1,7 @@
-"""The page: one HTML file with its style, script and figures inside; everything from the run is escaped.
+"""Renders the page: one HTML file with its style, script and figures inside. Everything from the run is escaped.
 
-The order of the sections is in page.html.j2. Numbers are formatted by `numbers.py`, and nothing is
-computed here but differences and sums of what the metrics files hold.
+The order of the sections is in page.html.j2. Numbers are formatted by `numbers.py`, and only differences and sums of
+numbers from the metrics files are computed here.
 """
 
 import json
@@ -23,11 +23,11 @@ from tunetrail.reporting.measured import SECTIONS, comparable, is_scored, left_o
 
 HERE = Path(__file__).parent
 ADAPTERS = {"full": "full", "lora": "LoRA"}
-"""How a model was trained, in words."""
+"""How models are trained, in words."""
 
 
 def _html(text: str) -> Markup:
-    """A formatted number, with what was not measured set apart."""
+    """A formatted number; a value that was not measured gets its own style."""
     if text == numbers.NOT_MEASURED:
         return Markup('<span class="missing">{}</span>').format(text)
     return Markup('<span class="number">{}</span>').format(text)
@@ -53,12 +53,12 @@ FILTERS = {
 
 
 def banners(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What a reader must know before any number, and of which runs."""
-    found: dict[str, list[str]] = {}
+    """What a reader must know before reading any number, each with the names of the runs it is about."""
+    runs_of: dict[str, list[str]] = {}
     for run in runs:
         for text in _banners(run):
-            found.setdefault(text, []).append(run.name)
-    return list(found.items())
+            runs_of.setdefault(text, []).append(run.name)
+    return list(runs_of.items())
 
 
 def _banners(run: Run) -> list[str]:
@@ -70,8 +70,8 @@ def _banners(run: Run) -> list[str]:
             "llm": "a language model",
         }
         own = (run.metrics("comparisons") or {}).get("from_data")
-        besides = f" The rankings of {own} more prompts came with the data." if own else ""
-        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.{besides}")
+        more = f" The rankings of {own} more prompts came with the data." if own else ""
+        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.{more}")
     if run.labeler == "human":
         people = (run.metrics("comparisons") or {}).get("labelers") or {}
         found.append(f"Labels are human: comparisons were ranked by {len(people)} people.")
@@ -81,27 +81,27 @@ def _banners(run: Run) -> list[str]:
         )
     if few := [f"{name} {steps}" for name, steps in optimizer_steps(run).items() if steps < FEWEST_STEPS]:
         found.append(
-            f"Too few optimizer steps to learn in (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
-            "to be close to what they started from."
+            f"Too few optimizer steps to learn from (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
+            "to be close to the models that they started from."
         )
     unmeasured = [m.metrics.get("not_measured") for m in run.models]
     if lacking := next(filter(None, unmeasured), None):
         found.append(
             f"Not measured: {', '.join(lacking['scorers'])}, since {lacking['prompts']} evaluation prompts have no "
-            "author's text to compare with."
+            "reference answer to compare with."
         )
     if unrecorded := [role for role, a in run.artifacts.items() if a.state == "unrecorded"]:
-        found.append(f"Nothing records how these came to be: {', '.join(unrecorded)}.")
+        found.append(f"There is no record of how these were made: {', '.join(unrecorded)}.")
     altered = [role for role, a in run.artifacts.items() if a.state == "altered"]
     if altered:
-        found.append(f"The record does not belong to the files it lies beside: {', '.join(altered)}.")
+        found.append(f"The record does not match the files in its folder: {', '.join(altered)}.")
     if stale := [role for role, a in run.artifacts.items() if a.stale]:
         found.append(f"Made from inputs that have changed since: {', '.join(stale)}. Run the workflow again.")
     return found
 
 
 def optimizer_steps(run: Run) -> dict[str, int]:
-    """Name of each trained model -> the optimizer steps it took, where they are known."""
+    """Name of each trained model -> the number of its optimizer steps, if known."""
     key = {"sft": "steps", "reward": "steps", "dpo": "steps", "kto": "steps", "ppo": "optimizer_steps"}
     return {
         role.removeprefix("policy."): artifact.metrics[key[artifact.stage]]
@@ -111,7 +111,7 @@ def optimizer_steps(run: Run) -> dict[str, int]:
 
 
 def uses(run: Run) -> list[dict[str, Any]]:
-    """What the rows of each source are used for, by the stages that this run has."""
+    """How the rows of each source are used by the stages of this run."""
     stages = {artifact.stage for artifact in run.artifacts.values()}
     if any(artifact.config.get("ptx_coef") for artifact in run.artifacts.values()):
         stages.add(PTX)
@@ -135,29 +135,29 @@ def base_model(run: Run) -> str:
 
 
 def code(run: Run) -> list[tuple[str, bool]]:
-    """Each commit whose code made an artifact, and whether the tree ever differed from it."""
-    found: dict[str, bool] = {}
+    """(commit, whether the working tree differed from it) for each commit whose code made an artifact."""
+    dirty: dict[str, bool] = {}
     for artifact in run.artifacts.values():
         state = artifact.record.code if artifact.record else {}
         if commit := state.get("commit"):
-            found[commit] = found.get(commit, False) or bool(state["dirty"])
-    return list(found.items())
+            dirty[commit] = dirty.get(commit, False) or bool(state["dirty"])
+    return list(dirty.items())
 
 
 def marks(run: Run) -> list[tuple[str, bool]]:
-    """What the audit of the run says in a few words, and whether it is good news."""
+    """(mark, whether it is good) for each result of the audit."""
     names = {finding.name for finding in run.audit}
     unsound = any(finding.severity == "error" for finding in run.audit)
-    known = (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT"))
+    warnings = (("dirty-tree", "DIRTY"), ("mixed-environment", "MIXED ENVIRONMENT"))
     return [
         ("NOT VERIFIED", False) if unsound else ("VERIFIED", True),
         ("SIGNED", True) if run.signed else ("UNSIGNED", False),
-        *((mark, False) for name, mark in known if name in names),
+        *((mark, False) for name, mark in warnings if name in names),
     ]
 
 
 def software(run: Run) -> list[tuple[str, list[str]]]:
-    """Versions of Python and the packages; more than one where artifacts were made with different ones."""
+    """The versions of Python and the packages; several if artifacts were made with different ones."""
     versions: dict[str, set[str]] = {}
     for artifact in run.artifacts.values():
         if artifact.record is None:
@@ -165,23 +165,23 @@ def software(run: Run) -> list[tuple[str, list[str]]]:
         pythons = {("python", attempt["python"]) for attempt in artifact.attempts}
         for name, version in artifact.record.packages.items() | pythons:
             versions.setdefault(name, set()).add(version)
-    return [(name, sorted(found)) for name, found in sorted(versions.items())]
+    return [(name, sorted(of_package)) for name, of_package in sorted(versions.items())]
 
 
 def preference_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each preference probe with the log-probabilities of each model."""
-    found: dict[str, dict[str, Any]] = {}
+    """Each preference probe with the log-probs of each model."""
+    rows: dict[str, dict[str, Any]] = {}
     for model in (m for run in runs for m in run.models):
         for probe in model.preferences:
-            row = found.setdefault(probe["prompt"], probe | {"models": []})
+            row = rows.setdefault(probe["prompt"], probe | {"models": []})
             preferred, other = probe["preferred_logp"], probe["dispreferred_logp"]
             gap = None if preferred is None or other is None else preferred - other
             row["models"].append({"model": model, "preferred": preferred, "dispreferred": other, "gap": gap})
-    return list(found.values())
+    return list(rows.values())
 
 
 def adapter_pairs(runs: Sequence[Run]) -> list[tuple[Model | None, Model | None, dict]]:
-    """The pairs of `forgetting` of which one had every weight trained and the other an adapter."""
+    """The pairs of `forgetting` in which one model was fully trained and the other by an adapter."""
     return [
         (run.model(pair["first"]), run.model(pair["second"]), pair)
         for run in runs
@@ -191,7 +191,7 @@ def adapter_pairs(runs: Sequence[Run]) -> list[tuple[Model | None, Model | None,
 
 
 def preference_changes(runs: Sequence[Run]) -> list[tuple[Model | None, Model | None, dict]]:
-    """Before, after, and how the log-probs of held-out pairs changed."""
+    """(model before, model after, how the log-probs of held-out pairs changed) for each training."""
     return [
         (run.model(change["before"]), run.model(change["after"]), change)
         for run in runs
@@ -200,19 +200,19 @@ def preference_changes(runs: Sequence[Run]) -> list[tuple[Model | None, Model | 
 
 
 def boilerplate(prompts: list[str]) -> tuple[str, str]:
-    """What all prompts begin and end with, in whole lines: the chat template. Empty for a single prompt."""
+    """The whole lines that all prompts begin and end with: the chat template. Empty for a single prompt."""
     if len(set(prompts)) < 2:
         return "", ""
     start = os.path.commonprefix(prompts)  # noqa: RUF071
     start = start[: start.rfind("\n") + 1]
     end = os.path.commonprefix([p[len(start) :][::-1] for p in prompts])[::-1]  # noqa: RUF071
-    # A line that an end marker closes (`…<|im_end|>`) belongs to the template from the marker on.
+    # A line that ends with a marker (`…<|im_end|>`) belongs to the template from the marker on.
     cut = end.find("<|") if "<|" in end else end.find("\n")
     return start, end[cut:] if cut >= 0 else ""
 
 
 def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
-    """The first `limit` prompts with what each model answered, beside the reference of its run."""
+    """The first `limit` prompts with each model's answers and their gains over the reference of its run."""
     sampled = [(run, m) for run in runs for m in run.models if m.samples]
     if not sampled:
         return {"rows": [], "start": "", "end": "", "total": 0}
@@ -221,42 +221,42 @@ def samples(runs: Sequence[Run], limit: int) -> dict[str, Any]:
     start, end = boilerplate([row["prompt"] for row in first])
     rows = []
     for row in first[:limit]:
-        theirs = []
+        model_answers = []
         for run, m in sampled:
             if answer := answers[m.name].get(row["id"]):
                 reference = run.model(run.reference)
                 before = answers[reference.name].get(row["id"]) if reference and reference.samples else None
                 gains = {key: None if m is reference else _gain(answer, before, key) for key in ("gold", "reward")}
-                theirs.append({"model": m, "gains": gains} | answer)
+                model_answers.append({"model": m, "gains": gains} | answer)
         rows.append(
             {
                 "id": row["id"],
                 "prompt": row["prompt"][len(start) : len(row["prompt"]) - len(end)],
                 "reference": row.get("reference"),
-                "answers": theirs,
-                "gains": {f"{key} {a['model'].name}": gain for a in theirs for key, gain in a["gains"].items()},
+                "answers": model_answers,
+                "gains": {f"{key} {a['model'].name}": gain for a in model_answers for key, gain in a["gains"].items()},
             }
         )
     return {"rows": rows, "start": start, "end": end, "total": len(first)}
 
 
 def _gain(answer: dict, before: dict | None, key: str) -> float | None:
-    """Of the means over both models' samples of a prompt."""
+    """The difference between the means over both models' samples of a prompt."""
     if before is None or answer.get(key) is None or before.get(key) is None:
         return None
     return mean(answer[key]) - mean(before[key])
 
 
 def _flat(content: Mapping, prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def made_with(run: Run) -> dict[str, str]:
     """What a run was made with, by name: the config of every artifact, code, software and machines."""
-    found = {
+    facts = {
         name: value
         for role, artifact in run.artifacts.items()
         for name, value in _flat(artifact.config, f"config of {role}: ").items()
@@ -264,38 +264,38 @@ def made_with(run: Run) -> dict[str, str]:
     attempts = [attempt for artifact in run.artifacts.values() for attempt in artifact.attempts]
     for key in ("host", "cpu", "gpus", "driver"):
         values = {", ".join(v) if isinstance(v := attempt.get(key), list) else v for attempt in attempts}
-        found[key] = ", ".join(sorted(filter(None, values))) or "none"
-    found["base model"] = base_model(run)
-    found["code"] = ", ".join(f"{commit[:12]}{' DIRTY' if dirty else ''}" for commit, dirty in code(run))
-    found |= {name: " and ".join(versions) for name, versions in software(run)}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+        facts[key] = ", ".join(sorted(filter(None, values))) or "none"
+    facts["base model"] = base_model(run)
+    facts["code"] = ", ".join(f"{commit[:12]}{' DIRTY' if dirty else ''}" for commit, dirty in code(run))
+    facts |= {name: " and ".join(versions) for name, versions in software(run)}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What the runs were not all made with: its name and, for each run, the value; a dash where a run has none."""
-    made = [made_with(run) for run in runs]
-    names = dict.fromkeys(name for one in made for name in one)
-    rows = [(name, [one.get(name, "–") for one in made]) for name in names]
+    """(name, value for each run) of everything in `made_with` that differs between the runs; a dash for no value."""
+    facts = [made_with(run) for run in runs]
+    names = dict.fromkeys(name for of_run in facts for name in of_run)
+    rows = [(name, [of_run.get(name, "–") for of_run in facts]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def sources(runs: Sequence[Run], wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
-    """(role, start of its manifest digest) of the artifacts a figure was drawn from."""
+    """(role, start of the manifest digest) of the artifacts that a figure was drawn from."""
     return [(role, a.manifest[:12]) for run in runs for role, a in run.artifacts.items() if wanted(role)]
 
 
 def draw(runs: Sequence[Run], figures: Mapping[str, Figure]) -> dict[str, tuple[str, str]]:
-    """Name -> SVG for a wide screen and for a phone, of the figures that have something to show."""
+    """Name -> (SVG for a wide screen, SVG for a phone) for the figures with content."""
     specs = {name: (spec(runs, False), spec(runs, True)) for name, spec in figures.items()}
     return {name: (charts.svg(wide), charts.svg(narrow)) for name, (wide, narrow) in specs.items() if wide}
 
 
 def render(runs: Sequence[Run], figures: dict[str, tuple[str, str]], title: str | None, limit: int) -> str:
-    """The HTML, of one run or of several side by side.
+    """The HTML for one run, or for several side by side.
 
     Args:
-        figures: from `draw`; they are ours and therefore not escaped.
-        limit: prompts shown side by side.
+        figures: from `draw`; they are our own and therefore not escaped.
+        limit: how many prompts are shown with their answers.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),

@@ -1,6 +1,6 @@
 """An artifact's lineage in formats that others read, each written by the format's own library.
 
-slsa        the record as it is, in its DSSE envelope where it is signed
+slsa        the record as it is, in its DSSE envelope if it is signed
 prov        W3C PROV-JSON: entities, activities, derivations
 spdx        SPDX 3.0.1 with the AI and dataset profiles: trainedOn, descendantOf
 ro-crate    Workflow Run RO-Crate metadata (ro-crate-metadata.json) of the run

@@ -1,4 +1,4 @@
-"""What the exports share."""
+"""Shared by the exports."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ NAMESPACE = "urn:tunetrail:"
 
 
 def lineage_of(folder: Path) -> tuple[Node, list[Node]]:
-    """(the artifact, it and everything it was made from). Raises DataError if one has no record."""
+    """(the artifact, itself and everything it was made from). Raises DataError if one has no record."""
     lineage = Lineage()
     node = lineage.add(folder)
     nodes = sorted(lineage.nodes.values(), key=lambda n: n.folder)
@@ -42,8 +42,8 @@ def slug(text: str) -> str:
 
 
 def licence_of(node: Node) -> str | None:
-    """The licence of the nearest model from elsewhere, as far as a record says: an import, or the nearest base that has
-    one. An imported reward model counts for itself alone: a policy is not made from its weights."""
+    """The licence of the nearest model from elsewhere, if a record has it: an import, or the nearest base that has
+    one. An imported reward model counts only for itself: a policy is not made from its weights."""
     for nearest, record in enumerate(map(record_of, ancestors(node).values())):
         if (taken := record.imported) and (record.stage == "sft" or nearest == 0):
             return taken[0]["annotations"].get("licence")

@@ -1,6 +1,6 @@
 """A README.md as Hugging Face reads it, https://huggingface.co/docs/hub/model-cards.
 
-`base_model` is the first published ancestor. The text is in model_card.md.j2. There are three cards of a model: the one
+`base_model` is the first published ancestor. The text is in model_card.md.j2. A model has three cards: the one
 in its folder, written before the model was evaluated; the one that `export` prints of a finished artifact; and the one
 in a folder that `tunetrail model export` made. The first is part of the artifact: it names no commit, time, path or
 place in the run, so that equal models have equal cards.
@@ -28,7 +28,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about: a model and what it was made from."""
+    """The subject of a card: a model and everything it was made from."""
 
     stage: str
     model: Path
@@ -36,7 +36,7 @@ class Subject:
     parents: Mapping[str, Node | None]
     """By role."""
     own: list[Dependency]
-    """What its stage used besides its inputs."""
+    """What its stage used in addition to its inputs."""
     has_adapter: bool = False
 
     @property
@@ -52,7 +52,7 @@ class Subject:
 
     @property
     def imported(self) -> Dependency | None:
-        """What it is, where its stage took it from elsewhere."""
+        """Its source, if its stage imported it."""
         return next((d for d in self.own if d["annotations"]["role"] == self.stage != "base"), None)
 
     @property
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def licence(self) -> str | None:
-        """Of the nearest model from elsewhere that states one; an import without one leaves it open."""
+        """The licence of the nearest model from elsewhere that states one; an import without one leaves it open."""
         if self.imported:
             return self.imported["annotations"].get("licence")
         own = [d["annotations"].get("licence") for d in self.own if d["annotations"]["role"] == "base"]
@@ -85,7 +85,7 @@ def _is_interval(value: Any) -> bool:
 
 
 def intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The intervals among metrics, those one level down by `key.name`; not one for each source or labeler, whose names
+    """The intervals among metrics, those one level down as `key.name`; without those per source or labeler, whose names
     may be paths and people.
     """
     found = {}
@@ -98,7 +98,7 @@ def intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def lines(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers, texts and intervals of metrics as a reader sees them."""
+    """The numbers, texts and intervals of metrics, formatted for readers."""
     found = {}
     for key, value in metrics.items():
         if isinstance(value, float):
@@ -129,7 +129,7 @@ def results(node: Node, step: int | None = None) -> dict[str, dict[str, Any]]:
     """The metrics with an interval of this model's evaluation in the same run.
 
     Args:
-        step: of the checkpoint that is meant, where it is one kept along the way.
+        step: the step of a checkpoint kept along the way, if that is meant.
     """
     for metrics in _evaluations(node):
         if step is None:
@@ -147,21 +147,21 @@ def _is_on_hub(source: Dependency) -> bool:
 
 
 def _without_path(source: Dependency) -> Dependency:
-    """A file by its name alone: where it lay on somebody's machine is nobody's business."""
+    """A file by its name alone: its place on somebody's machine is private."""
     return source if "files" not in source["annotations"] else source | {"name": Path(source["name"]).name}
 
 
 def least_transformers(config: dict[str, Any]) -> str:
-    """The oldest version of transformers that reads this config.json as it was meant, see `models.saving`.
+    """The oldest version of transformers that reads this config.json correctly, see `models.saving`.
 
-    4.57 was tried; version 4 takes its defaults, without a word, for rotary embeddings that have no form it reads.
+    4.57 was tested; version 4 silently uses its defaults for rotary embeddings in a form that it does not know.
     """
     return "5.0" if config.get("rope_parameters") and "rope_theta" not in config else "4.57"
 
 
 def _card(subject: Subject, title: str, measured: dict[str, str], evaluated: Mapping[str, Any], **facts: Any) -> str:
     base, licence = subject.origin, subject.licence
-    # An imported model learnt elsewhere: the run's data and labels only tested it.
+    # An imported model was trained elsewhere: the run's data and labels only tested it.
     sources = [] if subject.imported else subject.of_role("source")
     labels = [] if subject.imported else subject.of_role("labels")
     held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "held-out prompts of the run"}
@@ -210,7 +210,7 @@ def of_stage(
     Args:
         work: what becomes the artifact, with `model/`.
         inputs: the folders of its inputs, by role.
-        own: what the stage used besides.
+        own: what the stage used in addition.
         metrics: what it measured.
     """
     lineage = Lineage()
@@ -223,8 +223,8 @@ def of_artifact(folder: Path, model: Path | None = None, title: str | None = Non
     """The full card of a published model, with what evaluation measured. Raises DataError if a record is missing.
 
     Args:
-        model: the folder that `tunetrail model export` filled, which the card will lie in; None: the artifact's own.
-        step: of a checkpoint that was kept along the way and is meant instead of the final model.
+        model: the folder that `tunetrail model export` filled, where the card will be; None: the artifact's own.
+        step: the step of a checkpoint kept along the way, to describe instead of the final model.
     """
     node, _ = lineage_of(folder)
     if not is_checkpoint(node):

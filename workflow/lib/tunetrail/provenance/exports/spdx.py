@@ -10,7 +10,7 @@ from tunetrail.provenance.exports.common import NAMESPACE, is_data, lineage_of, 
 from tunetrail.provenance.lineage import Node, is_checkpoint
 from tunetrail.provenance.schema import Dependency
 
-model: Any = v3_0_1  # its classes are made from the specification, and so are their types
+model: Any = v3_0_1  # its classes and their types are generated from the specification
 
 
 class Document:
@@ -26,7 +26,7 @@ class Document:
         self.objects.update([self.created, self.agent])
 
     def package(self, key: str, data: bool, digest: str | None, **properties: Any) -> Any:
-        """Added once."""
+        """Adds a package, once."""
         if key not in self.packages:
             kind = model.dataset_DatasetPackage if data else model.ai_AIPackage
             package = self.packages[key] = kind(_id=f"{self.base}#{key}", creationInfo=self.created, **properties)
