@@ -92,7 +92,11 @@ BAD = [
     ("base", {"source": "hub", "repo": "a/b"}, "base.revision: is required"),
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
-    ("policies.dpo.method", "grpo", "policies.dpo.method: must be one of 'ppo', 'dpo', 'kto', 'best_of_n', got 'grpo'"),
+    ("policies.dpo.method", "grpo", "policies.dpo.method: must be one of 'ppo', 'dpo', 'orpo', 'simpo', "
+        "'kto', 'best_of_n', got 'grpo'"),
+    ("policies.o", {"method": "orpo", "beta": 0.1}, "policies.o.beta: " + UNKNOWN),
+    ("policies.o", {"method": "orpo", "start": None}, "policies.o.start: must be 'sft' or 'base', got None"),
+    ("policies.s", {"method": "simpo", "gamma": -1}, "policies.s.gamma: must be greater than or equal to 0, got -1"),
     ("policies.kto", {"method": "kto"}, "policies.kto: kto needs data.feedback: responses that were liked or disliked"),
     ("policies.kto", {"method": "kto", "batch_size": 1}, "policies.kto.batch_size: must be greater than or equal to 2, "
         "got 1"),

@@ -56,6 +56,11 @@ OWN_PAIRS = {"preferences": [FILE]}
                 "text": {"sft": 8 / 9, "heldout": 1 / 9},
             },
         ),
+        *(
+            (OWN_PAIRS, {"policies": {"p": {"method": method}}},
+             {"preferences": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}})
+            for method in ("orpo", "simpo")
+        ),
         # Thumbs up and down are for kto alone, and their prompts for who reads prompts.
         (
             {"feedback": [FILE]},

@@ -1,6 +1,6 @@
 FIGURES = {  # name -> where `snakemake --report` lists it
     "next_tokens": ("Probes", "Two positions, before and after"),
-    "preference_curves": ("Preferences", "What DPO and KTO train on, over their steps"),
+    "preference_curves": ("Preferences", "What policies train on, over their steps"),
     "methods": ("Forgetting", "Ways of fine-tuning"),
     "win_rates": ("Win rates", "Against what policies started from"),
     "win_rates_base": ("Win rates", "Against the base model"),

@@ -26,8 +26,8 @@ class Source(Block):
     )
     weight: Positive = Field(
         default=1.0,
-        description="how often sft, reward, dpo and kto see its rows in an epoch; of 2.5 half the rows come a third "
-        "time, drawn anew for each epoch. Nothing is measured on a row twice",
+        description="how often sft, reward and the policies but ppo see its rows in an epoch; of 2.5 half the rows "
+        "come a third time, drawn anew for each epoch. Nothing is measured on a row twice",
     )
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class Shares(Block):
     sft: Fraction | None = Field(default=None, description="share of the groups; what sft trains on")
     reward: Fraction | None = Field(
         default=None,
-        description="share of the groups; prompts whose responses are compared or rated, for reward, dpo and kto",
+        description="share of the groups; prompts whose responses are compared or rated, for reward and policies",
     )
     rl: Fraction | None = Field(default=None, description="share of the groups; prompts that ppo practises on")
     evaluation: Fraction | None = Field(

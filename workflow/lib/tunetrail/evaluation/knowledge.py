@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tunetrail.data.chat import render, with_system
-from tunetrail.evaluation.evaluator import TRAINED, Evaluator, Example
+from tunetrail.evaluation.evaluator import REFERENCE_FREE, TRAINED, Evaluator, Example
 from tunetrail.evaluation.models import logprobs_of, mean_nlls, right_choices, sentence_probe
 from tunetrail.evaluation.schema import HeldOutFeedback, HeldOutPreferences, Retention
 from tunetrail.evaluation.stats import auc_of, bootstrap_of
@@ -45,15 +45,17 @@ def retention(evaluator: Evaluator) -> Retention | None:
 def liking(evaluator: Evaluator, examples: list[Example]) -> tuple[np.ndarray, np.ndarray, str]:
     """([n] log-probs of responses, [n] by what the model is asked which it likes, the name of that measure).
 
-    A trained policy by its implicit reward, log p(response) less that of the reference: DPO and KTO move these, and
-    longer responses have lower log-probs whatever was learnt. Where nothing was trained from a reference, the raw
-    log-probs are all there is.
+    A trained policy by its implicit reward: what its training moves. That is log p(response) less that of the reference
+    (longer responses have lower log-probs whatever was learnt), or with ORPO and SimPO the log-prob per token. Where
+    nothing was trained, the raw log-probs are all there is.
     """
 
     def logps_of(model: Any) -> np.ndarray:
         return np.array([float(row.sum()) for row in evaluator.logprobs(model, examples)])
 
     logps = logps_of(evaluator.model)
+    if evaluator.subject["method"] in REFERENCE_FREE:
+        return logps, logps / np.array([max(1, len(response)) for _, response in examples]), "log-prob per token"
     if "sft" in evaluator.stage.inputs and evaluator.subject["method"] in TRAINED:
         return logps, logps - logps_of(evaluator.reference()), "implicit reward"
     return logps, logps, "log-prob"

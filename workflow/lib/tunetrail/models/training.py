@@ -1,4 +1,5 @@
-"""What the stages on Hugging Face trainers (sft, reward, dpo, kto) share: data order, arguments, saving, leaving.
+"""What the stages on Hugging Face trainers (sft, reward, all policies but ppo) share: data order, arguments, saving,
+leaving.
 
 A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order of the data is a
 fixed list made beforehand, and a checkpoint holds weights, optimizer, schedule and random states.

@@ -81,6 +81,18 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
         ("margin", ("rewards/margins",), 0),
         ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
     ],
+    "orpo": [
+        ("loss", ("loss",), None),
+        ("accuracy", ("rewards/accuracies",), 0.5),
+        ("log odds ratio", ("rewards/margins",), 0),
+        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
+    ],
+    "simpo": [
+        ("loss", ("loss",), None),
+        ("accuracy", ("rewards/accuracies",), 0.5),
+        ("margin", ("rewards/margins",), 0),
+        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
+    ],
     "kto": [
         ("loss", ("loss",), None),
         ("margin", ("rewards/margins",), 0),
@@ -160,7 +172,7 @@ def learning(runs: Runs, narrow: bool) -> Spec | None:
             if model.trained and model.trained.history:
                 by_stage.setdefault(model.trained.stage, []).append((model.trained, model.name, COLOURS[model.series]))
     rows_of_panels = []
-    for stages in (("sft", "reward"), ("dpo",), ("kto",), ("ppo",)):
+    for stages in (("sft", "reward"), ("dpo",), ("orpo",), ("simpo",), ("kto",), ("ppo",)):
         panels = []
         for stage in stages:
             learners = by_stage.get(stage, [])

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tunetrail.config.shares import PTX
+from tunetrail.config.shares import PAIRED, PTX
 from tunetrail.config.training import FEWEST_STEPS
 from tunetrail.reporting import charts, course, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
@@ -102,7 +102,7 @@ def _banners(run: Run) -> list[str]:
 
 def optimizer_steps(run: Run) -> dict[str, int]:
     """Name of each trained model -> the optimizer steps it took, where they are known."""
-    key = {"sft": "steps", "reward": "steps", "dpo": "steps", "kto": "steps", "ppo": "optimizer_steps"}
+    key = dict.fromkeys(("sft", "reward", *PAIRED, "kto"), "steps") | {"ppo": "optimizer_steps"}
     return {
         role.removeprefix("policy."): artifact.metrics[key[artifact.stage]]
         for role, artifact in run.artifacts.items()

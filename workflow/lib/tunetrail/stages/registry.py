@@ -17,6 +17,7 @@ from tunetrail.config.base_model import LocalModel
 from tunetrail.config.imported import ImportedModel
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import ScorerConfig, needed
+from tunetrail.config.shares import PAIRED
 from tunetrail.provenance.manifest import MANIFEST, DigestCache, artifact_around, digest_of, sample, visible_files
 
 Inputs = dict[str, str]
@@ -189,9 +190,11 @@ _TABLE = (
         "reward", _scored, "model",
         distributed=True, gpu=True,
     ),
-    StageInfo(
-        "dpo", lambda c, policy: {"policy": start_of(c, policy), "comparisons": _comparisons(c)}, "model",
-        block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+    *(
+        StageInfo(
+            name, lambda c, policy: {"policy": start_of(c, policy), "comparisons": _comparisons(c)}, "model",
+            block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+        ) for name in PAIRED
     ),
     StageInfo(
         "kto", lambda c, policy: {"policy": start_of(c, policy), "data": "data"}, "model",
