@@ -145,6 +145,17 @@ def test_what_a_needed_split_lacks_is_said():
     with pytest.raises(ConfigError) as raised:
         shares(OWN_PAIRS | {"shares": {"rl": 0.8, "evaluation": 0.1, "heldout": 0.1}}, policies={"d": DPO})
     assert str(raised.value) == "x.yaml: data.shares.reward: is 0, but comparisons are to be trained on"
+    measured = {"evaluate_every": 5}
+    for data, blocks, key in (
+        (OWN_PAIRS, {"policies": {"d": DPO | measured}}, "policies.d"),
+        ({"feedback": [FILE]}, {"policies": {"k": {"method": "kto"} | measured}}, "policies.k"),
+        ({"demonstrations": [{"source": "docstrings"}]}, {"sft": measured}, "sft"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            shares(data | {"shares": {"heldout": 0}}, **blocks)
+        assert str(raised.value) == (
+            f"x.yaml: data.shares.heldout: is 0, but {key}.evaluate_every measures on that split"
+        )
     with pytest.raises(ConfigError) as raised:
         shares({"prompts": [FILE]}, sft={})
     assert str(raised.value).startswith("x.yaml: sft: needs data.demonstrations;")

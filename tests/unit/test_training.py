@@ -26,7 +26,7 @@ from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
-from tunetrail.models.loading import load_causal_lm, with_lora
+from tunetrail.models.loading import load_causal_lm, trained_weights, with_lora
 from tunetrail.models.preference import PretokenizedDpoTrainer
 from tunetrail.models.reference_free import ReferenceFreeTrainer, log_odds, orpo_loss, simpo_loss
 from tunetrail.models.saving import save_tokenizer, save_weights
@@ -41,7 +41,6 @@ from tunetrail.models.training import (
     learning_rate_scale,
     rows_at_once,
     rows_left_out,
-    trained_weights,
 )
 from tunetrail.models.weights import rows_per_epoch
 from tunetrail.provenance.manifest import list_files

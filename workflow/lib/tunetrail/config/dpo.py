@@ -31,6 +31,14 @@ class Offline(Epochs):
     )
     checkpoints: Checkpoints = 0
 
+    @model_validator(mode="after")
+    def _one_way_of_keeping(self):
+        if self.checkpoints and self.patience is not None:
+            raise ValueError(
+                "checkpoints are spread over all steps, and patience keeps the best alone; remove either of them"
+            )
+        return self
+
 
 class FromPairs(Offline):
     """What policies share that learn from pairs of responses."""

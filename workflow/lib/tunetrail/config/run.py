@@ -11,7 +11,7 @@ from tunetrail.config.base_model import BaseModelConfig
 from tunetrail.config.best_of_n import BestOfNConfig
 from tunetrail.config.comparisons import ComparisonsConfig, CompletionsConfig
 from tunetrail.config.data import DataConfig, TopicsSource
-from tunetrail.config.dpo import DpoConfig, FromPairs
+from tunetrail.config.dpo import DpoConfig, FromPairs, Offline
 from tunetrail.config.evaluation import (
     EvaluationConfig,
     HeadToHeadConfig,
@@ -217,7 +217,13 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
     yield "data.shares.evaluation", "evaluation", prompted, why
     if config.trained_reward and compared:
         yield "data.shares.heldout", "heldout", compared, "is 0, but the reward model is tested on that split"
+    why = "is 0, but {}.evaluate_every measures on that split"
+    if config.trained_sft and config.trained_sft.evaluate_every:
+        yield "data.shares.heldout", "heldout", ("demonstrations", "text"), why.format("sft")
     for name, policy in config.policies.items():
+        if isinstance(policy, Offline) and policy.evaluate_every:
+            kinds = compared if isinstance(policy, FromPairs) else ("feedback",)
+            yield "data.shares.heldout", "heldout", kinds, why.format(f"policies.{name}")
         if policy.method == "ppo":
             yield f"policies.{name}", "rl", prompted, "ppo needs prompts, but data.shares.rl is 0"
         if policy.method == "ppo" and policy.ptx_coef and not (data.preferences and data.sft_on_chosen):

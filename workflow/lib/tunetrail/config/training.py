@@ -71,6 +71,21 @@ class Epochs(Training):
     max_length: Count = Field(
         default=1024, description="tokens of prompt and response; a longer row is an error, raw text is cut into blocks"
     )
+    evaluate_every: Count | None = Field(
+        default=None,
+        description="optimizer steps between measurements of the loss on the held-out split; null: none along the way",
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="early stopping: measurements in a row without a lower held-out loss after which training ends; "
+        "the weights of the lowest are kept. null: train to the end and keep the last. With evaluate_every",
+    )
+
+    @model_validator(mode="after")
+    def _patience_measures(self):
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience counts measurements of the held-out loss; set evaluate_every too")
+        return self
 
 
 def few_steps(name: str, steps: int, more_steps: str, at_most: str = "") -> str | None:

@@ -4,7 +4,8 @@ A policy's training may keep checkpoints at fixed steps (`policies.<name>.checkp
 `frontier_prompts` prompts once, as the final model does `evaluation.samples` times: all points of all policies are on
 prompts that no stage has seen, and none depends on when a save happened to be due. The yardstick is best-of-n on the
 same prompts, from 8 samples of the SFT model for each. The final model is the last one, whatever the curve says: a
-point chosen by looking at the curve would have to be measured on other prompts.
+point chosen by looking at the curve would have to be measured on other prompts. Early stopping chooses by other ones,
+those of the held-out split.
 
 A point's interval is of its own mean, by bootstrap over source groups. Points share their prompts, so that two of them
 differ by less than two intervals suggest.
@@ -21,6 +22,7 @@ from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values
 BEST_OF = (1, 2, 4, 8)
 """n of the yardstick; the last is how many samples of a prompt are drawn."""
 RULE = "the last step, fixed before training"
+BEST_RULE = "the lowest held-out loss"
 """How the final model is chosen among the checkpoints."""
 
 
@@ -60,8 +62,9 @@ def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samp
         return None
     prompts = len(evaluator.frontier_rows)
     points = [point(evaluator, step, False, of_step) for step, of_step in checkpoints.items()]
-    final = point(evaluator, evaluator.made["steps"], True, samples.first(prompts))
-    return {"prompts": prompts, "rule": RULE, "points": [*points, final]}
+    best = evaluator.made.get("kept_step")
+    final = point(evaluator, best or evaluator.made["steps"], True, samples.first(prompts))
+    return {"prompts": prompts, "rule": BEST_RULE if best else RULE, "points": [*points, final]}
 
 
 def best_of_n(evaluator: Evaluator, samples: Samples | None) -> BestOfNCurve | None:

@@ -17,6 +17,7 @@ from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
 from tunetrail.models.checkpoints import publish_kept
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.heldout import heldout_dataset
 from tunetrail.models.lengths import check_lengths
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
 from tunetrail.models.saving import save_kept, save_trained
@@ -105,21 +106,22 @@ def optimise(
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
     tokens = [sum(len(e["prompt_ids"]) + len(e[key]) for key in responses) for e in examples]
-    stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in order))
     trainer = trainer_of(model, [examples[i] for i in order])
 
     def save(model: Any, folder: Path) -> None:
         save_kept(trainer.accelerator.unwrap_model(model), parent, folder)
 
     trainer.add_callback(KeepCallback(stage, config.checkpoints, save))
-    history = train(stage, trainer, config)
+    history, about_heldout = train(stage, trainer, config)
+    taken = order[: len(history) * config.batch_size]
+    stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in taken))
     if not is_main_process():
         return [], {}
     save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
     publish_kept(stage)
     left_out = rows_left_out(stage.name, rows, config.batch_size)
     about = {"train_loss": history[-1]["loss"], "steps": len(history), "rows_left_out": left_out}
-    return history, about | counts
+    return history, about | about_heldout | counts
 
 
 def train_on_pairs(stage: Stage, config: FromPairs, trainer_class: Callable[..., Any]) -> dict[str, Any]:
@@ -131,8 +133,12 @@ def train_on_pairs(stage: Stage, config: FromPairs, trainer_class: Callable[...,
     """
     parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
-    rows = [row for row in stage.rows("comparisons", "comparisons.jsonl") if row["split"] == "reward"]
-    examples = tokenize_pairs(rows, tokenizer, config, stage.name)
+    rows = stage.rows("comparisons", "comparisons.jsonl")
+
+    def tokenized(split: str) -> list[dict]:
+        return tokenize_pairs([row for row in rows if row["split"] == split], tokenizer, config, stage.name)
+
+    examples, heldout = tokenized("reward"), tokenized("heldout") if config.evaluate_every else []
     history, found = optimise(
         stage,
         config,
@@ -141,7 +147,10 @@ def train_on_pairs(stage: Stage, config: FromPairs, trainer_class: Callable[...,
         ("chosen_ids", "rejected_ids"),
         "pairs",
         lambda model, pairs: trainer_class(
-            model=model, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
+            model=model,
+            train_dataset=Dataset.from_list(pairs),
+            eval_dataset=heldout_dataset(config, heldout),
+            processing_class=tokenizer,
         ),
     )
     if not history:

@@ -84,6 +84,7 @@ def _banners(run: Run) -> list[str]:
             f"Too few optimizer steps to learn in (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
             "to be close to what they started from."
         )
+    found += [chosen_step(role, a.metrics) for role, a in run.artifacts.items() if "kept_step" in a.metrics]
     unmeasured = [m.metrics.get("not_measured") for m in run.models]
     if lacking := next(filter(None, unmeasured), None):
         found.append(
@@ -98,6 +99,16 @@ def _banners(run: Run) -> list[str]:
     if stale := [role for role, a in run.artifacts.items() if a.stale]:
         found.append(f"Made from inputs that have changed since: {', '.join(stale)}. Run the workflow again.")
     return found
+
+
+def chosen_step(role: str, trained: Mapping[str, Any]) -> str:
+    """Which step of a stage with early stopping is kept, and what was chosen by it."""
+    ended = "stopped early," if trained["stopped_early"] else "went to its end,"
+    return (
+        f"{role.removeprefix('policy.')}: training {ended} after step {trained['steps']}; the weights of step "
+        f"{trained['kept_step']} are kept, where the held-out loss was lowest. The held-out rows chose the step, so "
+        "what is measured on them flatters the model a little; the evaluation prompts had no part in it."
+    )
 
 
 def optimizer_steps(run: Run) -> dict[str, int]:

@@ -23,6 +23,7 @@ from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.heldout import heldout_dataset
 from tunetrail.models.importing import check_fits, own_texts, publish_imported, read_source
 from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import (
@@ -63,31 +64,37 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     check_blocks(model.config, [example["input_ids"] for example in examples], "sft.max_length")
+    answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
+    heldout = tokenize(answered, tokenizer, config.max_length, "sft")
     counts = trained_parameters(model)
-    stage.draft.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
     trainer = SFTTrainer(
         model=model,
         args=TrlSftConfig(
             **trainer_arguments(stage, config), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
         ),
         train_dataset=Dataset.from_list([examples[i] for i in order]),
+        eval_dataset=heldout_dataset(config, heldout),
         processing_class=tokenizer,
     )
     score_labels_only(trainer.model)
-    rows = train(stage, trainer, config)
+    rows, about = train(stage, trainer, config)
+    tokens = sum(len(examples[i]["input_ids"]) for i in order[: len(rows) * config.batch_size])
+    stage.draft.training_flops = training_flops(counts, tokens)
     if not is_main_process():
         return {}
     model = save_trained(stage, trained_model(trainer), parent, (e["input_ids"] for e in examples))
-    answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
-    heldout = tokenize(answered, tokenizer, config.max_length, "sft")
     losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
-    return {
-        "train_loss": rows[-1]["loss"],
-        "eval_loss": bootstrap(losses, 1000, stage.seed),
-        "steps": len(rows),
-        "rows_left_out": rows_left_out("sft", per_epoch, config.batch_size),
-        "tokens": sum(len(examples[i]["input_ids"]) for i in order),
-    } | counts
+    return (
+        {
+            "train_loss": rows[-1]["loss"],
+            "eval_loss": bootstrap(losses, 1000, stage.seed),
+            "steps": len(rows),
+            "rows_left_out": rows_left_out("sft", per_epoch, config.batch_size),
+            "tokens": tokens,
+        }
+        | about
+        | counts
+    )
 
 
 def run(stage: Stage) -> dict:
