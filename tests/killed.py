@@ -23,7 +23,7 @@ from typing import Any
 from tunetrail.contract.runner import main
 
 PHASES = {
-    # phases of transformers' Trainer: sft, reward, dpo and kto
+    # phases of transformers' Trainer: sft, reward and all policies but ppo
     ("trainer.py", "training_step"): "step",
     ("trainer.py", "_save_checkpoint"): "save",
     ("trainer.py", "_load_optimizer_and_scheduler"): "load",

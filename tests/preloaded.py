@@ -17,11 +17,13 @@ import tunetrail.stages.dpo
 import tunetrail.stages.evaluation
 import tunetrail.stages.head_to_head
 import tunetrail.stages.kto
+import tunetrail.stages.orpo
 import tunetrail.stages.ppo
 import tunetrail.stages.report
 import tunetrail.stages.retention
 import tunetrail.stages.reward
 import tunetrail.stages.sft
+import tunetrail.stages.simpo
 import tunetrail.stages.tasks  # noqa: F401
 from tunetrail.provenance.environment import code_state, packages
 

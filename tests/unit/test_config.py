@@ -93,7 +93,15 @@ BAD = [
     ("base", {"source": "hub", "repo": "a/b"}, "base.revision: is required"),
     ("policies.ppo.steps", ..., "policies.ppo.steps: is required"),
     ("policies.dpo.method", ..., "policies.dpo.method: is required"),
-    ("policies.dpo.method", "grpo", "policies.dpo.method: must be one of 'ppo', 'dpo', 'kto', 'best_of_n', got 'grpo'"),
+    ("policies.dpo.method", "grpo", "policies.dpo.method: must be one of 'ppo', 'dpo', 'orpo', 'simpo', "
+        "'kto', 'best_of_n', got 'grpo'"),
+    ("sft.patience", 2, "sft: patience counts measurements of the held-out loss; set evaluate_every too"),
+    ("sft.evaluate_every", 0, "sft.evaluate_every: must be greater than or equal to 1, got 0"),
+    ("policies.d", {"method": "dpo", "evaluate_every": 5, "patience": 2, "checkpoints": 3}, "policies.d: checkpoints "
+        "are spread over all steps, and patience keeps the best alone; remove either of them"),
+    ("policies.o", {"method": "orpo", "beta": 0.1}, "policies.o.beta: " + UNKNOWN),
+    ("policies.o", {"method": "orpo", "start": None}, "policies.o.start: must be 'sft' or 'base', got None"),
+    ("policies.s", {"method": "simpo", "gamma": -1}, "policies.s.gamma: must be greater than or equal to 0, got -1"),
     ("policies.kto", {"method": "kto"}, "policies.kto: kto needs data.feedback: responses that were liked or disliked"),
     ("policies.kto", {"method": "kto", "batch_size": 1}, "policies.kto.batch_size: must be greater than or equal to 2, "
         "got 1"),

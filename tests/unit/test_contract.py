@@ -1008,7 +1008,7 @@ def test_stages_that_train_run_in_several_processes(name, monkeypatch):
     monkeypatch.setattr(runner, "main", lambda run, **options: told.append(options))
     with pytest.raises(SystemExit):
         runpy.run_module(f"tunetrail.stages.{name}", run_name="__main__")
-    assert told == [{"distributed": name in ("sft", "reward", "dpo", "kto", "ppo")}]
+    assert told == [{"distributed": name in ("sft", "reward", "dpo", "orpo", "simpo", "kto", "ppo")}]
 
 
 def test_a_users_scorer_is_in_the_record_and_must_not_change_after_planning(space):

@@ -20,7 +20,7 @@ from tunetrail.evaluation.evaluator import Evaluator, Samples
 from tunetrail.evaluation.models import kl_divergences, logprobs_of, right_choices
 from tunetrail.evaluation.probes import shift
 from tunetrail.files import read_jsonl, write_json
-from tunetrail.models.batching import collate, encode, encode_response
+from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from tunetrail.models.sampling import sample
 from tunetrail.models.scoring import sequence_scores
@@ -43,6 +43,8 @@ RUNS = {  # artifact: its stage, its config block, its inputs by role, and the s
     "dpo": ("dpo", {"method": "dpo", "learning_rate": 1e-2, "batch_size": 6, "checkpoints": 2}, {"policy": "base",
         "comparisons": "comparisons"}, {}),
     "kto": ("kto", {"method": "kto", "learning_rate": 1e-2, "batch_size": 6}, {"policy": "base", "data": "data"}, {}),
+    "simpo": ("simpo", {"method": "simpo", "learning_rate": 1e-2, "batch_size": 6}, {"policy": "base",
+        "comparisons": "comparisons"}, {}),
     "best": ("best_of_n", {"method": "best_of_n", "n": 3}, {"policy": "base", "reward": "reward"}, {}),
     "retention": ("retention", {"prompts": 8, "max_new_tokens": 6}, {"base": "base"}, {}),
     "text": ("retention", {"source": "file", "path": "text.txt", "prompts": 4, "max_new_tokens": 6}, {"base": "base"},
@@ -55,7 +57,7 @@ RUNS = {  # artifact: its stage, its config block, its inputs by role, and the s
             | ({} if name == "base" else {"sft": "base"}),
             {"subject": {"name": name, "method": method}, "data.chat": False, "data.system": None},
         )
-        for name, method in (("base", "base"), ("dpo", "dpo"), ("kto", "kto"), ("best", "best_of_n"))
+        for name, method in [(name, name) for name in ("base", "dpo", "kto", "simpo")] + [("best", "best_of_n")]
     },
     "head_to_head": (
         "head_to_head",
@@ -367,6 +369,20 @@ def test_held_out_accuracy_uses_the_implicit_reward_over_all_decided_pairs(folde
     for name, expected, measure in (("base", raw, "log-prob"), ("dpo", implicit, "implicit reward")):
         found = metrics(folder, f"evaluation/{name}")["comparisons"]
         assert (found["accuracy"]["mean"], found["measure"]) == (pytest.approx(expected), measure)
+
+
+def test_without_a_reference_held_out_accuracy_uses_the_log_prob_per_token(folder):
+    tokenizer, model = load_tokenizer(folder / "base/model"), load_causal_lm(folder / "simpo/model").eval()
+    correct = []
+    for row in read_jsonl(folder / "comparisons/comparisons.jsonl"):
+        prompt, responses = encode_comparison(tokenizer, row)
+        logps = [float(logprobs_of(model, [(prompt, r)], 0, "fp32")[0].sum()) / len(r) for r in responses]
+        decided = decided_pairs(preference_targets(row["rankings"])) if row["split"] == "heldout" else []
+        correct += [logps[w] > logps[v] for w, v in decided]
+    found = metrics(folder, "evaluation/simpo")
+    assert found["comparisons"]["measure"] == "log-prob per token"
+    assert found["comparisons"]["accuracy"]["mean"] == pytest.approx(np.mean(correct))
+    assert found["kl_to_sft"]["mean"] > 0  # from the model it started from, although training had no reference
 
 
 def test_held_out_feedback_accuracy_uses_the_implicit_reward(folder):

@@ -84,6 +84,14 @@ def test_steps_of_kto_are_counted_in_ratings():
     assert steps_of(collected, tables)["reward"] == sampled // 8  # nothing is sampled for rated prompts
 
 
+@pytest.mark.parametrize("method", ["orpo", "simpo"])
+def test_methods_without_a_reference_take_the_steps_of_dpo(method):
+    dpo, other = config(), config(policies={"d": DPO | {"method": method}})
+    tables = expected_tables(dpo)
+    assert expected_tables(other) == tables
+    assert steps_of(other, tables) == steps_of(dpo, tables)
+
+
 def test_weights_add_steps():
     weighted = {"preferences": [{"source": "file", "path": "p.jsonl", "weight": 2.5}]}
     found = config(weighted)

@@ -38,6 +38,9 @@ KINDS: dict[str, tuple[str, dict, dict[str, str]]] = {
     "reward-lora": ("reward", EPOCHS | LORA | {"epochs": 3}, OF_BASE | {"data": "data"}),
     "dpo": ("dpo", EPOCHS | {"method": "dpo", "checkpoints": 2}, OF_BASE),
     "dpo-lora": ("dpo", EPOCHS | LORA | {"method": "dpo", "checkpoints": 2}, OF_BASE),
+    "dpo-early": ("dpo", EPOCHS | {"method": "dpo", "evaluate_every": 3, "patience": 2}, OF_BASE),
+    "orpo": ("orpo", EPOCHS | {"method": "orpo", "checkpoints": 2}, OF_BASE),
+    "simpo-lora": ("simpo", EPOCHS | LORA | {"method": "simpo"}, OF_BASE),
     "kto": ("kto", EPOCHS | {"method": "kto", "epochs": 2, "checkpoints": 2}, OF_DATA),
     "kto-lora": ("kto", EPOCHS | LORA | {"method": "kto", "epochs": 2}, OF_DATA),
     "completions": ("completions", SAMPLING, {"model": "base", "data": "data"}),
@@ -150,7 +153,10 @@ def test_a_stage_killed_at_twenty_random_moments_ends_with_the_same_bytes(folder
 
 # ----------------------------------------------------------------------------- two processes
 
-IN_TWO = ("sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "kto", "kto-lora", "ppo", "ppo-sharded")
+IN_TWO = (
+    "sft", "sft-lora", "reward", "reward-lora", "dpo", "dpo-lora", "dpo-early", "orpo", "kto", "kto-lora", "ppo",
+    "ppo-sharded",
+)  # fmt: skip
 TOLERANCE = 1e-4
 """For all logged numbers, metrics and weights, which are of the order of 1: sums have another order."""
 

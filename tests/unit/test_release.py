@@ -262,7 +262,7 @@ def test_an_export_that_loads_as_another_model_is_not_kept(run, tmp_path, monkey
     [
         ("policies/no", 65, "results/r/policies/no: no such model"),
         ("", 65, "not a model of a run, for neither it nor a folder above has a manifest.json"),
-        ("data", 65, "it holds no model; name the artifact of a base, sft, reward, dpo, kto or ppo stage"),
+        ("data", 65, "it holds no model; name the artifact of a base, sft, reward, dpo, orpo, simpo, kto or ppo stage"),
         ("policies/best", 65, "best-of-n has no weights of its own"),
         ("policies/ppo/checkpoints/4/adapter/adapter_config.json", 65, "it holds no model"),
         ("policies/dpo/checkpoints/3", 65, "checkpoints/3: no such model"),

@@ -56,6 +56,11 @@ OWN_PAIRS = {"preferences": [FILE]}
                 "text": {"sft": 8 / 9, "heldout": 1 / 9},
             },
         ),
+        *(
+            (OWN_PAIRS, {"policies": {"p": {"method": method}}},
+             {"preferences": {"reward": 0.8, "evaluation": 0.1, "heldout": 0.1}})
+            for method in ("orpo", "simpo")
+        ),
         # Ratings are only for kto, and their prompts for all stages that read prompts.
         (
             {"feedback": [FILE]},
@@ -140,6 +145,17 @@ def test_a_needed_split_without_rows_is_reported():
     with pytest.raises(ConfigError) as raised:
         shares(OWN_PAIRS | {"shares": {"rl": 0.8, "evaluation": 0.1, "heldout": 0.1}}, policies={"d": DPO})
     assert str(raised.value) == "x.yaml: data.shares.reward: is 0, but comparisons are to be trained on"
+    measured = {"evaluate_every": 5}
+    for data, blocks, key in (
+        (OWN_PAIRS, {"policies": {"d": DPO | measured}}, "policies.d"),
+        ({"feedback": [FILE]}, {"policies": {"k": {"method": "kto"} | measured}}, "policies.k"),
+        ({"demonstrations": [{"source": "docstrings"}]}, {"sft": measured}, "sft"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            shares(data | {"shares": {"heldout": 0}}, **blocks)
+        assert str(raised.value) == (
+            f"x.yaml: data.shares.heldout: is 0, but {key}.evaluate_every measures on that split"
+        )
     with pytest.raises(ConfigError) as raised:
         shares({"prompts": [FILE]}, sft={})
     assert str(raised.value).startswith("x.yaml: sft: needs data.demonstrations;")

@@ -1,5 +1,6 @@
 """The stages with Hugging Face trainers: losses, data order, exact resumption, broken checkpoints."""
 
+import functools
 import importlib
 import json
 import math
@@ -25,7 +26,9 @@ from tunetrail.files import read_jsonl, write_json, write_jsonl
 from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
-from tunetrail.models.loading import load_causal_lm, with_lora
+from tunetrail.models.loading import load_causal_lm, trained_weights, with_lora
+from tunetrail.models.preference import PretokenizedDpoTrainer
+from tunetrail.models.reference_free import ReferenceFreeTrainer, log_odds, orpo_loss, simpo_loss
 from tunetrail.models.saving import save_tokenizer, save_weights
 from tunetrail.models.scoring import sequence_scores
 from tunetrail.models.supervised import tokenize
@@ -38,7 +41,6 @@ from tunetrail.models.training import (
     learning_rate_scale,
     rows_at_once,
     rows_left_out,
-    trained_weights,
 )
 from tunetrail.models.weights import rows_per_epoch
 from tunetrail.provenance.manifest import list_files
@@ -48,7 +50,6 @@ from tunetrail.reward.calibration import ceiling, evaluate, heldout_pairs, over_
 from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, kwise_loss, kwise_scores
 from tunetrail.reward.probe import bradley_terry, fit_probe, frozen_states
 from tunetrail.stages.base import set_special_tokens
-from tunetrail.stages.dpo import PretokenizedDpoTrainer
 from tunetrail.stages.kto import check_labels, with_mismatched
 
 pytestmark = pytest.mark.slow
@@ -355,7 +356,7 @@ def test_a_row_is_in_every_epoch_as_often_as_its_weight_says():
     assert epoch_order(list(range(30)), 8, 2, 1, [1.0] * 30) == epoch_order(list(range(30)), 8, 2, 1)
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "orpo", "kto"])
 def test_rows_with_a_weight_are_trained_on_that_often(run_stage, workspace, name):
     """Half of the rows 2.5 times; held-out rows have no weight."""
     folder, table = {"sft": ("data", "sft"), "kto": ("data", "feedback")}.get(name, ("comparisons", "comparisons"))
@@ -372,6 +373,7 @@ def test_rows_with_a_weight_are_trained_on_that_often(run_stage, workspace, name
         "sft": lambda row: 1,
         "reward": lambda row: 1,
         "dpo": lambda row: 3,
+        "orpo": lambda row: 3,
         "kto": lambda row: len(row["ratings"]),
     }
     counted = [row for row in rows if row.get("split", "reward") == "reward"]
@@ -533,6 +535,14 @@ STAGES = {
         {"method": "dpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3, "checkpoints": 8},
         {"policy": "base", "comparisons": "comparisons"},
     ),
+    "orpo": (
+        {"method": "orpo", "learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 3, "checkpoints": 1},
+        {"policy": "base", "comparisons": "comparisons"},
+    ),
+    "simpo-lora": (
+        {"method": "simpo", "learning_rate": 1e-3, "batch_size": 6, "lora": {"r": 2}, "checkpoints": 1},
+        {"policy": "base", "comparisons": "comparisons"},
+    ),
     "reward-probe": (
         {"learning_rate": 1e-3, "batch_size": 2, "head_learning_rate": 1e-2, "warm_start": "probe", "pooling": "mean"},
         {"policy": "base", "data": "data", "comparisons": "comparisons"},
@@ -628,7 +638,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "orpo", "kto"])
 def test_the_first_and_the_last_step_train(run_stage, workspace, name):
     """An optimizer step with a learning rate of 0 would waste a batch."""
     code, error, output = run_stage(
@@ -640,16 +650,16 @@ def test_the_first_and_the_last_step_train(run_stage, workspace, name):
     expected = [1e-3 * learning_rate_scale(n, len(rates), warmup, "cosine") for n in range(1, len(rates) + 1)]
     assert rates == pytest.approx(expected)
     assert min(rates) > 0
-    rows = {"sft": 24, "reward": 18, "dpo": 54, "kto": 24}[name]
+    rows = {"sft": 24, "reward": 18, "dpo": 54, "orpo": 54, "kto": 24}[name]
     assert json.loads(output.with_name("metrics.json").read_text())["rows_left_out"] == rows % 5
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "orpo", "kto"])
 def test_training_that_changes_no_weight_fails(run_stage, name):
     """Even with a finite loss: the artifact would be a copy of its parent that looks like a result."""
     code, error, output = run_stage(name, "still", config={"learning_rate": 1e-30})
     assert code == 78
-    steps = {"sft": 12, "reward": 9, "dpo": 9, "kto": 8}[name]
+    steps = {"sft": 12, "reward": 9, "dpo": 9, "orpo": 9, "kto": 8}[name]
     assert error.strip().splitlines()[-1] == (
         f"{name}: error: {name}: {steps} optimizer steps left every weight as it was, so nothing was learnt; raise "
         "learning_rate, or see whether its data, or its scores, can teach anything"
@@ -860,6 +870,88 @@ def test_every_dpo_loss_trains(run_stage):
         assert len(read_jsonl(output.with_name("history.jsonl"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("orpo", {"odds_ratio_weight": 0.7}), ("simpo-lora", {"beta": 1.5, "gamma": 0.4, "lora": None})],
+)
+def test_losses_without_a_reference_by_hand(run_stage, workspace, name, config):
+    """The second step, from the weights after the first: the papers' formulas on plain passes over the ids of each
+    pair, three pairs at a time in training. Responses that were cut off have no EOS."""
+    batches = {"batch_size": 54, "micro_batch_size": 3, "epochs": 2, "learning_rate": 1e-2}
+    code, error, output = run_stage(name, "one", config=batches | config)
+    assert code == 0, error
+    tokenizer, policy = tiny_tokenizer(), load_causal_lm(output.parent / "checkpoints/1/model")
+    losses, margins, chosen_logps = [], [], []
+    for row in read_jsonl(workspace / "comparisons/comparisons.jsonl"):
+        prompt, responses = encode_comparison(tokenizer, row)
+        for w, v in ((0, 1), (0, 2), (1, 2)) if row["split"] == "reward" else ():
+            logps = [logp(policy, prompt, responses[i]) for i in (w, v)]
+            # Hong et al. 2024, eq. 2: the log-likelihood of a response is the mean over its m tokens.
+            p_w, p_v = (math.exp(x / len(responses[i])) for x, i in zip(logps, (w, v), strict=True))
+            if name == "orpo":
+                margin = math.log((p_w / (1 - p_w)) / (p_v / (1 - p_v)))  # the log of eq. 4
+                loss = -math.log(p_w) + 0.7 * -log_sigmoid(margin)  # eq. 6 and 7
+            else:
+                margin = 1.5 / len(responses[w]) * logps[0] - 1.5 / len(responses[v]) * logps[1]
+                loss = -log_sigmoid(margin - 0.4)  # Meng et al. 2024, eq. 6
+            losses.append(loss)
+            margins.append(margin)
+            chosen_logps.append(logps[0])
+    assert len(losses) == 54
+    second = read_jsonl(output.with_name("history.jsonl"))[1]
+    assert second["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert second["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert second["rewards/accuracies"] == pytest.approx(np.mean([m > 0 for m in margins]), abs=1e-4)
+    assert second["logps/chosen"] == pytest.approx(np.mean(chosen_logps), abs=1e-3)
+
+
+def test_odds_are_finite_where_the_model_is_certain():
+    logps = torch.tensor([0.0, -1e-9, -1e-3, -1.0, -60.0], requires_grad=True)
+    odds = log_odds(logps)
+    expected = [-1e-3 - math.log(-math.expm1(-1e-3)), -1 - math.log(-math.expm1(-1)), -60.0]
+    assert odds[2:].tolist() == pytest.approx(expected, rel=1e-5)
+    orpo_loss(logps, logps.detach().flip(0), 0.1)[0].sum().backward()
+    assert torch.isfinite(odds).all()
+    assert torch.isfinite(logps.grad).all()
+
+
+def test_experts_are_balanced_as_in_dpo(tmp_path):
+    """The loss of a mixture of experts holds its routers' loss, weighted as the model's config says."""
+    from datasets import Dataset
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from trl import DPOConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 60, "num_local_experts": 4, "router_aux_loss_coef": 0.5}  # fmt: skip
+    model = MixtralForCausalLM(MixtralConfig(**sizes))
+    model.config._name_or_path = str(tmp_path)
+    rows = Dataset.from_dict({"prompt_ids": [[5, 6]], "chosen_ids": [[7, 8, 9]], "rejected_ids": [[9]]})
+    arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[],
+        gradient_checkpointing=False, precompute_ref_log_probs=True)  # fmt: skip
+    trainer = ReferenceFreeTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tiny_tokenizer(),
+        pair_loss=functools.partial(simpo_loss, beta=2.0, gamma=0.0))  # fmt: skip
+    batch = trainer.data_collator(list(rows))
+    plain = model(batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
+    logps = [logp(model, [5, 6], response) for response in ([7, 8, 9], [9])]
+    expected = -log_sigmoid(2 * (logps[0] / 3 - logps[1])) + 0.5 * plain.aux_loss.item()
+    assert plain.aux_loss.item() > 0.1
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo-lora"])
+def test_without_a_reference_preferred_responses_become_likelier_than_others(run_stage, name):
+    code, error, output = run_stage(name, "learnt", config={"learning_rate": 1e-2, "epochs": 4, "lora": None})
+    assert code == 0, error
+    rows = read_jsonl(output.with_name("history.jsonl"))
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.1
+    if name == "orpo":  # it fine-tunes as well
+        assert rows[-1]["logps/chosen"] > rows[0]["logps/chosen"] + 1
+    metrics = json.loads(output.with_name("metrics.json").read_text())
+    assert metrics["margin"] == rows[-1]["rewards/margins"]
+    assert metrics["pairs"] == 54
+
+
 def logp(model, prompt: list[int], response: list[int]) -> float:
     """The log-prob of a response, by a plain forward pass."""
     logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
@@ -991,6 +1083,8 @@ def test_a_reward_model_that_starts_from_the_probe_scores_like_it(run_stage, wor
         ("dpo", {"batch_size": 60, "micro_batch_size": 60}, "dpo: 54 pairs are fewer than one batch (batch_size: 60); "
             "collect more, or lower it"),
         ("kto", {"batch_size": 28, "micro_batch_size": 28}, "kto: 24 ratings are fewer than one batch (batch_size: "),
+        ("orpo", {"batch_size": 60, "micro_batch_size": 60}, "orpo: 54 pairs are fewer than one batch (batch_size: "),
+        ("simpo-lora", {"max_length": 5}, "simpo: 54 of 54 examples have more tokens than max_length (5): "),
         ("kto", {"max_length": 5}, "kto: 18 of 18 examples have more tokens than max_length (5): "),
         ("dpo", {"max_length": 5}, "dpo: 54 of 54 examples have more tokens than max_length (5): "),
     ],

@@ -116,6 +116,41 @@ def test_the_plan_says_which_stage_reads_what_before_anything_runs(own):
     assert not (own.folder / "results").exists()
 
 
+def test_pairs_train_policies_without_a_reference(project):
+    """ORPO from the base model, SimPO from the SFT model; both are evaluated and reported."""
+    rows = [{"prompt": prompt(i), "chosen": "good", "rejected": "bad"} for i in range(120)]
+    write_jsonl(project.folder / "own-pairs.jsonl", rows)
+    trained = {"learning_rate": 1.0e-2, "batch_size": 8}
+    content = {
+        "run": "unreferenced",
+        "base": CONFIG["base"],
+        "data": {
+            "preferences": [{"source": "file", "path": "own-pairs.jsonl"}], "sft_on_chosen": True,
+            "near_duplicate": 1.0,
+        },
+        "sft": trained,
+        "policies": {"orpo": trained | {"method": "orpo"}, "simpo": trained | {"method": "simpo"}},
+        "retention": None,
+        "evaluation": {"max_new_tokens": 4, "bootstrap": 100, "gold": None},
+    }  # fmt: skip
+    (project.folder / "unreferenced.yaml").write_text(yaml.safe_dump(content))
+    project.run(config="unreferenced.yaml")
+    results = project.folder / "results/unreferenced"
+
+    def metrics(name: str) -> dict:
+        return json.loads((results / name / "metrics.json").read_text())
+
+    assert metrics("evaluation/orpo")["start"] == "base"
+    assert metrics("evaluation/simpo").get("start") is None
+    for name in ("orpo", "simpo"):
+        assert metrics(f"policies/{name}")["pairs"] == 96
+        told = metrics(f"evaluation/{name}")["comparisons"]
+        assert (told["accuracy"]["mean"], told["measure"]) == (1, "log-prob per token")
+    page = (results / "report/report.html").read_text(encoding="utf-8")
+    for said in ("in 100% of 12 by log-prob per token", "orpo: log odds ratio", "simpo: margin"):
+        assert said in page
+
+
 def test_a_policy_can_be_trained_on_feedback_alone(project):
     """From a file of feedback to a report that says how well the policy tells liked from disliked responses."""
     rows = [{"prompt": prompt(i), "completion": "good" if i % 2 else "bad", "label": bool(i % 2)} for i in range(120)]

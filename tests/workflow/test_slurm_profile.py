@@ -92,6 +92,8 @@ EXPECTED = {
     "sft": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
     "reward": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
     "dpo": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
+    "orpo": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
+    "simpo": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
     "kto": "partition=gpu time=720 mem=32000 cpus-per-gpu=8 gres=gpu:1",
     "ppo": "partition=gpu-large time=1440 mem=64000 cpus-per-gpu=8 gres=gpu:1",
 }

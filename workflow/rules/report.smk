@@ -1,6 +1,6 @@
 FIGURES = {  # name -> where `snakemake --report` lists it
     "next_tokens": ("Probes", "Two positions, before and after"),
-    "preference_curves": ("Preferences", "Log-probabilities during DPO and KTO"),
+    "preference_curves": ("Preferences", "Log-probabilities during training"),
     "methods": ("Forgetting", "Methods of fine-tuning"),
     "win_rates": ("Win rates", "Against the model that policies start from"),
     "win_rates_base": ("Win rates", "Against the base model"),

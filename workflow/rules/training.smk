@@ -40,6 +40,22 @@ use rule stage as dpo with:
     localrule: is_submitted("dpo")
 
 
+use rule stage as orpo with:
+    input:
+        unpack(reads("orpo")),
+    pathvars:
+        artifact=policies_by("orpo"),
+    localrule: is_submitted("orpo")
+
+
+use rule stage as simpo with:
+    input:
+        unpack(reads("simpo")),
+    pathvars:
+        artifact=policies_by("simpo"),
+    localrule: is_submitted("simpo")
+
+
 use rule stage as kto with:
     input:
         unpack(reads("kto")),

@@ -28,8 +28,8 @@ class Source(Block):
     )
     weight: Positive = Field(
         default=1.0,
-        description="how often sft, reward, dpo and kto see its rows per epoch; with 2.5, half of the rows come a "
-        "third time, drawn afresh for each epoch. Test rows count once",
+        description="how often sft, reward and all policies but ppo see its rows per epoch; with 2.5, half of the rows "
+        "come a third time, drawn afresh for each epoch. Test rows count once",
     )
 
     @model_validator(mode="after")
@@ -123,7 +123,7 @@ class Shares(Block):
     sft: Fraction | None = Field(default=None, description="share of the groups; sft's training data")
     reward: Fraction | None = Field(
         default=None,
-        description="share of the groups; prompts whose responses are compared or rated, for reward, dpo and kto",
+        description="share of the groups; prompts whose responses are compared or rated, for reward and policies",
     )
     rl: Fraction | None = Field(default=None, description="share of the groups; prompts that ppo trains on")
     evaluation: Fraction | None = Field(

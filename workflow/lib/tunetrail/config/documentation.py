@@ -32,6 +32,7 @@ from tunetrail.config.kto import KtoConfig
 from tunetrail.config.loading import LISTS, NEVER_SWEPT
 from tunetrail.config.methods import MethodConfig, MethodsConfig
 from tunetrail.config.ppo import PpoConfig, Vllm
+from tunetrail.config.reference_free import OrpoConfig, SimpoConfig
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import (
     ChrfScorer,
@@ -52,7 +53,7 @@ def schema() -> dict:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tunetrail",
     }
-    for model in (PpoConfig, DpoConfig, KtoConfig, BestOfNConfig):
+    for model in (PpoConfig, DpoConfig, OrpoConfig, SimpoConfig, KtoConfig, BestOfNConfig):
         properties = described["$defs"][model.__name__]["properties"]
         for key, value in properties.items():
             if key not in NEVER_SWEPT + LISTS:
@@ -91,6 +92,8 @@ _BLOCKS: list[tuple[str, str, type[BaseModel]]] = [
     ("reward", "", RewardConfig),
     ("sft, reward", "path or repo", ImportedModel),
     ("policies.<name>", "method: dpo", DpoConfig),
+    ("policies.<name>", "method: orpo", OrpoConfig),
+    ("policies.<name>", "method: simpo", SimpoConfig),
     ("policies.<name>", "method: kto", KtoConfig),
     ("policies.<name>", "method: ppo", PpoConfig),
     ("policies.<name>", "method: best_of_n", BestOfNConfig),

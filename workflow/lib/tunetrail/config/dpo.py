@@ -22,24 +22,44 @@ def _known_losses(value: Any) -> Any:
     return value
 
 
-class FromReference(Epochs):
+class Offline(Epochs):
     """Shared by policies that learn from people's choices without sampling."""
 
     learning_rate: Positive = Field(default=1e-5, description="peak; about 10 times more with LoRA")
     start: Literal["sft", "base"] | None = Field(
         default=None, description="model to train, also the reference; null: sft, or base if there is none"
     )
-    beta: Positive = Field(
-        default=0.1, description="pull towards the reference; lower values move further from it for more reward"
-    )
     checkpoints: Checkpoints = 0
 
+    @model_validator(mode="after")
+    def _one_way_of_keeping(self):
+        if self.checkpoints and self.patience is not None:
+            raise ValueError(
+                "checkpoints are spread over all steps, and patience keeps the best alone; remove either of them"
+            )
+        return self
 
-class DpoConfig(FromReference):
+
+class FromPairs(Offline):
+    """Shared by policies that learn from pairs of responses."""
+
+    batch_size: Count = Field(default=16, description="pairs per optimizer step")
+    pairs_per_prompt: Count | None = Field(
+        default=None, description="the most pairs per prompt, those with the widest gaps in rank first; null: all"
+    )
+
+
+Beta = Annotated[
+    Positive,
+    Field(description="pull towards the reference; lower values move further from it for more reward"),
+]
+
+
+class DpoConfig(FromPairs):
     """Direct preference optimisation (Rafailov et al. 2023) with TRL's DPOTrainer."""
 
     method: Literal["dpo"]
-    batch_size: Count = Field(default=16, description="pairs per optimizer step")
+    beta: Beta = 0.1
     loss: Annotated[DpoLoss | Annotated[list[DpoLoss], Field(min_length=1)], BeforeValidator(_known_losses)] = Field(
         default="sigmoid",
         description="one of TRL's losses, or a list to add up. sft is the mean loss per token of the preferred "
@@ -50,9 +70,6 @@ class DpoConfig(FromReference):
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), no_flags] = Field(
         default=0.0, description="assumed share of wrong labels; for the losses sigmoid, robust and exo_pair"
-    )
-    pairs_per_prompt: Count | None = Field(
-        default=None, description="the most pairs per prompt, those with the widest gaps in rank first; null: all"
     )
 
     @property

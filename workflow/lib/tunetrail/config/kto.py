@@ -4,16 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tunetrail.config.dpo import FromReference
+from tunetrail.config.dpo import Beta, Offline
 from tunetrail.config.fields import Integer, Positive
 
 
-class KtoConfig(FromReference):
+class KtoConfig(Offline):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) with TRL's KTOTrainer, on single responses that were liked
     or disliked, `data.feedback`.
     """
 
     method: Literal["kto"]
+    beta: Beta = 0.1
     batch_size: Annotated[Integer, Field(ge=2)] = Field(
         default=16, description="responses per optimizer step; the KL to the reference is estimated from them"
     )

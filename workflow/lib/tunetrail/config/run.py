@@ -11,7 +11,7 @@ from tunetrail.config.base_model import BaseModelConfig
 from tunetrail.config.best_of_n import BestOfNConfig
 from tunetrail.config.comparisons import ComparisonsConfig, CompletionsConfig
 from tunetrail.config.data import DataConfig, TopicsSource
-from tunetrail.config.dpo import DpoConfig
+from tunetrail.config.dpo import DpoConfig, FromPairs, Offline
 from tunetrail.config.evaluation import (
     EvaluationConfig,
     HeadToHeadConfig,
@@ -23,11 +23,14 @@ from tunetrail.config.fields import Block, Name, NonNegativeInt
 from tunetrail.config.kto import KtoConfig
 from tunetrail.config.methods import MethodsConfig
 from tunetrail.config.ppo import REWARD_MODEL, PpoConfig
+from tunetrail.config.reference_free import OrpoConfig, SimpoConfig
 from tunetrail.config.scorers import ScorerConfig, known, problems_of_sums, unknown, weighted_range
 from tunetrail.config.shares import share_of, shares
 from tunetrail.config.training import RewardBlock, RewardConfig, SftBlock, SftConfig
 
-PolicyConfig = Annotated[PpoConfig | DpoConfig | KtoConfig | BestOfNConfig, Field(discriminator="method")]
+PolicyConfig = Annotated[
+    PpoConfig | DpoConfig | OrpoConfig | SimpoConfig | KtoConfig | BestOfNConfig, Field(discriminator="method")
+]
 
 RESERVED = (
     *("base", "comparisons", "completions", "config", "data", "evaluation", "head_to_head", "ledger.jsonl", "lm_eval"),
@@ -213,7 +216,7 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
         yield "data.shares.reward", "reward", ("demonstrations", "prompts"), why
         compared += ("demonstrations", "prompts")
     elif data.preferences and (
-        config.trained_reward or any(policy.method == "dpo" for policy in config.policies.values())
+        config.trained_reward or any(isinstance(policy, FromPairs) for policy in config.policies.values())
     ):
         yield "data.shares.reward", "reward", compared, "is 0, but comparisons are to be trained on"
     if data.feedback and any(policy.method == "kto" for policy in config.policies.values()):
@@ -223,7 +226,13 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
     yield "data.shares.evaluation", "evaluation", prompted, why
     if config.trained_reward and compared:
         yield "data.shares.heldout", "heldout", compared, "is 0, but the reward model is tested on that split"
+    why = "is 0, but {}.evaluate_every measures on that split"
+    if config.trained_sft and config.trained_sft.evaluate_every:
+        yield "data.shares.heldout", "heldout", ("demonstrations", "text"), why.format("sft")
     for name, policy in config.policies.items():
+        if isinstance(policy, Offline) and policy.evaluate_every:
+            kinds = compared if isinstance(policy, FromPairs) else ("feedback",)
+            yield "data.shares.heldout", "heldout", kinds, why.format(f"policies.{name}")
         if policy.method == "ppo":
             yield f"policies.{name}", "rl", prompted, "ppo needs prompts, but data.shares.rl is 0"
         if policy.method == "ppo" and policy.ptx_coef and not (data.preferences and data.sft_on_chosen):
@@ -249,8 +258,11 @@ def _policy_problems(config: Config) -> Iterator[str]:
     for name, policy in config.policies.items():
         if getattr(policy, "start", None) == "sft" and config.sft is None:
             yield f"policies.{name}.start: no sft model is trained; add an sft block or start from base"
-        if policy.method == "dpo" and not _has_comparisons(config):
-            yield f"policies.{name}: dpo needs comparisons: give completions and comparisons, or data.preferences"
+        if isinstance(policy, FromPairs) and not _has_comparisons(config):
+            yield (
+                f"policies.{name}: {policy.method} needs comparisons: give completions and comparisons, or "
+                "data.preferences"
+            )
         if policy.method == "kto" and not config.data.feedback:
             yield f"policies.{name}: kto needs data.feedback: responses that were liked or disliked"
         if policy.method == "best_of_n" and config.reward is None:

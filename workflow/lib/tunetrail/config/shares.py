@@ -18,9 +18,11 @@ TRAINED = {"sft": 10, "reward": 3, "rl": 3}
 
 PTX = "ppo (ptx)"
 """PPO that keeps demonstrations likely (`ptx_coef`)."""
+PAIRED = ("dpo", "orpo", "simpo")
+"""Methods that learn from pairs."""
 READ_BY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "preferences": {
-        "sft": ("sft", "methods", PTX), "reward": ("reward", "dpo"), "rl": ("ppo",), "evaluation": ("evaluation",),
+        "sft": ("sft", "methods", PTX), "reward": ("reward", *PAIRED), "rl": ("ppo",), "evaluation": ("evaluation",),
         "heldout": ("reward", "evaluation"),
     },
     "feedback": {
@@ -51,7 +53,7 @@ def _names(config: "Config", reader: str, split: str) -> list[str]:
     policies = {f"policies.{name}": policy for name, policy in config.policies.items()}
     if reader == PTX:
         return [name for name, policy in policies.items() if getattr(policy, "ptx_coef", 0)]
-    if reader in ("dpo", "kto", "ppo"):
+    if reader in (*PAIRED, "kto", "ppo"):
         return [name for name, policy in policies.items() if policy.method == reader]
     if reader == "sft":
         return [reader] if config.trained_sft else []

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from tunetrail.config.fields import (
     Block,
     Count,
+    Flag,
     NonNegative,
     OpenFraction,
     Positive,
@@ -72,6 +73,21 @@ class Epochs(Training):
         default=1024,
         description="the most tokens of prompt and response; longer rows are an error, raw text is cut into blocks",
     )
+    evaluate_every: Count | None = Field(
+        default=None,
+        description="optimizer steps between measurements of the loss on the held-out split; null: none along the way",
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="early stopping: measurements in a row without a lower held-out loss after which training ends; "
+        "the weights of the lowest are kept. null: train to the end and keep the last. With evaluate_every",
+    )
+
+    @model_validator(mode="after")
+    def _patience_measures(self):
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience counts measurements of the held-out loss; set evaluate_every too")
+        return self
 
 
 def few_steps(name: str, steps: int, more_steps: str, at_most: str = "") -> str | None:
@@ -94,6 +110,11 @@ class SftConfig(Epochs):
 
     learning_rate: Positive = Field(default=5e-5, description="peak; about 10 times more with LoRA")
     batch_size: Count = Field(default=16, description="demonstrations per optimizer step")
+    packing: Flag = Field(
+        default=False,
+        description="put several short raw texts into a row of up to max_length tokens, where they do not see each "
+        "other: less padding. Such a row counts as one in batch_size, so that there are fewer steps",
+    )
 
 
 class RewardConfig(Epochs):

@@ -26,8 +26,10 @@ from tunetrail.seeds import derive_seed
 
 Example = tuple[list[int], list[int]]
 """(prompt ids, response ids)"""
-TRAINED = ("dpo", "kto", "ppo")
-"""Methods that train a policy against a reference model."""
+REFERENCE_FREE = ("orpo", "simpo")
+"""Methods whose rewards are log-probs per token."""
+TRAINED = ("dpo", *REFERENCE_FREE, "kto", "ppo")
+"""Methods that train a policy; its KL is measured to the model that it started from."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ Training a policy may keep checkpoints at fixed steps (`policies.<name>.checkpoi
 prompts that no stage has trained on, and none depends on when a save happened to be due. The yardstick is best-of-n on
 the same prompts, from 8 samples per prompt of the SFT model. The final model is always the last one: a point chosen by
 looking at the curve would have to be measured on other prompts.
+Early stopping chooses by the held-out split instead.
 
 A point's interval is that of its own mean, by bootstrap over source groups. Since points share their prompts, the
 difference between two of them is less uncertain than their two intervals suggest.
@@ -21,6 +22,7 @@ from tunetrail.evaluation.stats import best_of_n_kl, best_of_n_values
 BEST_OF = (1, 2, 4, 8)
 """The yardstick's n; the last is the number of samples per prompt."""
 RULE = "the last step, fixed before training"
+BEST_RULE = "the lowest held-out loss"
 """How the final model is chosen among the checkpoints."""
 
 
@@ -61,8 +63,9 @@ def frontier(evaluator: Evaluator, samples: Samples, checkpoints: dict[int, Samp
         return None
     prompts = len(evaluator.frontier_rows)
     points = [point(evaluator, step, False, of_step) for step, of_step in checkpoints.items()]
-    final = point(evaluator, evaluator.made["steps"], True, samples.first(prompts))
-    return {"prompts": prompts, "rule": RULE, "points": [*points, final]}
+    best = evaluator.made.get("kept_step")
+    final = point(evaluator, best or evaluator.made["steps"], True, samples.first(prompts))
+    return {"prompts": prompts, "rule": BEST_RULE if best else RULE, "points": [*points, final]}
 
 
 def best_of_n(evaluator: Evaluator, samples: Samples | None) -> BestOfNCurve | None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tunetrail.data.chat import render, with_system
-from tunetrail.evaluation.evaluator import TRAINED, Evaluator, Example
+from tunetrail.evaluation.evaluator import REFERENCE_FREE, TRAINED, Evaluator, Example
 from tunetrail.evaluation.models import logprobs_of, mean_nlls, right_choices, sentence_probe
 from tunetrail.evaluation.schema import HeldOutFeedback, HeldOutPreferences, Retention
 from tunetrail.evaluation.stats import auc_of, bootstrap_of
@@ -46,15 +46,17 @@ def retention(evaluator: Evaluator) -> Retention | None:
 def liking(evaluator: Evaluator, examples: list[Example]) -> tuple[np.ndarray, np.ndarray, str]:
     """([n] log-probs of responses, [n] how much the model likes each, the name of that measure).
 
-    For a trained policy the measure is its implicit reward, log p(response) less that of the reference: this is what
-    DPO and KTO optimise, whereas raw log-probs always favour short responses. For other models the measure is the raw
-    log-prob, for lack of a reference.
+    For a trained policy the measure is its implicit reward, which is what its training moves: log p(response) less that
+    of the reference, whereas raw log-probs always favour short responses, or with ORPO and SimPO the log-prob per
+    token. For other models the measure is the raw log-prob, for lack of a reference.
     """
 
     def logps_of(model: Any) -> np.ndarray:
         return np.array([float(row.sum()) for row in evaluator.logprobs(model, examples)])
 
     logps = logps_of(evaluator.model)
+    if evaluator.subject["method"] in REFERENCE_FREE:
+        return logps, logps / np.array([max(1, len(response)) for _, response in examples]), "log-prob per token"
     if "sft" in evaluator.stage.inputs and evaluator.subject["method"] in TRAINED:
         return logps, logps - logps_of(evaluator.reference()), "implicit reward"
     return logps, logps, "log-prob"

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ def training_flops(counts: dict[str, Any], tokens: int) -> float:
     weight (Kaplan et al. 2020).
     """
     return float(tokens * (4 * counts["parameters"] + 2 * counts["parameters_trained"]))
+
+
+def trained_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, values) of the weights that are trained."""
+    return ((name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What dpo and kto share: TRL trainers that read token ids, and training a policy with one of them."""
+"""What dpo, orpo, simpo and kto share: trainers that read token ids, and training a policy with one of them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,18 +7,23 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOTrainer
 
-from tunetrail.config.dpo import FromReference
+from tunetrail.config.dpo import FromPairs, Offline
 from tunetrail.contract.distributed import is_main_process
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
+from tunetrail.models.batching import encode_comparison
 from tunetrail.models.checkpoints import publish_kept
 from tunetrail.models.cpu.label_head import score_labels_only
-from tunetrail.models.loading import load_causal_lm, trained_parameters, training_flops, with_lora
+from tunetrail.models.heldout import heldout_dataset
+from tunetrail.models.lengths import check_lengths
+from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.training import KeepCallback, epoch_order, rows_left_out, train, trained_model
-from tunetrail.models.weights import pop_weights, rows_per_epoch
+from tunetrail.models.weights import pop_weights, rows_per_epoch, weight_of
+from tunetrail.preferences.pairs import widest_pairs
 from tunetrail.seeds import derive_seed
 
 
@@ -44,9 +49,34 @@ class Pretokenized:
         return dataset
 
 
+class PretokenizedDpoTrainer(Pretokenized, DPOTrainer):
+    """DPOTrainer on rows {prompt_ids, chosen_ids, rejected_ids}."""
+
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def tokenize_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: FromPairs, stage: str) -> list[dict]:
+    """Comparison rows -> {prompt_ids, chosen_ids, rejected_ids}.
+
+    Raises DataError, in the name of a stage, for ones that are too long.
+    """
+    examples: list[dict] = []
+    lengths: list[tuple[str, int]] = []
+    for row in rows:
+        prompt, responses = encode_comparison(tokenizer, row)
+        for chosen, rejected in widest_pairs(row["rankings"], config.pairs_per_prompt):
+            lengths.append((row["id"], len(prompt) + max(len(responses[chosen]), len(responses[rejected]))))
+            examples.append(
+                {"prompt_ids": prompt, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}
+                | weight_of(row)
+            )
+    check_lengths(stage, lengths, config.max_length)
+    return examples
+
+
 def optimise(
     stage: Stage,
-    config: FromReference,
+    config: Offline,
     parent: Path,
     examples: Sequence[dict],
     responses: tuple[str, ...],
@@ -78,18 +108,54 @@ def optimise(
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
     tokens = [sum(len(e["prompt_ids"]) + len(e[key]) for key in responses) for e in examples]
-    stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in order))
     trainer = trainer_of(model, [examples[i] for i in order])
 
     def save(model: Any, folder: Path) -> None:
         save_kept(trainer.accelerator.unwrap_model(model), parent, folder)
 
     trainer.add_callback(KeepCallback(stage, config.checkpoints, save))
-    history = train(stage, trainer, config)
+    history, about_heldout = train(stage, trainer, config)
+    taken = order[: len(history) * config.batch_size]
+    stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in taken))
     if not is_main_process():
         return [], {}
     save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
     publish_kept(stage)
     left_out = rows_left_out(stage.name, rows, config.batch_size)
     about = {"train_loss": history[-1]["loss"], "steps": len(history), "rows_left_out": left_out}
-    return history, about | counts
+    return history, about | about_heldout | counts
+
+
+def train_on_pairs(stage: Stage, config: FromPairs, trainer_class: Callable[..., Any]) -> dict[str, Any]:
+    """Trains the stage's policy on its pairs; returns what `metrics.json` says of it.
+
+    Args:
+        trainer_class: makes the trainer, of `model`, `train_dataset` and `processing_class`; the last row of its
+            history has the accuracy and the margin of the last batch.
+    """
+    parent = stage.inputs["policy"].folder / "model"
+    tokenizer = load_tokenizer(parent)
+    rows = stage.rows("comparisons", "comparisons.jsonl")
+
+    def tokenized(split: str) -> list[dict]:
+        return tokenize_pairs([row for row in rows if row["split"] == split], tokenizer, config, stage.name)
+
+    examples, heldout = tokenized("reward"), tokenized("heldout") if config.evaluate_every else []
+    history, found = optimise(
+        stage,
+        config,
+        parent,
+        examples,
+        ("chosen_ids", "rejected_ids"),
+        "pairs",
+        lambda model, pairs: trainer_class(
+            model=model,
+            train_dataset=Dataset.from_list(pairs),
+            eval_dataset=heldout_dataset(config, heldout),
+            processing_class=tokenizer,
+        ),
+    )
+    if not history:
+        return {}
+    last = history[-1]
+    return found | {"accuracy": last["rewards/accuracies"], "margin": last["rewards/margins"], "pairs": len(examples)}

@@ -84,7 +84,7 @@ def find_model(path: Path) -> RunModel:
         return _kept(artifact, int(inside[1]))
     if inside not in ((), (MANIFEST,), ("model",), ("adapter",)) or not (artifact / "model/config.json").exists():
         what = "best-of-n has no weights of its own" if (artifact / "policy.json").exists() else "it holds no model"
-        raise DataError(f"{path}: {what}; name the artifact of a base, sft, reward, dpo, kto or ppo stage")
+        raise DataError(f"{path}: {what}; name the artifact of a base, sft, reward, dpo, orpo, simpo, kto or ppo stage")
     verify(artifact / MANIFEST)
     return RunModel(artifact, artifact / "model")
 

@@ -1,4 +1,5 @@
-"""What the stages with Hugging Face trainers (sft, reward, dpo, kto) share: data order, arguments, saving, stopping.
+"""What the stages with Hugging Face trainers (sft, reward, all policies but ppo) share: data order, arguments, saving,
+stopping.
 
 A trainer resumed from any checkpoint ends with the same bytes as one that never stopped: the order of the data is fixed
 in advance, and a checkpoint holds weights, optimizer, schedule and random states.
@@ -8,7 +9,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import write_jsonl
 from tunetrail.models.checkpoints import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete
+from tunetrail.models.heldout import LOSS, HeldoutCallback, measured
+from tunetrail.models.loading import trained_weights
 from tunetrail.models.runtime import use_bf16
 from tunetrail.models.trackers import trainer_options
 from tunetrail.models.weights import rows_of_epoch
@@ -192,17 +195,17 @@ class KeepCallback(TrainerCallback):
 
 
 def history(log_history: list[dict]) -> list[dict]:
-    """One row per step from the trainer's log, without values that depend on the clock or on interruptions."""
+    """One row per step from the trainer's log, with the held-out loss if it was measured at that step.
+
+    Leaves out values that depend on the clock or on interruptions.
+    """
+    heldout = {step: {LOSS: loss} for step, loss in measured(log_history)}
     return [
         {k: v for k, v in row.items() if k not in _NOT_RESULTS and "runtime" not in k and "per_second" not in k}
+        | heldout.get(row["step"], {})
         for row in log_history
         if "loss" in row
     ]
-
-
-def trained_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, values) of each trained weight."""
-    return ((name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def bit_sums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
@@ -234,8 +237,11 @@ def warn_of_few_steps(stage: Stage, steps: int, more_steps: str) -> None:
         log.warning("%s", note)
 
 
-def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
-    """Trains to the end, resuming from the latest checkpoint if there is one; writes and returns `history.jsonl`.
+def train(stage: Stage, trainer: Any, config: Epochs) -> tuple[list[dict], dict[str, Any]]:
+    """Trains to the end, resuming from the latest checkpoint if there is one; writes `history.jsonl`.
+
+    Returns:
+        (the rows of `history.jsonl`, what `metrics.json` says of the held-out loss if it was measured).
 
     Raises Interrupted when told to stop, after saving; DataError if the loss is no longer finite; ConfigError if no
     weight changed.
@@ -243,12 +249,16 @@ def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     steps = len(trainer.train_dataset) // config.batch_size
     warn_of_few_steps(stage, steps, config.more_steps)
     before = bit_sums(trained_weights(trainer.model))
+    heldout = HeldoutCallback(stage, trainer, config, steps) if config.evaluate_every else None
     callback = StageCallback(stage)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(callback)
+    for one in filter(None, (heldout, callback)):  # in this order: a save includes what was measured at its step
+        trainer.add_callback(one)
     trainer.create_model_card = lambda *_, **__: None  # TRL writes one with every save; ours is `tunetrail audit card`
     use_schedule(trainer, config)
     checkpoint = latest_checkpoint(stage)
+    if heldout and checkpoint:
+        heldout.resume(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.stopping:
         step, total = trainer.state.global_step, trainer.state.max_steps
@@ -257,7 +267,8 @@ def train(stage: Stage, trainer: Any, config: Epochs) -> list[dict]:
     # Not only the loss: a diverged model's log-probs may be infinite while a clipped loss is finite.
     if not all(math.isfinite(value) for row in rows for value in row.values()):
         raise DataError(f"{stage.name}: the loss became infinite or NaN; lower {stage.name}.learning_rate")
-    check_learnt(stage.name, before, bit_sums(trained_weights(trainer.model)), steps)
+    about = heldout.finish() if heldout else {}
+    check_learnt(stage.name, before, bit_sums(trained_weights(trainer.model)), len(rows))
     if is_main_process():
         write_jsonl(stage.work / "history.jsonl", rows)
-    return rows
+    return rows, about

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.config.data import KINDS, SPLITS, DocstringSource, HubSource
+from tunetrail.config.dpo import FromPairs
 from tunetrail.config.run import Config
 from tunetrail.config.shares import readers, share_of
 from tunetrail.config.training import Epochs, few_steps
@@ -105,7 +106,7 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
     if config.trained_reward:
         found["reward"] = of(config.trained_reward, *((row, 1) for row in [*own, *sampled]))
     for name, policy in config.policies.items():
-        if policy.method == "dpo":
+        if isinstance(policy, FromPairs):
             pairs = [(row, len(widest_pairs(row["rankings"], policy.pairs_per_prompt))) for row in own]
             of_prompt = int(min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2))
             found[f"policies.{name}"] = of(policy, *pairs, *((row, of_prompt) for row in sampled))

@@ -5,6 +5,7 @@ from typing import Any
 
 import altair as alt
 
+from tunetrail.config.shares import PAIRED
 from tunetrail.evaluation.probes import likeliest
 from tunetrail.reporting.charts import (
     COLOURS,
@@ -67,12 +68,12 @@ def _pair_learners(runs: Runs) -> list[tuple[str, Artifact]]:
         (model.name, model.trained)
         for run in runs
         for model in run.policies
-        if model.trained and model.trained.stage in ("dpo", "kto") and model.trained.history
+        if model.trained and model.trained.stage in (*PAIRED, "kto") and model.trained.history
     ]
 
 
 def preference_curves(runs: Runs, narrow: bool) -> Spec | None:
-    """Log-probs of the preferred and the dispreferred responses that DPO and KTO train on, over their steps."""
+    """Log-probs of the preferred and the dispreferred responses that policies train on, over their steps."""
     panels = []
     for name, artifact in _pair_learners(runs):
         rows = [

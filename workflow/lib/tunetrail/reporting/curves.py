@@ -70,21 +70,39 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
 
 # ----------------------------------------------------------------------------- learning curves
 
+HELDOUT = ("held-out loss", ("heldout_loss",), None)
+
 # Stage -> its curves: (title, keys of history.jsonl, reference line).
 CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
-    "sft": [("loss", ("loss",), None), ("token accuracy", ("mean_token_accuracy",), None)],
-    "reward": [("loss", ("loss",), None), ("accuracy", ("accuracy",), 0.5)],
+    "sft": [("loss", ("loss",), None), ("token accuracy", ("mean_token_accuracy",), None), HELDOUT],
+    "reward": [("loss", ("loss",), None), ("accuracy", ("accuracy",), 0.5), HELDOUT],
     "dpo": [
         ("loss", ("loss",), math.log(2)),
         ("accuracy", ("rewards/accuracies",), 0.5),
         ("margin", ("rewards/margins",), 0),
         ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
+        HELDOUT,
+    ],
+    "orpo": [
+        ("loss", ("loss",), None),
+        ("accuracy", ("rewards/accuracies",), 0.5),
+        ("log odds ratio", ("rewards/margins",), 0),
+        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
+        HELDOUT,
+    ],
+    "simpo": [
+        ("loss", ("loss",), None),
+        ("accuracy", ("rewards/accuracies",), 0.5),
+        ("margin", ("rewards/margins",), 0),
+        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
+        HELDOUT,
     ],
     "kto": [
         ("loss", ("loss",), None),
         ("margin", ("rewards/margins",), 0),
         ("KL to its start", ("kl",), None),
         ("log-prob liked, disliked", ("logps/chosen", "logps/rejected"), None),
+        HELDOUT,
     ],
     "ppo": [
         ("reward-model score", ("score",), None),
@@ -159,7 +177,7 @@ def learning(runs: Runs, narrow: bool) -> Spec | None:
             if model.trained and model.trained.history:
                 by_stage.setdefault(model.trained.stage, []).append((model.trained, model.name, COLOURS[model.series]))
     rows_of_panels = []
-    for stages in (("sft", "reward"), ("dpo",), ("kto",), ("ppo",)):
+    for stages in (("sft", "reward"), ("dpo",), ("orpo",), ("simpo",), ("kto",), ("ppo",)):
         panels = []
         for stage in stages:
             learners = by_stage.get(stage, [])

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tunetrail.config.shares import PTX
+from tunetrail.config.shares import PAIRED, PTX
 from tunetrail.config.training import FEWEST_STEPS
 from tunetrail.reporting import charts, course, dag, numbers, verdict
 from tunetrail.reporting.collect import SIMULATED_LABELERS, Model, Run, reference_of
@@ -84,6 +84,7 @@ def _banners(run: Run) -> list[str]:
             f"Too few optimizer steps to learn from (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
             "to be close to the models that they started from."
         )
+    found += [chosen_step(role, a.metrics) for role, a in run.artifacts.items() if "kept_step" in a.metrics]
     unmeasured = [m.metrics.get("not_measured") for m in run.models]
     if lacking := next(filter(None, unmeasured), None):
         found.append(
@@ -100,9 +101,19 @@ def _banners(run: Run) -> list[str]:
     return found
 
 
+def chosen_step(role: str, trained: Mapping[str, Any]) -> str:
+    """Which step of a stage with early stopping is kept, and what was chosen by it."""
+    ended = "stopped early," if trained["stopped_early"] else "went to its end,"
+    return (
+        f"{role.removeprefix('policy.')}: training {ended} after step {trained['steps']}; the weights of step "
+        f"{trained['kept_step']} are kept, where the held-out loss was lowest. The held-out rows chose the step, so "
+        "what is measured on them flatters the model a little; the evaluation prompts had no part in it."
+    )
+
+
 def optimizer_steps(run: Run) -> dict[str, int]:
     """Name of each trained model -> the number of its optimizer steps, if known."""
-    key = {"sft": "steps", "reward": "steps", "dpo": "steps", "kto": "steps", "ppo": "optimizer_steps"}
+    key = dict.fromkeys(("sft", "reward", *PAIRED, "kto"), "steps") | {"ppo": "optimizer_steps"}
     return {
         role.removeprefix("policy."): artifact.metrics[key[artifact.stage]]
         for role, artifact in run.artifacts.items()

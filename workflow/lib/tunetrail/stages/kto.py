@@ -29,6 +29,7 @@ from tunetrail.contract.distributed import is_main_process, processes
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.heldout import heldout_dataset
 from tunetrail.models.lengths import check_lengths, positions
 from tunetrail.models.loading import load_tokenizer
 from tunetrail.models.preference import Pretokenized, optimise
@@ -51,13 +52,16 @@ class PretokenizedKtoTrainer(Pretokenized, KTOTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.calculate_KL and batches:
-            inputs = [self._prepare_inputs(batch) for batch in batches]
-            log_ratios = [
-                super(PretokenizedKtoTrainer, self)._compute_kl_logps(self.model, b) - b["ref_KL_logps"] for b in inputs
-            ]
-            self.kl = self.accelerator.gather(torch.cat(log_ratios)).mean()
+        if batches:
+            self.measure_kl([self._prepare_inputs(batch) for batch in batches])
         return batches, items
+
+    def measure_kl(self, batches: list[dict[str, Any]]) -> None:
+        """The KL to the reference, from these batches of every process together."""
+        if self.calculate_KL:
+            gained = [super(PretokenizedKtoTrainer, self)._compute_kl_logps(self.model, b) - b["ref_KL_logps"]
+                for b in batches]  # fmt: skip
+            self.kl = self.accelerator.gather(torch.cat(gained)).mean()
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor | None:
         """Log-probs whose difference from the reference's is the KL estimate of the whole step."""
@@ -116,8 +120,12 @@ def run(stage: Stage) -> dict:
     prepare(stage.seed, "kto")
     parent = stage.inputs["policy"].folder / "model"
     tokenizer = load_tokenizer(parent)
-    rows = [row for row in stage.rows("data", "feedback.jsonl") if row["split"] == "reward"]
-    examples = tokenize(rows, tokenizer, config)
+    rows = stage.rows("data", "feedback.jsonl")
+
+    def tokenized(split: str) -> list[dict]:
+        return tokenize([row for row in rows if row["split"] == split], tokenizer, config)
+
+    examples, heldout = tokenized("reward"), tokenized("heldout") if config.evaluate_every else []
     liked = sum(example["label"] for example in examples)
     check_labels(examples, config)
     if config.loss == "kto" and rows_at_once("kto", config, processes()) == 1:
@@ -136,10 +144,15 @@ def run(stage: Stage) -> dict:
             undesirable_weight=config.undesirable_weight,
             precompute_ref_log_probs=True,
         )
+        unseen = heldout
         if config.loss == "kto":
-            rows = with_mismatched(rows, config.batch_size)
+            rows, unseen = with_mismatched(rows, config.batch_size), with_mismatched(heldout, max(1, len(heldout)))
         return PretokenizedKtoTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=heldout_dataset(config, unseen),
+            processing_class=tokenizer,
         )
 
     history, metrics = optimise(stage, config, parent, examples, ("completion_ids",), "ratings", trainer_of)

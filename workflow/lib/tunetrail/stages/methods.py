@@ -31,10 +31,10 @@ from tunetrail.files import canonical_json, read_finished_rows
 from tunetrail.models.checkpoints import kept_steps
 from tunetrail.models.finetuning import Cost, Example, build, mean_losses, train
 from tunetrail.models.lengths import check_blocks
-from tunetrail.models.loading import load_tokenizer, trained_parameters
+from tunetrail.models.loading import load_tokenizer, trained_parameters, trained_weights
 from tunetrail.models.runtime import quiet_libraries, seed_everything
 from tunetrail.models.supervised import given_and_learnt, tokenize
-from tunetrail.models.training import bit_sums, check_learnt, epoch_order, trained_weights, warn_of_few_steps
+from tunetrail.models.training import bit_sums, check_learnt, epoch_order, warn_of_few_steps
 from tunetrail.seeds import derive_seed
 from tunetrail.stages.registry import start
 

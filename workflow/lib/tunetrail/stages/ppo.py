@@ -27,13 +27,14 @@ from tunetrail.models.loading import (
     load_reward_model,
     load_tokenizer,
     trained_parameters,
+    trained_weights,
     training_flops,
     with_lora,
 )
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.trackers import accelerator_options, tracking
-from tunetrail.models.training import bit_sums, check_learnt, trained_weights, warn_of_few_steps
+from tunetrail.models.training import bit_sums, check_learnt, warn_of_few_steps
 from tunetrail.ppo.engines import VllmEngine
 from tunetrail.ppo.scoring import Scoring, scoring
 from tunetrail.ppo.sharding import gathered, whole_state

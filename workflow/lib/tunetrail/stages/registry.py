@@ -18,6 +18,7 @@ from tunetrail.config.comparisons import LlmJudge
 from tunetrail.config.imported import ImportedModel
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import ScorerConfig, needed
+from tunetrail.config.shares import PAIRED
 from tunetrail.provenance.manifest import MANIFEST, DigestCache, artifact_around, digest_of, sample, visible_files
 
 Inputs = dict[str, str]
@@ -190,9 +191,11 @@ _TABLE = (
         "reward", _scored, "model",
         distributed=True, gpu=True,
     ),
-    StageInfo(
-        "dpo", lambda c, policy: {"policy": start_of(c, policy), "comparisons": _comparisons(c)}, "model",
-        block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+    *(
+        StageInfo(
+            name, lambda c, policy: {"policy": start_of(c, policy), "comparisons": _comparisons(c)}, "model",
+            block="policies", wildcard="policy", folder="policies", distributed=True, gpu=True,
+        ) for name in PAIRED
     ),
     StageInfo(
         "kto", lambda c, policy: {"policy": start_of(c, policy), "data": "data"}, "model",

@@ -35,6 +35,7 @@ from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import spearman
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.heldout import heldout_dataset
 from tunetrail.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -73,10 +74,6 @@ def split_rows(rows: list[dict], batch_size: int) -> tuple[list[dict], list[dict
     return training, heldout
 
 
-def response_tokens(example: dict) -> int:
-    return sum(map(len, example["responses"]))
-
-
 @dataclass
 class Probes:
     """Linear probes, fitted before any training."""
@@ -105,7 +102,7 @@ def fit_probes(
 
 
 def train_model(
-    stage: Stage, config: RewardConfig, tokenizer: Any, model: Any, examples: list[dict]
+    stage: Stage, config: RewardConfig, tokenizer: Any, model: Any, examples: list[dict], unseen: list[dict]
 ) -> tuple[Any, list, dict]:
     """(trained classifier, history, the part of metrics.json about training)."""
     weights = pop_weights(examples)
@@ -113,22 +110,24 @@ def train_model(
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
-    tokens = [len(e["responses"]) * len(e["prompt"]) + response_tokens(e) for e in examples]
-    stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in order))
+    tokens = [len(e["responses"]) * len(e["prompt"]) + sum(map(len, e["responses"])) for e in examples]
     trainer = KWiseTrainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(stage, config), remove_unused_columns=False),
         train_dataset=Dataset.from_list([examples[i] for i in order]),
+        eval_dataset=heldout_dataset(config, unseen),
         data_collator=KWiseCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         head_learning_rate=config.head_learning_rate,
     )
-    history = train(stage, trainer, config)
+    history, about = train(stage, trainer, config)
+    taken = order[: len(history) * config.batch_size]
+    stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in taken))
     model = trained_model(trainer)
     if config.lora is not None and is_main_process():
         model = model.merge_and_unload()  # so that the bias below fits the scores of the published model
     left_out = rows_left_out("reward", rows_per_epoch(weights), config.batch_size) if is_main_process() else 0
-    return model, history, counts | {"rows_left_out": left_out}
+    return model, history, counts | about | {"rows_left_out": left_out}
 
 
 def demonstrations(stage: Stage, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
@@ -152,7 +151,7 @@ def train_and_evaluate(stage: Stage, config: RewardConfig) -> dict[str, Any]:
     probes = fit_probes(stage, config, sft, examples, [row["group"] for row in training], unseen)
     model = initialise(sft, derive_seed(stage.seed, "head"), config.pooling, probes.head)
     del sft  # not needed in memory while the reward model trains
-    model, history, counts = train_model(stage, config, tokenizer, model, examples)
+    model, history, counts = train_model(stage, config, tokenizer, model, examples, unseen)
     if not is_main_process():
         return {}
 
