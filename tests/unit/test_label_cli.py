@@ -117,6 +117,15 @@ def test_exporting_and_verifying(kind, request, capsys):
     assert capsys.readouterr().out.endswith(f"head {opened.head()}\n")
 
 
+def test_a_backup_is_a_store(store, tmp_path, capsys):
+    Store(store).publish([ranking("a")])
+    copy = str(tmp_path / "copy.db")
+    assert main(["label", "backup", copy, "--store", store]) == 0
+    assert capsys.readouterr().out == f"{copy}: head {Store(store).head()}\n"
+    assert main(["label", "verify", "--store", copy]) == 0
+    assert main(["label", "backup", copy, "--store", store]) == 2
+
+
 def test_a_store_of_a_run_takes_no_other_tasks(store, tmp_path, capsys):
     opened = Store(store)
     opened.publish([ranking("a")])

@@ -160,7 +160,7 @@ def run(stage: Stage) -> dict:
         "vocabulary": len(tokenizer),
         "pad": tokenizer.pad_token,
         "eos": tokenizer.eos_token,
-        "source": source.model_dump(mode="json", exclude={"chat_template"}),
+        "source": source.model_dump(mode="json", exclude={"chat_template", "unpacked_mb"}),
     }
 
 
