@@ -51,7 +51,7 @@ class Settings:
     guidelines: str = ""
     """Markdown."""
     seed: int = 0
-    """Of the order in which completions are shown."""
+    """The seed of the order in which completions are shown."""
 
     def __post_init__(self) -> None:
         for name, low in {
