@@ -75,9 +75,9 @@ def _print_result(result: Any, code: int) -> None:
     for finding in result.findings:
         print(finding)
     signers = sorted({name for names in result.signed.values() for name in names})
-    found = {finding.name for finding in result.findings}
+    kinds = {finding.name for finding in result.findings}
     marks = ["UNSIGNED" if result.unsigned else f"signed by {', '.join(signers)}"]
-    marks += [mark for name, mark in MARKS.items() if name in found]
+    marks += [mark for name, mark in MARKS.items() if name in kinds]
     print(
         f"{WORDS[code]}: {len(result.artifacts)} artifacts, {result.bytes_read / 1e9:.2f} GB compared, "
         f"{len(result.findings)} findings, {', '.join(marks)}"

@@ -67,13 +67,15 @@ def status(
         return SOUND
     from tunetrail.provenance import versions
 
-    statuses, others = monitor.statuses(jobs, rerun), _other_versions(jobs)
+    statuses, other_versions = monitor.statuses(jobs, rerun), _other_versions(jobs)
     if as_json:
-        by_name = {other["artifact"]: other for other in versions.as_json(others)}
+        by_name = {other["artifact"]: other for other in versions.as_json(other_versions)}
         print_json([s | {"other_version": by_name.get(s["name"])} for s in monitor.as_json(statuses)])
     else:
         monitor.print_status(statuses, rerun)
-        print("".join(f"{line}\n" for line in ["", *versions.as_lines(others)]) if others else "", end="")
+        print(
+            "".join(f"{line}\n" for line in ["", *versions.as_lines(other_versions)]) if other_versions else "", end=""
+        )
     return SOUND
 
 
@@ -94,11 +96,11 @@ def plan(
     known = Forecast([], [])
     if config and data:  # there is none if the workflow has several runs as modules
         known = forecast(config, data.manifest.parent, data.manifest.exists() and not data.needed)
-    others = _other_versions(jobs)
+    other_versions = _other_versions(jobs)
     if as_json:
-        print_json(monitor.as_json(steps) | {"notes": known.notes, "other_versions": versions.as_json(others)})
+        print_json(monitor.as_json(steps) | {"notes": known.notes, "other_versions": versions.as_json(other_versions)})
     else:
-        notes = [*(f"Note: {note}" for note in known.notes), *versions.as_lines(others)]
+        notes = [*(f"Note: {note}" for note in known.notes), *versions.as_lines(other_versions)]
         print("\n".join([monitor.as_text(steps), "", *known.table, *notes]))
     return SOUND
 

@@ -133,8 +133,8 @@ class LmEvalConfig(Block):
 
     def own_files(self) -> list[Path]:
         """Every file below include_path, sorted, without what Python caches next to its sources."""
-        found = [] if self.include_path is None else self.include_path.rglob("*")
-        return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+        paths = [] if self.include_path is None else self.include_path.rglob("*")
+        return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
 
 
 class ReportConfig(Block):

@@ -27,7 +27,7 @@ def _is_block(annotation: Any) -> bool:
 def _variants(annotation: Any) -> dict[str, type[Block]]:
     """The blocks of a union by the value of `source`, `labeler`, `method` or `scorer` that distinguishes them, or by
     tags that no file has."""
-    found: dict[str, type[Block]] = {
+    variants: dict[str, type[Block]] = {
         tag.tag: get_args(part)[0]
         for part in get_args(annotation)
         if get_origin(part) is Annotated
@@ -38,8 +38,8 @@ def _variants(annotation: Any) -> dict[str, type[Block]]:
         tag = block.model_fields.keys() & {"source", "labeler", "method", "scorer"} - (
             {"scorer"} if "labeler" in block.model_fields else set()
         )
-        found |= {get_args(block.model_fields[name].annotation)[0]: block for name in tag}
-    return found
+        variants |= {get_args(block.model_fields[name].annotation)[0]: block for name in tag}
+    return variants
 
 
 def _locate(loc: tuple) -> tuple[str, Any]:

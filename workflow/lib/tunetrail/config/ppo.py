@@ -142,7 +142,7 @@ class PpoConfig(Training):
 
     @property
     def optimizer_steps(self) -> int:
-        """Of all iterations, unless `stop_kl` ends some of them early."""
+        """Steps of all iterations together, if `stop_kl` ends none of them early."""
         return self.steps * self.epochs * (self.batch_size // (self.minibatch_size or self.batch_size))
 
     @property

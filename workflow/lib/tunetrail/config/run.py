@@ -135,11 +135,11 @@ class Config(Block):
 
     def files(self) -> dict[str, Path]:
         """Every path the config names, by key."""
-        found: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
 
         def walk(value: Any, key: str) -> None:
             if isinstance(value, Path):
-                found[key] = value
+                paths[key] = value
             elif isinstance(value, BaseModel):
                 for name in type(value).model_fields:
                     walk(getattr(value, name), f"{key}.{name}" if key else name)
@@ -151,7 +151,7 @@ class Config(Block):
                     walk(item, f"{key}.{name}")
 
         walk(self, "")
-        return found
+        return paths
 
 
 # Each check yields a line per mistake.
@@ -242,10 +242,10 @@ def _needs(config: Config) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
 
 def _share_problems(config: Config) -> Iterator[str]:
     for key, split, kinds, why in _needs(config):
-        found = [share_of(config, kind, split) for kind in kinds if config.data.pins(kind)]
-        if any(found) or not found:  # a missing source is a separate mistake
+        given = [share_of(config, kind, split) for kind in kinds if config.data.pins(kind)]
+        if any(given) or not given:  # a missing source is a separate mistake
             continue
-        if any(share is not None for share in found):
+        if any(share is not None for share in given):
             yield f"{key}: {why}"
         else:
             yield (

@@ -165,11 +165,11 @@ def problems_of_sums(defined: Mapping[str, ScorerConfig]) -> Iterator[str]:
 
 def _reached(names: Iterable[str], scorers: Mapping[str, ScorerConfig]) -> set[str]:
     """These names, the names of their parts, and so on; including unknown ones."""
-    found: set[str] = set()
+    names_reached: set[str] = set()
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in names_reached:
+            names_reached.add(name)
             waiting += terms(scorers.get(name))
-    return found
+    return names_reached

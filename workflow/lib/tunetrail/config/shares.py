@@ -65,7 +65,7 @@ def _names(config: "Config", reader: str, split: str) -> list[str]:
 def readers(config: "Config") -> Readers:
     """Which stages read which rows. Splits that cannot use rows of a kind are left out; those that nothing reads now
     are empty lists."""
-    found = {
+    by_kind = {
         kind: {
             split: [name for reader in by for name in _names(config, reader, split)]
             for split, by in by_split.items()
@@ -73,10 +73,10 @@ def readers(config: "Config") -> Readers:
         }
         for kind, by_split in READ_BY.items()
     }
-    chosen = found["preferences"].pop("sft")
+    chosen = by_kind["preferences"].pop("sft")
     if config.data.sft_on_chosen:
-        found["preferences"]["reward"] += chosen
-    return found
+        by_kind["preferences"]["reward"] += chosen
+    return by_kind
 
 
 def _is_given_apart(data: DataConfig, kind: str, split: str) -> bool:
@@ -104,19 +104,19 @@ def _spread(given: Mapping[str, float], read: Mapping[str, list[str]], closed: l
         read: split -> its readers, for the splits that can use this kind.
         closed: splits that are reserved for other sources.
     """
-    found = {split: share for split, share in given.items() if split in read}
-    follow = _follow([split for split, by in read.items() if by and split not in found and split not in closed])
+    fixed = {split: share for split, share in given.items() if split in read}
+    follow = _follow([split for split, by in read.items() if by and split not in fixed and split not in closed])
     if follow and sum(given.values()) < 1 - TOLERANCE:  # otherwise the config leaves nothing for other splits
-        rest = 1 - sum(found.values())
-        return found | {split: share * rest for split, share in follow.items()}
-    total = sum(found.values())
+        rest = 1 - sum(fixed.values())
+        return fixed | {split: share * rest for split, share in follow.items()}
+    total = sum(fixed.values())
     scale = 1 if abs(total - 1) <= TOLERANCE else total
-    return {split: share / scale for split, share in found.items() if share > 0}
+    return {split: share / scale for split, share in fixed.items() if share > 0}
 
 
 def shares(config: "Config") -> dict[str, dict[str, float]]:
     """Kind -> split -> share of that kind's groups, for the kinds that an unpinned source may have."""
-    data, found = config.data, {}
+    data, result = config.data, {}
     for kind, read in readers(config).items():
         if None not in data.pins(kind):
             continue
@@ -125,8 +125,8 @@ def shares(config: "Config") -> dict[str, dict[str, float]]:
         spread = _spread(data.shares.given, readers(config)[like], closed)
         spread = {split: share for split, share in spread.items() if split in read}
         total = sum(spread.values()) if kind == "text" else 1
-        found[kind] = {split: spread[split] / total for split in SPLITS if spread.get(split)}
-    return found
+        result[kind] = {split: spread[split] / total for split in SPLITS if spread.get(split)}
+    return result
 
 
 def share_of(config: "Config", kind: str, split: str) -> float | None:

@@ -114,12 +114,12 @@ class ProgressBar:
             self.bar.update(self.task, completed=self.done, note=f"{rate:.3g} {self.unit}/s  {note}")
         if now - self.printed >= self.every or self.done >= self.total:
             self.printed = now
-            left = (self.total - self.done) / rate if rate > 0 else None
+            seconds_left = (self.total - self.done) / rate if rate > 0 else None
             if not self.bar:
-                shown = "?" if left is None else duration(left)
+                shown = "?" if seconds_left is None else duration(seconds_left)
                 text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {shown} left  {note}"
                 log.info("%s", text)
-            self._write(rate, left, note, values or {})
+            self._write(rate, seconds_left, note, values or {})
 
     def _write(self, rate: float, left: float | None, note: str, values: Mapping[str, float]) -> None:
         if _file is None:

@@ -22,16 +22,16 @@ def check_unchanged(key: str, path: Path, planned: str | None, cache: DigestCach
 def own_scorers(scorers: Mapping[str, Mapping[str, Any]], cache: DigestCache) -> list[Dependency]:
     """The user's own files and folders among a stage's scorers. Raises DataError for one that changed since the run was
     planned."""
-    found = []
+    dependencies = []
     for name, scorer in scorers.items():
         if scorer.get("path"):
             path = Path(scorer["path"])
             check_unchanged(f"scorers.{name}", path, scorer.get("sha256"), cache)
             if path.is_dir():
-                found.append(local_model("scorer", path, scorer["licence"], cache))
+                dependencies.append(local_model("scorer", path, scorer["licence"], cache))
             else:
-                found.append(dependency("scorer", name, scorer["sha256"], files={str(path): scorer["sha256"]}))
-    return found
+                dependencies.append(dependency("scorer", name, scorer["sha256"], files={str(path): scorer["sha256"]}))
+    return dependencies
 
 
 def hub_scorers(scorers: Mapping[str, Mapping[str, Any]]) -> list[Dependency]:

@@ -38,8 +38,8 @@ def seconds_left() -> float | None:
     took to start counts against it.
     """
     minutes, end = number_from(TIME_LIMIT, "minutes"), number_from(DEADLINE, "seconds since 1970")
-    left = [60 * minutes] if minutes is not None else []
-    return min(left + ([end - time.time()] if end is not None else []), default=None)
+    limits = [60 * minutes] if minutes is not None else []
+    return min(limits + ([end - time.time()] if end is not None else []), default=None)
 
 
 class Stop:
@@ -54,8 +54,8 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        left = seconds_left()
-        self.deadline = None if left is None else time.monotonic() + max(left * 0.9, left - 300)
+        remaining = seconds_left()
+        self.deadline = None if remaining is None else time.monotonic() + max(remaining * 0.9, remaining - 300)
         minutes = number_from("TUNETRAIL_CHECKPOINT_MINUTES", "minutes")
         self.interval = 60 * (10 if minutes is None else minutes)
         self.last_save = time.monotonic()

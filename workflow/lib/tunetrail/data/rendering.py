@@ -77,7 +77,7 @@ class Measured(NamedTuple):
     """Counted only if the source limits it; else 0."""
     prompt: int
     answer: int
-    """Of the longest answer; 0 if there is none."""
+    """Tokens of the longest answer; 0 if there is none."""
 
     @property
     def whole(self) -> int:

@@ -59,7 +59,7 @@ class Remaining(TypedDict):
 
     answers: int
     work_seconds: float | None
-    """Of one person."""
+    """Seconds of work for one person."""
     seconds: float | None
     """Until all is done, at the pace so far."""
 

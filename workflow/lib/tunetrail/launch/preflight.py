@@ -66,8 +66,8 @@ def check(config: Config, source: str = "config", packages: bool = True, folder:
 
 def refuse(lines: Iterator[str]) -> None:
     """Raises ConfigError with these lines, if there are any."""
-    if found := list(lines):
-        raise ConfigError("\n".join(found))
+    if messages := list(lines):
+        raise ConfigError("\n".join(messages))
 
 
 def missing_packages(config: Config) -> Iterator[str]:
@@ -125,9 +125,9 @@ def check_lengths(folder: Path, data: DataConfig, rows: Sequence[dict]) -> None:
     sample = [row | {"prompt": row["messages"][-1]["content"].strip(), "max_tokens": None} for row in asked[::step]]
     lengths = measured(sample, Counter(folder))
     of = "rows" if step == 1 else "sampled rows"
-    found = [finding for limit in limits(data, positions(folder)) if (finding := limit.finding(lengths, of))]
-    if found:
-        leave_out(found, "error")
+    too_long = [finding for limit in limits(data, positions(folder)) if (finding := limit.finding(lengths, of))]
+    if too_long:
+        leave_out(too_long, "error")
 
 
 def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[dict]) -> list[str]:
@@ -151,13 +151,13 @@ def check_recorded(labeler: RecordedLabeler, data: DataConfig, rows: Sequence[di
     are_rendered = any(prompt in name for prompt in missing[:1] for name in recorded)
     if not missing or not are_all_local or are_rendered:
         return []
-    found = (
+    problem = (
         f"comparisons.path: {labeler.path} ranks no completions of {len(missing)} of {len(prompts)} prompts of "
         f"data.demonstrations, the first at {prompts[missing[0]]['where']}"
     )
     if len(missing) == len(prompts) or any(prompts[prompt]["pinned"] for prompt in missing):
-        raise DataError(f"{found}; add lines for them, or check the prompts and columns of the file")
+        raise DataError(f"{problem}; add lines for them, or check the prompts and columns of the file")
     return [
-        f"{found}; the run stops at comparisons if one of them falls to reward or heldout: pin a source of ranked "
+        f"{problem}; the run stops at comparisons if one of them falls to reward or heldout: pin a source of ranked "
         "prompts to these splits (split)"
     ]

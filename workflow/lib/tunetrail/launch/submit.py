@@ -174,8 +174,8 @@ class Jobs:
 
     def forget(self, name: str, job: Job) -> None:
         """Forgets the job, unless another launcher has meanwhile submitted another one under this name."""
-        found = self.read(name)
-        if found is None or found[0].job_id == job.job_id:
+        recorded = self.read(name)
+        if recorded is None or recorded[0].job_id == job.job_id:
             (self.folder / f"{name}.json").unlink(missing_ok=True)
 
 
@@ -317,11 +317,11 @@ def launch(command: list[str], stage: str, resources: Mapping[str, Any], threads
 
     def cancel(signum: int, _: object) -> None:
         _withdraw(jobs, stage, name)
-        mine = jobs.read(name)  # also if another launcher has submitted it with its own
-        if mine and mine[1] == key and _is_alive(mine[0]):
-            print(f"{stage}: cancelling job {mine[0].job_id}", file=sys.stderr)
-            _cancel(mine[0])
-            jobs.forget(name, mine[0])
+        submitted = jobs.read(name)  # also if another launcher has submitted it with its own
+        if submitted and submitted[1] == key and _is_alive(submitted[0]):
+            print(f"{stage}: cancelling job {submitted[0].job_id}", file=sys.stderr)
+            _cancel(submitted[0])
+            jobs.forget(name, submitted[0])
         raise SystemExit(128 + signum)
 
     for signum in STOPPING:

@@ -39,7 +39,7 @@ def option(command: Sequence[str], name: str) -> Path:
 
 def progress(state: Path) -> set[tuple[str, int, int]]:
     """What a stage has saved: path, size and time of every file that it could resume from."""
-    found = set()
+    saved = set()
     for path in state.rglob("*"):
         if not any(mark in path.name for mark in _NO_PROGRESS):
             try:
@@ -47,8 +47,8 @@ def progress(state: Path) -> set[tuple[str, int, int]]:
             except FileNotFoundError:  # removed meanwhile
                 continue
             if not path.is_dir():
-                found.add((str(path), stat.st_size, stat.st_mtime_ns))
-    return found
+                saved.add((str(path), stat.st_size, stat.st_mtime_ns))
+    return saved
 
 
 def _copy(source: IO[bytes], log: IO[bytes] | None) -> None:

@@ -32,8 +32,8 @@ def minutes_left() -> float | None:
     except (OSError, subprocess.TimeoutExpired):  # in a container there may be no squeue
         return None
     # The id of an array stands for all its tasks: the shortest time is safe.
-    left = [parse_time_left(line.strip()) for line in reply.stdout.splitlines()] if reply.returncode == 0 else []
-    return min((minutes for minutes in left if minutes is not None), default=None)
+    limits = [parse_time_left(line.strip()) for line in reply.stdout.splitlines()] if reply.returncode == 0 else []
+    return min((minutes for minutes in limits if minutes is not None), default=None)
 
 
 def stage_environment() -> dict[str, str]:

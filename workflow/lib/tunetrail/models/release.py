@@ -47,7 +47,7 @@ class RunModel:
     """Has weights and config. For a kept adapter: the `model/` that it is merged into."""
     adapter: Path | None = None
     step: int | None = None
-    """Of a model kept along the way."""
+    """The training step of a kept checkpoint; None for the final model."""
 
     @property
     def config(self) -> dict[str, Any]:

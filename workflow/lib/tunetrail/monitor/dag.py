@@ -125,14 +125,14 @@ def jobs_of(workflow: Any) -> list[Job]:
         if (config := job.output.get("config"))
     }
     names = {str(path): artifact_name(path, run) for job, run in ours.items() if (path := job.output.get("manifest"))}
-    found = []
+    jobs = []
     stages = [[job for job in level if str(job.output.get("manifest")) in names] for level in dag.toposorted()]
     for job in (job for level in stages for job in sorted(level, key=lambda job: _natural(job.output.manifest))):
         manifest = job.output.manifest
         parents = {file: parent for parent, files in dag.dependencies[job].items() for file in files}
         awaited = {str(file) for file, parent in parents.items() if parent in needed}
         state = job.params.get("state")
-        found.append(
+        jobs.append(
             Job(
                 name=names[str(manifest)],
                 rule=job.rule.name,
@@ -149,7 +149,7 @@ def jobs_of(workflow: Any) -> list[Job]:
                 submitted=snakemake_adapter.submitted_ids(workflow, job) if job in needed else (),
             )
         )
-    return found
+    return jobs
 
 
 def forget_failed(workflow: Any) -> None:
@@ -178,8 +178,11 @@ def has_made(workflow: Any, run: Path) -> bool:
 def others_failed(workflow: Any) -> bool:
     """Whether a job of another workflow, of which this is a module, had all its inputs and did not succeed."""
     dag = workflow.dag
-    left = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
-    return any(snakemake_adapter.run_of(job) is None and not left.intersection(dag.dependencies[job]) for job in left)
+    unfinished = {job for job in dag.jobs if dag.needrun(job) and not dag.finished(job)}
+    return any(
+        snakemake_adapter.run_of(job) is None and not unfinished.intersection(dag.dependencies[job])
+        for job in unfinished
+    )
 
 
 def read_run(profile: str, configfiles: list[Path], snakefile: Path | None = None) -> tuple[Any, list[Job]]:

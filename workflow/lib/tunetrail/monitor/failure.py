@@ -27,8 +27,8 @@ def summary(found: list[StageStatus], arguments: list[str]) -> str:
         arguments: those that snakemake was started with.
     """
     people = [f"{s.name} waits {s.detail}" for s in found if s.waits_for_people]
-    again = f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"
-    return "\n".join(["", *failure_lines(failed(found)), *people, again])
+    advice = f"To go on with all that is left: {shlex.join(['snakemake', *arguments])}"
+    return "\n".join(["", *failure_lines(failed(found)), *people, advice])
 
 
 def seal(run: Path) -> None:
@@ -45,7 +45,7 @@ def after_failure(workflow: Any, run: Path, arguments: list[str]) -> int:
     seal(run)
     forget_failed(workflow)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    left = [job for job in jobs_of(workflow) if job.needed and job.manifest.is_relative_to(run)]
-    found = statuses(left, shlex.join(["snakemake", *options]))
-    print(summary(found, arguments), file=sys.stderr)
-    return FAULT if others_failed(workflow) else common_code(found)
+    jobs = [job for job in jobs_of(workflow) if job.needed and job.manifest.is_relative_to(run)]
+    stages = statuses(jobs, shlex.join(["snakemake", *options]))
+    print(summary(stages, arguments), file=sys.stderr)
+    return FAULT if others_failed(workflow) else common_code(stages)

@@ -70,8 +70,8 @@ def expected_tables(config: Config) -> Tables | None:
     if any(isinstance(source, HubSource) for source in data.sources):
         return None
     embedded = [source for source in data.demonstrations if isinstance(source, DocstringSource)]
-    others = [source for source in data.demonstrations if source not in embedded]
-    rows, _ = read_all(data.model_copy(update={"demonstrations": others}), Account())
+    other_sources = [source for source in data.demonstrations if source not in embedded]
+    rows, _ = read_all(data.model_copy(update={"demonstrations": other_sources}), Account())
     rows += [row for source in embedded for row in _docstring_rows(source)]
     for row in rows:
         if "messages" in row:
@@ -86,42 +86,42 @@ def steps_of(config: Config, tables: Tables) -> dict[str, int]:
     """Stage or policy that trains -> its maximum number of optimizer steps."""
 
     def of(block: Epochs, *counted: tuple[dict, int]) -> int:
-        """Of (row, examples that are made of it)."""
+        """Optimizer steps on these rows, each with the number of examples made from it."""
         per_epoch = rows_per_epoch([row.get("weight", 1.0) for row, n in counted for _ in range(n)])
         return block.epochs * (per_epoch // block.batch_size)
 
     own = [row for row in tables["reward"] if "rankings" in row]
     rated = [(row, len(row.get("ratings", ()))) for row in tables["reward"]]
-    others = [row for row in tables["reward"] if not {"rankings", "ratings"} & row.keys()]
-    sampled = others if config.completions else []
+    unranked = [row for row in tables["reward"] if not {"rankings", "ratings"} & row.keys()]
+    sampled = unranked if config.completions else []
     k = config.completions.per_prompt if config.completions else 0
-    found = {}
+    steps = {}
     if sft := config.trained_sft:
         # A token has at least one byte.
         blocks = [
             (row, math.ceil(len(row["text"].encode()) / sft.max_length) if "text" in row else 1)
             for row in tables["sft"]
         ]
-        found["sft"] = of(sft, *blocks)
+        steps["sft"] = of(sft, *blocks)
     if config.trained_reward:
-        found["reward"] = of(config.trained_reward, *((row, 1) for row in [*own, *sampled]))
+        steps["reward"] = of(config.trained_reward, *((row, 1) for row in [*own, *sampled]))
     for name, policy in config.policies.items():
         if isinstance(policy, FromPairs):
             pairs = [(row, len(widest_pairs(row["rankings"], policy.pairs_per_prompt))) for row in own]
             of_prompt = int(min(policy.pairs_per_prompt or math.inf, k * (k - 1) / 2))
-            found[f"policies.{name}"] = of(policy, *pairs, *((row, of_prompt) for row in sampled))
+            steps[f"policies.{name}"] = of(policy, *pairs, *((row, of_prompt) for row in sampled))
         elif policy.method == "kto":
-            found[f"policies.{name}"] = of(policy, *rated)
+            steps[f"policies.{name}"] = of(policy, *rated)
         elif policy.method == "ppo":
-            found[f"policies.{name}"] = policy.optimizer_steps
+            steps[f"policies.{name}"] = policy.optimizer_steps
     if config.methods:
-        found["methods"] = config.methods.steps
-    return found
+        steps["methods"] = config.methods.steps
+    return steps
 
 
 def unread(config: Config) -> list[str]:
     """A line for each split that gets rows, by a given share or a pin, although no stage reads them."""
-    found = []
+    lines = []
     for kind, by_split in readers(config).items():
         for split in SPLITS:
             # A file of demonstrations may have no raw text.
@@ -130,8 +130,8 @@ def unread(config: Config) -> list[str]:
             sent = (
                 f"{kind} are pinned there" if split in config.data.pins(kind) else f"{share:.0%} of the {kind} go there"
             )
-            found.append(f"{split}: {sent}, but no stage reads them")
-    return found
+            lines.append(f"{split}: {sent}, but no stage reads them")
+    return lines
 
 
 def without_reference(config: Config) -> list[str]:

@@ -56,23 +56,23 @@ def read_gres(text: str) -> dict[str, int]:
     >>> read_gres("gpu:a100:4(S:0-1),shard:8,gpu:2")
     {'a100': 4, '': 2}
     """
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for entry in re.sub(r"\([^)]*\)", "", text).split(","):
         name, *rest = entry.strip().split(":")
         if name == "gpu":
             kind = rest[0] if rest and not rest[0].isdigit() else ""
             count = int(rest[-1]) if rest and rest[-1].isdigit() else 1
-            found[kind] = found.get(kind, 0) + count
-    return found
+            counts[kind] = counts.get(kind, 0) + count
+    return counts
 
 
 def read_sinfo(text: str) -> list[Nodes]:
     """The lines of `sinfo -h -a -e -o %R|%a|%l|%m|%c|%G|%T|%D`."""
-    found = []
+    nodes = []
     for line in text.splitlines():
         name, up, limit, memory, cpus, gres, state, count = line.split("|")
         minutes = parse_time_left(limit)
-        found.append(
+        nodes.append(
             Nodes(
                 name,
                 up == "up",
@@ -84,7 +84,7 @@ def read_sinfo(text: str) -> list[Nodes]:
                 int(count),
             )
         )
-    return found
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ class ResourceRequest:
     cpus: int
     gpus: dict[str, int]
     options: dict[str, str]
-    """Of sbatch."""
+    """Options of sbatch."""
     launcher: str = "inline"
 
 
 def requests(jobs: list[Job]) -> list[ResourceRequest]:
     """The requests of all rules. Raises ConfigError if no rule names a partition: then the profile is not for Slurm."""
-    found: dict[str, ResourceRequest] = {}
+    by_rule: dict[str, ResourceRequest] = {}
     for job in jobs:
         given = {name: job.resources[name] for name in SLURM if job.resources.get(name) not in (None, "", "<TBD>")}
         n, nodes = gpus(given), int(given.get("nodes") or 1)
@@ -114,7 +114,7 @@ def requests(jobs: list[Job]) -> list[ResourceRequest]:
         cpus = int(given.get("cpus_per_gpu") or 0) * math.ceil(n / nodes) or int(
             given.get("cpus_per_task") or job.threads
         )
-        found.setdefault(
+        by_rule.setdefault(
             job.rule,
             ResourceRequest(
                 job.rule,
@@ -127,12 +127,12 @@ def requests(jobs: list[Job]) -> list[ResourceRequest]:
                 str(job.resources.get("launcher") or "inline"),
             ),
         )
-    if not any(request.partition for request in found.values()):
+    if not any(request.partition for request in by_rule.values()):
         raise ConfigError(
             "no rule has a slurm_partition in this profile; give --profile the one for your Slurm site, such as "
             "profiles/slurm"
         )
-    return list(found.values())
+    return list(by_rule.values())
 
 
 def read_settings(text: str) -> dict[str, str]:

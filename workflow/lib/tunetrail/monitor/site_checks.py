@@ -49,10 +49,10 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
     own, name = [n for n in nodes if n.partition == request.partition], f"rule {request.rule}"
     if not own:
         return []  # reported once, for the partition
-    where, found = f"set-resources: {request.rule} of the profile", []
+    where, checks = f"set-resources: {request.rule} of the profile", []
     limit, memory, cpus = max(n.minutes for n in own), max(n.mem_mb for n in own), max(n.cpus for n in own)
     if request.minutes > limit:
-        found.append(
+        checks.append(
             finding(
                 name,
                 f"asks for {request.minutes:g} minutes, {request.partition} gives at most {limit:g}",
@@ -60,7 +60,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
             )
         )
     if request.mem_mb > memory:
-        found.append(
+        checks.append(
             finding(
                 name,
                 f"asks for {request.mem_mb} MB per node, those of {request.partition} have at most {memory}",
@@ -68,7 +68,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
             )
         )
     if request.cpus > cpus:
-        found.append(
+        checks.append(
             finding(
                 name,
                 f"asks for {request.cpus} CPUs per node, those of {request.partition} have at most {cpus}",
@@ -78,7 +78,7 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
     for kind, n in request.gpus.items():
         if not any(_holds(kind, n, m) for m in own):
             has = ", ".join(sorted({f"{k or 'gpu'}:{c}" for m in own for k, c in m.gpus.items()})) or "none"
-            found.append(
+            checks.append(
                 finding(
                     name,
                     f"asks for {n} GPUs{f' of type {kind}' if kind else ''} per node, those of {request.partition} "
@@ -86,12 +86,12 @@ def misfits(request: ResourceRequest, nodes: list[Nodes]) -> list[Check]:
                     f"change gres in {where}, or name a partition with such GPUs",
                 )
             )
-    return found
+    return checks
 
 
 def check_partitions(asked: list[ResourceRequest], nodes: list[Nodes]) -> list[Check]:
     """Whether each partition that rules name exists, is up, and has a working node."""
-    found = []
+    checks = []
     known = sorted({n.partition for n in nodes})
     for name in sorted({request.partition for request in asked}):
         rules = ", ".join(request.rule for request in asked if request.partition == name)
@@ -99,7 +99,7 @@ def check_partitions(asked: list[ResourceRequest], nodes: list[Nodes]) -> list[C
         working = sum(n.count for n in own if n.state.rstrip("*~#!%$@^-+") in UP and not n.state.endswith("*"))
         label = f"partition {name or '(none)'}"
         if not name:
-            found.append(
+            checks.append(
                 finding(
                     label,
                     f"{rules}: no partition is named, and the site's default may have no GPU",
@@ -107,7 +107,7 @@ def check_partitions(asked: list[ResourceRequest], nodes: list[Nodes]) -> list[C
                 )
             )
         elif not own:
-            found.append(
+            checks.append(
                 finding(
                     label,
                     f"there is none ({rules} go there)",
@@ -115,15 +115,15 @@ def check_partitions(asked: list[ResourceRequest], nodes: list[Nodes]) -> list[C
                 )
             )
         elif not any(n.up for n in own):
-            found.append(finding(label, f"is not up ({rules} go there)", "name another, or ask the site"))
+            checks.append(finding(label, f"is not up ({rules} go there)", "name another, or ask the site"))
         elif not working:
             states = ", ".join(sorted({n.state for n in own}))
-            found.append(
+            checks.append(
                 finding(label, f"no node of it works: {states}", "name another, or ask the site; sinfo -R says why")
             )
         else:
-            found.append(Check(label, SOUND, f"up, {working} of {sum(n.count for n in own)} nodes work ({rules})"))
-    return found
+            checks.append(Check(label, SOUND, f"up, {working} of {sum(n.count for n in own)} nodes work ({rules})"))
+    return checks
 
 
 def check_preemption(asked: list[ResourceRequest], partitions: str, nodes: str) -> list[Check]:

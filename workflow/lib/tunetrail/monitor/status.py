@@ -106,8 +106,8 @@ def state_folder(job: Job) -> Path | None:
     """The state of the artifact's latest attempt that has not been published; None if there is none."""
     if job.state is None:
         return None
-    found = list(job.state.glob("*/attempts.jsonl"))
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+    attempts = list(job.state.glob("*/attempts.jsonl"))
+    return max(attempts, key=lambda path: path.stat().st_mtime).parent if attempts else None
 
 
 def read_attempts(folder: Path | None) -> list[dict]:
@@ -141,22 +141,22 @@ def latest_progress(folder: Path, since: str) -> tuple[Progress, float | None] |
 
 def submitted_jobs(job: Job) -> list[str]:
     """Ids of the Slurm jobs that were submitted for it: by Snakemake, or by submitit."""
-    found = list(job.submitted)
+    ids = list(job.submitted)
     if job.state is not None:
         jobs, name = job.state.parents[job.name.count("/")] / "jobs", ".".join(job.manifest.parent.parts[-2:])
         with suppress(OSError, ValueError, LookupError):
-            found.append(json.loads((jobs / f"{name}.json").read_text())["job"])
-    return found
+            ids.append(json.loads((jobs / f"{name}.json").read_text())["job"])
+    return ids
 
 
 def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[str, str], ids: list[str]) -> StageStatus:
     this = attempts[-1] if attempts and is_running_attempt(attempts[-1]) else {}
     job_id = next((number for number in [this.get("job_id"), *ids] if number in queue), this.get("job_id"))
     latest = latest_progress(folder, this["start"]) if this and folder else None
-    progress, left = latest if latest else (None, None)
+    progress, seconds_left = latest if latest else (None, None)
     if progress:
         share = f"{progress['done']}/{progress['total']} {progress['unit']}"
-        detail = share if left is None else f"{share}, {duration(left)} left"
+        detail = share if seconds_left is None else f"{share}, {duration(seconds_left)} left"
         detail += f"  {progress['note']}" if progress["note"] else ""
     elif this:
         detail = f"since {this['start']}, no progress reported yet"
@@ -164,7 +164,7 @@ def _running(job: Job, attempts: list[dict], folder: Path | None, queue: dict[st
         detail = "starting"
     if job_id and queue.get(job_id, "RUNNING") != "RUNNING":
         detail = queue[job_id]
-    return StageStatus(job.name, job.rule, "running", detail, progress, left, job_id, len(attempts))
+    return StageStatus(job.name, job.rule, "running", detail, progress, seconds_left, job_id, len(attempts))
 
 
 def _stopped(job: Job, attempts: list[dict], folder: Path | None, rerun: str) -> StageStatus | None:

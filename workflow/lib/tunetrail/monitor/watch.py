@@ -103,7 +103,7 @@ class Watch:
         """The status of every stage, with its curves."""
         if time.monotonic() - self._asked > QUEUE_SECONDS:
             self.queue, self._asked = slurm_queue(), time.monotonic()
-        found = []
+        stages = []
         for job in self._now():
             where = stage_status(job, self.queue, self.rerun)
             folder = state_folder(job) if where.state == "running" else None
@@ -113,8 +113,8 @@ class Watch:
                 if key not in self._ended:
                     self._ended[key] = published(job.manifest.with_name("history.jsonl"))
                 curve = self._ended[key]
-            found.append((where, curve))
-        return found
+            stages.append((where, curve))
+        return stages
 
     def slurm(self, where: StageStatus) -> str:
         if where.slurm_job is None:
@@ -207,9 +207,9 @@ def follow(jobs: list[Job], rerun: str, seconds: float = 2.0) -> None:
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                found = watch.look()
-                live.update(screen(watch, found, datetime.now(), console.height), refresh=True)
-                if all(where.state == "done" for where, _ in found):
+                stages = watch.look()
+                live.update(screen(watch, stages, datetime.now(), console.height), refresh=True)
+                if all(where.state == "done" for where, _ in stages):
                     break
                 time.sleep(seconds)
     except KeyboardInterrupt:

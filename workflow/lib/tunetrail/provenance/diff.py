@@ -12,7 +12,7 @@ from tunetrail.provenance.record import Record
 
 def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:
     """Split -> the numbers of rows in both, only in A, and only in B."""
-    found = {}
+    counts = {}
     names = {path.name for node in (a, b) if node for path in node.folder.glob("*.jsonl")}
     for name in sorted(names):
         rows = [
@@ -20,12 +20,12 @@ def data_rows(a: Node | None, b: Node | None) -> dict[str, dict[str, int]]:
             for node in (a, b)
         ]
         if rows[0] != rows[1]:
-            found[name] = {
+            counts[name] = {
                 "both": len(rows[0] & rows[1]),
                 "only A": len(rows[0] - rows[1]),
                 "only B": len(rows[1] - rows[0]),
             }
-    return found
+    return counts
 
 
 def tensors(a: Path, b: Path) -> dict[str, Any]:

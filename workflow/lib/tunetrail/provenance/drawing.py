@@ -46,14 +46,14 @@ def ordered(parents: Sequence[set[int]]) -> list[int]:
 
 def acyclic(parents: Sequence[set[int]]) -> list[set[int]]:
     """Leaves out one edge of each cycle: a forged record may name its own artifact as an input."""
-    found = [set(of) for of in parents]
+    kept = [set(of) for of in parents]
     while True:
         try:
-            ordered(found)
-            return found
+            ordered(kept)
+            return kept
         except CycleError as e:
             parent, child, *_ = e.args[1]
-            found[child].discard(parent)
+            kept[child].discard(parent)
 
 
 def reduced(parents: Sequence[set[int]]) -> list[set[int]]:
@@ -66,10 +66,10 @@ def reduced(parents: Sequence[set[int]]) -> list[set[int]]:
 
 def columns(parents: Sequence[set[int]]) -> list[int]:
     """The column of each node: one to the right of its rightmost parent."""
-    found = [0] * len(parents)
+    placed = [0] * len(parents)
     for node in ordered(parents):
-        found[node] = max((found[p] + 1 for p in parents[node]), default=0)
-    return found
+        placed[node] = max((placed[p] + 1 for p in parents[node]), default=0)
+    return placed
 
 
 def layout(cells: Sequence[tuple[int, int]], parents: Sequence[set[int]], sizes: Sizes) -> Layout:

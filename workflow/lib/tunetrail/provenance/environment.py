@@ -77,12 +77,12 @@ def packages() -> dict[str, str]:
 
     From the names of their folders: reading their metadata takes 100 times as long.
     """
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for entry in sys.path:
         for folder in Path(entry).glob("*.dist-info"):
             name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
-    return dict(sorted(found.items()))
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
+    return dict(sorted(versions.items()))
 
 
 def lock_file() -> dict | None:
@@ -116,10 +116,10 @@ def environment() -> dict[str, Any]:
 @cache
 def _cpu() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+        match = None
+    return match[1] if match else platform.machine()
 
 
 def _driver() -> str | None:

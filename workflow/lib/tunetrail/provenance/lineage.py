@@ -135,22 +135,22 @@ class Lineage:
 
     def children(self) -> dict[Path, list[Node]]:
         """Folder -> the artifacts made from it, as far as they were added."""
-        found: dict[Path, list[Node]] = {}
+        by_parent: dict[Path, list[Node]] = {}
         for node in self.nodes.values():
             for parent in node.parents.values():
                 if parent is not None:
-                    found.setdefault(parent.folder, []).append(node)
-        return found
+                    by_parent.setdefault(parent.folder, []).append(node)
+        return by_parent
 
     def descendants(self, nodes: list[Node]) -> list[Node]:
         """Everything that was made from these, in the order of the folders."""
-        children, found, todo = self.children(), {}, list(nodes)
+        children, by_folder, todo = self.children(), {}, list(nodes)
         while todo:
             for child in children.get(todo.pop().folder, []):
-                if child.folder not in found:
-                    found[child.folder] = child
+                if child.folder not in by_folder:
+                    by_folder[child.folder] = child
                     todo.append(child)
-        return sorted(found.values(), key=lambda node: node.folder)
+        return sorted(by_folder.values(), key=lambda node: node.folder)
 
 
 def ancestors(node: Node) -> dict[str, Node]:
@@ -158,25 +158,25 @@ def ancestors(node: Node) -> dict[str, Node]:
 
     Stages of other runs are preceded by their run.
     """
-    found: dict[str, Node] = {}
+    nodes: dict[str, Node] = {}
     for at in nearest_first([node]):
         if at.record:
             key = made_by(at.record)
             if (run := run_of(at.folder)) != run_of(node.folder):
                 key = f"{run.name if run else os.path.relpath(at.folder)}/{key}"
-            found.setdefault(key, at)
-    return found
+            nodes.setdefault(key, at)
+    return nodes
 
 
 def nearest_first(nodes: list[Node]) -> list[Node]:
     """These artifacts and all they were made from, nearest first."""
-    found, todo, seen = [], list(nodes), {node.folder for node in nodes}
+    ordered, todo, seen = [], list(nodes), {node.folder for node in nodes}
     while todo:
-        found.append(at := todo.pop(0))
+        ordered.append(at := todo.pop(0))
         parents = [parent for parent in at.parents.values() if parent and parent.folder not in seen]
         seen |= {parent.folder for parent in parents}
         todo += parents
-    return found
+    return ordered
 
 
 def made_by(record: Record) -> str:
@@ -198,14 +198,14 @@ def artifacts_using(lineage: Lineage, what: str) -> list[Node]:
     kind, _, name = what.partition(":")
     if kind in USES:
         uses = USES[kind]
-        found = [node for node in lineage.nodes.values() if uses(node, name)]
+        users = [node for node in lineage.nodes.values() if uses(node, name)]
     elif Path(what).is_dir():
-        found = [node for node in lineage.nodes.values() if node.folder == Path(os.path.abspath(what))]
+        users = [node for node in lineage.nodes.values() if node.folder == Path(os.path.abspath(what))]
     else:
         raise DataError(f"{what}: name {SUBJECTS}")
-    if not found:
+    if not users:
         raise DataError(f"{what}: no artifact here comes from it")
-    return found
+    return users
 
 
 def _read_dataset(node: Node, name: str) -> bool:
@@ -224,8 +224,8 @@ def _has_group(node: Node, group: str) -> bool:
 
 
 def _has_labels_of(node: Node, labeler: str) -> bool:
-    found = node.record.of_role("labels") if node.record else []
-    return any(labeler in labels["annotations"].get("labelers", []) for labels in found)
+    label_sets = node.record.of_role("labels") if node.record else []
+    return any(labeler in labels["annotations"].get("labelers", []) for labels in label_sets)
 
 
 def _ran_with(node: Node, requirement: str) -> bool:

@@ -119,12 +119,12 @@ NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
 
 
 def walk(folder: Path) -> list[Path]:
-    """Every file below `folder`, and every link whatever it points to, sorted by path; none that NFS has left there."""
-    found = []
+    """Every file below `folder`, and every link whatever it points to, sorted by path, except what NFS has left there."""
+    paths = []
     for root, folders, names in os.walk(folder):  # follows no links to folders
-        found += [Path(root, name) for name in names if not NFS.fullmatch(name)]
-        found += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
-    return sorted(found)
+        paths += [Path(root, name) for name in names if not NFS.fullmatch(name)]
+        paths += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+    return sorted(paths)
 
 
 def parallel(function: Any, paths: list[Path]) -> list[Any]:
@@ -251,9 +251,9 @@ def artifact_around(folder: Path) -> Path | None:
     A link into an artifact counts as the folder it points to.
     """
     for start in (Path(os.path.abspath(folder)), folder.resolve()):
-        found = next((at for at in (start, *start.parents) if (at / PROVENANCE).is_file()), None)
-        if found:
-            return found if folder.is_absolute() else Path(os.path.relpath(found))
+        artifact = next((at for at in (start, *start.parents) if (at / PROVENANCE).is_file()), None)
+        if artifact:
+            return artifact if folder.is_absolute() else Path(os.path.relpath(artifact))
     return None
 
 

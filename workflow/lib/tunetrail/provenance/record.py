@@ -38,13 +38,13 @@ def dependency(
         digest: sha256 of its content; None if none can be had, and an annotation `reason` says why.
         annotations: `files`, a mapping of paths to sha256, is checked again by a recursive audit.
     """
-    found: Dependency = {"name": name}
+    result: Dependency = {"name": name}
     if uri:
-        found["uri"] = uri
+        result["uri"] = uri
     if digest:
-        found["digest"] = {"sha256": digest}
-    found["annotations"] = {"role": role} | exact_integers(annotations)
-    return found
+        result["digest"] = {"sha256": digest}
+    result["annotations"] = {"role": role} | exact_integers(annotations)
+    return result
 
 
 def labels_dependency(path: Path, rows: Sequence[Mapping[str, Any]], source: dict) -> Dependency:
@@ -298,8 +298,8 @@ class Record:
 
     def annotations(self, role: str) -> dict:
         """The annotations of the first dependency with this role."""
-        found = self.of_role(role)
-        return found[0]["annotations"] if found else {}
+        matching = self.of_role(role)
+        return matching[0]["annotations"] if matching else {}
 
     @property
     def code(self) -> dict:

@@ -36,11 +36,11 @@ def command(node: Node, scratch: Path) -> list[str]:
         raise DataError(f"{node.folder}: {node.fault}")
     inputs = []
     for role, parent in record.parents.items():
-        found = node.parents.get(role)
-        if found is None or found.identity != parent["manifest"]:
-            state = "is gone" if found is None else "has changed"
+        input_node = node.parents.get(role)
+        if input_node is None or input_node.identity != parent["manifest"]:
+            state = "is gone" if input_node is None else "has changed"
             raise DataError(f"{node.folder}: its input {role} ({parent['name']}) {state}; restore it first")
-        inputs += ["--input", f"{role}={os.path.relpath(found.folder / MANIFEST)}"]
+        inputs += ["--input", f"{role}={os.path.relpath(input_node.folder / MANIFEST)}"]
     config = scratch / "config.json"
     config.write_bytes(canonical(_as_given(record.config_file)))
     part = [] if record.part == "0/1" else ["--part", record.part]

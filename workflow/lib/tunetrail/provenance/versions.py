@@ -47,12 +47,12 @@ class Change:
 
 def read_changes(text: str) -> list[Change]:
     """The items of every "Changed results" in a changelog, in order."""
-    found = []
+    changes = []
     for version, content in re.findall(r"^## \[?([^\s\]]+).*?\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         for section in re.findall(r"^### Changed results\n(.*?)(?=^### |\Z)", content, re.MULTILINE | re.DOTALL):
             for names, said in re.findall(r"^- (`[^:\n]*`):\s+(.*?)(?=^- |^\n|\Z)", section, re.MULTILINE | re.DOTALL):
-                found.append(Change(version, frozenset(re.findall(r"`([^`]+)`", names)), " ".join(said.split())))
-    return found
+                changes.append(Change(version, frozenset(re.findall(r"`([^`]+)`", names)), " ".join(said.split())))
+    return changes
 
 
 def _is_between(change: Change, before: Version, now: Version) -> bool:
@@ -66,27 +66,27 @@ def other_versions(records: Mapping[str, Record | None], changelog: Path | None 
     others = {name: r for name, r in records.items() if r is not None and r.version != tunetrail.__version__}
     path = changelog or CHANGELOG
     changes = read_changes(path.read_text(encoding="utf-8")) if others and path.exists() else []
-    found = []
+    result = []
     for name, record in others.items():
         try:
             before, now = Version(record.version), Version(tunetrail.__version__)
         except InvalidVersion:  # a record's version may be any text
-            found.append(OtherVersion(name, record.stage, record.version, ()))
+            result.append(OtherVersion(name, record.stage, record.version, ()))
             continue
         since = [c.text for c in changes if record.stage in c.stages and _is_between(c, before, now)]
-        found.append(OtherVersion(name, record.stage, record.version, tuple(since)))
-    return found
+        result.append(OtherVersion(name, record.stage, record.version, tuple(since)))
+    return result
 
 
 def records_of(folders: Mapping[str, Path]) -> dict[str, Record]:
     """The records that can be read, by the name of the artifact."""
-    found = {}
+    records = {}
     for name, folder in folders.items():
         try:
-            found[name] = read_record(folder)
+            records[name] = read_record(folder)
         except DataError:
             continue
-    return found
+    return records
 
 
 def as_lines(found: list[OtherVersion]) -> list[str]:

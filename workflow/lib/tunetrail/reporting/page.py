@@ -62,7 +62,7 @@ def banners(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _banners(run: Run) -> list[str]:
-    found = []
+    banners = []
     if run.labeler in SIMULATED_LABELERS:
         ranked = {
             "simulated": f"the scorer {run.artifacts['comparisons'].config.get('scorer') or 'that its config names'}",
@@ -71,34 +71,34 @@ def _banners(run: Run) -> list[str]:
         }
         own = (run.metrics("comparisons") or {}).get("from_data")
         more = f" The rankings of {own} more prompts came with the data." if own else ""
-        found.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.{more}")
+        banners.append(f"Labels are simulated: comparisons were ranked by {ranked[run.labeler]}, not by people.{more}")
     if run.labeler == "human":
         people = (run.metrics("comparisons") or {}).get("labelers") or {}
-        found.append(f"Labels are human: comparisons were ranked by {len(people)} people.")
+        banners.append(f"Labels are human: comparisons were ranked by {len(people)} people.")
     if ((run.metrics("base") or {}).get("source") or {}).get("source") == "random":
-        found.append(
+        banners.append(
             "The base model has random weights, for tests: no result here says anything about language models."
         )
     if few := [f"{name} {steps}" for name, steps in optimizer_steps(run).items() if steps < FEWEST_STEPS]:
-        found.append(
+        banners.append(
             f"Too few optimizer steps to learn from (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
             "to be close to the models that they started from."
         )
     found += [chosen_step(role, a.metrics) for role, a in run.artifacts.items() if "kept_step" in a.metrics]
     unmeasured = [m.metrics.get("not_measured") for m in run.models]
     if lacking := next(filter(None, unmeasured), None):
-        found.append(
+        banners.append(
             f"Not measured: {', '.join(lacking['scorers'])}, since {lacking['prompts']} evaluation prompts have no "
             "reference answer to compare with."
         )
     if unrecorded := [role for role, a in run.artifacts.items() if a.state == "unrecorded"]:
-        found.append(f"There is no record of how these were made: {', '.join(unrecorded)}.")
+        banners.append(f"There is no record of how these were made: {', '.join(unrecorded)}.")
     altered = [role for role, a in run.artifacts.items() if a.state == "altered"]
     if altered:
-        found.append(f"The record does not match the files in its folder: {', '.join(altered)}.")
+        banners.append(f"The record does not match the files in its folder: {', '.join(altered)}.")
     if stale := [role for role, a in run.artifacts.items() if a.stale]:
-        found.append(f"Made from inputs that have changed since: {', '.join(stale)}. Run the workflow again.")
-    return found
+        banners.append(f"Made from inputs that have changed since: {', '.join(stale)}. Run the workflow again.")
+    return banners
 
 
 def chosen_step(role: str, trained: Mapping[str, Any]) -> str:

@@ -57,20 +57,20 @@ def unscored(run: Run, model: Model) -> str:
     """What can be said about a model without a gold score: held-out preferences, KL and length."""
     kl, length = (model.metrics.get(key) for key in ("kl_to_sft", "length"))
     reference = run.model(run.reference)
-    found = []
+    parts = []
     for key, one, other in (("comparisons", "preferred", "others"), ("feedback", "liked", "disliked ones")):
         if (measured := model.metrics.get(key)) and measured["accuracy"]:
             by, share = measured.get("measure") or "log-prob", percent_interval(measured["accuracy"])
-            found.append(f"tells held-out {one} responses from {other} in {share} by {by}")
+            parts.append(f"tells held-out {one} responses from {other} in {share} by {by}")
     for change in run.head_to_head.get("preferences") or []:
         if change["after"] == model.subject:
             chosen, rejected = (interval(change[key], 1, sign=True) for key in ("chosen", "rejected"))
-            found.append(f"log-probs changed by {chosen} nats for preferred responses, {rejected} for the others")
+            parts.append(f"log-probs changed by {chosen} nats for preferred responses, {rejected} for the others")
     if kl:
-        found.append(f"KL to {model.metrics.get('start') or run.reference} {interval(kl, 2)} nats")
+        parts.append(f"KL to {model.metrics.get('start') or run.reference} {interval(kl, 2)} nats")
     if length and reference and (theirs := reference.interval("length")):
-        found.append(f"length {interval(length, 1)} tokens ({reference.name} {interval(theirs, 1)})")
-    return f"; {'; '.join(found)}" if found else ""
+        parts.append(f"length {interval(length, 1)} tokens ({reference.name} {interval(theirs, 1)})")
+    return f"; {'; '.join(parts)}" if parts else ""
 
 
 def over_optimised(run: Run, model: Model) -> bool:
@@ -92,10 +92,10 @@ def over_optimised(run: Run, model: Model) -> bool:
 def sentences(run: Run) -> list[str]:
     """The outcome of the run, base first."""
     measured = [m for m in run.models if m.subject == "base" and run.match_of(m)]
-    found = [sentence(run, model) for model in measured + run.policies]
+    outcomes = [sentence(run, model) for model in measured + run.policies]
     if over := [model.name for model in run.policies if over_optimised(run, model)]:
-        found.append(
+        outcomes.append(
             f"The reward model scores {', '.join(over)} above {run.reference} with disjoint intervals, "
             "a gain that the gold scorer rules out."
         )
-    return found or [f"No policy was compared with {run.reference}."]
+    return outcomes or [f"No policy was compared with {run.reference}."]

@@ -21,9 +21,9 @@ class Event(TypedDict):
     labeler: str | None
     """A pseudonym; None for publish."""
     nonce: str | None
-    """Of the assignment that is answered."""
+    """The nonce of the assignment that is answered."""
     version: str
-    """Of tunetrail."""
+    """The version of tunetrail."""
 
     # publish
     count: NotRequired[int]
@@ -52,7 +52,7 @@ class Event(TypedDict):
     skipped: NotRequired[str | None]
     """Why, a key of `answers.REASONS`."""
     seconds: NotRequired[float]
-    """Of activity, as the page counted them, at most the time since the task was opened."""
+    """Seconds of activity as the page counted them, at most the time since the task was opened."""
     opened: NotRequired[float]
     """Seconds since the epoch."""
     guidelines: NotRequired[str]

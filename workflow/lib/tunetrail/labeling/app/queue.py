@@ -35,7 +35,7 @@ class Assignment:
 
     nonce: str
     digest: str
-    """Of the task."""
+    """The digest of the task."""
     task: Task
     purpose: str
     """label, gold, training or repeat."""

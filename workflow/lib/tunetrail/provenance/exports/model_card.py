@@ -47,8 +47,8 @@ class Subject:
     def of_role(self, role: str) -> list[Dependency]:
         """Its own dependencies of this role and those of everything upstream, each once."""
         upstream = (d for node in self.upstream for d in record_of(node).dependencies)
-        found = [d for d in [*self.own, *upstream] if d["annotations"]["role"] == role]
-        return [d for n, d in enumerate(found) if d not in found[:n]]
+        matching = [d for d in [*self.own, *upstream] if d["annotations"]["role"] == role]
+        return [d for n, d in enumerate(matching) if d not in matching[:n]]
 
     @property
     def imported(self) -> Dependency | None:
@@ -88,28 +88,28 @@ def intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The intervals among metrics, those one level down as `key.name`; without those per source or labeler, whose names
     may be paths and people.
     """
-    found = {}
+    result = {}
     for key, value in metrics.items():
         if _is_interval(value):
-            found[key] = value
+            result[key] = value
         elif isinstance(value, dict) and "_by_" not in key:
-            found |= {f"{key}.{name}": inner for name, inner in value.items() if _is_interval(inner)}
-    return found
+            result |= {f"{key}.{name}": inner for name, inner in value.items() if _is_interval(inner)}
+    return result
 
 
 def lines(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The numbers, texts and intervals of metrics, formatted for readers."""
-    found = {}
+    result = {}
     for key, value in metrics.items():
         if isinstance(value, float):
-            found[key] = f"{value:.4g}"
+            result[key] = f"{value:.4g}"
         elif isinstance(value, int | str):
-            found[key] = f"{value:,}" if isinstance(value, int) else value
-        found |= {
+            result[key] = f"{value:,}" if isinstance(value, int) else value
+        result |= {
             name: f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}], n = {v['n']}"
             for name, v in intervals({key: value}).items()
         }
-    return found
+    return result
 
 
 def _evaluations(node: Node) -> Iterator[dict[str, Any]]:
