@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from tunetrail.config.fields import (
     Block,
     Count,
+    Flag,
     NonNegative,
     OpenFraction,
     Positive,
@@ -108,6 +109,11 @@ class SftConfig(Epochs):
 
     learning_rate: Positive = Field(default=5e-5, description="peak; about 10 times more with LoRA")
     batch_size: Count = Field(default=16, description="demonstrations per optimizer step")
+    packing: Flag = Field(
+        default=False,
+        description="put several short raw texts into a row of up to max_length tokens, where they do not see each "
+        "other: less padding. Such a row counts as one in batch_size, so that there are fewer steps",
+    )
 
 
 class RewardConfig(Epochs):

@@ -7,6 +7,12 @@ from tunetrail.models.lengths import check_lengths
 from tunetrail.models.weights import weight_of
 
 
+def blocks_of(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Token ids of a raw text and its EOS, cut into blocks."""
+    ids = encode_response(tokenizer, text)
+    return [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+
+
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, stage: str) -> list[dict]:
     """Rows -> {input_ids, labels}; labels are -100 on prompts; raw text is cut into blocks of `max_length`.
 
@@ -18,8 +24,7 @@ def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: i
     lengths: list[tuple[str, int]] = []
     for row in rows:
         if "text" in row:
-            ids = encode_response(tokenizer, row["text"])
-            blocks = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+            blocks = blocks_of(row["text"], tokenizer, max_length)
             examples += [{"input_ids": block, "labels": block} | weight_of(row) for block in blocks if len(block) > 1]
             continue
         prompt, response = encode(tokenizer, row["prompt"]), encode_response(tokenizer, row["completion"])

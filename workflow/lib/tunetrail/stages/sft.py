@@ -33,6 +33,7 @@ from tunetrail.models.loading import (
     training_flops,
     with_lora,
 )
+from tunetrail.models.packing import PackedCollator, alone, check_packs, tokenize_packed
 from tunetrail.models.runtime import prepare
 from tunetrail.models.saving import ROWS, TOKENS, save_trained
 from tunetrail.models.supervised import given_and_learnt, tokenize
@@ -56,7 +57,11 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     precision = stage.shared["precision"]
     parent = stage.inputs["base"].folder / "model"
     tokenizer = load_tokenizer(parent)
-    examples = tokenize(stage.rows("data", "sft.jsonl"), tokenizer, config.max_length, "sft")
+    given = stage.rows("data", "sft.jsonl")
+    if config.packing:
+        examples, packing = tokenize_packed(given, tokenizer, config.max_length, "sft")
+    else:
+        examples, packing = tokenize(given, tokenizer, config.max_length, "sft"), {}
     weights = taken_weights(examples)
     per_epoch = rows_per_epoch(weights)
     if per_epoch < config.batch_size:
@@ -64,6 +69,8 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     order = epoch_order([len(e["input_ids"]) for e in examples], config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     check_blocks(model.config, [example["input_ids"] for example in examples], "sft.max_length")
+    if config.packing:
+        check_packs(model, "sft")
     answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
     heldout = tokenize(answered, tokenizer, config.max_length, "sft")
     counts = trained_parameters(model)
@@ -73,7 +80,8 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
             **trainer_arguments(stage, config), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
         ),
         train_dataset=Dataset.from_list([examples[i] for i in order]),
-        eval_dataset=heldout_dataset(config, heldout),
+        eval_dataset=heldout_dataset(config, alone(heldout) if config.packing else heldout),
+        data_collator=PackedCollator(tokenizer.pad_token_id) if config.packing else None,
         processing_class=tokenizer,
     )
     score_labels_only(trainer.model)
@@ -92,6 +100,7 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
             "rows_left_out": rows_left_out("sft", per_epoch, config.batch_size),
             "tokens": tokens,
         }
+        | packing
         | about
         | counts
     )
