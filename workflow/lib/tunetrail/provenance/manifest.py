@@ -119,7 +119,7 @@ NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
 
 
 def walk(folder: Path) -> list[Path]:
-    """Every file below `folder`, and every link whatever it points to, sorted by path, except what NFS has left there."""
+    """Every file and link below `folder`, whatever the link points to, sorted by path; not what NFS has left there."""
     paths = []
     for root, folders, names in os.walk(folder):  # follows no links to folders
         paths += [Path(root, name) for name in names if not NFS.fullmatch(name)]

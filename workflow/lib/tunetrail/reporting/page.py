@@ -84,7 +84,7 @@ def _banners(run: Run) -> list[str]:
             f"Too few optimizer steps to learn from (fewer than {FEWEST_STEPS}): {', '.join(few)}. Expect these models "
             "to be close to the models that they started from."
         )
-    found += [chosen_step(role, a.metrics) for role, a in run.artifacts.items() if "kept_step" in a.metrics]
+    banners += [chosen_step(role, a.metrics) for role, a in run.artifacts.items() if "kept_step" in a.metrics]
     unmeasured = [m.metrics.get("not_measured") for m in run.models]
     if lacking := next(filter(None, unmeasured), None):
         banners.append(
