@@ -11,6 +11,7 @@ import typer
 
 from tunetrail.cli.common import FINDING, INCOMPLETE, SOUND, WARNING, Json, Output, print_json, write
 from tunetrail.errors import ConfigError
+from tunetrail.terminal import escape
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ArtifactPath = Annotated[Path, typer.Argument(help="An artifact's folder or manifest.", show_default=False)]
@@ -23,14 +24,17 @@ def _folder(path: Path) -> Path:
     return path.parent if path.is_file() else path
 
 
-def _anchor(given: str | None) -> str | None:
-    """The head that --anchor gives, itself or in a file. Raises ConfigError."""
-    head = given
-    if head is not None and Path(head).is_file():
-        head = (Path(head).read_text().split() or [""])[0]
-    if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
-        raise ConfigError(f"--anchor {given}: neither a head (64 digits) nor a file that begins with one")
-    return head
+def _anchors(given: list[str]) -> list[str]:
+    """The heads that --anchor gives, themselves or in files. Raises ConfigError."""
+    heads = []
+    for anchor in given:
+        head = anchor
+        if Path(head).is_file():
+            head = (Path(head).read_text().split() or [""])[0]
+        if not re.fullmatch(r"[0-9a-f]{64}", head):
+            raise ConfigError(f"--anchor {anchor}: neither a head (64 digits) nor a file that begins with one")
+        heads.append(head)
+    return heads
 
 
 @app.command()
@@ -46,7 +50,8 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are findings.")] = False,
     policy: Annotated[Path | None, typer.Option(help="YAML: whose signatures count and what is required.")] = None,
     anchor: Annotated[
-        str | None, typer.Option(help="A ledger's head kept elsewhere: the 64 digits, or a file with them.")
+        list[str] | None,
+        typer.Option(help="A ledger's head kept elsewhere: the 64 digits, or a file with them. One for each run."),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -57,10 +62,10 @@ def verify(
 
     if deep and quick:
         raise ConfigError("--deep, --quick: choose one")
-    head = _anchor(anchor)
+    heads = _anchors(anchor or [])
     cache = DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests"))) if quick else None
     trusted = read_policy(policy) if policy else None
-    result = Verifier(cache=cache, recursive=recursive, policy=trusted, anchor=head).run(path)
+    result = Verifier(cache=cache, recursive=recursive, policy=trusted, anchors=heads).run(path)
     code = result.exit_code(strict)
     if as_json:
         print_json(result.as_json(strict))
@@ -86,6 +91,8 @@ def _print_result(result: Any, code: int) -> None:
         print(f"not checked, since not where it was read: {', '.join(sorted(result.not_at_hand))}")
     for line in as_lines(result.other_versions):
         print(line)
+    for run, name in result.renamed.items():
+        print(f"{run} was made as the run {name}")
     for ledger, head in result.heads.items():
         print(f"head of {ledger}: {head}")
 
@@ -214,19 +221,21 @@ def seal(
 ) -> int:
     """Append what is new to the run's ledger and print its head."""
     from tunetrail.provenance import ledger as ledgers
-    from tunetrail.provenance.manifest import PROVENANCE
+    from tunetrail.provenance.run_folder import artifacts as artifacts_of
     from tunetrail.provenance.signing import sign
 
-    if not run.is_dir() or not (artifacts := ledgers.artifacts(run)):
+    if not run.is_dir() or not (artifacts := artifacts_of(run)):
         print(f"{run}: no run, there is no artifact in it", file=sys.stderr)
         return INCOMPLETE
     ledger = ledgers.seal(run)
     if key:
         for folder in artifacts:
-            if (folder / PROVENANCE).exists():
+            if folder.relative_to(run).as_posix() not in ledger.refused:
                 sign(folder, key)
-    for name in ledger.refused:
-        print(f"{name!r} was not sealed: its record is missing, or of another manifest", file=sys.stderr)
+    for name, why in ledger.refused.items():
+        print(f"{escape(name)} was not sealed: {escape(why)}", file=sys.stderr)
+    if ledger.torn:
+        print(f"{ledger.path}: its last line was cut off after {ledger.torn} bytes and is removed", file=sys.stderr)
     if anchor:
         anchor.write_text(f"{ledger.head}  {run}\n")
     if as_json:
@@ -236,7 +245,8 @@ def seal(
                 "lines": len(ledger.entries),
                 "head": ledger.head,
                 "signed": bool(key),
-                "refused": ledger.refused,
+                "refused": list(ledger.refused),
+                "torn": ledger.torn,
             }
         )
     else:

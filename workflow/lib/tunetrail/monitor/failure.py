@@ -9,6 +9,7 @@ from tunetrail.errors import DataError, Waiting
 from tunetrail.monitor.dag import forget_failed, jobs_of, others_failed
 from tunetrail.monitor.status import StageStatus, failed, failure_lines, statuses
 from tunetrail.provenance import ledger
+from tunetrail.provenance.run_folder import artifacts
 
 FAULT = 1
 """Exit code where stages failed for different reasons, or one without saying why."""
@@ -34,7 +35,7 @@ def summary(found: list[StageStatus], arguments: list[str]) -> str:
 def seal(run: Path) -> None:
     """Appends what was made to the run's ledger; where that is impossible, says why."""
     try:
-        if run.is_dir() and ledger.artifacts(run):
+        if run.is_dir() and artifacts(run):
             ledger.seal(run)
     except (DataError, OSError) as e:
         print(e, file=sys.stderr)

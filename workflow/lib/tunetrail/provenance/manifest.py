@@ -5,28 +5,35 @@ equal content gives an equal identity. Equal tensors need not give equal safeten
 distinguish weights that were saved again from weights that differ.
 """
 
+import errno
 import hashlib
-import json
 import os
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import rfc8785
+from pydantic import TypeAdapter, ValidationError
 
-from tunetrail.errors import DataError
-from tunetrail.files import canonical_json
-from tunetrail.provenance.schema import FileEntry, TensorEntry
+from tunetrail.errors import DataError, DiskError, TunetrailError
+from tunetrail.files import MAX_JSON, canonical_json, open_regular, parse_json, read_regular
+from tunetrail.provenance.schema import FileEntry, Manifest, TensorEntry
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
 SIGNATURE = "provenance.dsse.json"
 UNLISTED_FILES = (MANIFEST, PROVENANCE, SIGNATURE)
 """Files of an artifact that its manifest does not list."""
 CHUNK = 2**22
 """Bytes read at once."""
+SMALL = 2**18
+"""Bytes up to which a file is read at once."""
+BATCH = 256
+"""Small files that a thread hashes in a row."""
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -34,7 +41,10 @@ def sha256_bytes(content: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
+    """Of a regular file. Raises OSError for any other."""
+    with open_regular(path) as f:
+        if os.fstat(f.fileno()).st_size <= SMALL:  # file_digest allocates as much
+            return sha256_bytes(f.read() or b"")
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -52,7 +62,7 @@ def is_canonical(value: Any, content: bytes) -> bool:
     """Whether these bytes are the canonical form of the value."""
     try:
         return canonical(value) == content
-    except ValueError:  # NaN, an integer or a number out of range, half a character
+    except (ValueError, RecursionError):  # NaN, an integer or a number out of range, half a character
         return False
 
 
@@ -72,13 +82,15 @@ def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
     try:
         (length,) = struct.unpack("<Q", f.read(8))
         size = os.fstat(f.fileno()).st_size
-        if length > size - 8:
-            raise ValueError("header longer than the file")
-        header = json.loads(f.read(length))
+        if length > min(size - 8, MAX_JSON):
+            raise ValueError("header longer than the file, or than any is")
+        header = parse_json(f.read(length))
         header.pop("__metadata__", None)
         for entry in header.values():
-            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) for n in entry["shape"]):
+            if not isinstance(entry["dtype"], str) or not all(type(n) is int for n in entry["shape"]):
                 raise ValueError("a tensor without type or shape")
+            if [type(n) for n in entry["data_offsets"]] != [int, int]:
+                raise ValueError("a tensor without a place")
         spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
         if spans and (
             spans[0][0] != 0 or spans[-1][1] != size - 8 - length or any(a[1] != b[0] for a, b in pairwise(spans))
@@ -91,7 +103,7 @@ def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
 
 def hash_safetensors(path: Path) -> tuple[str, list[TensorEntry]]:
     """(sha256 of the file; name, dtype, shape and sha256 of each tensor, by name). Reads each byte once."""
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         header, start = safetensors_header(f)
         f.seek(0)
         whole = hashlib.sha256(f.read(start))
@@ -114,22 +126,63 @@ def hash_safetensors(path: Path) -> tuple[str, list[TensorEntry]]:
 
 
 def walk(folder: Path) -> list[Path]:
-    """Every file below `folder`, and every link whatever it points to, sorted by path."""
+    """Every file below `folder`, and every link whatever it points to, sorted by path.
+
+    Raises OSError where a folder cannot be read.
+    """
     found = []
-    for root, folders, names in os.walk(folder):  # follows no links to folders
+    for root, folders, names in os.walk(folder, onerror=_raise):  # follows no links to folders
         found += [Path(root, name) for name in names]
         found += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
     return sorted(found)
 
 
-def parallel(function: Any, paths: list[Path]) -> list[Any]:
-    """`function` of each path, in order, on all cores: hashing releases the interpreter. Large files start first."""
-    by_size = sorted(range(len(paths)), key=lambda i: -paths[i].lstat().st_size)
-    results: list[Any] = [None] * len(paths)
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def scan(folder: Path) -> dict[str, os.stat_result]:
+    """Every file and link below a folder, by path from there -> its own status: no link is followed.
+
+    Raises OSError where a folder cannot be read.
+    """
+    found, todo = {}, [""]
+    while todo:
+        start = todo.pop()
+        with os.scandir(os.path.join(folder, start)) as entries:
+            for entry in entries:
+                name = start + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(f"{name}/")
+                else:
+                    found[name] = entry.stat(follow_symlinks=False)
+    return found
+
+
+def parallel(function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]) -> list[Result]:
+    """`function` of each item, in order, on all cores: hashing releases the interpreter. Large files start first.
+
+    Args:
+        sizes: bytes of each item; small ones share a task.
+    """
+    by_size = sorted(range(len(items)), key=lambda i: -sizes[i])
+    large = sum(size > SMALL for size in sizes)
+    tasks = [by_size[i : i + 1] for i in range(large)]
+    tasks += [by_size[i : i + BATCH] for i in range(large, len(items), BATCH)]
+    results: list[Any] = [None] * len(items)
+
+    def work(task: list[int]) -> None:
+        for i in task:
+            results[i] = function(items[i])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, result in zip(by_size, pool.map(lambda i: function(paths[i]), by_size), strict=True):
-            results[i] = result
+        list(pool.map(work, tasks))
     return results
+
+
+def hash_files(function: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:
+    """`function` of each file, in order, on all cores."""
+    return parallel(function, paths, [path.stat().st_size for path in paths])
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -144,7 +197,7 @@ def list_files(folder: Path, cache: "DigestCache | None" = None, hidden: bool = 
         hidden: whether hidden files count, such as those of git and of the hub's downloads.
     """
     paths = _own_files(folder) if hidden else visible_files(folder)
-    digests = parallel((cache or DigestCache(None)).sha256, paths)
+    digests = hash_files((cache or DigestCache(None)).sha256, paths)
     return [
         {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
@@ -176,38 +229,60 @@ def build(folder: Path) -> dict[str, list[dict]]:
 
     files: list[dict] = []
     tensors: list[dict] = []
-    for path, (digest, found) in zip(paths, parallel(hash_file, paths), strict=True):
+    for path, (digest, found) in zip(paths, hash_files(hash_file, paths), strict=True):
         name = path.relative_to(folder).as_posix()
         files.append({"path": name, "size": path.stat().st_size, "sha256": digest})
         tensors += [{"file": name, **tensor} for tensor in found]
     return {"files": files, "tensors": tensors}
 
 
-def read_manifest(path: Path) -> dict:
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def parse_manifest(content: bytes, source: Path) -> Manifest:
+    """Raises DataError where this is no manifest."""
+    try:
+        manifest = parse_json(content)
+    except ValueError as e:
+        raise DataError(f"{source}: not valid JSON ({e}); delete the folder and run its stage again") from None
+    try:
+        _MANIFEST.validate_python(manifest, strict=True)
+    except ValidationError as e:
+        raise DataError(
+            f"{source}: is no manifest ({first_error(e)}); delete the folder and run its stage again"
+        ) from None
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
     """Raises DataError where there is none, or the file is no manifest."""
     try:
-        manifest = json.loads(path.read_bytes())
-        for entry in manifest["files"]:
-            assert isinstance(entry["path"], str)
-            assert isinstance(entry["size"], int)
-            assert len(entry["sha256"]) == 64
-        for tensor in manifest.get("tensors", []):
-            assert tensor.keys() == {"file", "name", "dtype", "shape", "sha256"}
-        return manifest
+        content = read_regular(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; run the stage that makes this folder first") from None
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e}); delete the folder and run its stage again") from None
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    except (LookupError, TypeError, AttributeError, AssertionError, RecursionError):
-        raise DataError(f"{path}: is no manifest; delete the folder and run its stage again") from None
+        raise cannot_read(path, e) from None
+    return parse_manifest(content, path)
+
+
+def first_error(error: ValidationError) -> str:
+    """Where and what: the first of an error's lines."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+
+
+def cannot_read(path: Path, error: OSError) -> TunetrailError:
+    """A file that is of the wrong kind is bad data; any other obstacle is the disk's, or a permission."""
+    kind = DataError if error.errno in NOT_A_FILE else DiskError
+    return kind(f"{path}: cannot be read ({error.strerror})")
+
+
+NOT_A_FILE = (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.ENXIO, errno.EFBIG)
 
 
 def is_inside(name: str) -> bool:
     """Whether a path of a manifest stays in its folder."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
+    return "\0" not in name and not {"", ".", ".."}.intersection(name.split("/"))
 
 
 # ----------------------------------------------------------------------------- folders from outside a run
