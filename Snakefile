@@ -39,12 +39,12 @@ onstart:
 # The head process, and no job, writes the run's ledger, whether the workflow went through or a part of it failed.
 onsuccess:
     from tunetrail.monitor.dag import has_made
+    from tunetrail.monitor.failure import after_success
 
     if has_made(workflow, Path(RUN)):
-        shell(
-            "{VARIABLES}{sys.executable:q} -m tunetrail audit seal {RUN:q} >&2"
-            " && {sys.executable:q} -m tunetrail audit verify --recursive {RUN:q} >&2 || true"
-        )
+        code = after_success(Path(RUN), {"PYTHONPATH": str(LIBRARY), "TUNETRAIL_DIGESTS": f"{STATE}/.digests"})
+        if code:
+            sys.exit(code)
 
 
 onerror:

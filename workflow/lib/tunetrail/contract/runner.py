@@ -54,6 +54,7 @@ from tunetrail.provenance.environment import energy_joules, environment
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
 from tunetrail.provenance.record import parent_entry
 from tunetrail.provenance.schema import Ended
+from tunetrail.terminal import Formatter, escape
 
 # What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -261,7 +262,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
 def _logging_to(state: Path) -> Iterator[None]:
     """Logs and progress go into the state folder too."""
     handler = logging.FileHandler(state / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     progress.write_to(state / progress.FILE)
     try:
@@ -279,7 +280,9 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         distributed: whether the stage knows how to share its work among the processes that were started.
     """
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     name, code = args.config.stem, 0
     try:
@@ -288,14 +291,14 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         _execute(run, args)
     except TunetrailError as e:
         for line in str(e).split("\n"):
-            print(f"{name}: {e.word}: {line}", file=sys.stderr)
+            print(escape(f"{name}: {e.word}: {line}"), file=sys.stderr)
         if not isinstance(e, Interrupted):
             return e.exit_code
         code = e.exit_code  # all processes leave at the same step
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
-        print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
+        print(escape(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}"), file=sys.stderr)
         return 74  # EX_IOERR: a full disk, a missing permission
     except Exception as e:
         if "No space left on device" not in str(e):  # safetensors and torch wrap the system's error in their own
