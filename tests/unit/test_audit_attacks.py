@@ -509,9 +509,10 @@ def test_an_audit_takes_time_in_proportion_to_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("value", [
-    {"a": 1, "b": [None, True, "ä🙂\n\x7f"]}, {"a": 1.0}, {"a": 1e-7}, {"\U0001f642": 1, "\uffff": 2}, [2**53 - 1],
+    {"a": 1, "b": [None, True, "ä🙂\n\x7f"]}, {"a": 1.0}, {"a": 1e-7}, {"flops": 4e18, "a": 1},
+    {"\U0001f642": 1, "\uffff": 2}, [2**53 - 1],
 ])  # fmt: skip
 def test_canonical_form_is_that_of_rfc_8785(value):
-    assert is_canonical(value, canonical(value))
+    assert is_canonical(parse_json(canonical(value)), canonical(value))
     assert not is_canonical(value, canonical(value).replace(b"1", b"1.0").replace(b"[", b"[ ").replace(b":2", b": 2"))
-    assert not is_canonical({"a": 2**53}, b'{"a":9007199254740992}')
+    assert not is_canonical({"a": 2**53 + 1}, b'{"a":9007199254740993}')
