@@ -41,14 +41,14 @@ onstart:
 # The head process writes the run's ledger, not a job, and it does so whether the workflow succeeds or fails.
 onsuccess:
     from tunetrail.monitor.dag import has_made
+    from tunetrail.monitor.failure import after_success
     from tunetrail.monitor.head import end_if_superseded
 
     end_if_superseded()
     if has_made(workflow, Path(RUN)):
-        shell(
-            "{VARIABLES}{sys.executable:q} -m tunetrail audit seal {RUN:q} >&2"
-            " && {sys.executable:q} -m tunetrail audit verify --recursive {RUN:q} >&2 || true"
-        )
+        code = after_success(Path(RUN), {"PYTHONPATH": str(LIBRARY), "TUNETRAIL_DIGESTS": f"{STATE}/.digests"})
+        if code:
+            sys.exit(code)
 
 
 onerror:

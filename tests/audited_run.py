@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
+from safetensors.numpy import save_file
 
-from tunetrail.provenance.ledger import seal
-from tunetrail.provenance.manifest import sha256_file
-from tunetrail.provenance.record import dependency, labels_dependency
+from tunetrail.files import canonical_json
+from tunetrail.provenance.ledger import START, seal
+from tunetrail.provenance.manifest import canonical, identity, sha256_bytes, sha256_file
+from tunetrail.provenance.record import dependency, labels_dependency, read_record
+from tunetrail.provenance.run_folder import artifacts, config_of
 
 from .records import ATTEMPT, seal_folder
 
@@ -18,8 +20,8 @@ RANKINGS = [{"labeler": "ann", "ranks": [1, 2]}, {"labeler": "bob", "ranks": [2,
 
 def weights(folder: Path, seed: int) -> None:
     (folder / "model").mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {"a": torch.randn(64, 8, generator=generator), "b": torch.randn(16, generator=generator)}
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (64, 8)), ("b", (16,)))}
     save_file(tensors, folder / "model/model.safetensors", {"format": "pt"})
     (folder / "model/tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "model/config.json").write_text(f'{{"seed": {seed}}}')
@@ -77,10 +79,17 @@ def make_run(root: Path, seed: int = 0) -> Path:
         {"model": folders["policies/dpo"], "reward": folders["reward"]},
         about=("model",),
     )
-    (run / "config").mkdir()
-    (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.1}}')
+    for name in folders:
+        write_config(run, name, read_record(folders[name]).config_file)
     seal(run)
     return run
+
+
+def write_config(run: Path, artifact: str, config: dict) -> None:
+    """The resolved config of an artifact's stage, as the rule `stage_config` writes it."""
+    path = config_of(run, artifact)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(canonical_json(config) + "\n")
 
 
 def flip(path: Path, place: int = -5) -> None:
@@ -89,6 +98,19 @@ def flip(path: Path, place: int = -5) -> None:
     content[place] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def forge_ledger(folder: Path) -> None:
+    """A ledger for what lies in this folder, also where `seal` would refuse it: within a run."""
+    lines, previous = [], START
+    for number, artifact in enumerate(artifacts(folder)):
+        entry = {
+            "artifact": artifact.relative_to(folder).as_posix(), "manifest": identity(artifact),
+            "record": sha256_file(artifact / "provenance.json"), "number": number, "previous": previous,
+        }  # fmt: skip
+        lines.append(canonical(entry))
+        previous = sha256_bytes(lines[-1])
+    (folder / "ledger.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def ledger_lines(change):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tunetrail.provenance import record
-from tunetrail.provenance.manifest import build, canonical
+from tunetrail.provenance.manifest import build, canonical, sha256_file
 
 ATTEMPT = {
     "start": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:05:05+00:00", "host": "node7", "job_id": None,
@@ -27,11 +27,13 @@ def seal_folder(
     """Gives a folder of files a manifest and a record. `code` overrides what the record says about the code."""
     manifest = canonical({"schema": 1, "stage": stage, "tokenizer": "t" * 64} | build(folder))
     found = {role: record.parent_entry(path) for role, path in (parents or {}).items()}
+    metrics = sha256_file(folder / "metrics.json") if (folder / "metrics.json").exists() else "0" * 64
     labels = [d for parent in found.values() for d in parent["labels"]]
     content = record.build(
         stage=stage, part=(0, 1), config={"stage": stage, "seed": 17, "config": config or {}}, manifest=manifest,
-        output=folder, parents=found, dependencies=[*(dependencies or []), *labels],
-        attempts=attempts or [ATTEMPT], metrics="0" * 64, training_flops=None, byproducts=[],
+        output=folder, parents=found,
+        dependencies=[*(dependencies or []), *labels, record.dependency("tokenizer", "tokenizer", "t" * 64)],
+        attempts=attempts or [ATTEMPT], metrics=metrics, training_flops=None, byproducts=[],
         also_about=[{"name": role, "digest": {"sha256": found[role]["manifest"]}} for role in about],
     )  # fmt: skip
     statement = json.loads(content)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tests.records import seal_folder
 from tunetrail.provenance.environment import packages
-from tunetrail.provenance.ledger import artifacts
 from tunetrail.provenance.lineage import Lineage, artifacts_using
 from tunetrail.provenance.manifest import MANIFEST, read_manifest
+from tunetrail.provenance.run_folder import artifacts
 from tunetrail.provenance.verify import Verifier
 
 

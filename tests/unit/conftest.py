@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def run(original, tmp_path) -> Path:
     """A copy to damage; its records name raw data by the paths of the original."""
     shutil.copytree(original, tmp_path / "copy/r")
     return tmp_path / "copy/r"
+
+
+@pytest.fixture
+def keys(tmp_path) -> Path:
+    """A folder with a key that a policy trusts, and one of a stranger."""
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    for name in ("lab", "stranger"):
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", folder / f"{name}.pem"], check=True)
+        subprocess.run(
+            ["openssl", "pkey", "-in", folder / f"{name}.pem", "-pubout", "-out", folder / f"{name}.pub"], check=True
+        )
+    (folder / "policy.yaml").write_text("keys: {lab: lab.pub}\nrequire_signature: true\nallow_dirty: false\n")
+    return folder
 
 
 @pytest.fixture(scope="module")

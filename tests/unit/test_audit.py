@@ -27,7 +27,7 @@ from tunetrail.provenance.signing import read_policy
 from tunetrail.provenance.verify import Verifier
 from tunetrail.stages.registry import STAGES
 
-from ..audited_run import flip, ledger_lines, make_run, weights
+from ..audited_run import flip, forge_ledger, ledger_lines, make_run, weights, write_config
 from ..records import ATTEMPT, seal_folder
 
 
@@ -57,7 +57,9 @@ def test_an_untouched_run_is_sound(original):
     assert result.bytes_read == sum(
         p.stat().st_size
         for p in original.rglob("*")
-        if p.is_file() and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl", "policies.dpo.json")
+        if p.is_file()
+        and p.name not in ("manifest.json", "provenance.json", "ledger.jsonl")
+        and p.parent.name != "config"
     )
 
 
@@ -76,8 +78,8 @@ def test_touched_moved_and_copied_runs_are_sound(run, tmp_path):
 def test_a_parent_that_was_moved_within_the_run_is_found_by_its_digest(run):
     (run / "policies/dpo").rename(run / "policies/kept")
     result = verify(run / "evaluation/dpo")
-    assert names(result) == {"not-sealed"}  # under its new name
-    assert result.exit_code() == 2
+    assert names(result) == {"not-sealed", "place-changed", "config-missing"}  # under its new name
+    assert result.exit_code() == 1
 
 
 def test_a_rerun_with_the_same_bytes_raises_no_alarm(run):
@@ -197,7 +199,7 @@ def link_artifact(run):
 
 def nested_ledger(run):
     edit_record(run)
-    seal(run / "evaluation")
+    forge_ledger(run / "evaluation")
 
 
 def link_record(run):
@@ -319,18 +321,18 @@ def test_only_the_anchored_head_reveals_that_an_older_entry_was_removed(run):
     retrain_parent(run)
     head = read_ledger(run).head
     ledger_lines(lambda x: x.pop())(run)
-    assert "ledger-not-anchored" in names(verify(run, anchor=head))
+    assert "ledger-not-anchored" in names(verify(run, anchors=[head]))
 
 
 def test_a_rewritten_ledger_does_not_lead_to_the_anchored_head(run):
     head = read_ledger(run).head
-    assert verify(run, anchor=head).findings == []
+    assert verify(run, anchors=[head]).findings == []
     edit_record(run)
     (run / "ledger.jsonl").unlink()
     seal(run)
-    assert names(verify(run)) == set()  # possible for anyone with write access to the run
-    result = verify(run, anchor=head)
-    assert names(result) == {"ledger-not-anchored"}
+    assert names(verify(run)) == {"config-drift"}  # whoever can write the run can do this
+    result = verify(run, anchors=[head])
+    assert names(result) == {"ledger-not-anchored", "config-drift"}
     assert result.exit_code() == 1
 
 
@@ -372,7 +374,7 @@ def test_a_dirty_tree_a_drifted_config_and_a_mixed_environment_are_warnings(run)
         dirty=True,
         untracked={"config/new.yaml": "0" * 64},
     )
-    (run / "config/policies.dpo.json").write_text('{"stage": "dpo", "seed": 17, "config": {"beta": 0.2}}')
+    write_config(run, "policies/dpo", {"stage": "dpo", "seed": 17, "config": {"beta": 0.2}})
     seal(run)
     result = verify(run)
     assert {(f.name, f.artifact): f.message.removesuffix("; the record has the diff") for f in result.findings} == {
@@ -390,13 +392,12 @@ def test_config_drift_is_found_for_every_stage(tmp_path):
         artifact = info.pattern.replace(f"{{{info.wildcard}}}", "1-of-2" if info.wildcard == "shard" else "x")
         run = tmp_path / stage
         (run / artifact).mkdir(parents=True)
-        (run / "config").mkdir()
+        (run / artifact / "metrics.json").write_text("{}")
         seal_folder(run / artifact, stage, config={"batch_size": 8})
-        config = run / "config" / info.config_pattern.replace(f"{{{info.wildcard}}}", "x")
         seal(run)
         for batch_size, findings in ((8, []), (4, [("config-drift", artifact)])):
             content = {"stage": stage, "seed": 17, "config": {"batch_size": batch_size}}
-            Path(f"{config}.json").write_text(json.dumps(content))
+            write_config(run, artifact, content)
             assert [(f.name, f.artifact) for f in verify(run).findings] == findings
 
 
@@ -456,19 +457,6 @@ def test_random_single_byte_edits_are_all_caught(run):
 
 
 # ----------------------------------------------------------------------------- signatures
-
-
-@pytest.fixture
-def keys(tmp_path) -> Path:
-    folder = tmp_path / "keys"
-    folder.mkdir()
-    for name in ("lab", "stranger"):
-        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", folder / f"{name}.pem"], check=True)
-        subprocess.run(
-            ["openssl", "pkey", "-in", folder / f"{name}.pem", "-pubout", "-out", folder / f"{name}.pub"], check=True
-        )
-    (folder / "policy.yaml").write_text("keys: {lab: lab.pub}\nrequire_signature: true\nallow_dirty: false\n")
-    return folder
 
 
 def test_signatures(run, keys, capsys):
@@ -607,7 +595,7 @@ def test_a_signature_whose_record_is_gone(run, keys):
 def test_a_record_of_another_manifest_is_not_sealed(run, capsys):
     edit_and_recompute(run)
     assert main(["audit", "seal", str(run)]) == 1
-    assert "'reward' was not sealed: its record is missing, or of another manifest" in capsys.readouterr().err
+    assert "reward was not sealed: its record is of another manifest" in capsys.readouterr().err
     assert main(["audit", "verify", str(run), "--anchor", ""]) == 2
     assert "neither a head (64 digits) nor a file that begins with one" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "workflow/lib/tunetrail"
 LAYERS = (
-    {"errors", "seeds", "files"},
+    {"errors", "seeds", "files", "terminal"},
     {"config"},
     {"preferences"},
     {"provenance"},

@@ -191,19 +191,39 @@ def test_a_run_exits_with_the_code_that_all_its_failures_share(job, codes, expec
 
 def test_sealing_a_failed_run_gives_no_advice_about_tags(original, tmp_path, capsys):
     """Nothing is sealed if nothing was made yet, as when the first stage fails."""
-    failure.seal(tmp_path / "none")
+    assert failure.seal(tmp_path / "none") is None
     (tmp_path / "empty").mkdir()
-    failure.seal(tmp_path / "empty")
+    assert failure.seal(tmp_path / "empty") is None
     assert not list(tmp_path.rglob("ledger.jsonl"))
     shutil.copytree(original, tmp_path / "run")
     lines = (tmp_path / "run/ledger.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run/ledger.jsonl").write_text("".join(lines[:-1]))
-    failure.seal(tmp_path / "run")
+    assert failure.seal(tmp_path / "run") is None
     assert (tmp_path / "run/ledger.jsonl").read_text().splitlines(keepends=True)[:-1] == lines[:-1]
     assert capsys.readouterr() == ("", "")
-    (tmp_path / "run/ledger.jsonl").write_text("".join(lines[1:]))
-    failure.seal(tmp_path / "run")
-    assert "nothing is sealed on top of it" in capsys.readouterr().err
+
+
+def test_a_seal_that_fails_is_the_last_line_of_the_run(original, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(original, run)
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_text("".join(lines[1:]))
+    assert failure.after_success(run, {}) == 65
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        f"NOT SEALED: {run}/ledger.jsonl: line 1 does not follow the line before it; nothing is sealed"
+    )
+    assert last.endswith(f"; then: tunetrail audit seal {run}")
+    monkeypatch.setattr(failure, "forget_failed", lambda workflow: None)
+    monkeypatch.setattr(failure, "jobs_of", lambda workflow: [])
+    monkeypatch.setattr(failure, "others_failed", lambda workflow: True)
+    assert failure.after_failure(None, run, []) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == last
+    (run / "ledger.jsonl").write_text("".join(lines) + "torn")
+    (run / "reward/provenance.json").unlink()
+    said = failure.seal(run)
+    assert said.startswith(f"NOT SEALED: 1 of its artifacts, reward first: {run}/reward/provenance.json: no record; ")
+    assert "its last line was cut off by a crash and is removed" in capsys.readouterr().err
 
 
 def test_a_failure_before_the_first_attempt_is_one(job):

@@ -13,6 +13,7 @@ from tunetrail.launch.resources import LAUNCH, LAUNCHERS, SLURM
 from tunetrail.models.trackers import VARIABLE as REPORT_TO
 from tunetrail.monitor import snakemake_adapter
 from tunetrail.files import canonical_json
+from tunetrail.terminal import LINES, escape
 from tunetrail.stages.registry import STAGES, artifacts_of_others, has_people, own_files, stage_config, stage_of
 
 # Whether jobs run in their own conda environments or containers.
@@ -39,10 +40,10 @@ def validated(raw):
 
             folder = Path(snakemake_adapter.located(workflow, f"results/{parsed.run}"))
             for warning in check(parsed, source, packages=not IS_DEPLOYED, folder=folder):
-                print(f"{source}: warning: {warning}", file=sys.stderr)
+                print(escape(f"{source}: warning: {warning}"), file=sys.stderr)
         return parsed
     except TunetrailError as error:
-        print(error, file=sys.stderr)
+        print(escape(error, LINES), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

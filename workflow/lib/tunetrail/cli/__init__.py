@@ -21,6 +21,7 @@ import tunetrail
 from tunetrail.cli import audit, config, label, model, runs
 from tunetrail.cli.common import INCOMPLETE, SOUND
 from tunetrail.errors import TunetrailError
+from tunetrail.terminal import escape
 
 app = typer.Typer(
     name="tunetrail",
@@ -61,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INCOMPLETE
     except TunetrailError as e:
         for line in str(e).split("\n"):
-            print(f"tunetrail: error: {line}", file=sys.stderr)
+            print(f"tunetrail: error: {escape(line)}", file=sys.stderr)
         return INCOMPLETE
     except FileNotFoundError as e:
-        print(f"tunetrail: error: {e.filename}: no such file", file=sys.stderr)
+        print(f"tunetrail: error: {escape(e.filename)}: no such file", file=sys.stderr)
         return INCOMPLETE
     except BrokenPipeError:  # | head
         sys.stderr.close()

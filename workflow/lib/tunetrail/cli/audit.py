@@ -11,6 +11,7 @@ import typer
 
 from tunetrail.cli.common import FINDING, INCOMPLETE, SOUND, WARNING, Json, Output, print_json, write
 from tunetrail.errors import ConfigError
+from tunetrail.terminal import LINES, escape
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ArtifactPath = Annotated[Path, typer.Argument(help="An artifact's folder or manifest.", show_default=False)]
@@ -23,14 +24,17 @@ def _folder(path: Path) -> Path:
     return path.parent if path.is_file() else path
 
 
-def _anchor(given: str | None) -> str | None:
-    """The head that --anchor gives, directly or in a file. Raises ConfigError."""
-    head = given
-    if head is not None and Path(head).is_file():
-        head = (Path(head).read_text().split() or [""])[0]
-    if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
-        raise ConfigError(f"--anchor {given}: neither a head (64 digits) nor a file that begins with one")
-    return head
+def _anchors(given: list[str]) -> list[str]:
+    """The heads that --anchor gives, themselves or in files. Raises ConfigError."""
+    heads = []
+    for anchor in given:
+        head = anchor
+        if Path(head).is_file():
+            head = (Path(head).read_text().split() or [""])[0]
+        if not re.fullmatch(r"[0-9a-f]{64}", head):
+            raise ConfigError(f"--anchor {anchor}: neither a head (64 digits) nor a file that begins with one")
+        heads.append(head)
+    return heads
 
 
 @app.command()
@@ -46,7 +50,8 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are findings.")] = False,
     policy: Annotated[Path | None, typer.Option(help="YAML: whose signatures count and what is required.")] = None,
     anchor: Annotated[
-        str | None, typer.Option(help="A ledger's head kept elsewhere: the 64 digits, or a file with them.")
+        list[str] | None,
+        typer.Option(help="A ledger's head kept elsewhere: the 64 digits, or a file with them. One for each run."),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -57,10 +62,10 @@ def verify(
 
     if deep and quick:
         raise ConfigError("--deep, --quick: choose one")
-    head = _anchor(anchor)
+    heads = _anchors(anchor or [])
     cache = DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests"))) if quick else None
     trusted = read_policy(policy) if policy else None
-    result = Verifier(cache=cache, recursive=recursive, policy=trusted, anchor=head).run(path)
+    result = Verifier(cache=cache, recursive=recursive, policy=trusted, anchors=heads).run(path)
     code = result.exit_code(strict)
     if as_json:
         print_json(result.as_json(strict))
@@ -85,7 +90,9 @@ def _print_result(result: Any, code: int) -> None:
     if result.not_at_hand:
         print(f"not checked, since not where it was read: {', '.join(sorted(result.not_at_hand))}")
     for line in as_lines(result.other_versions):
-        print(line)
+        print(escape(line))
+    for run, name in result.renamed.items():
+        print(f"{run} was made as the run {name}")
     for ledger, head in result.heads.items():
         print(f"head of {ledger}: {head}")
 
@@ -146,13 +153,14 @@ def _trace_reverse(what: str, runs: list[Path], svg: Path | None, as_json: bool)
             }
         )
     else:
-        print(f"{what} is in {', '.join(n.name for n in origins[:8])}{' …' if len(origins) > 8 else ''}")
+        names = ", ".join(node.name for node in origins[:8])
+        print(escape(f"{what} is in {names}{' …' if len(origins) > 8 else ''}"))
         print(
             f"{len(artifacts)} artifacts come from it. If it is withdrawn, "
             f"{len(checkpoints)} checkpoints must be trained again:"
         )
         for node in checkpoints:
-            print(f"  {os.path.relpath(node.folder)}")
+            print(f"  {escape(os.path.relpath(node.folder))}")
     if svg:
         svg.write_text(picture.svg(artifacts))
     return SOUND
@@ -168,7 +176,7 @@ def diff(a: Path, b: Path, as_json: Json = False) -> int:
     if as_json:
         print_json(differences)
     else:
-        print(as_text(differences))
+        print(escape(as_text(differences), LINES))
     return SOUND if differences["equal"] else FINDING
 
 
@@ -184,23 +192,28 @@ def show(path: ArtifactPath, as_json: Json = False) -> int:
         print_json(record.statement)
         return SOUND
     code, hours = record.code, record.usage.get("device_hours", 0)
-    print(f"{folder}: made by the stage {record.stage}, part {record.part}")
-    print(f"  manifest  {identity(folder)}")
-    print(f"  record    {record.digest}")
-    print(
-        f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {hours:.4f} device-hours"
-    )
+    lines = [
+        f"{folder}: made by the stage {record.stage}, part {record.part}",
+        f"  manifest  {identity(folder)}",
+        f"  record    {record.digest}",
+        f"  from      {record.started} to {record.finished}, {len(record.attempts)} attempts, {hours:.4f} device-hours",
+    ]
+    lines += [f"  made as   {record.place.artifact} of the run {record.place.run}"] if record.place else []
     for role, parent in record.parents.items():
-        print(f"  input     {role}: {parent['name']}, manifest {parent['manifest'][:16]}…")
+        lines.append(f"  input     {role}: {parent['name']}, manifest {parent['manifest'][:16]}…")
     for role in ("base", "source", "labels"):
-        for dependency in record.of_role(role):
-            print(f"  {role:9} {dependency['name']}")
-    print(f"  code      commit {code.get('commit')}{', DIRTY' if code.get('dirty') else ''}")
+        lines += [f"  {role:9} {dependency['name']}" for dependency in record.of_role(role)]
+    lines.append(f"  code      commit {code.get('commit')}{', DIRTY' if code.get('dirty') else ''}")
     for attempt in record.attempts:
-        ended = attempt.get("ended") or {"outcome": "running", "message": None}
-        how = f"{ended['outcome']}{': ' + ended['message'] if ended['message'] else ''}"
-        print(f"  attempt   {attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}: {how}")
+        where = f"{attempt['start']} on {attempt.get('host')}, job {attempt.get('job_id')}"
+        lines.append(f"  attempt   {where}: {_ended(attempt.get('ended', 'running'))}")
+    print("\n".join(map(escape, lines)))
     return SOUND
+
+
+def _ended(how: Any) -> str:
+    """How an attempt ended; early records have text."""
+    return how if isinstance(how, str) else f"{how['outcome']}{': ' + how['message'] if how['message'] else ''}"
 
 
 @app.command()
@@ -214,19 +227,22 @@ def seal(
 ) -> int:
     """Append what is new to the run's ledger and print its head."""
     from tunetrail.provenance import ledger as ledgers
-    from tunetrail.provenance.manifest import PROVENANCE
+    from tunetrail.provenance.run_folder import artifacts as artifacts_of
     from tunetrail.provenance.signing import sign
 
-    if not run.is_dir() or not (artifacts := ledgers.artifacts(run)):
-        print(f"{run}: no run, there is no artifact in it", file=sys.stderr)
+    if not run.is_dir() or not (artifacts := artifacts_of(run)):
+        print(f"{escape(run)}: no run, there is no artifact in it", file=sys.stderr)
         return INCOMPLETE
     ledger = ledgers.seal(run)
     if key:
         for folder in artifacts:
-            if (folder / PROVENANCE).exists():
+            if folder.relative_to(run).as_posix() not in ledger.refused:
                 sign(folder, key)
-    for name in ledger.refused:
-        print(f"{name!r} was not sealed: its record is missing, or of another manifest", file=sys.stderr)
+    for name, why in ledger.refused.items():
+        print(f"{escape(name)} was not sealed: {escape(why)}", file=sys.stderr)
+    if ledger.torn:
+        said = f"{ledger.path}: its last line was cut off after {ledger.torn} bytes and is removed"
+        print(escape(said), file=sys.stderr)
     if anchor:
         anchor.write_text(f"{ledger.head}  {run}\n")
     if as_json:
@@ -236,15 +252,16 @@ def seal(
                 "lines": len(ledger.entries),
                 "head": ledger.head,
                 "signed": bool(key),
-                "refused": ledger.refused,
+                "refused": list(ledger.refused),
+                "torn": ledger.torn,
             }
         )
     else:
-        print(f"{ledger.path}: {len(ledger.entries)} lines, head {ledger.head}")
+        print(f"{escape(ledger.path)}: {len(ledger.entries)} lines, head {ledger.head}")
         if not anchor:
             print(
                 "to prove later that it was not rewritten, keep the head elsewhere: "
-                f"git tag -s -m {ledger.head} {run.name}-sealed"
+                f"git tag -s -m {ledger.head} {escape(run.name)}-sealed"
             )
     return FINDING if ledger.refused else SOUND
 
@@ -265,9 +282,9 @@ def reproduce(
     if as_json:
         print_json({"tier": result.tier, "folder": str(result.folder), "details": result.details})
     else:
-        print(f"{folder}: {result.tier}; the new one is in {result.folder}")
+        print(escape(f"{folder}: {result.tier}; the new one is in {result.folder}"))
         for key, value in result.details.items():
-            print(f"  {key}: {value}")
+            print(escape(f"  {key}: {value}"))
     return FINDING if result.tier == TIERS[-1] else SOUND
 
 

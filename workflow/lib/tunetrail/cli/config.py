@@ -10,6 +10,7 @@ import typer
 
 from tunetrail.cli.common import SOUND
 from tunetrail.errors import TunetrailError
+from tunetrail.terminal import LINES, escape
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ConfigFile = Annotated[Path, typer.Argument(help="A config file, such as config/config.yaml.", show_default=False)]
@@ -21,7 +22,7 @@ def _load(path: Path, use: Callable[[Any], None]) -> int:
     try:
         use(load(path))
     except TunetrailError as e:
-        print(e, file=sys.stderr)
+        print(escape(e, LINES), file=sys.stderr)
         return e.exit_code
     return SOUND
 
@@ -35,8 +36,8 @@ def check(path: ConfigFile) -> int:
 
     def use(config: Any) -> None:
         for warning in preflight.check(config, str(path)):
-            print(f"{path}: warning: {warning}", file=sys.stderr)
-        print("\n".join([*share_table(config), *unread(config)]))
+            print(escape(f"{path}: warning: {warning}"), file=sys.stderr)
+        print("\n".join(map(escape, [*share_table(config), *unread(config)])))
 
     return _load(path, use)
 

@@ -8,6 +8,7 @@ import typer
 
 from tunetrail.cli.common import FINDING, SOUND, Output, write
 from tunetrail.errors import ConfigError
+from tunetrail.terminal import escape
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 StoreName = Annotated[str, typer.Option("--store", help="Where labels are kept: a file, or postgresql://…")]
@@ -116,7 +117,7 @@ def add(
 
     labels = _open(store, create=True)
     pseudonym, token = add_labeler(labels, name, admin)
-    print(f"{pseudonym}: {_link(labels, token)}")
+    print(escape(f"{pseudonym}: {_link(labels, token)}"))
     return SOUND
 
 
@@ -128,7 +129,7 @@ def list_labelers(store: StoreName = STORE) -> int:
     for one in roster(_open(store)):
         state = "" if one["active"] else "  may not enter"
         name = one["name"] or "(name deleted)"
-        print(f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {name}{state}")
+        print(escape(f"{one['pseudonym']:10} {one['role']:8} {one['events']:6} events  {name}{state}"))
     return SOUND
 
 
@@ -138,7 +139,7 @@ def renew(pseudonym: Pseudonym, store: StoreName = STORE) -> int:
     from tunetrail.labeling.app.access import renew_token
 
     labels = _open(store)
-    print(f"{pseudonym}: {_link(labels, renew_token(labels, pseudonym))}")
+    print(escape(f"{pseudonym}: {_link(labels, renew_token(labels, pseudonym))}"))
     return SOUND
 
 
@@ -148,7 +149,7 @@ def forget(pseudonym: Pseudonym, store: StoreName = STORE) -> int:
     from tunetrail.labeling.app import access
 
     access.forget(_open(store), pseudonym)
-    print(f"{pseudonym}: name and link deleted")
+    print(escape(f"{pseudonym}: name and link deleted"))
     return SOUND
 
 
@@ -157,7 +158,7 @@ def verify(store: StoreName = STORE) -> int:
     """Check that the chain of events is intact; print its head."""
     labels = _open(store)
     fault = labels.fault()
-    print(f"{labels.database.shown}: {fault or 'the chain is whole'}, head {labels.head()}")
+    print(escape(f"{labels.database.shown}: {fault or 'the chain is whole'}, head {labels.head()}"))
     return FINDING if fault else SOUND
 
 

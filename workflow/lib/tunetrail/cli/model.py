@@ -11,6 +11,7 @@ import typer
 
 from tunetrail.cli.common import SOUND
 from tunetrail.errors import ConfigError, DiskError, TunetrailError
+from tunetrail.terminal import LINES, PROSE, escape
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -26,10 +27,10 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except TunetrailError as e:
-        print(f"tunetrail: error: {e}", file=sys.stderr)
+        print(f"tunetrail: error: {escape(e, LINES)}", file=sys.stderr)
         raise typer.Exit(e.exit_code) from None
     except OSError as e:
-        print(f"tunetrail: error: {e.filename or 'disk'}: {e.strerror or e}", file=sys.stderr)
+        print(f"tunetrail: error: {escape(e.filename or 'disk')}: {escape(e.strerror or e)}", file=sys.stderr)
         raise typer.Exit(DiskError.exit_code) from None
 
 
@@ -106,7 +107,7 @@ def chat(
         speakers = [Speaker.load(path, plain, system) for path in model]
         for speaker in speakers:
             style = f"chat template, system message {speaker.style.system!r}" if speaker.style.chat else "plain text"
-            print(f"{speaker.name}: {style}", file=sys.stderr)
+            print(escape(f"{speaker.name}: {style}"), file=sys.stderr)
         if sys.stdin.isatty():
             print(f"{NEW} begins a new conversation, Ctrl-D ends", file=sys.stderr)
         show = _columns if len(speakers) > 1 and sys.stdout.isatty() else _plainly
@@ -116,7 +117,7 @@ def chat(
                 speakers,
                 _lines(),
                 lambda replies: show(names, replies),
-                lambda error: print(error, file=sys.stderr),
+                lambda error: print(escape(error, LINES), file=sys.stderr),
                 max_new_tokens,
                 temperature,
                 seed,
@@ -139,22 +140,25 @@ def _plainly(names: list[str], replies: Iterator[list[str]]) -> None:
     said = [""] * len(names)
     for now in replies:
         if len(names) == 1:
-            print(now[0][len(said[0]) :], end="", flush=True)
+            print(escape(now[0][len(said[0]) :], PROSE), end="", flush=True)
         said = now
     if len(names) == 1:
         print()
     else:
-        print("\n".join(f"[{name}]\n{text}" for name, text in zip(names, said, strict=True)), flush=True)
+        print(
+            "\n".join(f"[{escape(name)}]\n{escape(text, PROSE)}" for name, text in zip(names, said, strict=True)),
+            flush=True,
+        )
 
 
 def _columns(names: list[str], replies: Iterator[list[str]]) -> None:
     """Responses side by side, as they come."""
     from rich.live import Live
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     with Live(vertical_overflow="visible") as live:
         for now in replies:
-            table = Table(*names, expand=True)
-            table.add_row(*map(Text, now))
+            table = Table(*(Column(Text(escape(name))) for name in names), expand=True)
+            table.add_row(*(Text(escape(text, PROSE)) for text in now))
             live.update(table)

@@ -9,6 +9,7 @@ import typer
 
 from tunetrail.cli.common import SOUND, Json, print_json
 from tunetrail.errors import ConfigError
+from tunetrail.terminal import LINES, escape
 
 if TYPE_CHECKING:
     from tunetrail.config.run import Config
@@ -36,7 +37,7 @@ def _run(profile: str, configfiles: list[Path], snakefile: Path | None) -> "tupl
         try:
             read_yaml(path)
         except ConfigError as e:
-            print(e, file=sys.stderr)
+            print(escape(e, LINES), file=sys.stderr)
             raise typer.Exit(e.exit_code) from None
     return read_run(profile, configfiles, snakefile)
 
@@ -73,9 +74,8 @@ def status(
         print_json([s | {"other_version": by_name.get(s["name"])} for s in monitor.as_json(statuses)])
     else:
         monitor.print_status(statuses, rerun)
-        print(
-            "".join(f"{line}\n" for line in ["", *versions.as_lines(other_versions)]) if other_versions else "", end=""
-        )
+        if other_versions:
+            print("\n".join(map(escape, ["", *versions.as_lines(other_versions)])))
     return SOUND
 
 
@@ -101,7 +101,7 @@ def plan(
         print_json(monitor.as_json(steps) | {"notes": known.notes, "other_versions": versions.as_json(other_versions)})
     else:
         notes = [*(f"Note: {note}" for note in known.notes), *versions.as_lines(other_versions)]
-        print("\n".join([monitor.as_text(steps), "", *known.table, *notes]))
+        print(escape("\n".join([monitor.as_text(steps), "", *known.table, *map(escape, notes)]), LINES))
     return SOUND
 
 
@@ -117,7 +117,7 @@ def doctor(
     everything."""
     from tunetrail.monitor import doctor as monitor
 
-    report = (lambda check: None) if as_json else (lambda check: print(check, flush=True))
+    report = (lambda check: None) if as_json else (lambda check: print(escape(check, LINES), flush=True))
     checks = monitor.diagnose(_run(profile, configfile or [], snakefile)[1], jobs, wait, report)
     if as_json:
         print_json([vars(check) for check in checks])
@@ -143,5 +143,5 @@ def compare(
     page, cache = output.parent, DigestCache(Path(os.environ.get("TUNETRAIL_DIGESTS", "state/.digests")))
     collected = together([collect(name, inputs_of(run), page, cache) for name, run in zip(names, runs, strict=True)])
     output.write_text(render(collected, draw(collected, FIGURES), None, samples), encoding="utf-8")
-    print(output)
+    print(escape(output))
     return SOUND

@@ -16,20 +16,21 @@ from tunetrail.provenance.manifest import (
     DigestCache,
     build,
     canonical,
+    hash_files,
     is_inside,
-    parallel,
     read_manifest,
     sha256_bytes,
     sha256_file,
     walk,
 )
-from tunetrail.provenance.record import Record, dependency, exact_integers, read_record
+from tunetrail.provenance.record import Record, dependency, exact_integers, place_of, read_record
 from tunetrail.provenance.record import build as build_record
+from tunetrail.provenance.schema import Manifest
 
 FIX = "delete the folder and run its stage again, or restore the file"
 
 
-def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
+def verify(manifest_path: Path, cache: DigestCache | None = None) -> Manifest:
     """Checks a folder against its manifest and returns the manifest. Raises DataError naming what differs.
 
     Args:
@@ -40,7 +41,7 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> dict:
     return manifest
 
 
-def check_files(manifest_path: Path, manifest: dict, cache: DigestCache) -> None:
+def check_files(manifest_path: Path, manifest: Manifest, cache: DigestCache) -> None:
     """Checks the files next to a manifest against what it said when it was read. Raises DataError."""
     folder = manifest_path.parent
     listed = {entry["path"]: entry for entry in manifest["files"]}
@@ -54,7 +55,7 @@ def check_files(manifest_path: Path, manifest: dict, cache: DigestCache) -> None
             raise DataError(f"{path}: listed in the manifest but missing; {FIX}")
         if path.stat().st_size != entry["size"]:
             raise DataError(f"{path}: differs from its manifest; {FIX}")
-    digests = parallel(cache.sha256, [folder / name for name in listed])
+    digests = hash_files(cache.sha256, [folder / name for name in listed])
     for (name, entry), digest in zip(listed.items(), digests, strict=True):
         if digest != entry["sha256"]:
             raise DataError(f"{folder / name}: differs from its manifest; {FIX}")
@@ -163,6 +164,7 @@ def finished(stage: Stage, declare: bool = True) -> bool:
         made_from = {role: parent["manifest"] for role, parent in record.parents.items()}
         if (
             (record.stage, record.part) != (stage.name, f"{stage.request.part[0]}/{stage.request.part[1]}")
+            or record.place != place_of(stage.name, stage.output)
             or record.config_file != exact_integers(stage.shared | {"config": stage.config})
             or made_from != {role: parent.origin["manifest"] for role, parent in stage.inputs.items()}
             or record.code.get("library") != code_state()["library"]

@@ -52,7 +52,8 @@ from tunetrail.files import read_finished_rows, rename_durably, write_jsonl
 from tunetrail.provenance.environment import energy_joules, environment
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
 from tunetrail.provenance.record import parent_entry
-from tunetrail.provenance.schema import Ended
+from tunetrail.provenance.schema import Ended, Manifest
+from tunetrail.terminal import Formatter, escape
 
 # What a user can fix: no room, no permission, a failing disk. Any other OSError is a fault and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -103,9 +104,9 @@ def _read_stage_config(path: Path) -> dict:
         raise ConfigError(f"{path}: not valid JSON: {e}") from None
 
 
-def _tokenizer_of(parents: dict[str, dict]) -> str | None:
+def _tokenizer_of(parents: dict[str, Manifest]) -> str | None:
     """The one tokenizer digest all parents share. Raises DataError when they differ."""
-    digests = {role: m["tokenizer"] for role, m in parents.items() if m.get("tokenizer")}
+    digests = {role: digest for role, m in parents.items() if (digest := m.get("tokenizer"))}
     if len(set(digests.values())) > 1:
         listed = ", ".join(f"{role}: {digest[:12]}" for role, digest in sorted(digests.items()))
         raise DataError(
@@ -115,7 +116,7 @@ def _tokenizer_of(parents: dict[str, dict]) -> str | None:
     return next(iter(digests.values()), None)
 
 
-def _of_this_run(parents: dict[str, dict], stage: str) -> dict[str, dict]:
+def _of_this_run(parents: dict[str, Manifest], stage: str) -> dict[str, Manifest]:
     """The inputs without models of other runs: importing compares what their tokenizers do, not the bytes of files."""
     return {role: m for role, m in parents.items() if not (role == "model" and stage in ("sft", "reward"))}
 
@@ -271,7 +272,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
 def _logging_to(state: Path) -> Iterator[None]:
     """Logs and progress go into the state folder too."""
     handler = logging.FileHandler(state / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     progress.write_to(state / progress.FILE)
     try:
@@ -289,7 +290,9 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         distributed: whether the stage knows how to share its work among the processes that were started.
     """
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     name, code = args.config.stem, 0
     try:
@@ -298,14 +301,14 @@ def main(run: Callable[[Stage], dict], argv: list[str] | None = None, distribute
         _execute(run, args)
     except TunetrailError as e:
         for line in str(e).split("\n"):
-            print(f"{name}: {e.word}: {line}", file=sys.stderr)
+            print(escape(f"{name}: {e.word}: {line}"), file=sys.stderr)
         if not isinstance(e, Interrupted):
             return e.exit_code
         code = e.exit_code  # all processes leave at the same step
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
-        print(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}", file=sys.stderr)
+        print(escape(f"{name}: error: {e.filename or args.output.parent}: {e.strerror}"), file=sys.stderr)
         return 74  # EX_IOERR: a full disk, a missing permission
     except Exception as e:
         if "No space left on device" not in str(e):  # safetensors and torch wrap the system's error

@@ -9,7 +9,7 @@ from tunetrail.contract.lease import Lease
 from tunetrail.contract.stop import Stop
 from tunetrail.files import read_jsonl
 from tunetrail.provenance.manifest import DigestCache
-from tunetrail.provenance.schema import Dependency, ParentEntry
+from tunetrail.provenance.schema import Dependency, Manifest, ParentEntry
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Input:
 
     folder: Path
     """Verified against its manifest."""
-    manifest: dict[str, Any]
+    manifest: Manifest
     origin: ParentEntry
     """What the record will say about it, as it was when the stage started."""
 

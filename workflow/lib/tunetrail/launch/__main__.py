@@ -13,6 +13,7 @@ from tunetrail.contract.runner import is_finished
 from tunetrail.errors import ConfigError, TunetrailError
 from tunetrail.launch.resources import SRUN, gpus, processes
 from tunetrail.launch.supervise import EXIT_CODE, option, supervise
+from tunetrail.terminal import LINES, escape
 
 
 def _step(command: list[str], stage: str, resources: Mapping[str, Any], threads: int) -> list[str]:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(args)
     except TunetrailError as e:
-        print(f"{args.stage}: error: {e}", file=sys.stderr)
+        print(f"{args.stage}: error: {escape(e, LINES)}", file=sys.stderr)
         code = e.exit_code
     if code:  # a killed one leaves none
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -5,15 +5,18 @@ the cluster runs them; `--summary` and the executor plugins use the same calls a
 version in envs/requirements.txt: a test fails when the lock changes, and then each call must be reviewed.
 """
 
+import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from tunetrail.config.run import Config
-from tunetrail.errors import ConfigError, TunetrailError
+from tunetrail.errors import ConfigError, Interrupted, Superseded, TunetrailError
 
 VERSION = "9.27.1"
 """The version of Snakemake that this was written for."""
@@ -220,19 +223,40 @@ def run_handlers(workflow: Any, run: str) -> None:
             _call_too(workflow, event, workflow.globals[event])
 
 
+def _exit_code_of(handler: Callable[[], None]) -> int | None:
+    """The exit code with which a handler ends the process, 1 for one that fails; None where it returns."""
+    try:
+        handler()
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return None
+
+
+def most_serious(codes: Sequence[int]) -> int:
+    """One exit code for several runs: the first of a failure, before those that say only to go on.
+
+    >>> most_serious([75, 65, 78]), most_serious([76, 75])
+    (65, 75)
+    """
+    goes_on = (Superseded.exit_code, 0)
+    failures = [code for code in codes if code not in (Interrupted.exit_code, *goes_on)]
+    return next(iter(failures), Interrupted.exit_code if Interrupted.exit_code in codes else max(codes))
+
+
 def _call_too(workflow: Any, event: str, ours: Callable[[], None]) -> None:
     register = getattr(workflow, event)
 
     def both(theirs: Callable[[Any], None]) -> Callable[[Any], None]:
         def handler(log: Any) -> None:
-            if event != "onerror":
-                ours()
-                theirs(log)
-                return
-            try:
-                theirs(log)
-            finally:  # ours ends the process
-                ours()
+            handlers: list[Callable[[], None]] = [ours, partial(theirs, log)]
+            if event == "onerror":  # the main workflow has its word first
+                handlers.reverse()
+            codes = [code for handler in handlers if (code := _exit_code_of(handler)) is not None]
+            if codes:
+                sys.exit(most_serious(codes))
 
         return handler
 

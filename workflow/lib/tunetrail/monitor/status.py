@@ -21,6 +21,7 @@ from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import whole_rows
 from tunetrail.launch.supervise import EXIT_CODE
 from tunetrail.monitor.dag import Job, listed
+from tunetrail.terminal import escape
 
 STATES = {
     "done": "green",
@@ -301,13 +302,15 @@ def print_status(found: list[StageStatus], rerun: str) -> None:
     width = max((len(name) for name, _, _ in lines), default=0)
     for name, state, detail in lines:
         console.print(
-            Text.assemble(f"{name:{width}}  ", (f"{state:11}", STATES[state]), f"  {detail}" if detail else "")
+            Text.assemble(
+                escape(f"{name:{width}}  "), (f"{state:11}", STATES[state]), escape(f"  {detail}") if detail else ""
+            )
         )
     counts = {state: sum(s.state == state for s in found) for state in STATES}
     console.print(Text("\n" + ", ".join(f"{n} {state}" for state, n in counts.items() if n)))
     if broken := failed(found):
-        console.print(Text("\n" + "\n".join(failure_lines(broken))))
-        console.print(Text(f"\nall that is left: {rerun}"))
+        console.print(Text("\n" + "\n".join(map(escape, failure_lines(broken)))))
+        console.print(Text(f"\nall that is left: {escape(rerun)}"))
 
 
 def as_json(found: list[StageStatus]) -> list[dict[str, Any]]:

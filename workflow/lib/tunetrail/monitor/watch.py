@@ -35,6 +35,7 @@ from tunetrail.monitor.status import (
     stage_status,
     state_folder,
 )
+from tunetrail.terminal import escape
 
 QUEUE_SECONDS = 10
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -167,9 +168,9 @@ def screen(watch: Watch, found: list[tuple[StageStatus, Curve]], now: datetime, 
         )
         told = _curves(curve) if alone else Text()
         if not told and where.state != "done":
-            told = Text(shared([w.detail for w, _ in group]), style="dim")
+            told = Text(escape(shared([w.detail for w, _ in group])), style="dim")
         cells: list[Text | ProgressBar | str] = [
-            name,
+            Text(escape(name)),
             Text(where.state, style=STATES[where.state]),
             "",
             "",
@@ -186,7 +187,7 @@ def screen(watch: Watch, found: list[tuple[StageStatus, Curve]], now: datetime, 
     counts = {state: sum(where.state == state for where, _ in found) for state in STATES}
     head = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     broken = [
-        Text(line, style="red" if i % 3 == 0 else "")
+        Text(escape(line), style="red" if i % 3 == 0 else "")
         for i, line in enumerate(failure_lines(failed([w for w, _ in found])))
     ]
     return Group(

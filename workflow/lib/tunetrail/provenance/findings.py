@@ -1,12 +1,12 @@
 """The findings of an audit, and its result."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from tunetrail.provenance.lineage import Node
 from tunetrail.provenance.versions import OtherVersion
 from tunetrail.provenance.versions import as_json as versions_as_json
+from tunetrail.terminal import escape
 
 Severity = Literal["error", "incomplete", "warning"]
 FINDINGS: dict[str, tuple[Severity, str]] = {
@@ -19,11 +19,16 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "file-added": ("error", "a file is not in the manifest"),
     "file-changed": ("error", "a file is not what the manifest says"),
     "tensors-changed": ("error", "weights are not what the manifest says"),
+    "unreadable": ("incomplete", "a file or folder cannot be read"),
     "file-resaved": ("warning", "the file was saved again, every tensor is unchanged"),
     "record-missing": ("error", "there is no provenance record"),
     "record-edited": ("error", "provenance.json is not what a stage wrote"),
     "record-changed": ("error", "the record is not the one that was sealed"),
+    "record-contradicts": ("error", "record and manifest do not agree on stage, metrics or tokenizer"),
+    "place-changed": ("error", "it was made in another place, or in another run"),
+    "place-unknown": ("warning", "its record, of an early version, does not say where it was made"),
     "parent-missing": ("error", "what it was made from is gone"),
+    "parent-elsewhere": ("incomplete", "what it was made from is not here, and no run says whether it should be"),
     "parent-changed": ("error", "what it was made from has changed since"),
     "parent-record-changed": ("error", "the record of what it was made from has changed since"),
     "labels-changed": ("error", "the labels were changed or corrected after it was made"),
@@ -33,7 +38,17 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "state-swapped": ("error", "an attempt resumed from a state that no earlier attempt had saved"),
     "ledger-broken": ("error", "the ledger's chain does not hold"),
     "ledger-not-anchored": ("error", "the ledger does not lead to the anchored head"),
+    "replaced-after-anchor": ("error", "it was replaced after the head was anchored"),
+    "sealed-after-anchor": ("incomplete", "it was sealed after the head was anchored"),
+    "run-not-anchored": ("incomplete", "no anchored head is of the run it comes from"),
     "artifact-missing": ("error", "an artifact of the ledger is gone"),
+    "stray-file": ("error", "a file in the run's folder belongs to no artifact"),
+    "stray-folder": ("error", "a folder in the run's folder holds files and no artifact"),
+    "hidden-folder": ("error", "a hidden folder in the run's folder holds files"),
+    "unfinished": ("warning", "a stage is at work, or was killed"),
+    "config-missing": ("incomplete", "the run's config of a stage is gone"),
+    "config-edited": ("error", "the run's config of a stage is not what Snakemake wrote"),
+    "config-unused": ("warning", "no artifact was made with this config of the run"),
     "not-sealed": ("incomplete", "it is in no ledger, or has changed since it was last sealed"),
     "signature-false": ("error", "a signature does not hold"),
     "signature-missing": ("error", "the policy requires a signature"),
@@ -61,30 +76,36 @@ class Finding:
         return f"{self.severity}: {self.artifact}: {self.name}: {self.message}"
 
 
-def printable(path: Path | str) -> str:
-    """A name as text, even if it is not UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+LONGEST = 600
+"""Characters of a message."""
 
 
 @dataclass
 class VerifyResult:
     """The result of `verify`."""
 
-    findings: list[Finding] = field(default_factory=list)
+    found: dict[Finding, None] = field(default_factory=dict)
+    """In the order of `sort`, each once."""
     artifacts: list[str] = field(default_factory=list)
     unsigned: list[str] = field(default_factory=list)
     signed: dict[str, list[str]] = field(default_factory=dict)
     """artifact -> names of the policy's keys that signed it."""
     heads: dict[str, str] = field(default_factory=dict)
     """ledger -> its head."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """run -> the name it was made under, where it has another now."""
     bytes_read: int = 0
     other_versions: list[OtherVersion] = field(default_factory=list)
     """Artifacts that another version of tunetrail made: no finding, but this version may give other results."""
     not_at_hand: set[str] = field(default_factory=set)
     """Raw data and labels outside the run that are no longer where they were read, so they were not checked."""
 
+    @property
+    def findings(self) -> list[Finding]:
+        return list(self.found)
+
     def exit_code(self, strict: bool = False) -> int:
-        severities = {f.severity for f in self.findings}
+        severities = {f.severity for f in self.found}
         if "error" in severities or (strict and "warning" in severities):
             return 1
         return 2 if "incomplete" in severities else 3 if "warning" in severities else 0
@@ -97,6 +118,7 @@ class VerifyResult:
             "signed": self.signed,
             "unsigned": self.unsigned,
             "heads": self.heads,
+            "renamed": self.renamed,
             "bytes_read": self.bytes_read,
             "other_versions": versions_as_json(self.other_versions),
             "not_at_hand": sorted(self.not_at_hand),
@@ -105,22 +127,16 @@ class VerifyResult:
     def sort(self) -> None:
         """Sorts findings by severity, then by artifact."""
         gravity = ("error", "incomplete", "warning")
-        self.findings.sort(key=lambda finding: (gravity.index(finding.severity), finding.artifact))
+        self.found = dict.fromkeys(
+            sorted(self.found, key=lambda finding: (gravity.index(finding.severity), finding.artifact))
+        )
 
     def add(self, name: str, artifact: Node | str, message: str) -> None:
         """Notes a finding, once."""
         assert name in FINDINGS
+        message = escape(message if len(message) <= LONGEST else f"{message[:LONGEST]}…")
         if isinstance(artifact, Node):
-            finding = Finding(name, printable(artifact.name), message, printable(artifact.folder))
+            finding = Finding(name, escape(artifact.name), message, escape(artifact.folder))
         else:
-            finding = Finding(name, printable(artifact), message)
-        if finding not in self.findings:
-            self.findings.append(finding)
-
-    def withdraw(self, name: str, artifact: Node, start: str) -> None:
-        """Removes a finding about an artifact whose message starts with this text."""
-        self.findings = [
-            f
-            for f in self.findings
-            if not (f.name == name and f.folder == printable(artifact.folder) and f.message.startswith(start))
-        ]
+            finding = Finding(name, escape(artifact), message)
+        self.found[finding] = None

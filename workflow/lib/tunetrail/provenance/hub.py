@@ -1,6 +1,9 @@
 """What this machine knows of models on the Hugging Face hub."""
 
+from contextlib import suppress
 from pathlib import Path
+
+from tunetrail.files import read_regular
 
 
 def resolved_revision(repo: str, revision: str) -> str | None:
@@ -8,4 +11,6 @@ def resolved_revision(repo: str, revision: str) -> str | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     path = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / revision
-    return path.read_text().strip() if path.is_file() else None
+    with suppress(OSError, ValueError):
+        return read_regular(path, 2**10).decode().strip()
+    return None

@@ -8,21 +8,28 @@ import functools
 import json
 import os
 import re
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunetrail.errors import DataError
-from tunetrail.provenance.ledger import LEDGER, Ledger, artifacts, read_ledger
-from tunetrail.provenance.manifest import MANIFEST, identity
+from tunetrail.errors import DataError, DiskError, TunetrailError
+from tunetrail.files import open_regular, read_regular
+from tunetrail.provenance.ledger import Ledger, read_ledger
+from tunetrail.provenance.manifest import MANIFEST, cannot_read, identity, sha256_bytes
 from tunetrail.provenance.record import Record, read_record
-from tunetrail.provenance.schema import LedgerEntry, RecordedParent
+from tunetrail.provenance.run_folder import LEDGER, artifacts
+from tunetrail.provenance.schema import LedgerEntry, Manifest, RecordedParent
+
+UNREAD = "unreadable"
+"""In place of the identity of an artifact whose manifest cannot be read."""
 
 
 @functools.cache
 def run_of(folder: Path) -> Path | None:
-    """The run that an artifact belongs to: the nearest folder above it with a ledger."""
-    return next((above for above in folder.parents if (above / LEDGER).exists()), None)
+    """The run an artifact belongs to: the nearest folder above it that holds a ledger."""
+    return next((above for above in folder.parents if os.path.lexists(above / LEDGER)), None)
 
 
 class Runs:
@@ -32,6 +39,8 @@ class Runs:
         self.named: list[Path] = []
         """The runs to audit; all others are runs of their parents."""
         self.ledgers: dict[Path, Ledger] = {}
+        self.made: dict[Path, Counter[str]] = {}
+        """Run -> the runs that the records of its artifacts say they were made in."""
         self._latest: dict[Path, dict[str, LedgerEntry]] = {}
 
     def of(self, folder: Path) -> Path | None:
@@ -49,6 +58,10 @@ class Runs:
             self._latest[run] = self.ledger(run).latest
         return self._latest[run]
 
+    def made_as(self, run: Path) -> str:
+        """The name that a run had when most of its artifacts were made."""
+        return self.made[run].most_common(1)[0][0]
+
 
 @dataclass
 class Node:
@@ -57,12 +70,23 @@ class Node:
     folder: Path
     identity: str
     record: Record | None
-    fault: str | None = None
+    fault: TunetrailError | None = None
     """Why there is no record."""
+    content: bytes = b""
+    """Of its manifest file, as it was read."""
+    manifest: Manifest | None = None
+    """That file's content, once it was looked at."""
+    unread: TunetrailError | None = None
+    """Why the manifest file could not be read."""
     parents: dict[str, "Node | None"] = field(default_factory=dict)
     """By role; None for a parent that cannot be found."""
     runs: set[Path] = field(default_factory=set)
     """The runs of the lineage that it was read with."""
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether its manifest or its record may be what they were, and cannot be read."""
+        return isinstance(self.unread, DiskError) or isinstance(self.fault, DiskError)
 
     @property
     def name(self) -> str:
@@ -106,14 +130,20 @@ class Lineage:
 
     def _read(self, folder: Path) -> Node:
         if folder not in self.nodes:
+            path = folder / MANIFEST
+            node = self.nodes[folder] = Node(folder, UNREAD, None, runs=self.runs)
             try:
-                digest = identity(folder)
-            except OSError:
-                raise DataError(f"{folder / MANIFEST}: no manifest; this is no artifact") from None
+                node.content = read_regular(path)
+                node.identity = sha256_bytes(node.content)
+            except OSError as e:
+                if not os.path.lexists(path):
+                    del self.nodes[folder]
+                    raise DataError(f"{path}: no manifest; this is no artifact") from None
+                node.unread = cannot_read(path, e)
             try:
-                self.nodes[folder] = Node(folder, digest, read_record(folder), runs=self.runs)
-            except DataError as e:
-                self.nodes[folder] = Node(folder, digest, None, str(e), runs=self.runs)
+                node.record = read_record(folder)
+            except (DataError, DiskError) as e:
+                node.fault = e
             if run := run_of(folder):
                 self.runs.add(run)
         return self.nodes[folder]
@@ -121,14 +151,12 @@ class Lineage:
     def find(self, child: Path, parent: RecordedParent) -> Path | None:
         """Finds a parent: where the record says, else anywhere in the run, else whatever is in its place now."""
         there = Path(os.path.normpath(child / parent["name"]))
-        is_there = there in self.nodes or (there / MANIFEST).exists()
+        is_there = there in self.nodes or os.path.lexists(there / MANIFEST)
         if is_there and self._read(there).identity == parent["manifest"]:
             return there
         if run := run_of(child):
             if run not in self._runs:
-                self._runs[run] = {
-                    identity(folder): folder for folder in artifacts(run) if (folder / MANIFEST).is_file()
-                }
+                self._runs[run] = _by_identity(run)
             if found := self._runs[run].get(parent["manifest"]):
                 return found
         return there if is_there else None
@@ -151,6 +179,15 @@ class Lineage:
                     by_folder[child.folder] = child
                     todo.append(child)
         return sorted(by_folder.values(), key=lambda node: node.folder)
+
+
+def _by_identity(run: Path) -> dict[str, Path]:
+    """The artifacts of a run whose manifest can be read."""
+    found = {}
+    for folder in artifacts(run):
+        with suppress(OSError):
+            found[identity(folder)] = folder
+    return found
 
 
 def ancestors(node: Node) -> dict[str, Node]:
@@ -214,10 +251,10 @@ def _read_dataset(node: Node, name: str) -> bool:
 
 
 def _has_group(node: Node, group: str) -> bool:
-    """Whether a split in this folder contains rows of this source group, judged by its files, not its record."""
-    needle = json.dumps(group, ensure_ascii=False)
+    """Whether a split in this folder holds rows of this source group. Its files tell, with or without a record."""
+    needle = json.dumps(group, ensure_ascii=False).encode()
     for path in node.folder.glob("*.jsonl"):
-        with path.open(encoding="utf-8") as f:
+        with suppress(OSError), open_regular(path) as f:
             if any(needle in line and json.loads(line).get("group") == group for line in f):
                 return True
     return False
@@ -254,7 +291,7 @@ def table(node: Node) -> list[dict[str, Any]]:
             "artifact": at.name,
             "folder": str(at.folder),
             "manifest": at.identity,
-            "fault": at.fault,
+            "fault": str(at.fault) if at.fault else None,
         }
         if at.record:
             row |= {"stage": at.record.stage, "commit": at.record.code.get("commit"), "finished": at.record.finished}

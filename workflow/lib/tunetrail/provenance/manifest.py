@@ -5,29 +5,37 @@ equal content gives an equal identity. Equal tensors need not give equal safeten
 distinguish weights that were saved again from weights that differ.
 """
 
+import errno
 import hashlib
-import json
 import os
 import re
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import rfc8785
+from pydantic import TypeAdapter, ValidationError
 
-from tunetrail.errors import DataError
-from tunetrail.files import canonical_json
-from tunetrail.provenance.schema import FileEntry, TensorEntry
+from tunetrail.errors import DataError, DiskError, TunetrailError
+from tunetrail.files import MAX_JSON, canonical_json, open_regular, parse_json, read_regular
+from tunetrail.provenance.schema import FileEntry, Manifest, TensorEntry
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 MANIFEST, PROVENANCE, METRICS = "manifest.json", "provenance.json", "metrics.json"
 SIGNATURE = "provenance.dsse.json"
 UNLISTED_FILES = (MANIFEST, PROVENANCE, SIGNATURE)
 """Files of an artifact that its manifest does not list."""
 CHUNK = 2**22
-"""How many bytes are read at once."""
+"""Bytes read at once."""
+SMALL = 2**18
+"""Bytes up to which a file is read at once."""
+BATCH = 256
+"""Small files that a thread hashes in a row."""
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -35,7 +43,10 @@ def sha256_bytes(content: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
+    """Of a regular file. Raises OSError for any other."""
+    with open_regular(path) as f:
+        if os.fstat(f.fileno()).st_size <= SMALL:  # file_digest allocates as much
+            return sha256_bytes(f.read() or b"")
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -52,9 +63,38 @@ def canonical(value: Any) -> bytes:
 def is_canonical(value: Any, content: bytes) -> bool:
     """Whether these bytes are the canonical form of the value."""
     try:
-        return canonical(value) == content
-    except ValueError:  # NaN, an integer or a number out of range, half a character
+        if _is_plain(value):  # json writes the same several times as fast
+            return canonical_json(value).encode() == content
+        return canonical(_doubles(value)) == content
+    except (ValueError, RecursionError, OverflowError):  # NaN, an integer or a number out of range, half a character
         return False
+
+
+def _doubles(value: Any) -> Any:
+    """The value with whole numbers from 2^53 on as what RFC 8785 takes them for: 4e18 is written without exponent."""
+    if isinstance(value, dict):
+        return {key: _doubles(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_doubles(item) for item in value]
+    return float(value) if isinstance(value, int) and abs(value) >= 2**53 else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a JSON value has no number but small integers and no key but ASCII: RFC 8785 differs in others alone."""
+    level = [value]
+    while level:
+        below: list[Any] = []
+        for found in level:
+            if isinstance(found, dict):
+                if not "".join(found).isascii():
+                    return False
+                below += found.values()
+            elif isinstance(found, list):
+                below += found
+            elif isinstance(found, float) or (isinstance(found, int) and abs(found) >= 2**53):
+                return False
+        level = below
+    return True
 
 
 def identity(folder: Path) -> str:
@@ -73,13 +113,15 @@ def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
     try:
         (length,) = struct.unpack("<Q", f.read(8))
         size = os.fstat(f.fileno()).st_size
-        if length > size - 8:
-            raise ValueError("header longer than the file")
-        header = json.loads(f.read(length))
+        if length > min(size - 8, MAX_JSON):
+            raise ValueError("header longer than the file, or than any is")
+        header = parse_json(f.read(length))
         header.pop("__metadata__", None)
         for entry in header.values():
-            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) for n in entry["shape"]):
+            if not isinstance(entry["dtype"], str) or not all(type(n) is int for n in entry["shape"]):
                 raise ValueError("a tensor without type or shape")
+            if [type(n) for n in entry["data_offsets"]] != [int, int]:
+                raise ValueError("a tensor without a place")
         spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
         if spans and (
             spans[0][0] != 0 or spans[-1][1] != size - 8 - length or any(a[1] != b[0] for a, b in pairwise(spans))
@@ -92,7 +134,7 @@ def safetensors_header(f: BinaryIO) -> tuple[dict, int]:
 
 def hash_safetensors(path: Path) -> tuple[str, list[TensorEntry]]:
     """(sha256 of the file; name, dtype, shape and sha256 of each tensor, by name). Reads each byte once."""
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         header, start = safetensors_header(f)
         f.seek(0)
         whole = hashlib.sha256(f.read(start))
@@ -119,23 +161,63 @@ NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
 
 
 def walk(folder: Path) -> list[Path]:
-    """Every file and link below `folder`, whatever the link points to, sorted by path; not what NFS has left there."""
-    paths = []
-    for root, folders, names in os.walk(folder):  # follows no links to folders
-        paths += [Path(root, name) for name in names if not NFS.fullmatch(name)]
-        paths += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
-    return sorted(paths)
+    """Every file and link below `folder`, whatever the link points to, sorted by path; not what NFS has left there.
+
+    Raises OSError where a folder cannot be read.
+    """
+    found = []
+    for root, folders, names in os.walk(folder, onerror=_raise):  # follows no links to folders
+        found += [Path(root, name) for name in names if not NFS.fullmatch(name)]
+        found += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+    return sorted(found)
 
 
-def parallel(function: Any, paths: list[Path]) -> list[Any]:
-    """Applies `function` to each path on all cores (hashing releases the GIL), large files first; results are in
-    order."""
-    by_size = sorted(range(len(paths)), key=lambda i: -paths[i].lstat().st_size)
-    results: list[Any] = [None] * len(paths)
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def scan(folder: Path) -> dict[str, os.stat_result]:
+    """Every file and link below a folder, by path from there -> its own status: no link is followed.
+
+    Raises OSError where a folder cannot be read.
+    """
+    found, todo = {}, [""]
+    while todo:
+        start = todo.pop()
+        with os.scandir(os.path.join(folder, start)) as entries:
+            for entry in entries:
+                name = start + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(f"{name}/")
+                else:
+                    found[name] = entry.stat(follow_symlinks=False)
+    return found
+
+
+def parallel(function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]) -> list[Result]:
+    """`function` of each item, in order, on all cores: hashing releases the interpreter. Large files start first.
+
+    Args:
+        sizes: bytes of each item; small ones share a task.
+    """
+    by_size = sorted(range(len(items)), key=lambda i: -sizes[i])
+    large = sum(size > SMALL for size in sizes)
+    tasks = [by_size[i : i + 1] for i in range(large)]
+    tasks += [by_size[i : i + BATCH] for i in range(large, len(items), BATCH)]
+    results: list[Any] = [None] * len(items)
+
+    def work(task: list[int]) -> None:
+        for i in task:
+            results[i] = function(items[i])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, result in zip(by_size, pool.map(lambda i: function(paths[i]), by_size), strict=True):
-            results[i] = result
+        list(pool.map(work, tasks))
     return results
+
+
+def hash_files(function: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:
+    """`function` of each file, in order, on all cores."""
+    return parallel(function, paths, [path.stat().st_size for path in paths])
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -150,7 +232,7 @@ def list_files(folder: Path, cache: "DigestCache | None" = None, hidden: bool = 
         hidden: whether to include hidden files, such as those of git and of the hub's downloads.
     """
     paths = _own_files(folder) if hidden else visible_files(folder)
-    digests = parallel((cache or DigestCache(None)).sha256, paths)
+    digests = hash_files((cache or DigestCache(None)).sha256, paths)
     return [
         {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
@@ -182,38 +264,60 @@ def build(folder: Path) -> dict[str, list[dict]]:
 
     files: list[dict] = []
     tensors: list[dict] = []
-    for path, (digest, found) in zip(paths, parallel(hash_file, paths), strict=True):
+    for path, (digest, found) in zip(paths, hash_files(hash_file, paths), strict=True):
         name = path.relative_to(folder).as_posix()
         files.append({"path": name, "size": path.stat().st_size, "sha256": digest})
         tensors += [{"file": name, **tensor} for tensor in found]
     return {"files": files, "tensors": tensors}
 
 
-def read_manifest(path: Path) -> dict:
-    """The manifest of a folder. Raises DataError if there is none, or the file is not a manifest."""
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def parse_manifest(content: bytes, source: Path) -> Manifest:
+    """Raises DataError where this is no manifest."""
     try:
-        manifest = json.loads(path.read_bytes())
-        for entry in manifest["files"]:
-            assert isinstance(entry["path"], str)
-            assert isinstance(entry["size"], int)
-            assert len(entry["sha256"]) == 64
-        for tensor in manifest.get("tensors", []):
-            assert tensor.keys() == {"file", "name", "dtype", "shape", "sha256"}
-        return manifest
+        manifest = parse_json(content)
+    except ValueError as e:
+        raise DataError(f"{source}: not valid JSON ({e}); delete the folder and run its stage again") from None
+    try:
+        _MANIFEST.validate_python(manifest, strict=True)
+    except ValidationError as e:
+        raise DataError(
+            f"{source}: is no manifest ({first_error(e)}); delete the folder and run its stage again"
+        ) from None
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises DataError where there is none, or the file is no manifest."""
+    try:
+        content = read_regular(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; run the stage that makes this folder first") from None
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e}); delete the folder and run its stage again") from None
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    except (LookupError, TypeError, AttributeError, AssertionError, RecursionError):
-        raise DataError(f"{path}: is no manifest; delete the folder and run its stage again") from None
+        raise cannot_read(path, e) from None
+    return parse_manifest(content, path)
+
+
+def first_error(error: ValidationError) -> str:
+    """Where and what: the first of an error's lines."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+
+
+def cannot_read(path: Path, error: OSError) -> TunetrailError:
+    """A file that is of the wrong kind is bad data; any other obstacle is the disk's, or a permission."""
+    kind = DataError if error.errno in NOT_A_FILE else DiskError
+    return kind(f"{path}: cannot be read ({error.strerror})")
+
+
+NOT_A_FILE = (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.ENXIO, errno.EFBIG)
 
 
 def is_inside(name: str) -> bool:
-    """Whether a path in a manifest stays inside its folder."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
+    """Whether a path of a manifest stays in its folder."""
+    return "\0" not in name and not {"", ".", ".."}.intersection(name.split("/"))
 
 
 # ----------------------------------------------------------------------------- folders from outside a run

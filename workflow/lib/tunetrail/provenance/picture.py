@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tunetrail.provenance.drawing import Sizes, acyclic, columns, layout
 from tunetrail.provenance.lineage import Node
+from tunetrail.terminal import escape
 
 SIZES = Sizes(width=150, height=40, across=190, down=56)
 MARGIN = 10
@@ -15,19 +16,22 @@ DEPTH = 60
 
 def print_tree(node: Node) -> None:
     from rich import print as print_rich
-    from rich.markup import escape
+    from rich.markup import escape as escape_markup
     from rich.tree import Tree
+
+    def shown(text: object) -> str:
+        return escape_markup(escape(text))
 
     seen: set[Path] = set()
 
     def label(role: str, n: Node) -> str:
-        start = f"{role}: " if role else ""
+        start = f"{shown(role)}: " if role else ""
         made = (
-            f"commit {(n.record.code.get('commit') or 'unknown')[:8]}"
+            f"commit {shown((n.record.code.get('commit') or 'unknown')[:8])}"
             if n.record
-            else f"[red]{escape(n.fault or '')}[/red]"
+            else f"[red]{shown(n.fault or '')}[/red]"
         )
-        return f"{start}[bold]{escape(n.name)}[/bold] {n.identity[:12]} [dim]{made}[/dim]"
+        return f"{start}[bold]{shown(n.name)}[/bold] {n.identity[:12]} [dim]{made}[/dim]"
 
     def grow(branch: Tree, n: Node, depth: int = 0) -> None:
         if depth > DEPTH:
@@ -40,12 +44,13 @@ def print_tree(node: Node) -> None:
         seen.add(n.folder)
         for role, parent in sorted(n.parents.items()):
             if parent is None:
-                branch.add(f"{role}: [red]missing[/red]")
+                branch.add(f"{shown(role)}: [red]missing[/red]")
             else:
                 grow(branch.add(label(role, parent)), parent, depth + 1)
         for kind in ("base", "source", "labels"):
             for d in n.record.of_role(kind) if n.record else []:
-                branch.add(f"{kind}: {escape(d['name'])} [dim]{(d.get('digest') or {}).get('sha256', '')[:12]}[/dim]")
+                digest = (d.get("digest") or {}).get("sha256", "")[:12]
+                branch.add(f"{kind}: {shown(d['name'])} [dim]{shown(digest)}[/dim]")
 
     tree = Tree(label("", node))
     grow(tree, node)

@@ -7,23 +7,56 @@ https://slsa.dev/provenance/v1
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 import tunetrail
 from tunetrail.errors import DataError
+from tunetrail.files import parse_json, read_regular
 from tunetrail.provenance.environment import code_state, device_hours, lock_file, packages
-from tunetrail.provenance.manifest import MANIFEST, PROVENANCE, canonical, sha256_bytes, sha256_file, sha256_json
-from tunetrail.provenance.schema import AttemptRecord, Dependency, ParentEntry, RecordedParent
+from tunetrail.provenance.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    cannot_read,
+    canonical,
+    first_error,
+    sha256_bytes,
+    sha256_file,
+    sha256_json,
+)
+from tunetrail.provenance.schema import AttemptRecord, Dependency, ParentEntry, RecordedParent, Statement
+from tunetrail.stages.registry import STAGES
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:tunetrail:stage:v1"
 MAX_DIFF = 2**20
 """The most bytes of a dirty tree's diff that a record keeps; of a larger diff it keeps only the digest."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an artifact was made. Its record says so: an artifact cannot pass for another one."""
+
+    run: str
+    artifact: str
+    """Its path in the run."""
+
+
+def place_of(stage: str, output: Path) -> Place:
+    """The place of a stage's output folder, `<run>/<artifact>` as the table of stages names artifacts.
+
+    >>> place_of("ppo", Path("results/demo/policies/ppo"))
+    Place(run='demo', artifact='policies/ppo')
+    """
+    depth = 2 if stage in STAGES and STAGES[stage].wildcard else 1
+    parts = Path(os.path.abspath(output)).parts
+    return Place("".join(parts[-depth - 1 : -depth]), "/".join(parts[-depth:]))
 
 
 # ----------------------------------------------------------------------------- writing
@@ -38,12 +71,11 @@ def dependency(
         digest: sha256 of its content; None if none can be had, and an annotation `reason` says why.
         annotations: `files`, a mapping of paths to sha256, is checked again by a recursive audit.
     """
-    result: Dependency = {"name": name}
+    result: Dependency = {"name": name, "annotations": {"role": role} | exact_integers(annotations)}
     if uri:
         result["uri"] = uri
     if digest:
         result["digest"] = {"sha256": digest}
-    result["annotations"] = {"role": role} | exact_integers(annotations)
     return result
 
 
@@ -87,9 +119,11 @@ def parent_entry(folder: Path, must_match: bool = True) -> ParentEntry:
     """
     path, manifest = folder / PROVENANCE, sha256_file(folder / MANIFEST)
     try:
-        record = Record(path.read_bytes(), str(path))
+        record = Record(read_regular(path), str(path))
     except FileNotFoundError:
         record = None
+    except OSError as e:
+        raise cannot_read(path, e) from None
     if record and record.manifest != manifest and must_match:
         raise DataError(
             f"{path}: is the record of another {MANIFEST} ({record.manifest[:16]}…, not {manifest[:16]}…); restore the "
@@ -147,6 +181,7 @@ def build(
                 "externalParameters": {
                     "stage": stage,
                     "part": f"{part[0]}/{part[1]}",
+                    **asdict(place_of(stage, output)),
                     "config": exact_integers(config),
                 },
                 "internalParameters": {"attempts": exact_integers(attempts)},
@@ -234,42 +269,38 @@ def exact_integers(value: Any) -> Any:
 # ----------------------------------------------------------------------------- reading
 
 
+_STATEMENT = TypeAdapter(Statement)
+
+
 class Record:
     """The content of provenance.json by name. Raises DataError if it is not a record."""
 
     def __init__(self, content: bytes, source: str = PROVENANCE):
         self.content, self.digest = content, sha256_bytes(content)
         try:
-            self.statement = json.loads(content)
+            self.statement = parse_json(content)
+            _STATEMENT.validate_python(self.statement, strict=True)
             if self.statement["_type"] != STATEMENT or self.statement["predicateType"] != PREDICATE:
                 raise ValueError("another type of statement")
             build = self.statement["predicate"]["buildDefinition"]
             self.run = self.statement["predicate"]["runDetails"]
-            self.stage: str = build["externalParameters"]["stage"]
-            self.part: str = build["externalParameters"]["part"]
-            self.config_file: dict = build["externalParameters"]["config"]
+            parameters = build["externalParameters"]
+            self.stage: str = parameters["stage"]
+            self.part: str = parameters["part"]
+            self.place: Place | None = None
+            """Where it was made; None in records of early versions."""
+            if "run" in parameters and "artifact" in parameters:
+                self.place = Place(parameters["run"], parameters["artifact"])
+            self.config_file: dict = parameters["config"]
             self.attempts: list[AttemptRecord] = build["internalParameters"]["attempts"]
             self.dependencies: list[Dependency] = build["resolvedDependencies"]
             self.manifest: str = self.statement["subject"][0]["digest"]["sha256"]
             self.roles = [d["annotations"]["role"] for d in self.dependencies]
             self.parents = self._parents()
-            self._check_types()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        except ValidationError as e:
+            raise DataError(f"{source}: is no provenance record ({first_error(e)})") from None
+        except (ValueError, LookupError, TypeError) as e:
             raise DataError(f"{source}: is no provenance record ({type(e).__name__}: {e})") from None
-
-    def _check_types(self) -> None:
-        """Raises ValueError or TypeError for values of the wrong type, which an audit could not handle."""
-        for d in self.dependencies:
-            for path, digest in d["annotations"].get("files", {}).items():
-                os.fspath(path), digest.encode()
-        for attempt in self.attempts:
-            states = [*([attempt["state_in"]] if attempt.get("state_in") else []), *attempt.get("states_out", [])]
-            if not isinstance(attempt["start"], str) or not all(
-                isinstance(state["digest"] + state["name"], str) for state in states
-            ):
-                raise ValueError("an attempt without start or states")
-        if not self.attempts:
-            raise ValueError("no attempt")
 
     @property
     def config(self) -> dict:
@@ -311,9 +342,8 @@ class Record:
 
     @property
     def version(self) -> str:
-        """The version of tunetrail."""
-        versions = (self.run.get("builder") or {}).get("version")
-        return str((versions if isinstance(versions, dict) else {}).get("tunetrail", "an unknown version"))
+        """Of tunetrail."""
+        return self.run.get("builder", {}).get("version", {}).get("tunetrail", "an unknown version")
 
     @property
     def started(self) -> str | None:
@@ -325,15 +355,29 @@ class Record:
 
     @property
     def usage(self) -> dict:
-        return next((b["annotations"] for b in self.run.get("byproducts", []) if b.get("name") == "usage"), {})
+        return self._byproduct("usage").get("annotations", {})
+
+    @property
+    def metrics(self) -> str | None:
+        """sha256 of metrics.json."""
+        return self._byproduct("metrics.json").get("digest", {}).get("sha256")
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Digest of tokenizer and chat template; None where the stage has none."""
+        found = self.of_role("tokenizer")
+        return found[0].get("digest", {}).get("sha256") if found else None
+
+    def _byproduct(self, name: str) -> dict[str, Any]:
+        return next((b for b in self.run.get("byproducts", []) if b.get("name") == name), {})
 
 
 def read_record(folder: Path) -> Record:
-    """The record in a folder. Raises DataError if there is none, or it cannot be read."""
+    """Raises DataError when there is none, DiskError when it cannot be read."""
     path = folder / PROVENANCE
     try:
-        return Record(path.read_bytes(), str(path))
+        return Record(read_regular(path), str(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no record; run the stage that makes this folder again") from None
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+        raise cannot_read(path, e) from None

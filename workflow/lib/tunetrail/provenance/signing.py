@@ -4,7 +4,6 @@ Signatures are optional: unsigned artifacts are legal and always shown as UNSIGN
 and what must be signed. https://github.com/secure-systems-lab/dsse
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from pydantic import Field, ValidationError
 
 from tunetrail.config.fields import Block
 from tunetrail.errors import ConfigError, DataError
+from tunetrail.files import parse_json, read_regular, replace_file
 from tunetrail.provenance.manifest import PROVENANCE, SIGNATURE, canonical
+from tunetrail.provenance.record import Record
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
@@ -60,8 +61,8 @@ def _public_key(path: Path) -> Any:
     return SSlibKey.from_crypto(key)
 
 
-def sign(folder: Path, private_key: Path) -> Path:
-    """Writes the envelope of a folder's record next to it. Raises ConfigError if the key is invalid."""
+def sign(folder: Path, private_key: Path) -> None:
+    """Writes the envelope of a folder's record next to it, through no link. Raises ConfigError for a bad key."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.dsse import Envelope
@@ -75,36 +76,32 @@ def sign(folder: Path, private_key: Path) -> Path:
         raise ConfigError(f"{private_key}: no unencrypted private key in PEM form") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{private_key}: not an ed25519 key; make one with: openssl genpkey -algorithm ed25519")
-    envelope = Envelope((folder / PROVENANCE).read_bytes(), PAYLOAD_TYPE, {})
+    envelope = Envelope(read_regular(folder / PROVENANCE), PAYLOAD_TYPE, {})
     envelope.sign(CryptoSigner(key))
-    path = folder / SIGNATURE
-    pending = path.with_name(f".{path.name}")
-    pending.write_bytes(canonical(envelope.to_dict()))
-    pending.rename(path)
-    return path
+    replace_file(folder / SIGNATURE, canonical(envelope.to_dict()))
 
 
-def signers(folder: Path, policy: TrustPolicy) -> list[str]:
-    """Names of the policy's keys that signed exactly this record; empty if there is no signature.
+def signers(folder: Path, record: Record | None, policy: TrustPolicy) -> list[str]:
+    """Names of the policy's keys that signed this very record; none where there is no signature.
 
     Raises DataError if the envelope is broken, contains another record, or has a wrong signature.
     """
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import VerificationError
 
-    path = folder / SIGNATURE
-    if not path.exists():
-        return []
     try:
-        envelope = Envelope.from_dict(json.loads(path.read_bytes()))
-        whole = canonical(envelope.to_dict()) == path.read_bytes()
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError):
+        content = read_regular(folder / SIGNATURE)
+        envelope = Envelope.from_dict(parse_json(content))
+        whole = canonical(envelope.to_dict()) == content
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError, AttributeError, OSError):
         whole = False
     if not whole:
         raise DataError("the envelope is not what was written")
-    if not (folder / PROVENANCE).is_file():
+    if record is None:
         raise DataError("there is no record it could be of")
-    if envelope.payload_type != PAYLOAD_TYPE or envelope.payload != (folder / PROVENANCE).read_bytes():
+    if envelope.payload_type != PAYLOAD_TYPE or envelope.payload != record.content:
         raise DataError("the envelope holds another record")
     names = []
     for name, key_file in policy.keys.items():
@@ -113,7 +110,7 @@ def signers(folder: Path, policy: TrustPolicy) -> list[str]:
             continue
         try:
             envelope.verify([key], 1)
-        except VerificationError:
+        except (VerificationError, ValueError):  # one that is no signature at all
             raise DataError(f"the signature in the name of {name} is false") from None
         names.append(name)
     return names

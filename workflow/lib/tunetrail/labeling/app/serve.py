@@ -14,6 +14,7 @@ from tunetrail.errors import ConfigError
 from tunetrail.labeling.app.requests import Impatient, Names
 from tunetrail.labeling.app.store import Store
 from tunetrail.labeling.app.web import QualityValues, application
+from tunetrail.terminal import escape
 
 EVERYWHERE = ("0.0.0.0", "::")
 
@@ -81,7 +82,7 @@ def serve(
     address = f"http://{_in_url(here if host in EVERYWHERE else host)}:{port}{prefix}"
     store.note("address", address)
     for warning in store.database.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {escape(warning)}", file=sys.stderr)
     if not local:
         print(
             f"warning: {host} is open to the network, and traffic is not encrypted. Put a proxy with TLS in front of "
@@ -89,7 +90,7 @@ def serve(
             file=sys.stderr,
         )
     progress = store.progress()
-    print(f"labels     {store.database.shown}")
+    print(f"labels     {escape(store.database.shown)}")
     print(f"tasks      {progress['tasks']}; {progress['have']} of {progress['wanted']} answers so far")
     print(f"page       {address}/")
     if local:

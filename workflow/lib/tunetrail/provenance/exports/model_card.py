@@ -16,11 +16,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tunetrail.errors import DataError
 from tunetrail.provenance.exports.common import licence_of, lineage_of, record_of
-from tunetrail.provenance.ledger import artifacts
 from tunetrail.provenance.lineage import Lineage, Node, is_checkpoint, made_by, nearest_first, run_of
 from tunetrail.provenance.manifest import MANIFEST, METRICS, PROVENANCE, read_manifest
 from tunetrail.provenance.models import is_reward_model
 from tunetrail.provenance.record import Record
+from tunetrail.provenance.run_folder import artifacts
 from tunetrail.provenance.schema import Dependency
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
