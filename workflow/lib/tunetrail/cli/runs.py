@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunetrail.cli.common import SOUND, Json, print_json
+from tunetrail.cli.common import FINDING, SOUND, Json, print_json
 from tunetrail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def status(
 
         follow(jobs, rerun)
         return SOUND
-    from tunetrail.provenance import versions
+    from tunetrail.provenance import memory, versions
+    from tunetrail.provenance.versions import records_of
 
     statuses, others = monitor.statuses(jobs, rerun), _other_versions(jobs)
     if as_json:
@@ -73,6 +74,8 @@ def status(
         print_json([s | {"other_version": by_name.get(s["name"])} for s in monitor.as_json(statuses)])
     else:
         monitor.print_status(statuses, rerun)
+        made = records_of({job.name: job.manifest.parent for job in jobs if job.manifest.exists()})
+        print("".join(f"\n{line}\n" for line in memory.as_lines(made)), end="")
         print("".join(f"{line}\n" for line in ["", *versions.as_lines(others)]) if others else "", end="")
     return SOUND
 
@@ -82,8 +85,17 @@ def plan(
     configfile: ConfigFiles = None,
     snakefile: Snakefile = None,
     as_json: Json = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Show what each stage needs of its device instead.")] = False,
+    model_config: Annotated[
+        Path | None, typer.Option(help="With --memory: config.json of the base model, where the model is not here.")
+    ] = None,
 ) -> int:
-    """Show what would run and why, what it took to make what would be made again, and what the data is used for."""
+    """Show what would run and why, what it took to make what would be made again, and what the data is used for.
+
+    With --memory: GB per device of each stage, where it fits, and what to change where it does not; ends with 1 there.
+    """
+    if memory:
+        return _memory(profile, configfile or [], snakefile, as_json, model_config)
     from tunetrail.monitor import plan as monitor
     from tunetrail.monitor.forecast import Forecast, forecast
     from tunetrail.provenance import versions
@@ -101,6 +113,22 @@ def plan(
         notes = [*(f"Note: {note}" for note in known.notes), *versions.as_lines(others)]
         print("\n".join([monitor.as_text(steps), "", *known.table, *notes]))
     return SOUND
+
+
+def _memory(
+    profile: str, configfiles: list[Path], snakefile: Path | None, as_json: bool, model_config: Path | None
+) -> int:
+    from tunetrail.monitor import memory as monitor
+
+    config, jobs = _run(profile, configfiles, snakefile)
+    if config is None:
+        raise ConfigError("plan --memory: this workflow has several runs as modules; give the config of one of them")
+    found = monitor.needs(config, jobs, model_config)
+    if as_json:
+        print_json(monitor.as_json(found))
+    else:
+        print(monitor.as_text(found))
+    return SOUND if all(n.fits for n in found) else FINDING
 
 
 def doctor(

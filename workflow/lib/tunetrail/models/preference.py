@@ -15,6 +15,7 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import DataError
 from tunetrail.models.checkpoints import publish_kept
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.fit import fit_training
 from tunetrail.models.loading import load_causal_lm, trained_parameters, training_flops, with_lora
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.training import KeepCallback, epoch_order, rows_left_out, train, trained_model
@@ -75,6 +76,8 @@ def optimise(
     order = epoch_order(longest, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
+    answer = max(len(e[key]) for e in examples for key in responses)
+    fit_training(stage, config, model, max(longest), answer, sequences=len(responses))
     tokens = [sum(len(e["prompt_ids"]) + len(e[key]) for key in responses) for e in examples]
     stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in order))
     trainer = trainer_of(model, [examples[i] for i in order])
@@ -86,7 +89,7 @@ def optimise(
     history = train(stage, trainer, config)
     if not is_main_process():
         return [], {}
-    save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
+    save_trained(stage, trained_model(trainer, parent), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
     publish_kept(stage)
     left_out = rows_left_out(stage.name, rows, config.batch_size)
     about = {"train_loss": history[-1]["loss"], "steps": len(history), "rows_left_out": left_out}

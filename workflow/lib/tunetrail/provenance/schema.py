@@ -87,6 +87,13 @@ class Ended(TypedDict):
     """What the error said; None where there was none, or nobody could write it."""
 
 
+class PlannedMemory(TypedDict):
+    """What a training expects to need on each device, see `models.fit`."""
+
+    bytes: int
+    gradient_checkpointing: bool
+
+
 class AttemptRecord(TypedDict, total=False):
     """One process that worked on an artifact. `environment.environment` fills in the keys from `host` on."""
 
@@ -103,6 +110,10 @@ class AttemptRecord(TypedDict, total=False):
     """The last two states it saved, newest last."""
     measurements: dict[str, dict[str, float | None]]
     """What a stage measured of the machine, by what it was doing; see the stage."""
+    planned: PlannedMemory
+    """Of a stage that trains: what it expected to need; absent where that is negligible."""
+    peak_bytes: int
+    """The most memory its first process used: what torch took of its GPU, or the resident set."""
     energy_joules: float | None
     host: str
     job_id: str | None

@@ -35,13 +35,8 @@ from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import spearman
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
-from tunetrail.models.loading import (
-    load_causal_lm,
-    load_tokenizer,
-    trained_parameters,
-    training_flops,
-    with_lora,
-)
+from tunetrail.models.fit import fit_training
+from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
 from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
@@ -112,6 +107,8 @@ def train_model(
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
+    k = max(len(example["responses"]) for example in examples)
+    fit_training(stage, config, model, max(lengths), sequences=k, is_classifier=True)
     tokens = [len(e["responses"]) * len(e["prompt"]) + response_tokens(e) for e in examples]
     stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in order))
     trainer = KWiseTrainer(
@@ -123,7 +120,7 @@ def train_model(
         head_learning_rate=config.head_learning_rate,
     )
     history = train(stage, trainer, config)
-    model = trained_model(trainer)
+    model = trained_model(trainer, stage.inputs["policy"].folder / "model")
     if config.lora is not None and is_main_process():
         model = model.merge_and_unload()  # the bias below is of the scores that others will get
     left_out = rows_left_out("reward", rows_per_epoch(weights), config.batch_size) if is_main_process() else 0

@@ -23,6 +23,7 @@ from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.fit import fit_training
 from tunetrail.models.importing import check_fits, own_texts, publish_imported, read_source
 from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import (
@@ -64,6 +65,8 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     check_blocks(model.config, [example["input_ids"] for example in examples], "sft.max_length")
     counts = trained_parameters(model)
+    labelled = max(sum(label != -100 for label in example["labels"]) for example in examples)
+    fit_training(stage, config, model, max(len(example["input_ids"]) for example in examples), labelled)
     stage.draft.training_flops = training_flops(counts, sum(len(examples[i]["input_ids"]) for i in order))
     trainer = SFTTrainer(
         model=model,
@@ -77,7 +80,7 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     rows = train(stage, trainer, config)
     if not is_main_process():
         return {}
-    model = save_trained(stage, trained_model(trainer), parent, (e["input_ids"] for e in examples))
+    model = save_trained(stage, trained_model(trainer, parent), parent, (e["input_ids"] for e in examples))
     answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
     heldout = tokenize(answered, tokenizer, config.max_length, "sft")
     losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
