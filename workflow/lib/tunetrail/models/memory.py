@@ -28,8 +28,8 @@ NF4 = 0.5 + 4 / 64
 """Bytes of a weight in 4 bits, with an fp32 scale for each 64 (Dettmers et al. 2023, section 2)."""
 
 LIBRARIES, GPU_CONTEXT = 0.7e9, 0.6e9
-"""Resident set of a stage's process without its model: 0.53 GB once all is imported (torch 2.13, transformers 5.23, trl
-1.16), and what the first step loads, fitted to true peaks. What CUDA takes of a GPU for a process: not measured by us."""
+"""Of a stage without its model, the resident set: 0.60 GB measured with a tiny one (torch 2.13, transformers 5.23, trl
+1.16), and 0.1 GB fitted to three true peaks. What CUDA takes of a GPU for each process, not measured by us."""
 
 # ----------------------------------------------------------------------------- the parts
 
