@@ -4,13 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tunetrail.files import write_json, write_jsonl
 from tunetrail.provenance import record
-from tunetrail.provenance.manifest import build, canonical, sha256_file
+from tunetrail.provenance.manifest import build, canonical, list_files, sha256_file
 
 ATTEMPT = {
     "start": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:05:05+00:00", "host": "node7", "job_id": None,
     "python": "3.11.7", "ended": {"outcome": "done", "message": None}, "seconds": 60.0, "world_size": 1,
 }  # fmt: skip
+
+
+def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -> Path:
+    """An artifact without a record, of tables beside what is in the folder; returns its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        write_jsonl(folder / name, rows)
+    write_json(
+        folder / "manifest.json",
+        {"schema": 1, "stage": folder.name, "tokenizer": tokenizer, "files": list_files(folder)},
+    )
+    return folder / "manifest.json"
 
 
 def seal_folder(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -216,6 +217,21 @@ def test_micro_batches_change_nothing_but_memory(critic):
         assert a[key] == pytest.approx(b[key], abs=1e-5)
     for p, q in zip(whole.model.parameters(), split.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)])
+def test_checkpointing_changes_no_bit(lora, monkeypatch):
+    plain, less = make_trainer(lora=lora), make_trainer(lora=lora)
+    calls, checkpoint = [], transformers.modeling_utils.checkpoint
+    counted = lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted)
+    for model in less.trained_models:
+        model.activation_checkpointing_enable()
+    for _ in range(2):  # the second samples after an update
+        assert plain.iterate() == less.iterate()
+    assert len(calls) == 2 * 2 * 2 * 2  # iterations, epochs, models, layers: in updates alone
+    for p, q in zip(plain.model.parameters(), less.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("changes", [{}, {"critic": "shared", "lora": Lora(r=2, alpha=4), "kl_target": 1.0}])

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -12,17 +13,20 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from tunetrail.config.base_model import RandomModel
 from tunetrail.config.dpo import DpoLoss
 from tunetrail.config.kto import KtoConfig
+from tunetrail.config.loading import parse
 from tunetrail.config.training import Lora, SftConfig
 from tunetrail.contract.runner import main
 from tunetrail.contract.stage import Attempt, Request, Stage
 from tunetrail.errors import ConfigError, DataError
-from tunetrail.files import read_jsonl, write_json, write_jsonl
+from tunetrail.files import read_jsonl, write_json
+from tunetrail.models import fit, training
 from tunetrail.models.batching import collate, encode, encode_comparison, encode_response
 from tunetrail.models.checkpoints import COMPLETE, is_complete, kept_steps, latest_checkpoint, mark_complete
 from tunetrail.models.cpu.label_head import score_labels_only
@@ -51,6 +55,8 @@ from tunetrail.reward.kwise import KWiseCollator, KWiseTrainer, initialise, kwis
 from tunetrail.reward.probe import bradley_terry, fit_probe, frozen_states
 from tunetrail.stages.base import set_special_tokens
 from tunetrail.stages.kto import check_labels, with_mismatched
+
+from ..records import write_artifact
 
 pytestmark = pytest.mark.slow
 
@@ -450,17 +456,6 @@ def test_an_interrupted_save_is_skipped_and_the_previous_one_used(tmp_path):
 # ----------------------------------------------------------------------------- whole stages, stopped and resumed
 
 
-def write_artifact(folder: Path, files: dict[str, list[dict]], tokenizer: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        write_jsonl(folder / name, rows)
-    write_json(
-        folder / "manifest.json",
-        {"schema": 1, "stage": folder.name, "tokenizer": tokenizer, "files": list_files(folder)},
-    )
-    return folder / "manifest.json"
-
-
 def tokenizer_of(folder: Path) -> str:
     """The digest that an artifact's manifest names."""
     return json.loads((folder / "manifest.json").read_text())["tokenizer"]
@@ -636,6 +631,90 @@ def test_stopped_and_resumed_equals_uninterrupted(run_stage, name):
         assert adapter["base_model_name_or_path"] is None
     attempts = read_record(stopped.parent).attempts
     assert [a.get("state_in") for a in attempts] == [None, attempts[0]["states_out"][-1], attempts[1]["states_out"][-1]]
+
+
+def digests(manifest: Path) -> dict[str, str]:
+    return {entry["path"]: entry["sha256"] for entry in json.loads(manifest.read_text())["files"]}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward-lora", "dpo-lora"])
+def test_checkpointing_changes_no_byte_and_resumes(run_stage, monkeypatch, name):
+    calls, checkpoint = [], transformers.modeling_utils.checkpoint
+    counted = lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted)
+    code, error, plain = run_stage(name, "plain", config={"gradient_checkpointing": False})
+    assert code == 0, error
+    assert not calls  # TRL would by itself
+    assert run_stage(name, "less", config={"gradient_checkpointing": True}, time_limit="0")[0] == 75
+    assert calls
+    code, error, less = run_stage(name, "less", config={"gradient_checkpointing": True})
+    assert code == 0, error
+    assert digests(less) == digests(plain)
+
+
+def test_auto_checkpoints_where_the_plan_exceeds_the_device(run_stage, monkeypatch, caplog):
+    for size, expected in ((3_000_000, True), (3_000_000_000, None)):
+        monkeypatch.setattr(fit, "device_bytes", lambda size=size: size)
+        with caplog.at_level("INFO", "tunetrail"):
+            code, error, output = run_stage("sft", f"of-{size}")
+        assert code == 0, error
+        (attempt,) = read_record(output.parent).attempts
+        assert attempt["peak_bytes"] > 50_000_000  # of this process
+        assert (attempt.get("planned") or {}).get("gradient_checkpointing") == expected
+    assert "tunetrail plan --memory says what to change" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sft-lora", "reward-lora", "dpo-lora", "kto-lora"])
+def test_below_an_adapter_bf16_weights_give_the_bytes_of_fp32_ones_under_autocast(run_stage, monkeypatch, name):
+    code, error, narrow = run_stage(name, "narrow", shared={"precision": "bf16"})
+    assert code == 0, error
+    monkeypatch.setattr(fit, "narrow_below_adapter", lambda *_: None)
+    code, error, wide = run_stage(name, "wide", shared={"precision": "bf16"})
+    assert code == 0, error
+    assert digests(narrow) == digests(wide)
+
+
+@pytest.mark.parametrize("name", ["sft-lora", "reward-lora", "dpo-lora"])
+def test_qlora_learns_on_rounded_weights_and_publishes_whole_ones(run_stage, workspace, monkeypatch, name):
+    pytest.importorskip("bitsandbytes")
+    seen, widen = [], training.widen_below_adapter
+    monkeypatch.setattr(
+        training,
+        "widen_below_adapter",
+        lambda model, parent: seen.append({type(m).__name__ for m in model.modules()}) or widen(model, parent),
+    )
+    config = {"four_bit": True, "learning_rate": 1e-2}
+    code, error, straight = run_stage(name, "straight", config=config)
+    assert code == 0, error
+    assert "Linear4bit" in seen[0]
+    assert run_stage(name, "stopped", config=config, time_limit="0")[0] == 75
+    code, error, stopped = run_stage(name, "stopped", config=config)
+    assert code == 0, error
+    assert digests(stopped) == digests(straight)
+    code, error, plain = run_stage(name, "plain", config={"learning_rate": 1e-2})
+    assert code == 0, error
+    assert digests(plain) != digests(straight)
+    published = load_file(straight.parent / "model/model.safetensors")
+    start = load_file(workspace / "base/model/model.safetensors")
+    assert all(weights.dtype == torch.float32 for weights in published.values())
+    if name == "reward-lora":  # it has no adapter of its own
+        return
+    adapter = load_file(straight.parent / "adapter/adapter_model.safetensors")
+    layer = "model.layers.1.mlp.down_proj"
+    a, b = (adapter[f"base_model.model.{layer}.lora_{letter}.weight"] for letter in "AB")
+    moved = published[f"{layer}.weight"] - start[f"{layer}.weight"]
+    torch.testing.assert_close(moved, 32 / 2 * b @ a, atol=1e-6, rtol=1e-5)  # alpha / r, and no rounding to 16 values
+
+
+def test_qlora_without_bitsandbytes_is_one_clear_line(run_stage, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    code, error, _ = run_stage("sft-lora", "none", config={"four_bit": True})
+    assert code == 78
+    assert error.count("\n") == 1
+    assert "four_bit: needs bitsandbytes, which cannot be imported" in error
+    with pytest.raises(ConfigError, match="four_bit holds frozen weights; train an adapter on them"):
+        parse({"run": "r", "base": {"source": "random"}, "data": {}, "sft": {"four_bit": True}})
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "orpo", "kto"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunetrail.cli.common import SOUND, Json, print_json
+from tunetrail.cli.common import FINDING, SOUND, Json, print_json
 from tunetrail.errors import ConfigError
 from tunetrail.terminal import LINES, escape
 
@@ -66,7 +66,8 @@ def status(
 
         follow(jobs, rerun)
         return SOUND
-    from tunetrail.provenance import versions
+    from tunetrail.provenance import memory, versions
+    from tunetrail.provenance.versions import records_of
 
     statuses, other_versions = monitor.statuses(jobs, rerun), _other_versions(jobs)
     if as_json:
@@ -74,6 +75,8 @@ def status(
         print_json([s | {"other_version": by_name.get(s["name"])} for s in monitor.as_json(statuses)])
     else:
         monitor.print_status(statuses, rerun)
+        made = records_of({job.name: job.manifest.parent for job in jobs if job.manifest.exists()})
+        print("".join(f"\n{escape(line)}\n" for line in memory.as_lines(made)), end="")
         if other_versions:
             print("\n".join(map(escape, ["", *versions.as_lines(other_versions)])))
     return SOUND
@@ -84,8 +87,17 @@ def plan(
     configfile: ConfigFiles = None,
     snakefile: Snakefile = None,
     as_json: Json = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Show what each stage needs of its device instead.")] = False,
+    model_config: Annotated[
+        Path | None, typer.Option(help="With --memory: config.json of the base model, where the model is not here.")
+    ] = None,
 ) -> int:
-    """Show what would run and why, the past cost of what would be made again, and how the data is used."""
+    """Show what would run and why, the past cost of what would be made again, and how the data is used.
+
+    With --memory: the GB per device of each stage, where it fits, and what to change if it does not, with exit code 1.
+    """
+    if memory:
+        return _memory(profile, configfile or [], snakefile, as_json, model_config)
     from tunetrail.monitor import plan as monitor
     from tunetrail.monitor.forecast import Forecast, forecast
     from tunetrail.provenance import versions
@@ -103,6 +115,22 @@ def plan(
         notes = [*(f"Note: {note}" for note in known.notes), *versions.as_lines(other_versions)]
         print(escape("\n".join([monitor.as_text(steps), "", *known.table, *map(escape, notes)]), LINES))
     return SOUND
+
+
+def _memory(
+    profile: str, configfiles: list[Path], snakefile: Path | None, as_json: bool, model_config: Path | None
+) -> int:
+    from tunetrail.monitor import memory as monitor
+
+    config, jobs = _run(profile, configfiles, snakefile)
+    if config is None:
+        raise ConfigError("plan --memory: this workflow has several runs as modules; give the config of one of them")
+    found = monitor.needs(config, jobs, model_config)
+    if as_json:
+        print_json(monitor.as_json(found))
+    else:
+        print(monitor.as_text(found))
+    return SOUND if all(n.fits for n in found) else FINDING
 
 
 def doctor(

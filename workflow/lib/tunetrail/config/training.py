@@ -1,6 +1,6 @@
 """`sft`, `reward`, and the settings that all trained stages share."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -29,6 +29,12 @@ class Lora(Block):
     )
 
 
+def _auto_or_flag(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError(f"must be auto, true or false, got {value!r}")
+    return value
+
+
 FEWEST_STEPS = 10
 """A stage with fewer optimizer steps hardly learns. Adam averages gradients over about 1 / (1 - 0.9) = 10 steps, and
 a step moves no weight further than about the learning rate: before the tenth, little has moved, and only the first
@@ -46,6 +52,11 @@ class Training(Block):
     batch_size: Count = Field(default=16, description="rows per optimizer step")
     micro_batch_size: Count | None = Field(
         default=None, description="rows per forward pass, a divisor of the batch; lower it if memory runs out"
+    )
+    gradient_checkpointing: Annotated[Literal["auto", True, False], BeforeValidator(_auto_or_flag)] = Field(
+        default="auto",
+        description="true: keep each layer's input alone and compute the rest again on the way back: a third more time "
+        "for a fraction of the memory; auto: where the training would not fit. Results are the same",
     )
     max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this L2 norm")
 
@@ -73,6 +84,12 @@ class Epochs(Training):
         default=1024,
         description="the most tokens of prompt and response; longer rows are an error, raw text is cut into blocks",
     )
+    four_bit: Flag = Field(
+        default=False,
+        description="with lora: hold the frozen weights in 4 bits while training (QLoRA, Dettmers et al. 2023), and "
+        "the reference too; needs bitsandbytes",
+    )
+
     evaluate_every: Count | None = Field(
         default=None,
         description="optimizer steps between measurements of the loss on the held-out split; null: none along the way",
@@ -87,6 +104,12 @@ class Epochs(Training):
     def _patience_measures(self):
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts measurements of the held-out loss; set evaluate_every too")
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_below_an_adapter(self):
+        if self.four_bit and self.lora is None:
+            raise ValueError("four_bit holds frozen weights; train an adapter on them (lora)")
         return self
 
 

@@ -49,7 +49,7 @@ from tunetrail.contract.stage import Attempt, Input, RecordDraft, Request, Stage
 from tunetrail.contract.stop import Stop
 from tunetrail.errors import ConfigError, DataError, Interrupted, Superseded, TunetrailError, Waiting
 from tunetrail.files import read_finished_rows, rename_durably, write_jsonl
-from tunetrail.provenance.environment import energy_joules, environment
+from tunetrail.provenance.environment import energy_joules, environment, peak_bytes
 from tunetrail.provenance.manifest import PROVENANCE, DigestCache, sha256_json
 from tunetrail.provenance.record import parent_entry
 from tunetrail.provenance.schema import Ended, Manifest
@@ -166,6 +166,7 @@ def _attempt(stage: Stage, run: Callable[[Stage], dict]) -> None:
         this |= environment() | {"end": _now(), "seconds": round(time.monotonic() - started, 3)}
         # If the counter has wrapped around, the difference means nothing.
         this["energy_joules"] = round(now - joules, 3) if now and joules and now > joules else None
+        this["peak_bytes"] = peak_bytes()
         this["ended"] = how_it_ended(error)
         if not stage.attempt.is_superseded():
             _write_attempts(path, attempts)

@@ -17,6 +17,7 @@ from tunetrail.errors import DataError
 from tunetrail.models.batching import encode_comparison
 from tunetrail.models.checkpoints import publish_kept
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.fit import fit_training
 from tunetrail.models.heldout import heldout_dataset
 from tunetrail.models.lengths import check_lengths
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
@@ -107,6 +108,8 @@ def optimise(
     order = epoch_order(longest, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(load_causal_lm(parent), config.lora, derive_seed(stage.seed, "lora"))
     counts = trained_parameters(model)
+    answer = max(len(e[key]) for e in examples for key in responses)
+    fit_training(stage, config, model, max(longest), answer, sequences=len(responses))
     tokens = [sum(len(e["prompt_ids"]) + len(e[key]) for key in responses) for e in examples]
     trainer = trainer_of(model, [examples[i] for i in order])
 
@@ -119,7 +122,7 @@ def optimise(
     stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in taken))
     if not is_main_process():
         return [], {}
-    save_trained(stage, trained_model(trainer), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
+    save_trained(stage, trained_model(trainer, parent), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
     publish_kept(stage)
     left_out = rows_left_out(stage.name, rows, config.batch_size)
     about = {"train_loss": history[-1]["loss"], "steps": len(history), "rows_left_out": left_out}

@@ -5,6 +5,7 @@ completions of a prompt do not depend on its shard or batch, up to floating-poin
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,13 +52,27 @@ def inference_weights(model: Any, bf16: bool) -> Any:
     return model
 
 
+def narrow(x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """The numbers in bf16, whole numbers as they are: a parameter of what is one (or `like` is), else a tensor."""
+    cast = x.detach().to(torch.bfloat16) if x.is_floating_point() else x.clone()
+    return torch.nn.Parameter(cast, False) if isinstance(x if like is None else like, torch.nn.Parameter) else cast
+
+
 def decoding_weights(model: Any, bf16: bool) -> Any:
-    """`inference_weights` with any adapter merged. `model` stays as it is: a copy is made if anything must change."""
+    """`inference_weights` with any adapter merged. `model` stays as it is: a copy is made if anything must change.
+
+    Weights are merged in their own precision and cast one by one, so that no second copy of all of them is made first.
+    """
     has_adapter = hasattr(model, "peft_config")
-    if not has_adapter and not bf16:
-        return model
-    decoder = copy.deepcopy(model)
-    return inference_weights(decoder.merge_and_unload() if has_adapter else decoder, bf16)
+    if not bf16:
+        return copy.deepcopy(model).merge_and_unload() if has_adapter else model
+    copies: dict[int, Any] = {id(x): narrow(x) for x in itertools.chain(model.parameters(), model.buffers())}
+    for layer in model.modules() if has_adapter else ():
+        if hasattr(layer, "get_delta_weight"):
+            weight = layer.get_base_layer().weight
+            copies[id(weight)] = narrow(weight.detach() + layer.get_delta_weight("default").detach(), weight)
+    decoder = copy.deepcopy(model, copies)
+    return inference_weights(decoder.unload() if has_adapter else decoder, bf16)
 
 
 class PreallocatedLayer(DynamicLayer):

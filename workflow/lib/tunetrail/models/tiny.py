@@ -24,18 +24,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def tiny_config(hidden_size: int, layers: int, heads: int, vocab_size: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+
+
 def tiny_model(hidden_size: int, layers: int, heads: int, vocab_size: int, seed: int) -> LlamaForCausalLM:
     """A Llama with random weights."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            vocab_size=vocab_size,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
-    )
+    return LlamaForCausalLM(tiny_config(hidden_size, layers, heads, vocab_size))

@@ -24,6 +24,7 @@ from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.files import write_jsonl
 from tunetrail.models.checkpoints import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete
+from tunetrail.models.frozen import widen_below_adapter
 from tunetrail.models.heldout import LOSS, HeldoutCallback, measured
 from tunetrail.models.loading import trained_weights
 from tunetrail.models.runtime import use_bf16
@@ -128,7 +129,7 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
         "optim": "adamw_torch_fused",
         "bf16": use_bf16(stage.shared["precision"]),
         "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False,  # TRL would; `models.fit` decides
         "logging_steps": 1,
         "save_strategy": "no",  # StageCallback decides
         "disable_tqdm": True,
@@ -138,11 +139,16 @@ def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:
     }
 
 
-def trained_model(trainer: Any) -> Any:
-    """The model after training, with its original forward pass: the trainer's wrapper would use autocast."""
+def trained_model(trainer: Any, parent: Path) -> Any:
+    """The model after training, with its original forward pass: the trainer's wrapper would use autocast.
+
+    Args:
+        parent: the `model/` folder that training started from, for the fp32 weights below an adapter.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     for wrapped in (model, model.get_base_model() if hasattr(model, "peft_config") else model):
         wrapped.__dict__.pop("forward", None)  # the wrappers for autocast and TRL's head
+    widen_below_adapter(model, parent)
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunetrail.models.batching import Batch
+from tunetrail.models.fit import checkpoint_layers
 from tunetrail.models.scoring import FullPrecisionHead, policy_pass, response_logprobs, response_values
 
 
@@ -34,6 +35,7 @@ class ActorCritic(torch.nn.Module):
         self, batch: Batch, temperature: float, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(logprobs, values, entropy), each [B, R] float32, 0 on padding. The entropy costs a pass over [B, R, V]."""
+        checkpoint_layers(self, torch.is_grad_enabled())
         logprobs, entropy, hidden = policy_pass(self.policy, batch, temperature, with_entropy)
         if self.value_head is not None:
             values = self.value_head(hidden)[..., 0].float()

@@ -146,6 +146,11 @@ class PPOTrainer:
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def trained_models(self) -> list[Any]:
+        """The policy, and the critic where it is a model of its own."""
+        return [self.actor_critic.policy, *([self.actor_critic.critic] if self.actor_critic.critic else [])]
+
     # ------------------------------------------------------------------------- one iteration
 
     @torch.no_grad()

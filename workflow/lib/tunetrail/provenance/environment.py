@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -127,6 +128,15 @@ def _driver() -> str | None:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except OSError:
         return None
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has used: what torch took of its GPU, or without one the resident set."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def energy_joules() -> float | None:

@@ -133,6 +133,13 @@ class Ended(TypedDict):
     """The error's message; None if there was no error, or it could not be written."""
 
 
+class PlannedMemory(TypedDict):
+    """What a training expects to need on each device, see `models.fit`."""
+
+    bytes: int
+    gradient_checkpointing: bool
+
+
 class AttemptRecord(TypedDict, total=False):
     """One process that worked on an artifact. `environment.environment` fills in the keys from `host` on."""
 
@@ -150,6 +157,10 @@ class AttemptRecord(TypedDict, total=False):
     """The last two states it saved, newest last."""
     measurements: dict[str, dict[str, Any]]
     """What a stage measured of the machine, by what it was doing; see the stage."""
+    planned: PlannedMemory
+    """Of a stage that trains: what it expected to need; absent where that is negligible."""
+    peak_bytes: int
+    """The most memory its first process used: what torch took of its GPU, or the resident set."""
     energy_joules: float | None
     host: str
     job_id: str | None

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
+from tunetrail.provenance import memory
 from tunetrail.provenance.findings import Finding
 from tunetrail.provenance.manifest import MANIFEST, METRICS, SIGNATURE, DigestCache, identity
 from tunetrail.provenance.record import Record, read_record
@@ -217,6 +218,11 @@ class Run:
     def findings(self, artifact: Artifact) -> list[Finding]:
         """The audit's findings about one artifact."""
         return [finding for finding in self.audit if finding.folder == str(artifact.folder.resolve())]
+
+    @property
+    def memory(self) -> list[str]:
+        """What its stages took of memory, next to what they planned."""
+        return memory.as_lines({name: a.record for name, a in self.artifacts.items() if a.record})
 
     @property
     def device_hours(self) -> float:

@@ -35,14 +35,9 @@ from tunetrail.evaluation.models import reward_scores
 from tunetrail.evaluation.stats import spearman
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
+from tunetrail.models.fit import fit_training
 from tunetrail.models.heldout import heldout_dataset
-from tunetrail.models.loading import (
-    load_causal_lm,
-    load_tokenizer,
-    trained_parameters,
-    training_flops,
-    with_lora,
-)
+from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
 from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
 from tunetrail.models.training import epoch_order, rows_left_out, train, trained_model, trainer_arguments
@@ -110,6 +105,8 @@ def train_model(
     order = epoch_order(lengths, config.batch_size, config.epochs, stage.seed, weights)
     model = with_lora(model, config.lora, derive_seed(stage.seed, "lora"), extra_modules=["score"])
     counts = trained_parameters(model)
+    k = max(len(example["responses"]) for example in examples)
+    fit_training(stage, config, model, max(lengths), sequences=k, is_classifier=True)
     tokens = [len(e["responses"]) * len(e["prompt"]) + sum(map(len, e["responses"])) for e in examples]
     trainer = KWiseTrainer(
         model=model,
@@ -123,7 +120,7 @@ def train_model(
     history, about = train(stage, trainer, config)
     taken = order[: len(history) * config.batch_size]
     stage.draft.training_flops = training_flops(counts, sum(tokens[i] for i in taken))
-    model = trained_model(trainer)
+    model = trained_model(trainer, stage.inputs["policy"].folder / "model")
     if config.lora is not None and is_main_process():
         model = model.merge_and_unload()  # so that the bias below fits the scores of the published model
     left_out = rows_left_out("reward", rows_per_epoch(weights), config.batch_size) if is_main_process() else 0

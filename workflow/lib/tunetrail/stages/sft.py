@@ -23,6 +23,7 @@ from tunetrail.evaluation.models import mean_nlls
 from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode
 from tunetrail.models.cpu.label_head import score_labels_only
+from tunetrail.models.fit import fit_training
 from tunetrail.models.heldout import heldout_dataset
 from tunetrail.models.importing import check_fits, publish_imported, read_source, sample_texts
 from tunetrail.models.lengths import check_blocks
@@ -74,6 +75,8 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     answered = [row for row in stage.rows("data", "heldout.jsonl") if "text" in row or "completion" in row]
     heldout = tokenize(answered, tokenizer, config.max_length, "sft")
     counts = trained_parameters(model)
+    labelled = max(sum(label != -100 for label in example["labels"]) for example in examples)
+    fit_training(stage, config, model, max(len(example["input_ids"]) for example in examples), labelled)
     trainer = SFTTrainer(
         model=model,
         args=TrlSftConfig(
@@ -90,7 +93,7 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     stage.draft.training_flops = training_flops(counts, tokens)
     if not is_main_process():
         return {}
-    model = save_trained(stage, trained_model(trainer), parent, (e["input_ids"] for e in examples))
+    model = save_trained(stage, trained_model(trainer, parent), parent, (e["input_ids"] for e in examples))
     losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
     return (
         {

@@ -1,0 +1,137 @@
+"""Whether a training fits the device, and gradient checkpointing where it does not."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunetrail.config.training import Epochs, Training
+from tunetrail.contract.distributed import is_main_process, processes
+from tunetrail.contract.stage import Stage
+from tunetrail.errors import ConfigError
+from tunetrail.models.frozen import narrow_below_adapter
+from tunetrail.models.memory import Moments, Run, device_bytes, needed
+from tunetrail.models.memory import Training as Shape
+from tunetrail.models.runtime import use_bf16
+from tunetrail.models.training import rows_at_once
+
+log = logging.getLogger("tunetrail")
+
+NEGLIGIBLE = 0.02
+"""Share of the device's memory below which a training is not planned: looking would take longer than it is worth."""
+USABLE = 0.92
+"""Share of the device's memory that a plan may fill: allocators lose some of it between blocks."""
+
+
+class Plan(Protocol):
+    """What `models.memory` knows of a training."""
+
+    @property
+    def run(self) -> Run: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    def moments(self, checkpointing: bool) -> Moments: ...
+
+
+def this_run(precision: str) -> Run:
+    """Where this process runs."""
+    return Run(use_bf16(precision), torch.cuda.is_available(), processes())
+
+
+def fit_training(
+    stage: Stage,
+    config: Epochs,
+    model: Any,
+    length: int,
+    labelled: int = 0,
+    sequences: int = 1,
+    is_classifier: bool = False,
+) -> None:
+    """Makes a model that a Hugging Face trainer will train take as little memory as costs nothing, and `fit`s it.
+
+    Args:
+        length: tokens of the longest row.
+        labelled: tokens of the longest labelled part; 0 where there are no labels.
+        sequences: that a row has.
+    """
+    run, micro = this_run(stage.shared["precision"]), rows_at_once(stage.name, config, processes())
+    narrow_below_adapter(model, run.bf16, config.four_bit)
+    plan = Shape(
+        config=model.config,
+        run=run,
+        micro_batch=micro,
+        sequences=sequences,
+        length=length,
+        accumulates=micro * run.processes < config.batch_size,
+        lora=config.lora,
+        four_bit=config.four_bit,
+        # On a CPU: see `models.cpu.label_head`.
+        label_columns=0 if run.on_gpu or labelled > length // 2 else labelled,
+        is_classifier=is_classifier,
+    )
+    fit(stage, config, [model], plan)
+
+
+def fit(stage: Stage, config: Training, models: Sequence[Any], plan: Plan) -> None:
+    """Turns gradient checkpointing on where the config asks for it, or with `auto` where it is needed.
+
+    The plan goes into the record of this attempt, where the true peak will stand beside it. A training far smaller than
+    the device is not planned.
+
+    Args:
+        models: what is trained; with an adapter, if any.
+    """
+    available, supported = device_bytes(), all(model.supports_gradient_checkpointing for model in models)
+    asked = config.gradient_checkpointing
+    if asked is True and not supported:
+        raise ConfigError(
+            f"{stage.name}.gradient_checkpointing: transformers cannot checkpoint {type(models[0]).__name__}; set it "
+            "to false"
+        )
+    checkpointing = asked is True
+    need = _needs(plan) if sum(_upper_bound(model, plan) for model in models) > NEGLIGIBLE * available else None
+    if need:
+        if asked == "auto":
+            checkpointing = supported and need[False] > USABLE * available
+        if is_main_process():
+            planned = {"bytes": int(need[checkpointing]), "gradient_checkpointing": checkpointing}
+            stage.attempt.note("planned", planned)
+            said = f"{need[checkpointing] / 1e9:.1f} of {available / 1e9:.1f} GB planned"
+            log.info("%s: %s%s", stage.name, said, ", with gradient checkpointing" if checkpointing else "")
+            if need[checkpointing] > available:
+                log.warning("%s: more than there is; tunetrail plan --memory says what to change", stage.name)
+    for model in models if checkpointing else ():
+        model.activation_checkpointing_enable()
+
+
+def _needs(plan: Plan) -> dict[bool, float] | None:
+    """Bytes without and with checkpointing; None where the architecture cannot be looked at."""
+    try:
+        return {on: needed(plan.run, plan.moments(on)) for on in (False, True)}
+    except Exception as error:  # anybody's model code, on tensors without content: no reason not to train
+        log.info("memory: not planned, since %s: %s", type(error).__name__, error)
+        return None
+
+
+def _upper_bound(model: Any, plan: Plan) -> float:
+    """Bytes that a training does not exceed: no layer keeps 400 of a token and a unit of the residual stream."""
+    text = model.config.get_text_config()
+    activations = 400 * plan.rows * plan.length * text.num_hidden_layers * text.hidden_size
+    return 4 * 16 * sum(p.numel() for p in model.parameters()) + activations
+
+
+def checkpoint_layers(model: torch.nn.Module, on: bool) -> None:
+    """Has the layers of a model that is in evaluation mode checkpoint, or not: transformers asks for training mode.
+
+    The layer alone is put into that mode, and nothing in it, so that nothing drops out.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = on and module.gradient_checkpointing
