@@ -488,9 +488,9 @@ def test_state_depends_on_config_inputs_and_part(space):
 
 
 def test_a_second_writer_is_kept_out(space):
-    first = space.started(pause=0.3)
+    first = space.started(pause=3)  # it must still work when the second one has imported all it needs
     state = next(iter(space.states()))
-    code, error = space.run(pause=0.3)
+    code, error = space.run(pause=3)
     first.kill()
     first.communicate()
     assert code == 75
@@ -806,10 +806,18 @@ def test_metrics_that_are_no_numbers_are_refused(clock, monkeypatch, variable, u
     assert str(error.value) == f"{variable}: must be a number of {unit}, 0 or more, got {value!r}"
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"files": [{"path": "text.txt"}]}', '{"files": 3}'])
-def test_a_file_that_is_no_manifest_is_reported(space, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "all of it: Input should be a valid dictionary"),
+        ("{}", "files: Field required"),
+        ('{"files": [{"path": "text.txt"}]}', "files.0.size: Field required"),
+        ('{"files": 3}', "files: Input should be a valid list"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_reported(space, content, reason):
     (space.folder / "parent/manifest.json").write_text(content)
-    line = "copy: error: parent/manifest.json: is no manifest; delete the folder and run its stage again\n"
+    line = f"copy: error: parent/manifest.json: is no manifest ({reason}); delete the folder and run its stage again\n"
     assert space.run() == (65, line)
 
 

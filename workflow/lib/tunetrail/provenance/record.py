@@ -168,7 +168,6 @@ def build(
     code, inputs = code_state(), _inputs(parents, output)
     made_from = [*inputs, *(_renamed(d, lambda path: os.path.relpath(path, output)) for d in dependencies)]
     invocation = {"config": config, "parents": [parent["digest"] for parent in inputs], "part": part}
-    version = {"tunetrail": tunetrail.__version__, "snakemake": packages().get("snakemake", "")}
     metrics_file = {"name": "metrics.json", "digest": {"sha256": metrics}}
     usage = {"name": "usage", "annotations": _usage(stage, attempts, training_flops)}
     statement = {
@@ -188,7 +187,7 @@ def build(
                 "resolvedDependencies": [*made_from, *_software(code)],
             },
             "runDetails": {
-                "builder": {"id": "urn:tunetrail", "version": version},
+                "builder": {"id": "urn:tunetrail", "version": _versions()},
                 "metadata": {
                     "invocationId": sha256_json(invocation),
                     "startedOn": attempts[0]["start"],
@@ -199,6 +198,10 @@ def build(
         },
     }
     return canonical(statement)
+
+
+def _versions() -> dict[str, str]:
+    return {"tunetrail": tunetrail.__version__, "snakemake": packages().get("snakemake", "")}
 
 
 def _inputs(parents: Mapping[str, ParentEntry], output: Path) -> list[Dependency]:

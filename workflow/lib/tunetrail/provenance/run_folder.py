@@ -28,7 +28,7 @@ def artifacts(run: Path) -> list[Path]:
             found.append(folder)
             return
         for entry in sorted(_entries(folder), key=lambda entry: entry.name) if depth else []:
-            if entry.name.startswith(".") or not entry.is_dir():
+            if entry.name.startswith(".") or not _is_folder(entry):
                 continue
             if entry.is_symlink():
                 links.append((folder / entry.name, min(depth - 1, 1)))
@@ -39,6 +39,14 @@ def artifacts(run: Path) -> list[Path]:
     while links:
         look(*links.pop(0))
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False for a link that leads in circles."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -19,7 +19,8 @@ from tunetrail.config.imported import ImportedModel
 from tunetrail.config.run import Config
 from tunetrail.config.scorers import ScorerConfig, needed
 from tunetrail.config.shares import PAIRED
-from tunetrail.provenance.manifest import MANIFEST, DigestCache, artifact_around, digest_of, sample, visible_files
+from tunetrail.provenance.manifest import MANIFEST, DigestCache, artifact_around, digest_of, visible_files
+from tunetrail.provenance.sampling import sample
 
 Inputs = dict[str, str]
 """Role -> artifact."""
