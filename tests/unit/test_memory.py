@@ -209,7 +209,10 @@ def test_what_is_needed_is_the_moment_with_most():
 
 
 def test_what_was_taken_is_said_with_the_error_of_the_plan(tmp_path):
-    attempt = ATTEMPT | {"peak_bytes": 4_000_000_000, "planned": {"bytes": 4_400_000_000}}
+    attempt = ATTEMPT | {
+        "peak_bytes": 4_000_000_000,
+        "planned": {"bytes": 4_400_000_000, "gradient_checkpointing": False},
+    }
     for name in ("sft", "data"):
         (tmp_path / name).mkdir()
     seal_folder(tmp_path / "sft", "sft", attempts=[ATTEMPT | {"peak_bytes": 5}, attempt])

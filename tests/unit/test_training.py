@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
@@ -585,6 +586,7 @@ def run_stage(workspace, monkeypatch, capfd):
         monkeypatch.setenv("TUNETRAIL_TIME_LIMIT", time_limit)
         module = importlib.import_module(f"tunetrail.stages.{stage}")
         capfd.readouterr()
+        AcceleratorState._reset_state(True)  # of an earlier stage in this process, perhaps of another precision
         code = main(
             module.run,
             [

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunetrail.config.ppo import PpoConfig
 from tunetrail.config.training import Epochs, Training
 from tunetrail.contract.distributed import is_main_process, processes
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError
 from tunetrail.models.frozen import narrow_below_adapter
-from tunetrail.models.memory import Moments, Run, device_bytes, needed
+from tunetrail.models.memory import Moments, Run, device_bytes, needed, ppo_plan
 from tunetrail.models.memory import Training as Shape
 from tunetrail.models.runtime import use_bf16
 from tunetrail.models.training import rows_at_once
@@ -135,3 +136,13 @@ def checkpoint_layers(model: torch.nn.Module, on: bool) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = on and module.gradient_checkpointing
+
+
+def fit_ppo(stage: Stage, config: PpoConfig, trained: Sequence[Any], model_config: Any, longest_prompt: int) -> None:
+    """`fit` for the models of a PPO stage.
+
+    Args:
+        longest_prompt: tokens.
+    """
+    run, length = this_run(stage.shared["precision"]), longest_prompt + config.max_new_tokens
+    fit(stage, config, trained, ppo_plan(config, model_config, run, length))

@@ -67,7 +67,9 @@ def widen_below_adapter(model: Any, parent: Path) -> None:
     narrow = {name: layer for name, layer in _frozen_layers(model) if layer.weight.dtype != torch.float32}
     if not narrow:
         return
-    whole = dict(AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).named_parameters())
+    whole = dict(
+        AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, trust_remote_code=False).named_parameters()
+    )
     for name, layer in narrow.items():
         weight = whole.pop(f"{name.replace('.base_layer', '')}.weight").detach().to(layer.weight.device)
         wide = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -93,7 +93,7 @@ def model_config(config: Config, base: Path, given: Path | None) -> Any:
     options: dict[str, Any] = {"revision": source.revision, "local_files_only": True} if is_hub else {}  # type: ignore[union-attr]
     try:
         if place is not None:
-            return AutoConfig.from_pretrained(place, **options)
+            return AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         if place is given:
             raise ConfigError(f"--model-config {given}: not a model's config: {str(error).splitlines()[0]}") from None

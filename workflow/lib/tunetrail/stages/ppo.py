@@ -22,7 +22,7 @@ from tunetrail.errors import DataError
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.checkpoints import keep, keep_newest, kept_steps, latest_checkpoint, mark_complete, publish_kept
-from tunetrail.models.fit import fit, this_run
+from tunetrail.models.fit import fit_ppo
 from tunetrail.models.loading import (
     load_causal_lm,
     load_reward_model,
@@ -32,7 +32,6 @@ from tunetrail.models.loading import (
     training_flops,
     with_lora,
 )
-from tunetrail.models.memory import ppo_plan
 from tunetrail.models.runtime import device, prepare, use_bf16
 from tunetrail.models.saving import save_kept, save_trained
 from tunetrail.models.trackers import accelerator_options, tracking
@@ -136,8 +135,7 @@ def make_trainer(
         scorers=scorers,
         gold=gold,
     )
-    length, run = max(map(len, trainer.prompts)) + config.max_new_tokens, this_run(stage.shared["precision"])
-    fit(stage, config, trainer.trained_models, ppo_plan(config, policy.config, run, length))
+    fit_ppo(stage, config, trainer.trained_models, policy.config, max(map(len, trainer.prompts)))
     if checkpoint := latest_checkpoint(stage):
         trainer.load(checkpoint)
     return trainer, counts, before
