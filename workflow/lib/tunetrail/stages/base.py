@@ -25,9 +25,10 @@ from tunetrail.models.loading import tokenizer_digest, trained_parameters, witho
 from tunetrail.models.runtime import quiet_libraries
 from tunetrail.models.saving import SENTENCE, answers, check_reloads, save_tokenizer, save_weights
 from tunetrail.models.tiny import tiny_model, tiny_tokenizer
-from tunetrail.provenance.manifest import sample, sha256_file
+from tunetrail.provenance.manifest import sha256_file
 from tunetrail.provenance.models import hub_model, local_model
 from tunetrail.provenance.record import dependency
+from tunetrail.provenance.sampling import sample
 from tunetrail.provenance.schema import Dependency
 from tunetrail.stages.registry import start
 
