@@ -118,7 +118,7 @@ def test_the_tutorial_lists_every_example():
 def test_the_documented_numbers_of_prompts_are_right():
     """For outcomes of 0 and 1, half each, on independent prompts."""
     stated = re.search(
-        r"100 show .* about (\d+) points,\s+400 by about (\d+), 1,600 by about (\d+) ", OWN_DATA.read_text()
+        r"100 show .* about (\d+)\s+points,\s+400 by about (\d+), 1,600 by about (\d+) ", OWN_DATA.read_text()
     )
     assert stated
     for n, points in zip((100, 400, 1600), map(int, stated.groups()), strict=True):
