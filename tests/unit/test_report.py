@@ -657,9 +657,8 @@ def test_sections_come_in_the_order_a_reader_asks(text):
 def test_the_verdict_follows_from_the_intervals(text):
     seen = words(text)
     assert (
-        "sft beats base, which has a win rate 19% [13, 25] on 96 prompts, corrected p 0.030"
-        ", gold score −6.2 [−8.0, −4.5]; "
-        "decoded greedily 22% [16, 28], corrected p 0.030, gold score −5.6 [−7.3, −3.9]." in seen
+        "sft beats base: win rate 81% [75, 87] on 96 prompts, corrected p 0.030, gold score +6.2 [+4.5, +8.0]; "
+        "decoded greedily 78% [72, 84], corrected p 0.030, gold score +5.6 [+3.9, +7.3]." in seen
     )
     assert (
         "dpo beats sft: win rate 58% [51, 65] on 96 prompts, corrected p 0.030, gold score +1.7 [0.0, +3.4]; "

@@ -26,19 +26,30 @@ def _rate(match: dict, on: str = "") -> str:
     return f"{percent_interval(match['win_rate'])}{on}, corrected p {p_value(match['p_holm'])}{gold}"
 
 
+def _swapped(match: dict) -> dict:
+    """The match as seen from its second model."""
+    rate, difference = match["win_rate"], match.get("difference")
+    seen = {"win_rate": rate | {"mean": 1 - rate["mean"], "low": 1 - rate["high"], "high": 1 - rate["low"]}}
+    if difference:
+        bounds = {"mean": -difference["mean"], "low": -difference["high"], "high": -difference["low"]}
+        seen["difference"] = difference | bounds
+    return match | seen
+
+
 def sentence(run: Run, model: Model) -> str:
     """A sentence about one model against the reference."""
     match, greedy, name, reference = run.match_of(model), run.match_of(model, "greedy"), model.name, run.reference
     if match is None:
         return f"{name}: win rate against {reference} not measured{unscored(run, model)}."
-    prompts = f"{match['win_rate']['n']} prompts"
+    prompts, result = f"{match['win_rate']['n']} prompts", outcome(match)
+    if result == "worse" and model.subject == "base":  # a reader asks whether training helped
+        match, greedy, result = _swapped(match), greedy and _swapped(greedy), "better"
+        name, reference = reference, name
     rate = f"win rate {_rate(match, f' on {prompts}')}"
     decoded = "" if greedy is None else f"; decoded greedily {_rate(greedy)}"
-    match outcome(match):
+    match result:
         case "better":
             return f"{name} beats {reference}: {rate}{decoded}."
-        case "worse" if model.subject == "base":
-            return f"{reference} beats {name}, which has a {rate}{decoded}."
         case "worse":
             return f"{name} loses to {reference}: {rate}{decoded}."
         case "few":
