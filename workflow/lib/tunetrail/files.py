@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import Any
 
+log = logging.getLogger("tunetrail")
+
 MAX_JSON = 2**26
 """Bytes of a JSON file from elsewhere: a manifest of 400,000 files."""
 MAX_DEPTH = 64
@@ -30,6 +32,9 @@ def open_regular(path: Path) -> BufferedReader:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     found = os.fstat(handle)
     is_hollow = found.st_size > 2**30 and found.st_size > HOLES * 512 * found.st_blocks
+    if is_hollow:  # a file system may count the blocks of a new file late
+        is_hollow = os.lseek(handle, 0, os.SEEK_HOLE) < found.st_size
+        os.lseek(handle, 0, os.SEEK_SET)
     if not stat.S_ISREG(found.st_mode) or is_hollow:
         os.close(handle)
         raise OSError(errno.EINVAL, "a file of holes" if is_hollow else "not a regular file", str(path))
@@ -80,9 +85,6 @@ def replace_file(path: Path, content: bytes) -> None:
         os.unlink(pending)
         raise
     sync(path.parent)
-
-
-log = logging.getLogger("tunetrail")
 
 
 def canonical_json(value: Any) -> str:

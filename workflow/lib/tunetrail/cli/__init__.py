@@ -2,12 +2,13 @@
 
     runs     status, plan, doctor, compare
     config   check, resolve, schema, document
-    label    serve, add, list, renew, forget, verify, export, import
+    label    serve, add, list, renew, forget, verify, export, import, backup
     audit    verify, trace, diff, show, seal, reproduce, export, card
     model    export, push, chat
 
 Exit codes: 0 sound; 1 a finding; 2 incomplete, or wrong usage; 3 only warnings, which a policy may forbid. A bad config
-ends config, status, plan, doctor and model with 78, bad data with 65. status and plan end with 0 whatever they report.
+ends config, status, plan, doctor and model with 78, bad data with 65. status and plan end with 0 whatever they report;
+`plan --memory` ends with 1 if a stage does not fit.
 """
 
 import sys

@@ -23,8 +23,8 @@ class Source(Block):
     split: Split | None = Field(
         default=None,
         description="the split for all its rows, whatever the shares; null: they are split by the shares. "
-        "A source pinned to evaluation or heldout is a test set: rows of other sources that it shares are refused or "
-        "left out. Only the probes of `evaluation` may be about training data",
+        "A source pinned to evaluation or heldout is a test set: rows that it shares with others are refused, or "
+        "left out of those. Only the probes of `evaluation` may be about training data",
     )
     weight: Positive = Field(
         default=1.0,

@@ -5,15 +5,19 @@ that the model was trained on: other shares, another seed or further data split 
 lineage say what it was trained on, as far as that data is still there.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunetrail.config.shares import PAIRED
 from tunetrail.data.contamination import compared_text
 from tunetrail.errors import DataError
 from tunetrail.files import read_jsonl
 from tunetrail.provenance.lineage import Lineage, nearest_first
 
-TRAINS_ON = {"sft": "sft", "reward": "reward", "dpo": "reward", "kto": "reward", "ppo": "rl"}
+log = logging.getLogger("tunetrail")
+
+TRAINS_ON = {"sft": "sft", "reward": "reward", "kto": "reward", "ppo": "rl"} | dict.fromkeys(PAIRED, "reward")
 """Stage -> the split of the data that it trains on."""
 
 
@@ -25,14 +29,28 @@ def trained_on(artifact: Path) -> set[str]:
     """
     texts: set[str] = set()
     for node in nearest_first([Lineage().add(artifact)]):
-        split = TRAINS_ON.get(node.record.stage) if node.record else None
-        if split is None:
+        if node.record is None or node.record.stage not in TRAINS_ON:
             continue
-        data = (at for at in nearest_first([node]) if at.record and at.record.stage == "data")
-        path = next((at.folder / f"{split}.jsonl" for at in data), None)
-        if path and path.is_file():
-            texts.update(map(compared_text, read_jsonl(path)))
+        splits = [TRAINS_ON[node.record.stage]]
+        if node.record.config.get("ptx_coef"):
+            splits.append("sft")
+        data = next((at.folder for at in nearest_first([node]) if at.record and at.record.stage == "data"), None)
+        for split in splits:
+            rows = _rows(data / f"{split}.jsonl") if data else None
+            if rows is None:
+                log.warning("%s: the %s rows that it was trained on cannot be read any more, and so are not compared "
+                    "with what this run measures on", node.folder, split)  # fmt: skip
+            texts.update(map(compared_text, rows or ()))
     return texts
+
+
+def _rows(path: Path) -> list[dict] | None:
+    """The rows of a split; None if it is gone, or written by a version whose rows did not keep their messages."""
+    try:
+        rows = read_jsonl(path)
+    except (OSError, ValueError):
+        return None
+    return rows if all("text" in row or "messages" in row for row in rows) else None
 
 
 def check_unseen(key: str, artifact: Path, measured: Sequence[dict]) -> None:

@@ -80,6 +80,10 @@ def missing_packages(config: Config) -> Iterator[str]:
                 f"methods.compare.{name}.four_bit: bitsandbytes is not installed; run `pip install bitsandbytes`, or "
                 "remove the method"
             )
+    blocks = {"sft": config.sft, "reward": config.reward} | {f"policies.{k}": v for k, v in config.policies.items()}
+    for name, block in blocks.items():
+        if getattr(block, "four_bit", False) and importlib.util.find_spec("bitsandbytes") is None:
+            yield f"{name}.four_bit: bitsandbytes is not installed; run `pip install bitsandbytes`, or set it to false"
     for name, policy in config.policies.items():
         if policy.method == "ppo" and policy.vllm and importlib.util.find_spec("vllm") is None:
             yield f"policies.{name}.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null"

@@ -8,7 +8,7 @@ attempt goes on with both.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ def is_over(found: Measured, patience: int | None) -> bool:
     if patience is None or not found:
         return False
     return len(found) - 1 - [step for step, _ in found].index(best_step(found)) >= patience
+
+
+def kept(about: Mapping[str, Any]) -> int:
+    """The index in the history of the step whose weights are published: the last one, or that of the lowest loss.
+
+    Args:
+        about: of `HeldoutCallback.finish`, or metrics that include it.
+    """
+    return about["kept_step"] - 1 if "kept_step" in about else -1
 
 
 def heldout_dataset(config: Epochs, examples: list[dict]) -> Dataset | None:

@@ -120,7 +120,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Training:
-    """The optimizer steps of sft, reward, dpo or kto, as one process takes them."""
+    """The optimizer steps of sft, reward or any policy but ppo, as one process takes them."""
 
     config: Any
     """Of the model, as transformers has it."""

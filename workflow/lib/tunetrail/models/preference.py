@@ -18,7 +18,7 @@ from tunetrail.models.batching import encode_comparison
 from tunetrail.models.checkpoints import publish_kept
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.fit import fit_training
-from tunetrail.models.heldout import heldout_dataset
+from tunetrail.models.heldout import heldout_dataset, kept
 from tunetrail.models.lengths import check_lengths
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
 from tunetrail.models.saving import save_kept, save_trained
@@ -125,7 +125,7 @@ def optimise(
     save_trained(stage, trained_model(trainer, parent), parent, (e["prompt_ids"] + e[responses[0]] for e in examples))
     publish_kept(stage)
     left_out = rows_left_out(stage.name, rows, config.batch_size)
-    about = {"train_loss": history[-1]["loss"], "steps": len(history), "rows_left_out": left_out}
+    about = {"train_loss": history[kept(about_heldout)]["loss"], "steps": len(history), "rows_left_out": left_out}
     return history, about | about_heldout | counts
 
 
@@ -160,5 +160,5 @@ def train_on_pairs(stage: Stage, config: FromPairs, trainer_class: Callable[...,
     )
     if not history:
         return {}
-    last = history[-1]
+    last = history[kept(found)]
     return found | {"accuracy": last["rewards/accuracies"], "margin": last["rewards/margins"], "pairs": len(examples)}

@@ -37,7 +37,11 @@ def end_if_superseded() -> None:
     At once, since Snakemake would remove the outputs of the jobs that it takes for its own. They go on where they are.
     """
     for lease in _leases:
-        if lease.lost():
+        try:
+            is_lost = lease.lost()
+        except OSError:  # not known: a full disk must not cost the jobs their head
+            continue
+        if is_lost:
             print(
                 f"{lease.path.parent}: another snakemake took over this run while this one was stopped; it goes on, "
                 "this one ends",

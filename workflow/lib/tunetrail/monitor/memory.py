@@ -7,6 +7,7 @@ from typing import Any
 
 from tunetrail.config.base_model import HubModel, LocalModel, RandomModel
 from tunetrail.config.run import Config
+from tunetrail.config.shares import PAIRED
 from tunetrail.config.training import Epochs, Lora
 from tunetrail.errors import ConfigError
 from tunetrail.launch.resources import gpus, processes
@@ -114,7 +115,8 @@ def _trained(config: Config, model: Any, block: Epochs, run: Run, sequences: int
     """Of rows as long as the config allows."""
     share = max(block.batch_size // run.processes, 1)
     micro = next(n for n in range(min(block.micro_batch_size or share, share), 0, -1) if share % n == 0)
-    length = min(block.max_length, _length(config, answer))
+    is_full = getattr(block, "packing", False)
+    length = block.max_length if is_full else min(block.max_length, _length(config, answer))
     return Training(
         config=model,
         run=run,
@@ -144,8 +146,8 @@ def shape_of(config: Config, model: Any, name: str, run: Run) -> Shape | None:
         return _trained(config, model, config.trained_reward, run, k, answer_sampled, is_classifier=True)
     if policy and policy.method == "ppo":
         return ppo_plan(policy, model, run, _length(config, policy.max_new_tokens))
-    if policy and policy.method in ("dpo", "kto"):
-        return _trained(config, model, policy, run, 2 if policy.method == "dpo" else 1, answer_sampled)  # type: ignore[arg-type]
+    if policy and policy.method in (*PAIRED, "kto"):
+        return _trained(config, model, policy, run, 2 if policy.method in PAIRED else 1, answer_sampled)  # type: ignore[arg-type]
     sampling = {
         "completions": config.completions,
         "evaluation": config.evaluation,

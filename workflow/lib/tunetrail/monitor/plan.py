@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunetrail.errors import DataError
+from tunetrail.errors import DataError, DiskError
 from tunetrail.launch.resources import gpus
 from tunetrail.monitor.dag import Job
 from tunetrail.monitor.status import group_name, grouped, shared
@@ -48,7 +48,7 @@ def cost(job: Job) -> Cost:
     """
     try:
         attempts = read_record(job.manifest.parent).attempts
-    except DataError:
+    except (DataError, DiskError):
         return _benchmarked(job)
     killed = any(attempt.get("seconds") is None for attempt in attempts)
     if all(attempt.get("seconds") is None for attempt in attempts):

@@ -60,10 +60,11 @@ def forget(workflow: Any, job: Any) -> None:
 
 
 def keep_what_is_published() -> None:
-    """Makes Snakemake leave the outputs of a stage that failed where they are.
+    """Makes Snakemake leave the outputs of a stage that failed where they are, and forget the job.
 
-    It removed what an earlier run had made before the stage began, and a stage publishes whole or not at all. So what
-    is there now, another attempt has published, on another node or for another head.
+    A stage publishes whole or not at all: what is there may be what another attempt has published, on another node or
+    for another head. Or it is what an earlier run made of another config, where the job failed before it began: so
+    Snakemake, which has just noted the new inputs as those of the output, must not take it for current.
     """
     from snakemake.jobs import Job
 
@@ -72,6 +73,8 @@ def keep_what_is_published() -> None:
     async def cleanup(job: Any, skip_outputs: Any) -> None:
         if run_of(job) is None or not hasattr(job.output, "manifest"):
             await remove(job, skip_outputs)
+        else:
+            forget(job.dag.workflow, job)
 
     if remove.__module__ != __name__:
         Job.cleanup = cleanup

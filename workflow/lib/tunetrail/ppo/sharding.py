@@ -26,8 +26,7 @@ def shard(model: Any, layers: Any, device: torch.device) -> Any:
 
     Args:
         layers: class names of the modules to gather one at a time, `_no_split_modules` of a transformers model; the
-        rest
-            of the model stays gathered from its forward pass to its backward pass.
+            rest of the model stays gathered from its forward pass to its backward pass.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in model.modules():

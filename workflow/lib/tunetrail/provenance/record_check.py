@@ -80,7 +80,7 @@ class RecordCheck:
         elif record.place.artifact != (here := node.folder.relative_to(run).as_posix()):
             message = f"it was made as {record.place.artifact} and lies at {here}; move it back"
             self.result.add("place-changed", node, message)
-        elif record.place.run != (made := self.runs.made_as(run)):
+        elif record.place.run not in (made := self.runs.made_as(run), run.name):
             message = f"it was made in the run {record.place.run}, the others here in {made}; restore it from a copy"
             self.result.add("place-changed", node, message)
 

@@ -17,7 +17,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 import tunetrail
-from tunetrail.errors import DataError
+from tunetrail.errors import DataError, DiskError
 from tunetrail.provenance.record import Record, read_record
 
 CHANGELOG = Path(tunetrail.__file__).parents[3] / "CHANGELOG.md"
@@ -84,7 +84,7 @@ def records_of(folders: Mapping[str, Path]) -> dict[str, Record]:
     for name, folder in folders.items():
         try:
             records[name] = read_record(folder)
-        except DataError:
+        except (DataError, DiskError):
             continue
     return records
 

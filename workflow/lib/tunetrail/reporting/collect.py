@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunetrail.errors import DataError
+from tunetrail.errors import DataError, DiskError
 from tunetrail.files import read_jsonl
 from tunetrail.provenance import memory
 from tunetrail.provenance.findings import Finding
@@ -268,7 +268,7 @@ def load(role: str, folder: Path, page: Path) -> Artifact:
     """
     try:
         record = read_record(folder)
-    except DataError:
+    except (DataError, DiskError):
         record = None
     return Artifact(
         role=role,

@@ -30,7 +30,10 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
     for key, title in (("score", "Reward-model score"), ("gold", "Gold score")):
         rows: list[dict] = []
         for model in learners:
-            points = [row for row in (model.trained.history if model.trained else []) if row.get(key) is not None]
+            history = model.trained.history if model.trained else []
+            if key == "score":  # of several terms the reward model's: its errors are what a policy may exploit
+                history = [row | {key: row.get("score_reward_model", row.get(key))} for row in history]
+            points = [row for row in history if row.get(key) is not None]
             kls, scores = (_means([row[name] for row in points]) for name in ("kl", key))
             rows += [
                 {
@@ -85,15 +88,15 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
     ],
     "orpo": [
         ("loss", ("loss",), None),
-        ("accuracy", ("rewards/accuracies",), 0.5),
-        ("log odds ratio", ("rewards/margins",), 0),
+        ("accuracy", ("rewards/accuracies",), None),
+        ("log odds ratio", ("rewards/margins",), None),
         ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
         HELDOUT,
     ],
     "simpo": [
         ("loss", ("loss",), None),
-        ("accuracy", ("rewards/accuracies",), 0.5),
-        ("margin", ("rewards/margins",), 0),
+        ("accuracy", ("rewards/accuracies",), None),
+        ("margin", ("rewards/margins",), None),
         ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
         HELDOUT,
     ],
@@ -105,7 +108,7 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
         HELDOUT,
     ],
     "ppo": [
-        ("reward-model score", ("score",), None),
+        ("score", ("score",), None),
         ("KL to its start", ("kl",), None),
         ("entropy", ("entropy",), None),
         ("response length", ("length",), None),

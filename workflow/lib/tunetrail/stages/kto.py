@@ -29,7 +29,7 @@ from tunetrail.contract.distributed import is_main_process, processes
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError, DataError
 from tunetrail.models.batching import encode, encode_response
-from tunetrail.models.heldout import heldout_dataset
+from tunetrail.models.heldout import heldout_dataset, kept
 from tunetrail.models.lengths import check_lengths, positions
 from tunetrail.models.loading import load_tokenizer
 from tunetrail.models.preference import Pretokenized, optimise
@@ -159,7 +159,8 @@ def run(stage: Stage) -> dict:
     if not history:
         return {}
     # A batch with only liked or only disliked responses has no margin.
-    margins = [row["rewards/margins"] for row in history if "rewards/margins" in row]
+    last_step = history[kept(metrics)]["step"]
+    margins = [row["rewards/margins"] for row in history if "rewards/margins" in row and row["step"] <= last_step]
     return metrics | {"margin": margins[-1] if margins else None, "liked": liked, "disliked": len(examples) - liked}
 
 

@@ -36,7 +36,7 @@ from tunetrail.evaluation.stats import spearman
 from tunetrail.files import write_jsonl
 from tunetrail.models.batching import encode, encode_response
 from tunetrail.models.fit import fit_training
-from tunetrail.models.heldout import heldout_dataset
+from tunetrail.models.heldout import heldout_dataset, kept
 from tunetrail.models.loading import load_causal_lm, load_tokenizer, trained_parameters, training_flops, with_lora
 from tunetrail.models.runtime import device, prepare
 from tunetrail.models.saving import save_trained
@@ -170,7 +170,7 @@ def train_and_evaluate(stage: Stage, config: RewardConfig) -> dict[str, Any]:
         evaluate(pairs, stage.seed)
         | {
             "ceiling": ceiling(heldout, stage.seed),
-            "train_loss": history[-1]["loss"],
+            "train_loss": history[kept(counts)]["loss"],
             "steps": len(history),
             "prompts": len(training),
             "bias": model.config.reward_bias,

@@ -24,7 +24,7 @@ from tunetrail.evaluation.stats import bootstrap
 from tunetrail.models.batching import encode
 from tunetrail.models.cpu.label_head import score_labels_only
 from tunetrail.models.fit import fit_training
-from tunetrail.models.heldout import heldout_dataset
+from tunetrail.models.heldout import heldout_dataset, kept
 from tunetrail.models.importing import check_fits, publish_imported, read_source, sample_texts
 from tunetrail.models.lengths import check_blocks
 from tunetrail.models.loading import (
@@ -97,7 +97,7 @@ def train_model(stage: Stage, config: SftConfig) -> dict:
     losses = mean_nlls(model, [given_and_learnt(e) for e in heldout], tokenizer.pad_token_id, precision)
     return (
         {
-            "train_loss": rows[-1]["loss"],
+            "train_loss": rows[kept(about)]["loss"],
             "eval_loss": bootstrap(losses, 1000, stage.seed),
             "steps": len(rows),
             "rows_left_out": rows_left_out("sft", per_epoch, config.batch_size),
