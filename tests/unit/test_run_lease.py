@@ -96,3 +96,40 @@ def test_a_failed_job_takes_nothing_away_that_another_attempt_published(head, tm
     assert head.returncode == 1
     assert (tmp_path / "results/first/manifest.json").read_text() == "another's"
     assert (tmp_path / "handled").exists()
+
+
+def test_an_old_result_is_not_current_because_the_job_for_the_new_config_failed(tmp_path):
+    """On a cluster the job removes old outputs itself, on its node; this one fails before."""
+    (tmp_path / "Snakefile").write_text(f"""
+from pathlib import Path
+from snakemake.jobs import Job
+from tunetrail.config.loading import load
+from tunetrail.monitor import snakemake_adapter
+
+CONFIG, RUN = load(Path("{ROOT}/config/examples/tiny.yaml")), "results"
+snakemake_adapter.keep_what_is_published()
+
+async def nothing(job, *args, **kwargs):
+    pass
+
+Job.prepare = nothing
+
+rule first:
+    input: "config"
+    output: manifest="results/first/manifest.json"
+    shell: "grep -q old {{input}} && mkdir -p results/first && cp {{input}} {{output}}"
+""")
+
+    def snakemake(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "snakemake", "--cores=1", "--nolock", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    (tmp_path / "config").write_text("old")
+    assert snakemake().returncode == 0
+    assert "Nothing to be done" in snakemake("--dry-run").stdout
+    (tmp_path / "config").write_text("new")
+    assert snakemake().returncode == 1
+    assert (tmp_path / "results/first/manifest.json").read_text() == "old"
+    reply = snakemake("--dry-run")
+    assert "Nothing to be done" not in reply.stdout + reply.stderr
+    assert "first" in reply.stdout + reply.stderr
