@@ -392,7 +392,7 @@ def test_every_row_is_accounted_for():
         ("p.jsonl", "reward"): 118, ("p.jsonl", "evaluation"): 15, ("p.jsonl", "heldout"): 15,
         ("d.jsonl", "sft"): 40, ("d.jsonl", "evaluation"): 8, ("d.jsonl", "heldout"): 8,
     }  # fmt: skip
-    assert used["p.jsonl", "reward"]["used_by"] == ["reward", "dpo"]
+    assert used["p.jsonl", "reward"]["used_by"] == ["reward", "dpo", "orpo", "simpo"]
     assert used["d.jsonl", "sft"]["used_by"] == ["sft", "methods", "ppo (ptx)"]
     reasons = {(out["source"], out["reason"]): out["rows"] for out in done.card["left_out"]}
     assert reasons.pop(("d.jsonl", "over_limit")) == 80 - 40 - 8 - 8

@@ -84,7 +84,7 @@ def test_a_new_stage_is_known_everywhere(edited_project, monkeypatch):
     assert python("-c", code).split() == ["True", "tally", "tally"]
     python("-m", "tunetrail", "audit", "seal", "results/tiny")
     changed = {"stage": "tally", "seed": 0, "config": {"split": "sft"}}
-    (folder / "results/tiny/config/tally.json").write_text(json.dumps(changed))
+    (folder / "results/tiny/config/tally.json").write_text(canonical_json(changed) + "\n")
     assert "config-drift" in python("-m", "tunetrail", "audit", "verify", "results/tiny/tally")
     status = json.loads(python("-m", "tunetrail", "status", "--configfile", "new.yaml", "--json"))
     assert "tally" in {stage["name"] for stage in status}

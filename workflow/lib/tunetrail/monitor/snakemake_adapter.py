@@ -257,7 +257,12 @@ def _call_too(workflow: Any, event: str, ours: Callable[[], None]) -> None:
             handlers: list[Callable[[], None]] = [ours, partial(theirs, log)]
             if event == "onerror":  # the main workflow has its word first
                 handlers.reverse()
-            codes = [code for handler in handlers if (code := _exit_code_of(handler)) is not None]
+            codes = []
+            for each in handlers:
+                if (code := _exit_code_of(each)) is not None:
+                    codes.append(code)
+                    if event == "onstart":  # what may not start does nothing more
+                        break
             if codes:
                 sys.exit(most_serious(codes))
 
