@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from tunetrail.files import canonical_json
+
 LIBRARY = Path("workflow/lib/tunetrail")
 MODULE = '''"""Counts the prompts of a split."""
 
