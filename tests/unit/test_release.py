@@ -32,6 +32,7 @@ from tunetrail.provenance.manifest import identity
 from tunetrail.provenance.record import dependency
 from tunetrail.reward.kwise import initialise
 from tunetrail.stages.base import set_special_tokens
+from tunetrail.terminal import PROSE, escape
 
 ROWS = [[5, 6, 7, 8, 9, 10]]
 
@@ -426,7 +427,7 @@ def test_a_dry_run_contacts_nobody(hub, exported, capsys):
 
 def test_only_exported_folders_are_pushed(hub, run, exported, capsys):
     assert main(["model", "push", str(run / "policies/dpo"), "ann/x"]) == 65
-    assert "has no SHA256SUMS; write a folder for a hub with `tunetrail model export`" in capsys.readouterr().err
+    assert "has no SHA256SUMS; write a folder to push with `tunetrail model export`" in capsys.readouterr().err
     (exported / "notes.txt").write_text("secret")
     assert main(["model", "push", str(exported), "ann/x"]) == 65
     assert "1 files differ from SHA256SUMS, notes.txt first" in capsys.readouterr().err
@@ -475,7 +476,7 @@ def test_chat_draws_the_same_tokens_as_the_runs_sampler(run, monkeypatch, capsys
         )  # fmt: skip
         answers.append(tokenizer.decode(ids, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": answers[-1]})
-    assert out == "".join(answer.rstrip("\ufffd") + "\n" for answer in answers)
+    assert out == "".join(escape(answer.rstrip("\ufffd"), PROSE) + "\n" for answer in answers)
     assert len(set(answers)) == 2
 
 
