@@ -69,15 +69,20 @@ def parse_json(content: bytes) -> Any:
     raise ValueError("nested too deeply")
 
 
+def _umask() -> int:
+    """The umask of this process, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, through no link: what stood at `path` is replaced."""
     handle, pending = mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(content)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(f.fileno(), 0o666 & ~umask)
+            os.fchmod(f.fileno(), 0o666 & ~_umask())
             f.flush()
             os.fsync(f.fileno())
         os.replace(pending, path)
@@ -172,8 +177,7 @@ def follow_umask(folder: Path) -> None:
 
     Folders keep the bit by which what is made in them belongs to their group.
     """
-    umask = os.umask(0)
-    os.umask(umask)
+    umask = _umask()
     for path in [folder, *folder.rglob("*")]:
         is_dir = path.is_dir()
         path.chmod((0o777 if is_dir else 0o666) & ~umask | (path.stat().st_mode & stat.S_ISGID if is_dir else 0))

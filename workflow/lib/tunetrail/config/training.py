@@ -100,6 +100,10 @@ class Epochs(Training):
         "the weights of the lowest are kept. null: train to the end and keep the last. With evaluate_every",
     )
 
+    def rows_at_once(self, share: int) -> int:
+        """How many rows of a process' share of a batch go through the model together, at most `micro_batch_size`."""
+        return next(n for n in range(min(self.micro_batch_size or share, share), 0, -1) if share % n == 0)
+
     @model_validator(mode="after")
     def _patience_measures(self):
         if self.patience is not None and self.evaluate_every is None:

@@ -13,8 +13,7 @@ from tunetrail.contract.distributed import is_main_process, processes
 from tunetrail.contract.stage import Stage
 from tunetrail.errors import ConfigError
 from tunetrail.models.frozen import narrow_below_adapter
-from tunetrail.models.memory import Moments, Run, device_bytes, needed, ppo_plan
-from tunetrail.models.memory import Training as Shape
+from tunetrail.models.memory import USABLE, Moments, Run, device_bytes, needed, ppo_plan, training_plan
 from tunetrail.models.runtime import use_bf16
 from tunetrail.models.training import rows_at_once
 
@@ -22,8 +21,6 @@ log = logging.getLogger("tunetrail")
 
 NEGLIGIBLE = 0.02
 """Share of the device's memory below which a training is not planned: looking would take longer than it is worth."""
-USABLE = 0.92
-"""Share of the device's memory that a plan may fill: allocators lose some of it between blocks."""
 
 
 class Plan(Protocol):
@@ -62,21 +59,10 @@ def fit_training(
         labelled: tokens of the longest labelled part; 0 where there are no labels.
         sequences: that a row has.
     """
-    run, micro = this_run(stage.shared["precision"]), rows_at_once(stage.name, config, processes())
+    run = this_run(stage.shared["precision"])
+    rows_at_once(stage.name, config, run.processes)  # raises ConfigError if the processes cannot have equal shares
     narrow_below_adapter(model, run.bf16, config.four_bit)
-    plan = Shape(
-        config=model.config,
-        run=run,
-        micro_batch=micro,
-        sequences=sequences,
-        length=length,
-        accumulates=micro * run.processes < config.batch_size,
-        lora=config.lora,
-        four_bit=config.four_bit,
-        # On a CPU: see `models.cpu.label_head`.
-        label_columns=0 if run.on_gpu or labelled > length // 2 else labelled,
-        is_classifier=is_classifier,
-    )
+    plan = training_plan(config, model.config, run, length, labelled, sequences, is_classifier)
     fit(stage, config, [model], plan)
 
 

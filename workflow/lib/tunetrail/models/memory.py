@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tunetrail.config.ppo import PpoConfig
-from tunetrail.config.training import Lora
+from tunetrail.config.training import Epochs, Lora
 from tunetrail.models.head import SCORED_AT_ONCE
 from tunetrail.models.sizes import Saved, Sizes, saved, sizes
 
@@ -206,6 +206,40 @@ class Ppo:
         }
 
 
+def training_plan(
+    config: Epochs,
+    model: Any,
+    run: Run,
+    length: int,
+    labelled: int = 0,
+    sequences: int = 1,
+    is_classifier: bool = False,
+) -> Training:
+    """What an optimizer step has in memory.
+
+    Args:
+        model: the config of the model, as transformers has it.
+        length: tokens of the longest row.
+        labelled: tokens of its longest labelled part; 0 if there are no labels.
+        sequences: how many sequences a row has.
+    """
+    share = max(config.batch_size // run.processes, 1)
+    micro = config.rows_at_once(share)
+    return Training(
+        config=model,
+        run=run,
+        micro_batch=micro,
+        sequences=sequences,
+        length=length,
+        accumulates=micro < share,
+        lora=config.lora,
+        four_bit=config.four_bit,
+        # On a CPU: see `models.cpu.label_head`.
+        label_columns=0 if run.on_gpu or labelled > length // 2 else labelled,
+        is_classifier=is_classifier,
+    )
+
+
 def ppo_plan(config: PpoConfig, model: Any, run: Run, length: int) -> Ppo:
     """What an iteration has in memory.
 
@@ -318,6 +352,9 @@ def needed(run: Run, moments: Moments) -> float:
 
 
 # ----------------------------------------------------------------------------- what there is
+
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill: allocators lose some of it between blocks."""
 
 
 def device_bytes() -> int:

@@ -110,7 +110,7 @@ def rows_at_once(stage: str, config: Epochs, processes: int) -> int:
         raise ConfigError(
             f"{stage}: batch_size ({config.batch_size}) must be a multiple of the {processes} processes; change either"
         )
-    return next(n for n in range(min(config.micro_batch_size or share, share), 0, -1) if share % n == 0)
+    return config.rows_at_once(share)
 
 
 def trainer_arguments(stage: Stage, config: Epochs) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tunetrail.models.memory import (
     FP32,
     LIBRARIES,
     PARTS,
+    USABLE,
     Inference,
     Ppo,
     Run,
@@ -23,6 +24,7 @@ from tunetrail.models.memory import (
     most,
     needed,
     ppo_plan,
+    training_plan,
 )
 from tunetrail.models.sizes import sizes as sizes_of
 from tunetrail.monitor.dag import Job
@@ -31,8 +33,6 @@ from tunetrail.provenance.versions import records_of
 
 GPU_GB = "gpu_gb"
 """The profile's resource that says how many GB a GPU of a rule's partition has."""
-USABLE = 0.92
-"""Share of a GPU that a plan may fill, as in `models.fit`."""
 
 Shape = Training | Ppo | Inference
 
@@ -111,24 +111,13 @@ def _length(config: Config, new_tokens: int) -> int:
     return config.data.max_prompt_tokens + new_tokens
 
 
-def _trained(config: Config, model: Any, block: Epochs, run: Run, sequences: int, answer: int, **more: Any) -> Training:
-    """Of rows as long as the config allows."""
-    share = max(block.batch_size // run.processes, 1)
-    micro = next(n for n in range(min(block.micro_batch_size or share, share), 0, -1) if share % n == 0)
+def _trained(
+    config: Config, model: Any, block: Epochs, run: Run, sequences: int, answer: int, is_classifier: bool = False
+) -> Training:
+    """The plan for rows as long as the config allows."""
     is_full = getattr(block, "packing", False)
     length = block.max_length if is_full else min(block.max_length, _length(config, answer))
-    return Training(
-        config=model,
-        run=run,
-        micro_batch=micro,
-        sequences=sequences,
-        length=length,
-        accumulates=micro < share,
-        lora=block.lora,
-        four_bit=block.four_bit,
-        label_columns=answer if not run.on_gpu and answer <= length // 2 else 0,
-        **more,
-    )
+    return training_plan(block, model, run, length, answer, sequences, is_classifier)
 
 
 def shape_of(config: Config, model: Any, name: str, run: Run) -> Shape | None:

@@ -73,35 +73,33 @@ def over_optimisation(runs: Runs, narrow: bool) -> Spec | None:
 
 # ----------------------------------------------------------------------------- learning curves
 
+LOSS = ("loss", ("loss",), None)
+PAIR = ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None)
 HELDOUT = ("held-out loss", ("heldout_loss",), None)
 
+Curve = tuple[str, tuple[str, ...], float | None]
+
+
+def _reference_free(margin: str) -> list[Curve]:
+    """The curves of a policy without a reference; without one there is no saying where an untrained model would be."""
+    return [LOSS, ("accuracy", ("rewards/accuracies",), None), (margin, ("rewards/margins",), None), PAIR, HELDOUT]
+
+
 # Stage -> its curves: (title, keys of history.jsonl, reference line).
-CURVES: dict[str, list[tuple[str, tuple[str, ...], float | None]]] = {
-    "sft": [("loss", ("loss",), None), ("token accuracy", ("mean_token_accuracy",), None), HELDOUT],
-    "reward": [("loss", ("loss",), None), ("accuracy", ("accuracy",), 0.5), HELDOUT],
+CURVES: dict[str, list[Curve]] = {
+    "sft": [LOSS, ("token accuracy", ("mean_token_accuracy",), None), HELDOUT],
+    "reward": [LOSS, ("accuracy", ("accuracy",), 0.5), HELDOUT],
     "dpo": [
         ("loss", ("loss",), math.log(2)),
         ("accuracy", ("rewards/accuracies",), 0.5),
         ("margin", ("rewards/margins",), 0),
-        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
+        PAIR,
         HELDOUT,
     ],
-    "orpo": [
-        ("loss", ("loss",), None),
-        ("accuracy", ("rewards/accuracies",), None),
-        ("log odds ratio", ("rewards/margins",), None),
-        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
-        HELDOUT,
-    ],
-    "simpo": [
-        ("loss", ("loss",), None),
-        ("accuracy", ("rewards/accuracies",), None),
-        ("margin", ("rewards/margins",), None),
-        ("log-prob chosen, rejected", ("logps/chosen", "logps/rejected"), None),
-        HELDOUT,
-    ],
+    "orpo": _reference_free("log odds ratio"),
+    "simpo": _reference_free("margin"),
     "kto": [
-        ("loss", ("loss",), None),
+        LOSS,
         ("margin", ("rewards/margins",), 0),
         ("KL to its start", ("kl",), None),
         ("log-prob liked, disliked", ("logps/chosen", "logps/rejected"), None),
