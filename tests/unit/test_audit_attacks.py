@@ -155,6 +155,16 @@ def test_a_renamed_run_is_sound_and_says_what_it_was(run, tmp_path, capsys):
     assert f"{renamed} was made as the run r\n" in capsys.readouterr().out
 
 
+def test_a_renamed_run_that_goes_on_is_sound(run):
+    renamed = run.rename(run.with_name("kept"))
+    lines.run_of.cache_clear()
+    (renamed / "policies/ppo").mkdir()
+    (renamed / "policies/ppo/metrics.json").write_text("{}")
+    seal_folder(renamed / "policies/ppo", "ppo", {"policy": renamed / "sft"})
+    assert read_record(renamed / "policies/ppo").place.run == "kept"
+    assert not [f for f in verify(renamed).findings if f.name == "place-changed"]
+
+
 def test_a_record_of_an_early_version_has_no_place(run):
     def forget(statement):
         parameters = statement["predicate"]["buildDefinition"]["externalParameters"]

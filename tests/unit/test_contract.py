@@ -821,6 +821,12 @@ def test_a_file_that_is_no_manifest_is_reported(space, content, reason):
     assert space.run() == (65, line)
 
 
+def test_a_signature_that_is_being_written_stops_no_stage(space):
+    """`audit seal --key` may be at work while a stage reads the artifact."""
+    (space.folder / "parent/.provenance.dsse.json.x1y2").write_text("{")
+    assert space.run() == (0, "")
+
+
 def test_an_extra_file_stops_the_stage(space):
     (space.folder / "parent/model").mkdir()
     (space.folder / "parent/model/chat_template.jinja").write_text("{{ messages }}")

@@ -1,6 +1,7 @@
 """The specs of the evaluation's figures: every number drawn is in the metrics, and missing figures are None."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import vl_convert
 
 from tunetrail.evaluation import matches, stats
 from tunetrail.reporting import evaluation_charts as charts
+from tunetrail.reporting.curves import over_optimisation
 from tunetrail.reporting.numbers import NOT_MEASURED, percent
 
 NAMES = ["base", "sft", "dpo", "ppo"]
@@ -176,3 +178,15 @@ def test_probes_are_side_by_side_with_the_largest_gains_on_top():
         ("→ ␣a", "before", 0.1), ("→ ␣a", "after", 0.5), ("c", "after", 0.3),
         ("␣'b'⏎", "before", 0.5), ("␣'b'⏎", "after", 0.2),
     ]  # fmt: skip
+
+
+def test_over_optimisation_shows_the_reward_models_score_alone():
+    """Not the sum that PPO learns from: it would rise with a bonus for length too."""
+    history = [
+        {"step": step, "kl": 0.1 * step, "score": 10.0 + step, "score_reward_model": 0.5, "score_length": 9.5 + step}
+        for step in range(5)
+    ]
+    policy = SimpleNamespace(name="p", series="p0", metrics={"method": "ppo"}, trained=SimpleNamespace(history=history))
+    run = SimpleNamespace(policies=[policy], reference="sft")
+    drawn = rows_of(over_optimisation([run], False))
+    assert [row["score"] for row in drawn if "step" in row] == 5 * [0.5]

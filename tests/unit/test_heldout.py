@@ -168,6 +168,9 @@ def test_training_stops_early_and_keeps_the_weights_of_the_lowest_loss(run_stage
     assert found["stopped_early"]
     assert (found["kept_step"], found["steps"]) == (kept, kept + 2) == (kept, max(losses))
     assert found["heldout_loss"] == losses[kept]
+    row = read_jsonl(folder / "history.jsonl")[kept - 1]  # of the weights that are published, not of the last step
+    assert found["train_loss"] == row["loss"]
+    assert found.get("margin", row.get("rewards/margins")) == row.get("rewards/margins")
     if found["heldout_loss"] > found["heldout_loss_at_start"]:
         assert any("the held-out loss did not fall" in record.message for record in caplog.records)
     if name in LOSSES:

@@ -178,6 +178,19 @@ def test_a_stage_goes_to_the_smallest_partition_that_holds_it(tmp_path):
     assert not found["sft"].change
 
 
+def test_every_policy_that_trains_is_planned_as_its_stage_would_be(tmp_path):
+    """A pair is two sequences, a rating is one; packed rows are as long as they may be."""
+    (tmp_path / "config.json").write_text(json.dumps(ONE_B))
+    content = copy.deepcopy(CONTENT)
+    content["data"]["feedback"] = [{"source": "file", "path": "f.jsonl"}]
+    content["sft"]["packing"] = True
+    content["policies"] = {name: {"method": name, "batch_size": 8} for name in ("dpo", "orpo", "simpo", "kto")}
+    config, model = parse(content), monitor.model_config(parse(content), tmp_path, tmp_path / "config.json")
+    shapes = {name: monitor.shape_of(config, model, f"policies/{name}", Run(True, True)) for name in config.policies}
+    assert {name: shape.sequences for name, shape in shapes.items()} == {"dpo": 2, "orpo": 2, "simpo": 2, "kto": 1}
+    assert monitor.shape_of(config, model, "sft", Run(True, True)).length == 256
+
+
 def test_where_nothing_holds_it_the_plan_says_what_to_change(tmp_path):
     found = planned(tmp_path, EIGHT_B, sft=BIG, evaluation=BIG)
     assert found["sft"].bytes > 128e9

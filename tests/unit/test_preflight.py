@@ -1,5 +1,6 @@
 """The checks before any job starts."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -71,6 +72,19 @@ def test_packages_that_the_config_needs_must_be_installed():
         "c.yaml: policies.p.vllm: vLLM is not installed; run `pip install vllm`, or set vllm to null",
     ]
     assert preflight.check(given, packages=False) == []  # conda environments and containers have their own
+
+
+def test_bitsandbytes_must_be_installed_for_every_stage_that_trains_in_4_bits(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    small = {"lora": {}, "four_bit": True}
+    pairs = write("p.jsonl", [{"prompt": f"ask {i}", "chosen": "good", "rejected": "bad"} for i in range(40)])
+    policies = {"p": {"method": "orpo"} | small, "q": {"method": "simpo"}}
+    given = config(sft=small, policies=policies, data={"preferences": [pairs]})
+    assert told(given) == [
+        f"c.yaml: {block}.four_bit: bitsandbytes is not installed; run `pip install bitsandbytes`, or set it to false"
+        for block in ("sft", "policies.p")
+    ]
 
 
 BAD_BASES = [

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunetrail.contract.lease import hold
+from tunetrail.monitor.head import end_if_superseded
 
 ROOT = Path(__file__).parents[2]
 SNAKEFILE = f"""
@@ -96,6 +97,17 @@ def test_a_failed_job_takes_nothing_away_that_another_attempt_published(head, tm
     assert head.returncode == 1
     assert (tmp_path / "results/first/manifest.json").read_text() == "another's"
     assert (tmp_path / "handled").exists()
+
+
+def test_a_head_that_cannot_look_at_its_lease_goes_on(monkeypatch):
+    """A full disk or a hiccup of the file server must not leave its jobs without a head."""
+
+    class Unreachable:
+        def lost(self):
+            raise OSError("Input/output error")
+
+    monkeypatch.setattr("tunetrail.monitor.head._leases", [Unreachable()])
+    end_if_superseded()
 
 
 def test_an_old_result_is_not_current_because_the_job_for_the_new_config_failed(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import tunetrail
 from tests.audited_run import make_run
 from tunetrail.cli import main
+from tunetrail.errors import DiskError
 from tunetrail.provenance import versions
 from tunetrail.provenance.lineage import run_of
 from tunetrail.stages.registry import STAGES
@@ -63,6 +64,19 @@ def test_items_are_read_by_version_and_stage():
         ("0.2.0", ["sft"], "another schedule."),
         ("0.1.0", ["sft"], "there is one."),
     ]
+
+
+def test_a_record_that_cannot_be_read_is_left_out(run, monkeypatch):
+    """Say one that a colleague made with umask 077."""
+    read = versions.read_record
+
+    def refuse(folder):
+        if folder.name == "sft":
+            raise DiskError(f"{folder}: Permission denied")
+        return read(folder)
+
+    monkeypatch.setattr(versions, "read_record", refuse)
+    assert versions.records_of({"sft": run / "sft", "base": run / "base"}).keys() == {"base"}
 
 
 def test_our_changelog_names_existing_stages():
