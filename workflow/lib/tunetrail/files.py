@@ -14,17 +14,17 @@ from typing import Any
 log = logging.getLogger("tunetrail")
 
 MAX_JSON = 2**26
-"""Bytes of a JSON file from elsewhere: a manifest of 400,000 files."""
+"""The most bytes of an untrusted JSON file: a manifest of 400,000 files."""
 MAX_DEPTH = 64
-"""Levels of nesting in such a file."""
+"""The most levels of nesting in such a file."""
 HOLES = 1000
-"""A file over 1 GB whose size is that many times the room it takes is nearly all holes; reading one may take years."""
+"""A file over 1 GB that is so many times larger than its disk space is nearly all holes; reading it may take years."""
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file to read, and never waits: a FIFO, a device, a socket and a folder raise OSError."""
+    """Opens a regular file for reading, without ever waiting. Raises OSError for a FIFO, device, socket or folder."""
     try:
-        kind = os.stat(path).st_mode  # opening a device may do something
+        kind = os.stat(path).st_mode  # opening a device may have effects
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if stat.S_ISREG(kind) else None
     except ValueError:
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
@@ -42,7 +42,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path, limit: int = MAX_JSON) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError for any other."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError for other files."""
     with open_regular(path) as f:
         content = f.read(limit + 1) or b""
     if len(content) > limit:
@@ -51,7 +51,7 @@ def read_regular(path: Path, limit: int = MAX_JSON) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text from elsewhere. Raises ValueError where it is none, or nested beyond MAX_DEPTH."""
+    """The value of an untrusted JSON text. Raises ValueError if it is invalid, or nested deeper than MAX_DEPTH."""
     try:
         value = json.loads(content)
     except RecursionError:
@@ -77,7 +77,7 @@ def _umask() -> int:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, through no link: what stood at `path` is replaced."""
+    """Writes a file completely or not at all. A link at `path` is replaced, not followed."""
     handle, pending = mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
@@ -139,7 +139,7 @@ def read_finished_rows(path: Path, *keys: str) -> list[dict]:
 
 
 def set_aside(path: Path) -> str:
-    """Renames what cannot be read, so that it can be looked at later; its new name."""
+    """Renames a damaged file, so that it can be inspected later; returns its new name."""
     aside = path.with_name(f"{path.name}.damaged")
     path.rename(aside)
     return aside.name
@@ -148,7 +148,7 @@ def set_aside(path: Path) -> str:
 def whole_rows(lines: Iterable[str], *keys: str) -> list[Any]:
     """The objects with these keys in JSON lines that another process writes.
 
-    One that is being written, was cut short or is damaged is left out.
+    Rows that are incomplete or damaged are left out.
     """
     return [row for line in lines if (row := _row(line, keys)) is not None]
 
@@ -173,9 +173,9 @@ def sync(path: Path) -> None:
 
 
 def follow_umask(folder: Path) -> None:
-    """Lets whomever the umask allows read a folder with all that is in it: safetensors writes 0600.
+    """Gives a folder and everything in it the permissions of the umask: safetensors writes 0600.
 
-    Folders keep the bit by which what is made in them belongs to their group.
+    Folders keep their setgid bit.
     """
     umask = _umask()
     for path in [folder, *folder.rglob("*")]:
@@ -184,14 +184,14 @@ def follow_umask(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Flushes a folder with all that is in it to the disk, readable by whomever the umask allows."""
+    """Syncs a folder and everything in it to disk, with the permissions of the umask."""
     follow_umask(folder)
     for path in [folder, *folder.rglob("*")]:
         sync(path)
 
 
 def rename_durably(pending: Path, path: Path) -> None:
-    """Puts a file, or a folder whose files are on the disk, into place; a power failure leaves it there whole."""
+    """Renames a file, or a folder with synced files, so that a power failure leaves it complete in its new place."""
     sync(pending)
     pending.rename(path)
     sync(path.parent)

@@ -1,20 +1,20 @@
-"""Text from elsewhere on a terminal: file names, model output and records cannot forge a line or move the cursor."""
+"""Escapes untrusted text for terminals: file names, model output and records cannot forge lines or move the cursor."""
 
 import logging
 
 LINES = "\n"
-"""To keep in text that is made of lines, each of which is known to be ours."""
+"""Characters to keep in text made of our own lines."""
 PROSE = "\n\t\u200c\u200d"
-"""To keep in what a model says: lines, tabs, and what joins letters of some scripts and emoji."""
+"""Characters to keep in model output: line breaks, tabs, and the joiners of some scripts and emoji."""
 
 
 def escape(text: object, keep: str = "") -> str:
-    r"""The text with every character that does not print as a backslash sequence.
+    r"""The text with every unprintable character as a backslash sequence.
 
-    Control characters, line separators, what reverses the direction of writing, and bytes that are not UTF-8.
+    These are control characters, line separators, marks that reverse the writing direction, and invalid UTF-8.
 
     Args:
-        keep: characters to leave as they are.
+        keep: characters to leave unchanged.
 
     >>> escape("a\nSOUND \x1b[2J\u202e")
     'a\\nSOUND \\x1b[2J\\u202e'
@@ -26,7 +26,7 @@ def escape(text: object, keep: str = "") -> str:
 
 
 class Formatter(logging.Formatter):
-    """Escapes messages; tracebacks stay as they are."""
+    """Escapes messages but not tracebacks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escape(record.message)

@@ -55,8 +55,8 @@ class Training(Block):
     )
     gradient_checkpointing: Annotated[Literal["auto", True, False], BeforeValidator(_auto_or_flag)] = Field(
         default="auto",
-        description="true: keep each layer's input alone and compute the rest again on the way back: a third more time "
-        "for a fraction of the memory; auto: where the training would not fit. Results are the same",
+        description="true: keep only each layer's input and recompute the rest in the backward pass, for a third more "
+        "time and a fraction of the memory; auto: only if the training would not fit. Results are the same",
     )
     max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this L2 norm")
 
@@ -92,12 +92,12 @@ class Epochs(Training):
 
     evaluate_every: Count | None = Field(
         default=None,
-        description="optimizer steps between measurements of the loss on the held-out split; null: none along the way",
+        description="optimizer steps between measurements of the loss on the held-out split; null: none on the way",
     )
     patience: Count | None = Field(
         default=None,
-        description="early stopping: measurements in a row without a lower held-out loss after which training ends; "
-        "the weights of the lowest are kept. null: train to the end and keep the last. With evaluate_every",
+        description="early stopping: training ends after this many measurements in a row without a lower held-out "
+        "loss, and the weights of the lowest are kept. null: train to the end, keep the last. Needs evaluate_every",
     )
 
     def rows_at_once(self, share: int) -> int:
@@ -139,8 +139,8 @@ class SftConfig(Epochs):
     batch_size: Count = Field(default=16, description="demonstrations per optimizer step")
     packing: Flag = Field(
         default=False,
-        description="put several short raw texts into a row of up to max_length tokens, where they do not see each "
-        "other: less padding. Such a row counts as one in batch_size, so that there are fewer steps",
+        description="put several short raw texts into one row of up to max_length tokens, without attention between "
+        "them: less padding. Such a row counts as one in batch_size, so there are fewer steps",
     )
 
 

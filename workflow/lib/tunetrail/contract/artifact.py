@@ -43,7 +43,7 @@ def verify(manifest_path: Path, cache: DigestCache | None = None) -> Manifest:
 
 
 def check_files(manifest_path: Path, manifest: Manifest, cache: DigestCache) -> None:
-    """Checks the files next to a manifest against what it said when it was read. Raises DataError."""
+    """Checks the files of an artifact against its manifest, as it was read before. Raises DataError."""
     folder = manifest_path.parent
     listed = {entry["path"]: entry for entry in manifest["files"]}
     for name, entry in listed.items():
@@ -62,7 +62,7 @@ def check_files(manifest_path: Path, manifest: Manifest, cache: DigestCache) -> 
             raise DataError(f"{folder / name}: differs from its manifest; {FIX}")
     for path in walk(folder):  # an extra file can change what from_pretrained loads
         name = path.relative_to(folder).as_posix()
-        is_pending = name.startswith(f".{SIGNATURE}.")  # of an `audit seal` at work
+        is_pending = name.startswith(f".{SIGNATURE}.")  # an `audit seal` is writing it
         if name not in listed and name not in UNLISTED_FILES and not is_pending:
             raise DataError(f"{path}: is not in the manifest; remove it, or delete the folder and run its stage again")
 

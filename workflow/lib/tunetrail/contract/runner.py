@@ -264,7 +264,7 @@ def _execute(run: Callable[[Stage], dict], args: argparse.Namespace) -> None:
         stage.work.mkdir(parents=True)
         try:
             _attempt(stage, run)
-        except Exception:  # the one that took over has removed the folder in which this one works
+        except Exception:  # if another attempt has taken over, it has removed this one's work folder
             stage.attempt.check_leases()
             raise
 

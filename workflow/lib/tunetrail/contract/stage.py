@@ -49,7 +49,7 @@ class Attempt:
     stop: Stop
     digests: DigestCache = field(default_factory=lambda: DigestCache(None))
     check_inputs: Callable[[], None] = lambda: None
-    """Compares the inputs with their manifests as they were read; a file that was not touched is not read again."""
+    """Compares the inputs with their manifests again; untouched files are not read again."""
     leases: list[Lease] = field(default_factory=list)
     """On state and output, held by the process that writes."""
     saves: list[dict[str, Any]] = field(default_factory=list)
@@ -67,10 +67,10 @@ class Attempt:
             lease.check()
 
     def check(self) -> None:
-        """Call before writing anything that others, or a later attempt, read.
+        """Call before writing anything that others or a later attempt read.
 
-        Raises Superseded where another attempt has taken over, and DataError where an input is no longer what was
-        verified: what was loaded of it meanwhile may be either.
+        Raises Superseded if another attempt has taken over, and DataError if an input has changed since it was
+        verified: the stage may have loaded either version.
         """
         self.check_leases()
         self.check_inputs()

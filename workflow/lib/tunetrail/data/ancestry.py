@@ -1,8 +1,8 @@
-"""What a model of another run was trained on must not be what this run measures it on.
+"""Refuses models of other runs that were trained on rows which this run measures on.
 
-A run that begins with another run's model splits its own data. The rows that it keeps for measuring may be among those
-that the model was trained on: other shares, another seed or further data split otherwise. The records of the model's
-lineage say what it was trained on, as far as that data is still there.
+A run that starts from another run's model splits its own data. With other shares, another seed or more data, its test
+rows may be among those that the model was trained on. The records of the model's lineage say what it was trained on, as
+long as that data still exists.
 """
 
 import logging
@@ -18,11 +18,11 @@ from tunetrail.provenance.lineage import Lineage, nearest_first
 log = logging.getLogger("tunetrail")
 
 TRAINS_ON = {"sft": "sft", "reward": "reward", "kto": "reward", "ppo": "rl"} | dict.fromkeys(PAIRED, "reward")
-"""Stage -> the split of the data that it trains on."""
+"""Stage -> the split that it trains on."""
 
 
 def trained_on(artifact: Path) -> set[str]:
-    """The texts that a model and its ancestors were trained on, as `compared_text` has them.
+    """The texts that a model and its ancestors were trained on, in the form of `compared_text`.
 
     Args:
         artifact: the model's folder, with its manifest.
@@ -45,7 +45,7 @@ def trained_on(artifact: Path) -> set[str]:
 
 
 def _rows(path: Path) -> list[dict] | None:
-    """The rows of a split; None if it is gone, or written by a version whose rows did not keep their messages."""
+    """The rows of a split; None if the file is gone, or from a version whose rows lack `messages`."""
     try:
         rows = read_jsonl(path)
     except (OSError, ValueError):
@@ -54,12 +54,12 @@ def _rows(path: Path) -> list[dict] | None:
 
 
 def check_unseen(key: str, artifact: Path, measured: Sequence[dict]) -> None:
-    """Raises DataError where a model was trained on rows that something will be measured on.
+    """Raises DataError if a model was trained on rows of the evaluation or held-out splits.
 
     Args:
-        key: of the config that names the model.
-        artifact: the folder of the model.
-        measured: rows of the evaluation and held-out splits.
+        key: the config key that names the model.
+        artifact: the model's folder.
+        measured: the rows of those splits.
     """
     texts = trained_on(artifact)
     seen = [row for row in measured if compared_text(row) in texts]

@@ -1,4 +1,4 @@
-"""Whether a training fits the device, and gradient checkpointing where it does not."""
+"""Decides whether a training fits its device, and turns on gradient checkpointing if it does not."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from tunetrail.models.training import rows_at_once
 log = logging.getLogger("tunetrail")
 
 NEGLIGIBLE = 0.02
-"""Share of the device's memory below which a training is not planned: looking would take longer than it is worth."""
+"""Share of the device's memory below which a training is not planned: planning would take longer than it is worth."""
 
 
 class Plan(Protocol):
@@ -52,12 +52,12 @@ def fit_training(
     sequences: int = 1,
     is_classifier: bool = False,
 ) -> None:
-    """Makes a model that a Hugging Face trainer will train take as little memory as costs nothing, and `fit`s it.
+    """Saves all the memory that costs no time for a model that a Hugging Face trainer will train, then calls `fit`.
 
     Args:
         length: tokens of the longest row.
-        labelled: tokens of the longest labelled part; 0 where there are no labels.
-        sequences: that a row has.
+        labelled: tokens of its longest labelled part; 0 if there are no labels.
+        sequences: how many sequences a row has.
     """
     run = this_run(stage.shared["precision"])
     rows_at_once(stage.name, config, run.processes)  # raises ConfigError if the processes cannot have equal shares
@@ -67,13 +67,13 @@ def fit_training(
 
 
 def fit(stage: Stage, config: Training, models: Sequence[Any], plan: Plan) -> None:
-    """Turns gradient checkpointing on where the config asks for it, or with `auto` where it is needed.
+    """Turns on gradient checkpointing if the config asks for it or, with `auto`, if it is needed.
 
-    The plan goes into the record of this attempt, where the true peak will stand beside it. A training far smaller than
-    the device is not planned.
+    The plan goes into the record of this attempt, which will also hold the true peak. A training that is far smaller
+    than the device is not planned.
 
     Args:
-        models: what is trained; with an adapter, if any.
+        models: the models to train, with their adapters.
     """
     available, supported = device_bytes(), all(model.supports_gradient_checkpointing for model in models)
     asked = config.gradient_checkpointing
@@ -99,25 +99,27 @@ def fit(stage: Stage, config: Training, models: Sequence[Any], plan: Plan) -> No
 
 
 def _needs(plan: Plan) -> dict[bool, float] | None:
-    """Bytes without and with checkpointing; None where the architecture cannot be looked at."""
+    """Bytes without and with checkpointing; None if the architecture cannot be analysed."""
     try:
         return {on: needed(plan.run, plan.moments(on)) for on in (False, True)}
-    except Exception as error:  # anybody's model code, on tensors without content: no reason not to train
+    except (
+        Exception
+    ) as error:  # third-party model code on tensors without data: a failure here is no reason not to train
         log.info("memory: not planned, since %s: %s", type(error).__name__, error)
         return None
 
 
 def _upper_bound(model: Any, plan: Plan) -> float:
-    """Bytes that a training does not exceed: no layer keeps 400 of a token and a unit of the residual stream."""
+    """Bytes that no training exceeds: a layer keeps fewer than 400 per token and unit of the residual stream."""
     text = model.config.get_text_config()
     activations = 400 * plan.rows * plan.length * text.num_hidden_layers * text.hidden_size
     return 4 * 16 * sum(p.numel() for p in model.parameters()) + activations
 
 
 def checkpoint_layers(model: torch.nn.Module, on: bool) -> None:
-    """Has the layers of a model that is in evaluation mode checkpoint, or not: transformers asks for training mode.
+    """Turns checkpointing of a model in evaluation mode on or off; transformers checkpoints only in training mode.
 
-    The layer alone is put into that mode, and nothing in it, so that nothing drops out.
+    Only the layers themselves enter that mode, not the modules in them, so that no dropout becomes active.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

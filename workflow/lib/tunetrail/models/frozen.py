@@ -1,8 +1,8 @@
-"""The frozen weights below an adapter, held in fewer bits for as long as it trains.
+"""Holds the frozen weights below an adapter in fewer bits while the adapter trains.
 
-In bf16 the numbers are those of fp32 weights under autocast, which casts them at each product anyway. In 4 bits they
-are others (QLoRA, Dettmers et al. 2023): the adapter learns on top of rounded weights, and a reference has them too.
-Either way the adapter is merged into the fp32 weights of the model that training started from.
+In bf16 the results are those of fp32 weights under autocast, which casts them for each product anyway. In 4 bits they
+differ (QLoRA, Dettmers et al. 2023): the adapter learns on top of rounded weights, and so does any reference. Either
+way the adapter is merged into the fp32 weights of the model that training started from.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,10 @@ from tunetrail.errors import ConfigError
 
 
 def _frozen_layers(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """Frozen plain linear layers of a model with an adapter, by their names in it, in 4 bits or not. The output head is
-    left alone: some read it in fp32."""
+    """Yields the frozen plain linear layers below an adapter, in 4 bits or not, with their names in the model.
+
+    Leaves out the output head, which is sometimes read in fp32.
+    """
     base = model.get_base_model()
     head = base.get_output_embeddings()
     for name, module in list(base.named_modules()):
@@ -27,10 +29,10 @@ def _frozen_layers(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
 
 
 def narrow_below_adapter(model: Any, bf16: bool, four_bit: bool = False) -> None:
-    """Holds them in bf16, in place, where the model runs under autocast to bf16, or in 4 bits; without an adapter
-    nothing is done.
+    """Casts them in place to bf16 if the model runs under autocast to bf16, or to 4 bits. Does nothing without an
+    adapter.
 
-    Raises ConfigError where bitsandbytes is not there.
+    Raises ConfigError if bitsandbytes is missing.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -42,7 +44,7 @@ def narrow_below_adapter(model: Any, bf16: bool, four_bit: bool = False) -> None
 
 
 def _in_four_bits(layer: torch.nn.Linear) -> torch.nn.Linear:
-    """The layer in NF4, quantised when it is moved to its device."""
+    """The layer in NF4; it is quantised when it moves to its device."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""The held-out loss along training, and early stopping: training ends where that loss no longer falls, and the weights
+"""The held-out loss during training, and early stopping: training ends when that loss no longer falls, and the weights
 of its lowest value are kept.
 
-What is measured is the loss that the stage trains on, over the rows of the held-out split; no prompt of the evaluation
-split is looked at. The measurements are in the trainer's log and the best weights in each checkpoint, so that a resumed
-attempt goes on with both.
+The loss is the one that the stage trains on, over the rows of the held-out split; no prompt of the evaluation split is
+used. The measurements are in the trainer's log and the best weights in each checkpoint, so that a resumed attempt
+continues with both.
 """
 
 import logging
@@ -30,7 +30,7 @@ BEST = "best.safetensors"
 """In a checkpoint: the trained weights at the lowest held-out loss so far."""
 
 Measured = Sequence[tuple[int, float]]
-"""(step, held-out loss) of each measurement after the first step, in their order."""
+"""(step, held-out loss) of each measurement after step 0, in order."""
 
 
 def measured(log_history: list[dict]) -> list[tuple[int, float]]:
@@ -38,7 +38,7 @@ def measured(log_history: list[dict]) -> list[tuple[int, float]]:
 
 
 def best_step(found: Measured) -> int:
-    """The step of the lowest loss; of equal ones the first.
+    """The step with the lowest loss, the first of them if there are several.
 
     >>> best_step([(5, 2.0), (10, 1.0), (15, 1.0)])
     10
@@ -47,7 +47,7 @@ def best_step(found: Measured) -> int:
 
 
 def is_over(found: Measured, patience: int | None) -> bool:
-    """Whether the last `patience` measurements, or more, were not below the lowest before them.
+    """Whether at least `patience` measurements in a row were not below the lowest one before them.
 
     >>> is_over([(5, 2.0), (10, 1.0), (15, 1.5), (20, 1.0)], 2), is_over([(5, 2.0), (10, 1.0), (15, 1.5)], 2)
     (True, False)
@@ -67,7 +67,7 @@ def kept(about: Mapping[str, Any]) -> int:
 
 
 def heldout_dataset(config: Epochs, examples: list[dict]) -> Dataset | None:
-    """The `eval_dataset` of a trainer; None where nothing is measured along training."""
+    """The `eval_dataset` of a trainer; None if nothing is measured during training."""
     return Dataset.from_list(examples) if config.evaluate_every and examples else None
 
 
@@ -76,16 +76,16 @@ def _tokens(row: dict) -> int:
 
 
 def _weight(rows: list[dict]) -> int:
-    """Of a batch in the mean: its labels, of which the loss of fine-tuning is a mean, else its rows."""
+    """The weight of a batch in the mean: its labels if the loss is a mean over labels, as for sft, else its rows."""
     if "labels" in rows[0]:
         return sum(label != -100 for row in rows for label in row["labels"][1:])
     return len(rows)
 
 
 class HeldoutCallback(TrainerCallback):
-    """Measures every `evaluate_every` steps and after the last one; with `patience` keeps the best and stops.
+    """Measures every `evaluate_every` steps and after the last one; with `patience`, keeps the best weights and stops.
 
-    Raises DataError where there is nothing to measure on, or the loss is no longer finite.
+    Raises DataError if there are no held-out rows, or if the loss is no longer finite.
     """
 
     def __init__(self, stage: Stage, trainer: Any, config: Epochs, steps: int):
@@ -101,7 +101,7 @@ class HeldoutCallback(TrainerCallback):
         self.batches = [(trainer.data_collator(part), _weight(part)) for part in parts]
 
     def loss(self) -> float:
-        """The mean over the held-out rows, or of fine-tuning over their labels. Every process takes all of them."""
+        """The mean over the held-out rows, for fine-tuning over their labels. Every process computes all of it."""
         trainer, model = self.trainer, self.trainer.model
         batches = [(trainer._prepare_inputs(batch), weight) for batch, weight in self.batches]
         with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -111,10 +111,10 @@ class HeldoutCallback(TrainerCallback):
         return sum(losses) / sum(weight for _, weight in batches)
 
     def measure(self, step: int) -> None:
-        """Logs the loss, of rank 0: all processes must decide alike."""
+        """Logs the loss that rank 0 measured: all processes must decide alike."""
         model = self.trainer.model
         was_training = model.training
-        model.eval()  # TRL keeps what it logs of the held-out rows apart
+        model.eval()  # TRL keeps separate logs for evaluation
         loss = of_all_processes(self.loss())[0]
         if not math.isfinite(loss):
             raise DataError(
@@ -132,7 +132,7 @@ class HeldoutCallback(TrainerCallback):
         if step % self.config.evaluate_every and step < self.steps:
             return
         self.measure(step)
-        control.should_log = True  # the step's own loss: logging another one took it for done
+        control.should_log = True  # the step's own loss, which would be skipped after another one was logged
         found = measured(state.log_history)
         if self.config.patience and best_step(found) == step and is_main_process():
             weights = trained_weights(self.trainer.model)
@@ -145,7 +145,7 @@ class HeldoutCallback(TrainerCallback):
             save_file(self.best, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST)
 
     def resume(self, checkpoint: Path) -> None:
-        """Goes on from what the checkpoint holds. Where training was over there, no batch is left."""
+        """Continues from a checkpoint. If training was over at that point, no batch is left."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if is_main_process() and (checkpoint / BEST).exists():
             self.best = load_file(checkpoint / BEST)
@@ -154,7 +154,7 @@ class HeldoutCallback(TrainerCallback):
             self.trainer.train_dataset = self.trainer.train_dataset.select(rows)
 
     def finish(self) -> dict[str, Any]:
-        """Puts the best weights back, where they are to be kept; returns what `metrics.json` says."""
+        """Restores the best weights if `patience` is set; returns its part of `metrics.json`."""
         log_history = self.trainer.state.log_history
         found, patience = measured(log_history), self.config.patience
         start = next(row[LOSS] for row in log_history if LOSS in row)

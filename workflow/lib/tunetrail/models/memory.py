@@ -1,7 +1,7 @@
-"""How many bytes a stage needs on each device: its parts at each of a few moments, of which the largest counts.
+"""How many bytes a stage needs on each device: the parts in use at a few moments, of which the largest counts.
 
 Weights, gradients and optimizer state are counted as in Rajbhandari et al. 2020, section 3, activations by
-`models.sizes`. Left out is what an allocator holds without use, and the buffers of the libraries that communicate.
+`models.sizes`. Unused memory that an allocator holds and the buffers of communication libraries are left out.
 """
 
 import os
@@ -19,26 +19,26 @@ from tunetrail.models.sizes import Saved, Sizes, saved, sizes
 Parts = Mapping[str, float]
 """Bytes of each of `PARTS` at one moment."""
 Moments = Mapping[str, Parts]
-"""Moment -> its parts; what a stage needs is the most of them."""
+"""Moment -> its parts; a stage needs as much as the largest of them."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "kv cache", "logits")
 
 FP32, BF16, ADAMW = 4, 2, 8
-"""Bytes of a number, and of AdamW's two fp32 moments of each weight (Loshchilov and Hutter 2019)."""
+"""Bytes per number, and per weight for AdamW's two fp32 moments (Loshchilov and Hutter 2019)."""
 NF4 = 0.5 + 4 / 64
-"""Bytes of a weight in 4 bits, with an fp32 scale for each 64 (Dettmers et al. 2023, section 2)."""
+"""Bytes per weight in 4 bits, with an fp32 scale for every 64 weights (Dettmers et al. 2023, section 2)."""
 
 LIBRARIES, GPU_CONTEXT = 0.7e9, 0.6e9
-"""Of a stage without its model, the resident set: 0.60 GB measured with a tiny one (torch 2.13, transformers 5.23, trl
-1.16), and 0.1 GB fitted to three true peaks. What CUDA takes of a GPU for each process, not measured by us."""
+"""The resident set of a stage without its model: 0.60 GB measured with a tiny one (torch 2.13, transformers 5.23, trl
+1.16), plus 0.1 GB fitted to three true peaks. The GPU memory that CUDA takes per process; we have not measured it."""
 
 # ----------------------------------------------------------------------------- the parts
 
 
 def weights(model: Sizes, bf16: bool, narrow: float | None = None) -> float:
-    """fp32, but bf16 of frozen plain linear layers that autocast would cast (`models.head`, `models.frozen`).
+    """fp32, but bf16 for frozen plain linear layers that autocast would cast (`models.head`, `models.frozen`).
 
     Args:
-        narrow: bytes of each of these, where they are held in fewer.
+        narrow: bytes per weight of these layers, if they are held in fewer.
     """
     if narrow is None:
         narrow = BF16 if bf16 else FP32
@@ -46,28 +46,28 @@ def weights(model: Sizes, bf16: bool, narrow: float | None = None) -> float:
 
 
 def scoring_weights(model: Sizes, bf16: bool) -> float:
-    """Of a model that is only scored with: all of it is frozen."""
+    """The weights of a model that only scores: all of it is frozen."""
     return weights(model.frozen, bf16)
 
 
 def decoding_weights(model: Sizes, bf16: bool, has_adapter: bool) -> float:
-    """Of the copy that `sampling.decoding_weights` decodes with: in bf16, or with its adapter merged; else none."""
+    """The copy that `sampling.decoding_weights` makes, in bf16 or with its adapter merged; 0 if it makes none."""
     return (BF16 if bf16 else FP32 if has_adapter else 0) * model.parameters
 
 
 def casts(model: Sizes, bf16: bool) -> float:
-    """The bf16 copies of trained weights that autocast makes once in each forward pass, and the backward pass reads."""
+    """The bf16 copies of trained weights that autocast makes in each forward pass for the backward pass."""
     return BF16 * model.trained_products if bf16 else 0
 
 
 def gradients(model: Sizes, processes: int) -> float:
-    """fp32 of what is trained; DistributedDataParallel holds them a second time, in the buckets that it reduces."""
+    """fp32 for all trained weights; DistributedDataParallel holds them again, in the buckets that it reduces."""
     return FP32 * model.trained * (2 if processes > 1 else 1)
 
 
 def activations(model: Sizes, kept: Saved, rows: int, length: int, checkpointing: bool) -> float:
-    """What all layers keep of so many sequences; under checkpointing their inputs alone, and one layer as it is
-    computed again (Chen et al. 2016, section 4.1)."""
+    """What all layers keep of these sequences; under checkpointing only their inputs, plus one layer while it is
+    recomputed (Chen et al. 2016, section 4.1)."""
     if not checkpointing:
         return rows * (model.layers * kept.layer + kept.rest)
     return rows * (model.layers * length * model.hidden * FP32 + kept.layer + kept.rest)
@@ -80,23 +80,23 @@ def working(model: Sizes, rows: int, length: int, bf16: bool) -> float:
 
 
 def kv_cache(model: Sizes, rows: int, length: int, bf16: bool) -> float:
-    """Keys and values of so many sequences of so many tokens in all layers (Pope et al. 2023, section 2.1)."""
+    """Keys and values in all layers (Pope et al. 2023, section 2.1)."""
     return rows * length * model.key_values * (BF16 if bf16 else FP32)
 
 
 def label_logits(model: Sizes, columns: int, bf16: bool) -> float:
-    """Of a head that keeps the logits of so many columns: as computed, in fp32, and the gradient of each
+    """The logits that a head keeps for these columns: as computed and in fp32, with the gradient of each
     (`models.cpu.label_head`)."""
     return columns * model.vocabulary * 2 * ((BF16 + FP32) if bf16 else FP32)
 
 
 def chunked_logits(model: Sizes, at_once: int = SCORED_AT_ONCE) -> float:
-    """Of a head in chunks: the logits of one chunk, their softmax and its gradient in fp32."""
+    """For a head that works in chunks: the logits of one chunk, their softmax and its gradient in fp32."""
     return 3 * FP32 * at_once * model.vocabulary
 
 
 def sampled_logits(model: Sizes, rows: int) -> float:
-    """Of a decoding step: the logits, their fp32 copy and the weights of the distribution (`sampling.pick`)."""
+    """For a decoding step: the logits, their fp32 copy and the weights of the distribution (`sampling.pick`)."""
     return 3 * FP32 * rows * model.vocabulary
 
 
@@ -105,7 +105,7 @@ def sampled_logits(model: Sizes, rows: int) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a stage runs, whatever it does."""
+    """Where and how a stage runs."""
 
     bf16: bool
     """Autocast to bf16."""
@@ -114,30 +114,30 @@ class Run:
 
     @property
     def overhead(self) -> float:
-        """Bytes that are in use before there is a model: the libraries, or the context of the GPU."""
+        """Bytes in use before there is a model: the libraries, or the GPU's context."""
         return GPU_CONTEXT if self.on_gpu else LIBRARIES
 
 
 @dataclass(frozen=True)
 class Training:
-    """The optimizer steps of sft, reward or any policy but ppo, as one process takes them."""
+    """The optimizer steps of sft, reward or any policy but ppo, in one process."""
 
     config: Any
-    """Of the model, as transformers has it."""
+    """The model's config from transformers."""
     run: Run
     micro_batch: int
-    """Rows that go through the model together."""
+    """Rows per forward pass."""
     length: int
     """Tokens of each sequence, padding included."""
     accumulates: bool
-    """Whether a step has several forward passes: gradients are then held during the next."""
+    """Whether a step has several forward passes, so that gradients are held during the next one."""
     sequences: int = 1
-    """Of a row: its K responses, or a pair."""
+    """Sequences per row: its K responses, or the two of a pair."""
     lora: Lora | None = None
     four_bit: bool = False
-    """Whether what is frozen is held in 4 bits."""
+    """Whether the frozen weights are held in 4 bits."""
     label_columns: int = 0
-    """Of a row, where the head keeps its logits; 0: it works in chunks."""
+    """Columns per row whose logits the head keeps; 0: the head works in chunks."""
     is_classifier: bool = False
 
     @property
@@ -161,12 +161,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Ppo:
-    """An iteration of PPO, as one process does it."""
+    """An iteration of PPO in one process."""
 
     config: Any
     run: Run
     episodes: int
-    """That are sampled together."""
+    """Episodes that are sampled together."""
     rows: int
     """Episodes that go through the models together in an update."""
     length: int
@@ -176,7 +176,7 @@ class Ppo:
     has_critic: bool = True
     has_reward_model: bool = True
     shards: int = 1
-    """Processes that weights, gradients and optimizer are spread over; each model is whole while it is scored with."""
+    """Processes that share weights, gradients and optimizer; each model is gathered while it scores."""
 
     def moments(self, checkpointing: bool) -> Moments:
         bf16, has_adapter = self.run.bf16, self.lora is not None
@@ -186,7 +186,7 @@ class Ppo:
         frozen = scoring_weights(whole.classifier, bf16) if self.has_reward_model else 0.0
         if not has_adapter:
             frozen += scoring_weights(whole, bf16)  # the reference
-        # What is sampled with is merged in fp32 and cast after that: the base stays in fp32.
+        # The sampling copy is merged in fp32 and cast afterwards, so the base stays in fp32.
         own = FP32 * sum(m.parameters for m, _ in models)
         beside = frozen + own - sum(weights(m, bf16) for m, _ in models)
         decoder = decoding_weights(whole, bf16, has_adapter) if self.shards == 1 else 0.0
@@ -196,7 +196,7 @@ class Ppo:
             "kv cache": kv_cache(policy, self.episodes, self.length, bf16),
             "logits": sampled_logits(policy, self.episodes),
         }
-        if has_adapter and bf16 and not checkpointing:  # autocast's copies of the base, for the way back
+        if has_adapter and bf16 and not checkpointing:  # autocast's copies of the base, for the backward pass
             beside += BF16 * policy.frozen_products
         update = training(models, self, chunked_logits(policy), checkpointing, beside)
         spread = ("weights", "gradients", "optimizer")
@@ -215,10 +215,10 @@ def training_plan(
     sequences: int = 1,
     is_classifier: bool = False,
 ) -> Training:
-    """What an optimizer step has in memory.
+    """The plan of a stage with a Hugging Face trainer.
 
     Args:
-        model: the config of the model, as transformers has it.
+        model: the model's config from transformers.
         length: tokens of the longest row.
         labelled: tokens of its longest labelled part; 0 if there are no labels.
         sequences: how many sequences a row has.
@@ -241,10 +241,10 @@ def training_plan(
 
 
 def ppo_plan(config: PpoConfig, model: Any, run: Run, length: int) -> Ppo:
-    """What an iteration has in memory.
+    """The plan of a PPO stage.
 
     Args:
-        model: the policy's config, as transformers has it.
+        model: the policy's config from transformers.
         length: tokens of the longest prompt and response.
     """
     minibatch = (config.minibatch_size or config.batch_size) // run.processes
@@ -270,13 +270,13 @@ def training(
     checkpointing: bool,
     beside: float = 0,
 ) -> Moments:
-    """From the second step on, when the optimizer has its state.
+    """The moments of a training from the second step on, when the optimizer has its state.
 
-    On a CPU freed blocks are kept (`models.cpu.memory`), and are too small for activations: there gradients count all
-    the time, and what is written is loaded once more, to compare it, next to all that training took. Both as measured.
+    On a CPU freed blocks are kept (`models.cpu.memory`) and are too small for activations. So gradients count all the
+    time there, and the published model is loaded again for comparison on top of what training took. Both were measured.
 
     Args:
-        models: what is trained, each with what it keeps of a row.
+        models: the trained models, each with what it keeps of a row.
         logits: bytes that the loss adds to the activations.
         beside: bytes of frozen models.
     """
@@ -305,16 +305,16 @@ def training(
 
 @dataclass(frozen=True)
 class Inference:
-    """Sampling from a model and scoring what it says: completions, retention and evaluation."""
+    """Sampling from a model and scoring its responses: completions, retention and evaluation."""
 
     config: Any
     run: Run
     rows: int
-    """Sequences that are decoded together."""
+    """Sequences decoded together."""
     length: int
     """Tokens of prompt and response."""
     keeps_model: bool = True
-    """Whether the model that scores stays in memory while its copy for decoding runs."""
+    """Whether the scoring model stays in memory while its decoding copy runs."""
     beside: int = 0
     """Further models that score at the same time: the reference or the reward model."""
 
@@ -342,23 +342,23 @@ def total(parts: Parts) -> float:
 
 
 def most(moments: Moments) -> tuple[str, Parts]:
-    """The moment at which most is in use, with its parts."""
+    """The moment with the most memory in use, and its parts."""
     return max(moments.items(), key=lambda moment: total(moment[1]))
 
 
 def needed(run: Run, moments: Moments) -> float:
-    """Bytes at the moment at which most is in use, with what is in use before there is a model."""
+    """Bytes in use at the moment with the most, including what is in use before there is a model."""
     return run.overhead + total(most(moments)[1])
 
 
-# ----------------------------------------------------------------------------- what there is
+# ----------------------------------------------------------------------------- the device
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: allocators lose some of it between blocks."""
 
 
 def device_bytes() -> int:
-    """Of the GPU that this process uses; without one of the machine."""
+    """The memory of the GPU that this process uses, or of the machine if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,7 @@
-"""Several short raw texts in one row: what a row holds, its batches, and a check that its texts do not see each other.
+"""Packs several short raw texts into one row, and checks that the model keeps them apart.
 
-Positions begin anew with every text, by which transformers keeps attention within it, and the first token of a text is
-no label. So each token is learnt from the ones that it is learnt from in a row of its own text (Krell et al. 2021).
+Positions restart with every text, which makes transformers keep attention within it, and the first token of a text is
+not a label. So each token is predicted from the same tokens as in a row of its own (Krell et al. 2021).
 """
 
 import bisect
@@ -21,8 +21,8 @@ log = logging.getLogger("tunetrail")
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of what goes into each row of at most `room`, by best-fit decreasing: the longest first, each into the
-    fullest row that has room.
+    """The indices that go into each row of at most `room`, by best-fit decreasing: the longest first, each into the
+    fullest row with enough room.
 
     >>> pack([3, 5, 2, 4, 1], 6)
     [[1, 4], [3, 2], [0]]
@@ -40,7 +40,8 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def packed(blocks: list[dict], room: int) -> list[dict]:
-    """Blocks of text -> rows {input_ids, labels, seq_lengths}. Blocks of one weight share a row, which has it too."""
+    """Blocks of text -> rows {input_ids, labels, seq_lengths}. Only blocks of equal weight share a row, which gets that
+    weight."""
     found = []
     for weight in sorted({block.get("weight", 1.0) for block in blocks}):
         own = [block for block in blocks if block.get("weight", 1.0) == weight]
@@ -58,17 +59,17 @@ def packed(blocks: list[dict], room: int) -> list[dict]:
 
 
 def alone(examples: list[dict]) -> list[dict]:
-    """The examples as rows of one text each."""
+    """The examples as rows with one text each."""
     return [example | {"seq_lengths": [len(example["input_ids"])]} for example in examples]
 
 
 def tokenize_packed(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, stage: str
 ) -> tuple[list[dict], dict[str, int]]:
-    """`supervised.tokenize` with the raw texts packed: (examples, what `metrics.json` says of it).
+    """`supervised.tokenize` with packed raw texts: (examples, the part of `metrics.json` about packing).
 
-    A text longer than `max_length` becomes several blocks; one of a single token has nothing to predict and is left
-    out. Raises ConfigError where there is no raw text.
+    A text longer than `max_length` becomes several blocks; a block of a single token has nothing to predict and is left
+    out. Raises ConfigError if there is no raw text.
     """
     texts = [row for row in rows if "text" in row]
     if not texts:
@@ -94,9 +95,9 @@ def tokenize_packed(
 
 
 class PackedCollator:
-    """Rows -> {input_ids, labels, position_ids}, each [B, T]. Padding is on the right, a text of its own.
+    """Rows -> {input_ids, labels, position_ids}, each [B, T]. Padding is on the right and forms a text of its own.
 
-    There is no attention mask: with one, transformers would take a row for one text.
+    There is no attention mask: with one, transformers would treat a row as a single text.
     """
 
     def __init__(self, pad_id: int):
@@ -115,7 +116,7 @@ class PackedCollator:
 
 @torch.no_grad()
 def check_packs(model: Any, stage: str) -> None:
-    """Raises ConfigError for a model that lets a text in a row see the one before it: tried on six tokens."""
+    """Raises ConfigError for a model in which a text sees the previous one in its row; tried on six tokens."""
     device = next(model.parameters()).device
     ids, positions = (torch.tensor([row], device=device) for row in ([1, 2, 3, 3, 1, 2], [0, 1, 2] * 2))
     together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 3:].float()

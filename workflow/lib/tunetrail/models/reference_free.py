@@ -1,7 +1,7 @@
-"""What orpo and simpo share: losses of pairs by log-probs per token, without a reference model.
+"""What orpo and simpo share: losses on pairs of log-probs per token, without a reference model.
 
-TRL's trainers for them (`trl.experimental`) encode texts again, cut what is too long, append EOS to responses that were
-cut off, and ORPO's fine-tunes on prompts too. Hence the losses here, on the batches of dpo.
+TRL's trainers for them (`trl.experimental`) encode texts again, truncate long ones and append EOS to responses that
+were cut off, and ORPO's fine-tunes on prompts too. So the losses are here, and run on the batches of dpo.
 """
 
 import functools
@@ -27,14 +27,14 @@ PairLoss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tens
 def log_odds(mean_logps: torch.Tensor) -> torch.Tensor:
     """log(P / (1 - P)) of P = exp(mean log-prob per token) (Hong et al. 2024, eq. 2 and 3): [B] -> [B].
 
-    Finite where the model is certain, as it is of what it knows by heart.
+    Stays finite if the model is certain, as it is of texts that it has memorised.
     """
     logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
     return logps - torch.log(-torch.expm1(logps))
 
 
 def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each pair the loss of fine-tuning on the preferred response and the odds ratio loss (Hong et al. 2024, eq. 6
+    """For each pair, the fine-tuning loss on the preferred response plus the odds-ratio loss (Hong et al. 2024, eq. 6
     and 7); see `PairLoss`. The margin is the log odds ratio.
     """
     margins = log_odds(chosen) - log_odds(rejected)
@@ -44,8 +44,8 @@ def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, weight: float) -> tu
 def simpo_loss(
     chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each pair the SimPO loss (Meng et al. 2024, eq. 6); see `PairLoss`. The margin is that of the rewards, beta
-    times the log-prob per token, before gamma is taken off.
+    """For each pair, the SimPO loss (Meng et al. 2024, eq. 6); see `PairLoss`. The margin is between the rewards, beta
+    times the log-prob per token, before gamma is subtracted.
     """
     margins = beta * (chosen - rejected)
     return -logsigmoid(margins - gamma), margins
@@ -95,7 +95,7 @@ class ReferenceFreeTrainer(PretokenizedDpoTrainer):
 
 
 def train_reference_free(stage: Stage, config: FromPairs, pair_loss: PairLoss) -> dict[str, Any]:
-    """Trains the stage's policy on its pairs by such a loss; returns what `metrics.json` says of it."""
+    """Trains the stage's policy on its pairs with this loss; returns the content of `metrics.json`."""
     prepare(stage.seed, stage.name)
     # TRL would load a second model to compute reference log-probs with in every step.
     arguments = TrlDpoConfig(**trainer_arguments(stage, config), max_length=None, precompute_ref_log_probs=True)

@@ -1,7 +1,7 @@
-"""What memory depends on in a model, counted before any weight of it is loaded.
+"""The sizes of a model that its memory depends on, counted without loading any weights.
 
 Parameters are counted on the meta device. What a layer keeps for the backward pass is found by running its forward pass
-on tensors without content and adding up what autograd saves, so that no formula has to know the architecture.
+on tensors without data and adding up what autograd saves, so that no formula has to know the architecture.
 """
 
 import copy
@@ -23,12 +23,12 @@ from tunetrail.models.loading import with_lora
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory depends on in a model."""
+    """The sizes of a model that its memory depends on."""
 
     parameters: int
-    """All weights, adapter included; tied ones once."""
+    """All weights including the adapter; tied ones count once."""
     products: int
-    """Of these the weights of plain linear layers, which autocast casts to bf16."""
+    """The weights among them in plain linear layers, which autocast casts to bf16."""
     trained: int
     trained_products: int
     layers: int
@@ -37,10 +37,10 @@ class Sizes:
     widest: int
     """Units of the widest state within a layer."""
     key_values: int
-    """Numbers that a token adds to the cache in all layers: 2 x heads of keys x their size, summed up."""
+    """Numbers that a token adds to the caches of all layers: 2 x layers x key heads x head size."""
     vocabulary: int
     has_own_head: bool
-    """Whether the output head is a matrix of its own, and not the embedding."""
+    """Whether the output head has its own matrix instead of the embedding's."""
 
     @property
     def frozen_products(self) -> int:
@@ -48,7 +48,7 @@ class Sizes:
 
     @property
     def frozen(self) -> "Sizes":
-        """The model with nothing to train."""
+        """The model without trained weights."""
         return replace(self, trained=0, trained_products=0)
 
     @property
@@ -67,19 +67,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that a forward pass keeps for the backward pass, of one sequence."""
+    """Bytes per sequence that a forward pass keeps for the backward pass."""
 
     layer: float
-    """Of each layer."""
+    """Per layer."""
     rest: float
-    """Outside the layers, the head left out."""
+    """Outside the layers, without the head."""
 
 
 def sizes(config: Any, lora: Lora | None = None) -> Sizes:
     """Counts a causal language model of this config, with an adapter or without."""
     model, text = _on_meta(config), config.get_text_config()
     head = model.get_output_embeddings()
-    # Tied weights are one parameter, but cast apart from the embedding they are the head's alone.
+    # Tied weights are one parameter, but autocast casts them for the head only.
     linear = {name: m.weight for name, m in model.named_modules() if type(m) is torch.nn.Linear}
     parameters, products = sum(p.numel() for p in model.parameters()), sum(w.numel() for w in linear.values())
     adaptable = linear | {name: m.weight for name, m in model.named_modules() if isinstance(m, Conv1D)}
@@ -109,19 +109,19 @@ def _adapted(linear: Mapping[str, torch.Tensor], lora: Lora, head: Any) -> list[
 
 
 def _on_meta(config: Any, **options: Any) -> Any:
-    """The model without its numbers."""
+    """The model with weights that have no data."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, **options)
 
 
 def saved(config: Any, length: int, bf16: bool, lora: Lora | None = None, on_gpu: bool = False) -> Saved:
-    """What the trunk of a model keeps of a sequence of `length` tokens for the backward pass.
+    """What a model's trunk keeps of a sequence of `length` tokens for the backward pass.
 
-    Its first layer stands for all. Weights that autocast has cast are left out: see `casts`.
+    The first layer stands for all of them. Weights that autocast has cast are left out: see `memory.casts`.
 
     Args:
-        bf16: under autocast to bf16.
-        on_gpu: with the attention of a GPU; on a CPU short sequences attend by plain products (`models.cpu`).
+        bf16: whether autocast to bf16 is on.
+        on_gpu: use the attention of a GPU; on a CPU short sequences use plain products (`models.cpu`).
     """
     options = None if lora is None else lora.model_dump_json()
     return _saved(json.dumps(config.to_dict(), default=str), type(config), length, bf16, options, on_gpu)  # type: ignore[arg-type]
@@ -129,12 +129,12 @@ def saved(config: Any, length: int, bf16: bool, lora: Lora | None = None, on_gpu
 
 @functools.cache
 def _saved(config: str, kind: type, length: int, bf16: bool, lora: str | None, on_gpu: bool) -> Saved:
-    from torch._subclasses.fake_tensor import FakeTensorMode  # only here: it takes long to import
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imported here since it is slow to import
 
     first = _first_layer(kind.from_dict(json.loads(config)))  # type: ignore[attr-defined]
     model = _on_meta(first, attn_implementation="sdpa" if on_gpu or length > LONGEST else PLAIN)
     if lora:
-        with torch.random.fork_rng():  # who plans must not change what is drawn afterwards
+        with torch.random.fork_rng():  # planning must not change later random numbers
             model = with_lora(model, Lora.model_validate_json(lora), 0)
     trunk = (model.get_base_model() if lora else model).base_model
     kept: dict[bool, dict[int, torch.UntypedStorage]] = {True: {}, False: {}}
@@ -170,7 +170,7 @@ def _saved(config: str, kind: type, length: int, bf16: bool, lora: str | None, o
 
 
 def _first_layer(config: Any) -> Any:
-    """The config with its first layer alone."""
+    """The config with only its first layer."""
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == text.num_hidden_layers and name.endswith("_types"):
@@ -180,7 +180,7 @@ def _first_layer(config: Any) -> Any:
 
 
 def _fill(model: Any, narrow: bool) -> None:
-    """Gives a model on the meta device tensors of the mode that is on; with `narrow` bf16 to frozen products."""
+    """Gives a model on the meta device tensors of the active mode; with `narrow`, frozen products are bf16."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             is_narrow = narrow and not p.requires_grad and type(module) is torch.nn.Linear
@@ -191,7 +191,7 @@ def _fill(model: Any, narrow: bool) -> None:
 
 
 def _is_cast(x: torch.Tensor) -> bool:
-    """Whether this is a weight as autocast has cast it, transposed or not."""
+    """Whether this is a weight that autocast has cast, transposed or not."""
     node = x.grad_fn
     while node is not None and node.name() in ("TBackward0", "ToCopyBackward0"):
         node = node.next_functions[0][0]

@@ -1,7 +1,7 @@
-"""One head process per run: who holds the run, and what becomes of a head that was stopped for too long.
+"""One head process per run: which process holds the run, and how a head ends that was stopped for too long.
 
-A head that a terminal, a hibernating laptop or a hung login node has stopped does not renew its lease, and another may
-take over. When it continues, it must not touch what its successor makes: it ends before it acts.
+A head that was stopped by a terminal, a hibernating laptop or a hung login node does not renew its lease, so another
+may take over. When the first one continues, it must not touch its successor's work: it ends before it acts.
 """
 
 import os
@@ -15,13 +15,13 @@ from tunetrail.monitor.snakemake_adapter import look_before_acting
 
 _until_the_end = ExitStack()
 _leases: list[Lease] = []
-"""Of the runs that this process is the head of: several where a workflow has them as modules."""
+"""The leases of the runs that this process heads; several if a workflow has runs as modules."""
 
 
 def hold_run(state: Path) -> None:
-    """Keeps a second Snakemake off the run with this state folder for as long as this process lives.
+    """Prevents another Snakemake from working on the run with this state folder while this process lives.
 
-    It ends with the process, unlike Snakemake's own lock. Ends the process where another Snakemake has the run.
+    Unlike Snakemake's own lock, the lease ends with the process. Exits if another Snakemake has the run.
     """
     try:
         _leases.append(_until_the_end.enter_context(hold(state / "head", give_up=lambda: True, say=print)))
@@ -32,9 +32,9 @@ def hold_run(state: Path) -> None:
 
 
 def end_if_superseded() -> None:
-    """Ends this process at once where another Snakemake has taken over a run that it was the head of.
+    """Exits at once if another Snakemake has taken over a run that this process headed.
 
-    At once, since Snakemake would remove the outputs of the jobs that it takes for its own. They go on where they are.
+    Snakemake's own exit would remove the outputs of jobs that it takes for its own; they continue where they are.
     """
     for lease in _leases:
         try:

@@ -1,4 +1,4 @@
-"""What each stage of a run needs of its device's memory, where it fits, and what to change where it does not."""
+"""How much device memory each stage of a run needs, where it fits, and what to change if it does not."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,35 +32,35 @@ from tunetrail.provenance.memory import taken
 from tunetrail.provenance.versions import records_of
 
 GPU_GB = "gpu_gb"
-"""The profile's resource that says how many GB a GPU of a rule's partition has."""
+"""The profile's resource for the GB of a GPU in a rule's partition."""
 
 Shape = Training | Ppo | Inference
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs of each device."""
+    """The memory that a stage needs on each device."""
 
     name: str
     moment: str
-    """At which most is in use."""
+    """The moment with the most memory in use."""
     parts: dict[str, float]
     """Bytes, by `memory.PARTS`."""
     bytes: float
-    """Their sum, and what is in use before there is a model."""
+    """Their sum, plus what is in use before there is a model."""
     checkpointing: bool
     has: float | None
-    """Bytes of the device that the profile gives it; None where the profile does not say."""
+    """Bytes of the device that it gets; None if the profile does not say."""
     smallest: str | None
     """The smallest of the profile's partitions that holds it, or this machine."""
     change: str
-    """What makes it fit, where nothing holds it."""
+    """What would make it fit, if no device holds it."""
     host: float
-    """Bytes of the machine's own memory that a stage on a GPU takes for loading, and checking what it wrote."""
+    """Bytes of main memory that a stage on a GPU takes to load its model and to check what it wrote."""
     host_has: float
-    """Bytes of it that the profile asks for, at the first attempt."""
+    """Bytes of main memory that the profile requests for the first attempt."""
     taken: str
-    """What the artifact in place took at most, with the error of its plan; empty where it is not known."""
+    """The peak of the existing artifact, with the error of its plan; empty if unknown."""
 
     @property
     def fits(self) -> bool:
@@ -71,13 +71,13 @@ class Need:
 
 
 def model_config(config: Config, base: Path, given: Path | None) -> Any:
-    """The config of the run's base model, as transformers has it. Nothing is downloaded.
+    """The run's base model's config from transformers. Nothing is downloaded.
 
     Args:
         base: the folder of the base model's artifact.
-        given: a config.json, or the folder that has one.
+        given: a config.json, or a folder with one.
 
-    Raises ConfigError where the model is not here.
+    Raises ConfigError if the model is not on this machine.
     """
     from transformers import AutoConfig
 
@@ -121,7 +121,7 @@ def _trained(
 
 
 def shape_of(config: Config, model: Any, name: str, run: Run) -> Shape | None:
-    """What a stage has in memory; None of a stage that uses no model of the run, or little memory."""
+    """The plan of a stage; None for a stage without a model of the run, or with little memory."""
     family, _, value = name.partition("/")
     answer = config.data.max_completion_tokens
     if config.completions:
@@ -153,7 +153,7 @@ def shape_of(config: Config, model: Any, name: str, run: Run) -> Shape | None:
 
 
 def changes(shape: Shape) -> Iterator[tuple[str, Shape]]:
-    """(what to change in the config or the profile, what the stage has in memory then), the mildest first."""
+    """Yields (a change of the config or the profile, the plan with that change), the mildest first."""
     if isinstance(shape, Inference):
         for rows in _halves(shape.rows):
             yield f"batch_size: {rows}", replace(shape, rows=rows)
@@ -190,7 +190,7 @@ def _halves(n: int) -> Iterator[int]:
 
 
 def least(shape: Shape, available: float) -> tuple[bool, float]:
-    """(with checkpointing?, bytes): without it where that is enough."""
+    """(whether with checkpointing, bytes); without it if that fits."""
     plain = needed(shape.run, shape.moments(False))
     if plain <= USABLE * available or isinstance(shape, Inference):
         return False, plain
@@ -198,14 +198,14 @@ def least(shape: Shape, available: float) -> tuple[bool, float]:
 
 
 def _host(shape: Shape) -> float:
-    """Bytes that a stage on a GPU takes of its node: the model in fp32, once to load it, and where one is written once
-    more to see whether it loads as the same."""
+    """Main memory that a stage on a GPU needs: the model in fp32 once to load it, and once more to check the model that
+    it wrote, if it writes one."""
     copies = 1 if isinstance(shape, Inference) else 2
     return LIBRARIES + copies * FP32 * sizes_of(shape.config).parameters if shape.run.on_gpu else 0.0
 
 
 def partitions(jobs: list[Job]) -> dict[str, float]:
-    """Partition -> bytes of one of its GPUs, of those that the profile says."""
+    """Partition -> bytes of one of its GPUs, for the partitions whose size the profile gives."""
     return {
         str(job.resources["slurm_partition"]): float(job.resources[GPU_GB]) * 1e9
         for job in jobs
@@ -217,7 +217,7 @@ def _run_of(job: Job, precision: str) -> Run:
     from tunetrail.models.runtime import use_bf16
 
     nodes = int(job.resources.get("nodes") or 1)
-    # The GPU is not here to be asked: `auto` is bf16 on all that were made since 2020.
+    # The GPU cannot be asked from here; `auto` means bf16 on all GPUs made since 2020.
     on_gpu = bool(gpus(job.resources))
     return Run(
         precision != "fp32" if on_gpu else use_bf16(precision), on_gpu, processes(job.rule, job.resources) * nodes
@@ -225,7 +225,7 @@ def _run_of(job: Job, precision: str) -> Run:
 
 
 def need(job: Job, shape: Shape, there: Mapping[str, float]) -> Need:
-    """What one stage needs, where it fits, and what would make it fit.
+    """The need of one stage, where it fits, and what would make it fit.
 
     Args:
         there: partition -> bytes of one of its GPUs.
@@ -258,12 +258,12 @@ def need(job: Job, shape: Shape, there: Mapping[str, float]) -> Need:
 
 
 def needs(config: Config, jobs: list[Job], given: Path | None = None) -> list[Need]:
-    """Of every stage that has a model of the run in memory, one of shards that are alike.
+    """The needs of every stage with a model of the run in memory; equal shards count once.
 
     Args:
-        given: a config.json of the base model, where the model is not here.
+        given: a config.json of the base model, if the model is not on this machine.
 
-    Raises ConfigError where the base model is not known.
+    Raises ConfigError if the base model is unknown.
     """
     base = next(job for job in jobs if job.name == "base")
     model, there = model_config(config, base.manifest.parent, given), partitions(jobs)
@@ -284,7 +284,7 @@ def _gb(n: float | None) -> str:
 
 
 def as_text(found: list[Need]) -> str:
-    """A table in GB per device, and a line for each stage that does not fit."""
+    """A table in GB per device, followed by a line for each stage that does not fit."""
     table = [["GB per device", *PARTS, "most", "of", "at", "fits on"]]
     for n in found:
         at = f"{n.moment}, checkpointing" if n.checkpointing else n.moment

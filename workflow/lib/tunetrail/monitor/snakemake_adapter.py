@@ -60,11 +60,11 @@ def forget(workflow: Any, job: Any) -> None:
 
 
 def keep_what_is_published() -> None:
-    """Makes Snakemake leave the outputs of a stage that failed where they are, and forget the job.
+    """Makes Snakemake keep the outputs of a failed stage, and forget the job.
 
-    A stage publishes whole or not at all: what is there may be what another attempt has published, on another node or
-    for another head. Or it is what an earlier run made of another config, where the job failed before it began: so
-    Snakemake, which has just noted the new inputs as those of the output, must not take it for current.
+    A stage publishes completely or not at all, so an existing output may be from another attempt, on another node or
+    for another head. It may also be from an earlier config, if the job failed before it started. Snakemake has just
+    recorded the new inputs as those of this output, so unless it forgets the job it takes the output for current.
     """
     from snakemake.jobs import Job
 
@@ -84,7 +84,7 @@ _looks: list[Callable[[], None]] = []
 
 
 def look_before_acting(look: Callable[[], None]) -> None:
-    """Has `look` called before Snakemake starts a job, removes its old outputs, or handles its end."""
+    """Makes Snakemake call `look` before it starts a job, removes its old outputs, or handles its end."""
     from snakemake.jobs import Job
     from snakemake.scheduling.job_scheduler import JobScheduler
 
@@ -261,7 +261,7 @@ def _call_too(workflow: Any, event: str, ours: Callable[[], None]) -> None:
             for each in handlers:
                 if (code := _exit_code_of(each)) is not None:
                     codes.append(code)
-                    if event == "onstart":  # what may not start does nothing more
+                    if event == "onstart":  # a workflow that may not start does nothing more
                         break
             if codes:
                 sys.exit(most_serious(codes))

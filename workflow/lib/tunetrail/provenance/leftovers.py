@@ -1,4 +1,4 @@
-"""What lies in a run's folder and belongs to none of its artifacts."""
+"""Finds everything in a run's folder that belongs to none of its artifacts."""
 
 import os
 import re
@@ -11,12 +11,12 @@ from tunetrail.provenance.run_folder import CONFIG, LEDGER, config_of
 from tunetrail.stages.registry import STAGES, family_of
 
 AT_WORK = re.compile(r"\..+(~.+\.work|\.old)")
-"""Where a stage works, and where the artifact stays that it is about to replace."""
+"""The folder in which a stage works, and the artifact that it is about to replace."""
 FAMILIES = {stage.family for stage in STAGES.values()}
 
 
 def check_leftovers(result: VerifyResult, run: Path, found: list[Path]) -> None:
-    """Notes whatever lies in a run's folder and is in none of these artifacts. Folders without files do not count."""
+    """Notes everything in a run's folder that is in none of these artifacts. Folders without files do not count."""
     holders = {above for artifact in found for above in artifact.parents}
     used = {config_of(run, _name(artifact, run)) for artifact in found}
     todo, known = [run], set(found)
@@ -40,7 +40,7 @@ def _name(path: Path, run: Path) -> str:
 
 
 def _leftover(result: VerifyResult, run: Path, path: Path, entry: os.DirEntry[str], used: set[Path | None]) -> None:
-    """Notes what this is, if it is anything."""
+    """Notes what kind of leftover this is, if it is one."""
     name = _name(path, run)
     if name == LEDGER:
         return  # a ledger is read as such
@@ -65,7 +65,7 @@ def _leftover(result: VerifyResult, run: Path, path: Path, entry: os.DirEntry[st
 
 
 def _files(result: VerifyResult, run: Path, folder: Path) -> Iterator[Path]:
-    """The files and links below a folder, as they are come upon."""
+    """Yields the files and links below a folder."""
     todo = [folder]
     while todo:
         at = todo.pop()
@@ -79,7 +79,7 @@ def _files(result: VerifyResult, run: Path, folder: Path) -> Iterator[Path]:
 
 
 def _check_config(result: VerifyResult, run: Path, path: Path, used: set[Path | None]) -> None:
-    """A config that no artifact was made with. `RecordCheck` compares those that artifacts were made with."""
+    """Notes a config that no artifact was made with; `RecordCheck` compares all others."""
     if path in used:
         return
     is_config = path.parent == run / CONFIG and path.suffix == ".json" and path.stem.partition(".")[0] in FAMILIES

@@ -23,7 +23,7 @@ from tunetrail.provenance.run_folder import LEDGER, artifacts
 from tunetrail.provenance.schema import LedgerEntry, Manifest, RecordedParent
 
 UNREAD = "unreadable"
-"""In place of the identity of an artifact whose manifest cannot be read."""
+"""Stands for the identity of an artifact whose manifest cannot be read."""
 
 
 @functools.cache
@@ -40,7 +40,7 @@ class Runs:
         """The runs to audit; all others are runs of their parents."""
         self.ledgers: dict[Path, Ledger] = {}
         self.made: dict[Path, Counter[str]] = {}
-        """Run -> the runs that the records of its artifacts say they were made in."""
+        """Run -> the names of the runs in which its artifacts were made, according to their records."""
         self._latest: dict[Path, dict[str, LedgerEntry]] = {}
 
     def of(self, folder: Path) -> Path | None:
@@ -73,9 +73,9 @@ class Node:
     fault: TunetrailError | None = None
     """Why there is no record."""
     content: bytes = b""
-    """Of its manifest file, as it was read."""
+    """The content of its manifest file when it was read."""
     manifest: Manifest | None = None
-    """That file's content, once it was looked at."""
+    """The parsed manifest, once it has been checked."""
     unread: TunetrailError | None = None
     """Why the manifest file could not be read."""
     parents: dict[str, "Node | None"] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Node:
 
     @property
     def is_unreadable(self) -> bool:
-        """Whether its manifest or its record may be what they were, and cannot be read."""
+        """Whether its manifest or record cannot be read, although they may be unchanged."""
         return isinstance(self.unread, DiskError) or isinstance(self.fault, DiskError)
 
     @property
@@ -182,7 +182,7 @@ class Lineage:
 
 
 def _by_identity(run: Path) -> dict[str, Path]:
-    """The artifacts of a run whose manifest can be read."""
+    """The artifacts of a run by identity, if their manifest can be read."""
     found = {}
     for folder in artifacts(run):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What artifacts took of memory when they were made, next to what was planned, from their records."""
+"""The peak memory of artifacts when they were made, next to the plan, from their records."""
 
 from collections.abc import Mapping
 
@@ -6,22 +6,22 @@ from tunetrail.provenance.record import Record
 
 
 def peak(record: Record) -> int | None:
-    """The most bytes that an attempt used; None where no attempt could write it down."""
+    """The most bytes that any attempt used; None if no attempt recorded it."""
     return max((attempt["peak_bytes"] for attempt in record.attempts if attempt.get("peak_bytes")), default=None)
 
 
 def planned(record: Record) -> int | None:
-    """Bytes that the stage expected to need for the rows that it had; None where it did not plan."""
+    """The bytes that the stage expected to need for its rows; None if it did not plan."""
     return max((attempt["planned"]["bytes"] for attempt in record.attempts if attempt.get("planned")), default=None)
 
 
 def taken(record: Record) -> str:
-    """In words, with the plan's error; empty where either is not known."""
+    """The peak in words, with the plan's error; empty if either is unknown."""
     most, expected = peak(record), planned(record)
     return f"{most / 1e9:.1f} GB (plan {expected / most - 1:+.0%})" if most and expected else ""
 
 
 def as_lines(records: Mapping[str, Record]) -> list[str]:
-    """What to print: one line of all artifacts whose need was planned."""
+    """The line to print about all artifacts with a plan, if any."""
     found = [f"{name} {words}" for name, record in records.items() if (words := taken(record))]
     return [f"Memory at most: {', '.join(found)}"] if found else []

@@ -41,7 +41,7 @@ MAX_DIFF = 2**20
 
 @dataclass(frozen=True)
 class Place:
-    """Where an artifact was made. Its record says so: an artifact cannot pass for another one."""
+    """Where an artifact was made. Since its record says so, it cannot pass for another artifact."""
 
     run: str
     artifact: str
@@ -291,7 +291,7 @@ class Record:
             self.stage: str = parameters["stage"]
             self.part: str = parameters["part"]
             self.place: Place | None = None
-            """Where it was made; None in records of early versions."""
+            """Where it was made; None in records of earlier versions."""
             if "run" in parameters and "artifact" in parameters:
                 self.place = Place(parameters["run"], parameters["artifact"])
             self.config_file: dict = parameters["config"]
@@ -345,7 +345,7 @@ class Record:
 
     @property
     def version(self) -> str:
-        """Of tunetrail."""
+        """The version of tunetrail."""
         return self.run.get("builder", {}).get("version", {}).get("tunetrail", "an unknown version")
 
     @property
@@ -367,7 +367,7 @@ class Record:
 
     @property
     def tokenizer(self) -> str | None:
-        """Digest of tokenizer and chat template; None where the stage has none."""
+        """Digest of tokenizer and chat template; None if the stage has none."""
         found = self.of_role("tokenizer")
         return found[0].get("digest", {}).get("sha256") if found else None
 
@@ -376,7 +376,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """Raises DataError when there is none, DiskError when it cannot be read."""
+    """The record in a folder. Raises DataError if there is none or it is invalid, DiskError if it cannot be read."""
     path = folder / PROVENANCE
     try:
         return Record(read_regular(path), str(path))

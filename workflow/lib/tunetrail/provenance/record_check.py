@@ -57,7 +57,7 @@ class RecordCheck:
         self._config(node, record)
 
     def _manifest(self, node: Node, record: Record) -> None:
-        """What a record says of an artifact and its manifest says too."""
+        """Compares what the record and the manifest both state."""
         if node.manifest is None:
             return
         metrics = next((entry["sha256"] for entry in node.manifest["files"] if entry["path"] == METRICS), None)
@@ -71,7 +71,7 @@ class RecordCheck:
                 self.result.add("record-contradicts", node, f"{message}; restore both from a copy")
 
     def _place(self, node: Node, record: Record) -> None:
-        """Where it lies against where it was made. A whole run may be renamed, one artifact may not."""
+        """Compares where the artifact is with where it was made. A run may be renamed, a single artifact may not."""
         run = self.runs.of(node.folder)
         if run is None:
             return
@@ -87,7 +87,7 @@ class RecordCheck:
     def _parent(self, node: Node, role: str, recorded: RecordedParent) -> None:
         parent, then = node.parents.get(role), f"manifest {recorded['manifest'][:16]}…"
         if parent is None and self.runs.of(node.folder) is None and not any(node.parents.values()):
-            # A copy of artifacts, taken out of their run.
+            # A copy of artifacts without their run.
             where = os.path.normpath(node.folder / recorded["name"])
             message = f"{role} ({where}, {then}) is not there; copy it too, or verify the run it was made in"
             self.result.add("parent-elsewhere", node, message)
@@ -132,9 +132,9 @@ class RecordCheck:
                     self.result.add(finding, node, f"{message}restore it")
 
     def _digest(self, path: Path) -> str | None:
-        """sha256 of a file that many records may name; None where there is none that may be read.
+        """sha256 of a file that many records may name; None if there is no file that may be read.
 
-        A record may name any regular file but those of the kernel, which may be endless or do something when read.
+        Files of the kernel may not be read: they may be endless, or reading them may do something.
         """
         if path not in self._digests:
             try:
@@ -186,7 +186,7 @@ class RecordCheck:
                     self.result.add("mixed-environment", node, message)
 
     def _config(self, node: Node, record: Record) -> None:
-        """Compares the config that it was made with to the run's current one."""
+        """Compares the config that the artifact was made with to the run's current one."""
         run = self.runs.of(node.folder)
         path = config_of(run, node.folder.relative_to(run).as_posix()) if run else None
         if run is None or path is None:

@@ -1,4 +1,4 @@
-"""Where things lie in a run's folder."""
+"""The places of things in a run's folder."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from tunetrail.stages.registry import config_name
 
 LEDGER, CONFIG = "ledger.jsonl", "config"
 DEPTH = 4
-"""Levels of folders below which no artifact is looked for: a folder of runs, a run, `policies`, an artifact."""
+"""How many levels deep artifacts are searched for: a folder of runs, a run, `policies`, an artifact."""
 
 
 def artifacts(run: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def artifacts(run: Path) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """False for a link that leads in circles."""
+    """Whether this is a folder or a link to one; False for a circular link."""
     try:
         return entry.is_dir()
     except OSError:
@@ -50,7 +50,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Nothing where the folder cannot be read: `leftovers` says so."""
+    """The entries of a folder; empty if it cannot be read, which `leftovers` reports."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -59,6 +59,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def config_of(run: Path, artifact: str) -> Path | None:
-    """The resolved config of an artifact's stage; None for a folder of no stage."""
+    """The path of the resolved config of an artifact's stage; None for a folder of no stage."""
     name = config_name(artifact)
     return run / CONFIG / f"{name}.json" if name else None

@@ -1,4 +1,4 @@
-"""Compares artifacts with the ledgers of their runs, and those with heads that were kept elsewhere."""
+"""Compares artifacts with the ledgers of their runs, and ledgers with heads that were kept elsewhere."""
 
 import os
 from collections.abc import Collection
@@ -14,17 +14,17 @@ from tunetrail.terminal import escape
 
 
 class SealCheck:
-    """Notes what no ledger, or no anchored ledger, vouches for.
+    """Notes artifacts that no ledger, or no anchored ledger, vouches for.
 
     Args:
-        anchors: heads that were kept elsewhere. None: no ledger need lead to one.
+        anchors: heads that were kept elsewhere; if empty, no ledger needs to lead to one.
     """
 
     def __init__(self, result: VerifyResult, policy: TrustPolicy, runs: Runs, anchors: Collection[str]):
         self.result, self.policy, self.runs, self.anchors = result, policy, runs, anchors
 
     def run(self, node: Node) -> None:
-        """An artifact against the ledger of its run."""
+        """Compares an artifact with the ledger of its run."""
         run = self.runs.of(node.folder)
         if run is None:
             self._not_sealed(node, f"there is no {LEDGER} above it; seal its run: tunetrail audit seal RUN")
@@ -51,7 +51,8 @@ class SealCheck:
         self.result.add("policy-not-sealed" if self.policy.require_sealed else "not-sealed", node, message)
 
     def _after_anchor(self, node: Node, ledger: Ledger, entry: LedgerEntry) -> None:
-        """What was sealed after the anchored line proves nothing: whoever can write the run can append."""
+        """Notes an artifact that was sealed after the anchored line, which proves nothing: anyone who can write the run
+        can append."""
         anchored = ledger.anchored(self.anchors)
         if anchored is None or entry["number"] <= anchored:
             return
@@ -65,7 +66,7 @@ class SealCheck:
             self.result.add("sealed-after-anchor", node, f"{lines}; if you trust it, anchor the new head")
 
     def ledgers(self) -> None:
-        """Every ledger that was used, by itself and against the anchored heads."""
+        """Checks every ledger that was used, by itself and against the anchored heads."""
         led = [ledger for ledger in self.runs.ledgers.values() if ledger.anchored(self.anchors) is not None]
         lost = [head for head in self.anchors if not any(head in ledger.hashes for ledger in led)]
         for run, ledger in self.runs.ledgers.items():

@@ -1,10 +1,10 @@
-"""A policy by odds ratio preference optimisation (Hong et al. 2024).
+"""A policy trained by odds ratio preference optimisation (Hong et al. 2024).
 
     python -m tunetrail.stages.orpo --config C.json --input policy=… --input comparisons=… --output … --state …
 
-Starts from the base model unless the config says otherwise: its loss fine-tunes on the preferred responses as well.
-Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` (log-probs of chosen and rejected responses
-apart, summed over the response) and, where `checkpoints` asks for some, `checkpoints/<step>/model`, or with LoRA
+Starts from the base model by default, since its loss fine-tunes on the preferred responses as well.
+Writes `model/` (with LoRA also `adapter/`), `history.jsonl` (with separate log-probs of chosen and rejected responses,
+summed over the response) and, if `checkpoints` is set, `checkpoints/<step>/model`, or with LoRA
 `checkpoints/<step>/adapter`.
 """
 

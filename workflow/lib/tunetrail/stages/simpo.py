@@ -1,10 +1,10 @@
-"""A policy by simple preference optimisation (Meng et al. 2024).
+"""A policy trained by simple preference optimisation (Meng et al. 2024).
 
     python -m tunetrail.stages.simpo --config C.json --input policy=… --input comparisons=… --output … --state …
 
-Rewards are log-probs per token times beta; there is no reference, and nothing but the data holds the policy back.
-Writes `model/` (and `adapter/` where LoRA trained one), `history.jsonl` (log-probs of chosen and rejected responses
-apart, summed over the response) and, where `checkpoints` asks for some, `checkpoints/<step>/model`, or with LoRA
+Rewards are log-probs per token times beta. Without a reference, only the data holds the policy back.
+Writes `model/` (with LoRA also `adapter/`), `history.jsonl` (with separate log-probs of chosen and rejected responses,
+summed over the response) and, if `checkpoints` is set, `checkpoints/<step>/model`, or with LoRA
 `checkpoints/<step>/adapter`.
 """
 

@@ -1,12 +1,12 @@
-"""The time by which leases and sessions end: it goes forward only, at an even pace."""
+"""The clock for leases and sessions: it only moves forward, at a steady pace."""
 
 import time
 
 
 class Clock:
-    """Seconds since the epoch. Setting the machine's clock moves it neither back nor ahead.
+    """Seconds since the epoch, unaffected by changes of the machine's clock.
 
-    Read once when a store is opened and counted on from there, it may differ from the machine's clock.
+    It is read once when a store is opened and counts on from there, so it may differ from the machine's clock.
     """
 
     def __init__(self, start: float):

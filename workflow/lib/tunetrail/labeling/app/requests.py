@@ -1,4 +1,4 @@
-"""What is refused before a page sees it: other names, other sites, bodies that are no plain JSON, slow clients."""
+"""Refuses requests before a page sees them: other host names, other sites, invalid JSON, slow clients."""
 
 import asyncio
 import ipaddress
@@ -18,11 +18,11 @@ from tunetrail.labeling.app.answers import Refused
 LARGEST = 256 * 1024
 """The most bytes in a request's body."""
 HEAD_SECONDS = BODY_SECONDS = 30.0
-"""How long a client may take to send the head of a request, and its body."""
+"""How long a client may take to send a request's head, and its body."""
 
 
 def _host_of(address: str) -> str:
-    """The name in a Host header or an origin, without port and brackets; "" where there is none."""
+    """The host name in a Host header or an origin, without port and brackets; "" if there is none."""
     try:
         return urlsplit(address if "://" in address else f"//{address}").hostname or ""
     except ValueError:
@@ -39,30 +39,30 @@ def _is_ip(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Names:
-    """Host names under which the page may be asked for, in lower case and without ports."""
+    """Host names under which the page answers, in lower case and without ports."""
 
     own: frozenset[str]
-    """Of this machine. Another port of it may be another user's, whose pages the same browser shows."""
+    """This machine's names. Another port may belong to another user, whose pages the same browser shows."""
     proxied: frozenset[str] = frozenset()
-    """Under which a proxy serves the page, perhaps at another port than it asks for here."""
+    """Names under which a proxy serves the page, possibly at another port than it uses here."""
 
 
 class OwnNames:
-    """Middleware that answers only to its own names, and only to pages that it has served.
+    """Middleware that answers only under its own names and only to its own pages.
 
-    A site whose name was made to point to this machine (DNS rebinding) asks under that name. An IP address needs no
-    check: nobody can point it elsewhere.
+    A site that points its name to this machine (DNS rebinding) sends requests under that name. IP addresses need no
+    check: nobody can point them elsewhere.
     """
 
     def __init__(self, app: ASGIApp, names: Names | None):
         """
         Args:
-            names: None: any.
+            names: None allows any name.
         """
         self.app, self.names = app, names
 
     def refusal(self, host: str, origin: str | None) -> tuple[str, int] | None:
-        """What is wrong with these headers, and the HTTP status; None where nothing is."""
+        """What is wrong with these headers, and the HTTP status; None if they are fine."""
         if self.names is None:
             return None
         name = _host_of(host)
@@ -87,7 +87,7 @@ class OwnNames:
 
 
 class Impatient(H11Protocol):
-    """HTTP for clients that send the head of a request within HEAD_SECONDS; connections of others are closed."""
+    """HTTP that closes connections whose request head does not arrive within HEAD_SECONDS."""
 
     waiting: asyncio.TimerHandle | None = None
 
@@ -116,7 +116,7 @@ def _no_constant(constant: str) -> None:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Parsers disagree on which of two values of one key counts."""
+    """Refuses duplicate keys: parsers disagree on which value counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")
@@ -124,7 +124,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 async def read_object(request: Request) -> dict:
-    """The JSON object that was sent. Raises Refused, also where it does not come or is cut short."""
+    """The JSON object that was sent. Raises Refused if it is invalid, late or cut short."""
     content = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
